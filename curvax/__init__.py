@@ -1,0 +1,1 @@
+"""curvax: curvature and sharpness as composable Optax stages."""
