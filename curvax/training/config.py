@@ -1,0 +1,173 @@
+"""Configs: where they are found, what fields they have, and how the command line changes them.
+
+A config is a Python file whose `get_config()` returns a locked `ConfigDict`: `defaults()` with some
+fields set. Numbers among its top-level fields are names that the optimiser's text may use, so
+`sam_perturb(rho)` with `config.rho = 0.2` can be swept as `rho`.
+"""
+
+import ast
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+import curvax
+from curvax.recipe import near
+
+_WORDS = {"true": True, "false": False, "none": None, "null": None}
+
+
+class ConfigError(ValueError):
+    """A config that cannot be found or read, or a field it does not have."""
+
+
+def defaults(**numbers: float) -> ConfigDict:
+    """The fields of every experiment, locked.
+
+    Args:
+        **numbers: further top-level fields for the optimiser's text to name, as `rho=0.2`.
+    """
+    fields: dict[str, Any] = {
+        "model": {"name": "mixer", "options": {}},
+        "data": {
+            "name": "digits",
+            "path": placeholder(str),  # folder or archive of data that is not embedded
+            "size": placeholder(int),  # training examples used, all by default
+            "noise": 0.0,  # fraction of the training labels replaced by a wrong one
+            "smoothing": 0.0,  # of the training labels
+            "augment": [],  # transforms in order, each as text
+        },
+        "optimizer": "adamw(cosine(1e-3))",
+        "base": "adamw(cosine(1e-3))",  # what `compare` and `bench` measure against
+        "beside": False,  # whether `train` trains the base too
+        "loss": "softmax",  # or "sigmoid", one binary problem for each class
+        "epochs": 60,
+        "batch": 64,
+        "microbatch": placeholder(int),  # examples in memory at once, the whole batch by default
+        "seed": 0,  # of parameters, label noise, data order, augmentation and dropout
+        "eval_batch": 512,
+        "log_every": 10,  # steps
+        "checkpoint_every": placeholder(int),  # steps, an epoch by default
+        "keep": 2,  # checkpoints
+        "hessian_examples": 512,  # training examples for the largest eigenvalue at the end, 0 for none
+        **numbers,
+    }
+    return ConfigDict(fields).lock()
+
+
+def folder() -> Path:
+    """Where the configs that come with curvax lie: inside the package, or beside it in a checkout."""
+    package = Path(curvax.__file__).parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def names() -> list[str]:
+    return sorted(path.stem for path in folder().glob("*.py"))
+
+
+def load(name: str) -> ConfigDict:
+    """The config of that name, or of that path to a Python file.
+
+    Raises:
+        ConfigError: there is none, or the file has no `get_config()`.
+    """
+    return read(name).get_config()
+
+
+def read(name: str) -> ModuleType:
+    """The module of a config; errors as in `load`."""
+    path = Path(name) if name.endswith(".py") else folder() / f"{name}.py"
+    if not path.is_file():
+        raise ConfigError(
+            f"There is no config `{name}` ({path} does not exist){near(name, names())} "
+            f"Those that come with curvax are {', '.join(names())}; a path to a .py file works too."
+        )
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ConfigError(
+            f"The config {path} defines no `get_config()`. Let it return `defaults()` of "
+            "`curvax.training.config` with its own fields set."
+        )
+    return module
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every field with its dotted name."""
+    for name, value in config.items():
+        if isinstance(value, Mapping | ConfigDict):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def override(config: ConfigDict, assignments: Sequence[str]) -> ConfigDict:
+    """A copy of the config with `--field=value` applied, dots reaching inside.
+
+    Raises:
+        ConfigError: an unknown field (with near matches), or a value of another type.
+    """
+    changed = config.copy_and_resolve_references()
+    for assignment in assignments:
+        name, equals, text = assignment.removeprefix("--").partition("=")
+        if not (assignment.startswith("--") and equals):
+            raise ConfigError(
+                f"`{assignment}` is not an override. Write fields as `--field=value`, for instance "
+                "`--epochs=30` or `--data.noise=0.2`."
+            )
+        assign(changed, name, text)
+    return changed
+
+
+def assign(config: ConfigDict, name: str, text: str) -> None:
+    """Sets one dotted field to the value that the text stands for; errors as in `override`."""
+    *branches, leaf = name.split(".")
+    parent: Any = config
+    for branch in branches:
+        parent = parent.get(branch) if isinstance(parent, ConfigDict) else None
+    free = branches in (["model", "options"], ["data", "options"])
+    if not isinstance(parent, ConfigDict) or (leaf not in parent and not free):
+        known = [field for field, _ in flat(config)]
+        raise ConfigError(
+            f"The config has no field `{name}`{near(name, known)} Its fields are {', '.join(known)}."
+        )
+    kind = parent.get_type(leaf) if leaf in parent else object
+    try:
+        with parent.unlocked():
+            parent[leaf] = value(text, kind)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"The field `{name}` holds a value of type `{kind.__name__}`, and `{text}` is of another."
+        ) from error
+
+
+def value(text: str, kind: type = object) -> Any:
+    """What a text stands for: `true`, `false`, `none`, a Python literal, or itself, a string."""
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    try:
+        return text if kind is str else ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+
+
+def numbers(config: ConfigDict) -> dict[str, float]:
+    """The top-level numbers, which the optimiser's text may name."""
+    return {name: v for name, v in config.items() if type(v) in (int, float)}
+
+
+def to_json(config: ConfigDict) -> str:
+    return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def from_json(text: str) -> ConfigDict:
+    """The config as `to_json` wrote it, locked."""
+    return ConfigDict(json.loads(text)).lock()

@@ -1,0 +1,106 @@
+"""One training step: a state and a batch ↦ the next state and what the step measured."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+import curvax
+from curvax.trees import Tree, label, names
+
+Batch = dict[str, jax.Array]
+Criterion = Callable[[jax.Array, jax.Array], jax.Array]
+Transform = Callable[[jax.Array, Batch], Batch]
+
+
+class State(NamedTuple):
+    """All that the next step needs, but the place in the data."""
+
+    step: jax.Array  # int32 []
+    params: Tree
+    model_state: Tree  # batch statistics, {} without
+    opt_state: Tree
+    key: jax.Array  # typed key [], from which each step folds its own
+
+
+class Measured(NamedTuple):
+    """What one step measured, on the device until somebody asks."""
+
+    figures: dict[str, jax.Array]  # loss, accuracy and what the stages record, float32 []
+    finite: jax.Array  # bool [1 + 2·leaves]: the loss, each gradient leaf, each update leaf
+
+
+def init(
+    model: nn.Module, optimizer: optax.GradientTransformation, image: jax.Array, seed: int
+) -> State:
+    """The state before the first step, for images shaped like `image` [1, H, W, C]."""
+    of_params, of_steps = jax.random.split(jax.random.key(seed))
+    variables = jax.jit(lambda key: model.init(key, image))(of_params)
+    params = variables.pop("params")
+    return State(jnp.zeros((), jnp.int32), params, variables, optimizer.init(params), of_steps)
+
+
+def objective(
+    model: nn.Module,
+    criterion: Criterion,
+    model_state: Tree,
+    batch: Batch,
+    key: jax.Array,
+    microbatch: int | None = None,
+) -> curvax.Objective:
+    """The training loss on a batch, whose aux is the new batch statistics and the accuracy."""
+
+    def loss(params: Tree, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
+        logits, new = model.apply(
+            {"params": params, **model_state},
+            batch["image"],
+            train=True,
+            rngs={"dropout": key},
+            mutable=list(model_state),
+        )
+        hits = jnp.argmax(logits, -1) == jnp.argmax(batch["label"], -1)
+        return criterion(logits, batch["label"]), (new, jnp.mean(hits, dtype=jnp.float32))
+
+    return curvax.Objective(loss, batch, has_aux=True, key=key, microbatch=microbatch)
+
+
+def make_step(
+    model: nn.Module,
+    optimizer: optax.GradientTransformationExtraArgs,
+    criterion: Criterion,
+    transform: Transform,
+    microbatch: int | None = None,
+) -> Callable[[State, Batch], tuple[State, Measured]]:
+    """The compiled step; it takes the state's buffers over, so use the state it returns."""
+
+    def step(state: State, batch: Batch) -> tuple[State, Measured]:
+        augmentation, dropout = jax.random.split(jax.random.fold_in(state.key, state.step))
+        batch = transform(augmentation, batch)
+        value_fn = objective(model, criterion, state.model_state, batch, dropout, microbatch)
+        (loss, (model_state, accuracy)), grads = value_fn.value_and_grad(state.params)
+        updates, opt_state = optimizer.update(
+            grads, state.opt_state, state.params, value_fn=value_fn, value=loss
+        )
+        params = optax.apply_updates(state.params, updates)
+        figures = {"accuracy": accuracy, **curvax.diagnostics(opt_state), "loss": loss}
+        measured = Measured(figures, _finite((loss, grads, updates)))
+        return State(state.step + 1, params, model_state, opt_state, state.key), measured
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _finite(watched: Tree) -> jax.Array:
+    return jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(watched)])
+
+
+def watched_names(params: Tree) -> list[str]:
+    """What each entry of `Measured.finite` is about."""
+    leaves = [label(names(path)) for path, _ in jax.tree.leaves_with_path(params)]
+    return [
+        "the loss",
+        *(f"the gradient of `{leaf}`" for leaf in leaves),
+        *(f"the update of `{leaf}`" for leaf in leaves),
+    ]
