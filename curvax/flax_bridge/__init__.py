@@ -1,0 +1,10 @@
+"""Flax and curvax: a linen train state, losses of nnx modules, and what each parameter is.
+
+This package needs Flax, which the `flax` extra brings.
+"""
+
+from curvax.flax_bridge.layouts import Layout, Leaf, Member, layout
+from curvax.flax_bridge.losses import nnx_loss
+from curvax.flax_bridge.train_state import TrainState
+
+__all__ = ["Layout", "Leaf", "Member", "TrainState", "layout", "nnx_loss"]

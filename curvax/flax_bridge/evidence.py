@@ -1,0 +1,231 @@
+"""A tree of named shapes ↦ what each parameter is, by the names and shapes around it.
+
+Rank alone does not tell a convolution (h, w, in, out) from an attention kernel (in, heads, dim) or
+from layers stacked by a scan (L, in, out). What does: a bias repeats the stacked and the output
+axes of its kernel, a normalisation's scale has one axis, attention owns a query, a key and a value,
+and what is stacked is stacked together with its neighbours. What stays doubtful is `other`.
+"""
+
+from collections.abc import Mapping
+from itertools import combinations
+from typing import NamedTuple
+
+Axes = tuple[int, ...]
+Path = tuple[str, ...]
+Shape = tuple[int, ...]
+Layer = Mapping[str, Shape]
+
+ATTENTION = ("query", "key", "value")
+
+
+class Role(NamedTuple):
+    """What a parameter does in its own layer, before any stacking."""
+
+    kind: str
+    window: Axes = ()
+    inputs: Axes = ()
+    outputs: Axes = ()
+
+
+class Reading(NamedTuple):
+    """A role, the axes that stack layers, and how many names of the path lead to each stack."""
+
+    role: Role
+    depth: Axes = ()
+    levels: tuple[int, ...] = ()
+
+
+OTHER = Role("other")
+
+
+def convolution(window: int, *, transposed: bool = False) -> Role:
+    """A Flax kernel (*window, in, out); (*window, out, in) where it is stored transposed."""
+    ends = ((window,), (window + 1,))
+    return Role("convolution", tuple(range(window)), *(ends[::-1] if transposed else ends))
+
+
+def linear(inputs: int, outputs: int, *, kind: str = "dense", batch: int = 0) -> Role:
+    """A kernel (*batch, *in, *out)."""
+    split = batch + inputs
+    return Role(kind, (), tuple(range(batch, split)), tuple(range(split, split + outputs)))
+
+
+def vector(kind: str, rank: int) -> Role:
+    return Role(kind, outputs=tuple(range(rank)))
+
+
+def role(owner: Path, name: str, layer: Layer, *, attention: bool = False) -> Role:
+    """The role of the parameter `name` in an unstacked layer at the path `owner`."""
+    rank = len(layer[name])
+    if name == "kernel":
+        return _kernel(owner, layer, attention)
+    if name == "scale" or (name == "bias" and "scale" in layer and "kernel" not in layer):
+        return vector("norm", rank)
+    if name == "bias":
+        return vector("bias", rank)
+    if name == "embedding" and rank == 2:
+        return linear(1, 1, kind="embedding")
+    if rank and any(word in name.lower() for word in ("embed", "cls", "token")):
+        return Role("embedding", outputs=(rank - 1,))
+    return OTHER
+
+
+def _kernel(owner: Path, layer: Layer, attention: bool) -> Role:
+    rank, bias = len(layer["kernel"]), layer.get("bias")
+    if attention and rank in (2, 3):
+        outputs = 1 if owner[-1] == "out" else rank - 1
+        return linear(rank - outputs, outputs, kind="attention")
+    if rank == 2:
+        return linear(1, 1)
+    if bias is not None and 2 <= len(bias) < rank:
+        return linear(rank - len(bias), len(bias))
+    if rank >= 3 and (_named_convolution(owner) or (bias is not None and rank >= 4)):
+        return convolution(rank - 2)
+    return OTHER
+
+
+def _named_convolution(owner: Path) -> bool:
+    return bool(owner) and owner[-1].lower().startswith("conv")
+
+
+def layers(shapes: Mapping[Path, Shape]) -> dict[Path, dict[str, Shape]]:
+    """The parameters grouped by the module that owns them."""
+    grouped: dict[Path, dict[str, Shape]] = {}
+    for path, shape in shapes.items():
+        grouped.setdefault(path[:-1], {})[path[-1]] = shape
+    return grouped
+
+
+def in_attention(owner: Path, owners: Mapping[Path, object]) -> bool:
+    """Whether a layer is one of attention's projections: a query, key and value stand beside it."""
+    return (
+        bool(owner)
+        and owner[-1] in (*ATTENTION, "out")
+        and all((*owner[:-1], name) in owners for name in ATTENTION)
+    )
+
+
+def read(
+    shapes: Mapping[Path, Shape], known: Mapping[Path, Reading] | None = None
+) -> dict[Path, Reading]:
+    """Reads a whole tree of shapes; of `known` leaves a module has told role and depth."""
+    known = known or {}
+    grouped = layers(shapes)
+    depths = _depths(grouped, {path[:-1]: len(reading.depth) for path, reading in known.items()})
+    readings = {}
+    for path, shape in shapes.items():
+        readings[path] = known.get(path) or _read(path, shape, grouped, depths[path[:-1]])
+    levels = _levels({path: _sizes(shapes[path], r.depth) for path, r in readings.items()})
+    return {path: r._replace(levels=levels[path]) for path, r in readings.items()}
+
+
+def _read(path: Path, shape: Shape, grouped: Mapping[Path, Layer], depth: int | None) -> Reading:
+    if depth is None or depth > len(shape):
+        return Reading(OTHER)
+    owner = path[:-1]
+    layer = {name: s[depth:] for name, s in grouped[owner].items()}
+    found = role(owner, path[-1], layer, attention=in_attention(owner, grouped))
+    return placed(found, tuple(range(depth)), len(shape))
+
+
+def placed(found: Role, depth: Axes, rank: int, levels: tuple[int, ...] = ()) -> Reading:
+    """The role with its axes counted in a stored leaf of which the axes `depth` stack layers."""
+    own = [axis for axis in range(rank) if axis not in depth]
+    kind, *groups = found
+    axes = (tuple(own[axis] for axis in group) for group in groups)
+    return Reading(Role(kind, *axes), depth, levels)
+
+
+def removed(outer: Shape, inner: Shape) -> Axes | None:
+    """The axes without which `outer` is `inner`, the leading ones where several would do."""
+    for axes in combinations(range(len(outer)), max(0, len(outer) - len(inner))):
+        if tuple(size for axis, size in enumerate(outer) if axis not in axes) == inner:
+            return axes
+    return None
+
+
+def _sizes(shape: Shape, depth: Axes) -> Shape:
+    return tuple(shape[axis] for axis in depth)
+
+
+def _depths(grouped: Mapping[Path, Layer], told: Mapping[Path, int]) -> dict[Path, int | None]:
+    """The number of leading stacked axes of each layer, None where nothing settles it."""
+    possible = {
+        owner: (told[owner],) if owner in told else _possible_depths(owner, layer)
+        for owner, layer in grouped.items()
+    }
+    certain = {owner: depths[0] for owner, depths in possible.items() if len(depths) == 1}
+
+    def settle(owner: Path) -> int | None:
+        if owner in certain:
+            return certain[owner]
+        home = _home(owner, grouped)
+        below = [o for o in certain if o[: len(home)] == home]
+        if not below:
+            return None
+        witness = min(below, key=lambda o: certain[o])
+        depth = certain[witness]
+        leading = {shape[:depth] for o in (witness, owner) for shape in grouped[o].values()}
+        return depth if depth in possible[owner] and len(leading) == 1 else None
+
+    return {owner: settle(owner) for owner in grouped}
+
+
+def _home(owner: Path, grouped: Mapping[Path, Layer]) -> Path:
+    """The module whose layers would be stacked together with this one."""
+    if "kernel" not in grouped[owner] and any(
+        len(o) > len(owner) and o[: len(owner)] == owner for o in grouped
+    ):
+        return owner
+    return owner[:-2] if in_attention(owner, grouped) else owner[:-1]
+
+
+def _possible_depths(owner: Path, layer: Layer) -> tuple[int, ...]:
+    kernel, bias = layer.get("kernel"), layer.get("bias")
+    if kernel is None:
+        if "scale" in layer:
+            return (max(0, len(layer["scale"]) - 1),)
+        if set(layer) == {"embedding"}:
+            return (max(0, len(layer["embedding"]) - 2),)
+        return tuple(range(1 + min(map(len, layer.values()))))
+    if bias is None:
+        return tuple(range(max(1, len(kernel) - (2 if _named_convolution(owner) else 1))))
+    if _named_convolution(owner):
+        return (len(bias) - 1,)
+    return tuple(n for n in range(len(bias)) if _explains(kernel, bias, n))
+
+
+def _explains(kernel: Shape, bias: Shape, depth: int) -> bool:
+    """Whether the bias is `depth` stacked axes of the kernel, then the kernel's output axes."""
+    outputs = len(bias) - depth
+    return (
+        len(kernel) > len(bias)
+        and kernel[:depth] == bias[:depth]
+        and kernel[-outputs:] == bias[depth:]
+    )
+
+
+def _levels(sizes: Mapping[Path, Shape]) -> dict[Path, tuple[int, ...]]:
+    """Where in each path its stacks begin: at the outermost module all of whose leaves share them.
+
+    A wrapper that holds nothing but the stacked module passes the name on to it.
+    """
+
+    def uniform(prefix: Path, size: Shape) -> bool:
+        below = [s for path, s in sizes.items() if path[: len(prefix)] == prefix]
+        return all(s[: len(size)] == size for s in below)
+
+    def begin(path: Path, size: Shape) -> int:
+        level = next(n for n in range(len(path) + 1) if uniform(path[:n], size))
+        while level < len(path) - 2 and len(_children(path[:level], sizes)) == 1:
+            level += 1
+        return level
+
+    return {
+        path: tuple(begin(path, size[: k + 1]) for k in range(len(size)))
+        for path, size in sizes.items()
+    }
+
+
+def _children(prefix: Path, paths: Mapping[Path, object]) -> set[str]:
+    return {path[len(prefix)] for path in paths if path[: len(prefix)] == prefix}

@@ -1,0 +1,51 @@
+"""A linen train state whose transformation may evaluate the loss, with batch statistics."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import optax
+from flax import struct
+from flax.training import train_state
+
+
+class TrainState(train_state.TrainState):
+    """Flax's `TrainState`, for transformations that evaluate the loss elsewhere.
+
+    Attributes:
+        batch_stats: linen's collection of that name; empty for a model without batch norm.
+    """
+
+    batch_stats: Mapping[str, Any] = struct.field(default_factory=dict)
+
+    def apply_gradients(
+        self,
+        *,
+        grads: Any,
+        value_fn: Callable[..., Any] | None = None,
+        value: Any = None,
+        **changes: Any,
+    ) -> "TrainState":
+        """One step: `tx.update` with the loss at hand, then `step`, `params` and `opt_state`.
+
+        The transformation is handed `value_fn`, `value` and, beside a `value_fn`, the gradient as
+        `grad` (Optax's line searches look for it); one without extra arguments is handed none.
+
+        Args:
+            grads: gradients of the shape of `params`.
+            value_fn: the loss as a function of the parameters, such as a `curvax.Objective`.
+            value: the loss at `params`, where it is known.
+            **changes: fields to replace, as `batch_stats=new_batch_stats`.
+
+        Returns:
+            The next state; this one is left as it was.
+        """
+        forward = optax.with_extra_args_support(self.tx).update
+        extra = {} if value is None else {"value": value}
+
+        def update(updates: Any, state: Any, params: Any) -> Any:
+            asked = {} if value_fn is None else {"value_fn": value_fn, "grad": updates}
+            return forward(updates, state, params, **extra, **asked)
+
+        bound = self.replace(tx=optax.GradientTransformation(self.tx.init, update))
+        stepped = super(TrainState, bound).apply_gradients(grads=grads, **changes)
+        return stepped.replace(tx=self.tx)
