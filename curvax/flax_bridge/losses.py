@@ -47,8 +47,7 @@ def nnx_loss(
         seeds = streams if key is None else jax.tree.map(partial(_fold, key), streams)
         live = nnx.merge(graphdef, params, seeds, rest, copy=True)
         value = fn(live, batch)
-        *_, new = nnx.split(live, wrt, nnx.RngKey, ...)
-        return value, nnx.as_pure(new)
+        return value, nnx.as_pure(nnx.split(live, wrt, nnx.RngKey, ...)[-1])
 
     # New Variables: those of the split are the module's own and would follow its updates.
     return loss, jax.tree.map(lambda x: x, params)
