@@ -1,0 +1,90 @@
+"""Means over pieces of a batch: split into contiguous pieces, scan, accumulate in float32."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from curvax import axes
+from curvax.trees import Tree, is_float, widen
+
+
+def check_divides(size: int, piece: int, where: str) -> None:
+    """Refuses a piece that is no positive divisor of the batch.
+
+    Raises:
+        ValueError: `piece` does not divide `size`.
+    """
+    if piece < 1 or size % piece:
+        divisors = [n for n in range(1, size + 1) if size % n == 0]
+        raise ValueError(
+            f"{where} cuts the batch into equal pieces, and {piece} does not divide its {size} "
+            f"examples: the remainder would be lost or miscounted. Use one of {divisors}, or drop "
+            "the last, shorter batch of an epoch."
+        )
+
+
+def split(batch: Tree, size: int, piece: int, where: str) -> Tree:
+    """Contiguous pieces: leaves [size, ...] become [size/piece, piece, ...]."""
+    check_divides(size, piece, where)
+    return jax.tree.map(lambda x: x.reshape(size // piece, piece, *x.shape[1:]), batch)
+
+
+def mean_over_scan(
+    f: Callable[[jax.Array, Tree], tuple[Tree, jax.Array | None]], pieces: Tree, count: int
+) -> Tree:
+    """The mean of `f(i, piece) -> (tree, weight or None)` over `count` stacked pieces.
+
+    One piece is in memory at a time. Floating leaves are averaged in float32 or wider and come
+    back in their own dtype; all other leaves are those of the last piece.
+    """
+    numbers = jnp.arange(count)
+    first = jax.tree.map(lambda x: x[0], (numbers, pieces))
+    shapes, weighted = jax.eval_shape(f, *first)
+    leaves, treedef = jax.tree.flatten(shapes)
+    floats = [is_float(leaf) for leaf in leaves]
+
+    def body(carry: Any, piece: Any) -> Any:
+        sums, weight = carry
+        out, w = f(*piece)
+        w = jnp.ones((), jnp.float32) if w is None else w
+        x = jax.tree.leaves(out)
+        sums = [s + w * widen(y) for s, y in zip(sums, _where(x, floats, True))]
+        return (sums, weight + w), _where(x, floats, False)
+
+    start = [_zeros(leaf) for leaf in _where(leaves, floats, True)]
+    weight = jnp.zeros((), jnp.float32) if weighted is None else _zeros(weighted)
+    (sums, weight), others = lax.scan(body, (start, weight), (numbers, pieces))
+    means = iter(
+        (s / weight).astype(leaf.dtype) for s, leaf in zip(sums, _where(leaves, floats, True))
+    )
+    last = iter(x[-1] for x in others)
+    return treedef.unflatten([next(means) if is_mean else next(last) for is_mean in floats])
+
+
+def _where(leaves: list[Any], flags: list[bool], value: bool) -> list[Any]:
+    return [leaf for leaf, flag in zip(leaves, flags) if flag is value]
+
+
+def _zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    zeros = jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32))
+    return axes.vary(zeros, axes.varying_of(leaf))
+
+
+def mean_over_vmap(
+    f: Callable[[jax.Array, Tree], tuple[Tree, jax.Array | None]], pieces: Tree, count: int
+) -> Tree:
+    """The same mean with all pieces at once: parallel, and aligned with a sharded batch."""
+    out, weight = jax.vmap(f)(jnp.arange(count), pieces)
+
+    def mean(x: jax.Array) -> jax.Array:
+        if not is_float(x):
+            return x[-1]
+        if weight is None:
+            return jnp.mean(widen(x), axis=0).astype(x.dtype)
+        w = (weight / jnp.sum(weight)).reshape(count, *[1] * (x.ndim - 1))
+        return jnp.sum(w * widen(x), axis=0).astype(x.dtype)
+
+    return jax.tree.map(mean, out)

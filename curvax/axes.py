@@ -1,0 +1,125 @@
+"""Named device axes: which are bound, over which a value varies, and the mean over them.
+
+One code path serves pmap, shard_map (check_vma on and off), vmap with an axis name, and jit
+without any: a value that is not yet known to vary over an axis is cast, what is bound is averaged,
+what is not bound is left alone.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from curvax.trees import Tree, is_float, widen
+
+AxisNames = str | tuple[str, ...] | None
+
+
+def as_tuple(axes: AxisNames) -> tuple[str, ...]:
+    if axes is None:
+        return ()
+    return (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def manual() -> tuple[str, ...]:
+    """The axes that pmap or shard_map bound here (vmap's do not show)."""
+    return tuple(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def varying(tree: Tree) -> frozenset[str]:
+    """The axes over which some leaf is known to vary (only check_vma=True tells)."""
+    return frozenset().union(*(varying_of(jax.typeof(x)) for x in jax.tree.leaves(tree)))
+
+
+def varying_of(abstract: Any) -> frozenset[str]:
+    """The same of an abstract value or a `ShapeDtypeStruct`."""
+    kind = getattr(abstract, "manual_axis_type", None)
+    return frozenset() if kind is None else frozenset(kind.varying)
+
+
+def tracked() -> bool:
+    """Whether the types here say what varies: shard_map with check_vma=True."""
+    axes = manual()
+    return bool(axes) and bool(varying(_cast(jnp.zeros(()), axes)))
+
+
+def vary(tree: Tree, axes: Any) -> Tree:
+    """The same values, typed as varying over those of `axes` that are manual here."""
+    wanted = [axis for axis in manual() if axis in frozenset(axes)]
+    return jax.tree.map(lambda x: _cast(x, wanted), tree) if wanted else tree
+
+
+def _cast(x: jax.Array, axes: Any) -> jax.Array:
+    missing = tuple(axis for axis in axes if axis not in varying_of(jax.typeof(x)))
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def bound(axes: AxisNames, *, where: str) -> tuple[str, ...]:
+    """Those of `axes` that are bound; none of them is bound under plain jit, and that is fine.
+
+    Raises:
+        ValueError: other axes are bound here, but not this one.
+    """
+    found = tuple(axis for axis in as_tuple(axes) if _is_bound(axis))
+    for axis in as_tuple(axes):
+        if axis not in found and (manual() or found):
+            raise ValueError(
+                f"{where} averages over the axis {axis!r}, which is not bound here; bound are "
+                f"{manual() or found}. Use the name given to pmap or to the mesh of shard_map."
+            )
+    return found
+
+
+def _is_bound(axis: str) -> bool:
+    try:
+        lax.axis_size(axis)
+    except NameError:
+        return False
+    return True
+
+
+def mean(tree: Tree, axes: tuple[str, ...], weight: jax.Array | None = None) -> Tree:
+    """The mean over bound axes of every floating leaf, weighted by each device's `weight`.
+
+    What is known not to vary over an axis is its own mean and costs nothing; integers, booleans
+    and keys are left alone.
+    """
+    if not axes:
+        return tree
+    typed = tracked()
+
+    def average(x: jax.Array) -> jax.Array:
+        over = tuple(a for a in axes if not typed or a in varying_of(jax.typeof(x)))
+        if not over or not is_float(x):
+            return x
+        if weight is None:
+            return lax.pmean(x, over)
+        w = vary(widen(weight), over)
+        return (lax.psum(w * widen(x), over) / lax.psum(w, over)).astype(x.dtype)
+
+    return jax.tree.map(average, tree)
+
+
+def mean_over_visible(tree: Tree) -> Tree:
+    """The mean over every axis that the types show: one number for all devices."""
+    axes = varying(tree)
+    return mean(tree, tuple(a for a in manual() if a in axes)) if axes else tree
+
+
+def index_and_size(axes: tuple[str, ...]) -> tuple[jax.Array | int, int]:
+    """This device's number along the axes, first axis slowest, and how many there are."""
+    return (lax.axis_index(axes), lax.axis_size(axes)) if axes else (0, 1)
+
+
+def cond(predicate: Any, f: Any, g: Any) -> Tree:
+    """`lax.cond(predicate, f, g)` for branches of which only one may vary over a device axis.
+
+    The predicate must be the same on every device if a branch communicates.
+    """
+    if not tracked():
+        return lax.cond(predicate, f, g)
+    union = lambda x, y: tuple(varying_of(x) | varying_of(y))
+    kinds = jax.tree.map(union, jax.eval_shape(f), jax.eval_shape(g))
+    typed = lambda branch: lambda: jax.tree.map(_cast, branch(), kinds)
+    return lax.cond(predicate, typed(f), typed(g))

@@ -1,0 +1,83 @@
+"""What a person wants to see of a step: scalars kept as the last field of a stage's state."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from curvax import axes
+from curvax.signal import Signal, Stage, stage
+from curvax.trees import Tree
+
+Figures = dict[str, jax.Array]
+
+
+def unmeasured(*names: str) -> Figures:
+    """Figures before the first measurement: NaN."""
+    return {name: jnp.full((), jnp.nan, jnp.float32) for name in names}
+
+
+def measured(**scalars: Any) -> Figures:
+    """Figures in float32, averaged over every device axis that their types show."""
+    figures = {name: jnp.asarray(x, jnp.float32) for name, x in scalars.items()}
+    return axes.mean_over_visible(figures)
+
+
+class RecordState(NamedTuple):
+    figures: Figures
+    """name ↦ float32 scalar, as last measured."""
+
+
+def record(**measures: Callable[[Signal, Tree], Any]) -> Stage:
+    """Adds figures of your own: `record(update_norm=lambda s, p: optax.global_norm(s.updates))`.
+
+    Args:
+        measures: each `measure(signal, params) -> scalar`, evaluated at every step at this place
+            of the pipe.
+
+    Returns:
+        A stage that passes the signal on unchanged; `diagnostics(state)` finds the figures.
+    """
+
+    def init(params: Tree) -> RecordState:
+        del params
+        return RecordState(unmeasured(*measures))
+
+    def rule(signal: Signal, state: RecordState, params: Tree, **extra: Any) -> Any:
+        del state, extra
+        found = {name: measure(signal, params) for name, measure in measures.items()}
+        return signal, RecordState(measured(**found))
+
+    return stage(init, rule)
+
+
+def diagnostics(state: Any) -> Figures:
+    """All figures in an optimiser state, by name.
+
+    A name that several stages measure is told apart by the place of its stage in the state:
+    `surrogate_gap[0]`, `surrogate_gap[2]`.
+    """
+    found = [(name, place, x) for place, figs in _walk(state, ()) for name, x in figs.items()]
+    times = Counter(name for name, _, _ in found)
+    return {name if times[name] == 1 else f"{name}[{place}]": x for name, place, x in found}
+
+
+def _walk(state: Any, path: tuple[Any, ...]) -> Iterator[tuple[str, Figures]]:
+    for below, node in jax.tree.leaves_with_path(state, is_leaf=_measures):
+        if _measures(node):
+            here = (*path, *below)
+            yield ".".join(_step(entry) for entry in here if _step(entry)), dict(node.figures)
+            yield from _walk(tuple(node[:-1]), here)
+
+
+def _measures(node: Any) -> bool:
+    return getattr(node, "_fields", ())[-1:] == ("figures",)
+
+
+def _step(entry: Any) -> str:
+    """Places in tuples and labels of partitions tell stages apart; names of fields do not."""
+    if isinstance(entry, jax.tree_util.GetAttrKey):
+        return ""
+    return jax.tree_util.keystr((entry,), simple=True)

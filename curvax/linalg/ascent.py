@@ -1,0 +1,164 @@
+"""A gradient and a point ↦ the unit step that climbs.
+
+Every rule of the literature is one shape: measure the gradient in a metric, take the dual
+direction of the whole tree in a p-norm, scale it back:
+
+    ε̂ = ρ · scale(dual_p(measure(g, θ)), θ)
+
+    SAM      measure g        scale 1
+    ASAM     measure T ⊙ g    scale T     with T = |θ| (+ η)
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from curvax import trees
+from curvax.trees import Path, Tree, widen
+
+Leaf = jax.Array
+Measure = Callable[[Path, Leaf, Leaf, jax.Array | None], Leaf]
+Scale = Callable[[Path, Leaf, Leaf], Leaf]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ascent:
+    """The direction in which `sam_perturb` climbs, leaf by leaf but for one norm over all.
+
+    `measure(path, gradient, weight, key)` and `scale(path, step, weight)` act on one leaf; `p` is
+    the norm of the ball, None to leave it to `sam_perturb(p=)`; `key` is there where it draws.
+    """
+
+    measure: Measure = lambda path, g, w, key: g
+    scale: Scale = lambda path, e, w: e
+    p: float | None = None
+    key: jax.Array | None = None
+
+
+def dual_norm(p: float = 2) -> Ascent:
+    """Steepest ascent in the p-norm.
+
+        ε̂ = ρ sign(g) |g|^(q-1) / (‖g‖_q^q)^(1/p),   1/p + 1/q = 1
+
+    p = ∞ moves every weight by ρ, p = 1 a single one. Foret et al., SAM, arXiv:2010.01412, eq. 2.
+
+    Raises:
+        ValueError: p < 1.
+    """
+    check_p(p)
+    return Ascent(p=p)
+
+
+def asam(eta: float = 0.01) -> Ascent:
+    """ASAM as its authors' code has it: T = |w| + η, and 1 for leaves named `bias`.
+
+        ε̂ = ρ T² g / ‖T g‖
+
+    Kwon et al., ASAM, arXiv:2102.11600; ρ = 0.5 and η = 0.01 there.
+    """
+    if isinstance(eta, (int, float)) and eta < 0:
+        raise ValueError(f"`asam` adds η >= 0 to the magnitude of the weights, and got eta={eta}.")
+    return _adaptive(lambda path, w: jnp.ones_like(w) if _is_bias(path) else jnp.abs(w) + eta)
+
+
+def asam_all() -> Ascent:
+    """ASAM with T = |w| for every leaf, biases included, and no η.
+
+        ε̂ = ρ w² g / ‖|w| g‖
+
+    The widespread PyTorch variant; its best ρ is 2.0 where `asam`'s is 0.5.
+    """
+    return _adaptive(lambda path, w: jnp.abs(w))
+
+
+def weight_scaled() -> Ascent:
+    """big_vision's adaptive step: scaled by the weights, measured without them.
+
+    ε̂ = ρ |w| g / ‖g‖
+    """
+    return Ascent(scale=lambda path, e, w: jnp.abs(w) * e)
+
+
+def random_direction(key: jax.Array | int = 0) -> Ascent:
+    """A random direction of length ρ, whatever the gradient: ε̂ = ρ z / ‖z‖₂, z ~ N(0, I).
+
+    The ablation of Foret et al., SAM, arXiv:2010.01412, appendix C.5.
+    """
+    key = jax.random.key(key) if isinstance(key, int) else key
+    return Ascent(lambda path, g, w, key: jax.random.normal(key, g.shape, g.dtype), p=2, key=key)
+
+
+def _adaptive(magnitude: Callable[[Path, Leaf], Leaf]) -> Ascent:
+    return Ascent(
+        measure=lambda path, g, w, key: magnitude(path, w) * g,
+        scale=lambda path, e, w: magnitude(path, w) * e,
+    )
+
+
+def _is_bias(path: Path) -> bool:
+    return any(name.split(".")[-1] == "bias" for name in path[-2:])
+
+
+def check_p(p: Any) -> None:
+    """Refuses what is no norm.
+
+    Raises:
+        ValueError: p < 1.
+    """
+    if not p >= 1:
+        raise ValueError(f"A p-norm has p in [1, ∞], and p was {p}. SAM's own is 2.")
+
+
+def dual_direction(a: Tree, p: float) -> Tree:
+    """The e of unit p-norm with the largest <a, e>, over the whole tree; 0 for a = 0."""
+    a = jax.tree.map(widen, a)
+    if p == 2:
+        return trees.scale(trees.ratio(jnp.ones(()), trees.norm(a)), a)
+    if p == 1:
+        return _largest_entry(a)
+    if p == jnp.inf:
+        return jax.tree.map(jnp.sign, a)
+    q = p / (p - 1)
+    # Homogeneous of degree zero: dividing by the largest entry first keeps powers in range.
+    a = trees.scale(trees.ratio(jnp.ones(()), _largest(a)), a)
+    e = jax.tree.map(lambda x: jnp.sign(x) * _power(x, q - 1), a)
+    mass = trees.total(jax.tree.map(lambda x: _power(x, q), a))
+    return trees.scale(trees.ratio(jnp.ones(()), _power(mass, 1 / p)), e)
+
+
+def p_norm(tree: Tree, p: float) -> jax.Array:
+    """‖·‖_p over the whole tree."""
+    if p == 2:
+        return trees.norm(tree)
+    if p == jnp.inf:
+        return _largest(tree)
+    return _power(trees.total(jax.tree.map(lambda x: _power(x, p), tree)), 1 / p)
+
+
+def _power(x: jax.Array, exponent: float) -> jax.Array:
+    """|x|^exponent with derivative 0 at 0."""
+    return jnp.where(x == 0, 0.0, jnp.abs(jnp.where(x == 0, 1.0, x)) ** exponent)
+
+
+def _largest(tree: Tree) -> jax.Array:
+    peaks = [jnp.max(jnp.abs(widen(x)), initial=0.0) for x in jax.tree.leaves(tree)]
+    return jnp.max(jnp.stack(peaks)) if peaks else jnp.zeros(())
+
+
+def _largest_entry(tree: Tree) -> Tree:
+    leaves, treedef = jax.tree.flatten(tree)
+    if not leaves:
+        return tree
+    winner = jnp.argmax(jnp.stack([jnp.max(jnp.abs(x), initial=0.0) for x in leaves]))
+
+    def alone(i: int, x: jax.Array) -> jax.Array:
+        if not x.size:
+            return x
+        flat = x.ravel()
+        here = (jnp.arange(flat.size) == jnp.argmax(jnp.abs(flat))) & (winner == i)
+        return jnp.where(here, jnp.sign(flat), 0.0).reshape(x.shape)
+
+    return treedef.unflatten([alone(i, x) for i, x in enumerate(leaves)])

@@ -1,0 +1,60 @@
+"""A product v ↦ C v ↦ estimates of its diagonal and trace, each with its standard error."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from curvax import trees
+from curvax.trees import Tree
+
+Product = Callable[[Tree], Tree]
+
+
+class Estimate(NamedTuple):
+    """A mean over probes and its standard error, NaN for a single probe."""
+
+    mean: Tree
+    standard_error: Tree
+
+
+def estimate_diagonal(product: Product, probes: Tree) -> Estimate:
+    """Hutchinson's estimate of the diagonal, mean of z ⊙ C z over probes.
+
+    Args:
+        product: v ↦ C v.
+        probes: a tree whose leaves stack the probes along a new first axis, E[z zᵀ] = I.
+
+    Returns:
+        The estimate, shaped like one probe, and its standard error. Unbiased; exact with signs
+        where C is diagonal. Yao et al., AdaHessian, arXiv:2006.00719, eq. 8.
+    """
+    return _over_probes(lambda z: jax.tree.map(lambda a, b: a * b, z, product(z)), probes)
+
+
+def estimate_trace(product: Product, probes: Tree) -> Estimate:
+    """Hutchinson's estimate of the trace, mean of zᵀ C z over probes stacked along axis 0."""
+    return _over_probes(lambda z: trees.dot(z, product(z)), probes)
+
+
+def _over_probes(sample: Callable[[Tree], Tree], probes: Tree) -> Estimate:
+    n = jax.tree.leaves(probes)[0].shape[0]
+    first = sample(jax.tree.map(lambda z: z[0], probes))
+    if n == 1:
+        return Estimate(first, jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), first))
+
+    # Welford's update: the sum of squared deviations without cancellation.
+    def body(carry, item):
+        mean, square = carry
+        i, z = item
+        x = sample(z)
+        ahead = jax.tree.map(lambda m, y: m + (y - m) / (i + 1), mean, x)
+        square = jax.tree.map(lambda s, m, a, y: s + (y - m) * (y - a), square, mean, ahead, x)
+        return (ahead, square), None
+
+    start = (first, jax.tree.map(jnp.zeros_like, first))
+    rest = jax.tree.map(lambda z: z[1:], probes)
+    (mean, square), _ = lax.scan(body, start, (jnp.arange(1, n), rest))
+    return Estimate(mean, jax.tree.map(lambda s: jnp.sqrt(s / (n * (n - 1))), square))

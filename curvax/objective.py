@@ -1,0 +1,318 @@
+"""The loss as the stages see it: a callable of the parameters that can say more than its value.
+
+A stage reaches the loss only through `value_and_grad` and the products of `curvax.oracles`; the
+batch behind it can be swapped (`on`), cut into groups (`groups`) or walked through in micro-batches
+(`microbatch=`), and each piece folds its own number into the dropout key.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from curvax import accumulation, axes, reductions, trees
+from curvax.trees import Tree
+
+
+class Given(NamedTuple):
+    """A gradient that `value_and_grad` returned, by weak reference: nothing is kept alive."""
+
+    params: list[weakref.ref]
+    grads: list[weakref.ref]
+    value: weakref.ref
+
+    @property
+    def alive(self) -> bool:
+        return all(ref() is not None for ref in self.grads)
+
+
+class Objective:
+    """A loss of the parameters over a batch, for `tx.update(grads, state, params, value_fn=...)`.
+
+        L(θ) = 1/n Σᵢ ℓ(θ, xᵢ)
+
+    Args:
+        loss: `loss(params, batch) -> scalar`, a mean over the leading axis of `batch`; or, with
+            `model`, `loss(outputs, batch) -> scalar`; or, without a batch, `loss(params)`.
+        batch: a pytree of arrays with one leading axis of examples.
+        model: `model(params, batch) -> outputs`, where the two halves of the loss must be seen
+            apart (Gauss-Newton, Fisher).
+        has_aux: the loss returns `(scalar, aux)`; with `model`, the model returns
+            `(outputs, aux)`. In Flax the aux is the new model state.
+        key: a typed PRNG key. The loss (or the model) is then called with a third argument, a key
+            that is the same in every pass over the same examples, and different for each group,
+            micro-batch and device.
+        microbatch: examples per micro-batch. Loss, gradient and products are accumulated in
+            float32 over scanned micro-batches, with the memory of one.
+        weight: `weight(batch) -> scalar`, or the name of an entry of the batch whose sum it is,
+            where the loss is a weighted mean (the number of unmasked tokens, say). Micro-batches,
+            groups and devices are then averaged by weight.
+
+    Raises:
+        ValueError: `microbatch` does not divide the batch, or options need a batch and have none.
+    """
+
+    def __init__(
+        self,
+        loss: Callable[..., Any],
+        batch: Tree = None,
+        *,
+        model: Callable[..., Any] | None = None,
+        has_aux: bool = False,
+        key: jax.Array | None = None,
+        microbatch: int | None = None,
+        weight: Callable[[Tree], Any] | str | None = None,
+    ):
+        self.loss, self.batch, self.model, self.has_aux = loss, batch, model, has_aux
+        self.key, self.microbatch, self.weight = key, microbatch, weight
+        self._given: list[Given] = []
+        self._part: tuple[Any, int] = (0, 1)
+        self._check()
+
+    def _check(self) -> None:
+        if self.batch is None and (self.microbatch or self.weight or self.model):
+            raise ValueError(
+                "`Objective` was given `microbatch`, `weight` or `model`, which read the batch, "
+                "and no batch. Write `Objective(loss, batch, ...)`."
+            )
+        if isinstance(self.weight, str) and (
+            not isinstance(self.batch, dict) or self.weight not in self.batch
+        ):
+            raise ValueError(
+                f"`Objective(weight={self.weight!r})` names an entry of the batch, and the batch "
+                "has none of that name. Pass a name that is there, or a callable "
+                "`batch -> scalar`."
+            )
+        if self.key is not None and not jnp.issubdtype(
+            jnp.result_type(self.key), jax.dtypes.prng_key
+        ):
+            raise TypeError(
+                "`Objective(key=)` takes a typed key. Write `jax.random.key(seed)`, or "
+                "`jax.random.wrap_key_data(raw_key)` for an old one."
+            )
+        if self.microbatch is not None:
+            accumulation.check_divides(self.size, self.microbatch, "`Objective(microbatch=)`")
+
+    # What it is made of.
+
+    @property
+    def size(self) -> int:
+        """The number of examples in the batch (here: on this device, under an axis).
+
+        Raises:
+            ValueError: there is no batch, or its leaves disagree on the leading axis.
+        """
+        sizes = {jnp.shape(x)[:1] for x in jax.tree.leaves(self.batch)}
+        if len(sizes) != 1 or () in sizes:
+            raise ValueError(
+                "The batch of an `Objective` is a pytree of arrays that share one leading axis of "
+                f"examples. Got shapes {[jnp.shape(x) for x in jax.tree.leaves(self.batch)]}. "
+                "A plain callable has no batch: write `Objective(loss, batch)` with "
+                "`loss(params, batch)`."
+            )
+        return sizes.pop()[0]
+
+    def on(self, batch: Tree, *, part: tuple[Any, int] = (0, 1)) -> Objective:
+        """The same loss on another batch; `part=(i, n)` says that it is the i-th of n pieces of
+        this one, which gives its dropout key a number of its own."""
+        other = copy.copy(self)
+        other.batch, other._given = batch, []
+        (i, n), (j, m) = self._part, part
+        other._part = (i * m + j, n * m)
+        return other
+
+    def groups(self, m: int) -> Tree:
+        """The batch in contiguous groups of m examples: leaves [n, ...] become [n/m, m, ...].
+
+        Raises:
+            ValueError: m does not divide the batch.
+        """
+        return accumulation.split(self.batch, self.size, m, "`groups(m)`")
+
+    def first(self, fraction: float) -> Objective:
+        """The same loss on the first `fraction` of the batch (at least one example)."""
+        count = max(1, round(fraction * self.size))
+        part = self.on(jax.tree.map(lambda x: x[:count], self.batch))
+        if part.microbatch and part.microbatch >= count:
+            part.microbatch = None
+        return part
+
+    def through(self, f: Callable[[Tree], Tree]) -> Objective:
+        """The objective composed with a map of parameters: θ ↦ L(f(θ))."""
+        other = copy.copy(self)
+        other._given = []
+        inner = self.loss if self.model is None else self.model
+        composed = lambda params, *rest: inner(f(params), *rest)
+        if self.model is None:
+            other.loss = composed
+        else:
+            other.model = composed
+        return other
+
+    def batch_weight(self) -> jax.Array | None:
+        """The weight of this batch in a mean of means, or None where all count alike."""
+        if self.weight is None:
+            return None
+        if isinstance(self.weight, str):
+            weight = jnp.sum(self.batch[self.weight])
+        else:
+            weight = self.weight(self.batch)
+        return jnp.asarray(weight, jnp.result_type(float))
+
+    # What it is worth.
+
+    def __call__(self, params: Tree) -> jax.Array:
+        """L(θ), a scalar in float32 or wider. Safe for anybody's autodiff: the micro-batches are
+        scanned with checkpointed bodies."""
+        value, _ = self.average(
+            lambda part: (
+                jax.checkpoint(part.evaluate)(params) if self.microbatch else part.evaluate(params)
+            )
+        )
+        return value
+
+    def value_and_grad(self, params: Tree) -> tuple[Any, Tree]:
+        """(L(θ) or (L(θ), aux), ∇L(θ)), local to this device under an axis.
+
+        The objective remembers by weak reference which gradient it gave for which parameters, so
+        that a curvature estimator can pass on its own copy and the compiler drop this one.
+        """
+        (value, aux), grads = self.value_aux_and_grad(params)
+        self._given = [given for given in self._given if given.alive]
+        refs = lambda tree: [weakref.ref(x) for x in jax.tree.leaves(tree)]
+        self._given.append(Given(refs(params), refs(grads), weakref.ref(value)))
+        return ((value, aux) if self.has_aux else value), grads
+
+    def value_aux_and_grad(self, params: Tree) -> tuple[tuple[jax.Array, Any], Tree]:
+        """((L(θ), aux), ∇L(θ)), where aux is None without `has_aux`."""
+        local = axes.vary(params, self.local_axes(params))
+        return self.average(lambda part: jax.value_and_grad(part.evaluate, has_aux=True)(local))
+
+    def evaluate(self, params: Tree) -> tuple[jax.Array, Any]:
+        """(L(θ), aux) of the whole batch in one piece."""
+        rest = () if self.batch is None else (self.batch,)
+        key = () if self.key is None else (self._pass_key(),)
+        aux = None
+        if self.model is None:
+            out = self.loss(params, *rest, *key)
+            value, aux = _pair(out, "loss") if self.has_aux else (out, None)
+        else:
+            outputs = self.model(params, *rest, *key)
+            outputs, aux = _pair(outputs, "model") if self.has_aux else (outputs, None)
+            value = self.loss(outputs, *rest)
+        return _scalar(value), aux
+
+    def average(self, f: Callable[[Objective], Tree]) -> Tree:
+        """The mean over micro-batches of `f(the objective on one of them)`, by weight where there
+        is one; `f(self)` without micro-batches. Floating leaves are accumulated in float32, others
+        are the last one's."""
+        if not self.microbatch or self.microbatch == self.size:
+            return f(self)
+        count = self.size // self.microbatch
+
+        def piece(i: jax.Array, batch: Tree) -> tuple[Tree, jax.Array | None]:
+            part = self.on(batch, part=(i, count))
+            part.microbatch = None
+            return f(part), part.batch_weight()
+
+        return accumulation.mean_over_scan(piece, self.groups(self.microbatch), count)
+
+    # Where it is.
+
+    def local_axes(self, params: Tree) -> frozenset[str]:
+        """The device axes over which this loss is each device's own.
+
+        Raises:
+            ValueError: the loss averages its own value over a device axis.
+        """
+        if not axes.manual():
+            return frozenset()
+        traced = jax.make_jaxpr(lambda p: self.average(lambda part: part.evaluate(p))[0])(params)
+        typed = axes.tracked()
+        suspects = axes.varying(self.batch) if typed and self.batch is not None else axes.manual()
+        reductions.refuse_reduced_output(traced, tuple(suspects))
+        return axes.varying_of(traced.out_avals[0]) if typed else frozenset(axes.manual())
+
+    def gave(self, params: Tree, updates: Tree) -> Given | None:
+        """The record of `updates` as this objective's own gradient at `params`, if they are."""
+        same = lambda refs, tree: (
+            len(refs) == len(leaves := jax.tree.leaves(tree))
+            and all(ref() is x for ref, x in zip(refs, leaves))
+        )
+        for given in self._given:
+            if same(given.grads, updates) and same(given.params, params):
+                return given
+        return None
+
+    def shard_number(self, local: frozenset[str]) -> tuple[Any, int]:
+        """(i, n): this batch is the i-th of n contiguous pieces of the global batch."""
+        device, devices = axes.index_and_size(tuple(a for a in axes.manual() if a in local))
+        part, parts = self._part
+        return device * parts + part, devices * parts
+
+    def _pass_key(self) -> jax.Array:
+        local = axes.varying(self.batch) if axes.tracked() else frozenset(axes.manual())
+        number, count = self.shard_number(local)
+        assert self.key is not None
+        return jax.random.fold_in(self.key, number) if count > 1 else self.key
+
+
+def as_objective(value_fn: Callable[..., Any] | None, stage: str) -> Objective:
+    """The `value_fn` of an update as an objective.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if value_fn is None:
+        raise ValueError(
+            f"`{stage}` evaluates the loss, and no `value_fn` reached it. Pass it to the update: "
+            "`tx.update(grads, state, params, value_fn=objective)`. If you did, a wrapper between "
+            "dropped it: in `optax.chain`, `optax.MultiSteps` does, so wrap the whole, "
+            "`optax.MultiSteps(optax.chain(...), k)`, or better, accumulate in the loss with "
+            "`curvax.Objective(loss, batch, microbatch=...)`."
+        )
+    return value_fn if isinstance(value_fn, Objective) else Objective(value_fn)
+
+
+def require_batch(objective: Objective, stage: str) -> Objective:
+    """The objective, if it can see its examples.
+
+    Raises:
+        ValueError: it was made from a callable of the parameters alone.
+    """
+    if objective.batch is None:
+        raise ValueError(
+            f"`{stage}` reads the batch behind the loss, and `value_fn` is a callable of the "
+            "parameters alone. Pass `value_fn=curvax.Objective(loss, batch)` with "
+            "`loss(params, batch) -> scalar`."
+        )
+    return objective
+
+
+def _pair(out: Any, half: str) -> tuple[Any, Any]:
+    if not (isinstance(out, tuple) and len(out) == 2):
+        raise TypeError(
+            f"`Objective(has_aux=True)` expects the {half} to return a pair whose second part is "
+            f"the aux, and got {type(out).__name__}. Return `(value, aux)` or drop `has_aux`."
+        )
+    return out
+
+
+def _scalar(value: Any) -> jax.Array:
+    if isinstance(value, tuple):
+        raise TypeError(
+            f"The loss returned a tuple of {len(value)}. A loss that returns `(scalar, aux)` is "
+            "passed as `curvax.Objective(loss, batch, has_aux=True)`."
+        )
+    value = jnp.asarray(value)
+    if value.shape or not trees.is_float(value):
+        raise TypeError(
+            f"The loss must be a floating scalar, and is {value.dtype}{list(value.shape)}. Reduce "
+            "it over the examples with `jnp.mean`."
+        )
+    return trees.widen(value)

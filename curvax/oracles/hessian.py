@@ -1,0 +1,156 @@
+"""A loss and a point ↦ the Hessian product v ↦ H v, and the gradient that comes with it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from curvax import axes, trees
+from curvax.objective import Objective, as_objective
+from curvax.trees import Tree
+
+Product = Callable[[Tree], Tree]
+LossAndGradient = tuple[tuple[jax.Array, Any], Tree]
+
+MODES = ("auto", "forward-over-reverse", "reverse-over-reverse", "finite-differences")
+
+
+def hvp(
+    objective: Objective | Callable[[Tree], jax.Array],
+    params: Tree,
+    *,
+    mode: str = "auto",
+    precision: Any = "highest",
+) -> Product:
+    """The product with the Hessian of the loss at `params`: v ↦ ∇²L(θ) v.
+
+    Linearised once, so that each application costs about one gradient (with `microbatch=` the
+    gradient is computed anew each time, and memory is that of one micro-batch). Local to the
+    device under an axis.
+
+    Args:
+        objective: an `Objective`, or a callable `params -> scalar`.
+        params: the point θ.
+        mode: `"forward-over-reverse"`, the cheapest; `"reverse-over-reverse"`, where a
+            `custom_vjp` or a kernel has no forward derivative; `"finite-differences"`, central,
+            good to about the cube root of the precision squared; `"auto"`, the first that the
+            loss allows of the first two.
+        precision: of the matrix products (`jax.default_matmul_precision`).
+
+    Returns:
+        A linear map from trees like `params` to trees like `params`.
+
+    Raises:
+        ValueError: an unknown mode.
+    """
+    check_mode(mode)
+    objective = as_objective(objective, "hvp")
+    with jax.default_matmul_precision(precision):
+        _, product = linearized_gradient(objective, params, mode=mode)
+
+    def highest(v: Tree) -> Tree:
+        with jax.default_matmul_precision(precision):
+            return product(v)
+
+    return highest
+
+
+def check_mode(mode: str) -> None:
+    if mode not in MODES:
+        raise ValueError(f"`mode` is one of {MODES}, and was {mode!r}.")
+
+
+def linearized_gradient(
+    objective: Objective, params: Tree, *, mode: str = "auto"
+) -> tuple[LossAndGradient, Product]:
+    """(((L, aux), ∇L), v ↦ H v) at `params`, one linearisation for all."""
+    params, local = _localized(objective, params)
+    if mode == "finite-differences":
+        return objective.value_aux_and_grad(params), _differences(objective, params)
+    if objective.microbatch:
+        product = lambda v: gradient_and_product(objective, params, v, mode=mode)[1]
+        return objective.value_aux_and_grad(params), product
+    forward = lambda: _forward_linearized(objective, params)
+    reverse = lambda: _reverse_linearized(objective, params)
+    out, product = _first_allowed(mode, forward, reverse)
+    return out, lambda v: product(axes.vary(trees.cast_like(v, params), local))
+
+
+def gradient_and_product(
+    objective: Objective, params: Tree, v: Tree, *, mode: str = "auto"
+) -> tuple[LossAndGradient, Tree]:
+    """(((L, aux), ∇L), H v) in one pass: the gradient shares its backward pass with the product."""
+    params, local = _localized(objective, params)
+    v = axes.vary(trees.cast_like(v, params), local)
+    if mode == "finite-differences":
+        return objective.value_aux_and_grad(params), _differences(objective, params)(v)
+
+    def forward(part: Objective) -> tuple[LossAndGradient, Tree]:
+        def gradient(p: Tree) -> tuple[Tree, tuple[jax.Array, Any]]:
+            loss, grads = part.value_aux_and_grad(p)
+            return grads, loss
+
+        grads, product, loss = jax.jvp(gradient, (params,), (v,), has_aux=True)
+        return (loss, grads), product
+
+    def reverse(part: Objective) -> tuple[LossAndGradient, Tree]:
+        out, product = _reverse_linearized(part, params)
+        return out, product(v)
+
+    return _first_allowed(
+        mode, lambda: objective.average(forward), lambda: objective.average(reverse)
+    )
+
+
+def _localized(objective: Objective, params: Tree) -> tuple[Tree, frozenset[str]]:
+    local = objective.local_axes(params)
+    return axes.vary(params, local), local
+
+
+def _forward_linearized(objective: Objective, params: Tree) -> tuple[LossAndGradient, Product]:
+    def gradient(p: Tree) -> tuple[Tree, tuple[jax.Array, Any]]:
+        loss, grads = objective.value_aux_and_grad(p)
+        return grads, loss
+
+    grads, product, loss = jax.linearize(gradient, params, has_aux=True)
+    return (loss, grads), product
+
+
+def _reverse_linearized(objective: Objective, params: Tree) -> tuple[LossAndGradient, Product]:
+    def gradient(p: Tree) -> tuple[Tree, tuple[jax.Array, Any]]:
+        loss, grads = objective.value_aux_and_grad(p)
+        return grads, loss
+
+    # H is symmetric: the transpose that reverse mode gives is the product itself.
+    grads, pull, loss = jax.vjp(gradient, params, has_aux=True)
+    return (loss, grads), lambda v: pull(v)[0]
+
+
+def _first_allowed(mode: str, forward: Callable[[], Any], reverse: Callable[[], Any]) -> Any:
+    if mode == "forward-over-reverse":
+        return forward()
+    if mode == "reverse-over-reverse":
+        return reverse()
+    try:
+        return forward()
+    except (TypeError, NotImplementedError) as blocked:
+        try:
+            return reverse()
+        except Exception:
+            raise blocked from None
+
+
+def _differences(objective: Objective, params: Tree) -> Product:
+    gradient = lambda p: objective.value_aux_and_grad(p)[1]
+
+    def product(v: Tree) -> Tree:
+        # The step that balances truncation, O(h²), against cancellation, O(ε/h).
+        epsilon = jnp.finfo(jnp.result_type(*jax.tree.leaves(params), jnp.float32)).eps
+        h = trees.ratio(epsilon ** (1 / 3) * (1 + trees.norm(params)), trees.norm(v))
+        ahead = gradient(trees.add_scaled(params, h, v))
+        behind = gradient(trees.add_scaled(params, -h, v))
+        step = trees.ratio(jnp.ones(()), 2 * h)
+        return trees.scale(step, trees.add_scaled(ahead, -1.0, behind))
+
+    return product

@@ -1,0 +1,181 @@
+"""Composition: a stage is a rule on signals, a pipe is stages in a row, both are Optax's.
+
+Signal in, signal out; plain updates in, plain updates out. So `|` is associative, the state of a
+pipe is a flat tuple with one entry per part, and every Optax wrapper takes a pipe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from curvax import checks, trees
+from curvax.objective import Objective
+from curvax.trees import Tree
+
+
+class Signal(NamedTuple):
+    """What travels between the stages of a pipe within one `update`; it never enters the state.
+
+    `gradient`, `value` and `aux` are those of the clean pass; `perturbed` says whether `updates`
+    were taken at the perturbed point this step; `local` names the device axes over which
+    `updates` are this device's own.
+    """
+
+    updates: Tree
+    gradient: Tree = None
+    diagonal: Tree = None
+    matvec: Callable[[Tree], Tree] | None = None
+    value: jax.Array | None = None
+    perturbed_value: jax.Array | None = None
+    aux: Any = None
+    perturbed: jax.Array | bool | None = None
+    local: frozenset[str] = frozenset()
+
+
+Rule = Callable[..., tuple[Signal, Any]]
+
+
+class Stage(optax.GradientTransformationExtraArgs):
+    """An Optax transformation that also passes on curvature, and composes with `|`."""
+
+    def __or__(self, other: optax.GradientTransformation) -> Stage:  # type: ignore[override]
+        return pipe(self, other)
+
+    def __ror__(self, other: optax.GradientTransformation) -> Stage:
+        return pipe(other, self)
+
+
+def stage(init: Callable[[Tree], Any], rule: Rule, *, name: str | None = None) -> Stage:
+    """Lifts a rule on signals to a stage.
+
+    Args:
+        init: `params -> state`.
+        rule: `rule(signal, state, params, **extra) -> (signal, state)`, where `extra` holds what
+            the caller gave to `update`: `value_fn`, `value`, and whatever else it pleases.
+        name: what errors call it; by default the function that the rule was written in.
+
+    Returns:
+        A stage; `stage(init, rule) | optax.adam(1e-3)` is one more.
+    """
+    name = name or rule.__qualname__.split(".")[0]
+    return Stage(_Init(init, name), _Update(rule, name))
+
+
+def pipe(*parts: optax.GradientTransformation) -> Stage:
+    """The parts one after the other, as a stage: `a | b | c` as a function.
+
+    A plain Optax part in the middle sees and changes the updates alone. Two plain parts cannot
+    start with `|`, so they start here.
+
+    Raises:
+        TypeError: a part is no gradient transformation.
+    """
+    parts = tuple(piece for part in parts for piece in _pieces(part))
+
+    def init(params: Tree) -> tuple[Any, ...]:
+        return tuple(part.init(params) for part in parts)
+
+    def rule(signal: Signal, state: tuple[Any, ...], params: Tree = None, **extra: Any) -> Any:
+        new_state = []
+        for part, inner in zip(parts, state, strict=True):
+            signal, inner = step(part, signal, inner, params, **extra)
+            new_state.append(inner)
+        return signal, tuple(new_state)
+
+    return Stage(_Init(init, "pipe"), _Update(rule, "pipe", parts))
+
+
+def step(
+    part: optax.GradientTransformation, signal: Signal, state: Any, params: Tree, **extra: Any
+) -> tuple[Signal, Any]:
+    """One part applied to a signal; a plain Optax part sees and changes the updates alone."""
+    if isinstance(part, Stage):
+        return part.update(signal, state, params, **extra)  # type: ignore[return-value]
+    _refuse_local_moments(part, state, signal)
+    part = optax.with_extra_args_support(part)
+    updates, state = part.update(signal.updates, state, params, **extra)
+    return signal._replace(updates=updates), state
+
+
+def name_of(part: optax.GradientTransformation) -> str:
+    """What the user called it: `hutchinson_diag`, `ema`."""
+    if isinstance(part.update, _Update):
+        return part.update.name
+    return getattr(part.update, "__qualname__", type(part).__name__).split(".")[0]
+
+
+def parts_of(part: optax.GradientTransformation) -> tuple[optax.GradientTransformation, ...]:
+    """The parts of a pipe; of anything else, itself."""
+    inner = part.update.parts if isinstance(part.update, _Update) else ()
+    return inner or (part,)
+
+
+class _Init:
+    def __init__(self, init: Callable[[Tree], Any], name: str):
+        self.init, self.name = init, name
+
+    def __call__(self, params: Tree) -> Any:
+        checks.refuse_masked(params, self.name)
+        return self.init(params)
+
+
+class _Update:
+    """The lift: plain updates become a signal on the way in, and are taken from it at the end."""
+
+    def __init__(self, rule: Rule, name: str, parts: tuple[Any, ...] = ()):
+        self.rule, self.name, self.parts = rule, name, parts
+
+    def __call__(self, updates: Any, state: Any, params: Tree = None, **extra: Any) -> Any:
+        if isinstance(updates, Signal):
+            return self.rule(updates, state, params, **extra)
+        checks.refuse_masked(updates, self.name)
+        signal = Signal(updates, gradient=updates, value=_clean_value(updates, params, extra))
+        signal, state = self.rule(signal, state, params, **extra)
+        return signal.updates, state
+
+
+def _clean_value(updates: Tree, params: Tree, extra: Any) -> jax.Array | None:
+    """L(θ) where the caller gave it, or where the objective remembers it; no hidden forward pass."""
+    value, value_fn = extra.get("value"), extra.get("value_fn")
+    if value is None and isinstance(value_fn, Objective):
+        given = value_fn.gave(params, updates)
+        value = None if given is None else given.value()
+    return None if value is None else trees.widen(jnp.asarray(value))
+
+
+def _pieces(part: Any) -> tuple[optax.GradientTransformation, ...]:
+    update = getattr(part, "update", None)
+    if getattr(update, "__qualname__", "").startswith("MultiSteps."):
+        raise TypeError(
+            "`MultiSteps` is no part of a pipe: it averages gradients before everything else. Put "
+            "it outermost, `optax.MultiSteps(pipe(...), k)`, or better, accumulate in the loss "
+            "with `curvax.Objective(loss, batch, microbatch=...)`, which also gives SAM's second "
+            "gradient and the Hessian product of the whole batch."
+        )
+    if not isinstance(part, optax.GradientTransformation):
+        raise TypeError(
+            "The parts of a pipe are stages and Optax transformations, and one of them is "
+            f"{part!r}. Write for instance `sam_perturb(0.05) | optax.sgd(0.1)`; a factory needs "
+            "its parentheses, a number its `optax.scale(...)`."
+        )
+    return parts_of(part)
+
+
+def _refuse_local_moments(part: optax.GradientTransformation, state: Any, signal: Signal) -> None:
+    if signal.local and any(jnp.ndim(x) and trees.is_float(x) for x in jax.tree.leaves(state)):
+        axis = sorted(signal.local)
+        raise ValueError(
+            f"`{name_of(part)}` would build its moments from the updates of one device, and each "
+            f"device of {axis} would go its own way. Put `pmean_updates({axis[0]!r})` before it "
+            "(`mean_over=` in a method), or `pmean_updates(())` if that is meant."
+        )
+
+
+def at(value: Any, count: jax.Array) -> Any:
+    """A hyperparameter at a step: a schedule is called with it, anything else is itself."""
+    return value(count) if callable(value) else value

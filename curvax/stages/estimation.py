@@ -1,0 +1,180 @@
+"""Estimators: stages that put a curvature diagonal into the signal."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from curvax import accumulation, axes, checks, trees
+from curvax.axes import AxisNames
+from curvax.figures import Figures, measured, unmeasured
+from curvax.linalg import estimate_diagonal, rademacher
+from curvax.objective import Objective, as_objective, require_batch
+from curvax.oracles.hessian import check_mode, gradient_and_product, linearized_gradient
+from curvax.signal import Signal, Stage, stage
+from curvax.trees import Tree
+
+Sampler = Callable[[jax.Array, Tree], Tree]
+
+
+class HutchinsonState(NamedTuple):
+    key: jax.Array
+    """A typed key; draws are keyed by step and by shard of the global batch."""
+    count: jax.Array
+    """t, int32 scalar: estimates made."""
+    figures: Figures
+    """`diagonal_relative_error`, with two probes or more."""
+
+
+class Curvature(NamedTuple):
+    """One estimate and the clean pass that came with it."""
+
+    diagonal: Tree
+    variance: Tree
+    loss: tuple[jax.Array, Any]
+    gradient: Tree
+
+
+def hutchinson_diag(
+    key: jax.Array | int = 0,
+    *,
+    probes: int = 1,
+    sampler: Sampler = rademacher,
+    fraction: float = 1.0,
+    shards: int = 1,
+    mean_over: AxisNames = None,
+    mode: str = "auto",
+) -> Stage:
+    """Estimates the diagonal of the Hessian from products with random signs.
+
+        D = 1/s Σ z ⊙ H z,   E[z zᵀ] = I
+
+    Unbiased, and exact with signs where H is diagonal. Yao et al., AdaHessian, arXiv:2006.00719,
+    eq. 8. Handed the very gradient that `objective.value_and_grad` returned, it passes on its own
+    copy of it, so that the two share one backward pass.
+
+    Args:
+        key: a typed key or a seed.
+        probes: s. With two or more, the relative standard error ‖σ‖/‖D‖ is the figure
+            `diagonal_relative_error` (under an axis, the mean of the devices' own: a bound).
+        sampler: `sampler(key, tree) -> tree` of probes with identity covariance.
+        fraction: of the batch (its first part) that is used for curvature.
+        shards: 1, one probe for the whole batch; n, one for each contiguous n-th of the global
+            batch, less noisy at no cost, and the same whatever the number of devices.
+        mean_over: the device axis, or axes, to average the diagonal over; `()` keeps each
+            device's own.
+        mode: of the Hessian product, as in `hvp`.
+
+    Returns:
+        A stage that sets `diagonal`, in float32 or wider and shaped like the parameters.
+
+    Raises:
+        ValueError: an option out of range; later, under a device axis, no `mean_over`.
+    """
+    for name, value in (("probes", probes), ("shards", shards)):
+        checks.check_static(name, value, stage="hutchinson_diag")
+        checks.check_range(name, value, 1, jnp.inf, stage="hutchinson_diag")
+    if not 0 < fraction <= 1:
+        raise ValueError(f"`hutchinson_diag` takes `fraction` in (0, 1], and got {fraction}.")
+    check_mode(mode)
+
+    def init(params: Tree) -> HutchinsonState:
+        trees.require_floating(params, "hutchinson_diag")
+        start = jax.random.key(key) if isinstance(key, int) else jnp.asarray(key)
+        figures = unmeasured("diagonal_relative_error") if probes > 1 else {}
+        return HutchinsonState(start, jnp.zeros((), jnp.int32), figures)
+
+    def rule(
+        signal: Signal, state: HutchinsonState, params: Tree, *, value_fn: Any = None, **extra: Any
+    ) -> tuple[Signal, HutchinsonState]:
+        objective = as_objective(value_fn, "hutchinson_diag")
+        local = objective.local_axes(params)
+        checks.refuse_summed(signal.updates, local, stage="hutchinson_diag")
+        over = checks.averaged_axes(mean_over, local, stage="hutchinson_diag")
+        step_key = jax.random.fold_in(state.key, state.count)
+        here = objective if fraction == 1 else require_batch(objective, "fraction").first(fraction)
+        estimate = lambda part, k: _estimate(part, params, k, probes, sampler, mode)
+        found, whole = _over_shards(estimate, here, step_key, shards, local)
+        diagonal, variance = axes.mean(
+            (found.diagonal, found.variance), over, objective.batch_weight()
+        )
+        signal = signal._replace(diagonal=diagonal)
+        if whole and fraction == 1:
+            signal = share_gradient(signal, objective, params, found.loss, found.gradient, local)
+        figures = {} if probes == 1 else _relative_error(diagonal, variance)
+        return signal, HutchinsonState(state.key, state.count + 1, figures)
+
+    return stage(init, rule)
+
+
+def share_gradient(
+    signal: Signal,
+    objective: Objective,
+    params: Tree,
+    loss: tuple[jax.Array, Any],
+    gradient: Tree,
+    local: frozenset[str],
+) -> Signal:
+    """Passes on the estimator's own gradient where the updates are that very gradient.
+
+    Same numbers; the caller's backward pass becomes dead code, which the compiler drops.
+    """
+    value, aux = loss
+    if signal.value is None:
+        signal = signal._replace(value=value)
+    if objective.gave(params, signal.updates) is None:
+        return signal
+    return signal._replace(updates=gradient, gradient=gradient, aux=aux, local=local)
+
+
+def _estimate(
+    objective: Objective, params: Tree, key: jax.Array, probes: int, sampler: Sampler, mode: str
+) -> Curvature:
+    wide = lambda tree: jax.tree.map(trees.widen, tree)
+    if probes == 1:
+        z = sampler(key, params)
+        (loss, gradient), product = gradient_and_product(objective, params, z, mode=mode)
+        diagonal = jax.tree.map(lambda a, b: a * b, wide(z), wide(product))
+        return Curvature(diagonal, {}, loss, gradient)
+    (loss, gradient), product = linearized_gradient(objective, params, mode=mode)
+    z = jax.vmap(sampler, in_axes=(0, None))(jax.random.split(key, probes), params)
+    z = axes.vary(z, objective.local_axes(params))
+    mean, error = estimate_diagonal(lambda v: wide(product(v)), z)
+    return Curvature(mean, jax.tree.map(jnp.square, error), loss, gradient)
+
+
+def _over_shards(
+    estimate: Callable[[Objective, jax.Array], Curvature],
+    objective: Objective,
+    key: jax.Array,
+    shards: int,
+    local: frozenset[str],
+) -> tuple[Curvature, bool]:
+    """The estimate with one probe a shard, and whether it was made on the whole batch at once."""
+    if shards == 1:
+        return estimate(objective, key), True
+    device, devices = axes.index_and_size(tuple(a for a in axes.manual() if a in local))
+    if shards % devices:
+        raise ValueError(
+            f"`hutchinson_diag(shards={shards})` cuts the global batch into equal parts, and "
+            f"{shards} is no multiple of the {devices} devices. Use a multiple."
+        )
+    here = shards // devices
+    if here == 1:
+        return estimate(objective, jax.random.fold_in(key, device)), True
+    objective = require_batch(objective, "hutchinson_diag(shards=)")
+    accumulation.check_divides(objective.size, objective.size // here, "`shards`")
+
+    def piece(i: jax.Array, batch: Tree) -> tuple[Curvature, jax.Array | None]:
+        part = objective.on(batch, part=(i, here))
+        return estimate(part, jax.random.fold_in(key, device * here + i)), part.batch_weight()
+
+    groups = objective.groups(objective.size // here)
+    found = accumulation.mean_over_vmap(piece, groups, here)
+    return found._replace(variance=trees.scale(1 / here, found.variance)), False
+
+
+def _relative_error(diagonal: Tree, variance: Tree) -> Figures:
+    error = trees.ratio(jnp.sqrt(trees.total(variance)), trees.norm(diagonal))
+    return measured(diagonal_relative_error=error)

@@ -1,0 +1,136 @@
+"""GSAM and its kin: what to make of a clean and a perturbed gradient."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from curvax import axes, checks, trees
+from curvax.axes import AxisNames
+from curvax.signal import Signal, Stage, at, stage
+from curvax.trees import Tree
+
+
+class CountState(NamedTuple):
+    count: jax.Array
+    """Steps taken, int32 scalar: what schedules are called with."""
+
+
+def gsam_project(alpha: Any, *, onto: str = "perturbed") -> Stage:
+    """Descends the surrogate gap along with the perturbed loss.
+
+        u ← g_p - α (g - <g, ĝ_p> ĝ_p)     onto="perturbed": min (f_p, h)
+        u ← g + α (g_p - <g_p, ĝ> ĝ)       onto="clean":     min (f, h)
+
+    The projection is over the whole tree; put it before the mean over devices to project per
+    device, as the authors' code does. On steps that `sam_perturb(every=)` skips, the clean
+    gradient passes. Zhuang et al., GSAM, arXiv:2203.08065, Algorithm 1.
+
+    Args:
+        alpha: α, a number or a schedule; 0 is SAM.
+        onto: the gradient that is kept whole.
+
+    Returns:
+        A stage that goes behind `sam_perturb`.
+
+    Raises:
+        ValueError: an unknown `onto`.
+    """
+    if onto not in ("perturbed", "clean"):
+        raise ValueError(
+            f"`gsam_project` takes `onto` as 'perturbed' or 'clean', and got {onto!r}."
+        )
+
+    def combine(clean: Tree, perturbed: Tree, a: Any) -> Tree:
+        if onto == "perturbed":
+            return trees.add_scaled(perturbed, -a, trees.reject(clean, perturbed))
+        return trees.add_scaled(clean, a, trees.reject(perturbed, clean))
+
+    return _combining("gsam_project", alpha, combine)
+
+
+def penalize_gap(lam: Any) -> Stage:
+    """Descends the perturbed loss and λ times the surrogate gap: u ← g_p + λ (g_p - g).
+
+    The gradient of f_p + λ h with h = f_p - f. Zhuang et al., GSAM, arXiv:2203.08065, section 4.
+
+    Args:
+        lam: λ, a number or a schedule; 0 is SAM.
+
+    Returns:
+        A stage that goes behind `sam_perturb`.
+    """
+
+    def combine(clean: Tree, perturbed: Tree, a: Any) -> Tree:
+        return trees.add_scaled(perturbed, a, trees.add_scaled(perturbed, -1.0, clean))
+
+    return _combining("penalize_gap", lam, combine)
+
+
+def _combining(name: str, weight: Any, combine: Any) -> Stage:
+    def rule(signal: Signal, state: CountState, params: Tree = None, **extra: Any) -> Any:
+        del params, extra
+        clean, perturbed = _both_gradients(signal, name)
+        updates = combine(clean, perturbed, at(weight, state.count))
+        if signal.perturbed is not True:
+            updates = _select(signal.perturbed, updates, clean)
+        return signal._replace(updates=updates), CountState(state.count + 1)
+
+    return stage(lambda params: CountState(jnp.zeros((), jnp.int32)), rule, name=name)
+
+
+class KeepOrthogonalState(NamedTuple):
+    count: jax.Array
+    """Steps taken, int32 scalar."""
+    orthogonal: Tree
+    """g_v, the part of the last perturbed gradient orthogonal to the clean one."""
+
+
+def keep_orthogonal(alpha: Any = 0.7, *, mean_over: AxisNames = None) -> Stage:
+    """LookSAM's reuse of the part of the perturbed gradient that changes slowly.
+
+        perturbed step:  u ← g_p,  g_v ← g_p - <g_p, ĝ> ĝ
+        in between:      u ← g + α ‖g‖ ĝ_v
+
+    Liu et al., LookSAM, arXiv:2203.02714, Algorithm 1.
+
+    Args:
+        alpha: α, a number or a schedule; 0.7 in the paper.
+        mean_over: the device axes to average g_v over, where the updates are still local.
+
+    Returns:
+        A stage that goes behind `sam_perturb(rho, every=k)`.
+    """
+
+    def init(params: Tree) -> KeepOrthogonalState:
+        zeros = jax.tree.map(lambda x: trees.widen(jnp.zeros_like(x)), params)
+        return KeepOrthogonalState(jnp.zeros((), jnp.int32), zeros)
+
+    def rule(signal: Signal, state: KeepOrthogonalState, params: Tree = None, **extra: Any) -> Any:
+        del params, extra
+        clean, perturbed = _both_gradients(signal, "keep_orthogonal")
+        over = checks.averaged_axes(mean_over, signal.local, stage="keep_orthogonal")
+        fresh = jax.tree.map(trees.widen, trees.reject(perturbed, clean))
+        kept = _select(signal.perturbed, axes.mean(fresh, over), state.orthogonal)
+        length = at(alpha, state.count) * trees.ratio(trees.norm(clean), trees.norm(kept))
+        between = trees.add_scaled(clean, length, kept)
+        updates = _select(signal.perturbed, perturbed, between)
+        return signal._replace(updates=updates), KeepOrthogonalState(state.count + 1, kept)
+
+    return stage(init, rule)
+
+
+def _both_gradients(signal: Signal, name: str) -> tuple[Tree, Tree]:
+    if signal.perturbed is None:
+        raise ValueError(
+            f"`{name}` combines a clean and a perturbed gradient, and no earlier stage perturbed. "
+            f"Put `sam_perturb` before it with `|`, as in `sam_perturb(0.05) | {name}(...)`; "
+            "`optax.chain` hands on nothing but the updates."
+        )
+    return signal.gradient, signal.updates
+
+
+def _select(condition: Any, a: Tree, b: Tree) -> Tree:
+    if condition is True:
+        return a
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)

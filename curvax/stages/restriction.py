@@ -1,0 +1,121 @@
+"""Different stages for different leaves, with the loss restricted along with the parameters.
+
+Built on Optax's `partition`. What it hands down as masked becomes a tree without those leaves, and
+`value_fn` becomes the loss of that sub-tree, all else held fixed: a Hessian product skips the
+leaves left out.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import optax
+
+from curvax.objective import as_objective
+from curvax.signal import Signal, Stage, stage, step
+from curvax.trees import Tree
+
+
+def partition(stages_by_label: Mapping[Any, optax.GradientTransformation], labels: Any) -> Stage:
+    """Stages by label: AdaHessian for the rest while Adagrad trains the embeddings, say.
+
+    Each label's stages see the parameters, the signal and the loss restricted to their leaves.
+    What they add to the signal stays inside; the updates come out. `optax.partition` for stages.
+
+    Args:
+        stages_by_label: label ↦ a stage, a pipe, or a plain transformation.
+        labels: a tree prefix of labels, or a callable `params -> tree`.
+
+    Returns:
+        A stage, whose state is Optax's `PartitionState`.
+
+    Raises:
+        ValueError: at init, a label without stages.
+    """
+
+    def init(params: Tree) -> Any:
+        bare = {label: _Within(part, None, None, {}) for label, part in stages_by_label.items()}
+        return _partition(bare, labels).init(params)
+
+    def rule(signal: Signal, state: Any, params: Tree, **extra: Any) -> tuple[Signal, Any]:
+        within = {
+            label: _Within(part, signal, params, extra) for label, part in stages_by_label.items()
+        }
+        updates, state = _partition(within, labels).update(signal.updates, state, params)
+        return signal._replace(updates=updates), state
+
+    return stage(init, rule)
+
+
+def restrict(stages: optax.GradientTransformation, mask: Any) -> Stage:
+    """The stages on some leaves only; the updates of the others pass as they are.
+
+    Args:
+        stages: a stage, a pipe, or a plain transformation.
+        mask: a tree prefix of booleans, or a callable `params -> tree`.
+
+    Returns:
+        A stage. `optax.masked` for stages: `value_fn` is restricted too.
+    """
+
+    def labels(params: Tree) -> Tree:
+        chosen = mask(params) if callable(mask) else mask
+        return jax.tree.map(lambda inside: "inside" if inside else "outside", chosen)
+
+    return partition({"inside": stages, "outside": optax.identity()}, labels)
+
+
+def _partition(within: Mapping[Any, "_Within"], labels: Any) -> Any:
+    parts = {
+        label: optax.GradientTransformationExtraArgs(part.init, part.update)
+        for label, part in within.items()
+    }
+    return optax.partition(parts, labels)
+
+
+class _Within:
+    """One label's stages between Optax's masked trees and trees without the masked leaves."""
+
+    def __init__(self, part: optax.GradientTransformation, signal: Any, params: Tree, extra: Any):
+        self.part, self.signal, self.params, self.extra = part, signal, params, extra
+
+    def init(self, masked: Tree) -> Any:
+        return self.part.init(_drop(masked))
+
+    def update(self, masked: Tree, state: Any, params: Tree = None, **_: Any) -> Any:
+        keep = lambda tree: _drop(_like(masked, tree))
+        extra = dict(self.extra)
+        if extra.get("value_fn") is not None:
+            fill = lambda sub: _fill(masked, self.params, sub)
+            extra["value_fn"] = as_objective(extra["value_fn"], "partition").through(fill)
+        inside = self.signal._replace(
+            updates=_drop(masked),
+            gradient=keep(self.signal.gradient),
+            diagonal=None if self.signal.diagonal is None else keep(self.signal.diagonal),
+        )
+        out, state = step(self.part, inside, state, keep(self.params), **extra)
+        return _restore(masked, out.updates), state
+
+
+_is_masked: Callable[[Any], bool] = lambda x: isinstance(x, optax.MaskedNode)
+
+
+def _drop(masked: Tree) -> Tree:
+    return jax.tree.map(lambda x: None if _is_masked(x) else x, masked, is_leaf=_is_masked)
+
+
+def _like(masked: Tree, tree: Tree) -> Tree:
+    """`tree` with the same leaves masked."""
+    return jax.tree.map(lambda m, x: m if _is_masked(m) else x, masked, tree, is_leaf=_is_masked)
+
+
+def _fill(masked: Tree, whole: Tree, sub: Tree) -> Tree:
+    """`whole` with the leaves that are not masked taken from `sub`."""
+    chosen = iter(jax.tree.leaves(sub))
+    take = lambda m, x: x if _is_masked(m) else next(chosen)
+    return jax.tree.map(take, masked, whole, is_leaf=_is_masked)
+
+
+def _restore(masked: Tree, sub: Tree) -> Tree:
+    """`sub` with the masked leaves back in their places."""
+    return _fill(masked, masked, sub)

@@ -1,0 +1,262 @@
+"""Smoothing a diagonal: over neighbouring weights, over steps, and by keeping it for k steps."""
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from curvax import axes, checks, trees
+from curvax.objective import as_objective
+from curvax.signal import Signal, Stage, at, name_of, parts_of, pipe, stage
+from curvax.trees import Path, Tree
+
+Block = None | int | tuple[int, ...]
+BlockRule = Callable[[Path, jax.Array], Block]
+
+
+def spatial_average(
+    block: str | BlockRule | Block = "auto", *, magnitudes: bool = True, layout: Any = None
+) -> Stage:
+    """Replaces the diagonal by its mean over a block of neighbouring weights.
+
+        D[ib + j] = 1/b Σₖ D[ib + k],   k = 1 … b
+
+    Yao et al., AdaHessian, arXiv:2006.00719, eq. 10.
+
+    Args:
+        block: `"auto"` averages a convolution over its window axes and nothing else. An int is
+            the length of contiguous blocks along the inputs of a Flax `kernel` (its output axis
+            moved first, as in the authors' [out, in]), along any other leaf as stored; leaves of
+            rank 0 and 1 stay. A callable `(path, leaf) -> None, int or axes` decides for each
+            leaf, None being no average.
+        magnitudes: average |D|, as the authors' code does; False averages the signed values, as
+            eq. 10 is written.
+        layout: what `curvax.flax_bridge.layout(model, variables)` returns, where names alone do
+            not tell which axis is a window, an input, or a scanned depth.
+
+    Returns:
+        A stage that needs `diagonal` and replaces it.
+
+    Raises:
+        ValueError: a block that is no such thing; later, one that does not divide its leaf.
+    """
+    checks.check_static("block", block, stage="spatial_average")
+    rule_of = _rule_of(block, layout)
+
+    def rule(signal: Signal, state: Any, params: Tree = None, **extra: Any) -> Any:
+        del params, extra
+        diagonal = checks.needed_diagonal(signal.diagonal, "spatial_average", "averages a diagonal")
+        if magnitudes:
+            diagonal = jax.tree.map(jnp.abs, diagonal)
+        decide = rule_of(diagonal)
+        averaged = trees.map_with_path(
+            lambda path, d: _averaged(d, decide(path, d), path, layout), diagonal
+        )
+        return signal._replace(diagonal=averaged), state
+
+    return stage(lambda params: optax.EmptyState(), rule)
+
+
+def _rule_of(block: Any, layout: Any) -> Callable[[Tree], BlockRule]:
+    """tree ↦ the rule that says for each of its leaves what to average."""
+    if block == "auto":
+        return (lambda tree: layout) if layout is not None else _auto
+    if callable(block):
+        return lambda tree: block
+    if block is None:
+        return lambda tree: lambda path, leaf: None
+    if isinstance(block, int) and not isinstance(block, bool) and block > 0:
+        return lambda tree: lambda path, leaf: block if leaf.ndim > 1 else None
+    raise ValueError(
+        "`spatial_average` takes `block` as 'auto', a positive int, None, or a callable "
+        f"`(path, leaf) -> None, int or axes`, and got {block!r}."
+    )
+
+
+def _auto(tree: Tree) -> BlockRule:
+    """Convolutions by their names, with the bias beside them telling how many axes are stacked.
+
+    A kernel (…, window…, in, out) of a module called conv-something has a bias (…, out); without
+    one, only what no scan could have stacked counts, and the doubtful stays as it is.
+    """
+    leaves = {trees.names(path): x for path, x in jax.tree.leaves_with_path(tree)}
+
+    def windows(path: Path, leaf: jax.Array) -> Block:
+        at_kernel = next((i for i, name in enumerate(path) if name == "kernel"), 0)
+        module, tail = path[:at_kernel], path[at_kernel + 1 :]
+        if not module or not re.search("conv", module[-1], re.IGNORECASE):
+            return None
+        bias = leaves.get((*module, trees.Name("bias"), *tail))
+        if bias is None and (leaf.ndim > 4 or any(re.search("scan", n, re.I) for n in path)):
+            return None
+        stacked = 0 if bias is None else bias.ndim - 1
+        return tuple(range(stacked, leaf.ndim - 2)) or None
+
+    return windows
+
+
+def _averaged(d: jax.Array, block: Block, path: Path, layout: Any) -> jax.Array:
+    if block is None:
+        return d
+    if isinstance(block, int):
+        return _block_means(d, block, path, layout)
+    window = tuple(block)
+    if any(not -d.ndim <= axis < d.ndim for axis in window):
+        raise ValueError(
+            f"`spatial_average` was told to average the axes {window} of "
+            f"`{trees.label(path)}`, which has shape {d.shape}."
+        )
+    return jnp.broadcast_to(jnp.mean(d, axis=window, keepdims=True), d.shape)
+
+
+def _block_means(d: jax.Array, block: int, path: Path, layout: Any) -> jax.Array:
+    if d.size % block:
+        raise ValueError(
+            f"`spatial_average` cuts each leaf into blocks of {block}, which does not divide the "
+            f"{d.size} entries of `{trees.label(path)}` {d.shape}. Use a divisor, or a callable "
+            "`(path, leaf) -> None, int or axes` that treats this leaf apart."
+        )
+    order = _inputs_last(d, path, layout)
+    rows = d.transpose(order)
+    means = jnp.mean(rows.reshape(-1, block), axis=1, keepdims=True)
+    spread = jnp.broadcast_to(means, (means.size, block)).reshape(rows.shape)
+    return spread.transpose([order.index(axis) for axis in range(d.ndim)])
+
+
+def _inputs_last(d: jax.Array, path: Path, layout: Any) -> list[int]:
+    """The axes in the order [stacked, outputs, inputs], so that blocks run along the inputs."""
+    if layout is not None:
+        inputs = [*layout[path].window, *layout[path].inputs]
+        return [axis for axis in range(d.ndim) if axis not in inputs] + inputs
+    everything = list(range(d.ndim))
+    if "kernel" not in path[-2:]:
+        return everything
+    # Flax's query, key and value kernels are (in, heads, dim); every other kernel ends in `out`.
+    projections = {"query", "key", "value"}
+    outputs = 2 if d.ndim > 2 and projections & set(path) else 1
+    return everything[-outputs:] + everything[:-outputs]
+
+
+class EmaRmsState(NamedTuple):
+    count: jax.Array
+    """t, int32 scalar."""
+    weight: jax.Array
+    """1 - βᵗ, float32 scalar: what the zeros of the start still lack."""
+    mean_square: Tree
+    """v, in float32 or wider, shaped like the parameters."""
+
+
+def ema_rms(decay: Any) -> Stage:
+    """Replaces the diagonal by its root mean square over the past, older steps fading.
+
+        D̄ₜ = √( (1-β) Σᵢ βᵗ⁻ⁱ Dᵢ² / (1-βᵗ) )
+
+    The square makes D̄ positive where the Hessian is not. Yao et al., AdaHessian,
+    arXiv:2006.00719, eq. 11.
+
+    Args:
+        decay: β in [0, 1), a number or a schedule; at 0 the diagonal becomes its own magnitude.
+
+    Returns:
+        A stage that needs `diagonal` and replaces it.
+
+    Raises:
+        ValueError: β out of range.
+    """
+    checks.check_range("decay", decay, 0, 1 - 1e-12, stage="ema_rms")
+
+    def init(params: Tree) -> EmaRmsState:
+        zeros = jax.tree.map(lambda x: trees.widen(jnp.zeros_like(x)), params)
+        return EmaRmsState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.result_type(float)), zeros)
+
+    def rule(signal: Signal, state: EmaRmsState, params: Tree = None, **extra: Any) -> Any:
+        del params, extra
+        diagonal = checks.needed_diagonal(signal.diagonal, "ema_rms", "smooths a diagonal")
+        beta = jnp.asarray(at(decay, state.count), state.weight.dtype)
+        square = jax.tree.map(
+            lambda v, d: beta * v + (1 - beta) * jnp.square(d), state.mean_square, diagonal
+        )
+        square = trees.cast_like(square, state.mean_square)
+        weight = beta * state.weight + (1 - beta)
+        rms = jax.tree.map(lambda v: jnp.sqrt(v / weight).astype(v.dtype), square)
+        return signal._replace(diagonal=rms), EmaRmsState(state.count + 1, weight, square)
+
+    return stage(init, rule)
+
+
+class EveryState(NamedTuple):
+    count: jax.Array
+    """Steps taken, int32 scalar."""
+    diagonal: Tree
+    """The diagonal as last refreshed, in float32 or wider, shaped like the parameters."""
+    inner: Any
+    """The state of the stages inside."""
+
+
+def every(k: Any, stages: optax.GradientTransformation) -> Stage:
+    """Refreshes a diagonal every k steps, from the first on, and hands on the kept one in between.
+
+    `every(5, hutchinson_diag()) | ema_rms(b)` feeds the kept diagonal to the average at each step;
+    `every(5, hutchinson_diag() | ema_rms(b))` averages, and counts, refreshes only. A kept step
+    costs one gradient. Under `vmap` both branches run and nothing is saved. Yao et al.,
+    AdaHessian, arXiv:2006.00719, Table 8.
+
+    Args:
+        k: a positive int, or a traced one.
+        stages: stages that make and smooth a diagonal and leave the updates alone.
+
+    Returns:
+        A stage that sets `diagonal`.
+
+    Raises:
+        ValueError: k < 1, or a part that changes the updates.
+    """
+    checks.check_range("k", k, 1, jnp.inf, stage="every")
+    for part in parts_of(pipe(stages)):
+        if not isinstance(part, Stage):
+            _refuse_change(name_of(part))
+    inner = pipe(stages)
+
+    def init(params: Tree) -> EveryState:
+        zeros = jax.tree.map(lambda x: trees.widen(jnp.zeros_like(x)), params)
+        return EveryState(jnp.zeros((), jnp.int32), zeros, inner.init(params))
+
+    def rule(
+        signal: Signal,
+        state: EveryState,
+        params: Tree = None,
+        *,
+        value_fn: Any = None,
+        **extra: Any,
+    ) -> Any:
+        # A copy has no memory of gradients given: nothing inside shares the caller's backward
+        # pass, which a kept step needs.
+        objective = as_objective(value_fn, "every")
+        fresh = objective.on(objective.batch)
+
+        def refresh() -> tuple[Tree, Any]:
+            given, below = Signal(signal.updates, signal.gradient, signal.diagonal), state.inner
+            for part, place in zip(parts_of(inner), range(len(below))):
+                out, new = part.update(given, below[place], params, value_fn=fresh, **extra)
+                same = zip(jax.tree.leaves(out.updates), jax.tree.leaves(signal.updates))
+                if not all(a is b for a, b in same):
+                    _refuse_change(name_of(part))
+                given, below = out, (*below[:place], new, *below[place + 1 :])
+            diagonal = checks.needed_diagonal(given.diagonal, "every", "keeps a diagonal")
+            return trees.cast_like(diagonal, state.diagonal), below
+
+        keep = lambda: (state.diagonal, state.inner)
+        diagonal, below = axes.cond(state.count % k == 0, refresh, keep)
+        return signal._replace(diagonal=diagonal), EveryState(state.count + 1, diagonal, below)
+
+    return stage(init, rule)
+
+
+def _refuse_change(name: str) -> None:
+    raise ValueError(
+        f"`every` keeps a diagonal and nothing else, and `{name}` inside it changes the updates. "
+        f"Move it out: `every(k, ...) | {name}(...)`."
+    )

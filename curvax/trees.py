@@ -1,0 +1,126 @@
+"""Arithmetic on parameter trees, in float32 or wider, with every leaf known by its path."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Tree = Any
+"""A pytree of arrays; `None` leaves are absent."""
+
+
+class Name(str):
+    """One step of a path: a plain string that also answers to JAX's `.key`, `.name` and `.idx`."""
+
+    __slots__ = ()
+
+    @property
+    def key(self) -> str:
+        return str(self)
+
+    name = idx = key
+
+
+Path = tuple[Name, ...]
+
+
+def names(path: Iterable[Any]) -> Path:
+    """The names along a JAX key path: `('block_0', 'kernel')`."""
+    return tuple(Name(jax.tree_util.keystr((entry,), simple=True)) for entry in path)
+
+
+def label(path: Path) -> str:
+    """A path as a person writes it: `block_0/kernel`."""
+    return "/".join(path) or "(root)"
+
+
+def map_with_path(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
+    """`jax.tree.map` whose function also receives the path as a tuple of names."""
+    return jax.tree.map_with_path(lambda path, *leaves: f(names(path), *leaves), tree, *rest)
+
+
+def is_float(leaf: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+
+
+def widen(x: jax.Array) -> jax.Array:
+    """The array in float32 or wider."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def cast_like(tree: Tree, like: Tree) -> Tree:
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
+
+
+def add(a: Tree, b: Tree) -> Tree:
+    """a + b with the dtypes of a."""
+    return jax.tree.map(lambda x, y: (widen(x) + widen(y)).astype(x.dtype), a, b)
+
+
+def add_scaled(a: Tree, scale: Any, b: Tree) -> Tree:
+    """a + scale·b with the dtypes of a."""
+    return jax.tree.map(lambda x, y: (widen(x) + scale * widen(y)).astype(x.dtype), a, b)
+
+
+def scale(factor: Any, tree: Tree) -> Tree:
+    return jax.tree.map(lambda x: (factor * widen(x)).astype(x.dtype), tree)
+
+
+def total(tree: Tree) -> jax.Array:
+    """The sum over all entries of all leaves."""
+    return sum((jnp.sum(widen(x)) for x in jax.tree.leaves(tree)), jnp.zeros((), jnp.float32))
+
+
+def dot(a: Tree, b: Tree) -> jax.Array:
+    """<a, b> over the whole tree (a sum of products: `vdot` refuses sharded parameters)."""
+    return total(jax.tree.map(lambda x, y: widen(x) * widen(y), a, b))
+
+
+def norm(tree: Tree) -> jax.Array:
+    """‖a‖₂ over the whole tree, with derivative 0 at 0."""
+    square = dot(tree, tree)
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+
+
+def ratio(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a / b, and 0 where b is 0; so is the derivative."""
+    return jnp.where(b == 0, 0.0, a / jnp.where(b == 0, 1.0, b))
+
+
+def reject(a: Tree, b: Tree) -> Tree:
+    """The part of a orthogonal to b, over the whole tree: a - <a, b̂> b̂."""
+    return add_scaled(a, -ratio(dot(a, b), dot(b, b)), b)
+
+
+def broadcast_prefix(prefix: Tree, tree: Tree) -> Tree:
+    """A leaf of `prefix` for each leaf of `tree` beneath it.
+
+    Raises:
+        ValueError: `prefix` is not a tree prefix of `tree`.
+    """
+    try:
+        spread = jax.tree.map(lambda p, sub: jax.tree.map(lambda _: p, sub), prefix, tree)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            "A tree of options must be a prefix of the parameters: a value or a subtree for each "
+            f"of their branches. Got {jax.tree.structure(prefix)} for parameters "
+            f"{jax.tree.structure(tree)}."
+        ) from error
+    return spread
+
+
+def require_floating(params: Tree, stage: str) -> None:
+    """Refuses integer leaves where a stage differentiates with respect to every leaf.
+
+    Raises:
+        TypeError: a leaf has an integer or boolean dtype.
+    """
+    for path, leaf in jax.tree.leaves_with_path(params):
+        if not is_float(leaf):
+            raise TypeError(
+                f"`{stage}` differentiates the loss with respect to every parameter, and the leaf "
+                f"`{label(names(path))}` has dtype {jnp.result_type(leaf)}. Keep counters and "
+                f"tables out of the parameters, or write `curvax.restrict({stage}(...), mask)` "
+                "with a mask that is False there."
+            )
