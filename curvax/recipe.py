@@ -27,7 +27,7 @@ _LITERALS = (bool, int, float, str, types.NoneType)
 
 
 class RecipeError(ValueError):
-    """A method's text that cannot be read: what is wrong, the line, and a caret beneath the place."""
+    """A method's text that cannot be read: what is wrong, the line, and a caret under the place."""
 
 
 def parse(
@@ -180,6 +180,14 @@ class _Reader:
         before = self.text[: self.start + at]
         line = self.text.split("\n")[before.count("\n")]
         return f"    {line}\n    {' ' * len(before.rpartition(chr(10))[2])}^"
+
+
+def outline(text: str) -> str:
+    """The names of a method's parts: `sam_perturb(0.2) | adamw(1e-3)` ↦ `sam_perturb | adamw`."""
+    calls = _operands(_Reader(text, {}).tree())
+    return " | ".join(
+        ast.unparse(call.func if isinstance(call, ast.Call) else call) for call in calls
+    )
 
 
 def _operands(node: ast.expr) -> list[ast.expr]:

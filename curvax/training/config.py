@@ -33,6 +33,7 @@ def defaults(**numbers: float) -> ConfigDict:
         **numbers: further top-level fields for the optimiser's text to name, as `rho=0.2`.
     """
     fields: dict[str, Any] = {
+        "name": "experiment",  # of the run's folder; the config file's own name when loaded
         "model": {"name": "mixer", "options": {}},
         "data": {
             "name": "digits",
@@ -54,14 +55,14 @@ def defaults(**numbers: float) -> ConfigDict:
         "log_every": 10,  # steps
         "checkpoint_every": placeholder(int),  # steps, an epoch by default
         "keep": 2,  # checkpoints
-        "hessian_examples": 512,  # training examples for the largest eigenvalue at the end, 0 for none
+        "hessian_examples": 512,  # for the largest eigenvalue at the end, 0 for none
         **numbers,
     }
     return ConfigDict(fields).lock()
 
 
 def folder() -> Path:
-    """Where the configs that come with curvax lie: inside the package, or beside it in a checkout."""
+    """Where the configs that come with curvax are: in the package, or beside it in a checkout."""
     package = Path(curvax.__file__).parent
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
@@ -77,7 +78,10 @@ def load(name: str) -> ConfigDict:
     Raises:
         ConfigError: there is none, or the file has no `get_config()`.
     """
-    return read(name).get_config()
+    module = read(name)
+    config = module.get_config()
+    config.name = Path(str(module.__file__)).stem
+    return config
 
 
 def read(name: str) -> ModuleType:
@@ -89,7 +93,8 @@ def read(name: str) -> ModuleType:
             f"Those that come with curvax are {', '.join(names())}; a path to a .py file works too."
         )
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
@@ -137,7 +142,7 @@ def assign(config: ConfigDict, name: str, text: str) -> None:
     if not isinstance(parent, ConfigDict) or (leaf not in parent and not free):
         known = [field for field, _ in flat(config)]
         raise ConfigError(
-            f"The config has no field `{name}`{near(name, known)} Its fields are {', '.join(known)}."
+            f"The config has no field `{name}`{near(name, known)} It has {', '.join(known)}."
         )
     kind = parent.get_type(leaf) if leaf in parent else object
     try:
@@ -145,7 +150,7 @@ def assign(config: ConfigDict, name: str, text: str) -> None:
             parent[leaf] = value(text, kind)
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"The field `{name}` holds a value of type `{kind.__name__}`, and `{text}` is of another."
+            f"The field `{name}` has the type `{kind.__name__}`, and `{text}` has another."
         ) from error
 
 

@@ -1,13 +1,15 @@
-"""PNG curves of runs. Figures are made without pyplot, so nothing of a caller's plots is touched."""
+"""PNG curves of runs, drawn without pyplot, so that a caller's own plots are left alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from curvax.training.compare import ACCURACY, LARGEST_EIGENVALUE, Outcomes, values
 from curvax.training.runs import Record
+from curvax.training.sweep import Grid
 
 PANELS = {
     "train/loss": "training loss",
@@ -16,15 +18,10 @@ PANELS = {
 }
 
 
-def draw(runs: Mapping[str, Sequence[Sequence[Record]]], path: Path) -> None:
-    """One panel for each figure that was recorded, one colour for each run name.
-
-    Args:
-        runs: for each name the records of its repetitions; their mean is drawn, with the band
-            between the least and the greatest.
-        path: where the PNG goes.
-    """
-    recorded = [name for name in PANELS if any(name in r for rs in runs.values() for r in rs[0])]
+def draw(outcomes: Outcomes, path: Path) -> None:
+    """Figures over steps, a panel for each: for every arm the mean over seeds and the range."""
+    runs = {name: [run.records for run in arm] for name, arm in outcomes.items()}
+    recorded = [n for n in PANELS if any(n in r for rs in runs.values() for r in rs[0])]
     figure = Figure(figsize=(4.5 * len(recorded), 4.2), layout="constrained")
     panels = figure.subplots(1, len(recorded), squeeze=False)[0]
     for axes, name in zip(panels, recorded):
@@ -32,8 +29,8 @@ def draw(runs: Mapping[str, Sequence[Sequence[Record]]], path: Path) -> None:
             _curve(axes, name, label, repetitions, f"C{index}")
         axes.set(xlabel="step", title=PANELS[name])
         axes.grid(alpha=0.3)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=1, frameon=False)
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", frameon=False)
     figure.savefig(path, dpi=120)
 
 
@@ -51,40 +48,62 @@ def _curve(
         axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
 
 
-def draw_sweep(
-    grid: Mapping[str, Sequence[str]], scores: np.ndarray, spread: np.ndarray, title: str, path: Path
-) -> None:
-    """Held-out accuracy over one field as a curve, over two as a heat map.
-
-    Args:
-        grid: the values of each field, as written.
-        scores: mean accuracies, one axis for each field.
-        spread: their standard deviations over seeds, same shape.
-    """
-    figure = Figure(figsize=(5.5, 4.2), layout="constrained")
-    axes = figure.subplots()
-    fields = list(grid)
-    if len(fields) == 1:
-        axes.errorbar(range(len(scores)), scores, np.nan_to_num(spread), marker="o", capsize=3)
-        axes.set(xlabel=fields[0], ylabel="held-out accuracy")
-        axes.set_xticks(range(len(scores)), grid[fields[0]])
-        axes.grid(alpha=0.3)
-    else:
-        _heat_map(figure, axes, grid, scores)
-    axes.set_title(title, fontsize="small", wrap=True)
+def draw_scores(outcomes: Outcomes, path: Path) -> None:
+    """Test accuracy and largest Hessian eigenvalue: a row for each arm, a dot for each seed, a bar
+    at the mean."""
+    figure = Figure(figsize=(11, 1.4 + 0.5 * len(outcomes)), layout="constrained")
+    accuracy, eigenvalue = figure.subplots(1, 2, sharey=True)
+    _dots(accuracy, outcomes, ACCURACY, "test accuracy")
+    _dots(eigenvalue, outcomes, LARGEST_EIGENVALUE, "largest Hessian eigenvalue")
+    eigenvalue.set_xscale("log")
+    accuracy.set_yticks(range(len(outcomes)), list(outcomes))
+    accuracy.set_ylim(len(outcomes) - 0.5, -0.5)
     figure.savefig(path, dpi=120)
 
 
-def _heat_map(
-    figure: Figure, axes: Axes, grid: Mapping[str, Sequence[str]], scores: np.ndarray
-) -> None:
-    (rows, row_values), (columns, column_values) = grid.items()
-    image = axes.imshow(scores, cmap="viridis", aspect="auto")
+def _dots(axes: Axes, outcomes: Outcomes, figure: str, title: str) -> None:
+    for row, arm in enumerate(outcomes.values()):
+        each = values(arm, figure)
+        axes.plot(each, [row] * len(each), "o", color=f"C{row}", alpha=0.6)
+        axes.plot(np.mean(each), row, "|", color="black", markersize=22, markeredgewidth=2)
+    axes.set_title(title)
+    axes.grid(alpha=0.3, axis="x")
+
+
+def draw_sweep(grids: Sequence[Grid], path: Path) -> None:
+    """Held-out accuracy over one field as curves, over two as heat maps, one for each method."""
+    if len(grids[0].fields) == 1:
+        figure = Figure(figsize=(5.5, 4.2), layout="constrained")
+        _sweep_curves(figure.subplots(), grids)
+    else:
+        figure = Figure(figsize=(5.5 * len(grids), 4.2), layout="constrained")
+        for axes, grid in zip(figure.subplots(1, len(grids), squeeze=False)[0], grids):
+            _heat_map(figure, axes, grid)
+    figure.savefig(path, dpi=120)
+
+
+def _sweep_curves(axes: Axes, grids: Sequence[Grid]) -> None:
+    ((field, values),) = grids[0].fields.items()
+    for grid in grids:
+        deviations = np.nan_to_num(grid.array("deviation"))
+        axes.errorbar(
+            values, grid.array("mean"), deviations, marker="o", capsize=3, label=grid.method
+        )
+    axes.set(xlabel=field, ylabel="held-out accuracy")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+
+
+def _heat_map(figure: Figure, axes: Axes, grid: Grid) -> None:
+    (rows, row_values), (columns, column_values) = grid.fields.items()
+    means = grid.array("mean")
+    image = axes.imshow(means, cmap="viridis", aspect="auto")
     axes.set(xlabel=columns, ylabel=rows)
+    axes.set_title(grid.method, fontsize="small")
     axes.set_xticks(range(len(column_values)), column_values)
     axes.set_yticks(range(len(row_values)), row_values)
-    middle = (scores.min() + scores.max()) / 2
-    for (i, j), score in np.ndenumerate(scores):
-        ink = "black" if score > middle else "white"
-        axes.text(j, i, f"{100 * score:.1f}", ha="center", va="center", color=ink)
+    middle = (np.nanmin(means) + np.nanmax(means)) / 2
+    for (i, j), mean in np.ndenumerate(means):
+        ink = "black" if mean > middle else "white"
+        axes.text(j, i, f"{100 * mean:.1f}", ha="center", va="center", color=ink)
     figure.colorbar(image, label="held-out accuracy")

@@ -1,11 +1,11 @@
 """A run's folder: its config, its figures, its checkpoints and what it came to.
 
-    config.json     every field, enough to resume
-    metrics.jsonl   one line of figures for each logged step
-    events.out...   the same for TensorBoard
-    checkpoints/    the newest few
-    results.json    the figures at the end; its presence says that the run is done
-    table.txt, curves.png
+config.json     every field, enough to resume
+metrics.jsonl   one line of figures for each logged step
+events.out...   the same for TensorBoard
+checkpoints/    the newest few
+results.json    the figures at the end; its presence says that the run is done
+table.txt, curves.png
 """
 
 import json
@@ -21,6 +21,9 @@ from tensorboardX import SummaryWriter
 from curvax.training import config as configs
 
 Record = dict[str, float]
+"""The step, and figures named `train/loss`, `test/accuracy` and so on."""
+
+_CONFIG, _METRICS, _RESULTS = "config.json", "metrics.jsonl", "results.json"
 
 
 class RunError(ValueError):
@@ -28,39 +31,71 @@ class RunError(ValueError):
 
 
 class Log:
-    """The figures of a run by step: in memory, and, in a folder, as JSON lines and TensorBoard events.
+    """The figures of a run by step: in memory, and in a folder as JSON lines and for TensorBoard.
 
-    A line holds the step and figures named `train/loss`, `test/accuracy`; a figure that is not a
-    number is left out of it.
+    A figure that is not a number is left out of the lines. A log opened again `since` a step
+    forgets what came after it.
     """
 
     def __init__(self, folder: Path | None = None, since: int = 0):
         self.records: list[Record] = []
         self._lines = self._events = None
         if folder is not None:
-            self.records = [r for r in read_lines(folder / "metrics.jsonl") if r["step"] <= since]
-            write_lines(folder / "metrics.jsonl", self.records)
-            self._lines = (folder / "metrics.jsonl").open("a")
+            self.records = [record for record in records(folder) if record["step"] <= since]
+            write_lines(folder / _METRICS, self.records)
+            self._lines = (folder / _METRICS).open("a")
             self._events = SummaryWriter(str(folder), purge_step=since + 1)
 
     def write(self, step: int, split: str, figures: Mapping[str, Any]) -> None:
         numbers = {f"{split}/{name}": float(value) for name, value in sorted(figures.items())}
         record: Record = {"step": step, **{k: v for k, v in numbers.items() if math.isfinite(v)}}
         self.records.append(record)
-        if self._lines is not None and self._events is not None:
+        if self._lines and self._events:
             self._lines.write(json.dumps(record) + "\n")
-            self._lines.flush()
             for name, value in numbers.items():
                 self._events.add_scalar(name, value, step)
 
+    def flush(self) -> None:
+        if self._lines and self._events:
+            self._lines.flush()
+            self._events.flush()
+
     def close(self) -> None:
-        if self._lines is not None and self._events is not None:
+        if self._lines and self._events:
             self._lines.close()
             self._events.close()
 
 
+def records(folder: Path) -> list[Record]:
+    """What was logged; a last line cut short by a crash is dropped."""
+    return list(read_lines(folder / _METRICS))
+
+
+def results(folder: Path | None) -> dict[str, float] | None:
+    """The figures at the end, if the run is done."""
+    path = folder and folder / _RESULTS
+    return json.loads(path.read_text()) if path and path.exists() else None
+
+
+def write_results(folder: Path | None, figures: Mapping[str, float]) -> None:
+    if folder is not None:
+        write_text(folder / _RESULTS, json.dumps(dict(figures), indent=2) + "\n")
+
+
+def read_config(folder: Path) -> ConfigDict:
+    """The config of a run.
+
+    Raises:
+        RunError: the folder is not a run's.
+    """
+    path = folder / _CONFIG
+    if not path.exists():
+        raise RunError(f"{folder} is not a run's folder: it holds no `{_CONFIG}`.")
+    return configs.from_json(path.read_text())
+
+
 def read_lines(path: Path) -> Iterator[Any]:
-    """The well-formed lines of a JSON-lines file; a last line cut short by a crash is dropped."""
+    """The values of a JSON-lines file, up to a line that is cut short."""
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             yield json.loads(line)
@@ -79,12 +114,11 @@ def write_text(path: Path, text: str) -> None:
     draft.replace(path)
 
 
-def create(root: Path, name: str) -> Path:
-    """A new folder `root/name-<date>-<time>`."""
-    stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    for suffix in ("", *(f"-{i}" for i in range(2, 100))):
-        folder = root / (stem + suffix)
-        if not folder.exists():
-            folder.mkdir(parents=True)
-            return folder
-    raise RunError(f"{root} already holds 99 runs named {stem}. Give another folder with `--runs`.")
+def create(root: Path, config: ConfigDict) -> Path:
+    """A new folder `root/name-<date>-<time>` with the config in it."""
+    folder = root / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    while folder.exists():
+        folder = folder.with_name(folder.name + "b")
+    folder.mkdir(parents=True)
+    write_text(folder / _CONFIG, configs.to_json(config))
+    return folder

@@ -1,0 +1,211 @@
+"""The command line: `curvax train`, `compare`, `bench`, `resume` and `configs`."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+Run = Callable[[argparse.Namespace, Sequence[str]], None]
+
+_TOP = """\
+Curvature and sharpness in training, from the command line.
+
+  curvax train                 a first run: GSAM beside AdamW on digits with wrong labels
+  curvax compare digits --seeds 3 --fair
+  curvax bench digits
+  curvax configs               what else there is to run
+"""
+
+_FIELDS = """\
+fields:
+  Any field of the config takes a value, dots reaching inside:
+
+    --epochs=30  --data.noise=0.2  --model.options.depth=4
+    --optimizer="sam_perturb(0.1) | adamw(cosine(1e-3, warmup=100))"
+
+  The optimiser's text is the method: parts joined by `|`, each a call of one of curvax's stages
+  or methods or of an Optax transformation. `cosine`, `linear`, `constant` and `step_decay` stretch
+  over the run, and the config's top-level numbers, such as `rho`, are names the text may use.
+
+  CONFIG is a name that `curvax configs` lists, or a path to a .py file with a `get_config()`.
+"""
+
+_TRAIN = """\
+Train a model and leave a run folder: config, figures as JSON lines and TensorBoard events,
+checkpoints, final table and curves. Without a config it trains a small MLP-Mixer on 512 handwritten
+digits, 40 % of them wrongly labelled, with AdamW and with GSAM, and says what that showed.
+"""
+
+_COMPARE = """\
+Train the same model on the same data with several methods at matched epochs, over several seeds.
+Reported are mean, standard deviation and 95 % interval of the test accuracy and of the largest
+eigenvalue of the Hessian at the end. The first method is the base that gains are counted from.
+
+  curvax compare digits --seeds 3 --fair
+  curvax compare digits --optimizers "adamw(cosine(1e-2))" "sam_perturb(0.2) | adamw(cosine(1e-2))"
+  curvax compare digits --sweep rho=0.05,0.1,0.2,0.5 --sweep alpha=0,0.2,0.4
+"""
+
+_BENCH = """\
+Compile a training step of each method and report its FLOPs, temporary memory and time, also as
+ratios to the first method's. Clocks are read in turn in one process.
+"""
+
+_RESUME = """\
+Go on with an interrupted `train` or `compare` from its newest checkpoints. Parameters, optimiser
+state, keys and place in the data are restored, and the run ends as it would have, bit for bit.
+"""
+
+_CONFIGS = "List the configs, or print what one of them is: paper, command, expected result, cost."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line.
+
+    Returns:
+        0; 2 after an error, which is told in one paragraph; 130 after Ctrl-C.
+    """
+    arguments, fields = _parser().parse_known_args(argv)
+    try:
+        arguments.run(arguments, fields)
+    except KeyboardInterrupt:
+        return _fail("stopped. `curvax resume FOLDER` goes on from the last checkpoint.", 130)
+    except ModuleNotFoundError as error:
+        return _fail(f"{error}. The command line needs an extra: pip install 'curvax[train]'", 2)
+    except (ValueError, TypeError, OSError, ArithmeticError) as error:
+        if arguments.traceback:
+            raise
+        return _fail(str(error), 2)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"curvax: {message}", file=sys.stderr)
+    return code
+
+
+class _Parser(argparse.ArgumentParser):
+    """Keeps the lines of its texts, and takes no abbreviations: they would hit config fields."""
+
+    def __init__(self, **options: Any):
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(formatter_class=form, allow_abbrev=False, **options)
+
+    def runs(self, run: Run) -> "_Parser":
+        self.set_defaults(run=run)
+        self.add_argument("--traceback", action="store_true", help="show where an error arose")
+        return self
+
+    def takes_a_config(self) -> None:
+        self.add_argument("config", nargs="?", default="digits", metavar="CONFIG")
+        self.add_argument(
+            "--runs", type=Path, default=Path("runs"), metavar="DIR", help="where run folders go"
+        )
+
+    def takes_methods(self) -> None:
+        self.add_argument(
+            "--optimizers",
+            nargs="+",
+            metavar="TEXT",
+            help="the methods, the base first; by default the config's `base` and `optimizer`",
+        )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="curvax", description=_TOP)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a model", description=_TRAIN, epilog=_FIELDS)
+    train.runs(_train).takes_a_config()
+
+    compare = commands.add_parser(
+        "compare", help="train by several methods", description=_COMPARE, epilog=_FIELDS
+    ).runs(_compare)
+    compare.takes_a_config()
+    compare.takes_methods()
+    compare.add_argument("--seeds", type=_positive, default=1, metavar="N", help="runs of each")
+    either = compare.add_mutually_exclusive_group()
+    either.add_argument(
+        "--fair", action="store_true", help="let the base also run twice the epochs"
+    )
+    either.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="FIELD=A,B,C",
+        help="score a grid of settings on 10 %% of the training set, kept out of training",
+    )
+
+    bench = commands.add_parser(
+        "bench", help="what a step costs", description=_BENCH, epilog=_FIELDS
+    ).runs(_bench)
+    bench.takes_a_config()
+    bench.takes_methods()
+    bench.add_argument(
+        "--pairs", type=_positive, default=30, metavar="N", help="readings of each clock"
+    )
+
+    resume = commands.add_parser("resume", help="go on with a run", description=_RESUME)
+    resume.runs(_resume).add_argument("folder", type=Path, metavar="FOLDER")
+
+    configs = commands.add_parser("configs", help="what there is to run", description=_CONFIGS)
+    configs.runs(_configs).add_argument("config", nargs="?", metavar="CONFIG")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, and is {number}")
+    return number
+
+
+def _train(arguments: argparse.Namespace, fields: Sequence[str]) -> None:
+    from curvax.training import commands
+
+    config = commands.configure(arguments.config, fields)
+    methods = [config.base, config.optimizer] if config.beside else [config.optimizer]
+    commands.start(config, commands.Plan("train", methods), arguments.runs)
+
+
+def _compare(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from curvax.training import commands, sweep
+
+    config = commands.configure(arguments.config, overrides)
+    if arguments.sweep:
+        methods = arguments.optimizers or [config.optimizer]
+        fields = sweep.read_fields(arguments.sweep)
+        plan = commands.Plan("sweep", methods, arguments.seeds, fields=fields)
+    else:
+        methods = arguments.optimizers or [config.base, config.optimizer]
+        plan = commands.Plan("compare", methods, arguments.seeds, arguments.fair)
+    commands.start(config, plan, arguments.runs)
+
+
+def _bench(arguments: argparse.Namespace, fields: Sequence[str]) -> None:
+    from curvax.training import commands
+
+    config = commands.configure(arguments.config, fields)
+    methods = arguments.optimizers or [config.base, config.optimizer]
+    commands.measure_costs(config, methods, arguments.pairs, arguments.runs)
+
+
+def _resume(arguments: argparse.Namespace, fields: Sequence[str]) -> None:
+    from curvax.training import commands
+
+    if fields:
+        raise ValueError(f"A resumed run keeps its config, and got {' '.join(fields)}.")
+    commands.resume(arguments.folder)
+
+
+def _configs(arguments: argparse.Namespace, fields: Sequence[str]) -> None:
+    from curvax.training import config
+
+    if fields:
+        raise ValueError(f"`curvax configs` takes a name alone, and got {' '.join(fields)}.")
+    if arguments.config:
+        print(config.read(arguments.config).__doc__)
+    else:
+        for name in config.names():
+            print(f"{name:24}{(config.read(name).__doc__ or '').partition(chr(10))[0]}")

@@ -1,0 +1,123 @@
+"""What `curvax train`, `compare`, `bench` and `resume` do, given a config."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
+
+from curvax.training import bench, compare, curves, progress, report, runs, sweep
+from curvax.training import config as configs
+from curvax.training.compare import Outcomes
+from curvax.training.experiment import Experiment, build
+
+_PLAN = "plan.json"
+
+
+class Plan(NamedTuple):
+    """What is done with a config; kept in the run's folder, so that it can be resumed."""
+
+    command: str  # "train", "compare" or "sweep"
+    optimizers: Sequence[str]  # the base first, where there is one
+    seeds: int = 1
+    fair: bool = False  # the base may run twice the epochs
+    fields: Mapping[str, Sequence[str]] = {}  # a sweep's values
+
+    def prepare(self, config: ConfigDict) -> dict[str, Experiment]:
+        """Every arm made ready, and so checked before one begins."""
+        arms = compare.arms(config, self.optimizers, fair=self.fair)
+        if self.fields:
+            arms = compare.grid(arms, self.fields)
+        return {name: build(arm, hold_out=bool(self.fields)) for name, arm in arms.items()}
+
+
+def configure(name: str, assignments: Sequence[str]) -> ConfigDict:
+    """The config of that name with `--field=value` applied; `ConfigError` where that fails."""
+    return configs.override(configs.load(name), assignments)
+
+
+def start(config: ConfigDict, plan: Plan, root: Path) -> None:
+    """Carries a plan out in a new run folder under `root`."""
+    experiments = plan.prepare(config)
+    folder = runs.create(root, config)
+    runs.write_text(folder / _PLAN, json.dumps(plan._asdict(), indent=2) + "\n")
+    _carry_out(config, plan, experiments, folder)
+
+
+def resume(folder: Path) -> None:
+    """Goes on with what was begun in a run folder.
+
+    Raises:
+        RunError: the folder is not a run's.
+    """
+    config = runs.read_config(folder)
+    plan = Plan(**json.loads((folder / _PLAN).read_text()))
+    _carry_out(config, plan, plan.prepare(config), folder)
+
+
+def _carry_out(
+    config: ConfigDict, plan: Plan, experiments: Mapping[str, Experiment], folder: Path
+) -> None:
+    console = Console()
+    console.print(
+        f"Run folder: {folder} (after an interruption: curvax resume {folder})", markup=False
+    )
+    with progress.bar(console) as row:
+        outcomes = compare.run(experiments, plan.seeds, folder, row)
+    table, words = _FINISH[plan.command](config, plan, outcomes, folder)
+    runs.write_text(folder / "table.txt", f"{report.as_text(table)}\n{words}\n")
+    console.print(table)
+    console.print(words, markup=False, highlight=False)
+
+
+def _finish_training(
+    config: ConfigDict, plan: Plan, outcomes: Outcomes, folder: Path
+) -> tuple[Table, str]:
+    curves.draw(outcomes, folder / "curves.png")
+    figures = {name: arm[0].figures for name, arm in outcomes.items()}
+    where = f"Curves: {folder / 'curves.png'}. TensorBoard: tensorboard --logdir {folder}"
+    if len(figures) == 1:
+        return report.run_table(figures), where
+    return report.run_table(figures), f"{report.verdict(config, figures)}\n{where}"
+
+
+def _finish_comparison(
+    config: ConfigDict, plan: Plan, outcomes: Outcomes, folder: Path
+) -> tuple[Table, str]:
+    curves.draw(outcomes, folder / "curves.png")
+    if plan.fair:
+        outcomes = compare.with_better_base(outcomes)
+    scores = compare.score(outcomes)
+    compare.write(folder, outcomes, scores)
+    curves.draw_scores(outcomes, folder / "compare.png")
+    words = f"{report.gains(scores)}\nPlots: {folder / 'compare.png'} and {folder / 'curves.png'}"
+    return report.score_table(scores), words
+
+
+def _finish_sweep(
+    config: ConfigDict, plan: Plan, outcomes: Outcomes, folder: Path
+) -> tuple[Table, str]:
+    grids = sweep.grids(outcomes, compare.labels(plan.optimizers), plan.fields)
+    curves.draw_sweep(grids, folder / "sweep.png")
+    return sweep.table(grids), f"{sweep.words(grids, config.name)}\nPlot: {folder / 'sweep.png'}"
+
+
+_FINISH = {"train": _finish_training, "compare": _finish_comparison, "sweep": _finish_sweep}
+
+
+def measure_costs(config: ConfigDict, optimizers: Sequence[str], rounds: int, root: Path) -> None:
+    """`curvax bench`: the costs of a step of each method, printed and kept in a new folder."""
+    console = Console()
+    experiments = Plan("bench", optimizers).prepare(config)
+    with progress.bar(console) as row:
+        report_round = row("rounds", rounds)
+        costs = bench.measure(experiments, rounds, lambda turn: report_round(turn, {}))
+    folder = runs.create(root, config)
+    bench.write(folder, costs)
+    table = bench.table(costs)
+    runs.write_text(folder / "table.txt", report.as_text(table))
+    console.print(table)
+    console.print(f"Readings: {folder / 'bench.json'}", markup=False)

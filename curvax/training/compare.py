@@ -1,0 +1,143 @@
+"""Methods compared: the same model and data under several pipes, at matched epochs, over seeds.
+
+An arm is one method under one setting, a name and a config. Each of its runs has a folder of its
+own, so that what was stopped goes on where it was.
+"""
+
+import itertools
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from curvax.recipe import outline
+from curvax.training import runs
+from curvax.training.config import assign
+from curvax.training.experiment import Experiment
+from curvax.training.loop import Outcome, Report, fit
+from curvax.training.statistics import Summary, summarise
+
+ACCURACY, LARGEST_EIGENVALUE = "test_accuracy", "hessian_max"
+
+Arms = dict[str, ConfigDict]
+Outcomes = Mapping[str, Sequence[Outcome]]
+"""For each arm its runs, one for each seed."""
+
+
+class Score(NamedTuple):
+    """What an arm reached, over seeds."""
+
+    accuracy: Summary
+    hessian_max: Summary
+    gain: Summary  # accuracy beyond the base's, seed by seed
+    seconds: float  # of a run
+
+
+def variant(config: ConfigDict, **fields: object) -> ConfigDict:
+    """A copy of the config with some top-level fields changed."""
+    changed = config.copy_and_resolve_references()
+    changed.update(fields)
+    return changed
+
+
+def arms(config: ConfigDict, optimizers: Sequence[str], *, fair: bool = False) -> Arms:
+    """An arm for each method, and with `fair` one for the first, the base, at twice the epochs.
+
+    One SAM step costs two gradients, so the paper lets its base run twice as long and counts the
+    better score. Foret et al., SAM, arXiv:2010.01412, section 3.1.
+    """
+    named = {n: variant(config, optimizer=t) for n, t in zip(labels(optimizers), optimizers)}
+    if not fair:
+        return named
+    base = next(iter(named))
+    longer = variant(named[base], epochs=2 * config.epochs)
+    return {base: named.pop(base), f"{base}, 2 × epochs": longer, **named}
+
+
+def labels(optimizers: Sequence[str]) -> list[str]:
+    """Short names for the methods: their outlines, or the whole texts where outlines coincide."""
+    outlines = [outline(text) for text in optimizers]
+    return [o if outlines.count(o) == 1 else text for o, text in zip(outlines, optimizers)]
+
+
+def grid(methods: Arms, fields: Mapping[str, Sequence[str]]) -> Arms:
+    """Every method at every point of a grid of field values, the last field fastest."""
+    points: Arms = {}
+    for (name, config), values in itertools.product(
+        methods.items(), itertools.product(*fields.values())
+    ):
+        point = variant(config)
+        for field, value in zip(fields, values):
+            assign(point, field, value)
+        setting = ", ".join(f"{field}={value}" for field, value in zip(fields, values))
+        points[f"{name}, {setting}"] = point
+    return points
+
+
+def run(
+    experiments: Mapping[str, Experiment],
+    seeds: int,
+    folder: Path,
+    row: Callable[[str, int], Report],
+) -> dict[str, list[Outcome]]:
+    """Every arm over `seeds` seeds, from its config's own on.
+
+    Args:
+        experiments: the arms, made ready.
+        seeds: runs for each arm.
+        folder: holds the runs' folders; those that are done there are read, not run.
+        row: starts a row of the progress display, `(name, steps) -> report`.
+    """
+    outcomes: dict[str, list[Outcome]] = {name: [] for name in experiments}
+    for number, (name, experiment) in enumerate(experiments.items()):
+        slug = re.sub(r"\W+", "-", name).strip("-")[:60]
+        first = experiment.config.seed
+        for seed in range(first, first + seeds):
+            place = folder / f"{number}-{slug}" / f"seed{seed}"
+            place.mkdir(parents=True, exist_ok=True)
+            report = row(f"{name}, seed {seed}", experiment.steps)
+            outcomes[name].append(fit(experiment.reseeded(seed), place, report))
+    return outcomes
+
+
+def with_better_base(outcomes: Outcomes) -> dict[str, Sequence[Outcome]]:
+    """Puts first, as the base that counts, seed by seed the better of the first two arms."""
+    (name, short), (_, long), *_ = outcomes.items()
+    better = [max(pair, key=lambda run: run.figures[ACCURACY]) for pair in zip(short, long)]
+    return {f"{name}, better of both": better, **outcomes}
+
+
+def score(outcomes: Outcomes) -> dict[str, Score]:
+    """The summary of every arm, gains counted from the first."""
+    base = values(next(iter(outcomes.values())), ACCURACY)
+    return {
+        name: Score(
+            summarise(values(arm, ACCURACY)),
+            summarise(values(arm, LARGEST_EIGENVALUE)),
+            summarise([ours - theirs for ours, theirs in zip(values(arm, ACCURACY), base)]),
+            summarise(values(arm, "seconds")).mean,
+        )
+        for name, arm in outcomes.items()
+    }
+
+
+def values(arm: Sequence[Outcome], figure: str) -> list[float]:
+    """A figure of every run of an arm; NaN where it was not measured."""
+    return [run.figures.get(figure, float("nan")) for run in arm]
+
+
+def write(folder: Path, outcomes: Outcomes, scores: Mapping[str, Score]) -> None:
+    """`compare.json`: for each arm its summaries and the figures of every run."""
+    page = {
+        name: {
+            "accuracy": scores[name].accuracy._asdict(),
+            "hessian_max": scores[name].hessian_max._asdict(),
+            "gain": scores[name].gain._asdict(),
+            "runs": [run.figures for run in arm],
+        }
+        for name, arm in outcomes.items()
+    }
+    runs.write_text(folder / "compare.json", json.dumps(page, indent=2) + "\n")

@@ -1,0 +1,111 @@
+"""The loop of one run: steps, a test after each epoch, a log, checkpoints, and a stop at NaN."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from curvax.training import runs
+from curvax.training.checkpoints import Checkpoints
+from curvax.training.experiment import Experiment
+from curvax.training.step import Measured, State, watched_names
+
+Report = Callable[[int, Mapping[str, float]], None]
+"""Told the step and the newest figures, for a progress bar."""
+
+
+class NotFinite(FloatingPointError):
+    """A loss, gradient or update that is NaN or infinite: the step, and what went bad first."""
+
+
+class Outcome(NamedTuple):
+    """What a run came to."""
+
+    figures: dict[str, float]  # at the end
+    records: list[runs.Record]  # on the way
+
+
+def fit(
+    experiment: Experiment, folder: Path | None = None, report: Report = lambda *_: None
+) -> Outcome:
+    """Trains to the end: from the newest checkpoint in the folder, if there is one.
+
+    A resumed run takes the same steps on the same batches with the same keys as one that was never
+    interrupted, bit for bit. A run that is done is read from its folder.
+
+    Raises:
+        NotFinite: the loss, a gradient or an update is NaN or infinite.
+        CheckpointError: a checkpoint cannot be written or read.
+    """
+    done = runs.results(folder)
+    if done is not None:
+        return Outcome(done, runs.records(folder))
+    began = time.perf_counter()
+    checkpoints = Checkpoints(folder and folder / "checkpoints", experiment.config.keep)
+    state, batches = checkpoints.resume(experiment.init(), experiment.batches())
+    log = runs.Log(folder, since=int(state.step))
+    try:
+        state = _Trainer(experiment, log, checkpoints, report).run(state, batches)
+    finally:
+        log.close()
+        checkpoints.close()
+    figures = {"steps": experiment.steps, "seconds": time.perf_counter() - began}
+    figures |= experiment.appraise(state)
+    runs.write_results(folder, figures)
+    return Outcome(figures, log.records)
+
+
+@dataclass
+class _Trainer:
+    experiment: Experiment
+    log: runs.Log
+    checkpoints: Checkpoints
+    report: Report
+    pending: list[Measured] = field(default_factory=list)
+
+    def run(self, state: State, batches: Any) -> State:
+        experiment, config = self.experiment, self.experiment.config
+        names = watched_names(state.params)
+        epoch = experiment.steps_per_epoch
+        for step in range(int(state.step) + 1, experiment.steps + 1):
+            state, measured = experiment.step(state, next(batches))
+            self.pending.append(measured)
+            logs, tests = step % config.log_every == 0, step % epoch == 0
+            saves = step % (config.checkpoint_every or epoch) == 0 or step == experiment.steps
+            if logs or tests or saves:
+                figures = self.settle(step, names)
+                if logs:
+                    self.log.write(step, "train", figures)
+                if tests:
+                    scores = experiment.test(state)
+                    self.log.write(step, "test", scores)
+                    figures |= {f"test_{name}": value for name, value in scores.items()}
+                self.report(step, figures)
+            if saves:
+                self.log.flush()
+                self.checkpoints.save(state, batches.get_state())
+        return state
+
+    def settle(self, step: int, names: list[str]) -> dict[str, float]:
+        """Waits for the pending steps and returns the figures of the last.
+
+        Raises:
+            NotFinite: one of them met a NaN or an infinity.
+        """
+        measured = jax.device_get(self.pending)
+        self.pending.clear()
+        for number, one in enumerate(measured, start=step - len(measured) + 1):
+            if not one.finite.all():
+                self.stop(number, names[int(np.argmin(one.finite))], float(one.figures["loss"]))
+        return {name: float(value) for name, value in measured[-1].figures.items()}
+
+    def stop(self, step: int, what: str, loss: float) -> None:
+        raise NotFinite(
+            f"Training stopped at step {step}: {what} is NaN or infinite (loss {loss:.6g}). "
+            f"{self.checkpoints.last_good()} A lower learning rate or perturbation, or "
+            "`clip_by_global_norm(1.0)` before the optimiser, often cures it."
+        )
