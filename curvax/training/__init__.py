@@ -1,0 +1,1 @@
+"""Experiments: data, augmentation, the loop, checkpoints, and what runs are compared by."""
