@@ -61,7 +61,9 @@ def mean_over_scan(
         (s / weight).astype(leaf.dtype) for s, leaf in zip(sums, _where(leaves, floats, True))
     )
     last = iter(x[-1] for x in others)
-    return treedef.unflatten([next(means) if is_mean else next(last) for is_mean in floats])
+    return jax.tree.unflatten(
+        treedef, [next(means) if is_mean else next(last) for is_mean in floats]
+    )
 
 
 def _where(leaves: list[Any], flags: list[bool], value: bool) -> list[Any]:

@@ -1,6 +1,5 @@
 """Errors that give rule, value, cause and cure, before any work is lost."""
 
-import numbers
 from typing import Any
 
 import jax
@@ -41,7 +40,7 @@ def check_range(name: str, value: Any, low: float, high: float, *, stage: str) -
     Raises:
         ValueError: it lies outside.
     """
-    if isinstance(value, numbers.Real) and not low <= value <= high:
+    if isinstance(value, (int, float)) and not low <= value <= high:
         raise ValueError(f"`{stage}` takes `{name}` in [{low}, {high}], and got {value}.")
 
 

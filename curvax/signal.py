@@ -43,7 +43,7 @@ Rule = Callable[..., tuple[Signal, Any]]
 class Stage(optax.GradientTransformationExtraArgs):
     """An Optax transformation that also passes on curvature, and composes with `|`."""
 
-    def __or__(self, other: optax.GradientTransformation) -> Stage:  # type: ignore[override]
+    def __or__(self, other: optax.GradientTransformation) -> Stage:
         return pipe(self, other)
 
     def __ror__(self, other: optax.GradientTransformation) -> Stage:
@@ -95,7 +95,7 @@ def step(
 ) -> tuple[Signal, Any]:
     """One part applied to a signal; a plain Optax part sees and changes the updates alone."""
     if isinstance(part, Stage):
-        return part.update(signal, state, params, **extra)  # type: ignore[return-value]
+        return part.update(signal, state, params, **extra)
     _refuse_local_moments(part, state, signal)
     part = optax.with_extra_args_support(part)
     updates, state = part.update(signal.updates, state, params, **extra)
@@ -140,7 +140,7 @@ class _Update:
 
 
 def _clean_value(updates: Tree, params: Tree, extra: Any) -> jax.Array | None:
-    """L(θ) where the caller gave it, or where the objective remembers it; no hidden forward pass."""
+    """L(θ) as the caller gave it or the objective remembers it; never a hidden forward pass."""
     value, value_fn = extra.get("value"), extra.get("value_fn")
     if value is None and isinstance(value_fn, Objective):
         given = value_fn.gave(params, updates)

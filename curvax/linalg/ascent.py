@@ -88,7 +88,12 @@ def random_direction(key: jax.Array | int = 0) -> Ascent:
     The ablation of Foret et al., SAM, arXiv:2010.01412, appendix C.5.
     """
     key = jax.random.key(key) if isinstance(key, int) else key
-    return Ascent(lambda path, g, w, key: jax.random.normal(key, g.shape, g.dtype), p=2, key=key)
+
+    def draw(path: Path, g: Leaf, w: Leaf, key: jax.Array | None) -> Leaf:
+        assert key is not None, "an ascent with a key is handed one"
+        return jax.random.normal(key, g.shape, g.dtype)
+
+    return Ascent(draw, p=2, key=key)
 
 
 def _adaptive(magnitude: Callable[[Path, Leaf], Leaf]) -> Ascent:
@@ -161,4 +166,4 @@ def _largest_entry(tree: Tree) -> Tree:
         here = (jnp.arange(flat.size) == jnp.argmax(jnp.abs(flat))) & (winner == i)
         return jnp.where(here, jnp.sign(flat), 0.0).reshape(x.shape)
 
-    return treedef.unflatten([alone(i, x) for i, x in enumerate(leaves)])
+    return jax.tree.unflatten(treedef, [alone(i, x) for i, x in enumerate(leaves)])

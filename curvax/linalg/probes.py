@@ -18,4 +18,4 @@ def gaussian_probe(key: jax.Array, tree: Tree) -> Tree:
 def _draw(draw, key: jax.Array, tree: Tree) -> Tree:
     leaves, treedef = jax.tree.flatten(tree)
     keys = jax.random.split(key, len(leaves)) if leaves else ()
-    return treedef.unflatten([draw(k, x.shape, x.dtype) for k, x in zip(keys, leaves)])
+    return jax.tree.unflatten(treedef, [draw(k, x.shape, x.dtype) for k, x in zip(keys, leaves)])

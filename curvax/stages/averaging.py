@@ -101,7 +101,7 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
             rest = {name: x for name, x in extra.items() if name not in ("value", "grad")}
             out, new = inner.update(
                 given, jax.tree.map(fold, state), params, value_fn=group, **rest
-            )  # type: ignore[misc]
+            )
             return (out._replace(matvec=None, local=None), _without_keys(new)), group.batch_weight()
 
         out, new = over_groups(one, groups, count)

@@ -21,7 +21,7 @@ Sampler = Callable[[jax.Array, Tree], Tree]
 class HutchinsonState(NamedTuple):
     key: jax.Array
     """A typed key; draws are keyed by step and by shard of the global batch."""
-    count: jax.Array
+    step: jax.Array
     """t, int32 scalar: estimates made."""
     figures: Figures
     """`diagonal_relative_error`, with two probes or more."""
@@ -92,7 +92,7 @@ def hutchinson_diag(
         local = objective.local_axes(params)
         checks.refuse_summed(signal.updates, local, stage="hutchinson_diag")
         over = checks.averaged_axes(mean_over, local, stage="hutchinson_diag")
-        step_key = jax.random.fold_in(state.key, state.count)
+        step_key = jax.random.fold_in(state.key, state.step)
         here = objective if fraction == 1 else require_batch(objective, "fraction").first(fraction)
         estimate = lambda part, k: _estimate(part, params, k, probes, sampler, mode)
         found, whole = _over_shards(estimate, here, step_key, shards, local)
@@ -103,7 +103,7 @@ def hutchinson_diag(
         if whole and fraction == 1:
             signal = share_gradient(signal, objective, params, found.loss, found.gradient, local)
         figures = {} if probes == 1 else _relative_error(diagonal, variance)
-        return signal, HutchinsonState(state.key, state.count + 1, figures)
+        return signal, HutchinsonState(state.key, state.step + 1, figures)
 
     return stage(init, rule)
 

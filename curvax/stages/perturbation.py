@@ -32,7 +32,7 @@ FIGURES = (
 
 
 class SamState(NamedTuple):
-    count: jax.Array
+    step: jax.Array
     """t, int32 scalar."""
     keys: tuple[jax.Array, ...]
     """The typed keys of ascents that draw."""
@@ -110,12 +110,12 @@ def sam_perturb(
         value = axes.vary(value, local)
         shard, _ = objective.shard_number(local)
         keys = tuple(
-            jax.random.fold_in(jax.random.fold_in(k, state.count), shard) for k in state.keys
+            jax.random.fold_in(jax.random.fold_in(k, state.step), shard) for k in state.keys
         )
-        radius = _radius(rho, state.count, params)
+        radius = _radius(rho, state.step, params)
         climb = _Climb(
             objective, params, _Rules(ascent, p, mask, params).bind(keys), radius, steps,
-            at(step_size, state.count), projected, sync,
+            at(step_size, state.step), projected, sync,
         )  # fmt: skip
 
         def perturbed() -> tuple[Tree, jax.Array, Figures]:
@@ -133,13 +133,13 @@ def sam_perturb(
             now: Any = True
             updates, value_p, figures = perturbed()
         else:
-            now = state.count % every == 0
+            now = state.step % every == 0
             updates, value_p, figures = axes.cond(now, perturbed, clean)
         signal = signal._replace(
             updates=updates, gradient=gradient, value=value, perturbed_value=value_p,
             perturbed=now, local=local,
         )  # fmt: skip
-        return signal, SamState(state.count + 1, state.keys, figures)
+        return signal, SamState(state.step + 1, state.keys, figures)
 
     return stage(init, rule)
 
@@ -248,7 +248,9 @@ class _Rules:
     def _each(self, f: Any, tree: Tree, params: Tree) -> Tree:
         leaves, treedef = jax.tree.flatten(tree)
         weights = jax.tree.leaves(params)
-        return treedef.unflatten([f(i, x, w) for i, (x, w) in enumerate(zip(leaves, weights))])
+        return jax.tree.unflatten(
+            treedef, [f(i, x, w) for i, (x, w) in enumerate(zip(leaves, weights))]
+        )
 
     def _measure(self, i: int, g: jax.Array, w: jax.Array) -> jax.Array:
         g, w, rule, key = trees.widen(g), trees.widen(w), self.rules[i], None

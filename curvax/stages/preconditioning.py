@@ -11,7 +11,7 @@ from curvax.trees import Tree
 
 
 class ScaleByPowerState(NamedTuple):
-    count: jax.Array
+    step: jax.Array
     """Steps taken, int32 scalar: what schedules are called with."""
 
 
@@ -44,13 +44,13 @@ def scale_by_power(power: Any, *, eps: Any = 1e-8, damping: Any = 0.0) -> Stage:
         diagonal = checks.needed_diagonal(
             signal.diagonal, "scale_by_power", "divides by a diagonal"
         )
-        k, epsilon, lam = (at(x, state.count) for x in (power, eps, damping))
+        k, epsilon, lam = (at(x, state.step) for x in (power, eps, damping))
 
         def divide(u: jax.Array, d: jax.Array) -> jax.Array:
             denominator = (d + lam) ** k + epsilon
             return (trees.widen(u) / denominator).astype(u.dtype)
 
         updates = jax.tree.map(divide, signal.updates, diagonal)
-        return signal._replace(updates=updates), ScaleByPowerState(state.count + 1)
+        return signal._replace(updates=updates), ScaleByPowerState(state.step + 1)
 
     return stage(lambda params: ScaleByPowerState(jnp.zeros((), jnp.int32)), rule)

@@ -12,7 +12,7 @@ from curvax.trees import Tree
 
 
 class CountState(NamedTuple):
-    count: jax.Array
+    step: jax.Array
     """Steps taken, int32 scalar: what schedules are called with."""
 
 
@@ -71,16 +71,16 @@ def _combining(name: str, weight: Any, combine: Any) -> Stage:
     def rule(signal: Signal, state: CountState, params: Tree = None, **extra: Any) -> Any:
         del params, extra
         clean, perturbed = _both_gradients(signal, name)
-        updates = combine(clean, perturbed, at(weight, state.count))
+        updates = combine(clean, perturbed, at(weight, state.step))
         if signal.perturbed is not True:
             updates = _select(signal.perturbed, updates, clean)
-        return signal._replace(updates=updates), CountState(state.count + 1)
+        return signal._replace(updates=updates), CountState(state.step + 1)
 
     return stage(lambda params: CountState(jnp.zeros((), jnp.int32)), rule, name=name)
 
 
 class KeepOrthogonalState(NamedTuple):
-    count: jax.Array
+    step: jax.Array
     """Steps taken, int32 scalar."""
     orthogonal: Tree
     """g_v, the part of the last perturbed gradient orthogonal to the clean one."""
@@ -112,10 +112,10 @@ def keep_orthogonal(alpha: Any = 0.7, *, mean_over: AxisNames = None) -> Stage:
         over = checks.averaged_axes(mean_over, signal.local, stage="keep_orthogonal")
         fresh = jax.tree.map(trees.widen, trees.reject(perturbed, clean))
         kept = _select(signal.perturbed, axes.mean(fresh, over), state.orthogonal)
-        length = at(alpha, state.count) * trees.ratio(trees.norm(clean), trees.norm(kept))
+        length = at(alpha, state.step) * trees.ratio(trees.norm(clean), trees.norm(kept))
         between = trees.add_scaled(clean, length, kept)
         updates = _select(signal.perturbed, perturbed, between)
-        return signal._replace(updates=updates), KeepOrthogonalState(state.count + 1, kept)
+        return signal._replace(updates=updates), KeepOrthogonalState(state.step + 1, kept)
 
     return stage(init, rule)
 

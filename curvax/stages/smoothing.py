@@ -141,7 +141,7 @@ def _inputs_last(d: jax.Array, path: Path, layout: Any) -> list[int]:
 
 
 class EmaRmsState(NamedTuple):
-    count: jax.Array
+    step: jax.Array
     """t, int32 scalar."""
     weight: jax.Array
     """1 - βᵗ, float32 scalar: what the zeros of the start still lack."""
@@ -175,20 +175,20 @@ def ema_rms(decay: Any) -> Stage:
     def rule(signal: Signal, state: EmaRmsState, params: Tree = None, **extra: Any) -> Any:
         del params, extra
         diagonal = checks.needed_diagonal(signal.diagonal, "ema_rms", "smooths a diagonal")
-        beta = jnp.asarray(at(decay, state.count), state.weight.dtype)
+        beta = jnp.asarray(at(decay, state.step), state.weight.dtype)
         square = jax.tree.map(
             lambda v, d: beta * v + (1 - beta) * jnp.square(d), state.mean_square, diagonal
         )
         square = trees.cast_like(square, state.mean_square)
         weight = beta * state.weight + (1 - beta)
         rms = jax.tree.map(lambda v: jnp.sqrt(v / weight).astype(v.dtype), square)
-        return signal._replace(diagonal=rms), EmaRmsState(state.count + 1, weight, square)
+        return signal._replace(diagonal=rms), EmaRmsState(state.step + 1, weight, square)
 
     return stage(init, rule)
 
 
 class EveryState(NamedTuple):
-    count: jax.Array
+    step: jax.Array
     """Steps taken, int32 scalar."""
     diagonal: Tree
     """The diagonal as last refreshed, in float32 or wider, shaped like the parameters."""
@@ -249,8 +249,8 @@ def every(k: Any, stages: optax.GradientTransformation) -> Stage:
             return trees.cast_like(diagonal, state.diagonal), below
 
         keep = lambda: (state.diagonal, state.inner)
-        diagonal, below = axes.cond(state.count % k == 0, refresh, keep)
-        return signal._replace(diagonal=diagonal), EveryState(state.count + 1, diagonal, below)
+        diagonal, below = axes.cond(state.step % k == 0, refresh, keep)
+        return signal._replace(diagonal=diagonal), EveryState(state.step + 1, diagonal, below)
 
     return stage(init, rule)
 
