@@ -1,0 +1,250 @@
+"""A forgotten, wrong or already summed device axis is an error, not a number; a right one is not."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import curvax as cx
+
+pytestmark = pytest.mark.skipif(
+    jax.device_count() < 8,
+    reason="needs XLA_FLAGS=--xla_force_host_platform_device_count=8 before jax is imported",
+)
+PARAMS = jnp.array([0.3, -0.7, 1.1])
+BATCH = jax.random.normal(jax.random.key(0), (16, 3))
+
+
+def loss(w, x):
+    return jnp.mean(jnp.tanh(x @ w) ** 2)
+
+
+def mapped(f, regime, *, axes=("batch",), shape=(8,), spec=None, out=None):
+    """f(params, batch) under a regime, replicated results."""
+    out = P() if out is None else out
+    if regime == "pmap":
+        g = jax.pmap(f, axis_name=axes[0], in_axes=(None, 0), out_axes=None)
+        return lambda w, x: g(w, x.reshape(8, -1, 3))
+    mesh = jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * len(axes))
+    specs = (P(), P(spec or axes[0]))
+    checked = regime == "shard_map"
+    return jax.jit(jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=out, check_vma=checked))
+
+
+def update(tx, loss=loss, grads=None, **options):
+    def step(w, x):
+        objective = cx.Objective(loss, x, **options)
+        g = objective.value_and_grad(w)[1] if grads is None else grads(w, x)
+        return tx.update(g, tx.init(w), w, value_fn=objective)[0]
+
+    return step
+
+
+EVERYWHERE = pytest.mark.parametrize("regime", ["pmap", "shard_map", "shard_map unchecked"])
+FORGETFUL = {
+    "sam": cx.sam(optax.sgd(0.1)),
+    "gsam": cx.gsam(optax.sgd(0.1), 0.1, 0.2),
+    "look_sam": cx.look_sam(optax.sgd(0.1), 0.1),
+    "adahessian": cx.adahessian(0.1),
+    "hutchinson_diag": cx.hutchinson_diag() | cx.pmean_updates("batch"),
+    "look_sam's kept part": cx.sam_perturb(0.1, every=2) | cx.keep_orthogonal(),
+    "adam's moments": cx.sam_perturb(0.1) | optax.adam(0.1),
+}
+
+
+@EVERYWHERE
+@pytest.mark.parametrize("tx", FORGETFUL.values(), ids=FORGETFUL)
+def test_a_forgotten_axis_is_an_error(tx, regime):
+    with pytest.raises(ValueError, match=r"mean_over='batch'|pmean_updates\('batch'\)"):
+        mapped(update(tx), regime)(PARAMS, BATCH)
+
+
+@EVERYWHERE
+def test_a_mean_that_is_not_wanted_can_be_said(regime):
+    tx = cx.sam_perturb(0.1) | cx.pmean_updates(()) | optax.adam(0.1)
+    step = lambda w, x: lax.pmean(update(tx)(w, x), "batch")
+    assert np.isfinite(mapped(step, regime)(PARAMS, BATCH)).all()
+
+
+@EVERYWHERE
+@pytest.mark.parametrize(
+    "tx",
+    [
+        cx.sam(optax.sgd(0.1), mean_over="data"),
+        cx.adahessian(0.1, mean_over="data"),
+        cx.sam(optax.sgd(0.1), sync_over="data", mean_over="batch"),
+    ],
+)
+def test_a_wrong_axis_is_named_with_those_that_are_bound(tx, regime):
+    with pytest.raises(ValueError, match=r"'data'.*not bound.*'batch'"):
+        mapped(update(tx), regime)(PARAMS, BATCH)
+
+
+@pytest.mark.parametrize(
+    "tx", [cx.sam(optax.sgd(0.1), mean_over="batch"), cx.adahessian(0.1, mean_over="batch")]
+)
+def test_a_gradient_that_shard_map_summed_is_an_error(tx):
+    step = update(tx, grads=jax.grad(loss))
+    with pytest.raises(ValueError, match=r"already summed.*value_and_grad"):
+        mapped(step, "shard_map")(PARAMS, BATCH)
+
+
+def averaged(w, x):
+    return lax.pmean(loss(w, x), "batch") + 1e-3 * jnp.sum(w**2)
+
+
+def averaged_in_disguise(w, x):
+    inner = jax.checkpoint(lambda w: lax.psum(jax.jit(loss)(w, x), "batch"))
+    return inner(w) / lax.axis_size("batch")
+
+
+@EVERYWHERE
+@pytest.mark.parametrize("bad", [averaged, averaged_in_disguise])
+def test_a_loss_that_averages_its_own_output_is_an_error(bad, regime):
+    tx = cx.sam(optax.sgd(0.1), mean_over="batch")
+    with pytest.raises(ValueError, match="averages its own value over the axis 'batch'"):
+        mapped(update(tx, bad), regime)(PARAMS, BATCH)
+
+
+def synchronised(w, x):
+    """A loss behind batch norm over all devices, with a count of examples reduced as well."""
+    h = x * w[None]
+    mean = lax.pmean(jnp.mean(h, axis=0), "batch")
+    var = lax.pmean(jnp.mean((h - mean[None]) ** 2, axis=0), "batch")
+    return jnp.mean(jnp.tanh((h - mean[None]) / jnp.sqrt(var + 0.1)[None] + w[None]) ** 2)
+
+
+def on_one_device(w, x):
+    h = x * w[None]
+    mean, var = jnp.mean(h, axis=0), jnp.var(h, axis=0)
+    return jnp.mean(jnp.tanh((h - mean[None]) / jnp.sqrt(var + 0.1)[None] + w[None]) ** 2)
+
+
+@EVERYWHERE
+def test_synchronised_batch_norm_is_the_whole_batch(regime):
+    tx = cx.sam_perturb(0.1, sync_over="batch") | cx.pmean_updates("batch")
+    found = mapped(update(tx, synchronised), regime)(PARAMS, BATCH)
+    np.testing.assert_allclose(found, update(cx.sam_perturb(0.1), on_one_device)(PARAMS, BATCH))
+
+
+def test_without_an_axis_the_same_text_runs_under_jit():
+    tx = cx.sam(optax.sgd(0.1), sync_over="batch", mean_over="batch")
+    plain = cx.sam(optax.sgd(0.1))
+    np.testing.assert_array_equal(update(tx)(PARAMS, BATCH), update(plain)(PARAMS, BATCH))
+
+
+def naive_groups(n):
+    """SAM with one perturbation for each of n contiguous groups."""
+    return np.mean([update(cx.sam_perturb(0.05))(PARAMS, x) for x in BATCH.reshape(n, -1, 3)], 0)
+
+
+@pytest.mark.parametrize("regime", ["shard_map", "shard_map unchecked"])
+def test_an_ascent_synced_over_a_mesh_sub_axis_makes_groups_of_devices(regime):
+    tx = cx.sam_perturb(0.05, sync_over="inner") | cx.pmean_updates(("outer", "inner"))
+    axes = dict(axes=("outer", "inner"), shape=(2, 4), spec=("outer", "inner"))
+    found = mapped(update(tx), regime, **axes)(PARAMS, BATCH)
+    np.testing.assert_allclose(found, naive_groups(2), rtol=1e-12)
+
+
+def test_two_axes_and_an_axis_left_to_the_compiler():
+    tx = cx.sam(optax.identity(), mean_over="batch")
+    mesh = jax.make_mesh((4, 2), ("batch", "model"), axis_types=(AxisType.Auto,) * 2)
+    step = jax.jit(
+        jax.shard_map(
+            update(tx),
+            mesh=mesh,
+            in_specs=(P(), P("batch")),
+            out_specs=P(),
+            axis_names={"batch"},
+        )
+    )
+    np.testing.assert_allclose(step(PARAMS, BATCH), naive_groups(4), rtol=1e-12)
+
+
+def test_vmap_with_an_axis_name_averages_too():
+    tx = cx.sam_perturb(0.05) | cx.pmean_updates("batch")
+    step = jax.vmap(update(tx), axis_name="batch", in_axes=(None, 0))
+    found = step(PARAMS, BATCH.reshape(8, -1, 3))
+    np.testing.assert_allclose(found, np.stack([naive_groups(8)] * 8), rtol=1e-12)
+
+
+def weighted(w, x):
+    mask = x[:, 0] > 0.2
+    return jnp.sum(mask * jnp.tanh(x @ w) ** 2) / jnp.maximum(jnp.sum(mask), 1)
+
+
+def unmasked(x):
+    return jnp.sum(x[:, 0] > 0.2)
+
+
+@EVERYWHERE
+def test_devices_are_averaged_by_weight(regime):
+    tx = cx.sam_perturb(0.1, sync_over="batch") | cx.pmean_updates("batch")
+    found = mapped(update(tx, weighted, weight=unmasked), regime)(PARAMS, BATCH)
+    expected = update(cx.sam_perturb(0.1), weighted)(PARAMS, BATCH)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def noisy(w, x, key):
+    return jnp.mean(jnp.tanh(x @ w + jax.random.normal(key, (len(x),))) ** 2)
+
+
+@EVERYWHERE
+def test_dropout_keys_are_those_of_the_piece_whatever_holds_it(regime):
+    key = jax.random.key(5)
+    tx = cx.pmean_updates("batch")
+    expected = cx.Objective(noisy, BATCH, key=key, microbatch=2).value_and_grad(PARAMS)[1]
+    found = mapped(update(tx, noisy, key=key), regime)(PARAMS, BATCH)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_dropout_keys_do_not_depend_on_the_number_of_devices():
+    key = jax.random.key(5)
+    options = dict(key=key, microbatch=2)
+    expected = cx.Objective(noisy, BATCH, **options).value_and_grad(PARAMS)[1]
+    two = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    step = jax.shard_map(
+        update(cx.pmean_updates("batch"), noisy, **options),
+        mesh=two,
+        in_specs=(P(), P("batch")),
+        out_specs=P(),
+    )
+    np.testing.assert_allclose(jax.jit(step)(PARAMS, BATCH), expected, rtol=1e-12)
+
+
+@EVERYWHERE
+def test_figures_are_means_over_the_axes_their_types_show(regime):
+    tx = cx.sam(optax.sgd(0.1), 0.05, mean_over="batch")
+
+    def step(w, x):
+        objective = cx.Objective(loss, x)
+        value, g = objective.value_and_grad(w)
+        _, state = tx.update(g, tx.init(w), w, value_fn=objective, value=value)
+        gap = cx.diagnostics(state)["surrogate_gap"]
+        return gap if regime == "shard_map" else lax.pmean(gap, "batch")
+
+    def gap_of(x):
+        g = jax.grad(loss)(PARAMS, x)
+        return loss(PARAMS + 0.05 * g / jnp.linalg.norm(g), x) - loss(PARAMS, x)
+
+    expected = np.mean([gap_of(x) for x in BATCH.reshape(8, -1, 3)])
+    np.testing.assert_allclose(mapped(step, regime)(PARAMS, BATCH), expected, rtol=1e-5)
+
+
+@EVERYWHERE
+@pytest.mark.parametrize("mode", ["forward-over-reverse", "reverse-over-reverse"])
+def test_the_local_hessian_product_averages_to_the_whole(mode, regime):
+    v = jnp.array([1.0, 2.0, -1.0])
+
+    def product(w, x):
+        local = cx.hvp(cx.Objective(loss, x), w, mode=mode)(v)
+        return lax.pmean(local, "batch")
+
+    expected = jax.hessian(partial(loss, x=BATCH))(PARAMS) @ v
+    np.testing.assert_allclose(mapped(product, regime)(PARAMS, BATCH), expected, rtol=1e-12)
