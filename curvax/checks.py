@@ -44,18 +44,19 @@ def check_range(name: str, value: Any, low: float, high: float, *, stage: str) -
         raise ValueError(f"`{stage}` takes `{name}` in [{low}, {high}], and got {value}.")
 
 
-def check_static(name: str, value: Any, *, stage: str) -> None:
-    """Refuses a traced value where the structure of the computation depends on it.
+def check_static(stage: str, /, **options: Any) -> None:
+    """Refuses arrays, traced or not, where the structure of the computation depends on the option.
 
     Raises:
-        TypeError: it is traced.
+        TypeError: an option is one.
     """
-    if isinstance(value, jax.core.Tracer):
-        raise TypeError(
-            f"`{name}` of `{stage}` decides what is computed and must be a plain Python value. "
-            f"Under `inject_hyperparams`, write `optax.inject_hyperparams({stage}, "
-            f"static_args=({name!r},))`."
-        )
+    for name, value in options.items():
+        if isinstance(value, jax.Array):
+            raise TypeError(
+                f"`{name}` of `{stage}` decides what is computed and must be a plain Python value. "
+                f"Under `inject_hyperparams`, write `optax.inject_hyperparams({stage}, "
+                f"static_args={tuple(options)})`."
+            )
 
 
 def refuse_summed(updates: Tree, local: frozenset[str], *, stage: str) -> None:

@@ -1,6 +1,8 @@
 """The papers' methods, each one pipe of stages."""
 
-from typing import Any
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import optax
@@ -18,6 +20,25 @@ from curvax.stages import (
     scale_by_power,
     spatial_average,
 )
+
+Method = TypeVar("Method", bound=Callable[..., Stage])
+
+
+def _with_options_of(factory: Callable[..., Stage]) -> Callable[[Method], Method]:
+    """Spells a method's `**options` out as the stage's, for `help` and `inject_hyperparams`."""
+
+    def spell(method: Method) -> Method:
+        own = inspect.signature(method)
+        kept = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        options = [
+            p
+            for p in inspect.signature(factory).parameters.values()
+            if p.kind is p.KEYWORD_ONLY and p.name not in own.parameters
+        ]
+        method.__signature__ = own.replace(parameters=kept + options)  # type: ignore[attr-defined]
+        return method
+
+    return spell
 
 
 def adahessian(
@@ -63,6 +84,7 @@ def adahessian(
     )
 
 
+@_with_options_of(sam_perturb)
 def sam(
     base: optax.GradientTransformation,
     rho: Any = 0.05,
@@ -79,6 +101,7 @@ def sam(
     return pipe(sam_perturb(rho, **options), pmean_updates(mean_over), base)
 
 
+@_with_options_of(sam_perturb)
 def gsam(
     base: optax.GradientTransformation,
     rho: Any,
@@ -102,6 +125,7 @@ def gsam(
     )
 
 
+@_with_options_of(sam_perturb)
 def look_sam(
     base: optax.GradientTransformation,
     rho: Any,

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax import trees
+from curvax.linalg.probes import as_key
 from curvax.trees import Path, Tree, widen
 
 Leaf = jax.Array
@@ -87,7 +88,7 @@ def random_direction(key: jax.Array | int = 0) -> Ascent:
 
     The ablation of Foret et al., SAM, arXiv:2010.01412, appendix C.5.
     """
-    key = jax.random.key(key) if isinstance(key, int) else key
+    key = as_key(key)
 
     def draw(path: Path, g: Leaf, w: Leaf, key: jax.Array | None) -> Leaf:
         assert key is not None, "an ascent with a key is handed one"

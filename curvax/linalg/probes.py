@@ -1,8 +1,15 @@
 """Random trees with identity covariance, E[z zᵀ] = I, one key per leaf."""
 
 import jax
+import jax.numpy as jnp
 
 from curvax.trees import Tree
+
+
+def as_key(key: jax.Array | int) -> jax.Array:
+    """A typed key: itself, or that of a seed."""
+    key = jnp.asarray(key)
+    return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.key(key)
 
 
 def rademacher(key: jax.Array, tree: Tree) -> Tree:

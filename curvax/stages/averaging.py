@@ -78,7 +78,7 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
     Raises:
         ValueError, TypeError: m < 1, or traced; at update, one that does not divide the batch.
     """
-    checks.check_static("m", m, stage="per_group")
+    checks.check_static("per_group", m=m)
     checks.check_range("m", m, 1, float("inf"), stage="per_group")
     inner = pipe(stages)
     over_groups = accumulation.mean_over_scan if sequential else accumulation.mean_over_vmap
@@ -90,7 +90,7 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
         local = objective.local_axes(params)
         groups = objective.groups(m)
         count = objective.size // m
-        first, _ = objective.shard_number(local)
+        first, shards = objective.shard_number(local)
 
         def one(i: jax.Array, batch: Tree) -> tuple[Any, jax.Array | None]:
             group = objective.on(batch, part=(i, count))
@@ -105,7 +105,7 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
             return (out._replace(matvec=None, local=None), _without_keys(new)), group.batch_weight()
 
         out, new = over_groups(one, groups, count)
-        advance = lambda old, x: jax.random.fold_in(old, count) if _is_key(old) else x
+        advance = lambda old, x: jax.random.fold_in(old, shards * count) if _is_key(old) else x
         return out._replace(local=local), jax.tree.map(advance, state, new)
 
     return stage(inner.init, rule)

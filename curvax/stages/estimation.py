@@ -10,6 +10,7 @@ from curvax import accumulation, axes, checks, trees
 from curvax.axes import AxisNames
 from curvax.figures import Figures, measured, unmeasured
 from curvax.linalg import estimate_diagonal, rademacher
+from curvax.linalg.probes import as_key
 from curvax.objective import Objective, as_objective, require_batch
 from curvax.oracles.hessian import check_mode, gradient_and_product, linearized_gradient
 from curvax.signal import Signal, Stage, stage
@@ -72,18 +73,19 @@ def hutchinson_diag(
     Raises:
         ValueError: an option out of range; later, under a device axis, no `mean_over`.
     """
-    for name, value in (("probes", probes), ("shards", shards)):
-        checks.check_static(name, value, stage="hutchinson_diag")
-        checks.check_range(name, value, 1, jnp.inf, stage="hutchinson_diag")
+    checks.check_static(
+        "hutchinson_diag", probes=probes, sampler=sampler, fraction=fraction, shards=shards
+    )
+    checks.check_range("probes", probes, 1, jnp.inf, stage="hutchinson_diag")
+    checks.check_range("shards", shards, 1, jnp.inf, stage="hutchinson_diag")
     if not 0 < fraction <= 1:
         raise ValueError(f"`hutchinson_diag` takes `fraction` in (0, 1], and got {fraction}.")
     check_mode(mode)
 
     def init(params: Tree) -> HutchinsonState:
         trees.require_floating(params, "hutchinson_diag")
-        start = jax.random.key(key) if isinstance(key, int) else jnp.asarray(key)
         figures = unmeasured("diagonal_relative_error") if probes > 1 else {}
-        return HutchinsonState(start, jnp.zeros((), jnp.int32), figures)
+        return HutchinsonState(as_key(key), jnp.zeros((), jnp.int32), figures)
 
     def rule(
         signal: Signal, state: HutchinsonState, params: Tree, *, value_fn: Any = None, **extra: Any

@@ -106,7 +106,7 @@ def sam_perturb(
         checks.refuse_summed(signal.updates, local, stage="sam_perturb")
         sync = axes.bound(sync_over, where="`sam_perturb(sync_over=)`")
         gradient = signal.updates
-        value = jnp.full((), jnp.nan) if signal.value is None else signal.value
+        value = jnp.asarray(jnp.nan if signal.value is None else signal.value, float)
         value = axes.vary(value, local)
         shard, _ = objective.shard_number(local)
         keys = tuple(
@@ -124,7 +124,7 @@ def sam_perturb(
                 jnp.stack([*map(jnp.asarray, jax.tree.leaves(radius)), jnp.zeros(())])
             )
             figures = _figures(value, value_p, gradient, gradient_p, biggest)
-            return trees.cast_like(updates, gradient), value_p, figures
+            return trees.cast_like(updates, gradient), value_p.astype(value.dtype), figures
 
         def clean() -> tuple[Tree, jax.Array, Figures]:
             return gradient, jnp.full_like(value, jnp.nan), state.figures
@@ -145,8 +145,7 @@ def sam_perturb(
 
 
 def _check_options(rho: Any, p: Any, steps: Any, every: Any) -> None:
-    for name, option in (("p", p), ("steps", steps)):
-        checks.check_static(name, option, stage="sam_perturb")
+    checks.check_static("sam_perturb", p=p, steps=steps)
     check_p(p)
     checks.check_range("rho", rho, 0, jnp.inf, stage="sam_perturb")
     checks.check_range("steps", steps, 1, jnp.inf, stage="sam_perturb")

@@ -43,7 +43,7 @@ def spatial_average(
     Raises:
         ValueError: a block that is no such thing; later, one that does not divide its leaf.
     """
-    checks.check_static("block", block, stage="spatial_average")
+    checks.check_static("spatial_average", block=block)
     rule_of = _rule_of(block, layout)
 
     def rule(signal: Signal, state: Any, params: Tree = None, **extra: Any) -> Any:
