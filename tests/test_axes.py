@@ -1,4 +1,4 @@
-"""A forgotten, wrong or already summed device axis is an error, not a number; a right one is not."""
+"""A forgotten, wrong or already summed device axis is an error, not a number."""
 
 from functools import partial
 

@@ -196,7 +196,7 @@ def by_shard(key):
     )
 
 
-@pytest.mark.parametrize("regime", (*REGIMES, "jit"))
+@pytest.mark.parametrize("regime", [*REGIMES, "jit"])
 def test_one_probe_a_shard_is_the_same_run_on_any_device_count(regime):
     params, batch, key = make_params(), make_batch(), jax.random.key(3)
     tx = by_shard(key)
