@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from scipy.io import loadmat
+from scipy.io.matlab import MatReadError
 
 Arrays = tuple[np.ndarray, np.ndarray]
 """Images [N, H, W, C] and labels [N]."""
@@ -102,7 +103,14 @@ def _svhn_arrays(path: Path) -> Arrays:
         with path.open("rb") as file:
             content = loadmat(file)
         images, labels = content["X"].transpose(3, 0, 1, 2), content["y"].ravel() % 10
-    except (ValueError, TypeError, KeyError, NotImplementedError, zlib.error) as error:
+    except (
+        MatReadError,
+        ValueError,
+        TypeError,
+        KeyError,
+        NotImplementedError,
+        zlib.error,
+    ) as error:
         raise damaged(path, error) from error
     return np.ascontiguousarray(images), labels.astype(np.int32)
 

@@ -44,7 +44,7 @@ def load(name: str, *, path: str | Path | None = None, seed: int = 0) -> Dataset
     source = sources.find(name)
     parts = sources.read(name, None if path is None else Path(path))
     splits = [_in_range(checked(Split(*part), name), source.classes, name) for part in parts]
-    train, test = splits if len(splits) == 2 else _divide(splits[0], source.test, seed)
+    train, test = splits if len(splits) == 2 else _divide(splits[0], source.test, _rng(seed, "load"))
     return Dataset(name, train, test, source.classes)
 
 
@@ -105,7 +105,7 @@ def flip_labels(
             f"`flip_labels` takes a rate in [0, 1] and at least 2 classes, and got the rate "
             f"{rate} and {classes} classes. 40 % is written 0.4."
         )
-    rng = np.random.default_rng(seed)
+    rng = _rng(seed, "flip_labels")
     order, shift = rng.permutation(len(labels)), rng.integers(not any_class, classes, len(labels))
     chosen = order[: round(rate * len(labels))]
     noisy = labels.astype(np.int32)
@@ -131,7 +131,7 @@ def take(split: Split, amount: float, *, seed: int) -> Split:
             f"`take` gives a fraction in (0, 1] or a number of examples up to {size}, the size of "
             f"the split, and got {amount}. Leave it at 1 for all of them."
         )
-    return _divide(split, size - count, seed)[0]
+    return _divide(split, size - count, _rng(seed, "take"))[0]
 
 
 def hold_out(split: Split, fraction: float = 0.1, *, seed: int) -> tuple[Split, Split]:
@@ -148,12 +148,17 @@ def hold_out(split: Split, fraction: float = 0.1, *, seed: int) -> tuple[Split, 
             f"`hold_out` keeps a fraction in (0, 1) for validation, and {fraction} of "
             f"{len(split.labels)} examples leaves one of the two parts empty."
         )
-    return _divide(split, count, seed)
+    return _divide(split, count, _rng(seed, "hold_out"))
 
 
-def _divide(split: Split, last: int, seed: int) -> tuple[Split, Split]:
+def _rng(seed: int, purpose: str) -> np.random.Generator:
+    """A stream of its own for each purpose: what is held out says nothing about what is noisy."""
+    return np.random.default_rng([seed, *purpose.encode()])
+
+
+def _divide(split: Split, last: int, rng: np.random.Generator) -> tuple[Split, Split]:
     """All but `last` examples, and those, each part in the order of the split."""
-    order = _stratified(split.labels, np.random.default_rng(seed))
+    order = _stratified(split.labels, rng)
     cut = len(order) - last
     return _rows(split, np.sort(order[:cut])), _rows(split, np.sort(order[cut:]))
 
@@ -242,7 +247,7 @@ def batches(
     def order(epoch: int) -> np.ndarray:
         size = len(split.labels)
         return (
-            np.random.default_rng((seed, epoch)).permutation(size) if shuffle else np.arange(size)
+            _rng(seed, f"epoch {epoch}").permutation(size) if shuffle else np.arange(size)
         )
 
     def gather(number: int, step: int) -> dict[str, np.ndarray]:

