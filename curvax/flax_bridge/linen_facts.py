@@ -79,7 +79,7 @@ def _role(module: nn.Module, path: Path, view: Mapping[Path, Shape], attention: 
             return convolution(_length(size))
         case nn.ConvTranspose(kernel_size=size, transpose_kernel=flip) if name == "kernel":
             return convolution(_length(size), transposed=flip)
-        case nn.DenseGeneral(features=features, axis=axis, batch_axis=batch) if name == "kernel":
+        case nn.DenseGeneral(features=features, axis=axis, batch_dims=batch) if name == "kernel":
             kind = "attention" if attention else "dense"
             return linear(_length(axis), _length(features), batch=len(batch), kind=kind)
     return role(path[:-1], name, layer, attention=attention)

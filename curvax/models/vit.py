@@ -74,7 +74,7 @@ class VisionTransformer(PatchNet, kw_only=True):
         n, rows, columns, width = x.shape
         x = x.reshape(n, rows * columns, width) + self.position(rows, columns).astype(x.dtype)
         if self.pool == "token":
-            token = self.param("cls", nn.initializers.zeros, (1, 1, width))
+            token = self.param("cls", nn.initializers.zeros, (1, 1, width), jnp.float32)
             token = jnp.broadcast_to(token.astype(x.dtype), (n, 1, width))
             x = jnp.concatenate([token, x], axis=1)
         x = nn.Dropout(self.dropout)(x, deterministic=not train)
@@ -86,7 +86,7 @@ class VisionTransformer(PatchNet, kw_only=True):
         if self.positions == "sincos":
             return sincos(rows, columns, self.width)
         shape = (1, rows * columns, self.width)
-        return self.param("pos_embedding", nn.initializers.normal(0.02), shape)
+        return self.param("pos_embedding", nn.initializers.normal(0.02), shape, jnp.float32)
 
 
 def sincos(rows: int, columns: int, width: int) -> jax.Array:
@@ -94,7 +94,7 @@ def sincos(rows: int, columns: int, width: int) -> jax.Array:
 
     Chen et al., MoCo v3, arXiv:2104.02057.
     """
-    wavelength = WAVELENGTH ** jnp.linspace(0.0, 1.0, width // 4)
+    wavelength = WAVELENGTH ** jnp.linspace(0.0, 1.0, width // 4)[None]
     y, x = jnp.mgrid[:rows, :columns]
     angles = [place.reshape(-1, 1) / wavelength for place in (x, y)]
     waves = [wave(angle) for angle in angles for wave in (jnp.sin, jnp.cos)]

@@ -51,8 +51,8 @@ class WideResNet(ConvNet, kw_only=True):
         require_rate("dropout", self.dropout)
         if self.depth < 10 or self.depth % 6 != 4 or self.widen < 1:
             raise ValueError(
-                "A wide ResNet has a `depth` of 6n + 4 (10, 16, 22, 28, ...) and a `widen` of at least "
-                f"1, and got {self.depth} and {self.widen}. WRN-28-10 is called `wrn28_10`."
+                "A wide ResNet has a `depth` of 6n + 4 (10, 16, 22, 28, ...) and a `widen` of 1 or "
+                f"more, and got {self.depth} and {self.widen}. WRN-28-10 is called `wrn28_10`."
             )
         super().__post_init__()
 
