@@ -132,9 +132,9 @@ def mixup(probability: float = 0.5, alpha: float = 0.2) -> Transform:
         x̃ᵢ = λᵢ xᵢ + (1 - λᵢ) xᵢ₋₁,   λ ~ Beta(α, α) folded into [½, 1]
 
     Zhang et al., arXiv:1710.09412, eq. 1. Chen et al., arXiv:2106.01548, say "with probability
-    0.5" and no α; in big_vision, which they used, `p` = 0.5 is Beta's parameter and every batch is
-    mixed: `mixup(1.0, 0.5)`. The default α is Zhang et al.'s for ImageNet. This differs from the
-    authors' code in: λ is drawn for each example, not for each batch.
+    0.5" and no α; in big_vision `p` is Beta's parameter and every batch is mixed, so they may have
+    meant `mixup(1.0, 0.5)`. The default α is Zhang et al.'s for ImageNet. This differs from both
+    codes in: λ is drawn for each example, not for each batch.
 
     Raises:
         ValueError: a probability outside [0, 1], an α that is not positive, labels not one-hot.

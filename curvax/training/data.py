@@ -44,7 +44,9 @@ def load(name: str, *, path: str | Path | None = None, seed: int = 0) -> Dataset
     source = sources.find(name)
     parts = sources.read(name, None if path is None else Path(path))
     splits = [_in_range(checked(Split(*part), name), source.classes, name) for part in parts]
-    train, test = splits if len(splits) == 2 else _divide(splits[0], source.test, _rng(seed, "load"))
+    train, test = (
+        splits if len(splits) == 2 else _divide(splits[0], source.test, _rng(seed, "load"))
+    )
     return Dataset(name, train, test, source.classes)
 
 
@@ -246,9 +248,7 @@ def batches(
     @functools.lru_cache(maxsize=1)
     def order(epoch: int) -> np.ndarray:
         size = len(split.labels)
-        return (
-            _rng(seed, f"epoch {epoch}").permutation(size) if shuffle else np.arange(size)
-        )
+        return _rng(seed, f"epoch {epoch}").permutation(size) if shuffle else np.arange(size)
 
     def gather(number: int, step: int) -> dict[str, np.ndarray]:
         rows = order(number // steps)[step * batch_size : (step + 1) * batch_size]

@@ -100,7 +100,10 @@ def rand_augment(layers: int = 2, magnitude: float = 15) -> Transform:
     return per_image(change, branching=True)
 
 
-_CIFAR10 = (
+Half = tuple[str, float, int]
+"""Operation, probability, level."""
+
+_CIFAR10: tuple[tuple[Half, Half], ...] = (
     (("Invert", 0.1, 7), ("Contrast", 0.2, 6)),
     (("Rotate", 0.7, 2), ("TranslateX", 0.3, 9)),
     (("Sharpness", 0.8, 1), ("Sharpness", 0.9, 3)),
@@ -126,7 +129,7 @@ _CIFAR10 = (
     (("AutoContrast", 0.9, 2), ("Solarize", 0.8, 3)),
     (("Equalize", 0.8, 8), ("Invert", 0.1, 3)),
     (("TranslateY", 0.7, 9), ("AutoContrast", 0.9, 1)),
-)  # operation, probability, level
+)
 
 _CIFAR10_OPERATIONS = _RAND | {
     "Posterize": _whole(ops.posterize, 4, falling=True),
