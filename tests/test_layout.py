@@ -1,6 +1,7 @@
 """Layouts: every fact from the module, the same facts from names and shapes alone."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -288,7 +289,7 @@ class Twin(nnx.Module):
         self.table = nnx.Embed(7, 4, rngs=rngs)
         if scanned:
             split = nnx.split_rngs(splits=3)
-            self.layers = split(nnx.vmap(Block))(rngs)
+            self.layers: Any = split(nnx.vmap(Block))(rngs)
         else:
             self.layers = nnx.List([Block(rngs) for _ in range(3)])
         self.head = nnx.LinearGeneral(4, (2, 3), rngs=rngs)

@@ -11,6 +11,16 @@ from flax.training import train_state
 class TrainState(train_state.TrainState):
     """Flax's `TrainState`, for transformations that evaluate the loss elsewhere.
 
+        def loss(params, batch, key):
+            logits, new = state.apply_fn(
+                {"params": params, "batch_stats": state.batch_stats}, batch["image"], train=True,
+                mutable=["batch_stats"], rngs={"dropout": key})
+            return cross_entropy(logits, batch["label"]), new["batch_stats"]
+
+        objective = curvax.Objective(loss, batch, has_aux=True, key=key)
+        (value, batch_stats), grads = objective.value_and_grad(state.params)
+        state = state.apply_gradients(grads=grads, value_fn=objective, batch_stats=batch_stats)
+
     Attributes:
         batch_stats: linen's collection of that name; empty for a model without batch norm.
     """
