@@ -205,7 +205,7 @@ def _configs(arguments: argparse.Namespace, fields: Sequence[str]) -> None:
     if fields:
         raise ValueError(f"`curvax configs` takes a name alone, and got {' '.join(fields)}.")
     if arguments.config:
-        print(config.read(arguments.config).__doc__)
+        print(config.docstring(arguments.config))
     else:
         for name in config.names():
-            print(f"{name:24}{(config.read(name).__doc__ or '').partition(chr(10))[0]}")
+            print(f"{name:24}{config.docstring(name).partition(chr(10))[0]}")

@@ -35,7 +35,7 @@ def parse(
 ) -> optax.GradientTransformationExtraArgs:
     """Reads a method's text.
 
-    >>> parse("sam_perturb(rho) | sgd(cosine(0.1), momentum=0.9)", steps=100, names={"rho": 0.05})
+        parse("sam_perturb(rho) | sgd(cosine(0.1), momentum=0.9)", steps=100, names={"rho": 0.05})
 
     Args:
         text: parts joined by `|`, on one line or several.
@@ -48,6 +48,16 @@ def parse(
     """
     reader = _Reader(text, {**vocabulary(steps), **names})
     return reader.pipe(reader.tree())
+
+
+def read(text: str, names: Mapping[str, Any]) -> Any:
+    """The value of any text of this grammar, with `names` as its whole vocabulary.
+
+    Raises:
+        RecipeError: as in `parse`.
+    """
+    reader = _Reader(text, names)
+    return reader.value(reader.tree())
 
 
 def vocabulary(steps: int | None = None) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def place_of_caret(text, **options):
             ),
         ),
         (
-            "every(2, hutchinson_diag(7, probes=2) | ema_rms(.9)) | scale_by_power(1) | scale(-0.1)",
+            "every(2, hutchinson_diag(7, probes=2) | ema_rms(.9)) | scale_by_power(1) | scale(-.1)",
             lambda: (
                 curvax.every(2, curvax.hutchinson_diag(7, probes=2) | curvax.ema_rms(0.9))
                 | curvax.scale_by_power(1.0)
@@ -132,7 +132,7 @@ def test_curvax_wins_over_optax_and_the_callers_names_over_both():
         ("sgd(0.1) if True else clip(1.0)", "sgd(0.1) if", "none of these"),
         ("sgd((lambda: 0.1)())", "(lambda", "none of these"),
         ("sgd(__import__('os').getpid())", "__import__", "none of these"),
-        ("sgd(open('x'))", "open", "no public name"),
+        ("sgd(open('x'))", "open", "Nothing that can be named"),
         ("sgd([r for r in [0.1]])", "[r for", "none of these"),
         ("sgd(b'x')", "b'x'", "none of these"),
         ("sgd(0.1", "(0.1", "never closed"),

@@ -5,19 +5,20 @@ once, so compare models with unrolled layers. Clocks are read in turn, base and 
 process, so that whatever else the machine does meets all of them.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
 from curvax.training import runs
 from curvax.training.experiment import Experiment
+from curvax.training.loop import Report
 
 _READING = 0.05  # seconds that one reading takes at least, far above the clock's grain
 
@@ -33,14 +34,14 @@ class Cost(NamedTuple):
 def measure(
     experiments: Mapping[str, Experiment],
     rounds: int = 30,
-    report: Callable[[int], None] = lambda _: None,
+    report: Report = lambda *_: None,
 ) -> dict[str, Cost]:
     """Compiles a step of every arm and reads its clock once a round, all arms in turn."""
     steps = [_Step(experiment) for experiment in experiments.values()]
     readings = np.empty((len(steps), rounds))
     for turn in range(rounds):
         readings[:, turn] = [step.read() for step in steps]
-        report(turn + 1)
+        report(turn + 1, {})
     return {
         name: Cost(step.flops, step.temporary_bytes, seconds)
         for name, step, seconds in zip(experiments, steps, readings)
@@ -91,31 +92,20 @@ def ratio(cost: Cost, base: Cost) -> Ratio:
 
 
 def table(costs: dict[str, Cost]) -> Table:
-    """One row for each method; the first is the base."""
+    """A row for each figure, a column for each method; the first is the base."""
     base = next(iter(costs.values()))
-    rounds = len(base.seconds)
-    page = Table(
-        "method",
-        "ms a step",
-        "time × base",
-        f"range of {rounds} pairs",
-        "GFLOP",
-        "FLOPs × base",
-        "temporary MB",
-        "memory × base",
-    )
-    for name, cost in costs.items():
-        r = ratio(cost, base)
-        page.add_row(
-            name,
-            f"{1e3 * np.median(cost.seconds):.3g}",
-            f"{r.median:.2f}",
-            f"{r.least:.2f} to {r.greatest:.2f}",
-            f"{cost.flops / 1e9:.4g}",
-            f"{r.flops:.2f}",
-            f"{cost.temporary_bytes / 1e6:.3g}",
-            f"{r.temporary_bytes:.2f}",
-        )
+    page = Table("a step", *map(escape, costs))
+    rows: dict[str, Callable[[Cost, Ratio], str]] = {
+        "milliseconds": lambda cost, _: f"{1e3 * np.median(cost.seconds):.3g}",
+        "× base, median": lambda _, r: f"{r.median:.3f}",
+        f"range of {len(base.seconds)} pairs": lambda _, r: f"{r.least:.2f} to {r.greatest:.2f}",
+        "GFLOP": lambda cost, _: f"{cost.flops / 1e9:.4g}",
+        "FLOPs × base": lambda _, r: f"{r.flops:.3f}",
+        "temporary MB": lambda cost, _: f"{cost.temporary_bytes / 1e6:.3g}",
+        "memory × base": lambda _, r: f"{r.temporary_bytes:.3f}",
+    }
+    for heading, cell in rows.items():
+        page.add_row(heading, *(cell(cost, ratio(cost, base)) for cost in costs.values()))
     return page
 
 
@@ -130,4 +120,4 @@ def write(folder: Path, costs: dict[str, Cost]) -> None:
         }
         for name, cost in costs.items()
     }
-    runs.write_text(folder / "bench.json", json.dumps(page, indent=2) + "\n")
+    runs.write_json(folder / "bench.json", page)

@@ -42,8 +42,8 @@ def configure(name: str, assignments: Sequence[str]) -> ConfigDict:
 def start(config: ConfigDict, plan: Plan, root: Path) -> None:
     """Carries a plan out in a new run folder under `root`."""
     experiments = plan.prepare(config)
-    folder = runs.create(root, config)
-    runs.write_text(folder / _PLAN, json.dumps(plan._asdict(), indent=2) + "\n")
+    folder = runs.create(root, plan.command, config)
+    runs.write_json(folder / _PLAN, plan._asdict())
     _carry_out(config, plan, experiments, folder)
 
 
@@ -62,26 +62,20 @@ def _carry_out(
     config: ConfigDict, plan: Plan, experiments: Mapping[str, Experiment], folder: Path
 ) -> None:
     console = Console()
-    console.print(
-        f"Run folder: {folder} (after an interruption: curvax resume {folder})", markup=False
-    )
+    _line(console, f"If this is interrupted: curvax resume {folder}")
     with progress.bar(console) as row:
         outcomes = compare.run(experiments, plan.seeds, folder, row)
     table, words = _FINISH[plan.command](config, plan, outcomes, folder)
-    runs.write_text(folder / "table.txt", f"{report.as_text(table)}\n{words}\n")
-    console.print(table)
-    console.print(words, markup=False, highlight=False)
+    _publish(console, folder, table, words)
+    _line(console, f"TensorBoard: tensorboard --logdir {folder}")
 
 
 def _finish_training(
     config: ConfigDict, plan: Plan, outcomes: Outcomes, folder: Path
 ) -> tuple[Table, str]:
     curves.draw(outcomes, folder / "curves.png")
-    figures = {name: arm[0].figures for name, arm in outcomes.items()}
-    where = f"Curves: {folder / 'curves.png'}. TensorBoard: tensorboard --logdir {folder}"
-    if len(figures) == 1:
-        return report.run_table(figures), where
-    return report.run_table(figures), f"{report.verdict(config, figures)}\n{where}"
+    table = report.run_table({name: arm[0].figures for name, arm in outcomes.items()})
+    return table, report.verdict(config, outcomes) if len(outcomes) == 2 else ""
 
 
 def _finish_comparison(
@@ -93,31 +87,41 @@ def _finish_comparison(
     scores = compare.score(outcomes)
     compare.write(folder, outcomes, scores)
     curves.draw_scores(outcomes, folder / "compare.png")
-    words = f"{report.gains(scores)}\nPlots: {folder / 'compare.png'} and {folder / 'curves.png'}"
-    return report.score_table(scores), words
+    return report.score_table(scores), report.gains(scores)
 
 
 def _finish_sweep(
     config: ConfigDict, plan: Plan, outcomes: Outcomes, folder: Path
 ) -> tuple[Table, str]:
     grids = sweep.grids(outcomes, compare.labels(plan.optimizers), plan.fields)
+    sweep.write(folder, grids)
     curves.draw_sweep(grids, folder / "sweep.png")
-    return sweep.table(grids), f"{sweep.words(grids, config.name)}\nPlot: {folder / 'sweep.png'}"
+    return sweep.table(grids), sweep.words(grids, config.name)
 
 
 _FINISH = {"train": _finish_training, "compare": _finish_comparison, "sweep": _finish_sweep}
 
 
-def measure_costs(config: ConfigDict, optimizers: Sequence[str], rounds: int, root: Path) -> None:
+def measure_costs(config: ConfigDict, optimizers: Sequence[str], pairs: int, root: Path) -> None:
     """`curvax bench`: the costs of a step of each method, printed and kept in a new folder."""
     console = Console()
     experiments = Plan("bench", optimizers).prepare(config)
     with progress.bar(console) as row:
-        report_round = row("rounds", rounds)
-        costs = bench.measure(experiments, rounds, lambda turn: report_round(turn, {}))
-    folder = runs.create(root, config)
+        costs = bench.measure(experiments, pairs, row("pairs", pairs))
+    folder = runs.create(root, "bench", config)
     bench.write(folder, costs)
-    table = bench.table(costs)
-    runs.write_text(folder / "table.txt", report.as_text(table))
+    _publish(console, folder, bench.table(costs), "")
+
+
+def _publish(console: Console, folder: Path, table: Table, words: str) -> None:
+    """Prints the result, and keeps it in the folder as `table.txt`."""
+    runs.write_text(folder / "table.txt", f"{report.as_text(table)}\n{words}\n")
     console.print(table)
-    console.print(f"Readings: {folder / 'bench.json'}", markup=False)
+    console.print(words, markup=False, highlight=False)
+    files = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file()))
+    _line(console, f"In {folder}: {files}")
+
+
+def _line(console: Console, text: str) -> None:
+    """A line that is not wrapped, so that its paths can be copied."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

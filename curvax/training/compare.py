@@ -5,7 +5,6 @@ own, so that what was stopped goes on where it was.
 """
 
 import itertools
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,8 @@ from curvax.recipe import outline
 from curvax.training import runs
 from curvax.training.config import assign
 from curvax.training.experiment import Experiment
-from curvax.training.loop import Outcome, Report, fit
+from curvax.training.loop import Report, fit
+from curvax.training.runs import Outcome
 from curvax.training.statistics import Summary, summarise
 
 ACCURACY, LARGEST_EIGENVALUE = "test_accuracy", "hessian_max"
@@ -140,4 +140,4 @@ def write(folder: Path, outcomes: Outcomes, scores: Mapping[str, Score]) -> None
         }
         for name, arm in outcomes.items()
     }
-    runs.write_text(folder / "compare.json", json.dumps(page, indent=2) + "\n")
+    runs.write_json(folder / "compare.json", page)

@@ -6,11 +6,9 @@ fields set. Numbers among its top-level fields are names that the optimiser's te
 """
 
 import ast
-import importlib.util
-import json
+import runpy
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -58,7 +56,9 @@ def defaults(**numbers: float) -> ConfigDict:
         "hessian_examples": 512,  # for the largest eigenvalue at the end, 0 for none
         **numbers,
     }
-    return ConfigDict(fields).lock()
+    config = ConfigDict(fields).lock()
+    config.model.options.unlock()  # each model has its own
+    return config
 
 
 def folder() -> Path:
@@ -76,33 +76,34 @@ def load(name: str) -> ConfigDict:
     """The config of that name, or of that path to a Python file.
 
     Raises:
-        ConfigError: there is none, or the file has no `get_config()`.
+        ConfigError: there is none, or it cannot be read.
     """
-    module = read(name)
-    config = module.get_config()
-    config.name = Path(str(module.__file__)).stem
+    path = find(name)
+    try:
+        config = runpy.run_path(str(path))["get_config"]()
+    except Exception as error:
+        raise ConfigError(
+            f"The config {path} cannot be read ({type(error).__name__}: {error}). Let it define "
+            "`get_config()`, which returns `curvax.training.config.defaults()` with fields set."
+        ) from error
+    config.name = path.stem
     return config
 
 
-def read(name: str) -> ModuleType:
-    """The module of a config; errors as in `load`."""
+def find(name: str) -> Path:
+    """The file of a config; errors as in `load`."""
     path = Path(name) if name.endswith(".py") else folder() / f"{name}.py"
     if not path.is_file():
         raise ConfigError(
             f"There is no config `{name}` ({path} does not exist){near(name, names())} "
             f"Those that come with curvax are {', '.join(names())}; a path to a .py file works too."
         )
-    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise ConfigError(
-            f"The config {path} defines no `get_config()`. Let it return `defaults()` of "
-            "`curvax.training.config` with its own fields set."
-        )
-    return module
+    return path
+
+
+def docstring(name: str) -> str:
+    """What a config says of itself: paper, command, expected result, cost; errors as in `load`."""
+    return ast.get_docstring(ast.parse(find(name).read_text())) or ""
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -138,7 +139,7 @@ def assign(config: ConfigDict, name: str, text: str) -> None:
     parent: Any = config
     for branch in branches:
         parent = parent.get(branch) if isinstance(parent, ConfigDict) else None
-    free = branches in (["model", "options"], ["data", "options"])
+    free = branches == ["model", "options"]
     if not isinstance(parent, ConfigDict) or (leaf not in parent and not free):
         known = [field for field, _ in flat(config)]
         raise ConfigError(
@@ -167,12 +168,3 @@ def value(text: str, kind: type = object) -> Any:
 def numbers(config: ConfigDict) -> dict[str, float]:
     """The top-level numbers, which the optimiser's text may name."""
     return {name: v for name, v in config.items() if type(v) in (int, float)}
-
-
-def to_json(config: ConfigDict) -> str:
-    return json.dumps(config.to_dict(), indent=2) + "\n"
-
-
-def from_json(text: str) -> ConfigDict:
-    """The config as `to_json` wrote it, locked."""
-    return ConfigDict(json.loads(text)).lock()

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 from curvax.training import runs
 from curvax.training.checkpoints import Checkpoints
 from curvax.training.experiment import Experiment
+from curvax.training.runs import Outcome
 from curvax.training.step import Measured, State, watched_names
 
 Report = Callable[[int, Mapping[str, float]], None]
@@ -20,13 +21,6 @@ Report = Callable[[int, Mapping[str, float]], None]
 
 class NotFinite(FloatingPointError):
     """A loss, gradient or update that is NaN or infinite: the step, and what went bad first."""
-
-
-class Outcome(NamedTuple):
-    """What a run came to."""
-
-    figures: dict[str, float]  # at the end
-    records: list[runs.Record]  # on the way
 
 
 def fit(
@@ -41,9 +35,8 @@ def fit(
         NotFinite: the loss, a gradient or an update is NaN or infinite.
         CheckpointError: a checkpoint cannot be written or read.
     """
-    done = runs.results(folder)
-    if done is not None:
-        return Outcome(done, runs.records(folder))
+    if done := runs.outcome(folder):
+        return done
     began = time.perf_counter()
     checkpoints = Checkpoints(folder and folder / "checkpoints", experiment.config.keep)
     state, batches = checkpoints.resume(experiment.init(), experiment.batches())
@@ -55,7 +48,7 @@ def fit(
         checkpoints.close()
     figures = {"steps": experiment.steps, "seconds": time.perf_counter() - began}
     figures |= experiment.appraise(state)
-    runs.write_results(folder, figures)
+    runs.finish(folder, figures)
     return Outcome(figures, log.records)
 
 

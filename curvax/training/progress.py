@@ -4,14 +4,20 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 SHOWN = {
     "loss": "loss {:.3f}",
-    "accuracy": "train {:.1%}",
+    "accuracy": "train {:.0%}",
     "test_accuracy": "test {:.1%}",
-    "surrogate_gap": "gap {:.3g}",
+    "surrogate_gap": "gap {:.2g}",
 }
+
+
+"""The newest figures beside the bar; at 80 columns all of them fit."""
+
+_NAME = Column(no_wrap=True, overflow="ellipsis", max_width=20)
 
 
 @contextmanager
@@ -20,10 +26,9 @@ def bar(
 ) -> Iterator[Callable[[str, int], Callable[[int, Mapping[str, float]], None]]]:
     """Yields a function that adds a row, `(name, steps) -> report`."""
     columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}", markup=False),
+        TextColumn("{task.description}", markup=False, table_column=_NAME),
+        BarColumn(bar_width=10),
+        TextColumn("{task.fields[figures]}", markup=False, table_column=Column(no_wrap=True)),
         TimeRemainingColumn(compact=True),
     )
     with Progress(*columns, console=console) as progress:

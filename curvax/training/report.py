@@ -6,34 +6,35 @@ from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from curvax.training.compare import Score
+from curvax.training.compare import ACCURACY, LARGEST_EIGENVALUE, Outcomes, Score
+from curvax.training.runs import Outcome
 from curvax.training.statistics import Summary
 
 Figures = Mapping[str, float]
 
-COLUMNS = {
+ROWS = {
     "test_accuracy": ("test accuracy", "{:.1%}"),
-    "test_top5": ("test top-5", "{:.1%}"),
+    "test_top5": ("test top-5 accuracy", "{:.1%}"),
     "test_loss": ("test loss", "{:.3f}"),
-    "train_accuracy": ("train accuracy", "{:.1%}"),
-    "train_loss": ("train loss", "{:.3f}"),
+    "train_accuracy": ("training accuracy", "{:.1%}"),
+    "train_loss": ("training loss", "{:.3f}"),
     "memorised": ("wrong labels learnt", "{:.1%}"),
-    "hessian_max": ("Hessian λ_max", "{:.3g}"),
+    "hessian_max": ("largest Hessian eigenvalue", "{:.3g}"),
     "seconds": ("seconds", "{:.0f}"),
 }
 """The figures at the end of a run: heading and format."""
 
 
-def run_table(outcomes: Mapping[str, Figures]) -> Table:
-    """One row for each method, one column for each figure that any of them has."""
-    shown = [name for name in COLUMNS if any(name in figures for figures in outcomes.values())]
-    table = Table("method", *(COLUMNS[name][0] for name in shown))
-    for method, figures in outcomes.items():
-        table.add_row(
-            method, *(COLUMNS[name][1].format(figures.get(name, math.nan)) for name in shown)
-        )
+def run_table(figures: Mapping[str, Figures]) -> Table:
+    """A row for each figure, a column for each method."""
+    table = Table("", *map(escape, figures))
+    for name, (heading, form) in ROWS.items():
+        if any(name in found for found in figures.values()):
+            cells = (form.format(found.get(name, math.nan)) for found in figures.values())
+            table.add_row(heading, *cells)
     return table
 
 
@@ -53,7 +54,7 @@ def score_table(scores: Mapping[str, Score]) -> Table:
     for name, score in scores.items():
         points = Summary(*(100 * x for x in score.gain))
         table.add_row(
-            name,
+            escape(name),
             spread(score.accuracy, "{:.1%}"),
             spread(points, "{:+.1f}") if any(score.gain) else "",
             spread(score.hessian_max, "{:.3g}"),
@@ -86,42 +87,45 @@ def gains(scores: Mapping[str, Score]) -> str:
     return "\n".join(lines)
 
 
-def verdict(config: ConfigDict, figures: Mapping[str, Figures]) -> str:
+def verdict(config: ConfigDict, outcomes: Outcomes) -> str:
     """What training the base and the method side by side showed, in plain words."""
-    (_, base), (name, method) = figures.items()
-    gain = 100 * (method["test_accuracy"] - base["test_accuracy"])
-    return " ".join(
-        [
-            _setting(config, base),
-            *(_performance(*item) for item in figures.items()),
-            f"That is {abs(gain):.1f} points {'more' if gain >= 0 else 'fewer'} for {name}.",
-            *_flatness(base, method),
-            f"One seed shows no spread: `curvax compare {config.name} --seeds 3` does.",
-        ]
-    )
+    (base, of_base), (method, of_method) = ((name, arm[0]) for name, arm in outcomes.items())
+    gain = 100 * (of_method.figures[ACCURACY] - of_base.figures[ACCURACY])
+    sentences = [
+        _setting(config, of_base.figures),
+        _performance(base, of_base),
+        _performance(method, of_method),
+        f"At the end it is {abs(gain):.1f} points {'ahead' if gain >= 0 else 'behind'}.",
+        *_flatness(of_base.figures, of_method.figures),
+        f"This is one seed: `curvax compare {config.name} --seeds 3` shows the spread.",
+    ]
+    return " ".join(sentences)
 
 
 def _setting(config: ConfigDict, figures: Figures) -> str:
-    noise = f", {config.data.noise:.0%} of whose labels are wrong" if config.data.noise else ""
+    noise = f", {config.data.noise:.0%} of them wrongly labelled" if config.data.noise else ""
     examples = int(figures["train_examples"])
-    return f"Both methods saw the same {examples} training images of {config.data.name}{noise}."
+    return f"Both methods trained on the same {examples} images of {config.data.name}{noise}."
 
 
-def _performance(name: str, figures: Figures) -> str:
-    learnt = (
-        f" learnt {figures['memorised']:.0%} of the wrong labels and"
-        if "memorised" in figures
-        else ""
+def _performance(name: str, outcome: Outcome) -> str:
+    figures = outcome.figures
+    learnt = f"learnt {figures['memorised']:.0%} of the wrong labels and " * (
+        "memorised" in figures
     )
-    return f"{name}{learnt} names {figures['test_accuracy']:.1%} of the test images rightly."
+    best = max(record.get("test/accuracy", 0.0) for record in outcome.records)
+    return (
+        f"`{name}` {learnt}classifies {figures[ACCURACY]:.1%} of the test images correctly "
+        f"({best:.1%} at its best epoch)."
+    )
 
 
 def _flatness(base: Figures, method: Figures) -> list[str]:
-    a, b = (figures.get("hessian_max", math.nan) for figures in (base, method))
+    a, b = (figures.get(LARGEST_EIGENVALUE, math.nan) for figures in (base, method))
     if not (a > 0 and b > 0):
         return []
     return [
-        f"The largest eigenvalue of the training loss's Hessian is {b:.3g} where it ended and "
-        f"{a:.3g} where the base did: {max(a, b) / min(a, b):.1f} times "
-        f"{'flatter' if b < a else 'sharper'}."
+        f"It ended where the loss is {max(a, b) / min(a, b):.1f} times "
+        f"{'flatter' if b < a else 'sharper'}: the largest eigenvalue of the training loss's "
+        f"Hessian is {b:.3g} there, and {a:.3g} at the base's end."
     ]

@@ -13,12 +13,10 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
-
-from curvax.training import config as configs
 
 Record = dict[str, float]
 """The step, and figures named `train/loss`, `test/accuracy` and so on."""
@@ -66,20 +64,29 @@ class Log:
             self._events.close()
 
 
+class Outcome(NamedTuple):
+    """What a run came to."""
+
+    figures: dict[str, float]  # at the end
+    records: list[Record]  # on the way
+
+
 def records(folder: Path) -> list[Record]:
     """What was logged; a last line cut short by a crash is dropped."""
     return list(read_lines(folder / _METRICS))
 
 
-def results(folder: Path | None) -> dict[str, float] | None:
-    """The figures at the end, if the run is done."""
-    path = folder and folder / _RESULTS
-    return json.loads(path.read_text()) if path and path.exists() else None
+def outcome(folder: Path | None) -> Outcome | None:
+    """What the run in the folder came to, if it is done."""
+    if folder is None or not (folder / _RESULTS).exists():
+        return None
+    return Outcome(json.loads((folder / _RESULTS).read_text()), records(folder))
 
 
-def write_results(folder: Path | None, figures: Mapping[str, float]) -> None:
+def finish(folder: Path | None, figures: Mapping[str, float]) -> None:
+    """Marks the run in the folder as done."""
     if folder is not None:
-        write_text(folder / _RESULTS, json.dumps(dict(figures), indent=2) + "\n")
+        write_json(folder / _RESULTS, dict(figures))
 
 
 def read_config(folder: Path) -> ConfigDict:
@@ -91,7 +98,7 @@ def read_config(folder: Path) -> ConfigDict:
     path = folder / _CONFIG
     if not path.exists():
         raise RunError(f"{folder} is not a run's folder: it holds no `{_CONFIG}`.")
-    return configs.from_json(path.read_text())
+    return ConfigDict(json.loads(path.read_text())).lock()
 
 
 def read_lines(path: Path) -> Iterator[Any]:
@@ -107,6 +114,11 @@ def write_lines(path: Path, records: list[Any]) -> None:
     write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
+def write_json(path: Path, page: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    write_text(path, json.dumps(page, indent=2) + "\n")
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
     draft = path.with_name(path.name + ".part")
@@ -114,11 +126,11 @@ def write_text(path: Path, text: str) -> None:
     draft.replace(path)
 
 
-def create(root: Path, config: ConfigDict) -> Path:
-    """A new folder `root/name-<date>-<time>` with the config in it."""
-    folder = root / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+def create(root: Path, command: str, config: ConfigDict) -> Path:
+    """A new folder `root/<config>-<command>-<date>-<time>` with the config in it."""
+    folder = root / f"{config.name}-{command}-{time.strftime('%Y%m%d-%H%M%S')}"
     while folder.exists():
         folder = folder.with_name(folder.name + "b")
     folder.mkdir(parents=True)
-    write_text(folder / _CONFIG, configs.to_json(config))
+    write_json(folder / _CONFIG, config.to_dict())
     return folder

@@ -2,12 +2,14 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from rich.table import Table
 
-from curvax.training.compare import Outcomes
+from curvax.training import runs
+from curvax.training.compare import ACCURACY, Outcomes, values
 from curvax.training.report import spread
 from curvax.training.statistics import Summary, summarise
 
@@ -76,7 +78,7 @@ def _split(values: str) -> list[str]:
 def grids(outcomes: Outcomes, methods: Sequence[str], fields: Fields) -> list[Grid]:
     """The outcomes of `compare.grid`'s arms, sorted by method and point."""
     points = list(itertools.product(*fields.values()))
-    scores = [summarise([r.figures["test_accuracy"] for r in arm]) for arm in outcomes.values()]
+    scores = [summarise(values(arm, ACCURACY)) for arm in outcomes.values()]
     size = len(points)
     return [
         Grid(method, fields, points, scores[i * size : (i + 1) * size])
@@ -103,3 +105,15 @@ def words(found: Sequence[Grid], config_name: str) -> str:
             f"the held-out examples. To test it: curvax compare {config_name} {options}"
         )
     return "\n".join([*lines, "The test set was not looked at."])
+
+
+def write(folder: Path, found: Sequence[Grid]) -> None:
+    """`sweep.json`: every point of every method with its score."""
+    page = {
+        grid.method: [
+            dict(zip(grid.fields, point)) | score._asdict()
+            for point, score in zip(grid.points, grid.scores)
+        ]
+        for grid in found
+    }
+    runs.write_json(folder / "sweep.json", page)
