@@ -31,7 +31,7 @@ class RecordState(NamedTuple):
 
 
 def record(**measures: Callable[[Signal, Tree], Any]) -> Stage:
-    """Adds figures of your own: `record(update_norm=lambda s, p: optax.global_norm(s.updates))`.
+    """Adds figures of your own: `record(update_norm=lambda s, p: optax.tree.norm(s.updates))`.
 
     Args:
         measures: each `measure(signal, params) -> scalar`, evaluated at every step at this place

@@ -123,18 +123,16 @@ def share_gradient(
     Same numbers; the caller's backward pass becomes dead code, which the compiler drops.
     """
     value, aux = loss
-    if signal.value is None:
-        signal = signal._replace(value=value)
     if objective.gave(params, signal.updates) is None:
-        return signal
-    return signal._replace(updates=gradient, gradient=gradient, aux=aux, local=local)
+        return signal if signal.value is not None else signal._replace(value=value, aux=aux)
+    return signal._replace(updates=gradient, gradient=gradient, value=value, aux=aux, local=local)
 
 
 def _estimate(
     objective: Objective, params: Tree, key: jax.Array, probes: int, sampler: Sampler, mode: str
 ) -> Curvature:
     wide = lambda tree: jax.tree.map(trees.widen, tree)
-    if probes == 1:
+    if probes == 1 or not jax.tree.leaves(params):
         z = sampler(key, params)
         (loss, gradient), product = gradient_and_product(objective, params, z, mode=mode)
         diagonal = jax.tree.map(lambda a, b: a * b, wide(z), wide(product))
