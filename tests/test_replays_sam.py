@@ -197,17 +197,14 @@ def test_sam_follows_optax(path):
     steps of length ρ that no ball holds back."""
     run = Run(path)
     hyper, ascents = run.hyper, run.hyper["sync_period"] - 1
-    rows = 1 if hyper["opaque_mode"] else ascents + 1
+    steps = slice(None, None, 1 if hyper["opaque_mode"] else ascents + 1)
+    reference, batches = row(run.params, steps), row(run.batches(), steps)
     base = tap("grad_perturbed") | momentum_sgd(hyper, hyper["lr"])
     method = sam(base, hyper["rho"], steps=ascents, step_size=hyper["rho"], projected=False)
-    reference, batches = (
-        row(run.params, slice(None, None, rows)),
-        row(run.batches(), slice(None, None, rows)),
-    )
     step = jax.jit(stepper(run.loss, lambda _: method))
     params, states = replay(step, method.init(row(reference, 0)), reference, batches, None)
     trajectory, single = run.tolerances
     assert_same(params, reference, trajectory)
     if not hyper["opaque_mode"]:
-        grads = row(run.tree("grad"), slice(ascents, None, rows))
+        grads = row(run.tree("grad"), slice(ascents, None, ascents + 1))
         assert_same(tapped(states, "grad_perturbed"), grads, single)
