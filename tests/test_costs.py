@@ -1,0 +1,186 @@
+"""What a step costs, in FLOPs and memory of one gradient of the same model, as XLA counts them.
+
+The perceptron is counted in every run; the ViT and the ResNet take minutes to compile:
+
+    python -m pytest tests/test_costs.py -m evidence
+
+writes tests/evidence/costs.md.
+"""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import curvax as cx
+
+flax = pytest.importorskip("flax", reason="the models are Flax's: pip install 'curvax[flax]'")
+from flax import linen as nn  # noqa: E402
+
+from curvax.models import build  # noqa: E402
+
+TABLE = pathlib.Path(__file__).parent / "evidence" / "costs.md"
+VIT = dict(classes=10, width=192, depth=4, heads=3, mlp_width=768, patch=4, dropout=0.0)
+
+
+class Perceptron(nn.Module):
+    """784-512×3-10."""
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(3):
+            x = nn.relu(nn.Dense(512)(x))
+        return nn.Dense(10)(x)
+
+
+MODELS = {
+    "MLP 784-512×3-10": (Perceptron, (256, 784)),
+    "ViT 4×192": (lambda: build("vit_tiny", scan=False, **VIT), (64, 32, 32, 3)),
+    "ViT 4×192, remat": (lambda: build("vit_tiny", scan=False, remat=True, **VIT), (64, 32, 32, 3)),
+    "ResNet-20, group norm": (lambda: build("resnet20", classes=10, norm="group"), (64, 32, 32, 3)),
+}
+SMALL = pytest.param("MLP 784-512×3-10")
+LARGE = [pytest.param(name, marks=pytest.mark.evidence) for name in list(MODELS)[1:]]
+EVERY_MODEL = pytest.mark.parametrize("name", [SMALL, *LARGE])
+
+
+class Problem:
+    """A model's loss over a batch, as shapes only: nothing here is ever run."""
+
+    def __init__(self, name):
+        make, shape = MODELS[name]
+        model = make()
+        x = jax.ShapeDtypeStruct(shape, jnp.float32)
+        y = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
+        self.batch = (x, y)
+        self.params = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
+        self.bytes = sum(p.size * p.dtype.itemsize for p in jax.tree.leaves(self.params))
+        self.apply = lambda params, x: model.apply({"params": params}, x)
+
+    def loss(self, params, batch):
+        logits = self.apply(params, batch[0])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
+
+    def count(self, f, *args):
+        """(FLOPs, temporary bytes) of a compiled function."""
+        # Less work for the code generator; what is counted is settled before it.
+        options = {"xla_backend_optimization_level": 0}
+        compiled = jax.jit(f).lower(*args).compile(compiler_options=options)
+        return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
+
+    @functools.cached_property
+    def gradient(self):
+        f = lambda params, batch: cx.Objective(self.loss, batch).value_and_grad(params)
+        return self.count(f, self.params, self.batch)
+
+    @functools.cached_property
+    def bare_product(self):
+        """jvp of value_and_grad, written by hand."""
+
+        def f(params, z, batch):
+            both = jax.value_and_grad(lambda p: self.loss(p, batch))
+            return jax.jvp(both, (params,), (z,))
+
+        return self.count(f, self.params, self.params, self.batch)
+
+    def step(self, tx, *, plain=False, keep_loss=False, at=None):
+        def f(params, state, batch):
+            if at is not None:
+                state = (state[0]._replace(step=jnp.int32(at)), *state[1:])
+            objective = cx.Objective(self.loss, batch)
+            if plain:
+                objective = lambda p: self.loss(p, batch)
+                loss, grads = jax.value_and_grad(objective)(params)
+            else:
+                loss, grads = objective.value_and_grad(params)
+            updates, state = tx.update(grads, state, params, value_fn=objective)
+            return (updates, state, loss) if keep_loss else (updates, state)
+
+        return self.count(f, self.params, jax.eval_shape(tx.init, self.params), self.batch)
+
+
+@functools.cache
+def problem(name):
+    # float32 throughout: the FLOPs of a float64 model would be those of its conversions too.
+    with jax.enable_x64(False):
+        return Problem(name)
+
+
+@pytest.fixture(autouse=True)
+def single_precision():
+    with jax.enable_x64(False):
+        yield
+
+
+def ratio(counted, base):
+    return counted[0] / base[0]
+
+
+@EVERY_MODEL
+@pytest.mark.parametrize("method", ["sam", "gsam"])
+def test_sharpness_costs_a_second_gradient(name, method, record_row):
+    p = problem(name)
+    base = optax.sgd(0.1)
+    tx = cx.sam(base, 0.1) if method == "sam" else cx.gsam(base, 0.1, 0.3)
+    found = p.step(tx)
+    extra = (found[1] - p.gradient[1]) / p.bytes
+    record_row(name, method, ratio(found, p.gradient), found[1] / p.gradient[1], extra)
+    assert ratio(found, p.gradient) <= 2.02
+    if name != "MLP 784-512×3-10":
+        # Against its gradient alone, what the perceptron holds is mostly parameters.
+        assert found[1] <= (1.05 if method == "sam" else 1.10) * p.gradient[1]
+
+
+@EVERY_MODEL
+def test_adahessian_costs_what_a_bare_product_costs(name, record_row):
+    p = problem(name)
+    found = p.step(cx.adahessian(0.1))
+    record_row(name, "jvp of value_and_grad, by hand", ratio(p.bare_product, p.gradient))
+    record_row(name, "adahessian", ratio(found, p.gradient), found[1] / p.gradient[1])
+    # Beyond the product: drawing the probe and the arithmetic of the update.
+    assert ratio(found, p.bare_product) <= 1.03
+    assert ratio(found, p.gradient) <= 3.01
+
+
+@EVERY_MODEL
+def test_adahessian_in_the_plain_optax_idiom(name, record_row):
+    p = problem(name)
+    found = p.step(cx.adahessian(0.1), plain=True, keep_loss=True)
+    record_row(name, "adahessian, jax.value_and_grad, loss kept", ratio(found, p.gradient))
+    found = p.step(cx.adahessian(0.1), keep_loss=True)
+    record_row(name, "adahessian, loss kept", ratio(found, p.gradient))
+    assert ratio(found, p.gradient) <= 3.4
+
+
+@EVERY_MODEL
+def test_refreshed_and_kept_steps(name, record_row):
+    p = problem(name)
+    tx = cx.adahessian(0.1, every=5)
+    refresh, kept = p.step(tx, at=0), p.step(tx, at=1)
+    record_row(name, "adahessian, refreshed step", ratio(refresh, p.gradient))
+    record_row(name, "adahessian, kept step", ratio(kept, p.gradient))
+    assert ratio(refresh, p.gradient) <= 3.5
+    assert ratio(kept, p.gradient) <= 1.01
+
+
+@pytest.fixture(scope="module")
+def record_row():
+    """Collects rows; written as a table once all models were counted."""
+    rows = []
+
+    def record(*row):
+        rows.append(row)
+
+    yield record
+    if {row[0] for row in rows} >= set(list(MODELS)[1:]):
+        head = ["model", "step", "FLOPs", "temporary memory", "extra copies of the parameters"]
+        lines = ["# Cost of a step, in units of one gradient of the same model", ""]
+        lines += ["Made by `python -m pytest tests/test_costs.py -m evidence` on a CPU.", ""]
+        lines += ["| " + " | ".join(head) + " |", "|---|---|---|---|---|"]
+        for name, step, *numbers in rows:
+            cells = [f"{x:.3f}" for x in numbers] + [""] * (3 - len(numbers))
+            lines.append(f"| {name} | {step} | " + " | ".join(cells) + " |")
+        TABLE.write_text("\n".join(lines) + "\n")
