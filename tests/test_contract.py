@@ -1,0 +1,406 @@
+"""The contract of an Optax transformation, kept by every stage and every method."""
+
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from operator import itemgetter
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from small_problems import assert_trees_close
+
+import curvax as cx
+
+# Half the compile time; the numbers agree to rounding.
+QUICK = {"xla_backend_optimization_level": 0}
+
+
+def make_params(dtype: Any = jnp.float64) -> Any:
+    kernel, bias = jax.random.normal(jax.random.key(0), (5, 2), dtype)[:4], jnp.ones(2, dtype) / 3
+    return {"hidden": {"kernel": kernel}, "out": {"bias": bias}}
+
+
+def make_batch(dtype: Any = jnp.float64) -> Any:
+    x = jax.random.normal(jax.random.key(1), (8, 4), dtype)
+    return {"x": x, "y": 1 + x[:, :2]}
+
+
+def loss_of(params: Any, batch: Any) -> jax.Array:
+    outputs = jnp.tanh(batch["x"] @ params["hidden"]["kernel"]) + params["out"]["bias"][None, :]
+    return jnp.mean(outputs**2 * batch["y"])
+
+
+class Row(NamedTuple):
+    """One entry of the table: a pipe around what is tested, and its injectable numbers."""
+
+    build: Callable[..., cx.Stage]
+    numbers: Mapping[str, Any] = MappingProxyType({})
+    perturbs: bool = False
+    """Warns of parameters in half precision."""
+    differentiates: bool = True
+    """Refuses integer parameters."""
+
+
+def is_hidden(params: Any) -> Any:
+    return jax.tree.map_with_path(lambda path, x: "hidden" in jax.tree_util.keystr(path), params)
+
+
+def by_layer(params: Any) -> Any:
+    return jax.tree.map(lambda hidden: "hidden" if hidden else "rest", is_hidden(params))
+
+
+def half(params: Any) -> Any:
+    return optax.EmptyState()
+
+
+def halve(signal: cx.Signal, state: Any, params: Any, **extra: Any) -> Any:
+    return signal._replace(updates=optax.tree.scale(0.5, signal.updates)), state
+
+
+def diagonal(key: Any = 0) -> cx.Stage:
+    return cx.hutchinson_diag(key)
+
+
+def divide() -> cx.Stage:
+    return cx.ema_rms(0.9) | cx.scale_by_power(1.0, eps=0.1)
+
+
+TABLE = {
+    "hutchinson_diag": Row(lambda key: cx.hutchinson_diag(key, probes=2) | divide(), {"key": 3}),
+    "spatial_average": Row(lambda: diagonal() | cx.spatial_average(2) | divide()),
+    "ema_rms": Row(
+        lambda decay: diagonal() | cx.ema_rms(decay) | cx.scale_by_power(1.0, eps=0.1),
+        {"decay": 0.9},
+    ),
+    "every": Row(lambda k: cx.every(k, diagonal()) | divide(), {"k": 2}),
+    "scale_by_power": Row(
+        lambda power, eps, damping: (
+            diagonal() | cx.ema_rms(0.9) | cx.scale_by_power(power, eps=eps, damping=damping)
+        ),
+        {"power": 0.7, "eps": 1e-3, "damping": 0.1},
+    ),
+    "sam_perturb": Row(
+        lambda rho, every: cx.sam_perturb(rho, every=every), {"rho": 0.1, "every": 2}, perturbs=True
+    ),
+    "sam_perturb at random": Row(
+        lambda key: cx.sam_perturb(0.1, ascent=cx.random_direction(key), steps=2),
+        {"key": 3},
+        perturbs=True,
+    ),
+    "sam_perturb to second order": Row(
+        lambda rho: cx.sam_perturb(rho, p=3, second_order=True), {"rho": 0.1}, perturbs=True
+    ),
+    "gsam_project": Row(
+        lambda alpha: cx.sam_perturb(0.1) | cx.gsam_project(alpha), {"alpha": 0.4}, perturbs=True
+    ),
+    "penalize_gap": Row(
+        lambda lam: cx.sam_perturb(0.1) | cx.penalize_gap(lam), {"lam": 0.4}, perturbs=True
+    ),
+    "keep_orthogonal": Row(
+        lambda alpha: cx.sam_perturb(0.1, every=2) | cx.keep_orthogonal(alpha),
+        {"alpha": 0.4},
+        perturbs=True,
+    ),
+    "per_group": Row(
+        lambda rho: cx.per_group(4, cx.sam_perturb(rho) | cx.gsam_project(0.4)),
+        {"rho": 0.1},
+        perturbs=True,
+    ),
+    "pmean_updates": Row(
+        lambda rho: cx.sam_perturb(rho) | cx.pmean_updates("batch"), {"rho": 0.1}, perturbs=True
+    ),
+    "restrict": Row(
+        lambda rho: cx.restrict(cx.sam_perturb(rho), is_hidden),
+        {"rho": 0.1},
+        perturbs=True,
+        differentiates=False,
+    ),
+    "partition": Row(
+        lambda rate: cx.partition(
+            {"hidden": diagonal() | divide(), "rest": optax.adagrad(rate)}, by_layer
+        ),
+        {"rate": 0.1},
+        differentiates=False,
+    ),
+    "record": Row(
+        lambda: cx.record(size=lambda signal, params: optax.tree.norm(signal.updates)),
+        differentiates=False,
+    ),
+    "stage": Row(lambda: cx.stage(half, halve), differentiates=False),
+    "pipe": Row(
+        lambda rate: cx.pipe(optax.clip(0.1), optax.sgd(rate)), {"rate": 0.1}, differentiates=False
+    ),
+    "adahessian": Row(
+        lambda rate: cx.adahessian(rate, block=2, weight_decay=0.1, every=2), {"rate": 0.15}
+    ),
+    "sam": Row(lambda rho: cx.sam(optax.sgd(0.1, 0.9), rho), {"rho": 0.1}, perturbs=True),
+    "gsam": Row(
+        lambda rho, alpha: cx.gsam(optax.adamw(0.1), rho, alpha, ascent=cx.asam(0.01)),
+        {"rho": 0.1, "alpha": 0.4},
+        perturbs=True,
+    ),
+    "look_sam": Row(
+        lambda rho, every: cx.look_sam(optax.adabelief(0.1), rho, every=every),
+        {"rho": 0.1, "every": 2},
+        perturbs=True,
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=TABLE)
+def row(request: pytest.FixtureRequest) -> Row:
+    return TABLE[request.param]
+
+
+@pytest.fixture(scope="module")
+def tx(row: Row) -> cx.Stage:
+    return row.build(**row.numbers)
+
+
+def first_step(tx: Any, params: Any, loss: Any = loss_of, batch: Any = None) -> tuple[Any, Any]:
+    """(updates, state) after one step."""
+    objective = cx.Objective(loss, make_batch() if batch is None else batch)
+    _, grads = objective.value_and_grad(params)
+    return tx.update(grads, tx.init(params), params, value_fn=objective)
+
+
+def second_mini_step(tx: cx.Stage, params: Any) -> tuple[Any, Any]:
+    """The updates of `MultiSteps` while it waits, and when it steps."""
+    several = optax.MultiSteps(tx, 2, accumulator_dtype=jnp.float64)
+    objective = cx.Objective(loss_of, make_batch())
+    grads = jax.grad(objective)(params)
+    waiting, state = several.update(grads, several.init(params), params, value_fn=objective)
+    updates, _ = several.update(grads, state, params, value_fn=objective)
+    return waiting, updates
+
+
+def step_on_hidden(tx: cx.Stage, params: Any) -> Any:
+    """The updates of a model whose only parameters are those of the hidden layer."""
+    part = {"hidden": params["hidden"], "out": {"bias": None}}
+    loss = lambda part, batch: loss_of({**params, "hidden": part["hidden"]}, batch)
+    return first_step(tx, part, loss)[0]["hidden"]
+
+
+def vmapped_step(tx: cx.Stage, params: Any) -> Any:
+    several = jax.tree.map(lambda x: jnp.stack([x, -2 * x]), params)
+    return jax.vmap(lambda params: first_step(tx, params)[0])(several)
+
+
+def half_precision_step(tx: cx.Stage, params: Any) -> Any:
+    halved = optax.tree.cast(params, jnp.bfloat16)
+    return first_step(tx, halved, batch=make_batch(dtype=jnp.bfloat16))[0]
+
+
+@pytest.fixture(scope="module")
+def results(row: Row, tx: cx.Stage) -> dict[str, Any]:
+    """What the stage gives alone and inside every wrapper, compiled together."""
+    injected = optax.inject_hyperparams(row.build)(**row.numbers)
+
+    def run(params: Any) -> dict[str, Any]:
+        return {
+            "alone": first_step(tx, params),
+            "chain": first_step(optax.chain(optax.identity(), tx), params)[0],
+            "inject_hyperparams": first_step(injected, params),
+            "MultiSteps": second_mini_step(tx, params),
+            "apply_if_finite": first_step(optax.apply_if_finite(tx, 5), params),
+            "restrict": first_step(cx.restrict(tx, is_hidden), params)[0],
+            "hidden alone": step_on_hidden(tx, params),
+            "vmap": vmapped_step(tx, params),
+            "bfloat16": half_precision_step(tx, params),
+        }
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return jax.jit(run, compiler_options=QUICK)(make_params())
+
+
+def test_the_table_has_every_stage_and_method():
+    public = {name: getattr(cx, name) for name in cx.__all__}
+    makers = {
+        name
+        for name, thing in public.items()
+        if inspect.isfunction(thing)
+        and inspect.signature(thing).return_annotation in (cx.Stage, "Stage")
+    }
+    assert makers == {name.split()[0] for name in TABLE}
+
+
+def test_compiles_once_and_is_finite_at_zero_gradient(tx, results):
+    traces: list[None] = []
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def step(params, state, batch):
+        traces.append(None)
+        objective = cx.Objective(loss_of, batch)
+        _, grads = objective.value_and_grad(params)
+        return grads, tx.update(grads, state, params, value_fn=objective)
+
+    params, batch = make_params(), make_batch()
+    _, (updates, state) = step(params, tx.init(params), batch)
+    assert_trees_close((updates, state), results["alone"])
+    nowhere = jax.tree.map(jnp.zeros_like, params)
+    grads, (updates, state) = step(nowhere, state, batch)
+    assert_trees_close(grads, nowhere)
+    assert all(bool(jnp.isfinite(u).all()) for u in jax.tree.leaves(updates))
+    # A structure, dtype or weak type that had changed in the state would have traced anew.
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_keeps_dtypes_and_structures(tx, dtype):
+    params, batch = make_params(dtype), make_batch(dtype=dtype)
+    kinds = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    updates, state = jax.eval_shape(lambda p: first_step(tx, p, batch=batch), params)
+    assert kinds(updates) == kinds(params)
+    assert kinds(state) == kinds(jax.eval_shape(tx.init, params))
+
+
+def test_keys_in_the_state_are_typed(tx):
+    assert all(x.dtype != jnp.uint32 for x in jax.tree.leaves(tx.init(make_params())))
+
+
+def test_unknown_extra_args_change_nothing(tx):
+    params, objective = make_params(), cx.Objective(loss_of, make_batch())
+    program = lambda **extra: jax.make_jaxpr(
+        lambda p: tx.update(p, tx.init(p), p, value_fn=objective, **extra)
+    )(params)
+    assert str(program(flavour="vanilla", epoch=3)) == str(program())
+
+
+def test_under_chain(results):
+    assert_trees_close(results["chain"], results["alone"][0])
+
+
+def test_under_inject_hyperparams(row, results):
+    updates, state = results["inject_hyperparams"]
+    assert_trees_close(updates, results["alone"][0])
+    assert set(state.hyperparams) == set(row.numbers)
+
+
+def test_under_multi_steps(results):
+    waiting, updates = results["MultiSteps"]
+    assert not any(map(jnp.any, jax.tree.leaves(waiting)))
+    assert_trees_close(updates, results["alone"][0])
+
+
+def test_under_apply_if_finite(results):
+    updates, state = results["apply_if_finite"]
+    assert_trees_close((updates, state.inner_state), results["alone"])
+
+
+def test_restricted_to_some_leaves(results):
+    assert_trees_close(results["restrict"]["hidden"], results["hidden alone"])
+    grads = jax.grad(loss_of)(make_params(), make_batch())
+    assert_trees_close(results["restrict"]["out"], grads["out"])
+
+
+def test_under_vmap(results):
+    first = jax.tree.map(lambda u: u[0], results["vmap"])
+    assert_trees_close(first, results["alone"][0])
+
+
+def test_bfloat16_parameters(results):
+    leaves = jax.tree.leaves(results["bfloat16"])
+    assert {u.dtype for u in leaves} == {jnp.dtype(jnp.bfloat16)}
+    assert all(bool(jnp.isfinite(u).all()) for u in leaves)
+
+
+def test_half_precision_is_warned_of_once(row, tx):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        jax.eval_shape(tx.init, make_params(jnp.bfloat16))
+    assert len(caught) == row.perturbs
+    assert all("half precision" in str(warning.message) for warning in caught)
+
+
+def test_empty_tree(tx):
+    updates, state = first_step(tx, {}, lambda params, batch: jnp.mean(batch["x"]))
+    assert updates == {}
+    chex.assert_trees_all_equal_structs(state, tx.init({}))
+
+
+def test_none_leaves_are_absent(tx):
+    params = make_params()
+    alone = jax.make_jaxpr(lambda p: first_step(tx, p))(params)
+    params["hidden"]["scale"] = None
+    assert str(jax.make_jaxpr(lambda p: first_step(tx, p))(params)) == str(alone)
+
+
+def test_integer_leaves_are_refused_at_init(row, tx):
+    params = {**make_params(), "hits": jnp.zeros(2, jnp.int32)}
+    if row.differentiates:
+        with pytest.raises(TypeError, match=r"`hits` has dtype int32.*`curvax\.restrict"):
+            tx.init(params)
+    else:
+        tx.init(params)
+
+
+def test_integer_leaves_stay_outside_a_restriction():
+    params = {**make_params(), "hits": jnp.ones(2, jnp.int32)}
+    grads = jax.grad(loss_of, allow_int=True)(params, make_batch())
+    only_floats = jax.tree.map(lambda x: x.dtype != jnp.int32, params)
+    tx = cx.restrict(cx.sam_perturb(0.1), only_floats)
+    updates, _ = tx.update(
+        grads, tx.init(params), params, value_fn=cx.Objective(loss_of, make_batch())
+    )
+    floats = make_params()
+    expected, _ = first_step(cx.sam_perturb(0.1), floats)
+    assert_trees_close({name: updates[name] for name in floats}, expected)
+
+
+@pytest.mark.parametrize("method", ["adahessian", "sam", "gsam", "look_sam"])
+def test_numbers_of_a_method_are_injected_by_name(method):
+    static = {"adahessian": ("probes",)}.get(method, ("p", "steps"))
+    given: dict[str, Any] = {
+        "adahessian": dict(learning_rate=0.1),
+        "sam": dict(base=optax.sgd(0.1), rho=0.1),
+        "gsam": dict(base=optax.sgd(0.1), rho=0.1, alpha=0.4),
+        "look_sam": dict(base=optax.sgd(0.1), rho=0.1),
+    }[method]
+    factory = getattr(cx, method)
+    updates, state = first_step(
+        optax.inject_hyperparams(factory, static_args=static)(**given), make_params()
+    )
+    assert_trees_close(updates, first_step(factory(**given), make_params())[0])
+    assert {name for name in given if name != "base"} <= set(state.hyperparams)
+
+
+@pytest.mark.parametrize(
+    ("factory", "given"),
+    [
+        (cx.sam_perturb, dict(rho=0.1)),
+        (cx.hutchinson_diag, {}),
+        (cx.spatial_average, dict(block=2)),
+        (cx.per_group, dict(m=2, stages=cx.sam_perturb(0.1))),
+    ],
+)
+def test_what_must_be_static_says_how_to_inject(factory, given):
+    injected = optax.inject_hyperparams(
+        factory, static_args=("sampler",) * ("sampler" in str(inspect.signature(factory)))
+    )
+    with pytest.raises(TypeError, match=rf"inject_hyperparams\({factory.__name__}, static_args="):
+        injected(**given).init(make_params())
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda key: cx.hutchinson_diag(key) | divide(),
+        lambda key: cx.sam_perturb(0.1, ascent=cx.random_direction(key)),
+    ],
+)
+def test_vmap_over_seeds(build):
+    keys = jax.random.split(jax.random.key(5), 2)
+    updates, state = jax.vmap(lambda key: first_step(build(key), make_params()))(keys)
+    for i, key in enumerate(keys):
+        alone = first_step(build(key), make_params())
+        assert_trees_close(jax.tree.map(itemgetter(i), (updates, state)), alone)
+    kernels = updates["hidden"]["kernel"]
+    assert np.abs(kernels[0] - kernels[1]).max() > 1e-6
