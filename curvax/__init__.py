@@ -7,6 +7,9 @@ Each idea is a stage, each method a pipe, each pipe an `optax.GradientTransforma
 The loss comes in through Optax's own `value_fn`.
 """
 
+import importlib
+from typing import Any
+
 from curvax.figures import diagnostics, record
 from curvax.linalg import (
     asam,
@@ -80,3 +83,12 @@ __all__ = [
     "weight_scaled",
 ]
 __version__ = "0.1.0"
+
+_FLAX = ("TrainState", "layout", "nnx_loss")
+
+
+def __getattr__(name: str) -> Any:
+    """The Flax bridge by its names, imported when first asked for: the core does without Flax."""
+    if name not in _FLAX:
+        raise AttributeError(f"module 'curvax' has no attribute {name!r}")
+    return getattr(importlib.import_module("curvax.flax_bridge"), name)

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 
-from curvax.flax_bridge import evidence, linen_facts, nnx_facts
-from curvax.flax_bridge.evidence import Axes, Path, Reading, Shape
+from curvax import roles
+from curvax.flax_bridge import linen_facts, nnx_facts
+from curvax.roles import Axes, Path, Reading, Shape
 
 COMPONENT = re.compile("attention|attn|mlp|ffn|feed_?forward", re.IGNORECASE)
 NUMBERED = re.compile(r"(.*?)_?\d+")
@@ -140,7 +141,7 @@ def layout(model: Any, variables: Any = None, *inputs: Any, **options: Any) -> L
         return _assemble(shapes, nnx_facts.read(model, shapes))
     if not isinstance(model, nn.Module):
         shapes = linen_facts.shapes_of(model)
-        return _assemble(shapes, evidence.read(shapes))
+        return _assemble(shapes, roles.read(shapes))
     if variables is None:
         raise TypeError(
             "A linen module keeps no parameters. Pass them too, as in "
@@ -148,7 +149,7 @@ def layout(model: Any, variables: Any = None, *inputs: Any, **options: Any) -> L
         )
     variables = nn.meta.unbox(variables if "params" in variables else {"params": variables})
     shapes = linen_facts.shapes_of(variables["params"])
-    readings = evidence.read(shapes)
+    readings = roles.read(shapes)
     if inputs:
         readings |= linen_facts.read(model, variables, inputs, options)
     return _assemble(shapes, readings)

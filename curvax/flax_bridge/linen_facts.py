@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from curvax.flax_bridge.evidence import (
+from curvax.roles import (
     Axes,
     Path,
     Reading,

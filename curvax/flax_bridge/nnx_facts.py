@@ -5,8 +5,8 @@ A layer knows the shape it was built for; axes beyond it were stacked by `nnx.vm
 
 from flax import nnx
 
-from curvax.flax_bridge import evidence
-from curvax.flax_bridge.evidence import Path, Reading, Role, Shape
+from curvax import roles
+from curvax.roles import Path, Reading, Role, Shape
 
 
 def read(model: nnx.Module, shapes: dict[Path, Shape]) -> dict[Path, Reading]:
@@ -15,16 +15,16 @@ def read(model: nnx.Module, shapes: dict[Path, Shape]) -> dict[Path, Reading]:
         (*path, name)
         for path, module in _modules(model)
         if isinstance(module, nnx.MultiHeadAttention)
-        for name in (*evidence.ATTENTION, "out")
+        for name in (*roles.ATTENTION, "out")
     }
     known = {}
     for owner, module in _modules(model):
         for name, (role, built) in _declared(module, owner in attention).items():
             shape = shapes.get((*owner, name))
-            depth = None if shape is None else evidence.removed(shape, built)
+            depth = None if shape is None else roles.removed(shape, built)
             if shape is not None and depth is not None:
-                known[*owner, name] = evidence.placed(role, depth, len(shape))
-    return evidence.read(shapes, known)
+                known[*owner, name] = roles.placed(role, depth, len(shape))
+    return roles.read(shapes, known)
 
 
 def _modules(model: nnx.Module) -> list[tuple[Path, nnx.Module]]:
@@ -34,24 +34,24 @@ def _modules(model: nnx.Module) -> list[tuple[Path, nnx.Module]]:
 def _declared(module: nnx.Module, attention: bool) -> dict[str, tuple[Role, Shape]]:
     """What a layer of Flax was built with: the role and the unstacked shape of each parameter."""
     if isinstance(module, nnx.Embed):
-        table = evidence.linear(1, 1, kind="embedding")
+        table = roles.linear(1, 1, kind="embedding")
         return {"embedding": (table, (module.num_embeddings, module.features))}
     if (kernel := _kernel(module, "attention" if attention else "dense")) is None:
         return {}
     role, shape = kernel
     ends = tuple(n for axis, n in enumerate(shape) if axis not in role.window + role.inputs)
-    return {"kernel": kernel, "bias": (evidence.vector("bias", len(ends)), ends)}
+    return {"kernel": kernel, "bias": (roles.vector("bias", len(ends)), ends)}
 
 
 def _kernel(module: nnx.Module, kind: str) -> tuple[Role, Shape] | None:
     match module:
         case nnx.Conv(kernel_size=size, kernel_shape=shape):
-            return evidence.convolution(len(size)), shape
+            return roles.convolution(len(size)), shape
         case nnx.ConvTranspose(kernel_size=size, kernel_shape=shape, transpose_kernel=flip):
-            return evidence.convolution(len(size), transposed=flip), shape
+            return roles.convolution(len(size), transposed=flip), shape
         case nnx.Linear(in_features=n, out_features=m):
-            return evidence.linear(1, 1, kind=kind), (n, m)
+            return roles.linear(1, 1, kind=kind), (n, m)
         case nnx.LinearGeneral(in_features=n, out_features=m, batch_axis=batch):
-            role = evidence.linear(len(n), len(m), kind=kind, batch=len(batch))
+            role = roles.linear(len(n), len(m), kind=kind, batch=len(batch))
             return role, (*batch.values(), *n, *m)
     return None

@@ -1,20 +1,21 @@
 """Smoothing a diagonal: over neighbouring weights, over steps, and by keeping it for k steps."""
 
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from curvax import axes, checks, trees
+from curvax import axes, checks, roles, trees
 from curvax.objective import as_objective
 from curvax.signal import Signal, Stage, at, name_of, parts_of, pipe, stage
 from curvax.trees import Path, Tree
 
 Block = None | int | tuple[int, ...]
 BlockRule = Callable[[Path, jax.Array], Block]
+Facts = Mapping[Path, Any]
+"""path ↦ the window, input and output axes of a leaf."""
 
 
 def spatial_average(
@@ -51,58 +52,52 @@ def spatial_average(
         diagonal = checks.needed_diagonal(signal.diagonal, "spatial_average", "averages a diagonal")
         if magnitudes:
             diagonal = jax.tree.map(jnp.abs, diagonal)
-        decide = rule_of(diagonal)
+        decide, facts = rule_of(diagonal)
         averaged = trees.map_with_path(
-            lambda path, d: _averaged(d, decide(path, d), path, layout), diagonal
+            lambda path, d: _averaged(d, decide(path, d), path, facts), diagonal
         )
         return signal._replace(diagonal=averaged), state
 
     return stage(lambda params: optax.EmptyState(), rule)
 
 
-def _rule_of(block: Any, layout: Any) -> Callable[[Tree], BlockRule]:
-    """tree ↦ the rule that says for each of its leaves what to average."""
+def _rule_of(block: Any, layout: Any) -> Callable[[Tree], tuple[BlockRule, Facts]]:
+    """tree ↦ the rule that says for each of its leaves what to average, and what each leaf is."""
     if block == "auto":
-        return (lambda tree: layout) if layout is not None else _auto
-    if callable(block):
-        return lambda tree: block
-    if block is None:
-        return lambda tree: lambda path, leaf: None
-    if isinstance(block, int) and not isinstance(block, bool) and block > 0:
-        return lambda tree: lambda path, leaf: block if leaf.ndim > 1 else None
-    raise ValueError(
-        "`spatial_average` takes `block` as 'auto', a positive int, None, or a callable "
-        f"`(path, leaf) -> None, int or axes`, and got {block!r}."
-    )
+        decide = lambda facts: lambda path, leaf: facts[path].window or None
+    elif callable(block):
+        decide = lambda facts: block
+    elif block is None:
+        decide = lambda facts: lambda path, leaf: None
+    elif isinstance(block, int) and not isinstance(block, bool) and block > 0:
+        decide = lambda facts: lambda path, leaf: block if leaf.ndim > 1 else None
+    else:
+        raise ValueError(
+            "`spatial_average` takes `block` as 'auto', a positive int, None, or a callable "
+            f"`(path, leaf) -> None, int or axes`, and got {block!r}."
+        )
+
+    def rule_of(tree: Tree) -> tuple[BlockRule, Facts]:
+        facts = _facts(tree) if layout is None else layout
+        return decide(facts), facts
+
+    return rule_of
 
 
-def _auto(tree: Tree) -> BlockRule:
-    """Convolutions by their names, with the bias beside them telling how many axes are stacked.
-
-    A kernel (…, window…, in, out) of a module called conv-something has a bias (…, out); without
-    one, only what no scan could have stacked counts, and the doubtful stays as it is.
-    """
-    leaves = {trees.names(path): x for path, x in jax.tree.leaves_with_path(tree)}
-
-    def windows(path: Path, leaf: jax.Array) -> Block:
-        at_kernel = next((i for i, name in enumerate(path) if name == "kernel"), 0)
-        module, tail = path[:at_kernel], path[at_kernel + 1 :]
-        if not module or not re.search("conv", module[-1], re.IGNORECASE):
-            return None
-        bias = leaves.get((*module, trees.Name("bias"), *tail))
-        if bias is None and (leaf.ndim > 4 or any(re.search("scan", n, re.I) for n in path)):
-            return None
-        stacked = 0 if bias is None else bias.ndim - 1
-        return tuple(range(stacked, leaf.ndim - 2)) or None
-
-    return windows
+def _facts(tree: Tree) -> Facts:
+    """What each leaf is by names and shapes: the doubtful has no window."""
+    shapes = {trees.names(path): x.shape for path, x in jax.tree.leaves_with_path(tree)}
+    # An nnx state holds each array at the `value` of its variable.
+    bare = {path: path[:-1] if path[-1:] == ("value",) else path for path in shapes}
+    read = roles.read_roles({bare[path]: shape for path, shape in shapes.items() if bare[path]})
+    return {path: read[bare[path]].role if bare[path] else roles.OTHER for path in shapes}
 
 
-def _averaged(d: jax.Array, block: Block, path: Path, layout: Any) -> jax.Array:
+def _averaged(d: jax.Array, block: Block, path: Path, facts: Facts) -> jax.Array:
     if block is None:
         return d
     if isinstance(block, int):
-        return _block_means(d, block, path, layout)
+        return _block_means(d, block, path, facts)
     window = tuple(block)
     if any(not -d.ndim <= axis < d.ndim for axis in window):
         raise ValueError(
@@ -112,32 +107,32 @@ def _averaged(d: jax.Array, block: Block, path: Path, layout: Any) -> jax.Array:
     return jnp.broadcast_to(jnp.mean(d, axis=window, keepdims=True), d.shape)
 
 
-def _block_means(d: jax.Array, block: int, path: Path, layout: Any) -> jax.Array:
+def _block_means(d: jax.Array, block: int, path: Path, facts: Facts) -> jax.Array:
     if d.size % block:
         raise ValueError(
             f"`spatial_average` cuts each leaf into blocks of {block}, which does not divide the "
             f"{d.size} entries of `{trees.label(path)}` {d.shape}. Use a divisor, or a callable "
             "`(path, leaf) -> None, int or axes` that treats this leaf apart."
         )
-    order = _inputs_last(d, path, layout)
+    order = _inputs_last(d, path, facts)
     rows = d.transpose(order)
     means = jnp.mean(rows.reshape(-1, block), axis=1, keepdims=True)
     spread = jnp.broadcast_to(means, (means.size, block)).reshape(rows.shape)
     return spread.transpose([order.index(axis) for axis in range(d.ndim)])
 
 
-def _inputs_last(d: jax.Array, path: Path, layout: Any) -> list[int]:
-    """The axes in the order [stacked, outputs, inputs], so that blocks run along the inputs."""
-    if layout is not None:
-        inputs = [*layout[path].window, *layout[path].inputs]
+def _inputs_last(d: jax.Array, path: Path, facts: Facts) -> list[int]:
+    """The axes in the order [stacked, outputs, inputs], so that blocks run along the inputs.
+
+    A kernel of which nothing is known ends in its output axis, as Flax's do; any other leaf is
+    taken as stored.
+    """
+    leaf = facts[path]
+    inputs = [*leaf.window, *leaf.inputs] if "kernel" in path[-2:] else []
+    if inputs:
         return [axis for axis in range(d.ndim) if axis not in inputs] + inputs
     everything = list(range(d.ndim))
-    if "kernel" not in path[-2:]:
-        return everything
-    # Flax's query, key and value kernels are (in, heads, dim); every other kernel ends in `out`.
-    projections = {"query", "key", "value"}
-    outputs = 2 if d.ndim > 2 and projections & set(path) else 1
-    return everything[-outputs:] + everything[:-outputs]
+    return everything[-1:] + everything[:-1] if "kernel" in path[-2:] else everything
 
 
 class EmaRmsState(NamedTuple):

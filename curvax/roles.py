@@ -109,14 +109,22 @@ def read(
     shapes: Mapping[Path, Shape], known: Mapping[Path, Reading] | None = None
 ) -> dict[Path, Reading]:
     """Reads a whole tree of shapes; of `known` leaves a module has told role and depth."""
+    readings = read_roles(shapes, known)
+    levels = _levels({path: _sizes(shapes[path], r.depth) for path, r in readings.items()})
+    return {path: r._replace(levels=levels[path]) for path, r in readings.items()}
+
+
+def read_roles(
+    shapes: Mapping[Path, Shape], known: Mapping[Path, Reading] | None = None
+) -> dict[Path, Reading]:
+    """The same without the levels, which only names of blocks need."""
     known = known or {}
     grouped = layers(shapes)
     depths = _depths(grouped, {path[:-1]: len(reading.depth) for path, reading in known.items()})
     readings = {}
     for path, shape in shapes.items():
         readings[path] = known.get(path) or _read(path, shape, grouped, depths[path[:-1]])
-    levels = _levels({path: _sizes(shapes[path], r.depth) for path, r in readings.items()})
-    return {path: r._replace(levels=levels[path]) for path, r in readings.items()}
+    return readings
 
 
 def _read(path: Path, shape: Shape, grouped: Mapping[Path, Layer], depth: int | None) -> Reading:
@@ -162,13 +170,20 @@ def _depths(grouped: Mapping[Path, Layer], told: Mapping[Path, int]) -> dict[Pat
         home = _home(owner, grouped)
         below = [o for o in certain if o[: len(home)] == home]
         if not below:
-            return None
+            return 0 if _plain_convolution(owner, grouped[owner]) else None
         witness = min(below, key=lambda o: certain[o])
         depth = certain[witness]
         leading = {shape[:depth] for o in (witness, owner) for shape in grouped[o].values()}
         return depth if depth in possible[owner] and len(leading) == 1 else None
 
     return {owner: settle(owner) for owner in grouped}
+
+
+def _plain_convolution(owner: Path, layer: Layer) -> bool:
+    """A kernel with nothing beside it that its name and a square window tell all the same."""
+    window = layer["kernel"][:-2]
+    scanned = any("scan" in name.lower() for name in owner)
+    return _named_convolution(owner) and len(window) <= 2 and len(set(window)) == 1 and not scanned
 
 
 def _home(owner: Path, grouped: Mapping[Path, Layer]) -> Path:
