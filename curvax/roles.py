@@ -181,9 +181,14 @@ def _depths(grouped: Mapping[Path, Layer], told: Mapping[Path, int]) -> dict[Pat
 
 def _plain_convolution(owner: Path, layer: Layer) -> bool:
     """A kernel with nothing beside it that its name and a square window tell all the same."""
-    window = layer["kernel"][:-2]
+    window = layer.get("kernel", ())[:-2]
     scanned = any("scan" in name.lower() for name in owner)
-    return _named_convolution(owner) and len(window) <= 2 and len(set(window)) == 1 and not scanned
+    return (
+        _named_convolution(owner)
+        and len(window) in (1, 2)
+        and len(set(window)) == 1
+        and not scanned
+    )
 
 
 def _home(owner: Path, grouped: Mapping[Path, Layer]) -> Path:
