@@ -1,8 +1,8 @@
 """What a step costs, in FLOPs and memory of one gradient of the same model, as XLA counts them.
 
-The perceptron is counted in every run; the ViT and the ResNet take minutes to compile:
+The small models are counted in every run; the ViT and the ResNet take minutes to compile:
 
-    python -m pytest tests/test_costs.py -m evidence
+    python -m pytest tests/test_costs.py -m "evidence or not evidence"
 
 writes tests/evidence/costs.md.
 """
@@ -36,15 +36,33 @@ class Perceptron(nn.Module):
         return nn.Dense(10)(x)
 
 
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return x + nn.gelu(nn.Dense(512)(nn.LayerNorm()(x))), None
+
+
+class Scanned(nn.Module):
+    """Four residual layers in a scan, unrolled for the count: XLA counts a loop's body once."""
+
+    @nn.compact
+    def __call__(self, x):
+        axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+        x, _ = nn.scan(Layer, length=4, unroll=4, **axes)()(nn.Dense(512)(x), None)
+        return nn.Dense(10)(x)
+
+
 MODELS = {
     "MLP 784-512×3-10": (Perceptron, (256, 784)),
+    "4×512 layers, scanned": (Scanned, (256, 784)),
     "ViT 4×192": (lambda: build("vit_tiny", scan=False, **VIT), (64, 32, 32, 3)),
     "ViT 4×192, remat": (lambda: build("vit_tiny", scan=False, remat=True, **VIT), (64, 32, 32, 3)),
     "ResNet-20, group norm": (lambda: build("resnet20", classes=10, norm="group"), (64, 32, 32, 3)),
 }
-SMALL = pytest.param("MLP 784-512×3-10")
-LARGE = [pytest.param(name, marks=pytest.mark.evidence) for name in list(MODELS)[1:]]
-EVERY_MODEL = pytest.mark.parametrize("name", [SMALL, *LARGE])
+SMALL, LARGE = list(MODELS)[:2], list(MODELS)[2:]
+EVERY_MODEL = pytest.mark.parametrize(
+    "name", [*SMALL, *(pytest.param(name, marks=pytest.mark.evidence) for name in LARGE)]
+)
 
 
 class Problem:
@@ -129,8 +147,8 @@ def test_sharpness_costs_a_second_gradient(name, method, record_row):
     extra = (found[1] - p.gradient[1]) / p.bytes
     record_row(name, method, ratio(found, p.gradient), found[1] / p.gradient[1], extra)
     assert ratio(found, p.gradient) <= 2.02
-    if name != "MLP 784-512×3-10":
-        # Against its gradient alone, what the perceptron holds is mostly parameters.
+    if name in LARGE:
+        # What a small model holds in its gradient is mostly parameters.
         assert found[1] <= (1.05 if method == "sam" else 1.10) * p.gradient[1]
 
 
@@ -162,7 +180,9 @@ def test_refreshed_and_kept_steps(name, record_row):
     refresh, kept = p.step(tx, at=0), p.step(tx, at=1)
     record_row(name, "adahessian, refreshed step", ratio(refresh, p.gradient))
     record_row(name, "adahessian, kept step", ratio(kept, p.gradient))
-    assert ratio(refresh, p.gradient) <= 3.5
+    # With remat the compiler cannot merge what the two gradients recompute.
+    limit = 1.03 + ratio(p.bare_product, p.gradient) if "remat" in name else 3.5
+    assert ratio(refresh, p.gradient) <= limit
     assert ratio(kept, p.gradient) <= 1.01
 
 
@@ -175,10 +195,13 @@ def record_row():
         rows.append(row)
 
     yield record
-    if {row[0] for row in rows} >= set(list(MODELS)[1:]):
+    if {row[0] for row in rows} >= set(MODELS):
         head = ["model", "step", "FLOPs", "temporary memory", "extra copies of the parameters"]
         lines = ["# Cost of a step, in units of one gradient of the same model", ""]
-        lines += ["Made by `python -m pytest tests/test_costs.py -m evidence` on a CPU.", ""]
+        lines += [
+            "Made by `python -m pytest tests/test_costs.py -m 'evidence or not evidence'`.",
+            "",
+        ]
         lines += ["| " + " | ".join(head) + " |", "|---|---|---|---|---|"]
         for name, step, *numbers in rows:
             cells = [f"{x:.3f}" for x in numbers] + [""] * (3 - len(numbers))
