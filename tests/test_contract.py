@@ -3,7 +3,6 @@
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
 from operator import itemgetter
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -14,12 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from small_problems import assert_trees_close
+from small_problems import assert_trees_close, quick_jit
 
 import curvax as cx
-
-# Half the compile time; the numbers agree to rounding.
-QUICK = {"xla_backend_optimization_level": 0}
 
 
 def make_params(dtype: Any = jnp.float64) -> Any:
@@ -218,7 +214,7 @@ def results(row: Row, tx: cx.Stage) -> dict[str, Any]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        return jax.jit(run, compiler_options=QUICK)(make_params())
+        return quick_jit(run)(make_params())
 
 
 def test_the_table_has_every_stage_and_method():
@@ -235,7 +231,7 @@ def test_the_table_has_every_stage_and_method():
 def test_compiles_once_and_is_finite_at_zero_gradient(tx, results):
     traces: list[None] = []
 
-    @partial(jax.jit, compiler_options=QUICK)
+    @quick_jit
     def step(params, state, batch):
         traces.append(None)
         objective = cx.Objective(loss_of, batch)

@@ -240,8 +240,12 @@ def every(k: Any, stages: optax.GradientTransformation) -> Stage:
                 if not all(a is b for a, b in same):
                     _refuse_change(name_of(part))
                 given, below = out, (*below[:place], new, *below[place + 1 :])
-            diagonal = checks.needed_diagonal(given.diagonal, "every", "keeps a diagonal")
-            return trees.cast_like(diagonal, state.diagonal), below
+            if given.diagonal is None:
+                raise ValueError(
+                    "`every` keeps a diagonal, and no stage inside it made one. Put the estimator "
+                    "inside, as in `every(k, hutchinson_diag())`."
+                )
+            return trees.cast_like(given.diagonal, state.diagonal), below
 
         keep = lambda: (state.diagonal, state.inner)
         diagonal, below = axes.cond(state.step % k == 0, refresh, keep)

@@ -1,0 +1,305 @@
+"""Composition: what `|` promises, what travels between stages, and what every misuse is told."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from small_problems import assert_trees_close, net_batch, net_loss, net_params
+
+import curvax as cx
+
+
+def objective() -> cx.Objective:
+    return cx.Objective(net_loss, net_batch())
+
+
+def step(tx: Any, state: Any = None, *, value_fn: Any = None, **extra: Any) -> tuple[Any, Any]:
+    """(updates, state) after one step at the parameters of the net."""
+    params, loss = net_params(), objective()
+    _, grads = loss.value_and_grad(params)
+    state = tx.init(params) if state is None else state
+    return tx.update(grads, state, params, value_fn=value_fn or loss, **extra)
+
+
+def plain_callable(params: Any) -> jax.Array:
+    return net_loss(params, net_batch())
+
+
+def my_stage(factor: float = 2.0) -> cx.Stage:
+    """A user's own stage: it counts, and scales by its own factor and by an extra argument."""
+
+    def rule(signal: cx.Signal, count: Any, params: Any, *, factor_now: float, **_: Any) -> Any:
+        scaled = optax.tree.scale(factor * factor_now, signal.updates)
+        return signal._replace(updates=scaled), count + 1
+
+    return cx.stage(lambda params: jnp.zeros((), int), rule)
+
+
+A, B, C, D = (
+    lambda: cx.sam_perturb(0.1),
+    lambda: cx.gsam_project(0.4),
+    lambda: optax.ema(0.9),
+    lambda: optax.scale_by_learning_rate(0.1),
+)
+GROUPINGS = {
+    "from the left": lambda: ((A() | B()) | C()) | D(),
+    "from the right": lambda: A() | (B() | cx.pipe(C(), D())),
+    "in pairs": lambda: (A() | B()) | cx.pipe(C(), D()),
+    "nested pipes": lambda: cx.pipe(A(), cx.pipe(B(), cx.pipe(C()), D())),
+    "a chain at the end": lambda: cx.pipe(A(), B(), C(), D()),
+}
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS)
+def test_composition_is_associative_and_its_state_flat(grouping):
+    tx, reference = GROUPINGS[grouping](), A() | B() | C() | D()
+    (updates, state), (expected, expected_state) = step(tx), step(reference)
+    assert len(state) == 4
+    assert_trees_close((updates, state), (expected, expected_state), tol=0)
+
+
+def test_a_pipe_is_an_optax_transformation():
+    tx = A() | optax.sgd(0.1)
+    assert isinstance(tx, cx.Stage)
+    assert isinstance(tx, optax.GradientTransformationExtraArgs)
+    assert isinstance(cx.pipe(optax.clip(1.0), optax.sgd(0.1)), cx.Stage)
+
+
+def test_plain_part_before_a_stage():
+    clipped = optax.clip_by_global_norm(0.01) | A()
+    assert isinstance(clipped, cx.Stage)
+    grads = jax.grad(objective())(net_params())
+    shorter = optax.tree.scale(0.01 / optax.tree.norm(grads), grads)
+    expected, _ = A().update(shorter, A().init(net_params()), net_params(), value_fn=objective())
+    assert_trees_close(step(clipped)[0], expected)
+
+
+def test_plain_parts_go_through_pipe():
+    plain = cx.pipe(optax.clip(0.1), optax.adam(0.1))
+    chained = optax.chain(optax.clip(0.1), optax.adam(0.1))
+    assert_trees_close(step(plain)[0], step(chained)[0], tol=0)
+
+
+def seen_by(note: dict[str, Any]) -> cx.Stage:
+    """A stage that notes the signal it is handed."""
+
+    def rule(signal: cx.Signal, state: Any, params: Any, **extra: Any) -> Any:
+        note["signal"] = signal
+        return signal, state
+
+    return cx.stage(lambda params: (), rule)
+
+
+def test_a_plain_part_touches_the_updates_alone():
+    before: dict[str, Any] = {}
+    after: dict[str, Any] = {}
+    make = lambda: cx.hutchinson_diag() | cx.sam_perturb(0.1) | seen_by(before)
+    step(make() | optax.scale(3.0) | seen_by(after))
+    first, last = before["signal"], after["signal"]
+    assert_trees_close(last.updates, optax.tree.scale(3.0, first.updates), tol=0)
+    assert first.diagonal is not None
+    for field in set(cx.Signal._fields) - {"updates"}:
+        assert getattr(last, field) is getattr(first, field), field
+
+
+def test_a_signal_starts_with_the_clean_pass():
+    note: dict[str, Any] = {}
+    tx = seen_by(note) | optax.sgd(0.1)
+    params, loss = net_params(), objective()
+    value, grads = loss.value_and_grad(params)
+    tx.update(grads, tx.init(params), params, value_fn=loss)
+    signal = note["signal"]
+    assert signal.updates is grads
+    assert signal.gradient is grads
+    assert signal.value is value
+    tx.update(grads, tx.init(params), params, value=jnp.float32(7.0))
+    assert note["signal"].value == 7
+    tx.update(jax.grad(loss)(params), tx.init(params), params, value_fn=loss)
+    assert note["signal"].value is None
+
+
+def test_a_stage_of_your_own_gets_extra_args_and_keeps_state():
+    tx = my_stage(2.0) | optax.identity()
+    updates, state = step(tx, factor_now=3.0)
+    grads = jax.grad(plain_callable)(net_params())
+    assert_trees_close(updates, optax.tree.scale(6.0, grads))
+    assert state[0] == 1
+    assert step(tx, state, factor_now=3.0)[1][0] == 2
+
+
+def test_a_stage_is_called_in_errors_by_its_factory_or_its_name():
+    pass_on = lambda signal, state, params, **extra: (signal, state)
+    named = cx.stage(lambda params: (), pass_on, name="my_name")
+    for tx, name in ((my_stage(), "my_stage"), (named, "my_name")):
+        with pytest.raises(TypeError, match=f"`{name}` was handed masked parameters"):
+            optax.masked(tx, {"hidden": True, "out": False}).init(net_params())
+
+
+# What the error must show, so that the reader can paste it.
+MISUSES = {
+    "a number": (lambda: A() | 3, r"`optax\.scale\(\.\.\.\)`"),
+    "a number first": (lambda: 3 | A(), r"`optax\.scale\(\.\.\.\)`"),
+    "a factory without parentheses": (lambda: A() | optax.sgd, "needs its parentheses"),
+    "a stage factory without parentheses": (lambda: A() | cx.gsam_project, "parentheses"),
+    "MultiSteps in a pipe": (
+        lambda: A() | optax.MultiSteps(optax.sgd(0.1), 2),
+        r"`optax\.MultiSteps\(pipe\(\.\.\.\), k\)`.*`curvax\.Objective\(loss, batch, microbatch=",
+    ),
+    "MultiSteps as a transformation in a pipe": (
+        lambda: A() | optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation(),
+        r"`optax\.MultiSteps\(pipe\(\.\.\.\), k\)`",
+    ),
+    "masked": (
+        lambda: optax.masked(A() | D(), {"hidden": True, "out": False}).init(net_params()),
+        r"`curvax\.restrict\(stages, mask\)`",
+    ),
+    "Optax's partition": (
+        lambda: optax.partition({"a": A(), "b": optax.sgd(0.1)}, {"hidden": "a", "out": "b"}).init(
+            net_params()
+        ),
+        r"`curvax\.partition\(stages_by_label, labels\)`",
+    ),
+    "MultiSteps inside a chain": (
+        lambda: step(optax.chain(optax.MultiSteps(A(), 2).gradient_transformation(), D())),
+        r"`optax\.MultiSteps\(optax\.chain\(\.\.\.\), k\)`.*microbatch=",
+    ),
+    "no value_fn": (
+        lambda: A().update(net_params(), A().init(net_params()), net_params()),
+        r"`tx\.update\(grads, state, params, value_fn=objective\)`",
+    ),
+    "no diagonal to smooth": (
+        lambda: step(cx.ema_rms(0.9)),
+        r"`ema_rms`.*`hutchinson_diag\(\) \| ema_rms\(\.\.\.\)`",
+    ),
+    "no diagonal to average": (
+        lambda: step(cx.spatial_average()),
+        r"`hutchinson_diag\(\) \| spatial_average\(\.\.\.\)`",
+    ),
+    "no diagonal to divide by": (
+        lambda: step(A() | cx.scale_by_power(1.0)),
+        r"`hutchinson_diag\(\) \| scale_by_power\(\.\.\.\)`",
+    ),
+    "no diagonal to keep": (
+        lambda: step(cx.every(2, cx.record())),
+        r"`every`.*`every\(k, hutchinson_diag\(\)\)`",
+    ),
+    "a perturbation inside every": (
+        lambda: step(cx.every(2, A())),
+        r"`every\(k, \.\.\.\) \| sam_perturb\(\.\.\.\)`",
+    ),
+    "stages in optax.chain": (
+        lambda: step(optax.chain(cx.hutchinson_diag(), cx.ema_rms(0.9))),
+        r"between stages write `\|`",
+    ),
+    "no perturbation to project": (
+        lambda: step(cx.gsam_project(0.4)),
+        r"`sam_perturb\(0\.05\) \| gsam_project\(\.\.\.\)`",
+    ),
+    "no perturbation to penalise": (
+        lambda: step(cx.penalize_gap(0.4)),
+        r"`sam_perturb\(0\.05\) \| penalize_gap\(\.\.\.\)`",
+    ),
+    "no perturbation to reuse": (
+        lambda: step(cx.keep_orthogonal()),
+        r"`sam_perturb\(0\.05\) \| keep_orthogonal\(\.\.\.\)`",
+    ),
+    "perturbation and projection in optax.chain": (
+        lambda: step(optax.chain(A(), B())),
+        r"`sam_perturb\(0\.05\) \| gsam_project\(\.\.\.\)`",
+    ),
+    "groups of a plain callable": (
+        lambda: step(cx.per_group(2, A()), value_fn=plain_callable),
+        r"`value_fn=curvax\.Objective\(loss, batch\)`",
+    ),
+    "a fraction of a plain callable": (
+        lambda: step(cx.hutchinson_diag(fraction=0.5), value_fn=plain_callable),
+        r"`value_fn=curvax\.Objective\(loss, batch\)`",
+    ),
+    "shards of a plain callable": (
+        lambda: step(cx.hutchinson_diag(shards=2), value_fn=plain_callable),
+        r"`value_fn=curvax\.Objective\(loss, batch\)`",
+    ),
+    "a momentum inside every": (
+        lambda: cx.every(2, cx.hutchinson_diag() | optax.ema(0.9)),
+        r"`every\(k, \.\.\.\) \| ema\(\.\.\.\)`",
+    ),
+    "a preconditioner inside every": (
+        lambda: step(cx.every(2, cx.hutchinson_diag() | cx.scale_by_power(1.0))),
+        r"`every\(k, \.\.\.\) \| scale_by_power\(\.\.\.\)`",
+    ),
+}
+
+
+@pytest.mark.parametrize("misuse", MISUSES)
+def test_misuse_is_told_what_to_write(misuse):
+    act, cure = MISUSES[misuse]
+    with pytest.raises((TypeError, ValueError), match=re.compile(cure, re.DOTALL)):
+        act()
+
+
+def test_multi_steps_outermost_works():
+    tx = optax.MultiSteps(optax.chain(A() | B(), optax.sgd(0.1)), 2)
+    updates, state = step(tx)
+    assert not any(map(np.any, jax.tree.leaves(updates)))
+    updates, _ = step(tx, state)
+    assert all(map(np.any, jax.tree.leaves(updates)))
+
+
+def test_record_sees_the_signal_at_its_place():
+    size = lambda signal, params: optax.tree.norm(signal.updates)
+    ratio = lambda signal, params: optax.tree.norm(signal.updates) / optax.tree.norm(params)
+    tx = cx.record(before=size) | optax.scale(3.0) | cx.record(after=size, ratio=ratio)
+    state = tx.init(net_params())
+    assert np.isnan(cx.diagnostics(state)["before"])
+    _, state = step(tx, state)
+    norm = optax.tree.norm(jax.grad(objective())(net_params()))
+    found = cx.diagnostics(state)
+    expected = {
+        "before": norm,
+        "after": 3 * norm,
+        "ratio": 3 * norm / optax.tree.norm(net_params()),
+    }
+    assert set(found) == set(expected)
+    for name, value in found.items():
+        assert value.dtype == jnp.float32
+        np.testing.assert_allclose(value, expected[name], rtol=1e-6)
+
+
+def test_a_name_met_once_is_found_by_optax_too():
+    _, state = step(A() | B() | optax.sgd(0.1))
+    gap = cx.diagnostics(state)["surrogate_gap"]
+    assert gap == optax.tree.get(state, "surrogate_gap")
+
+
+def test_a_name_met_twice_gets_the_place_of_its_stage():
+    tx = A() | optax.scale(1.0) | cx.sam_perturb(0.3) | cx.record(loss_again=lambda s, p: s.value)
+    _, state = step(tx)
+    found = cx.diagnostics(state)
+    assert {"surrogate_gap[0]", "surrogate_gap[2]", "loss_again"} <= set(found)
+    assert "surrogate_gap" not in found
+    np.testing.assert_allclose([found["rho[0]"], found["rho[2]"]], [0.1, 0.3], rtol=1e-6)
+
+
+def test_figures_are_found_inside_wrappers():
+    inner = lambda: A() | optax.sgd(0.1)
+    for tx in (
+        optax.MultiSteps(inner(), 1),
+        optax.apply_if_finite(inner(), 3),
+        optax.chain(optax.identity(), inner()),
+        cx.restrict(inner(), lambda params: jax.tree.map(lambda _: True, params)),
+        cx.per_group(4, inner()),
+    ):
+        _, state = step(tx)
+        np.testing.assert_allclose(cx.diagnostics(state)["rho"], 0.1, rtol=1e-6)
+
+
+def test_figures_of_two_partitions_are_told_apart():
+    labels = {"hidden": "a", "out": "b"}
+    tx = cx.partition({"a": cx.sam_perturb(0.1), "b": cx.sam_perturb(0.2)}, labels)
+    _, state = step(tx)
+    found = cx.diagnostics(state)
+    np.testing.assert_allclose([found["rho[a]"], found["rho[b]"]], [0.1, 0.2], rtol=1e-6)
