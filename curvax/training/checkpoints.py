@@ -1,31 +1,55 @@
 """Checkpoints of a run: state and place in the data, written whole or not at all, by Orbax."""
 
+import contextlib
+import logging
+import shutil
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from curvax.training import seals
 from curvax.training.step import State
+
+_OWN_FILES = 2**18  # bytes; a checkpoint of a small model took 1.5e5 beside its arrays
 
 
 class CheckpointError(OSError):
     """A checkpoint that could not be written or read; the others are untouched."""
 
 
-class Checkpoints:
-    """The newest few checkpoints of a run, by step; without a folder it keeps nothing.
+class NoCheckpoints:
+    """The checkpoints of a run that keeps none."""
+
+    def resume(self, state: State, batches: Any) -> tuple[State, Any]:
+        return state, batches
+
+    def save(self, state: State, place: Any) -> None:
+        pass
+
+    def last_good(self) -> str:
+        return "No checkpoint was kept."
+
+    def close(self) -> None:
+        pass
+
+
+class Checkpoints(NoCheckpoints):
+    """The newest few checkpoints of a run, by step.
 
     A checkpoint is on disk before the next step begins, so that a full disk is met where it can
     still be answered, and donated buffers are never read late.
     """
 
-    def __init__(self, folder: Path | None, keep: int = 2):
-        self.folder = folder and folder.absolute()
+    def __init__(self, folder: Path, keep: int = 2):
+        self.folder = folder.absolute()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
         )
-        self._manager = self.folder and ocp.CheckpointManager(self.folder, options=options)
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def resume(self, state: State, batches: Any) -> tuple[State, Any]:
         """State and batches as the newest checkpoint has them, or as given, which is then kept.
@@ -33,11 +57,11 @@ class Checkpoints:
         Raises:
             CheckpointError: as in `save` and `restore`.
         """
-        if self._manager and self._manager.latest_step() is not None:
+        if self._manager.latest_step() is None:
+            self.save(state, batches.get_state())
+        else:
             state, place = self.restore(state)
             batches.set_state(place)
-        else:
-            self.save(state, batches.get_state())
         return state, batches
 
     def save(self, state: State, place: Any) -> None:
@@ -46,18 +70,21 @@ class Checkpoints:
         Raises:
             CheckpointError: the disk is full or cannot be written.
         """
-        if not self._manager:
-            return
         step = int(state.step)
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), place=ocp.args.JsonSave({"data": place})
         )
         try:
-            self._manager.save(step, args=items)
+            _check_room(self.folder, state)
+            with _silent_log():
+                self._manager.save(step, args=items)
+            seals.seal(self.folder / str(step))
         except Exception as error:
+            for unfinished in self.folder.glob(f"{step}.*-tmp*"):
+                shutil.rmtree(unfinished, ignore_errors=True)
             raise CheckpointError(
                 f"The checkpoint of step {step} could not be written to {self.folder} "
-                f"({_first_line(error)}). {self.last_good(but=step)} Make room and resume the run."
+                f"({_reason(error)}). {self.last_good(but=step)} Make room and resume the run."
             ) from error
 
     def restore(self, template: State) -> tuple[State, Any]:
@@ -66,34 +93,59 @@ class Checkpoints:
         Raises:
             CheckpointError: there is none, or it is damaged or of another model or optimiser.
         """
-        if not self._manager:
-            raise CheckpointError("A run without a folder has no checkpoint to read.")
         step = self._manager.latest_step()
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(shapes), place=ocp.args.JsonRestore()
         )
         try:
-            restored = self._manager.restore(step, args=items)
+            seals.check(self.folder / str(step))  # Orbax's reading threads stop noisily
+            with _silent_log():
+                restored = self._manager.restore(step, args=items)
         except Exception as error:
             raise CheckpointError(
                 f"The checkpoint of step {step} in {self.folder} cannot be read "
-                f"({_first_line(error)}). Nothing was changed. {self.last_good(but=step)} To go on "
+                f"({_reason(error)}). Nothing was changed. {self.last_good(but=step)} To go on "
                 f"from there, move the folder {step} away and resume again."
             ) from error
         return restored.state, restored.place["data"]
 
     def last_good(self, but: int | None = None) -> str:
         """A sentence that says which checkpoint there is, other than that of the step `but`."""
-        steps = [step for step in self._manager.all_steps() if step != but] if self._manager else []
+        steps = [step for step in self._manager.all_steps() if step != but]
         if not steps:
-            return "There is no other checkpoint." if but is not None else "No checkpoint was kept."
+            return "There is no other checkpoint."
         return f"The newest good checkpoint is that of step {max(steps)} in {self.folder}."
 
     def close(self) -> None:
-        if self._manager:
-            self._manager.close()
+        self._manager.close()
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+def _check_room(folder: Path, state: State) -> None:
+    """Refuses to begin what cannot be finished: Orbax's writing threads stop noisily.
+
+    Raises:
+        OSError: the disk has less room than the state and Orbax's own files take.
+    """
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _OWN_FILES
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(f"the disk is full: it needs {needed} bytes and {free} are free")
+
+
+@contextlib.contextmanager
+def _silent_log() -> Iterator[None]:
+    """Keeps Orbax from logging the errors that are raised here anyway."""
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error's message, without the paths that lead up to the cause."""
+    line = str(error).strip().partition("\n")[0].rpartition('": ')[2]
+    return textwrap.shorten(line, 160) or type(error).__name__

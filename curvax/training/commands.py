@@ -11,6 +11,7 @@ from rich.table import Table
 
 from curvax.training import bench, compare, curves, progress, report, runs, sweep
 from curvax.training import config as configs
+from curvax.training.checkpoints import CheckpointError
 from curvax.training.compare import Outcomes
 from curvax.training.experiment import Experiment, build
 
@@ -63,10 +64,18 @@ def _carry_out(
 ) -> None:
     console = Console()
     _line(console, f"If this is interrupted: curvax resume {folder}")
-    with progress.bar(console) as row:
-        outcomes = compare.run(experiments, plan.seeds, folder, row)
-    table, words = _FINISH[plan.command](config, plan, outcomes, folder)
-    _publish(console, folder, table, words)
+    try:
+        with progress.bar(console) as row:
+            outcomes = compare.run(experiments, plan.seeds, folder, row)
+        table, words = _FINISH[plan.command](config, plan, outcomes, folder)
+        _publish(console, folder, table, words)
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise runs.RunError(
+            f"The run folder {folder} could not be written ({error.strerror or error}). What is in "
+            f"it is kept. Make room and go on with `curvax resume {folder}`."
+        ) from error
     _line(console, f"TensorBoard: tensorboard --logdir {folder}")
 
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from curvax.training import runs
-from curvax.training.checkpoints import Checkpoints
+from curvax.training.checkpoints import Checkpoints, NoCheckpoints
 from curvax.training.experiment import Experiment
 from curvax.training.runs import Outcome
 from curvax.training.step import Measured, State, watched_names
@@ -38,7 +38,9 @@ def fit(
     if done := runs.outcome(folder):
         return done
     began = time.perf_counter()
-    checkpoints = Checkpoints(folder and folder / "checkpoints", experiment.config.keep)
+    checkpoints = (
+        Checkpoints(folder / "checkpoints", experiment.config.keep) if folder else NoCheckpoints()
+    )
     state, batches = checkpoints.resume(experiment.init(), experiment.batches())
     log = runs.Log(folder, since=int(state.step))
     try:
@@ -56,7 +58,7 @@ def fit(
 class _Trainer:
     experiment: Experiment
     log: runs.Log
-    checkpoints: Checkpoints
+    checkpoints: NoCheckpoints
     report: Report
     pending: list[Measured] = field(default_factory=list)
 

@@ -8,6 +8,7 @@ results.json    the figures at the end; its presence says that the run is done
 table.txt, curves.png
 """
 
+import contextlib
 import json
 import math
 import time
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
-from tensorboardX import SummaryWriter
+
+from curvax.training.events import Events
 
 Record = dict[str, float]
 """The step, and figures named `train/loss`, `test/accuracy` and so on."""
@@ -42,7 +44,7 @@ class Log:
             self.records = [record for record in records(folder) if record["step"] <= since]
             write_lines(folder / _METRICS, self.records)
             self._lines = (folder / _METRICS).open("a")
-            self._events = SummaryWriter(str(folder), purge_step=since + 1)
+            self._events = Events(folder, since)
 
     def write(self, step: int, split: str, figures: Mapping[str, Any]) -> None:
         numbers = {f"{split}/{name}": float(value) for name, value in sorted(figures.items())}
@@ -51,7 +53,7 @@ class Log:
         if self._lines and self._events:
             self._lines.write(json.dumps(record) + "\n")
             for name, value in numbers.items():
-                self._events.add_scalar(name, value, step)
+                self._events.scalar(name, value, step)
 
     def flush(self) -> None:
         if self._lines and self._events:
@@ -59,9 +61,11 @@ class Log:
             self._events.flush()
 
     def close(self) -> None:
+        """Writes what is pending, as far as that is possible."""
         if self._lines and self._events:
-            self._lines.close()
-            self._events.close()
+            for file in (self._lines, self._events):
+                with contextlib.suppress(OSError):
+                    file.close()
 
 
 class Outcome(NamedTuple):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 import curvax
+from curvax.training import metrics
 from curvax.trees import Tree, label, names
 
 Batch = dict[str, jax.Array]
@@ -61,8 +62,8 @@ def objective(
             rngs={"dropout": key},
             mutable=list(model_state),
         )
-        hits = jnp.argmax(logits, -1) == jnp.argmax(batch["label"], -1)
-        return criterion(logits, batch["label"]), (new, jnp.mean(hits, dtype=jnp.float32))
+        value = criterion(logits, batch["label"])
+        return value, (new, metrics.top1(logits, batch["label"]))
 
     return curvax.Objective(loss, batch, has_aux=True, key=key, microbatch=microbatch)
 

@@ -1,0 +1,364 @@
+"""Runs: what a step does, that a run can be killed and resumed, and how it stops when it must."""
+
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny_run
+from jax.flatten_util import ravel_pytree
+from tensorboardX.proto.event_pb2 import Event
+
+from curvax.training import checkpoints, compare, data, evaluate, loop, material, runs
+from curvax.training.checkpoints import CheckpointError, Checkpoints
+from curvax.training.experiment import CRITERIA, build
+from curvax.training.statistics import summarise
+from curvax.training.step import watched_names
+
+CONFIG = tiny_run.get_config()
+STEPS = 12  # 3 epochs of 64 examples in batches of 16
+
+
+def changed(**fields):
+    return compare.variant(CONFIG, **fields)
+
+
+@pytest.fixture(scope="module")
+def experiment():
+    return build(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def reference(experiment, tmp_path_factory):
+    """The folder of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("reference")
+    loop.fit(experiment, folder)
+    return folder
+
+
+def last_state(experiment, folder):
+    state, place = Checkpoints(folder / "checkpoints").restore(experiment.init())
+    return state, place
+
+
+def assert_same_run(experiment, folder, reference):
+    (state, place), (expected, expected_place) = (
+        last_state(experiment, each) for each in (folder, reference)
+    )
+    assert int(state.step) == STEPS
+    assert place == expected_place
+    bits = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(bits(a), bits(b)), state, expected)
+    assert (folder / "metrics.jsonl").read_text() == (reference / "metrics.jsonl").read_text()
+    figures, wanted = (json.loads((f / "results.json").read_text()) for f in (folder, reference))
+    assert figures | {"seconds": 0} == wanted | {"seconds": 0}
+
+
+# A step.
+
+
+def test_a_step_is_sgd_on_the_augmented_batch():
+    config = changed(optimizer="sgd(0.1, momentum=0.9)")
+    config.model.options.dropout = 0.0
+    experiment = build(config)
+    state, batches, transform = (
+        experiment.init(),
+        experiment.batches(),
+        material.transform(config, 10),
+    )
+
+    def loss(params, batch):
+        logits: Any = experiment.model.apply({"params": params}, batch["image"])
+        return -jnp.mean(jnp.sum(batch["label"] * jax.nn.log_softmax(logits), -1))
+
+    params = jax.tree.map(jnp.copy, state.params)
+    velocity = jax.tree.map(jnp.zeros_like, params)
+    for number in range(3):
+        batch = next(batches)
+        key, _ = jax.random.split(jax.random.fold_in(state.key, number))
+        grads = jax.grad(loss)(params, transform(key, batch))
+        velocity = jax.tree.map(lambda v, g: 0.9 * v + g, velocity, grads)
+        params = jax.tree.map(lambda p, v: p - 0.1 * v, params, velocity)
+        state, _ = experiment.step(state, batch)
+    # float32, and another order of the same sums
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.params, params)
+
+
+def test_batch_statistics_and_figures_are_those_of_the_clean_pass():
+    config = changed(optimizer="sam_perturb(0.5) | sgd(0.1)")
+    config.model = {"name": "resnet8", "options": {"width": 4}}
+    config.data.augment = []
+    experiment = build(config)
+    state, batch = experiment.init(), next(experiment.batches())
+    images = data.normalise(batch["image"], *material.moments(config))
+    logits, new = experiment.model.apply(
+        {"params": state.params, **state.model_state}, images, train=True, mutable=["batch_stats"]
+    )
+    accuracy = np.mean(np.argmax(logits, -1) == batch["label"])
+    stepped, measured = experiment.step(state, batch)
+    # float32, fused otherwise
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        stepped.model_state,
+        new,
+    )
+    assert measured.figures["accuracy"] == pytest.approx(accuracy)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
+    assert measured.figures["loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert measured.figures["perturbed_loss"] > 1.01 * loss
+
+
+def test_micro_batches_change_nothing_but_rounding():
+    config = changed(batch=16)
+    config.model.options.dropout = 0.0
+    stepped = []
+    for size in (None, 4):
+        config.microbatch = size
+        experiment = build(config)
+        stepped.append(experiment.step(experiment.init(), next(experiment.batches())))
+    (whole, of_whole), (parts, of_parts) = stepped
+    # Adam's first step is the gradient over its own size: a gradient near 0 may turn by rounding
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), whole.params, parts.params
+    )
+    for name, figure in of_whole.figures.items():
+        np.testing.assert_allclose(figure, of_parts.figures[name], rtol=1e-3, err_msg=name)
+
+
+# Kept and resumed.
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+import tiny_run
+from jax.flatten_util import ravel_pytree
+from tensorboardX.proto.event_pb2 import Event
+from pathlib import Path
+from curvax.training import loop
+from curvax.training.experiment import build
+
+settle = loop._Trainer.settle
+def settle_or_die(self, step, names):
+    figures = settle(self, step, names)
+    if step == 8:
+        self.log.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return figures
+loop._Trainer.settle = settle_or_die
+loop.fit(build(tiny_run.get_config()), Path(sys.argv[1]))
+"""
+
+
+def test_a_killed_run_resumes_bit_for_bit(experiment, reference, tmp_path):
+    script = KILLED.format(tests=str(Path(__file__).parent))
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    died = subprocess.run(command, env=os.environ | {"JAX_ENABLE_X64": "1"}, capture_output=True)
+    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+    assert max(record["step"] for record in runs.records(tmp_path)) == 7
+    assert int(last_state(experiment, tmp_path)[0].step) == 6
+    loop.fit(experiment, tmp_path)
+    assert_same_run(experiment, tmp_path, reference)
+
+
+def test_a_run_that_is_done_is_read_not_run(experiment, reference, monkeypatch):
+    monkeypatch.setattr(loop, "_Trainer", None)
+    outcome = loop.fit(experiment, reference)
+    assert outcome.figures["steps"] == STEPS
+    assert outcome.records[-1]["step"] == STEPS
+
+
+def test_a_full_disk_stops_the_run_and_loses_nothing(experiment, reference, tmp_path, monkeypatch):
+    free, room = shutil.disk_usage, iter([True, True, True])  # checkpoints 0, 3 and 6
+
+    def usage(path):
+        return free(path) if next(room, False) else free(path)._replace(free=1000)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints.shutil, "disk_usage", usage)
+        with pytest.raises(CheckpointError, match=r"step 9 .*disk is full.* step 6 "):
+            loop.fit(experiment, tmp_path)
+    loop.fit(experiment, tmp_path)
+    assert_same_run(experiment, tmp_path, reference)
+
+
+def test_a_disk_that_fills_up_while_writing_leaves_the_older_checkpoints(
+    experiment, reference, tmp_path, monkeypatch
+):
+    def fail(self, step, **_):
+        (Path(self.directory) / f"{step}.orbax-checkpoint-tmp").mkdir()
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints.ocp.CheckpointManager, "save", fail)
+        with pytest.raises(CheckpointError, match="No space left on device"):
+            loop.fit(experiment, tmp_path)
+    assert not list((tmp_path / "checkpoints").iterdir())
+    loop.fit(experiment, tmp_path)
+    assert_same_run(experiment, tmp_path, reference)
+
+
+def test_an_unreadable_checkpoint_is_named_and_the_one_before_it_serves(
+    experiment, reference, tmp_path
+):
+    shutil.copytree(reference, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "results.json").unlink()
+    newest = tmp_path / "checkpoints" / str(STEPS)
+    for file in newest.rglob("d/*"):
+        file.write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match=r"step 12 .*cannot be read .*not those .* step 9 "):
+        loop.fit(experiment, tmp_path)
+    assert newest.is_dir()
+    shutil.rmtree(newest)
+    loop.fit(experiment, tmp_path)
+    assert_same_run(experiment, tmp_path, reference)
+
+
+def test_a_log_opened_again_forgets_what_came_after(tmp_path):
+    log = runs.Log(tmp_path)
+    for step in range(1, 6):
+        log.write(step, "train", {"loss": 1 / step, "gap": float("nan")})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "tra')
+    again = runs.Log(tmp_path, since=3)
+    again.write(4, "test", {"loss": 7.0})
+    again.close()
+    wanted = [{"step": s, "train/loss": 1 / s} for s in (1, 2, 3)] + [{"step": 4, "test/loss": 7.0}]
+    assert again.records == wanted
+    assert runs.records(tmp_path) == wanted
+
+
+def events(path):
+    """The records of an event file: length (uint64), its checksum, the message, its checksum."""
+    content = path.read_bytes()
+    while content:
+        (length,) = struct.unpack("<Q", content[:8])
+        yield Event.FromString(content[12 : 12 + length])
+        content = content[16 + length :]
+
+
+def test_tensorboard_is_told_every_step_and_what_to_forget(tmp_path):
+    for since in (0, 2):
+        log = runs.Log(tmp_path, since=since)
+        for step in range(since + 1, since + 4):
+            log.write(step, "train", {"loss": 1.0 / step})
+        log.close()
+    first, second = sorted(tmp_path.glob("events.*"), key=lambda path: path.suffix)
+    scalars = [(e.step, v.tag, v.simple_value) for e in events(first) for v in e.summary.value]
+    assert scalars == [(s, "train/loss", pytest.approx(1 / s)) for s in (1, 2, 3)]
+    starts = [e.step for e in events(second) if e.HasField("session_log")]
+    assert starts == [3]
+
+
+# Stopped.
+
+
+def test_an_infinite_update_stops_the_run_at_its_step(tmp_path):
+    optimizer = "sgd(1e38)"  # the second step meets logits of 1e36 and multiplies again
+    experiment = build(changed(optimizer=optimizer, log_every=5, checkpoint_every=100))
+    with pytest.raises(loop.NotFinite, match=r"step 2: the update of .* that of step 0 in"):
+        loop.fit(experiment, tmp_path)
+    state, _ = last_state(experiment, tmp_path)
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state.params))
+
+
+@pytest.mark.parametrize(
+    ("criterion", "what"),
+    [
+        (lambda logits, _: jnp.log(0.0 * jnp.sum(logits)), "the loss"),
+        (lambda logits, _: jnp.sqrt(0.0 * jnp.sum(logits)), "the gradient of `block_0/.*/bias`"),
+    ],
+)
+def test_what_goes_bad_first_is_named(criterion, what, monkeypatch):
+    monkeypatch.setitem(CRITERIA, "softmax", criterion)
+    with pytest.raises(loop.NotFinite, match=f"step 1: {what} is NaN"):
+        loop.fit(build(changed(optimizer="sgd(0.1)")))
+
+
+def test_every_watched_flag_has_a_name(experiment):
+    state = experiment.init()
+    names = watched_names(state.params)
+    _, measured = experiment.step(state, next(experiment.batches()))
+    assert measured.finite.shape == (len(names),)
+    assert names[-1] == "the update of `norm/scale`"
+
+
+# Data and scores.
+
+
+def test_held_out_examples_come_from_the_training_set_alone():
+    whole, parted = material.gather(CONFIG), material.gather(CONFIG, hold_out=True)
+    rows = lambda split: {image.tobytes() for image in split.images}
+    assert rows(parted.train) | rows(parted.test) == rows(whole.train)
+    assert not rows(parted.train) & rows(parted.test)
+    assert len(parted.test.labels) == 6
+    right = {i.tobytes(): label for i, label in zip(*data.load("digits").train)}
+    assert all(right[i.tobytes()] == label for i, label in zip(*parted.test))
+    assert np.mean(parted.wrong) == pytest.approx(0.25, abs=0.01)
+
+
+def test_logits_do_not_depend_on_the_chunks(experiment):
+    state, test = experiment.init(), experiment.material.test
+    whole, parts = (
+        evaluate.logits(experiment.predict, state, test, size) for size in (len(test.labels), 100)
+    )
+    np.testing.assert_allclose(whole, parts, atol=1e-6)
+
+
+def test_the_largest_eigenvalue_is_the_dense_hessians():
+    key = jax.random.key(0)
+    batch = {"image": jax.random.normal(key, (8, 4)), "label": jnp.arange(8) % 3}
+    predict = lambda params, _, x: jnp.tanh(x @ params["w"]) @ params["v"]
+    criterion = lambda z, y: optax.softmax_cross_entropy_with_integer_labels(z, y).mean()
+    params = {"w": jax.random.normal(key, (4, 3)), "v": jax.random.normal(key, (3, 3))}
+    flat, unravel = ravel_pytree(params)
+    loss = lambda x: criterion(predict(unravel(x), {}, batch["image"]), batch["label"])
+    eigenvalues = np.linalg.eigvalsh(jax.hessian(loss)(flat))
+    found = evaluate.make_largest_eigenvalue(predict, criterion)(params, {}, batch)
+    assert float(found) == pytest.approx(eigenvalues[np.argmax(np.abs(eigenvalues))], rel=1e-2)
+
+
+# Comparisons.
+
+
+def test_the_interval_is_students():
+    summary = summarise([1.0, 2.0, 3.0])
+    # t(0.975, 2) = 4.302653 in any table
+    assert summary == pytest.approx((2.0, 1.0, 4.302653 / 3**0.5), rel=1e-6)
+    assert np.isnan(summarise([1.0]).half_width)
+
+
+def outcome(accuracy):
+    return runs.Outcome({"test_accuracy": accuracy, "seconds": 1.0}, [])
+
+
+def test_the_better_run_of_the_base_counts_seed_by_seed():
+    short, long = [outcome(0.5), outcome(0.8)], [outcome(0.6), outcome(0.7)]
+    found = compare.with_better_base({"base": short, "longer": long, "sam": short})
+    assert [run.figures["test_accuracy"] for run in found["base, better of both"]] == [0.6, 0.8]
+    gain = compare.score(found)["sam"].gain
+    assert gain.mean == pytest.approx(-0.05)
+
+
+def test_arms_differ_in_what_they_are_named_for():
+    texts = ["adamw(1e-3)", "sam_perturb(0.1) | adamw(1e-3)", "sam_perturb(0.2) | adamw(1e-3)"]
+    arms = compare.arms(CONFIG, texts, fair=True)
+    assert list(arms) == ["adamw", "adamw, 2 × epochs", *texts[1:]]
+    assert [arm.epochs for arm in arms.values()] == [3, 6, 3, 3]
+    assert [arm.optimizer for arm in arms.values()] == [texts[0], *texts]
+
+
+def test_a_grid_has_every_point_the_last_field_fastest():
+    arms = compare.grid({"m": CONFIG}, {"rho": ["0", "0.1"], "data.noise": ["0.2", "0.4"]})
+    settings = [(arm.rho, arm.data.noise) for arm in arms.values()]
+    assert settings == [(0.0, 0.2), (0.0, 0.4), (0.1, 0.2), (0.1, 0.4)]
