@@ -1,10 +1,11 @@
 """A loss and a point ↦ the Hessian product v ↦ H v, and the gradient that comes with it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend import core
 
 from curvax import axes, trees
 from curvax.objective import Objective, as_objective
@@ -73,7 +74,7 @@ def linearized_gradient(
         return objective.value_aux_and_grad(params), product
     forward = lambda: _forward_linearized(objective, params)
     reverse = lambda: _reverse_linearized(objective, params)
-    out, product = _first_allowed(mode, forward, reverse)
+    out, product = _by_mode(mode, objective, params, forward, reverse)
     return out, lambda v: product(axes.vary(trees.cast_like(v, params), local))
 
 
@@ -98,8 +99,12 @@ def gradient_and_product(
         out, product = _reverse_linearized(part, params)
         return out, product(v)
 
-    return _first_allowed(
-        mode, lambda: objective.average(forward), lambda: objective.average(reverse)
+    return _by_mode(
+        mode,
+        objective,
+        params,
+        lambda: objective.average(forward),
+        lambda: objective.average(reverse),
     )
 
 
@@ -127,18 +132,44 @@ def _reverse_linearized(objective: Objective, params: Tree) -> tuple[LossAndGrad
     return (loss, grads), lambda v: pull(v)[0]
 
 
-def _first_allowed(mode: str, forward: Callable[[], Any], reverse: Callable[[], Any]) -> Any:
-    if mode == "forward-over-reverse":
-        return forward()
-    if mode == "reverse-over-reverse":
-        return reverse()
+def _by_mode(
+    mode: str,
+    objective: Objective,
+    params: Tree,
+    forward: Callable[[], Any],
+    reverse: Callable[[], Any],
+) -> Any:
+    if mode == "auto":
+        return forward() if _forward_allowed(objective, params) else reverse()
+    return forward() if mode == "forward-over-reverse" else reverse()
+
+
+def _forward_allowed(objective: Objective, params: Tree) -> bool:
+    """Whether forward mode can enter the gradient: not if it meets a `custom_vjp` there.
+
+    JAX says so only when it compiles, so the traced program is searched for what it will refuse.
+    """
+
+    def product(p: Tree) -> Tree:
+        return jax.jvp(lambda q: objective.value_aux_and_grad(q)[1], (p,), (p,))[1]
+
+    if not _calls("custom_vjp", objective, params):
+        return True
     try:
-        return forward()
-    except (TypeError, NotImplementedError) as blocked:
-        try:
-            return reverse()
-        except Exception:
-            raise blocked from None
+        return not _calls("custom_lin", product, params)
+    except (TypeError, NotImplementedError):
+        return False
+
+
+def _calls(primitive: str, f: Callable[[Tree], Any], params: Tree) -> bool:
+    return any(name.startswith(primitive) for name in _primitives(jax.make_jaxpr(f)(params).jaxpr))
+
+
+def _primitives(jaxpr: Any) -> Iterator[str]:
+    for eqn in jaxpr.eqns:
+        yield eqn.primitive.name
+        for body in core.jaxprs_in_params(eqn.params):
+            yield from _primitives(getattr(body, "jaxpr", body))
 
 
 def _differences(objective: Objective, params: Tree) -> Product:

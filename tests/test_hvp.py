@@ -1,0 +1,277 @@
+"""Products with the Hessian against dense matrices, and what is made of products."""
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+from small_problems import (
+    assert_trees_close,
+    dense_hessian,
+    flat,
+    net_batch,
+    net_loss,
+    net_params,
+    quick_jit,
+)
+
+import curvax as cx
+from curvax.oracles.hessian import MODES
+
+# Central differences err by about (2e-16)^(2/3) of the product, linear maps by rounding.
+TOLERANCE = {mode: 1e-8 if mode == "finite-differences" else 1e-12 for mode in MODES}
+
+
+def loss_of_params(params: Any) -> jax.Array:
+    return net_loss(params, net_batch())
+
+
+@pytest.fixture(scope="module")
+def hessian() -> np.ndarray:
+    return dense_hessian(loss_of_params, net_params())
+
+
+def matrix_of(product: Any, like: Any) -> np.ndarray:
+    """The matrix of a linear map, a column for each unit tree."""
+    point, unravel = ravel_pytree(like)
+    columns = jax.vmap(lambda v: ravel_pytree(product(unravel(v)))[0])(jnp.eye(point.size))
+    return np.asarray(columns).T
+
+
+@pytest.mark.parametrize("microbatch", [None, 2])
+@pytest.mark.parametrize("mode", MODES)
+def test_product_equals_the_dense_matrix(mode, microbatch, hessian):
+    def matrix(params: Any, batch: Any) -> Any:
+        objective = cx.Objective(net_loss, batch, microbatch=microbatch)
+        point, unravel = ravel_pytree(params)
+        product = cx.hvp(objective, params, mode=mode)
+        return jax.vmap(lambda v: ravel_pytree(product(unravel(v)))[0])(jnp.eye(point.size))
+
+    columns = quick_jit(matrix)(net_params(), net_batch())
+    np.testing.assert_allclose(columns.T, hessian, rtol=0, atol=TOLERANCE[mode])
+
+
+def test_product_of_a_plain_callable(hessian):
+    v = jax.tree.map(jnp.cos, net_params())
+    product = cx.hvp(loss_of_params, net_params())(v)
+    np.testing.assert_allclose(flat(product), hessian @ flat(v), rtol=1e-12)
+
+
+def test_product_of_a_weighted_keyed_loss_with_aux():
+    def loss(params: Any, batch: Any, key: jax.Array) -> Any:
+        kept = batch["mask"] * jax.random.bernoulli(key, 0.7, batch["mask"].shape)
+        values = jnp.sin(batch["x"] @ params) ** 2
+        return jnp.sum(kept * values) / jnp.sum(batch["mask"]), {"kept": jnp.sum(kept)}
+
+    params, x = jnp.array([0.3, -0.8]), jax.random.normal(jax.random.key(2), (6, 2))
+    batch = {"x": x, "mask": jnp.array([1.0, 1.0, 0.0, 1.0, 1.0, 1.0])}
+    options: Any = dict(has_aux=True, key=jax.random.key(3), weight="mask")
+    whole = cx.Objective(loss, batch, **options)
+    pieces = cx.Objective(loss, batch, microbatch=2, **options)
+
+    def mean(params: Any) -> Any:
+        parts = [
+            whole.on(jax.tree.map(lambda x, i=i: x[2 * i : 2 * i + 2], batch), part=(i, 3))
+            for i in range(3)
+        ]
+        weighted = [jnp.sum(part.batch["mask"]) * part.evaluate(params)[0] for part in parts]
+        return sum(weighted) / jnp.sum(batch["mask"])
+
+    expected = quick_jit(jax.hessian(mean))(params)
+    np.testing.assert_allclose(matrix_of(cx.hvp(pieces, params), params), expected, rtol=1e-12)
+
+
+def test_product_keeps_the_dtypes_of_the_parameters():
+    params, batch = net_params(jnp.float32), net_batch(dtype=jnp.float32)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float64), params)
+    for mode in MODES:
+        shape = jax.eval_shape(cx.hvp(cx.Objective(net_loss, batch), params, mode=mode), wide)
+        assert {x.dtype for x in jax.tree.leaves(shape)} == {jnp.dtype(jnp.float32)}
+
+
+def test_the_loss_is_linearised_once_for_many_products():
+    traces: list[None] = []
+
+    def loss(params: Any) -> jax.Array:
+        traces.append(None)
+        return loss_of_params(params)
+
+    product = cx.hvp(loss, net_params())
+    before = len(traces)
+    for factor in (1.0, 2.0, 3.0):
+        product(jax.tree.map(lambda x, c=factor: c * x, net_params()))
+    assert len(traces) == before
+
+
+# x² by a custom rule whose backward pass is itself one: forward mode cannot enter it.
+
+
+@jax.custom_vjp
+def doubled(x: jax.Array) -> jax.Array:
+    return 2 * x
+
+
+doubled.defvjp(lambda x: (2 * x, None), lambda _, g: (2 * g,))
+
+
+@jax.custom_vjp
+def square(x: jax.Array) -> jax.Array:
+    return x * x
+
+
+square.defvjp(lambda x: (x * x, x), lambda x, g: (g * doubled(x),))
+
+
+def blocked_loss(params: Any, batch: Any) -> jax.Array:
+    return jnp.mean(square(jnp.sin(batch @ params)))
+
+
+def open_loss(params: Any, batch: Any) -> jax.Array:
+    return jnp.mean(jnp.sin(batch @ params) ** 2)
+
+
+POINT = jnp.array([0.3, -0.8])
+INPUTS = jax.random.normal(jax.random.key(2), (4, 2))
+
+
+@pytest.mark.parametrize("microbatch", [None, 2])
+def test_reverse_over_reverse_is_chosen_where_forward_mode_is_blocked(microbatch):
+    objective = cx.Objective(blocked_loss, INPUTS, microbatch=microbatch)
+    expected = jax.hessian(open_loss)(POINT, INPUTS)
+    for mode in ("auto", "reverse-over-reverse"):
+        product = jax.jit(lambda v, mode=mode: cx.hvp(objective, POINT, mode=mode)(v))
+        np.testing.assert_allclose(matrix_of(product, POINT), expected, rtol=1e-12)
+    with pytest.raises(TypeError, match="custom_vjp"):
+        jax.jit(lambda v: cx.hvp(objective, POINT, mode="forward-over-reverse")(v))(POINT)
+
+
+def test_forward_mode_is_kept_where_a_custom_rule_can_be_differentiated():
+    def once(params: Any) -> jax.Array:
+        return jnp.sum(doubled(jnp.sin(params)) ** 2)
+
+    program = lambda mode: str(jax.make_jaxpr(cx.hvp(once, POINT, mode=mode))(POINT))
+    assert program("auto") == program("forward-over-reverse") != program("reverse-over-reverse")
+
+
+def test_stages_pass_through_a_blocked_loss():
+    def step(loss: Any, tx: cx.Stage) -> Any:
+        objective = cx.Objective(loss, INPUTS)
+        run = lambda p: tx.update(p, tx.init(p), p, value_fn=objective)[0]
+        return quick_jit(run)(POINT)
+
+    for tx in (
+        cx.hutchinson_diag() | cx.scale_by_power(1.0),
+        cx.hutchinson_diag(probes=2) | cx.scale_by_power(1.0),
+        cx.sam_perturb(0.3, second_order=True),
+    ):
+        np.testing.assert_allclose(step(blocked_loss, tx), step(open_loss, tx), rtol=1e-12)
+
+
+def test_an_error_of_the_loss_comes_through():
+    def broken(params: Any) -> jax.Array:
+        raise TypeError("mine")
+
+    with pytest.raises(TypeError, match="mine"):
+        cx.hvp(broken, POINT)
+
+
+def test_an_unknown_mode_is_told_the_known():
+    for act in (
+        lambda: cx.hvp(jnp.sum, POINT, mode="forward"),
+        lambda: cx.hutchinson_diag(mode="forward"),
+    ):
+        with pytest.raises(ValueError, match=r"finite-differences.*'forward'"):
+            act()
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_differences_do_not_depend_on_the_length_of_the_vector(size):
+    v = size * jnp.array([1.0, 2.0])
+    product = cx.hvp(lambda p: open_loss(p, INPUTS), POINT, mode="finite-differences")(v)
+    expected = jax.hessian(open_loss)(POINT, INPUTS) @ v
+    np.testing.assert_allclose(product / size, expected / size, rtol=0, atol=1e-9)
+
+
+def test_differences_along_nothing_are_zero():
+    product = cx.hvp(lambda p: open_loss(p, INPUTS), POINT, mode="finite-differences")
+    np.testing.assert_array_equal(product(jnp.zeros(2)), jnp.zeros(2))
+
+
+# What is made of a product.
+
+MATRIX = np.array([[2.0, 1.0, 0.0], [1.0, -3.0, 0.5], [0.0, 0.5, 1.0]])
+
+
+def as_tree(v: Any) -> Any:
+    return {"a": v[:1], "b": v[1:]}
+
+
+def product(v: Any) -> Any:
+    return as_tree(MATRIX @ jnp.concatenate([v["a"], v["b"]]))
+
+
+def all_signs() -> Any:
+    """Every vector of signs: the mean over them is the expectation itself."""
+    signs = jnp.array(list(itertools.product([-1.0, 1.0], repeat=3)))
+    return {"a": signs[:, :1], "b": signs[:, 1:]}
+
+
+def test_estimates_over_all_signs_are_exact():
+    diagonal = cx.estimate_diagonal(product, all_signs())
+    assert_trees_close(diagonal.mean, as_tree(jnp.diag(jnp.array(MATRIX))), tol=1e-15)
+    trace = cx.estimate_trace(product, all_signs())
+    np.testing.assert_allclose(trace.mean, np.trace(MATRIX), rtol=1e-15)
+
+
+def test_standard_errors_are_those_of_the_mean():
+    z = np.concatenate(list(all_signs().values()), axis=1)
+    samples = z * (z @ MATRIX)
+    error = lambda x: np.std(x, axis=0, ddof=1) / np.sqrt(len(x))
+    diagonal = cx.estimate_diagonal(product, all_signs())
+    assert_trees_close(diagonal.standard_error, as_tree(jnp.array(error(samples))))
+    trace = cx.estimate_trace(product, all_signs())
+    np.testing.assert_allclose(trace.standard_error, error(samples.sum(axis=1)), rtol=1e-12)
+
+
+def test_one_probe_has_no_standard_error():
+    one = jax.tree.map(lambda z: z[:1], all_signs())
+    assert np.isnan(cx.estimate_trace(product, one).standard_error)
+    assert np.isnan(flat(cx.estimate_diagonal(product, one).standard_error)).all()
+
+
+@pytest.mark.parametrize("probe", [cx.rademacher, cx.gaussian_probe])
+def test_probes_have_identity_covariance(probe):
+    like = {"a": jnp.zeros((2,)), "b": jnp.zeros((1, 2))}
+    draws = jax.vmap(lambda key: ravel_pytree(probe(key, like))[0])(
+        jax.random.split(jax.random.key(0), 4000)
+    )
+    # Entries of the sample covariance have a standard error of at most √(2/4000).
+    np.testing.assert_allclose(draws.T @ draws / 4000, np.eye(4), atol=4 * np.sqrt(2 / 4000))
+    assert (set(np.unique(draws)) == {-1.0, 1.0}) == (probe is cx.rademacher)
+
+
+def test_power_iteration_finds_the_largest_magnitude():
+    values, vectors = np.linalg.eigh(MATRIX)
+    top = np.argmax(np.abs(values))
+    assert values[top] < 0
+    pair = cx.power_iteration(product, as_tree(jnp.ones(3)), max_steps=200, tol=1e-9)
+    assert pair.converged
+    np.testing.assert_allclose(pair.value, values[top], rtol=1e-9)
+    np.testing.assert_allclose(abs(flat(pair.vector) @ vectors[:, top]), 1.0, rtol=1e-9)
+    distance = np.linalg.norm(MATRIX @ flat(pair.vector) - pair.value * flat(pair.vector))
+    np.testing.assert_allclose(pair.residual, distance, atol=1e-12)
+    assert pair.residual <= 1e-9 * abs(pair.value)
+
+
+def test_power_iteration_says_that_it_did_not_converge():
+    pair = cx.power_iteration(product, as_tree(jnp.ones(3)), max_steps=3, tol=1e-9)
+    assert pair.steps == 3
+    assert not pair.converged
+    v = np.ones(3) / np.sqrt(3)
+    for _ in range(2):
+        v = MATRIX @ v / np.linalg.norm(MATRIX @ v)
+    np.testing.assert_allclose(flat(pair.vector), v, rtol=1e-12)
+    np.testing.assert_allclose(pair.residual, np.linalg.norm(MATRIX @ v - (v @ MATRIX @ v) * v))
