@@ -12,10 +12,10 @@ import jax.numpy as jnp
 
 from curvax import axes, checks, trees
 from curvax.axes import AxisNames
+from curvax.climbing import Climb, Rules
 from curvax.figures import Figures, measured, unmeasured
-from curvax.linalg.ascent import Ascent, check_p, dual_direction, dual_norm, p_norm
-from curvax.objective import Objective, as_objective
-from curvax.oracles import hvp
+from curvax.linalg.ascent import check_p, dual_norm
+from curvax.objective import as_objective
 from curvax.signal import Signal, Stage, at, stage
 from curvax.trees import Path, Tree
 
@@ -94,7 +94,7 @@ def sam_perturb(
     def init(params: Tree) -> SamState:
         trees.require_floating(params, "sam_perturb")
         _warn_of_half_precision(params)
-        rules = _Rules(ascent, p, mask, params)
+        rules = Rules(ascent, p, mask, params)
         return SamState(jnp.zeros((), jnp.int32), rules.keys, unmeasured(*FIGURES))
 
     def rule(
@@ -113,8 +113,8 @@ def sam_perturb(
             jax.random.fold_in(jax.random.fold_in(k, state.step), shard) for k in state.keys
         )
         radius = _radius(rho, state.step, params)
-        climb = _Climb(
-            objective, params, _Rules(ascent, p, mask, params).bind(keys), radius, steps,
+        climb = Climb(
+            objective, params, Rules(ascent, p, mask, params), keys, radius, steps,
             at(step_size, state.step), projected, sync,
         )  # fmt: skip
 
@@ -192,147 +192,3 @@ def _by_path(f: Callable[[Path], Any], params: Tree) -> Tree | None:
         # Whatever a schedule does with a path, it was not made for it.
         return None
     return spread if sound else None
-
-
-class _Rules:
-    """The ascent of each leaf: measure, mask, take the dual direction of the whole, scale back."""
-
-    def __init__(self, ascent: Any, p: float, mask: Any, params: Tree):
-        rule_like = lambda x: isinstance(x, Ascent)
-        if callable(ascent):
-            spread = trees.map_with_path(lambda path, x: ascent(path), params)
-        elif rule_like(ascent):
-            spread = jax.tree.map(lambda x: ascent, params)
-        else:
-            spread = trees.broadcast_prefix(ascent, params)
-        self.rules = jax.tree.leaves(spread)
-        if not all(map(rule_like, self.rules)):
-            raise TypeError(
-                "`sam_perturb(ascent=)` takes a rule such as `dual_norm(2)` or `asam(0.01)`, a "
-                f"tree prefix of such rules, or a callable `path -> rule`, and got {ascent!r}."
-            )
-        norms = {rule.p or p for rule in self.rules}
-        if len(norms) > 1:
-            raise ValueError(
-                "`sam_perturb` takes one norm over all perturbed leaves, and the ascents of their "
-                f"groups name several: p in {sorted(norms)}. Give them the same p."
-            )
-        self.p = norms.pop() if norms else p
-        mask = mask(params) if callable(mask) else mask
-        free = jax.tree.map(lambda x: True, params)
-        self.mask = jax.tree.leaves(free if mask is None else trees.broadcast_prefix(mask, params))
-        self.paths = [trees.names(path) for path, _ in jax.tree.leaves_with_path(params)]
-        drawing = {id(rule.key): rule.key for rule in self.rules if rule.key is not None}
-        self.key_ids, self.keys = list(drawing), tuple(drawing.values())
-        self.drawn: tuple[jax.Array, ...] = ()
-
-    def bind(self, keys: tuple[jax.Array, ...]) -> "_Rules":
-        """The keys of this step."""
-        self.drawn = keys
-        return self
-
-    def direction(self, g: Tree, params: Tree) -> Tree:
-        """e with ‖e‖_p = 1 over all perturbed leaves."""
-        return dual_direction(self._each(self._measure, g, params), self.p)
-
-    def into_ball(self, e: Tree) -> Tree:
-        """e, pulled back radially where ‖e‖_p > 1."""
-        return trees.scale(1 / jnp.maximum(1.0, p_norm(e, self.p)), e)
-
-    def offset(self, e: Tree, params: Tree, radius: Tree) -> Tree:
-        """θ + ρ · scale(e, θ), in the dtype of θ."""
-        steps = jax.tree.map(lambda r, x: r * x, radius, self._each(self._scale, e, params))
-        return trees.add(params, steps)
-
-    def _each(self, f: Any, tree: Tree, params: Tree) -> Tree:
-        leaves, treedef = jax.tree.flatten(tree)
-        weights = jax.tree.leaves(params)
-        return jax.tree.unflatten(
-            treedef, [f(i, x, w) for i, (x, w) in enumerate(zip(leaves, weights))]
-        )
-
-    def _measure(self, i: int, g: jax.Array, w: jax.Array) -> jax.Array:
-        g, w, rule, key = trees.widen(g), trees.widen(w), self.rules[i], None
-        if not self.mask[i]:
-            return jnp.zeros_like(g)
-        if rule.key is not None:
-            key = jax.random.fold_in(self.drawn[self.key_ids.index(id(rule.key))], i)
-        return rule.measure(self.paths[i], g, w, key)
-
-    def _scale(self, i: int, e: jax.Array, w: jax.Array) -> jax.Array:
-        return self.rules[i].scale(self.paths[i], e, trees.widen(w))
-
-
-class _Climb(NamedTuple):
-    """The ascent from θ, in units of the ball: ε = ρ · scale(e, θ)."""
-
-    objective: Objective
-    params: Tree
-    rules: _Rules
-    radius: Tree
-    steps: int
-    step_size: Any
-    projected: bool
-    sync: tuple[str, ...]
-
-    def gradient(self, g: Tree, second_order: bool) -> tuple[jax.Array, Tree, Tree]:
-        """(L(θ + ε̂), ∇L(θ + ε̂), the update), where the update is the gradient or its pull-back."""
-        if second_order:
-            return self._pulled_back(g)
-        e = self._first(self._synced(g), self.params)
-        for _ in range(self.steps - 1):
-            _, g = self._at(e)
-            e = self._later(e, self._synced(g), self.params)
-        value, g_p = self._at(e)
-        return value, g_p, g_p
-
-    def _pulled_back(self, g: Tree) -> tuple[jax.Array, Tree, Tree]:
-        """∇ of θ ↦ L(θ + ε̂(θ)), step by step in reverse: each ascent gradient is ∇L at a point
-        that moves with θ, so its cotangent w comes back as H w there."""
-        point = self._point
-        e, pull_first = jax.vjp(self._first, self._synced(g), self.params)
-        trail = []
-        for _ in range(self.steps - 1):
-            x, pull_point = jax.vjp(point, e, self.params)
-            _, g = self.objective.value_aux_and_grad(x)
-            e, pull_later = jax.vjp(self._later, e, self._synced(g), self.params)
-            trail.append((x, pull_point, pull_later))
-        x, pull_point = jax.vjp(point, e, self.params)
-        (value, _), g_p = self.objective.value_aux_and_grad(x)
-        w_e, total = pull_point(g_p)
-        for x, pull_point, pull_later in reversed(trail):
-            w_e, w_g, w_params = pull_later(w_e)
-            from_e, from_params = pull_point(self._product(x, w_g))
-            w_e = trees.add(w_e, from_e)
-            total = trees.add(total, trees.add(w_params, from_params))
-        w_g, w_params = pull_first(w_e)
-        total = trees.add(total, trees.add(w_params, self._product(self.params, w_g)))
-        return value, g_p, total
-
-    def _product(self, x: Tree, w: Tree) -> Tree:
-        return hvp(self.objective, x, precision=None)(self._synced(w))
-
-    def _at(self, e: Tree) -> tuple[jax.Array, Tree]:
-        (value, _), g = self.objective.value_aux_and_grad(self._point(e, self.params))
-        return value, g
-
-    def _point(self, e: Tree, params: Tree) -> Tree:
-        return self.rules.offset(e, params, self.radius)
-
-    def _first(self, g: Tree, params: Tree) -> Tree:
-        return self.rules.direction(g, params)
-
-    def _later(self, e: Tree, g: Tree, params: Tree) -> Tree:
-        length = jax.tree.map(self._later_length, self.radius)
-        step = jax.tree.map(lambda s, d: s * d, length, self.rules.direction(g, params))
-        e = trees.add(e, step)
-        return self.rules.into_ball(e) if self.projected else e
-
-    def _later_length(self, radius: Any) -> Any:
-        """The length of later steps as a share of the ball's radius."""
-        if self.step_size is None:
-            return 1 / self.steps
-        return trees.ratio(jnp.asarray(self.step_size), jnp.asarray(radius))
-
-    def _synced(self, tree: Tree) -> Tree:
-        return axes.mean(tree, self.sync, self.objective.batch_weight())
