@@ -164,7 +164,7 @@ def _over_shards(
     if here == 1:
         return estimate(objective, jax.random.fold_in(key, device)), True
     objective = require_batch(objective, "hutchinson_diag(shards=)")
-    accumulation.check_divides(objective.size, objective.size // here, "`shards`")
+    accumulation.check_divides(objective.size, here, f"`hutchinson_diag(shards={shards})`")
 
     def piece(i: jax.Array, batch: Tree) -> tuple[Curvature, jax.Array | None]:
         part = objective.on(batch, part=(i, here))
