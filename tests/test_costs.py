@@ -159,7 +159,7 @@ def test_adahessian_costs_what_a_bare_product_costs(name, record_row):
     record_row(name, "jvp of value_and_grad, by hand", ratio(p.bare_product, p.gradient))
     record_row(name, "adahessian", ratio(found, p.gradient), found[1] / p.gradient[1])
     # Beyond the product: drawing the probe and the arithmetic of the update.
-    assert ratio(found, p.bare_product) <= 1.03
+    assert ratio(found, p.bare_product) <= 1.05
     assert ratio(found, p.gradient) <= 3.01
 
 
