@@ -1,0 +1,194 @@
+"""The command line: what it leaves behind, and how it says what is wrong."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from curvax import cli
+
+TINY = str(Path(__file__).with_name("tiny_run.py"))
+
+
+def run(*arguments, runs):
+    """The folder that a command left, or None."""
+    assert cli.main([*arguments, f"--runs={runs}"]) == 0
+    (folder,) = runs.iterdir()
+    return folder
+
+
+def complaint(capsys, *arguments):
+    """What a command that must fail says."""
+    assert cli.main(list(arguments)) == 2
+    printed = capsys.readouterr()
+    assert "Traceback" not in printed.err
+    assert printed.err.startswith("curvax: ")
+    return printed.err
+
+
+def test_train_leaves_a_run_folder_and_resume_finds_it_done(tmp_path, capsys):
+    folder = run("train", TINY, "--beside=true", "--epochs=2", runs=tmp_path)
+    files = {path.name for path in folder.iterdir()}
+    assert files >= {"config.json", "plan.json", "table.txt", "curves.png"}
+    assert json.loads((folder / "config.json").read_text())["epochs"] == 2
+    base, method = sorted(path for path in folder.iterdir() if path.is_dir())
+    for each in (base, method):
+        lines = [json.loads(x) for x in (each / "seed0" / "metrics.jsonl").read_text().splitlines()]
+        assert [x["step"] for x in lines if "test/accuracy" in x] == [4, 8]
+    assert any("train/surrogate_gap" in x for x in lines)
+    first = capsys.readouterr().out
+    assert f"curvax resume {folder}" in first
+    results = json.loads((method / "seed0" / "results.json").read_text())
+    assert f"{results['test_accuracy']:.1%}" in first
+    assert "64 images of digits, 25% of them wrongly labelled" in " ".join(first.split())
+    assert cli.main(["resume", str(folder)]) == 0
+    table = (folder / "table.txt").read_text()
+    assert "sam_perturb | gsam_project | adamw" in table
+
+
+def test_compare_reports_every_arm(tmp_path, capsys):
+    folder = run("compare", TINY, "--seeds=2", "--fair", "--epochs=1", runs=tmp_path)
+    page = json.loads((folder / "compare.json").read_text())
+    assert list(page) == [
+        "adamw, better of both",
+        "adamw",
+        "adamw, 2 × epochs",
+        "sam_perturb | gsam_project | adamw",
+    ]
+    assert [[run["steps"] for run in arm["runs"]] for arm in page.values()][1:] == [
+        [4, 4],
+        [8, 8],
+        [4, 4],
+    ]
+    for arm in page.values():
+        scores = [run["test_accuracy"] for run in arm["runs"]]
+        assert arm["accuracy"]["mean"] == pytest.approx(sum(scores) / 2)
+    assert (folder / "compare.png").stat().st_size > 0
+    assert "points over adamw, better of both" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_sweep_scores_held_out_examples_at_every_point(tmp_path, capsys):
+    folder = run(
+        "compare",
+        TINY,
+        "--sweep=rho=0,0.1",
+        "--sweep=lr=1e-2",
+        "--epochs=1",
+        "--hessian_examples=0",
+        runs=tmp_path,
+    )
+    ((name, points),) = json.loads((folder / "sweep.json").read_text()).items()
+    assert name == "sam_perturb | gsam_project | adamw"
+    assert [(point["rho"], point["lr"]) for point in points] == [("0", "1e-2"), ("0.1", "1e-2")]
+    hits = [6 * point["mean"] for point in points]  # a tenth of 64 examples
+    assert hits == pytest.approx([round(hit) for hit in hits])
+    assert (folder / "sweep.png").stat().st_size > 0
+    assert "--lr=1e-2" in capsys.readouterr().out
+
+
+def test_bench_counts_sam_as_two_gradients(tmp_path):
+    folder = run("bench", TINY, "--pairs=2", "--model.options.dropout=0.0", runs=tmp_path)
+    base, sam = json.loads((folder / "bench.json").read_text()).values()
+    assert base["ratio"]["flops"] == 1
+    assert base["ratio"]["median"] == 1
+    assert 1.5 < sam["ratio"]["flops"] < 2.1  # a step of this tiny model is part Adam
+    assert len(sam["seconds"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("field", "hint"),
+    [
+        ("--epoch=3", "`epochs`"),
+        ("--data.nois=0.3", "`data.noise`"),
+        ("--epochs=many", "`int`"),
+        ("--data.augment=flip()", "`list`"),
+        ("epochs=3", "`--field=value`"),
+        ("--model.options.widht=3", "`width`"),
+        ("--model.name=mixer_tinny", "`mixer_tiny`"),
+        ("--loss=hinge", "softmax, sigmoid"),
+        ("--batch=100", "no step"),
+        ("--data.name=digit", "digits"),
+        ("--data.augment=['flop()']", "`flip`"),
+        ("--microbatch=5", "microbatch"),
+        ("--data.noise=1.5", "rate"),
+    ],
+)
+def test_what_is_wrong_with_a_field_is_said_before_anything_is_written(
+    field, hint, tmp_path, capsys
+):
+    assert hint in complaint(capsys, "train", TINY, field, f"--runs={tmp_path}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_wrong_method_is_pointed_at(tmp_path, capsys):
+    said = complaint(capsys, "train", TINY, "--optimizer=sam_perturb(0.1) | adamm(lr)")
+    assert "Did you mean `adam`" in said
+    line, caret = said.splitlines()[-2:]
+    assert line[caret.index("^") :] == "adamm(lr)"
+
+
+def test_a_stage_without_its_input_is_said_before_anything_is_written(tmp_path, capsys):
+    optimizer = "--optimizer=ema_rms(0.9) | sgd(0.1)"
+    assert "hutchinson_diag" in complaint(capsys, "train", TINY, optimizer, f"--runs={tmp_path}")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["train", "digitts"], "Did you mean `digits`"),
+        (["train", "missing.py"], "missing.py does not exist"),
+        (["resume", "nowhere"], "nowhere is not a run's folder"),
+        (["resume", "nowhere", "--epochs=3"], "keeps its config"),
+        (["compare", TINY, "--sweep=rho"], "--sweep rho=0.05,0.1,0.2"),
+        (["compare", TINY, "--sweep=rho=1", "--sweep=lr=1", "--sweep=seed=1"], "one field"),
+        (["compare", TINY, "--sweep=roh=1,2"], "`rho`"),
+        (["configs", "digitts"], "Did you mean `digits`"),
+    ],
+)
+def test_what_is_wrong_with_a_command_is_said(arguments, hint, capsys):
+    assert hint in complaint(capsys, *arguments)
+
+
+def test_damaged_data_is_an_error_of_one_paragraph(tmp_path, capsys):
+    for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        (tmp_path / f"{name}-ubyte.gz").write_bytes(b"not gzip")
+    said = complaint(capsys, "train", TINY, "--data.name=mnist", f"--data.path={tmp_path}")
+    assert "train-images-idx3-ubyte.gz" in said
+    assert len(said.splitlines()) == 1
+
+
+def test_a_config_with_a_misspelt_field_is_refused_when_loaded(tmp_path, capsys):
+    config = tmp_path / "own.py"
+    config.write_text(
+        "from curvax.training.config import defaults\n"
+        "def get_config():\n    config = defaults()\n    config.epoch = 3\n    return config\n"
+    )
+    said = complaint(capsys, "train", str(config))
+    assert str(config) in said
+    assert "epoch" in said
+
+
+def test_traceback_shows_where_an_error_arose():
+    with pytest.raises(ValueError, match="digitts"):
+        cli.main(["train", "digitts", "--traceback"])
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "bench"])
+def test_help_teaches_fields_and_methods(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, "--help"])
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    assert "--data.noise=0.2" in said
+    assert "sam_perturb(0.1) | adamw" in said
+
+
+def test_values_of_a_sweep_are_parted_outside_brackets():
+    from curvax.training import sweep
+
+    texts = ["optimizer=sgd(step_decay(0.1, [0.5, 0.75])),adamw(1e-3, b1=0.9)", "rho=0.1"]
+    assert sweep.read_fields(texts) == {
+        "optimizer": ["sgd(step_decay(0.1, [0.5, 0.75]))", "adamw(1e-3, b1=0.9)"],
+        "rho": ["0.1"],
+    }
