@@ -51,7 +51,9 @@ def mean_over_scan(
         out, w = f(*piece)
         w = jnp.ones((), jnp.float32) if w is None else w
         x = jax.tree.leaves(out)
-        sums = [s + w * widen(y) for s, y in zip(sums, _where(x, floats, True))]
+        sums = [
+            s + (w * y).astype(s.dtype) for s, y in zip(sums, map(widen, _where(x, floats, True)))
+        ]
         return (sums, weight + w), _where(x, floats, False)
 
     start = [_zeros(leaf) for leaf in _where(leaves, floats, True)]

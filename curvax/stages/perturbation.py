@@ -186,9 +186,25 @@ def _radius(rho: Any, count: jax.Array, params: Tree) -> Tree:
 
 def _by_path(f: Callable[[Path], Any], params: Tree) -> Tree | None:
     try:
-        spread = trees.map_with_path(lambda path, x: f(path), params)
+        spread = trees.map_with_path(lambda path, x: f(_NoStep(path)), params)
         sound = all(callable(r) or jnp.ndim(r) == 0 for r in jax.tree.leaves(spread))
     except Exception:
         # Whatever a schedule does with a path, it was not made for it.
         return None
     return spread if sound else None
+
+
+class _NoStep(tuple):
+    """A path that refuses comparison with a number: `count == 0` in a schedule is no answer."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, tuple):
+            raise TypeError("A path was compared with something else.")
+        return tuple.__eq__(self, other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = tuple.__hash__
