@@ -1,0 +1,136 @@
+"""The package as others see it: documented names, and imports that go strictly down the floors."""
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import curvax as cx
+
+ROOT = Path(cx.__file__).parent
+MODULES = sorted(ROOT.rglob("*.py"))
+
+# From the ground up; a room is a module or a package. Rooms on one floor do not see each other.
+FLOORS = [
+    {"trees", "roles"},
+    {"axes"},
+    {"accumulation", "reductions", "checks"},
+    {"objective"},
+    {"oracles", "linalg"},
+    {"signal", "climbing"},
+    {"figures"},
+    {"stages"},
+    {"methods", "schedules", "run_length"},
+    {"curvax"},
+    {"recipe", "models", "flax_bridge"},
+    {"training"},
+    {"cli"},
+    {"__main__"},
+]
+FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}
+
+
+def room_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return "curvax" if parts == ("__init__",) else parts[0]
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The full names of what a module imports, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def rooms_seen(path: Path) -> set[str]:
+    """The rooms of curvax that a module imports; a public name is of the room `curvax`."""
+    own = [name.split(".") for name in imports(path) if name.split(".")[0] == "curvax"]
+    return {parts[1] if len(parts) > 1 and parts[1] in FLOOR_OF else "curvax" for parts in own}
+
+
+def label(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=label)
+def test_imports_go_strictly_down(path):
+    room = room_of(path)
+    assert room in FLOOR_OF, f"give the new room `{room}` its floor"
+    above = {seen for seen in rooms_seen(path) - {room} if FLOOR_OF[seen] >= FLOOR_OF[room]}
+    assert not above
+
+
+def test_a_product_never_sees_a_loss():
+    for path in (ROOT / "linalg").glob("*.py"):
+        assert rooms_seen(path) <= {"linalg", "trees"}
+
+
+def test_stages_do_not_see_each_other():
+    for path in set((ROOT / "stages").glob("*.py")) - {ROOT / "stages" / "__init__.py"}:
+        assert "stages" not in rooms_seen(path)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=label)
+def test_every_module_opens_with_its_idea(path):
+    docstring = ast.get_docstring(ast.parse(path.read_text()))
+    assert docstring
+    assert len(docstring.splitlines()[0]) > 20
+
+
+@pytest.mark.parametrize("name", cx.__all__)
+def test_every_public_name_is_documented(name):
+    thing = getattr(cx, name)
+    own = thing.__doc__
+    assert own
+    assert len(own.splitlines()[0]) > 20
+    assert not own.startswith(f"{name}(")
+
+
+def stage_factories() -> list[str]:
+    return [name for name in cx.__all__ if getattr(cx, name).__module__.startswith("curvax.stages")]
+
+
+@pytest.mark.parametrize("name", stage_factories())
+def test_every_option_of_a_stage_is_documented(name):
+    factory = getattr(cx, name)
+    about = factory.__doc__.partition("Args:")[2]
+    missing = [
+        option
+        for option in inspect.signature(factory).parameters
+        if not re.search(rf"^ +(\w+, )*{option}(, \w+)*:", about, re.MULTILINE)
+    ]
+    assert not missing
+
+
+def test_the_list_of_public_names_is_complete_and_sorted():
+    assert list(cx.__all__) == sorted(cx.__all__)
+    ours = lambda thing: getattr(thing, "__module__", "").startswith("curvax.")
+    named = {name for name, thing in vars(cx).items() if ours(thing)}
+    assert named == set(cx.__all__)
+
+
+def test_the_bridge_is_imported_when_asked_for():
+    from curvax import flax_bridge
+
+    assert cx.layout is flax_bridge.layout
+    with pytest.raises(AttributeError, match="no attribute 'adahesian'"):
+        _ = cx.adahesian
+
+
+def test_the_core_needs_jax_and_optax_alone():
+    program = """
+import sys, jax, optax
+before = set(sys.modules)
+import curvax
+print(*{name.split(".")[0] for name in set(sys.modules) - before})
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) - set(sys.stdlib_module_names) <= {"curvax", "jax", "optax"}
