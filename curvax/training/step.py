@@ -41,7 +41,8 @@ def init(
     of_params, of_steps = jax.random.split(jax.random.key(seed))
     variables = jax.jit(lambda key: model.init(key, image))(of_params)
     params = variables.pop("params")
-    return State(jnp.zeros((), jnp.int32), params, variables, optimizer.init(params), of_steps)
+    opt_state = _watched(optimizer).init(params)
+    return State(jnp.zeros((), jnp.int32), params, variables, opt_state, of_steps)
 
 
 def objective(
@@ -76,6 +77,7 @@ def make_step(
     microbatch: int | None = None,
 ) -> Callable[[State, Batch], tuple[State, Measured]]:
     """The compiled step; it takes the state's buffers over, so use the state it returns."""
+    optimizer = _watched(optimizer)
 
     def step(state: State, batch: Batch) -> tuple[State, Measured]:
         augmentation, dropout = jax.random.split(jax.random.fold_in(state.key, state.step))
@@ -87,10 +89,31 @@ def make_step(
         )
         params = optax.apply_updates(state.params, updates)
         figures = {"accuracy": accuracy, **curvax.diagnostics(opt_state), "loss": loss}
-        measured = Measured(figures, _finite((loss, grads, updates)))
+        finite = jnp.concatenate([opt_state[-1].finite, _finite(updates)])
+        measured = Measured(figures, finite)
         return State(state.step + 1, params, model_state, opt_state, state.key), measured
 
     return jax.jit(step, donate_argnums=0)
+
+
+class WatchState(NamedTuple):
+    finite: jax.Array  # bool [1 + leaves]: the loss, each gradient leaf
+
+
+def _watched(optimizer: optax.GradientTransformation) -> curvax.Stage:
+    """The optimiser, and whether its clean pass was finite.
+
+    Asked at the end of the pipe and not of the caller's gradient: AdaHessian has put its own copy
+    in the place of that one, which the compiler then drops.
+    """
+
+    def start(params: Tree) -> WatchState:
+        return WatchState(jnp.ones(1 + len(jax.tree.leaves(params)), bool))
+
+    def watch(signal: curvax.Signal, state: WatchState, params: Tree, **extra: Any) -> Any:
+        return signal, WatchState(_finite((signal.value, signal.gradient)))
+
+    return curvax.pipe(optimizer, curvax.stage(start, watch))
 
 
 def _finite(watched: Tree) -> jax.Array:
