@@ -1,8 +1,10 @@
 """The command line: what it leaves behind, and how it says what is wrong."""
 
+import gzip
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from curvax import cli
@@ -111,6 +113,8 @@ def test_bench_counts_sam_as_two_gradients(tmp_path):
         ("--data.augment=['flop()']", "`flip`"),
         ("--microbatch=5", "microbatch"),
         ("--data.noise=1.5", "rate"),
+        ("--batch=0", "`batch` counts from 1"),
+        ("--epochs=0", "`epochs` counts from 1"),
     ],
 )
 def test_what_is_wrong_with_a_field_is_said_before_anything_is_written(
@@ -138,7 +142,7 @@ def test_a_stage_without_its_input_is_said_before_anything_is_written(tmp_path, 
     [
         (["train", "digitts"], "Did you mean `digits`"),
         (["train", "missing.py"], "missing.py does not exist"),
-        (["resume", "nowhere"], "nowhere is not a run's folder"),
+        (["resume", "nowhere"], "nowhere holds no run"),
         (["resume", "nowhere", "--epochs=3"], "keeps its config"),
         (["compare", TINY, "--sweep=rho"], "--sweep rho=0.05,0.1,0.2"),
         (["compare", TINY, "--sweep=rho=1", "--sweep=lr=1", "--sweep=seed=1"], "one field"),
@@ -156,6 +160,25 @@ def test_damaged_data_is_an_error_of_one_paragraph(tmp_path, capsys):
     said = complaint(capsys, "train", TINY, "--data.name=mnist", f"--data.path={tmp_path}")
     assert "train-images-idx3-ubyte.gz" in said
     assert len(said.splitlines()) == 1
+
+
+def test_labels_of_the_wrong_shape_are_an_error_before_anything_is_written(tmp_path, capsys):
+    folder = tmp_path / "idx"
+    folder.mkdir()
+    for part in ("train", "t10k"):
+        for name, shape in (("images-idx3", (10, 28, 28)), ("labels-idx1", (9,))):
+            head = bytes([0, 0, 8, len(shape)]) + np.array(shape, ">i4").tobytes()
+            content = head + bytes(int(np.prod(shape)))
+            (folder / f"{part}-{name}-ubyte.gz").write_bytes(gzip.compress(content))
+    fields = ["--data.name=mnist", f"--data.path={folder}", f"--runs={tmp_path / 'runs'}"]
+    said = complaint(capsys, "train", TINY, *fields)
+    assert "[10]" in said
+    assert "[9]" in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_method_given_twice_is_refused(capsys):
+    assert "twice" in complaint(capsys, "compare", TINY, "--optimizers", "sgd(0.1)", "sgd(0.1)")
 
 
 def test_a_config_with_a_misspelt_field_is_refused_when_loaded(tmp_path, capsys):

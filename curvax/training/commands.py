@@ -1,6 +1,5 @@
 """What `curvax train`, `compare`, `bench` and `resume` do, given a config."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -54,8 +53,7 @@ def resume(folder: Path) -> None:
     Raises:
         RunError: the folder is not a run's.
     """
-    config = runs.read_config(folder)
-    plan = Plan(**json.loads((folder / _PLAN).read_text()))
+    config, plan = runs.read_config(folder), Plan(**runs.read_json(folder / _PLAN))
     _carry_out(config, plan, plan.prepare(config), folder)
 
 
@@ -66,7 +64,8 @@ def _carry_out(
     _line(console, f"If this is interrupted: curvax resume {folder}")
     try:
         with progress.bar(console) as row:
-            outcomes = compare.run(experiments, plan.seeds, folder, row)
+            may_diverge = plan.command != "train"
+            outcomes = compare.run(experiments, plan.seeds, folder, row, may_diverge=may_diverge)
         table, words = _FINISH[plan.command](config, plan, outcomes, folder)
         _publish(console, folder, table, words)
     except CheckpointError:

@@ -5,6 +5,7 @@ own, so that what was stopped goes on where it was.
 """
 
 import itertools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,13 +15,13 @@ from ml_collections import ConfigDict
 
 from curvax.recipe import outline
 from curvax.training import runs
-from curvax.training.config import assign
+from curvax.training.config import ConfigError, assign
 from curvax.training.experiment import Experiment
-from curvax.training.loop import Report, fit
+from curvax.training.loop import NotFinite, Report, fit
 from curvax.training.runs import Outcome
 from curvax.training.statistics import Summary, summarise
 
-ACCURACY, LARGEST_EIGENVALUE = "test_accuracy", "hessian_max"
+ACCURACY, LARGEST_EIGENVALUE = "test_accuracy", "lambda_max"
 
 Arms = dict[str, ConfigDict]
 Outcomes = Mapping[str, Sequence[Outcome]]
@@ -31,7 +32,7 @@ class Score(NamedTuple):
     """What an arm reached, over seeds."""
 
     accuracy: Summary
-    hessian_max: Summary
+    lambda_max: Summary
     gain: Summary  # accuracy beyond the base's, seed by seed
     seconds: float  # of a run
 
@@ -48,8 +49,17 @@ def arms(config: ConfigDict, optimizers: Sequence[str], *, fair: bool = False) -
 
     One SAM step costs two gradients, so the paper lets its base run twice as long and counts the
     better score. Foret et al., SAM, arXiv:2010.01412, section 3.1.
+
+    Raises:
+        ConfigError: a method is given twice.
+        RecipeError: a text cannot be read.
     """
     named = {n: variant(config, optimizer=t) for n, t in zip(labels(optimizers), optimizers)}
+    if len(named) < len(optimizers):
+        raise ConfigError(
+            "Methods are compared by their texts, and one of them is given twice: "
+            f"{', '.join(f'`{text}`' for text in optimizers)}."
+        )
     if not fair:
         return named
     base = next(iter(named))
@@ -82,6 +92,8 @@ def run(
     seeds: int,
     folder: Path,
     row: Callable[[str, int], Report],
+    *,
+    may_diverge: bool = False,
 ) -> dict[str, list[Outcome]]:
     """Every arm over `seeds` seeds, from its config's own on.
 
@@ -90,6 +102,10 @@ def run(
         seeds: runs for each arm.
         folder: holds the runs' folders; those that are done there are read, not run.
         row: starts a row of the progress display, `(name, steps) -> report`.
+        may_diverge: a run that met a NaN counts as one without figures, and the others go on.
+
+    Raises:
+        NotFinite: a run met a NaN, without `may_diverge`.
     """
     outcomes: dict[str, list[Outcome]] = {name: [] for name in experiments}
     for number, (name, experiment) in enumerate(experiments.items()):
@@ -99,14 +115,20 @@ def run(
             place = folder / f"{number}-{slug}" / f"seed{seed}"
             place.mkdir(parents=True, exist_ok=True)
             report = row(f"{name}, seed {seed}", experiment.steps)
-            outcomes[name].append(fit(experiment.reseeded(seed), place, report))
+            try:
+                outcomes[name].append(fit(experiment.reseeded(seed), place, report))
+            except NotFinite:
+                if not may_diverge:
+                    raise
+                outcomes[name].append(Outcome({}, []))
     return outcomes
 
 
 def with_better_base(outcomes: Outcomes) -> dict[str, Sequence[Outcome]]:
     """Puts first, as the base that counts, seed by seed the better of the first two arms."""
     (name, short), (_, long), *_ = outcomes.items()
-    better = [max(pair, key=lambda run: run.figures[ACCURACY]) for pair in zip(short, long)]
+    reached = lambda run: run.figures.get(ACCURACY, -math.inf)
+    better = [max(pair, key=reached) for pair in zip(short, long)]
     return {f"{name}, better of both": better, **outcomes}
 
 
@@ -125,8 +147,8 @@ def score(outcomes: Outcomes) -> dict[str, Score]:
 
 
 def values(arm: Sequence[Outcome], figure: str) -> list[float]:
-    """A figure of every run of an arm; NaN where it was not measured."""
-    return [run.figures.get(figure, float("nan")) for run in arm]
+    """A figure of every run of an arm; NaN where it was not measured or the run diverged."""
+    return [run.figures.get(figure, math.nan) for run in arm]
 
 
 def write(folder: Path, outcomes: Outcomes, scores: Mapping[str, Score]) -> None:
@@ -134,7 +156,7 @@ def write(folder: Path, outcomes: Outcomes, scores: Mapping[str, Score]) -> None
     page = {
         name: {
             "accuracy": scores[name].accuracy._asdict(),
-            "hessian_max": scores[name].hessian_max._asdict(),
+            "lambda_max": scores[name].lambda_max._asdict(),
             "gain": scores[name].gain._asdict(),
             "runs": [run.figures for run in arm],
         }

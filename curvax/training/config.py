@@ -32,7 +32,7 @@ def defaults(**numbers: float) -> ConfigDict:
     """
     fields: dict[str, Any] = {
         "name": "experiment",  # of the run's folder; the config file's own name when loaded
-        "model": {"name": "mixer", "options": {}},
+        "model": {"name": "mixer_tiny", "options": {}},
         "data": {
             "name": "digits",
             "path": placeholder(str),  # folder or archive of data that is not embedded
@@ -163,6 +163,17 @@ def value(text: str, kind: type = object) -> Any:
         return text if kind is str else ast.literal_eval(text)
     except (SyntaxError, ValueError):
         return text
+
+
+def check(config: ConfigDict) -> None:
+    """Refuses counts below one.
+
+    Raises:
+        ConfigError: naming the field.
+    """
+    for name in ("epochs", "batch", "eval_batch", "log_every", "keep"):
+        if config[name] < 1:
+            raise ConfigError(f"`{name}` counts from 1, and was {config[name]}.")
 
 
 def numbers(config: ConfigDict) -> dict[str, float]:

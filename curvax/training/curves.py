@@ -21,7 +21,10 @@ PANELS = {
 def draw(outcomes: Outcomes, path: Path) -> None:
     """Figures over steps, a panel for each: for every arm the mean over seeds and the range."""
     runs = {name: [run.records for run in arm] for name, arm in outcomes.items()}
-    recorded = [n for n in PANELS if any(n in r for rs in runs.values() for r in rs[0])]
+    seen = {
+        name for repetitions in runs.values() for each in repetitions for r in each for name in r
+    }
+    recorded = [name for name in PANELS if name in seen]
     figure = Figure(figsize=(4.5 * len(recorded), 4.2), layout="constrained")
     panels = figure.subplots(1, len(recorded), squeeze=False)[0]
     for axes, name in zip(panels, recorded):
@@ -42,10 +45,9 @@ def _curve(
     if not shared:
         return
     steps = [step for step, _ in series[0][:shared]]
-    values = np.array([[value for _, value in one[:shared]] for one in series])
-    axes.plot(steps, values.mean(0), label=label, color=colour, linewidth=1.5)
-    if len(values) > 1:
-        axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
+    each = np.array([[value for _, value in one[:shared]] for one in series])
+    axes.plot(steps, each.mean(0), label=label, color=colour, linewidth=1.5)
+    axes.fill_between(steps, each.min(0), each.max(0), color=colour, alpha=0.2, linewidth=0)
 
 
 def draw_scores(outcomes: Outcomes, path: Path) -> None:
@@ -55,7 +57,9 @@ def draw_scores(outcomes: Outcomes, path: Path) -> None:
     accuracy, eigenvalue = figure.subplots(1, 2, sharey=True)
     _dots(accuracy, outcomes, ACCURACY, "test accuracy")
     _dots(eigenvalue, outcomes, LARGEST_EIGENVALUE, "largest Hessian eigenvalue")
-    eigenvalue.set_xscale("log")
+    if all(value > 0 for arm in outcomes.values() for value in values(arm, LARGEST_EIGENVALUE)):
+        eigenvalue.set_xscale("log")
+    accuracy.locator_params(axis="x", nbins=6)
     accuracy.set_yticks(range(len(outcomes)), list(outcomes))
     accuracy.set_ylim(len(outcomes) - 0.5, -0.5)
     figure.savefig(path, dpi=120)

@@ -38,18 +38,26 @@ def logits(predict: Predict, state: State, split: Split, size: int) -> jax.Array
 
 
 def make_largest_eigenvalue(predict: Predict, criterion: Criterion) -> Curvature:
-    """The compiled map (params, model_state, batch) ↦ λ of largest magnitude of the loss's Hessian.
+    """The map (params, model_state, batch) ↦ λ of largest magnitude of the loss's Hessian.
 
     By power iteration, with the model as in evaluation: no dropout, batch statistics as they are.
-    The residual that stops it bounds λ's relative error by 1 %.
+    The residual that stops it bounds λ's relative error by 3 %.
     """
 
-    def largest(params: Tree, model_state: Tree, batch: Batch) -> jax.Array:
+    @jax.jit
+    def product(params: Tree, model_state: Tree, batch: Batch, v: Tree) -> Tree:
         def loss(params: Tree, batch: Batch) -> jax.Array:
             return criterion(predict(params, model_state, batch["image"]), batch["label"])
 
-        product = curvax.hvp(curvax.Objective(loss, batch), params)
-        start = curvax.gaussian_probe(jax.random.key(0), params)
-        return curvax.power_iteration(product, start, tol=1e-2).value
+        return curvax.hvp(curvax.Objective(loss, batch), params)(v)
 
-    return jax.jit(largest)
+    def largest(params: Tree, model_state: Tree, batch: Batch) -> jax.Array:
+        def compiled(v: Tree) -> Tree:
+            with jax.disable_jit(False):
+                return product(params, model_state, batch, v)
+
+        start = curvax.gaussian_probe(jax.random.key(0), params)
+        with jax.disable_jit():  # a loop in Python: XLA's own runs convolutions slowly on CPUs
+            return curvax.power_iteration(compiled, start, tol=3e-2).value
+
+    return largest

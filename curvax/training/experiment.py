@@ -10,6 +10,7 @@ import optax
 from ml_collections import ConfigDict
 
 from curvax import models, recipe
+from curvax.flax_bridge import Layout, layout
 from curvax.training import config as configs
 from curvax.training import data, evaluate, material, metrics
 from curvax.training.data import Split
@@ -94,7 +95,7 @@ class Experiment:
             images, labels = data.to_float(train.images[:count]), train.labels[:count]
             batch = {"image": jnp.asarray(images), "label": jnp.asarray(labels)}
             value = self.largest_eigenvalue(state.params, state.model_state, batch)
-            figures["hessian_max"] = float(value)
+            figures["lambda_max"] = float(value)
         return figures
 
 
@@ -105,8 +106,9 @@ def build(config: ConfigDict, *, hold_out: bool = False) -> Experiment:
         hold_out: keep 10 % of the training set out of training and score on it, not on test.
 
     Raises:
-        ExperimentError, RecipeError, DataError, ValueError: a field does not fit.
+        ValueError: a field does not fit.
     """
+    configs.check(config)
     if config.loss not in CRITERIA:
         raise ExperimentError(f"`loss` is one of {', '.join(CRITERIA)}, and was `{config.loss}`.")
     gathered = material.gather(config, hold_out)
@@ -117,7 +119,8 @@ def build(config: ConfigDict, *, hold_out: bool = False) -> Experiment:
             f"of {config.batch} are no step. Raise `epochs` or lower `batch`."
         )
     model = models.build(config.model.name, gathered.classes, **config.model.options)
-    optimizer = recipe.parse(config.optimizer, steps=steps, names=configs.numbers(config))
+    names = configs.numbers(config) | {"layout": _layout(model, gathered)}
+    optimizer = recipe.parse(config.optimizer, steps=steps, names=names)
     criterion = CRITERIA[config.loss]
     transform = material.transform(config, gathered.classes)
     predict = evaluate.make_predict(model, *material.moments(config))
@@ -134,3 +137,9 @@ def build(config: ConfigDict, *, hold_out: bool = False) -> Experiment:
     )
     jax.eval_shape(experiment.step, jax.eval_shape(experiment.init), next(experiment.batches()))
     return experiment
+
+
+def _layout(model: nn.Module, gathered: Material) -> Layout:
+    """What each parameter is, for `spatial_average(layout=layout)` in the optimiser's text."""
+    image = jax.ShapeDtypeStruct((1, *gathered.train.images.shape[1:]), jnp.float32)
+    return layout(model, jax.eval_shape(model.init, jax.random.key(0), image), image)

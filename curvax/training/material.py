@@ -7,7 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from curvax import recipe
-from curvax.training import augment, data
+from curvax.training import augment, data, policies
 from curvax.training.data import Split
 from curvax.training.step import Transform
 
@@ -19,6 +19,8 @@ AUGMENTATIONS = {
         augment.cutout,
         augment.mixup,
         augment.inception_crop,
+        policies.rand_augment,
+        policies.auto_augment,
     )
 }
 """What `data.augment` may name."""
@@ -71,4 +73,9 @@ def transform(config: ConfigDict, classes: int) -> Transform:
 def moments(config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
     """Mean and deviation of each channel, of the training set as it is divided under seed 0, so
     that all seeds of a comparison share them."""
-    return data.moments(_load(config.data.name, config.data.path, 0).train.images)
+    return _moments(config.data.name, config.data.path)
+
+
+@functools.lru_cache(maxsize=4)
+def _moments(name: str, path: str | None) -> tuple[np.ndarray, np.ndarray]:
+    return data.moments(_load(name, path, 0).train.images)

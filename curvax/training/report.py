@@ -22,7 +22,7 @@ ROWS = {
     "train_accuracy": ("training accuracy", "{:.1%}"),
     "train_loss": ("training loss", "{:.3f}"),
     "memorised": ("wrong labels learnt", "{:.1%}"),
-    "hessian_max": ("largest Hessian eigenvalue", "{:.3g}"),
+    "lambda_max": ("largest Hessian eigenvalue", "{:.3g}"),
     "seconds": ("seconds", "{:.0f}"),
 }
 """The figures at the end of a run: heading and format."""
@@ -40,6 +40,8 @@ def run_table(figures: Mapping[str, Figures]) -> Table:
 
 def spread(summary: Summary, form: str) -> str:
     """`83.1% ± 0.9% (±2.2%)`: mean, standard deviation, half width of the 95 % interval."""
+    if math.isnan(summary.mean):
+        return "diverged"
     mean, width = form.format(summary.mean), form.replace("+", "")
     if math.isnan(summary.deviation):
         return mean
@@ -51,13 +53,14 @@ def score_table(scores: Mapping[str, Score]) -> Table:
     table = Table(
         "method", "test accuracy", "points over the base", "Hessian λ_max", "seconds a run"
     )
-    for name, score in scores.items():
+    measured = not all(math.isnan(score.lambda_max.mean) for score in scores.values())
+    for place, (name, score) in enumerate(scores.items()):
         points = Summary(*(100 * x for x in score.gain))
         table.add_row(
             escape(name),
             spread(score.accuracy, "{:.1%}"),
-            spread(points, "{:+.1f}") if any(score.gain) else "",
-            spread(score.hessian_max, "{:.3g}"),
+            spread(points, "{:+.1f}") if place else "",
+            spread(score.lambda_max, "{:.3g}") if measured else "",
             f"{score.seconds:.0f}",
         )
     table.caption = "mean ± standard deviation over seeds (± half width of the 95 % interval)"
@@ -76,14 +79,11 @@ def gains(scores: Mapping[str, Score]) -> str:
     base, *others = scores
     lines = []
     for name in others:
-        gain = scores[name].gain
-        points, width = 100 * gain.mean, 100 * gain.half_width
-        interval = (
-            ""
-            if math.isnan(width)
-            else f" (95 % interval {points - width:+.1f} to {points + width:+.1f})"
-        )
-        lines.append(f"{name}: {points:+.1f} points over {base}{interval}.")
+        points, _, width = (100 * x for x in scores[name].gain)
+        line = f"{name}: {points:+.1f} points over {base}"
+        if not math.isnan(width):
+            line += f" (95 % interval {points - width:+.1f} to {points + width:+.1f})"
+        lines.append(f"{name} diverged." if math.isnan(points) else f"{line}.")
     return "\n".join(lines)
 
 

@@ -1,11 +1,12 @@
-"""A run's folder: its config, its figures, its checkpoints and what it came to.
+"""A folder of runs: its config, their figures, their checkpoints and what they came to.
 
-config.json     every field, enough to resume
-metrics.jsonl   one line of figures for each logged step
-events.out...   the same for TensorBoard
-checkpoints/    the newest few
-results.json    the figures at the end; its presence says that the run is done
-table.txt, curves.png
+config.json, plan.json      every field and what is done with them, enough to resume
+table.txt, curves.png ...   what it came to
+0-adamw/seed0/              a run of the first method
+    metrics.jsonl           one line of figures for each logged step
+    events.out...           the same for TensorBoard
+    checkpoints/            the newest few
+    results.json            the figures at the end; its presence says that the run is done
 """
 
 import contextlib
@@ -27,7 +28,7 @@ _CONFIG, _METRICS, _RESULTS = "config.json", "metrics.jsonl", "results.json"
 
 
 class RunError(ValueError):
-    """A folder that is no run, or holds another one."""
+    """A folder that holds no run, or cannot be written."""
 
 
 class Log:
@@ -97,12 +98,16 @@ def read_config(folder: Path) -> ConfigDict:
     """The config of a run.
 
     Raises:
-        RunError: the folder is not a run's.
+        RunError: the folder holds no run.
     """
-    path = folder / _CONFIG
+    return ConfigDict(read_json(folder / _CONFIG)).lock()
+
+
+def read_json(path: Path) -> Any:
+    """The contents of a file that every run's folder has; errors as in `read_config`."""
     if not path.exists():
-        raise RunError(f"{folder} is not a run's folder: it holds no `{_CONFIG}`.")
-    return ConfigDict(json.loads(path.read_text())).lock()
+        raise RunError(f"{path.parent} holds no run to go on with: `{path.name}` is not there.")
+    return json.loads(path.read_text())
 
 
 def read_lines(path: Path) -> Iterator[Any]:

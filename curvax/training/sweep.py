@@ -1,6 +1,7 @@
 """A grid of settings scored on held-out training examples: what it was asked and what it found."""
 
 import itertools
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -99,7 +100,7 @@ def words(found: Sequence[Grid], config_name: str) -> str:
     lines = []
     for grid in found:
         setting = [f"{field}={value}" for field, value in zip(grid.fields, grid.points[grid.best])]
-        options = " ".join(f"--{part}" for part in setting)
+        options = shlex.join(f"--{part}" for part in setting)
         lines.append(
             f"Best for {grid.method}: {', '.join(setting)}, {grid.scores[grid.best].mean:.1%} of "
             f"the held-out examples. To test it: curvax compare {config_name} {options}"

@@ -1,0 +1,25 @@
+"""AdaHessian beside Adam: a small ResNet on digits, rightly labelled.
+
+Paper: Yao et al., AdaHessian, arXiv:2006.00719, section "Image Classification" (there ResNet-20 on
+CIFAR-10), with its learning rate, eps and betas, at a scale of our own.
+
+Command: curvax compare digits_adahessian --seeds 3
+
+Expected: EXPECTED
+
+Cost: COST
+"""
+
+from ml_collections import ConfigDict
+
+from curvax.training.config import defaults
+
+
+def get_config() -> ConfigDict:
+    config = defaults(lr=0.15)
+    config.model.name = "resnet8"
+    config.data.update(name="digits", size=512)
+    config.optimizer = "adahessian(cosine(lr))"
+    config.base = "adam(cosine(1e-3))"
+    config.checkpoint_every = 80
+    return config

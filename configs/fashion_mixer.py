@@ -1,0 +1,27 @@
+"""SAM beside AdamW: a small MLP-Mixer on 512 images of Fashion-MNIST, 40 % of them wrongly labelled.
+
+Paper: Foret et al., SAM, arXiv:2010.01412: its label noise (section 3.3) on one of its data sets
+(appendix B.1), at a scale of our own; all settings ours. The images are read from the IDX files of
+Debian's package dataset-fashion-mnist, or from --data.path=FOLDER.
+
+Command: curvax compare fashion_mixer --seeds 3 --fair
+
+Expected: EXPECTED
+
+Cost: COST
+"""
+
+from ml_collections import ConfigDict
+
+from curvax.training.config import defaults
+
+
+def get_config() -> ConfigDict:
+    config = defaults(lr=0.001, rho=0.2)
+    config.model.name = "mixer_tiny"
+    config.model.options.update(depth=2, scan=False, patch=7)
+    config.data.update(name="fashion_mnist", size=512, noise=0.4)
+    config.optimizer = "sam_perturb(rho) | adamw(cosine(lr))"
+    config.base = "adamw(cosine(lr))"
+    config.checkpoint_every = 80
+    return config

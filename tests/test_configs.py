@@ -1,0 +1,59 @@
+"""Every config that comes with curvax: what it says of itself, and that it can be run."""
+
+import numpy as np
+import pytest
+
+from curvax.training import compare, config, data, material
+from curvax.training.experiment import build
+
+SHAPES = {
+    "digits": (8, 8, 1),
+    "mnist": (28, 28, 1),
+    "fashion_mnist": (28, 28, 1),
+    "cifar10": (32, 32, 3),
+    "cifar100": (32, 32, 3),
+}
+
+
+@pytest.fixture(autouse=True)
+def _stand_ins(monkeypatch):
+    """Images of the right shape instead of archives that are not here."""
+
+    def load(name, path, seed):
+        del path, seed
+        classes = 100 if name == "cifar100" else 10
+        labels = np.arange(1000, dtype=np.int32) % classes
+        split = data.Split(np.zeros((1000, *SHAPES[name]), np.float32), labels)
+        return data.Dataset(name, split, split, classes)
+
+    monkeypatch.setattr(material, "_load", load)
+
+
+@pytest.mark.parametrize("name", config.names())
+def test_a_config_opens_with_paper_command_result_and_cost(name):
+    said = config.docstring(name)
+    assert len(said.splitlines()[0]) <= 100
+    for part in ("\nPaper: ", "\nCommand: curvax ", "\nExpected: ", "\nCost: "):
+        assert part in said
+    assert name == "digits" or f" {name} " in said
+
+
+@pytest.mark.parametrize("name", config.names())
+def test_a_config_builds_with_its_method_and_its_base(name):
+    loaded = config.load(name)
+    assert loaded.is_locked
+    methods = compare.arms(loaded, [loaded.base, loaded.optimizer])
+    for arm in methods.values():
+        experiment = build(arm)
+        assert experiment.steps == arm.epochs * (len(experiment.material.train.labels) // arm.batch)
+
+
+def test_the_configs_of_the_papers_have_their_settings():
+    wrn = config.load("cifar100_wrn")
+    assert (wrn.model.name, wrn.epochs, wrn.batch) == ("wrn28_10", 200, 256)
+    assert "cosine(0.1)" in wrn.base
+    assert "add_decayed_weights(5e-4)" in wrn.base
+    assert "clip_by_global_norm(5.0)" in wrn.base
+    noise = config.load("cifar10_noise")
+    assert (noise.model.name, noise.epochs, noise.rho) == ("resnet32", 200, 0.1)
+    assert "adahessian(step_decay(0.15)" in config.load("cifar10_resnet20").optimizer
