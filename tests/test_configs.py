@@ -57,3 +57,11 @@ def test_the_configs_of_the_papers_have_their_settings():
     noise = config.load("cifar10_noise")
     assert (noise.model.name, noise.epochs, noise.rho) == ("resnet32", 200, 0.1)
     assert "adahessian(step_decay(0.15)" in config.load("cifar10_resnet20").optimizer
+
+
+def test_an_installed_package_finds_the_configs_inside_itself(tmp_path, monkeypatch):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "own.py").write_text('"""Mine."""\n')
+    monkeypatch.setattr(config.curvax, "__file__", str(tmp_path / "__init__.py"))
+    assert config.names() == ["own"]
+    assert config.docstring("own") == "Mine."

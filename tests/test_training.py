@@ -51,14 +51,18 @@ def last_state(experiment, folder):
     return state, place
 
 
+def assert_same_bits(state, expected):
+    bits = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(bits(a), bits(b)), state, expected)
+
+
 def assert_same_run(experiment, folder, reference):
     (state, place), (expected, expected_place) = (
         last_state(experiment, each) for each in (folder, reference)
     )
     assert int(state.step) == STEPS
     assert place == expected_place
-    bits = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(bits(a), bits(b)), state, expected)
+    assert_same_bits(state, expected)
     assert (folder / "metrics.jsonl").read_text() == (reference / "metrics.jsonl").read_text()
     figures, wanted = (json.loads((f / "results.json").read_text()) for f in (folder, reference))
     assert figures | {"seconds": 0} == wanted | {"seconds": 0}
@@ -168,6 +172,21 @@ def test_a_killed_run_resumes_bit_for_bit(experiment, reference, tmp_path):
     assert int(last_state(experiment, tmp_path)[0].step) == 6
     loop.fit(experiment, tmp_path)
     assert_same_run(experiment, tmp_path, reference)
+
+
+def test_keys_inside_the_optimiser_state_are_kept(tmp_path):
+    experiment = build(changed(optimizer="adahessian(lr, key=seed)", seed=7))
+    state = experiment.init()
+    keys = [
+        x for x in jax.tree.leaves(state.opt_state) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    ]
+    assert len(keys) == 1
+    Checkpoints(tmp_path).save(state, {"next": [1, 2]})
+    restored, place = Checkpoints(tmp_path).restore(
+        build(changed(optimizer="adahessian(lr)")).init()
+    )
+    assert_same_bits(restored, state)
+    assert place == {"next": [1, 2]}
 
 
 def test_a_run_that_is_done_is_read_not_run(experiment, reference, monkeypatch):
