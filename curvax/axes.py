@@ -96,7 +96,8 @@ def mean(tree: Tree, axes: tuple[str, ...], weight: jax.Array | None = None) -> 
         if weight is None:
             return lax.pmean(x, over)
         w = vary(widen(weight), over)
-        return (lax.psum(w * widen(x), over) / lax.psum(w, over)).astype(x.dtype)
+        weighed = jnp.where(w == 0, 0, w * widen(x))
+        return (lax.psum(weighed, over) / lax.psum(w, over)).astype(x.dtype)
 
     return jax.tree.map(average, tree)
 

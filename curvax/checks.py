@@ -1,5 +1,6 @@
 """Errors that give rule, value, cause and cure, before any work is lost."""
 
+import numbers
 from typing import Any
 
 import jax
@@ -35,13 +36,23 @@ def needed_diagonal(diagonal: Tree, stage: str, needs: str) -> Tree:
 
 
 def check_range(name: str, value: Any, low: float, high: float, *, stage: str) -> None:
-    """Checks a static number against a closed range; tracers and schedules pass.
+    """Checks a static number against a closed range; arrays and schedules pass.
 
     Raises:
         ValueError: it lies outside.
     """
-    if isinstance(value, (int, float)) and not low <= value <= high:
+    if isinstance(value, numbers.Real) and not low <= float(value) <= high:
         raise ValueError(f"`{stage}` takes `{name}` in [{low}, {high}], and got {value}.")
+
+
+def check_decay(name: str, value: Any, *, stage: str) -> None:
+    """Checks a static decay; arrays and schedules pass.
+
+    Raises:
+        ValueError: it is not in [0, 1).
+    """
+    if isinstance(value, numbers.Real) and not 0 <= float(value) < 1:
+        raise ValueError(f"`{stage}` takes `{name}` in [0, 1), and got {value}.")
 
 
 def check_static(stage: str, /, **options: Any) -> None:
@@ -54,9 +65,21 @@ def check_static(stage: str, /, **options: Any) -> None:
         if isinstance(value, jax.Array):
             raise TypeError(
                 f"`{name}` of `{stage}` decides what is computed and must be a plain Python value. "
-                f"Under `inject_hyperparams`, write `optax.inject_hyperparams({stage}, "
-                f"static_args={tuple(options)})`."
+                "Under `inject_hyperparams`, name it among the static arguments of what you "
+                f"inject: `optax.inject_hyperparams(..., static_args=({name!r},))`."
             )
+
+
+def check_count(stage: str, /, **options: Any) -> None:
+    """Refuses what is no positive integer known before tracing.
+
+    Raises:
+        TypeError, ValueError: an option is an array, no integer, or below 1.
+    """
+    check_static(stage, **options)
+    for name, value in options.items():
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"`{stage}` takes `{name}` as a positive integer, and got {value!r}.")
 
 
 def refuse_summed(updates: Tree, local: frozenset[str], *, stage: str) -> None:
@@ -78,19 +101,30 @@ def refuse_summed(updates: Tree, local: frozenset[str], *, stage: str) -> None:
 
 
 def averaged_axes(
-    mean_over: axes.AxisNames, local: frozenset[str], *, stage: str
+    mean_over: axes.AxisNames, local: frozenset[str], *, stage: str, partly: bool = False
 ) -> tuple[str, ...]:
     """The bound axes that `mean_over` names.
 
+    Args:
+        local: the axes over which the loss is known to be each device's own.
+        partly: whether the rest may be averaged later.
+
     Raises:
-        ValueError: the loss is local to devices and `mean_over` says nothing; or it names an axis
-            that is not bound where others are.
+        ValueError: `mean_over` names an axis that is not bound where others are, or says nothing
+            of an axis in `local`.
     """
-    if mean_over is None and local:
-        axis = sorted(local)[0]
+    found = axes.bound(mean_over, where=f"`{stage}`")
+    missing = sorted(local - set(found))
+    if missing and mean_over is None:
         raise ValueError(
-            f"`{stage}` runs under the device axis {axis!r}, where each device sees its own part "
-            f"of the batch, and was not told to average. Write `mean_over={axis!r}`, or "
+            f"`{stage}` runs under the device axis {missing[0]!r}, where each device sees its own "
+            f"part of the batch, and was not told to average. Write `mean_over={missing[0]!r}`, or "
             "`mean_over=()` if each device is meant to keep its own."
         )
-    return axes.bound(mean_over, where=f"`{stage}`")
+    # Without types, `local` holds every manual axis, also one that only splits the model.
+    if missing and found and axes.tracked() and not partly:
+        raise ValueError(
+            f"`{stage}` averages over {mean_over!r} alone, and the loss varies over "
+            f"{sorted(local)}. Name them all: `mean_over={tuple(sorted(local))}`."
+        )
+    return found

@@ -90,6 +90,7 @@ class Climb(NamedTuple):
     step_size: Any
     projected: bool
     sync: tuple[str, ...]
+    local: frozenset[str]
 
     def gradient(self, g: Tree, second_order: bool) -> tuple[jax.Array, Tree, Tree]:
         """(L(θ + ε̂), ∇L(θ + ε̂), the update), where the update is the gradient or its pull-back."""
@@ -151,4 +152,5 @@ class Climb(NamedTuple):
         return trees.ratio(jnp.asarray(self.step_size), jnp.asarray(radius))
 
     def _synced(self, tree: Tree) -> Tree:
-        return axes.mean(tree, self.sync, self.objective.batch_weight())
+        mean = axes.mean(tree, self.sync, self.objective.batch_weight())
+        return axes.vary(mean, self.local)

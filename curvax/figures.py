@@ -19,10 +19,10 @@ def unmeasured(*names: str) -> Figures:
     return {name: jnp.full((), jnp.nan, jnp.float32) for name in names}
 
 
-def measured(**scalars: Any) -> Figures:
-    """Figures in float32, averaged over every device axis that their types show."""
+def measured(scalars: dict[str, Any], over: tuple[str, ...] = (), weight: Any = None) -> Figures:
+    """Figures in float32, averaged over axes by weight, then over all that their types show."""
     figures = {name: jnp.asarray(x, jnp.float32) for name, x in scalars.items()}
-    return axes.mean_over_visible(figures)
+    return axes.mean_over_visible(axes.mean(figures, over, weight))
 
 
 class RecordState(NamedTuple):
@@ -48,7 +48,7 @@ def record(**measures: Callable[[Signal, Tree], Any]) -> Stage:
     def rule(signal: Signal, state: RecordState, params: Tree, **extra: Any) -> Any:
         del state, extra
         found = {name: measure(signal, params) for name, measure in measures.items()}
-        return signal, RecordState(measured(**found))
+        return signal, RecordState(measured(found))
 
     return stage(init, rule)
 
@@ -58,6 +58,12 @@ def diagnostics(state: Any) -> Figures:
 
     A name that several stages measure is told apart by the place of its stage in the state:
     `surrogate_gap[0]`, `surrogate_gap[2]`.
+
+    Args:
+        state: what `tx.init` or `tx.update` returned, wrapped by whatever Optax wrappers.
+
+    Returns:
+        name ↦ float32 scalar, as last measured; NaN before the first measurement.
     """
     found = [(name, place, x) for place, figs in _walk(state, ()) for name, x in figs.items()]
     times = Counter(name for name, _, _ in found)

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import jax
 import optax
 
-from curvax import stages
+from curvax import checks, stages
 from curvax.axes import AxisNames
 from curvax.signal import Stage, pipe
 from curvax.stages import (
@@ -67,6 +67,7 @@ def adahessian(
     and `mask` is its mask as in `optax.adamw`. Each update needs `value_fn`. Yao et al.,
     AdaHessian, arXiv:2006.00719, Algorithm 1. The options are those of the stages.
     """
+    checks.check_decay("b1", b1, stage="adahessian")
     diagonal = hutchinson_diag(key, probes=probes, mean_over=mean_over)
     if not (isinstance(every, int) and every == 1):
         diagonal = stages.every(every, diagonal)
@@ -77,7 +78,7 @@ def adahessian(
         *smooth,
         ema_rms(b2),
         pmean_updates(mean_over),
-        optax.ema(b1),
+        optax.inject_hyperparams(optax.ema)(b1) if callable(b1) else optax.ema(b1),
         scale_by_power(power, eps=eps),
         decay,
         optax.scale_by_learning_rate(learning_rate),

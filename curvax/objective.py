@@ -8,27 +8,15 @@ batch behind it can be swapped (`on`), cut into groups (`groups`) or walked thro
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from curvax import accumulation, axes, reductions, trees
+from curvax.memory import Given, Memory
 from curvax.trees import Tree
-
-
-class Given(NamedTuple):
-    """A gradient that `value_and_grad` returned, by weak reference: nothing is kept alive."""
-
-    params: list[weakref.ref]
-    grads: list[weakref.ref]
-    value: weakref.ref
-
-    @property
-    def alive(self) -> bool:
-        return all(ref() is not None for ref in self.grads)
 
 
 class Objective:
@@ -70,7 +58,8 @@ class Objective:
     ):
         self.loss, self.batch, self.model, self.has_aux = loss, batch, model, has_aux
         self.key, self.microbatch, self.weight = key, microbatch, weight
-        self._given: list[Given] = []
+        self._memory = Memory()
+        self._local: dict[Any, frozenset[str]] = {}
         self._part: tuple[Any, int] = (0, 1)
         self._check()
 
@@ -98,8 +87,6 @@ class Objective:
         if self.microbatch is not None:
             accumulation.check_divides(self.size, self.microbatch, "`Objective(microbatch=)`")
 
-    # What it is made of.
-
     @property
     def size(self) -> int:
         """The number of examples in the batch (here: on this device, under an axis).
@@ -117,17 +104,34 @@ class Objective:
             )
         return sizes.pop()[0]
 
-    def on(self, batch: Tree, *, part: tuple[Any, int] = (0, 1)) -> Objective:
-        """The same loss on another batch; `part=(i, n)` says that it is the i-th of n pieces of
-        this one, which gives its dropout key a number of its own."""
+    def on(self, batch: Tree) -> Objective:
+        """The same loss on another batch (a pytree with one leading axis of examples)."""
+        return self._changed(batch=batch)
+
+    def piece(self, batch: Tree, i: Any, n: int) -> Objective:
+        """The loss on the i-th of n contiguous pieces of this batch.
+
+        Its dropout key is folded with its number among the pieces of the global batch. A piece that
+        micro-batches do not divide is taken whole.
+        """
+        j, m = self._part
+        piece = self._changed(batch=batch, _part=(j * n + i, m * n))
+        if self.microbatch and piece.size % self.microbatch:
+            piece.microbatch = None
+        return piece
+
+    def _changed(self, **fields: Any) -> Objective:
+        """A copy that remembers nothing."""
         other = copy.copy(self)
-        other.batch, other._given = batch, []
-        (i, n), (j, m) = self._part, part
-        other._part = (i * m + j, n * m)
+        other._memory, other._local = Memory(), {}
+        vars(other).update(fields)
         return other
 
     def groups(self, m: int) -> Tree:
-        """The batch in contiguous groups of m examples: leaves [n, ...] become [n/m, m, ...].
+        """The batch in contiguous groups of m examples.
+
+        Returns:
+            The batch's tree, leaves [n, ...] as [n/m, m, ...]; `on(group)` is the loss on one.
 
         Raises:
             ValueError: m does not divide the batch.
@@ -137,22 +141,18 @@ class Objective:
     def first(self, fraction: float) -> Objective:
         """The same loss on the first `fraction` of the batch (at least one example)."""
         count = max(1, round(fraction * self.size))
-        part = self.on(jax.tree.map(lambda x: x[:count], self.batch))
-        if part.microbatch and part.microbatch >= count:
-            part.microbatch = None
-        return part
+        batch = jax.tree.map(lambda x: x[:count], self.batch)
+        if not self.microbatch or self.microbatch >= count:
+            return self._changed(batch=batch, microbatch=None)
+        where = f"`Objective(microbatch=)`, on a fraction {fraction} of the batch,"
+        accumulation.check_divides(count, self.microbatch, where)
+        return self.on(batch)
 
     def through(self, f: Callable[[Tree], Tree]) -> Objective:
         """The objective composed with a map of parameters: θ ↦ L(f(θ))."""
-        other = copy.copy(self)
-        other._given = []
-        inner = self.loss if self.model is None else self.model
-        composed = lambda params, *rest: inner(f(params), *rest)
-        if self.model is None:
-            other.loss = composed
-        else:
-            other.model = composed
-        return other
+        half = "loss" if self.model is None else "model"
+        inner = getattr(self, half)
+        return self._changed(**{half: lambda params, *rest: inner(f(params), *rest)})
 
     def batch_weight(self) -> jax.Array | None:
         """The weight of this batch in a mean of means, or None where all count alike."""
@@ -163,8 +163,6 @@ class Objective:
         else:
             weight = self.weight(self.batch)
         return jnp.asarray(weight, jnp.result_type(float))
-
-    # What it is worth.
 
     def __call__(self, params: Tree) -> jax.Array:
         """L(θ), a scalar in float32 or wider. Safe for anybody's autodiff: the micro-batches are
@@ -183,9 +181,7 @@ class Objective:
         that a curvature estimator can pass on its own copy and the compiler drop this one.
         """
         (value, aux), grads = self.value_aux_and_grad(params)
-        self._given = [given for given in self._given if given.alive]
-        refs = lambda tree: [weakref.ref(x) for x in jax.tree.leaves(tree)]
-        self._given.append(Given(refs(params), refs(grads), weakref.ref(value)))
+        self._memory.keep(params, grads, value, self.local_axes(params))
         return ((value, aux) if self.has_aux else value), grads
 
     def value_aux_and_grad(self, params: Tree) -> tuple[tuple[jax.Array, Any], Tree]:
@@ -216,13 +212,10 @@ class Objective:
         count = self.size // self.microbatch
 
         def piece(i: jax.Array, batch: Tree) -> tuple[Tree, jax.Array | None]:
-            part = self.on(batch, part=(i, count))
-            part.microbatch = None
+            part = self.piece(batch, i, count)
             return f(part), part.batch_weight()
 
         return accumulation.mean_over_scan(piece, self.groups(self.microbatch), count)
-
-    # Where it is.
 
     def local_axes(self, params: Tree) -> frozenset[str]:
         """The device axes over which this loss is each device's own.
@@ -232,6 +225,12 @@ class Objective:
         """
         if not axes.manual():
             return frozenset()
+        kind = (axes.manual(), *map(jax.typeof, jax.tree.leaves(params)))
+        if kind not in self._local:
+            self._local[kind] = self._traced_axes(params)
+        return self._local[kind]
+
+    def _traced_axes(self, params: Tree) -> frozenset[str]:
         traced = jax.make_jaxpr(lambda p: self.average(lambda part: part.evaluate(p))[0])(params)
         typed = axes.tracked()
         suspects = axes.varying(self.batch) if typed and self.batch is not None else axes.manual()
@@ -240,14 +239,7 @@ class Objective:
 
     def gave(self, params: Tree, updates: Tree) -> Given | None:
         """The record of `updates` as this objective's own gradient at `params`, if they are."""
-        same = lambda refs, tree: (
-            len(refs) == len(leaves := jax.tree.leaves(tree))
-            and all(ref() is x for ref, x in zip(refs, leaves))
-        )
-        for given in self._given:
-            if same(given.grads, updates) and same(given.params, params):
-                return given
-        return None
+        return self._memory.find(params, updates)
 
     def shard_number(self, local: frozenset[str]) -> tuple[Any, int]:
         """(i, n): this batch is the i-th of n contiguous pieces of the global batch."""
@@ -262,12 +254,17 @@ class Objective:
         return jax.random.fold_in(self.key, number) if count > 1 else self.key
 
 
-def as_objective(value_fn: Callable[..., Any] | None, stage: str) -> Objective:
+def as_objective(value_fn: Callable[..., Any] | None, stage: str, params: Tree = ()) -> Objective:
     """The `value_fn` of an update as an objective.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or there are no parameters to evaluate it at.
     """
+    if params is None:
+        raise ValueError(
+            f"`{stage}` evaluates the loss at the parameters, and got none. Pass them as the third "
+            "argument: `tx.update(grads, state, params, value_fn=objective)`."
+        )
     if value_fn is None:
         raise ValueError(
             f"`{stage}` evaluates the loss, and no `value_fn` reached it. Pass it to the update: "

@@ -21,9 +21,17 @@ from curvax.trees import Tree
 class Signal(NamedTuple):
     """What travels between the stages of a pipe within one `update`; it never enters the state.
 
-    `gradient`, `value` and `aux` are those of the clean pass; `perturbed` says whether `updates`
-    were taken at the perturbed point this step; `local` names the device axes over which
-    `updates` are this device's own.
+    Attributes:
+        updates: what Optax passes on, a tree like the parameters.
+        gradient: ∇L(θ) before any perturbation, a tree like the parameters.
+        diagonal: a diagonal of the curvature, in float32 or wider, shaped like the parameters.
+        matvec: the curvature as a product v ↦ C v on such trees.
+        value: L(θ), a scalar of the clean pass.
+        perturbed_value: L at the perturbed point, a scalar.
+        aux: what the loss returned beside its value in the clean pass.
+        perturbed: whether `updates` were taken at the perturbed point this step, traced or not;
+            None where nobody said.
+        local: the device axes over which `updates` are this device's own.
     """
 
     updates: Tree
@@ -87,7 +95,8 @@ def pipe(*parts: optax.GradientTransformation) -> Stage:
             new_state.append(inner)
         return signal, tuple(new_state)
 
-    return Stage(_Init(init, "pipe"), _Update(rule, "pipe", parts))
+    name = " | ".join(map(name_of, parts))
+    return Stage(_Init(init, name), _Update(rule, name, parts))
 
 
 def step(
@@ -134,18 +143,22 @@ class _Update:
         if isinstance(updates, Signal):
             return self.rule(updates, state, params, **extra)
         checks.refuse_masked(updates, self.name)
-        signal = Signal(updates, gradient=updates, value=_clean_value(updates, params, extra))
-        signal, state = self.rule(signal, state, params, **extra)
+        signal, state = self.rule(_begin(updates, params, extra), state, params, **extra)
         return signal.updates, state
 
 
-def _clean_value(updates: Tree, params: Tree, extra: Any) -> jax.Array | None:
-    """L(θ) as the caller gave it or the objective remembers it; never a hidden forward pass."""
+def _begin(updates: Tree, params: Tree, extra: Any) -> Signal:
+    """The signal of plain updates, with what the objective remembers of them.
+
+    The loss is the one that the caller gave or the objective remembers; never a hidden pass.
+    """
     value, value_fn = extra.get("value"), extra.get("value_fn")
-    if value is None and isinstance(value_fn, Objective):
-        given = value_fn.gave(params, updates)
-        value = None if given is None else given.value()
-    return None if value is None else trees.widen(jnp.asarray(value))
+    given = value_fn.gave(params, updates) if isinstance(value_fn, Objective) else None
+    if value is None and given is not None:
+        value = given.value
+    value = None if value is None else trees.widen(value)
+    local = frozenset() if given is None else given.local
+    return Signal(updates, gradient=updates, value=value, perturbed=False, local=local)
 
 
 def _pieces(part: Any) -> tuple[optax.GradientTransformation, ...]:
@@ -174,6 +187,13 @@ def _refuse_local_moments(part: optax.GradientTransformation, state: Any, signal
             f"device of {axis} would go its own way. Put `pmean_updates({axis[0]!r})` before it "
             "(`mean_over=` in a method), or `pmean_updates(())` if that is meant."
         )
+
+
+class StepState(NamedTuple):
+    """The state of a stage that keeps nothing but the time."""
+
+    step: jax.Array
+    """Steps taken, int32 scalar: what schedules are called with."""
 
 
 def at(value: Any, count: jax.Array) -> Any:

@@ -44,8 +44,9 @@ def is_float(leaf: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
-def widen(x: jax.Array) -> jax.Array:
-    """The array in float32 or wider."""
+def widen(x: Any) -> jax.Array:
+    """A number or an array in float32 or wider."""
+    x = jnp.asarray(x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 

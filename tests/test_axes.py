@@ -12,6 +12,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import curvax as cx
+from curvax.stages.perturbation import FIGURES
 
 pytestmark = pytest.mark.skipif(
     jax.device_count() < 8,
@@ -54,6 +55,12 @@ FORGETFUL = {
     "adahessian": cx.adahessian(0.1),
     "hutchinson_diag": cx.hutchinson_diag() | cx.pmean_updates("batch"),
     "look_sam's kept part": cx.sam_perturb(0.1, every=2) | cx.keep_orthogonal(),
+    "the step behind every": cx.every(2, cx.hutchinson_diag(mean_over="batch"))
+    | cx.ema_rms(0.9)
+    | optax.ema(0.9)
+    | cx.scale_by_power(1.0)
+    | cx.pmean_updates("batch"),
+    "the step behind partition": cx.partition({"a": cx.sam_perturb(0.1)}, "a") | optax.adam(0.1),
     "adam's moments": cx.sam_perturb(0.1) | optax.adam(0.1),
 }
 
@@ -219,22 +226,35 @@ def test_dropout_keys_do_not_depend_on_the_number_of_devices():
 
 
 @EVERYWHERE
-def test_figures_are_means_over_the_axes_their_types_show(regime):
-    tx = cx.sam(optax.sgd(0.1), 0.05, mean_over="batch")
+@pytest.mark.parametrize("weight", [None, unmasked])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_figures_are_the_same_on_every_device(regime, weight, grouped):
+    stages = cx.sam_perturb(0.05)
+    stages = cx.per_group(1, stages) if grouped else stages
+    tx = stages | cx.pmean_updates("batch") | optax.sgd(0.1)
+    f = weighted if weight else loss
 
     def step(w, x):
-        objective = cx.Objective(loss, x)
-        value, g = objective.value_and_grad(w)
-        _, state = tx.update(g, tx.init(w), w, value_fn=objective, value=value)
-        gap = cx.diagnostics(state)["surrogate_gap"]
-        return gap if regime == "shard_map" else lax.pmean(gap, "batch")
+        objective = cx.Objective(f, x, weight=weight)
+        _, g = objective.value_and_grad(w)
+        _, state = tx.update(g, tx.init(w), w, value_fn=objective)
+        return jnp.stack([x for _, x in sorted(cx.diagnostics(state).items())])[None]
 
     def gap_of(x):
-        g = jax.grad(loss)(PARAMS, x)
-        return loss(PARAMS + 0.05 * g / jnp.linalg.norm(g), x) - loss(PARAMS, x)
+        g = jax.grad(f)(PARAMS, x)
+        length = jnp.linalg.norm(g)
+        return f(PARAMS + 0.05 * g / jnp.where(length == 0, 1, length), x) - f(PARAMS, x)
 
-    expected = np.mean([gap_of(x) for x in BATCH.reshape(8, -1, 3)])
-    np.testing.assert_allclose(mapped(step, regime)(PARAMS, BATCH), expected, rtol=1e-5)
+    if regime == "pmap":
+        found = jax.pmap(step, axis_name="batch", in_axes=(None, 0))(PARAMS, BATCH.reshape(8, 2, 3))
+        found = found[:, 0]
+    else:
+        found = mapped(step, regime, out=P("batch"))(PARAMS, BATCH)
+    np.testing.assert_array_equal(found, np.stack([found[0]] * 8))
+    if weight is None:
+        pieces = BATCH.reshape(16 if grouped else 8, -1, 3)
+        expected = np.mean([gap_of(x) for x in pieces])
+        np.testing.assert_allclose(found[0, sorted(FIGURES).index("surrogate_gap")], expected, 1e-5)
 
 
 @EVERYWHERE

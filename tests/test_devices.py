@@ -1,5 +1,6 @@
 """Under pmap and shard_map on eight devices every method equals a float64 loop over the shards."""
 
+import re
 from functools import partial
 
 import jax
@@ -148,6 +149,53 @@ def test_sharpness_methods_equal_the_loop_over_shards(case, regime):
     expected = sgd_over(lambda p: gradient(p, batch), params)
     found, _ = run(regime, tx, params, batch)
     jax.tree.map(partial(np.testing.assert_allclose, **TOLERANCE), found, expected)
+
+
+def exact_sam_of(params, piece, others=None, rho=0.3):
+    """∇ of θ ↦ L(θ + ε̂(θ)), by JAX's own reverse mode through ε̂; `others` share the ascent."""
+
+    def worst(p):
+        everyone = [piece] if others is None else others
+        return loss(climbed(p, mean([jax.grad(loss)(p, x) for x in everyone]), rho), piece)
+
+    return jax.grad(worst)(params)
+
+
+def exact_synced(params, batch):
+    everyone = pieces(batch)
+    return mean([exact_sam_of(params, piece, everyone) for piece in everyone])
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("synced_ascent", [False, True])
+def test_second_order_terms_equal_autodiff_through_the_ascent(regime, synced_ascent):
+    sync = "batch" if synced_ascent else None
+    tx = cx.sam(optax.sgd(0.1), 0.3, second_order=True, sync_over=sync, mean_over="batch")
+    gradient = exact_synced if synced_ascent else local(exact_sam_of)
+    params, batch = make_params(), make_batch()
+    expected = sgd_over(lambda p: gradient(p, batch), params, steps=1)
+    found, _ = run(regime, tx, params, batch, steps=1)
+    jax.tree.map(partial(np.testing.assert_allclose, **TOLERANCE), found, expected)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("case", ["groups", "shards"])
+def test_groups_of_a_sharded_batch_cost_one_reduction(kind, case):
+    if case == "groups":
+        tx = cx.per_group(PER_DEVICE, cx.sam_perturb(0.3)) | optax.sgd(0.1)
+    else:
+        tx = by_shard(jax.random.key(3))
+    params, batch = make_params(), make_batch()
+    grid = jax.make_mesh((DEVICES,), ("batch",), axis_types=(kind,))
+    with jax.set_mesh(grid):
+        sharded = jax.device_put(batch, jax.NamedSharding(grid, P("batch")))
+        replicated = jax.device_put((params, tx.init(params)), jax.NamedSharding(grid, P()))
+        compiled = jax.jit(partial(one_step, tx)).lower(*replicated, sharded).compile()
+        found, _ = compiled(*replicated, sharded)
+    alone, _ = one_step(tx, params, tx.init(params), batch)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12), found, alone)
+    # Counts are gathered to take the last; the batch and the parameters are not.
+    assert not re.search(r"f64\S* all-gather", compiled.as_text())
 
 
 def adahessian_loop(params, batch, key, *, shared, steps=2, lr=0.1, b1=0.9, b2=0.99, eps=1e-4):

@@ -74,7 +74,7 @@ def test_product_of_a_weighted_keyed_loss_with_aux():
 
     def mean(params: Any) -> Any:
         parts = [
-            whole.on(jax.tree.map(lambda x, i=i: x[2 * i : 2 * i + 2], batch), part=(i, 3))
+            whole.piece(jax.tree.map(lambda x, i=i: x[2 * i : 2 * i + 2], batch), i, 3)
             for i in range(3)
         ]
         weighted = [jnp.sum(part.batch["mask"]) * part.evaluate(params)[0] for part in parts]

@@ -124,21 +124,21 @@ def test_the_whole_batch_is_called_with_the_very_key():
 
 def test_each_group_has_a_key_of_its_own():
     groups = keyed().groups(2)
-    values = [noise_of(keyed().on(group, part=(i, 4))) for i, group in enumerate(groups)]
+    values = [noise_of(keyed().piece(group, i, 4)) for i, group in enumerate(groups)]
     assert len({*values, noise_of(keyed())}) == 5
 
 
 def test_a_piece_of_a_piece_is_numbered_through():
-    halves = keyed().on(jnp.arange(4.0), part=(1, 2))
-    assert noise_of(halves.on(jnp.arange(1.0), part=(3, 4))) == noise_of(
-        keyed().on(jnp.arange(1.0), part=(7, 8))
+    halves = keyed().piece(jnp.arange(4.0), 1, 2)
+    assert noise_of(halves.piece(jnp.arange(1.0), 3, 4)) == noise_of(
+        keyed().piece(jnp.arange(1.0), 7, 8)
     )
 
 
 @pytest.mark.parametrize("m", [1, 2, 4])
 def test_micro_batches_have_the_keys_of_as_many_groups(m):
     groups = keyed().groups(m)
-    values = [noise_of(keyed().on(g, part=(i, 8 // m))) for i, g in enumerate(groups)]
+    values = [noise_of(keyed().piece(g, i, 8 // m)) for i, g in enumerate(groups)]
     np.testing.assert_allclose(noise_of(keyed(microbatch=m)), np.mean(values), rtol=1e-14)
 
 

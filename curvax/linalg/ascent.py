@@ -10,6 +10,7 @@ direction of the whole tree in a p-norm, scale it back:
 """
 
 import dataclasses
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -59,8 +60,16 @@ def asam(eta: float = 0.01) -> Ascent:
         ε̂ = ρ T² g / ‖T g‖
 
     Kwon et al., ASAM, arXiv:2102.11600; ρ = 0.5 and η = 0.01 there.
+
+    Args:
+        eta: η >= 0, in the units of the weights.
+
+    Raises:
+        TypeError, ValueError: η is no number, or negative.
     """
-    if isinstance(eta, (int, float)) and eta < 0:
+    if not isinstance(eta, (numbers.Real, jax.Array)):
+        raise TypeError(f"`asam` takes η as a number, and got {eta!r}. Write `ascent=asam(0.01)`.")
+    if isinstance(eta, numbers.Real) and float(eta) < 0:
         raise ValueError(f"`asam` adds η >= 0 to the magnitude of the weights, and got eta={eta}.")
     return _adaptive(lambda path, w: jnp.ones_like(w) if _is_bias(path) else jnp.abs(w) + eta)
 
@@ -70,7 +79,8 @@ def asam_all() -> Ascent:
 
         ε̂ = ρ w² g / ‖|w| g‖
 
-    The widespread PyTorch variant; its best ρ is 2.0 where `asam`'s is 0.5.
+    The variant of the PyTorch packages davda54/sam and juntang-zhuang/GSAM; its best ρ is 2.0 on
+    the task where `asam`'s is 0.5.
     """
     return _adaptive(lambda path, w: jnp.abs(w))
 
@@ -87,6 +97,9 @@ def random_direction(key: jax.Array | int = 0) -> Ascent:
     """A random direction of length ρ, whatever the gradient: ε̂ = ρ z / ‖z‖₂, z ~ N(0, I).
 
     The ablation of Foret et al., SAM, arXiv:2010.01412, appendix C.5.
+
+    Args:
+        key: a typed key or a seed; each step, and each group or device, draws its own direction.
     """
     key = as_key(key)
 
@@ -112,9 +125,9 @@ def check_p(p: Any) -> None:
     """Refuses what is no norm.
 
     Raises:
-        ValueError: p < 1.
+        ValueError: p is no number or below 1.
     """
-    if not p >= 1:
+    if not isinstance(p, numbers.Real) or not float(p) >= 1:
         raise ValueError(f"A p-norm has p in [1, ∞], and p was {p}. SAM's own is 2.")
 
 

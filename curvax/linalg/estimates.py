@@ -35,7 +35,15 @@ def estimate_diagonal(product: Product, probes: Tree) -> Estimate:
 
 
 def estimate_trace(product: Product, probes: Tree) -> Estimate:
-    """Hutchinson's estimate of the trace, mean of zᵀ C z over probes stacked along axis 0."""
+    """Hutchinson's estimate of the trace, mean of zᵀ C z over probes.
+
+    Args:
+        product: v ↦ C v.
+        probes: a tree whose leaves stack the probes along a new first axis, E[z zᵀ] = I.
+
+    Returns:
+        The estimate, a scalar, and its standard error. Unbiased.
+    """
     return _over_probes(lambda z: trees.dot(z, product(z)), probes)
 
 

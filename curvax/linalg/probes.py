@@ -15,7 +15,15 @@ def as_key(key: jax.Array | int) -> jax.Array:
 
 
 def rademacher(key: jax.Array, tree: Tree) -> Tree:
-    """Independent signs ±1, shaped and typed like `tree`."""
+    """Independent signs ±1: the Hutchinson probe of least variance.
+
+    Args:
+        key: a typed key, split once per leaf.
+        tree: a pytree of arrays, for structure, shapes and dtypes.
+
+    Returns:
+        Such a tree of ±1. Yao et al., AdaHessian, arXiv:2006.00719, section 3.1.
+    """
     return _draw(_signs, key, tree)
 
 
@@ -28,7 +36,7 @@ def _signs(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Arra
 
 
 def gaussian_probe(key: jax.Array, tree: Tree) -> Tree:
-    """Independent standard normals, shaped and typed like `tree`."""
+    """Independent standard normals, shaped and typed like `tree`; arguments as `rademacher`."""
     return _draw(jax.random.normal, key, tree)
 
 

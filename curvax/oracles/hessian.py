@@ -75,7 +75,7 @@ def linearized_gradient(
     forward = lambda: _forward_linearized(objective, params)
     reverse = lambda: _reverse_linearized(objective, params)
     out, product = _by_mode(mode, objective, params, forward, reverse)
-    return out, lambda v: product(axes.vary(trees.cast_like(v, params), local))
+    return out, lambda v: product(_tangent(v, params, local))
 
 
 def gradient_and_product(
@@ -83,16 +83,12 @@ def gradient_and_product(
 ) -> tuple[LossAndGradient, Tree]:
     """(((L, aux), ∇L), H v) in one pass: the gradient shares its backward pass with the product."""
     params, local = _localized(objective, params)
-    v = axes.vary(trees.cast_like(v, params), local)
+    v = _tangent(v, params, local)
     if mode == "finite-differences":
         return objective.value_aux_and_grad(params), _differences(objective, params)(v)
 
     def forward(part: Objective) -> tuple[LossAndGradient, Tree]:
-        def gradient(p: Tree) -> tuple[Tree, tuple[jax.Array, Any]]:
-            loss, grads = part.value_aux_and_grad(p)
-            return grads, loss
-
-        grads, product, loss = jax.jvp(gradient, (params,), (v,), has_aux=True)
+        grads, product, loss = jax.jvp(_gradient_of(part), (params,), (v,), has_aux=True)
         return (loss, grads), product
 
     def reverse(part: Objective) -> tuple[LossAndGradient, Tree]:
@@ -113,23 +109,46 @@ def _localized(objective: Objective, params: Tree) -> tuple[Tree, frozenset[str]
     return axes.vary(params, local), local
 
 
-def _forward_linearized(objective: Objective, params: Tree) -> tuple[LossAndGradient, Product]:
-    def gradient(p: Tree) -> tuple[Tree, tuple[jax.Array, Any]]:
-        loss, grads = objective.value_aux_and_grad(p)
+def _gradient_of(objective: Objective) -> Callable[[Tree], tuple[Tree, tuple[jax.Array, Any]]]:
+    """θ ↦ (∇L, (L, aux)), in the order in which JAX differentiates the first."""
+
+    def gradient(params: Tree) -> tuple[Tree, tuple[jax.Array, Any]]:
+        loss, grads = objective.value_aux_and_grad(params)
         return grads, loss
 
-    grads, product, loss = jax.linearize(gradient, params, has_aux=True)
+    return gradient
+
+
+def _forward_linearized(objective: Objective, params: Tree) -> tuple[LossAndGradient, Product]:
+    grads, product, loss = jax.linearize(_gradient_of(objective), params, has_aux=True)
     return (loss, grads), product
 
 
 def _reverse_linearized(objective: Objective, params: Tree) -> tuple[LossAndGradient, Product]:
-    def gradient(p: Tree) -> tuple[Tree, tuple[jax.Array, Any]]:
-        loss, grads = objective.value_aux_and_grad(p)
-        return grads, loss
-
     # H is symmetric: the transpose that reverse mode gives is the product itself.
-    grads, pull, loss = jax.vjp(gradient, params, has_aux=True)
+    grads, pull, loss = jax.vjp(_gradient_of(objective), params, has_aux=True)
     return (loss, grads), lambda v: pull(v)[0]
+
+
+def _tangent(v: Tree, params: Tree, local: frozenset[str]) -> Tree:
+    """v with the dtypes of the parameters, varying and laid out like them.
+
+    Raises:
+        ValueError: v has another structure.
+    """
+    found, wanted = str(jax.tree.structure(v)), str(jax.tree.structure(params))
+    if found != wanted:
+        raise ValueError(
+            f"A Hessian product takes a vector with the structure of the parameters, {wanted}, and "
+            f"got {found}."
+        )
+    return axes.vary(jax.tree.map(_laid_out_like, trees.cast_like(v, params), params), local)
+
+
+def _laid_out_like(x: jax.Array, y: jax.Array) -> jax.Array:
+    wanted = jax.typeof(y).sharding
+    explicit = any(entry is not None for entry in wanted.spec)
+    return jax.sharding.reshard(x, wanted) if explicit else x
 
 
 def _by_mode(

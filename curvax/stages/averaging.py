@@ -1,8 +1,10 @@
 """Averages: over devices, and over groups of examples that each take the stages on their own."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from curvax import accumulation, axes, checks
@@ -39,7 +41,7 @@ def pmean_updates(axis_name: AxisNames) -> Stage:
         local = signal.local
         if axis_name is None and objective is not None:
             local = local | objective.local_axes(params)
-        over = checks.averaged_axes(axis_name, local, stage="pmean_updates")
+        over = checks.averaged_axes(axis_name, local, stage="pmean_updates", partly=True)
         weight = None if objective is None else objective.batch_weight()
         mean = lambda tree: axes.mean(tree, over, weight)
         same = signal.gradient is signal.updates
@@ -78,42 +80,55 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
     Raises:
         ValueError, TypeError: m < 1, or traced; at update, one that does not divide the batch.
     """
-    checks.check_static("per_group", m=m)
-    checks.check_range("m", m, 1, float("inf"), stage="per_group")
+    checks.check_count("per_group", m=m)
     inner = pipe(stages)
     over_groups = accumulation.mean_over_scan if sequential else accumulation.mean_over_vmap
 
     def rule(
         signal: Signal, state: Any, params: Tree, *, value_fn: Any = None, **extra: Any
     ) -> tuple[Signal, Any]:
-        objective = require_batch(as_objective(value_fn, "per_group"), "per_group")
+        objective = require_batch(as_objective(value_fn, "per_group", params), "per_group")
         local = objective.local_axes(params)
-        groups = objective.groups(m)
+        groups = accumulation.split(objective.batch, objective.size, m, f"`per_group({m}, ...)`")
         count = objective.size // m
         first, shards = objective.shard_number(local)
+        # The caller's loss and gradient are those of the whole batch.
+        extra = {name: x for name, x in extra.items() if name not in ("value", "grad")}
 
         def one(i: jax.Array, batch: Tree) -> tuple[Any, jax.Array | None]:
-            group = objective.on(batch, part=(i, count))
-            group.microbatch = None
+            group = objective.piece(batch, i, count)
             (value, aux), gradient = group.value_aux_and_grad(params)
             given = Signal(gradient, gradient, value=value, aux=aux, local=local)
-            fold = lambda x: jax.random.fold_in(x, first * count + i) if _is_key(x) else x
-            rest = {name: x for name, x in extra.items() if name not in ("value", "grad")}
-            out, new = inner.update(
-                given, jax.tree.map(fold, state), params, value_fn=group, **rest
-            )
-            return (out._replace(matvec=None, local=None), _without_keys(new)), group.batch_weight()
+            start = _map_keys(lambda key: jax.random.fold_in(key, first * count + i), state)
+            out, new = inner.update(given, start, params, value_fn=group, **extra)
+            # Keys and axis names do not average; both are put back below.
+            kept = out._replace(matvec=None, local=None), _map_keys(lambda key: False, new)
+            return kept, group.batch_weight()
 
         out, new = over_groups(one, groups, count)
-        advance = lambda old, x: jax.random.fold_in(old, shards * count) if _is_key(old) else x
-        return out._replace(local=local), jax.tree.map(advance, state, new)
+        new = jax.tree.map(lambda x, old: _settled(x, old, objective, local), new, state)
+        advanced = lambda x, old: jax.random.fold_in(old, shards * count) if _is_key(old) else x
+        return out._replace(local=local), jax.tree.map(advanced, new, state)
 
     return stage(inner.init, rule)
 
 
+def _settled(x: jax.Array, old: jax.Array, objective: Any, local: frozenset[str]) -> jax.Array:
+    """A moment or figure of the groups, the same on every device if it was so before.
+
+    Weights that differ between devices make a mean over groups each device's own again. Where types
+    do not tell, figures are scalars, and moments are no part of a local pipe.
+    """
+    if _is_key(old):
+        return x
+    own = axes.varying(x) - axes.varying(old) if axes.tracked() else local if not x.ndim else ()
+    over = tuple(axis for axis in axes.manual() if axis in own)
+    return axes.mean(x, over, objective.batch_weight())
+
+
 def _is_key(x: Any) -> bool:
-    return jax.dtypes.issubdtype(jax.numpy.result_type(x), jax.dtypes.prng_key)
+    return jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)
 
 
-def _without_keys(state: Any) -> Any:
-    return jax.tree.map(lambda x: jax.numpy.zeros((), bool) if _is_key(x) else x, state)
+def _map_keys(f: Callable[[jax.Array], Any], state: Any) -> Any:
+    return jax.tree.map(lambda x: f(x) if _is_key(x) else x, state)

@@ -73,11 +73,13 @@ def hutchinson_diag(
     Raises:
         ValueError: an option out of range; later, under a device axis, no `mean_over`.
     """
-    checks.check_static(
-        "hutchinson_diag", probes=probes, sampler=sampler, fraction=fraction, shards=shards
-    )
-    checks.check_range("probes", probes, 1, jnp.inf, stage="hutchinson_diag")
-    checks.check_range("shards", shards, 1, jnp.inf, stage="hutchinson_diag")
+    checks.check_static("hutchinson_diag", sampler=sampler, fraction=fraction)
+    checks.check_count("hutchinson_diag", probes=probes, shards=shards)
+    if not callable(sampler):
+        raise TypeError(
+            "`hutchinson_diag(sampler=)` takes a callable `sampler(key, tree) -> tree`, such as "
+            f"`rademacher` or `gaussian_probe`, and got {sampler!r}."
+        )
     if not 0 < fraction <= 1:
         raise ValueError(f"`hutchinson_diag` takes `fraction` in (0, 1], and got {fraction}.")
     check_mode(mode)
@@ -85,22 +87,24 @@ def hutchinson_diag(
     def init(params: Tree) -> HutchinsonState:
         trees.require_floating(params, "hutchinson_diag")
         figures = unmeasured("diagonal_relative_error") if probes > 1 else {}
-        return HutchinsonState(as_key(key), jnp.zeros((), jnp.int32), figures)
+        return HutchinsonState(jnp.copy(as_key(key)), jnp.zeros((), jnp.int32), figures)
 
     def rule(
         signal: Signal, state: HutchinsonState, params: Tree, *, value_fn: Any = None, **extra: Any
     ) -> tuple[Signal, HutchinsonState]:
-        objective = as_objective(value_fn, "hutchinson_diag")
+        objective = as_objective(value_fn, "hutchinson_diag", params)
         local = objective.local_axes(params)
         checks.refuse_summed(signal.updates, local, stage="hutchinson_diag")
         over = checks.averaged_axes(mean_over, local, stage="hutchinson_diag")
         step_key = jax.random.fold_in(state.key, state.step)
-        here = objective if fraction == 1 else require_batch(objective, "fraction").first(fraction)
+        here = (
+            objective
+            if fraction == 1
+            else require_batch(objective, "hutchinson_diag(fraction=)").first(fraction)
+        )
         estimate = lambda part, k: _estimate(part, params, k, probes, sampler, mode)
         found, whole = _over_shards(estimate, here, step_key, shards, local)
-        diagonal, variance = axes.mean(
-            (found.diagonal, found.variance), over, objective.batch_weight()
-        )
+        diagonal, variance = axes.mean((found.diagonal, found.variance), over, here.batch_weight())
         signal = signal._replace(diagonal=diagonal)
         if whole and fraction == 1:
             signal = share_gradient(signal, objective, params, found.loss, found.gradient, local)
@@ -167,7 +171,7 @@ def _over_shards(
     accumulation.check_divides(objective.size, here, f"`hutchinson_diag(shards={shards})`")
 
     def piece(i: jax.Array, batch: Tree) -> tuple[Curvature, jax.Array | None]:
-        part = objective.on(batch, part=(i, here))
+        part = objective.piece(batch, i, here)
         return estimate(part, jax.random.fold_in(key, device * here + i)), part.batch_weight()
 
     groups = objective.groups(objective.size // here)
@@ -177,4 +181,4 @@ def _over_shards(
 
 def _relative_error(diagonal: Tree, variance: Tree) -> Figures:
     error = trees.ratio(jnp.sqrt(trees.total(variance)), trees.norm(diagonal))
-    return measured(diagonal_relative_error=error)
+    return measured({"diagonal_relative_error": error})

@@ -15,7 +15,7 @@ from curvax.axes import AxisNames
 from curvax.climbing import Climb, Rules
 from curvax.figures import Figures, measured, unmeasured
 from curvax.linalg.ascent import check_p, dual_norm
-from curvax.objective import as_objective
+from curvax.objective import Objective, as_objective
 from curvax.signal import Signal, Stage, at, stage
 from curvax.trees import Path, Tree
 
@@ -94,62 +94,78 @@ def sam_perturb(
     def init(params: Tree) -> SamState:
         trees.require_floating(params, "sam_perturb")
         _warn_of_half_precision(params)
-        rules = Rules(ascent, p, mask, params)
-        return SamState(jnp.zeros((), jnp.int32), rules.keys, unmeasured(*FIGURES))
+        # Copies: a donated state must not take along the keys that the rule was made with.
+        keys = tuple(jnp.copy(key) for key in Rules(ascent, p, mask, params).keys)
+        return SamState(jnp.zeros((), jnp.int32), keys, unmeasured(*FIGURES))
 
     def rule(
         signal: Signal, state: SamState, params: Tree, *, value_fn: Any = None, **extra: Any
     ) -> tuple[Signal, SamState]:
         del extra
-        objective = as_objective(value_fn, "sam_perturb")
+        objective = as_objective(value_fn, "sam_perturb", params)
         local = objective.local_axes(params)
         checks.refuse_summed(signal.updates, local, stage="sam_perturb")
-        sync = axes.bound(sync_over, where="`sam_perturb(sync_over=)`")
-        gradient = signal.updates
+        gradient, radius = signal.updates, _radius(rho, state.step, params)
         value = jnp.asarray(jnp.nan if signal.value is None else signal.value, float)
         value = axes.vary(value, local)
-        shard, _ = objective.shard_number(local)
-        keys = tuple(
-            jax.random.fold_in(jax.random.fold_in(k, state.step), shard) for k in state.keys
-        )
-        radius = _radius(rho, state.step, params)
         climb = Climb(
-            objective, params, Rules(ascent, p, mask, params), keys, radius, steps,
-            at(step_size, state.step), projected, sync,
-        )  # fmt: skip
+            objective=objective,
+            params=axes.vary(params, local),
+            rules=Rules(ascent, p, mask, params),
+            keys=_drawn(state, objective, local),
+            radius=radius,
+            steps=steps,
+            step_size=at(step_size, state.step),
+            projected=projected,
+            sync=axes.bound(sync_over, where="`sam_perturb(sync_over=)`"),
+            local=local,
+        )
 
         def perturbed() -> tuple[Tree, jax.Array, Figures]:
             value_p, gradient_p, updates = climb.gradient(gradient, second_order)
-            biggest = jnp.max(
-                jnp.stack([*map(jnp.asarray, jax.tree.leaves(radius)), jnp.zeros(())])
-            )
-            figures = _figures(value, value_p, gradient, gradient_p, biggest)
+            figures = _figures(value, value_p, gradient, gradient_p, _largest(radius))
+            over = tuple(axis for axis in axes.manual() if axis in local)
+            figures = measured(figures, over, objective.batch_weight())
             return trees.cast_like(updates, gradient), value_p.astype(value.dtype), figures
 
         def clean() -> tuple[Tree, jax.Array, Figures]:
             return gradient, jnp.full_like(value, jnp.nan), state.figures
 
-        if isinstance(every, int) and every == 1:
-            now: Any = True
-            updates, value_p, figures = perturbed()
-        else:
-            now = state.step % every == 0
-            updates, value_p, figures = axes.cond(now, perturbed, clean)
+        always = isinstance(every, int) and every == 1
+        now = True if always else state.step % every == 0
+        updates, value_p, figures = perturbed() if always else axes.cond(now, perturbed, clean)
         signal = signal._replace(
-            updates=updates, gradient=gradient, value=value, perturbed_value=value_p,
-            perturbed=now, local=local,
-        )  # fmt: skip
+            updates=updates,
+            gradient=gradient,
+            value=value,
+            perturbed_value=value_p,
+            perturbed=now,
+            local=local,
+        )
         return signal, SamState(state.step + 1, state.keys, figures)
 
     return stage(init, rule)
 
 
+def _drawn(state: SamState, objective: Objective, local: frozenset[str]) -> tuple[jax.Array, ...]:
+    """This step's keys on this piece of the global batch."""
+    shard, _ = objective.shard_number(local)
+    fold = jax.random.fold_in
+    return tuple(fold(fold(key, state.step), shard) for key in state.keys)
+
+
+def _largest(radius: Tree) -> jax.Array:
+    leaves = [jnp.asarray(r, float) for r in jax.tree.leaves(radius)]
+    return jnp.max(jnp.stack(leaves)) if leaves else jnp.zeros(())
+
+
 def _check_options(rho: Any, p: Any, steps: Any, every: Any) -> None:
-    checks.check_static("sam_perturb", p=p, steps=steps)
+    checks.check_static("sam_perturb", p=p)
     check_p(p)
     checks.check_range("rho", rho, 0, jnp.inf, stage="sam_perturb")
-    checks.check_range("steps", steps, 1, jnp.inf, stage="sam_perturb")
-    checks.check_range("every", every, 1, jnp.inf, stage="sam_perturb")
+    checks.check_count("sam_perturb", steps=steps)
+    if not isinstance(every, jax.Array):
+        checks.check_count("sam_perturb", every=every)
 
 
 def _warn_of_half_precision(params: Tree) -> None:
@@ -162,9 +178,11 @@ def _warn_of_half_precision(params: Tree) -> None:
         )
 
 
-def _figures(value: jax.Array, value_p: jax.Array, g: Tree, g_p: Tree, rho: jax.Array) -> Figures:
+def _figures(
+    value: jax.Array, value_p: jax.Array, g: Tree, g_p: Tree, rho: jax.Array
+) -> dict[str, jax.Array]:
     gap, norm, norm_p = value_p - value, trees.norm(g), trees.norm(g_p)
-    return measured(
+    return dict(
         loss=value,
         perturbed_loss=value_p,
         surrogate_gap=gap,
@@ -176,22 +194,33 @@ def _figures(value: jax.Array, value_p: jax.Array, g: Tree, g_p: Tree, rho: jax.
     )
 
 
-def _radius(rho: Any, count: jax.Array, params: Tree) -> Tree:
+def _radius(rho: Any, step: jax.Array, params: Tree) -> Tree:
     """ρ for each leaf. A callable is one of paths if it can be called with one, else a schedule."""
-    spread = _by_path(rho, params) if callable(rho) else None
-    if spread is None:
-        spread = trees.broadcast_prefix(at(rho, count) if callable(rho) else rho, params)
-    return jax.tree.map(lambda r: at(r, count), spread)
+    if not callable(rho):
+        spread = trees.broadcast_prefix(rho, params)
+    else:
+        try:
+            spread = _by_path(rho, params)
+        except Exception as no_path:
+            # Whatever a schedule does with a path, it was not made for it.
+            try:
+                spread = trees.broadcast_prefix(rho(step), params)
+            except Exception:
+                raise ValueError(
+                    "`sam_perturb(rho=)` takes a callable `path -> ρ`, with the names from the "
+                    "root as a tuple, or a schedule `step -> ρ`; this one fails with either. As a "
+                    f"function of the path: {no_path!r}."
+                ) from no_path
+    for value in jax.tree.leaves(spread):
+        checks.check_range("rho", value, 0, jnp.inf, stage="sam_perturb")
+    return jax.tree.map(lambda r: at(r, step), spread)
 
 
-def _by_path(f: Callable[[Path], Any], params: Tree) -> Tree | None:
-    try:
-        spread = trees.map_with_path(lambda path, x: f(_NoStep(path)), params)
-        sound = all(callable(r) or jnp.ndim(r) == 0 for r in jax.tree.leaves(spread))
-    except Exception:
-        # Whatever a schedule does with a path, it was not made for it.
-        return None
-    return spread if sound else None
+def _by_path(f: Callable[[Path], Any], params: Tree) -> Tree:
+    spread = trees.map_with_path(lambda path, x: f(_NoStep(path)), params)
+    if not all(callable(r) or jnp.ndim(r) == 0 for r in jax.tree.leaves(spread)):
+        raise TypeError("ρ is a scalar or a schedule")
+    return spread
 
 
 class _NoStep(tuple):

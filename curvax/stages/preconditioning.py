@@ -1,18 +1,13 @@
 """Preconditioning: the updates divided by a power of the diagonal."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from curvax import checks, trees
-from curvax.signal import Signal, Stage, at, stage
+from curvax.signal import Signal, Stage, StepState, at, stage
 from curvax.trees import Tree
-
-
-class ScaleByPowerState(NamedTuple):
-    step: jax.Array
-    """Steps taken, int32 scalar: what schedules are called with."""
 
 
 def scale_by_power(power: Any, *, eps: Any = 1e-8, damping: Any = 0.0) -> Stage:
@@ -39,7 +34,7 @@ def scale_by_power(power: Any, *, eps: Any = 1e-8, damping: Any = 0.0) -> Stage:
     checks.check_range("eps", eps, 0, jnp.inf, stage="scale_by_power")
     checks.check_range("damping", damping, 0, jnp.inf, stage="scale_by_power")
 
-    def rule(signal: Signal, state: ScaleByPowerState, params: Tree = None, **extra: Any) -> Any:
+    def rule(signal: Signal, state: StepState, params: Tree = None, **extra: Any) -> Any:
         del params, extra
         diagonal = checks.needed_diagonal(
             signal.diagonal, "scale_by_power", "divides by a diagonal"
@@ -51,6 +46,6 @@ def scale_by_power(power: Any, *, eps: Any = 1e-8, damping: Any = 0.0) -> Stage:
             return (trees.widen(u) / denominator).astype(u.dtype)
 
         updates = jax.tree.map(divide, signal.updates, diagonal)
-        return signal._replace(updates=updates), ScaleByPowerState(state.step + 1)
+        return signal._replace(updates=updates), StepState(state.step + 1)
 
-    return stage(lambda params: ScaleByPowerState(jnp.zeros((), jnp.int32)), rule)
+    return stage(lambda params: StepState(jnp.zeros((), jnp.int32)), rule)

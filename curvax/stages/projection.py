@@ -7,13 +7,8 @@ import jax.numpy as jnp
 
 from curvax import axes, checks, trees
 from curvax.axes import AxisNames
-from curvax.signal import Signal, Stage, at, stage
+from curvax.signal import Signal, Stage, StepState, at, stage
 from curvax.trees import Tree
-
-
-class CountState(NamedTuple):
-    step: jax.Array
-    """Steps taken, int32 scalar: what schedules are called with."""
 
 
 def gsam_project(alpha: Any, *, onto: str = "perturbed") -> Stage:
@@ -68,15 +63,13 @@ def penalize_gap(lam: Any) -> Stage:
 
 
 def _combining(name: str, weight: Any, combine: Any) -> Stage:
-    def rule(signal: Signal, state: CountState, params: Tree = None, **extra: Any) -> Any:
+    def rule(signal: Signal, state: StepState, params: Tree = None, **extra: Any) -> Any:
         del params, extra
-        clean, perturbed = _both_gradients(signal, name)
-        updates = combine(clean, perturbed, at(weight, state.step))
-        if signal.perturbed is not True:
-            updates = _select(signal.perturbed, updates, clean)
-        return signal._replace(updates=updates), CountState(state.step + 1)
+        clean, perturbed, now = _both_gradients(signal, name)
+        updates = _select(now, combine(clean, perturbed, at(weight, state.step)), clean)
+        return signal._replace(updates=updates), StepState(state.step + 1)
 
-    return stage(lambda params: CountState(jnp.zeros((), jnp.int32)), rule, name=name)
+    return stage(lambda params: StepState(jnp.zeros((), jnp.int32)), rule, name=name)
 
 
 class KeepOrthogonalState(NamedTuple):
@@ -108,26 +101,34 @@ def keep_orthogonal(alpha: Any = 0.7, *, mean_over: AxisNames = None) -> Stage:
 
     def rule(signal: Signal, state: KeepOrthogonalState, params: Tree = None, **extra: Any) -> Any:
         del params, extra
-        clean, perturbed = _both_gradients(signal, "keep_orthogonal")
+        clean, perturbed, now = _both_gradients(signal, "keep_orthogonal")
         over = checks.averaged_axes(mean_over, signal.local, stage="keep_orthogonal")
         fresh = jax.tree.map(trees.widen, trees.reject(perturbed, clean))
-        kept = _select(signal.perturbed, axes.mean(fresh, over), state.orthogonal)
+        kept = _select(now, axes.mean(fresh, over), state.orthogonal)
         length = at(alpha, state.step) * trees.ratio(trees.norm(clean), trees.norm(kept))
         between = trees.add_scaled(clean, length, kept)
-        updates = _select(signal.perturbed, perturbed, between)
+        updates = _select(now, perturbed, between)
         return signal._replace(updates=updates), KeepOrthogonalState(state.step + 1, kept)
 
     return stage(init, rule)
 
 
-def _both_gradients(signal: Signal, name: str) -> tuple[Tree, Tree]:
-    if signal.perturbed is None:
+def _both_gradients(signal: Signal, name: str) -> tuple[Tree, Tree, Any]:
+    """The clean and the perturbed gradient, and whether this step perturbed.
+
+    Where no stage says so, two gradients in a signal made by hand, or a perturbed loss, do.
+    """
+    now = signal.perturbed
+    two = now is None and signal.gradient is not None and signal.updates is not signal.gradient
+    if now is None or now is False:
+        now = two or signal.perturbed_value is not None
+    if now is False:
         raise ValueError(
             f"`{name}` combines a clean and a perturbed gradient, and no earlier stage perturbed. "
             f"Put `sam_perturb` before it with `|`, as in `sam_perturb(0.05) | {name}(...)`; "
             "`optax.chain` hands on nothing but the updates."
         )
-    return signal.gradient, signal.updates
+    return signal.gradient, signal.updates, now
 
 
 def _select(condition: Any, a: Tree, b: Tree) -> Tree:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import optax
 
+from curvax import trees
 from curvax.objective import as_objective
 from curvax.signal import Signal, Stage, stage, step
 from curvax.trees import Tree
@@ -42,7 +43,8 @@ def partition(stages_by_label: Mapping[Any, optax.GradientTransformation], label
             label: _Within(part, signal, params, extra) for label, part in stages_by_label.items()
         }
         updates, state = _partition(within, labels).update(signal.updates, state, params)
-        return signal._replace(updates=updates), state
+        local = signal.local.union(*(part.local for part in within.values()))
+        return signal._replace(updates=updates, local=local), state
 
     return stage(init, rule)
 
@@ -59,7 +61,7 @@ def restrict(stages: optax.GradientTransformation, mask: Any) -> Stage:
     """
 
     def labels(params: Tree) -> Tree:
-        chosen = mask(params) if callable(mask) else mask
+        chosen = trees.broadcast_prefix(mask(params) if callable(mask) else mask, params)
         return jax.tree.map(lambda inside: "inside" if inside else "outside", chosen)
 
     return partition({"inside": stages, "outside": optax.identity()}, labels)
@@ -78,6 +80,7 @@ class _Within:
 
     def __init__(self, part: optax.GradientTransformation, signal: Any, params: Tree, extra: Any):
         self.part, self.signal, self.params, self.extra = part, signal, params, extra
+        self.local: frozenset[str] = frozenset()
 
     def init(self, masked: Tree) -> Any:
         return self.part.init(_drop(masked))
@@ -94,6 +97,7 @@ class _Within:
             diagonal=None if self.signal.diagonal is None else keep(self.signal.diagonal),
         )
         out, state = step(self.part, inside, state, keep(self.params), **extra)
+        self.local = out.local
         return _restore(masked, out.updates), state
 
 

@@ -9,7 +9,7 @@ import optax
 
 from curvax import axes, checks, roles, trees
 from curvax.objective import as_objective
-from curvax.signal import Signal, Stage, at, name_of, parts_of, pipe, stage
+from curvax.signal import Signal, Stage, at, name_of, parts_of, pipe, stage, step
 from curvax.trees import Path, Tree
 
 Block = None | int | tuple[int, ...]
@@ -139,7 +139,7 @@ class EmaRmsState(NamedTuple):
     step: jax.Array
     """t, int32 scalar."""
     weight: jax.Array
-    """1 - βᵗ, float32 scalar: what the zeros of the start still lack."""
+    """1 - βᵗ, a scalar of the default float type: what the zeros of the start still lack."""
     mean_square: Tree
     """v, in float32 or wider, shaped like the parameters."""
 
@@ -161,7 +161,7 @@ def ema_rms(decay: Any) -> Stage:
     Raises:
         ValueError: β out of range.
     """
-    checks.check_range("decay", decay, 0, 1 - 1e-12, stage="ema_rms")
+    checks.check_decay("decay", decay, stage="ema_rms")
 
     def init(params: Tree) -> EmaRmsState:
         zeros = jax.tree.map(lambda x: trees.widen(jnp.zeros_like(x)), params)
@@ -209,7 +209,8 @@ def every(k: Any, stages: optax.GradientTransformation) -> Stage:
     Raises:
         ValueError: k < 1, or a part that changes the updates.
     """
-    checks.check_range("k", k, 1, jnp.inf, stage="every")
+    if not isinstance(k, jax.Array):
+        checks.check_count("every", k=k)
     for part in parts_of(pipe(stages)):
         if not isinstance(part, Stage):
             _refuse_change(name_of(part))
@@ -229,23 +230,19 @@ def every(k: Any, stages: optax.GradientTransformation) -> Stage:
     ) -> Any:
         # A copy has no memory of gradients given: nothing inside shares the caller's backward
         # pass, which a kept step needs.
-        objective = as_objective(value_fn, "every")
+        objective = as_objective(value_fn, "every", params)
         fresh = objective.on(objective.batch)
 
         def refresh() -> tuple[Tree, Any]:
-            given, below = Signal(signal.updates, signal.gradient, signal.diagonal), state.inner
-            for part, place in zip(parts_of(inner), range(len(below))):
-                out, new = part.update(given, below[place], params, value_fn=fresh, **extra)
-                same = zip(jax.tree.leaves(out.updates), jax.tree.leaves(signal.updates))
-                if not all(a is b for a, b in same):
+            given = Signal(signal.updates, signal.gradient, signal.diagonal)
+            below = []
+            for part, place in zip(parts_of(inner), state.inner, strict=True):
+                given, new = step(part, given, place, params, value_fn=fresh, **extra)
+                if not _same_leaves(given.updates, signal.updates):
                     _refuse_change(name_of(part))
-                given, below = out, (*below[:place], new, *below[place + 1 :])
-            if given.diagonal is None:
-                raise ValueError(
-                    "`every` keeps a diagonal, and no stage inside it made one. Put the estimator "
-                    "inside, as in `every(k, hutchinson_diag())`."
-                )
-            return trees.cast_like(given.diagonal, state.diagonal), below
+                below.append(new)
+            diagonal = checks.needed_diagonal(given.diagonal, "every", "keeps a diagonal")
+            return trees.cast_like(diagonal, state.diagonal), tuple(below)
 
         keep = lambda: (state.diagonal, state.inner)
         diagonal, below = axes.cond(state.step % k == 0, refresh, keep)
@@ -254,8 +251,12 @@ def every(k: Any, stages: optax.GradientTransformation) -> Stage:
     return stage(init, rule)
 
 
+def _same_leaves(a: Tree, b: Tree) -> bool:
+    return all(x is y for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
 def _refuse_change(name: str) -> None:
     raise ValueError(
         f"`every` keeps a diagonal and nothing else, and `{name}` inside it changes the updates. "
-        f"Move it out: `every(k, ...) | {name}(...)`."
+        f"Move it out, `every(k, ...) | {name}(...)`; `sam_perturb` has an `every=` of its own."
     )
