@@ -66,9 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0; 2 after an error, which is told in one paragraph; 130 after Ctrl-C.
     """
-    arguments, fields = _parser().parse_known_args(argv)
+    arguments, overrides = _parser().parse_known_args(argv)
     try:
-        arguments.run(arguments, fields)
+        arguments.run(arguments, overrides)
     except KeyboardInterrupt:
         return _fail("stopped. `curvax resume FOLDER` goes on from the last checkpoint.", 130)
     except ModuleNotFoundError as error:
@@ -98,7 +98,9 @@ class _Parser(argparse.ArgumentParser):
         return self
 
     def takes_a_config(self) -> None:
-        self.add_argument("config", nargs="?", default="digits", metavar="CONFIG")
+        self.add_argument(
+            "config", nargs="?", default="digits", metavar="CONFIG", help="by default digits"
+        )
         self.add_argument(
             "--runs", type=Path, default=Path("runs"), metavar="DIR", help="where run folders go"
         )
@@ -114,15 +116,25 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="curvax", description=_TOP)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add = parser.add_subparsers(required=True, metavar="COMMAND").add_parser
+    _train_options(add("train", help="train a model", description=_TRAIN, epilog=_FIELDS))
+    _compare_options(
+        add("compare", help="train by several methods", description=_COMPARE, epilog=_FIELDS)
+    )
+    _bench_options(add("bench", help="what a step costs", description=_BENCH, epilog=_FIELDS))
+    resume = add("resume", help="go on with a run", description=_RESUME)
+    resume.runs(_resume).add_argument("folder", type=Path, metavar="FOLDER")
+    configs = add("configs", help="what there is to run", description=_CONFIGS)
+    configs.runs(_configs).add_argument("config", nargs="?", metavar="CONFIG")
+    return parser
 
-    train = commands.add_parser("train", help="train a model", description=_TRAIN, epilog=_FIELDS)
+
+def _train_options(train: _Parser) -> None:
     train.runs(_train).takes_a_config()
 
-    compare = commands.add_parser(
-        "compare", help="train by several methods", description=_COMPARE, epilog=_FIELDS
-    ).runs(_compare)
-    compare.takes_a_config()
+
+def _compare_options(compare: _Parser) -> None:
+    compare.runs(_compare).takes_a_config()
     compare.takes_methods()
     compare.add_argument("--seeds", type=_positive, default=1, metavar="N", help="runs of each")
     either = compare.add_mutually_exclusive_group()
@@ -137,21 +149,13 @@ def _parser() -> argparse.ArgumentParser:
         help="score a grid of settings on 10 %% of the training set, kept out of training",
     )
 
-    bench = commands.add_parser(
-        "bench", help="what a step costs", description=_BENCH, epilog=_FIELDS
-    ).runs(_bench)
-    bench.takes_a_config()
+
+def _bench_options(bench: _Parser) -> None:
+    bench.runs(_bench).takes_a_config()
     bench.takes_methods()
     bench.add_argument(
         "--pairs", type=_positive, default=30, metavar="N", help="readings of each clock"
     )
-
-    resume = commands.add_parser("resume", help="go on with a run", description=_RESUME)
-    resume.runs(_resume).add_argument("folder", type=Path, metavar="FOLDER")
-
-    configs = commands.add_parser("configs", help="what there is to run", description=_CONFIGS)
-    configs.runs(_configs).add_argument("config", nargs="?", metavar="CONFIG")
-    return parser
 
 
 def _positive(text: str) -> int:
@@ -161,10 +165,10 @@ def _positive(text: str) -> int:
     return number
 
 
-def _train(arguments: argparse.Namespace, fields: Sequence[str]) -> None:
+def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from curvax.training import commands
 
-    config = commands.configure(arguments.config, fields)
+    config = commands.configure(arguments.config, overrides)
     methods = [config.base, config.optimizer] if config.beside else [config.optimizer]
     commands.start(config, commands.Plan("train", methods), arguments.runs)
 
@@ -183,27 +187,27 @@ def _compare(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     commands.start(config, plan, arguments.runs)
 
 
-def _bench(arguments: argparse.Namespace, fields: Sequence[str]) -> None:
+def _bench(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from curvax.training import commands
 
-    config = commands.configure(arguments.config, fields)
+    config = commands.configure(arguments.config, overrides)
     methods = arguments.optimizers or [config.base, config.optimizer]
     commands.measure_costs(config, methods, arguments.pairs, arguments.runs)
 
 
-def _resume(arguments: argparse.Namespace, fields: Sequence[str]) -> None:
+def _resume(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from curvax.training import commands
 
-    if fields:
-        raise ValueError(f"A resumed run keeps its config, and got {' '.join(fields)}.")
+    if overrides:
+        raise ValueError(f"A resumed run keeps its config, and got {' '.join(overrides)}.")
     commands.resume(arguments.folder)
 
 
-def _configs(arguments: argparse.Namespace, fields: Sequence[str]) -> None:
+def _configs(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from curvax.training import config
 
-    if fields:
-        raise ValueError(f"`curvax configs` takes a name alone, and got {' '.join(fields)}.")
+    if overrides:
+        raise ValueError(f"`curvax configs` takes a name alone, and got {' '.join(overrides)}.")
     if arguments.config:
         print(config.docstring(arguments.config))
     else:

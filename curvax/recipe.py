@@ -168,10 +168,9 @@ class _Reader:
 
     def look_up(self, node: ast.expr, name: str) -> Any:
         if name not in self.names:
-            message = (
-                f"`{name}` is no public name of curvax, no Optax transformation and no schedule"
+            self.fail(
+                node, f"Nothing that a text may name is called `{name}`{near(name, self.names)}"
             )
-            self.fail(node, message + near(name, self.names))
         return self.names[name]
 
     def build(self, node: ast.expr, factory: Callable[..., Any], *args: Any, **named: Any) -> Any:

@@ -132,7 +132,7 @@ def test_curvax_wins_over_optax_and_the_callers_names_over_both():
         ("sgd(0.1) if True else clip(1.0)", "sgd(0.1) if", "none of these"),
         ("sgd((lambda: 0.1)())", "(lambda", "none of these"),
         ("sgd(__import__('os').getpid())", "__import__", "none of these"),
-        ("sgd(open('x'))", "open", "Nothing that can be named"),
+        ("sgd(open('x'))", "open", "Nothing that a text may name"),
         ("sgd([r for r in [0.1]])", "[r for", "none of these"),
         ("sgd(b'x')", "b'x'", "none of these"),
         ("sgd(0.1", "(0.1", "never closed"),

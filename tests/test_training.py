@@ -383,6 +383,47 @@ def test_a_run_that_diverges_leaves_the_others_their_comparison(tmp_path):
     assert "diverged" in report.as_text(report.score_table(scores))
 
 
+@pytest.mark.parametrize(
+    ("base", "method", "noise", "said", "unsaid"),
+    [
+        (
+            {"test_accuracy": 0.6, "lambda_max": 60.0, "memorised": 0.9},
+            {"test_accuracy": 0.8, "lambda_max": 4.0, "memorised": 0.1},
+            0.4,
+            [
+                "64 images of digits, 40% of them",
+                "`b` learnt 10%",
+                "20.0 points ahead",
+                "15.0 times flatter",
+            ],
+            "behind",
+        ),
+        (
+            {"test_accuracy": 0.8, "lambda_max": 4.0},
+            {"test_accuracy": 0.75, "lambda_max": 6.0},
+            0.0,
+            ["64 images of digits.", "5.0 points behind", "1.5 times sharper"],
+            "learnt",
+        ),
+        (
+            {"test_accuracy": 0.8, "lambda_max": -4.0},
+            {"test_accuracy": 0.8},
+            0.0,
+            ["0.0 points ahead"],
+            "eigenvalue",
+        ),
+    ],
+)
+def test_the_verdict_says_what_the_figures_say(base, method, noise, said, unsaid):
+    config = changed()
+    config.data.noise = noise
+    records = [{"step": 1, "test/accuracy": 0.77}, {"step": 2, "train/loss": 1.0}]
+    run = lambda figures: [runs.Outcome(figures | {"train_examples": 64}, records)]
+    words = report.verdict(config, {"a": run(base), "b": run(method)})
+    assert all(part in words for part in [*said, "77.0% at its best epoch", "compare tiny_run"])
+    assert unsaid not in words
+
+
 def test_arms_differ_in_what_they_are_named_for():
     texts = ["adamw(1e-3)", "sam_perturb(0.1) | adamw(1e-3)", "sam_perturb(0.2) | adamw(1e-3)"]
     arms = compare.arms(CONFIG, texts, fair=True)

@@ -109,10 +109,9 @@ def _setting(config: ConfigDict, figures: Figures) -> str:
 
 
 def _performance(name: str, outcome: Outcome) -> str:
-    figures = outcome.figures
-    learnt = f"learnt {figures['memorised']:.0%} of the wrong labels and " * (
-        "memorised" in figures
-    )
+    figures, learnt = outcome.figures, ""
+    if "memorised" in figures:
+        learnt = f"learnt {figures['memorised']:.0%} of the wrong labels and "
     best = max(record.get("test/accuracy", 0.0) for record in outcome.records)
     return (
         f"`{name}` {learnt}classifies {figures[ACCURACY]:.1%} of the test images correctly "

@@ -1,5 +1,6 @@
 """One training step: a state and a batch ↦ the next state and what the step measured."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -39,10 +40,15 @@ def init(
 ) -> State:
     """The state before the first step, for images shaped like `image` [1, H, W, C]."""
     of_params, of_steps = jax.random.split(jax.random.key(seed))
-    variables = jax.jit(lambda key: model.init(key, image))(of_params)
+    variables = dict(_variables(model, of_params, image))
     params = variables.pop("params")
     opt_state = _watched(optimizer).init(params)
     return State(jnp.zeros((), jnp.int32), params, variables, opt_state, of_steps)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _variables(model: nn.Module, key: jax.Array, image: jax.Array) -> Any:
+    return model.init(key, image)
 
 
 def objective(
