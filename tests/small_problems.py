@@ -55,7 +55,7 @@ def dense_hessian(f: Callable[[Any], jax.Array], params: Any) -> np.ndarray:
 
 def assert_trees_close(actual: Any, expected: Any, tol: float = 1e-12) -> None:
     """Same structure, shapes and dtypes, and numbers equal to `tol`, relative to 1 or more."""
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    assert str(jax.tree.structure(actual)) == str(jax.tree.structure(expected))
     for (path, x), y in zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(expected)):
         where = jax.tree_util.keystr(path)
         assert jnp.shape(x) == jnp.shape(y), where

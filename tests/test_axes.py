@@ -1,6 +1,7 @@
 """A forgotten, wrong or already summed device axis is an error, not a number."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -213,7 +214,7 @@ def test_dropout_keys_are_those_of_the_piece_whatever_holds_it(regime):
 
 def test_dropout_keys_do_not_depend_on_the_number_of_devices():
     key = jax.random.key(5)
-    options = dict(key=key, microbatch=2)
+    options: Any = dict(key=key, microbatch=2)
     expected = cx.Objective(noisy, BATCH, **options).value_and_grad(PARAMS)[1]
     two = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     step = jax.shard_map(

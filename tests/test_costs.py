@@ -9,6 +9,7 @@ writes tests/evidence/costs.md.
 
 import functools
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,9 @@ from flax import linen as nn  # noqa: E402
 from curvax.models import build  # noqa: E402
 
 TABLE = pathlib.Path(__file__).parent / "evidence" / "costs.md"
-VIT = dict(classes=10, width=192, depth=4, heads=3, mlp_width=768, patch=4, dropout=0.0)
+VIT: dict[str, Any] = dict(
+    classes=10, width=192, depth=4, heads=3, mlp_width=768, patch=4, dropout=0.0
+)
 
 
 class Perceptron(nn.Module):
@@ -47,7 +50,7 @@ class Scanned(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+        axes: Any = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
         x, _ = nn.scan(Layer, length=4, unroll=4, **axes)()(nn.Dense(512)(x), None)
         return nn.Dense(10)(x)
 
@@ -85,9 +88,11 @@ class Problem:
     def count(self, f, *args):
         """(FLOPs, temporary bytes) of a compiled function."""
         # Less work for the code generator; what is counted is settled before it.
-        options = {"xla_backend_optimization_level": 0}
+        options: Any = {"xla_backend_optimization_level": "0"}
         compiled = jax.jit(f).lower(*args).compile(compiler_options=options)
-        return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
+        costs: Any = compiled.cost_analysis()
+        memory: Any = compiled.memory_analysis()
+        return costs["flops"], memory.temp_size_in_bytes
 
     @functools.cached_property
     def gradient(self):
@@ -108,7 +113,7 @@ class Problem:
         def f(params, state, batch):
             if at is not None:
                 state = (state[0]._replace(step=jnp.int32(at)), *state[1:])
-            objective = cx.Objective(self.loss, batch)
+            objective: Any = cx.Objective(self.loss, batch)
             if plain:
                 objective = lambda p: self.loss(p, batch)
                 loss, grads = jax.value_and_grad(objective)(params)

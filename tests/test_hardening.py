@@ -1,6 +1,7 @@
 """Corners met in use: donated buffers, empty pieces, values nobody kept, options of wrong kinds."""
 
 import gc
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 
 import curvax as cx
 
+WRONG: Any = 2.5
 W = jnp.array([0.3, -0.7, 1.1])
 X = jax.random.normal(jax.random.key(0), (8, 3))
 
@@ -134,11 +136,11 @@ def test_explicitly_sharded_parameters_take_any_number_of_probes():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: cx.hutchinson_diag(probes=2.5), "`probes` as a positive integer"),
-        (lambda: cx.hutchinson_diag(sampler="gaussian"), "sampler"),
+        (lambda: cx.hutchinson_diag(probes=WRONG), "`probes` as a positive integer"),
+        (lambda: cx.hutchinson_diag(sampler=WRONG), "sampler"),
         (lambda: cx.every(2.5, cx.hutchinson_diag()), "`k` as a positive integer"),
-        (lambda: cx.per_group(4.0, cx.sam_perturb(0.1)), "`m` as a positive integer"),
-        (lambda: cx.Objective(loss, X, microbatch=4.0), "microbatch"),
+        (lambda: cx.per_group(WRONG, cx.sam_perturb(0.1)), "`m` as a positive integer"),
+        (lambda: cx.Objective(loss, X, microbatch=WRONG), "microbatch"),
         (lambda: cx.sam_perturb(np.float32(-0.1)), "`rho` in"),
         (lambda: cx.ema_rms(1.0), r"\[0, 1\)"),
         (lambda: cx.adahessian(0.1, b1=2), "`b1`"),

@@ -214,7 +214,7 @@ def test_it_knows_its_own_gradient():
     value, grads = objective.value_and_grad(params)
     given = objective.gave(params, grads)
     assert given is not None
-    assert given.value() is value
+    assert given.value is value
     assert objective.gave(params, jax.tree.map(lambda x: x, grads)) is not None
     assert objective.gave(params, jax.tree.map(lambda x: x + 0, grads)) is None
     assert objective.gave(net_params(), grads) is None

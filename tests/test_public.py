@@ -19,7 +19,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 FLOORS = [
     {"trees", "roles"},
     {"axes"},
-    {"accumulation", "reductions", "checks"},
+    {"accumulation", "reductions", "checks", "memory"},
     {"objective"},
     {"oracles", "linalg"},
     {"signal", "climbing"},

@@ -2,12 +2,14 @@
 
 import pathlib
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.flatten_util import ravel_pytree
 
 import curvax
 
@@ -19,7 +21,7 @@ SNIPPETS = re.findall(
 
 @pytest.mark.parametrize(("title", "code"), SNIPPETS, ids=[title for title, _ in SNIPPETS])
 def test_snippet(title, code, recwarn):
-    names = {}
+    names: dict[str, Any] = {}
     # A newcomer's settings, not those of the tests.
     with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
         exec(compile(code, f"README: {title}", "exec"), names)
@@ -50,10 +52,10 @@ def test_equinox_models_are_trees():
         updates, _ = tx.update(grads, tx.init(params), params, value_fn=objective)
         moved = eqx.combine(eqx.apply_updates(params, updates), static)
         assert jnp.isfinite(jax.vmap(moved)(batch[0])).all()
-    flat, unravel = jax.flatten_util.ravel_pytree(params)
+    flat, unravel = ravel_pytree(params)
     g = jax.grad(lambda w: loss(unravel(w), batch))(flat)
     by_hand = jax.grad(lambda w: loss(unravel(w), batch))(flat + 0.1 * g / jnp.linalg.norm(g))
     updates, _ = curvax.sam_perturb(0.1).update(
         grads, curvax.sam_perturb(0.1).init(params), params, value_fn=objective
     )
-    np.testing.assert_allclose(jax.flatten_util.ravel_pytree(updates)[0], by_hand, rtol=1e-12)
+    np.testing.assert_allclose(ravel_pytree(updates)[0], by_hand, rtol=1e-12)

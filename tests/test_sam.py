@@ -567,9 +567,9 @@ def test_groups_have_dropout_keys_of_their_own():
 
 
 def test_groups_must_divide_the_batch():
-    with pytest.raises(ValueError, match=r"3 does not divide its 8 examples"):
+    with pytest.raises(ValueError, match=r"3 does not divide its 8 "):
         step(cx.per_group(3, cx.sam_perturb(0.3)))
-    with pytest.raises(ValueError, match=r"`m` in \[1"):
+    with pytest.raises(ValueError, match=r"`m` as a positive integer"):
         cx.per_group(0, cx.sam_perturb(0.3))
 
 
@@ -608,8 +608,8 @@ REFUSED = {
     "no norm": (lambda: cx.sam_perturb(0.1, p=0.5), r"p in \[1, ∞\], and p was 0\.5"),
     "no norm of a rule": (lambda: cx.dual_norm(0.5), r"p in \[1, ∞\]"),
     "a negative radius": (lambda: cx.sam_perturb(-0.1), r"`rho` in \[0"),
-    "no steps": (lambda: cx.sam_perturb(0.1, steps=0), r"`steps` in \[1"),
-    "every no step": (lambda: cx.sam_perturb(0.1, every=0), r"`every` in \[1"),
+    "no steps": (lambda: cx.sam_perturb(0.1, steps=0), r"`steps` as a positive integer"),
+    "every no step": (lambda: cx.sam_perturb(0.1, every=0), r"`every` as a positive integer"),
     "a negative eta": (lambda: cx.asam(-1.0), "eta=-1"),
     "an unknown side": (
         lambda: cx.gsam_project(0.1, onto="both"), "'perturbed' or 'clean', and got 'both'"

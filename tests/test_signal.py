@@ -185,7 +185,7 @@ MISUSES = {
     ),
     "no diagonal to keep": (
         lambda: step(cx.every(2, cx.record())),
-        r"`every`.*`every\(k, hutchinson_diag\(\)\)`",
+        r"`every` keeps a diagonal.*hutchinson_diag",
     ),
     "a perturbation inside every": (
         lambda: step(cx.every(2, A())),
