@@ -9,7 +9,8 @@ Per-device perturbation over 8 devices is --optimizer="per_group(32, sam_perturb
 Command: curvax compare cifar100_wrn --seeds 5 --fair --data.path=cifar-100-python.tar.gz
          (with cutout: --data.augment="['shift_crop(4)','flip()','normalise()','cutout(16)']")
 
-Expected: SAM 16.5 ± 0.2 and SGD 18.8 ± 0.2 % of errors in the paper, 14.9 and 16.9 with cutout. Not run here.
+Expected: SAM 16.5 ± 0.2 and SGD 18.8 ± 0.2 % of errors in the paper, 14.9 and 16.9 with
+cutout. Not run here.
 
 Cost: on one GPU about a day for each run of SAM, half of that for SGD; an estimate.
 """

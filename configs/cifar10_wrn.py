@@ -9,7 +9,8 @@ Per-device perturbation over 8 devices is --optimizer="per_group(32, sam_perturb
 Command: curvax compare cifar10_wrn --seeds 5 --fair --data.path=cifar-10-python.tar.gz
          (with cutout: --data.augment="['shift_crop(4)','flip()','normalise()','cutout(16)']")
 
-Expected: SAM 2.7 ± 0.1 and SGD 3.5 ± 0.1 % of errors in the paper, 2.3 and 2.6 with cutout. Not run here.
+Expected: SAM 2.7 ± 0.1 and SGD 3.5 ± 0.1 % of errors in the paper, 2.3 and 2.6 with
+cutout. Not run here.
 
 Cost: on one GPU about a day for each run of SAM, half of that for SGD; an estimate.
 """

@@ -1,4 +1,4 @@
-"""SAM beside SGD with momentum: a small ResNet on 512 images of Fashion-MNIST, 40 % of them wrongly labelled.
+"""SAM beside SGD with momentum: a small ResNet on Fashion-MNIST with 40 % wrong labels.
 
 Paper: Foret et al., SAM, arXiv:2010.01412: its label noise (section 3.3) on one of its data sets
 (appendix B.1), at a scale of our own; all settings ours. The images are read from the IDX files of

@@ -1,4 +1,4 @@
-"""GSAM beside AdamW: a small MLP-Mixer on a thousand of MNIST's digits, 40 % of them wrongly labelled.
+"""GSAM beside AdamW: a small MLP-Mixer on MNIST's digits with 40 % wrong labels.
 
 Paper: Zhuang et al., Surrogate Gap Guided SAM, arXiv:2203.08065, with the label noise of Foret et
 al., SAM, arXiv:2010.01412, section 3.3, at a scale of our own; all settings ours. The images are
