@@ -553,6 +553,38 @@ def test_groups_draw_for_themselves():
     assert np.abs(grouped - alone).max() > 1e-3
 
 
+def test_groups_draw_the_probes_of_their_number():
+    key, inner = jax.random.key(4), lambda key: cx.hutchinson_diag(key) | cx.scale_by_power(1.0)
+    whole, found = objective(), step(cx.per_group(4, inner(key)))[0]
+    expected = []
+    for i in range(2):
+        part = whole.on(jax.tree.map(lambda x, i=i: x[4 * i : 4 * i + 4], net_batch()))
+        _, grads = part.value_and_grad(PARAMS)
+        tx = inner(jax.random.fold_in(key, i))
+        expected.append(flat(tx.update(grads, tx.init(PARAMS), PARAMS, value_fn=part)[0]))
+    np.testing.assert_allclose(flat(found), np.mean(expected, axis=0), rtol=1e-11)
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_groups_hand_on_their_mean_loss_and_aux(sequential):
+    def with_aux(w: Any, batch: Any) -> Any:
+        return w * jnp.mean(batch), {"mean": jnp.mean(batch), "last": batch[-1].astype(int)}
+
+    note: dict[str, Any] = {}
+
+    def rule(signal: cx.Signal, state: Any, params: Any, **_: Any) -> Any:
+        note["signal"] = signal
+        return signal, state
+
+    tx = cx.per_group(2, cx.sam_perturb(0.3), sequential=sequential)
+    tx, w = tx | cx.stage(lambda params: (), rule), jnp.array(2.0)
+    value_fn = cx.Objective(with_aux, jnp.arange(8.0), has_aux=True)
+    tx.update(w, tx.init(w), w, value_fn=value_fn)
+    assert_trees_close(note["signal"].value, jnp.array(7.0))
+    assert_trees_close(note["signal"].perturbed_value, jnp.array(2.3 * 3.5))
+    assert_trees_close(note["signal"].aux, {"mean": jnp.array(3.5), "last": jnp.array(7)})
+
+
 def test_groups_have_dropout_keys_of_their_own():
     def dropped(w: Any, batch: Any, key: jax.Array) -> jax.Array:
         return jnp.mean(batch * (w * jax.random.uniform(key, (), w.dtype)) ** 2)
