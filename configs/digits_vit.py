@@ -5,9 +5,10 @@ noise of Foret et al., SAM, arXiv:2010.01412, section 3.3, at a scale of our own
 
 Command: curvax compare digits_vit --seeds 3 --fair
 
-Expected: EXPECTED
+Expected: not measured at these settings. At learning rate 1e-3 and ρ 0.3: AdamW 49.7 %, SAM
+56.2 %, largest Hessian eigenvalue 241 against 3.7, with one seed.
 
-Cost: COST
+Cost: half a minute a run on two CPU cores.
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +17,7 @@ from curvax.training.config import defaults
 
 
 def get_config() -> ConfigDict:
-    config = defaults(lr=1e-3, rho=0.3)
+    config = defaults(lr=2e-3, rho=0.4)
     config.model.name = "vit_tiny"
     config.model.options.update(depth=2, scan=False)
     config.data.update(name="digits", size=512, noise=0.4)

@@ -6,9 +6,10 @@ Debian's package dataset-fashion-mnist, or from --data.path=FOLDER.
 
 Command: curvax compare fashion_resnet --seeds 3 --fair
 
-Expected: EXPECTED
+Expected: not measured at these settings. At learning rate 0.003 SAM stayed behind SGD with one seed
+(45.8 against 49.5 %): it had not converged.
 
-Cost: COST
+Cost: about two minutes a run on two CPU cores.
 """
 
 from ml_collections import ConfigDict
@@ -17,11 +18,11 @@ from curvax.training.config import defaults
 
 
 def get_config() -> ConfigDict:
-    config = defaults(lr=0.003, rho=0.2)
+    config = defaults(lr=0.01, rho=0.2)
     config.model.name = "resnet8"
     config.model.options.width = 8
     config.data.update(name="fashion_mnist", size=512, noise=0.4)
     config.optimizer = "sam_perturb(rho) | sgd(cosine(lr), momentum=0.9)"
     config.base = "sgd(cosine(lr), momentum=0.9)"
-    config.checkpoint_every = 80
+    config.update(test_every=5, checkpoint_every=80)
     return config

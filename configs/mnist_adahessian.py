@@ -5,9 +5,10 @@ rate, eps and betas, at a scale of our own. Every fifth step refreshes the diago
 
 Command: curvax compare mnist_adahessian --seeds 3
 
-Expected: EXPECTED
+Expected: Adam 91.4 % and AdaHessian 79.9 % with one seed (`curvax train mnist_adahessian
+--beside=true`): at this length and learning rate AdaHessian is behind.
 
-Cost: COST
+Cost: half a minute a run for Adam and a minute and a half for AdaHessian on two CPU cores.
 """
 
 from ml_collections import ConfigDict
@@ -20,7 +21,7 @@ def get_config() -> ConfigDict:
     config.model.name = "resnet8"
     config.model.options.width = 8
     config.data.update(name="mnist", size=1000)
-    config.epochs = 10
+    config.epochs = 30
     config.optimizer = "adahessian(cosine(lr), every=5)"
     config.base = "adam(cosine(1e-3))"
     return config

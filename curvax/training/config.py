@@ -51,6 +51,7 @@ def defaults(**numbers: float) -> ConfigDict:
         "seed": 0,  # of parameters, label noise, data order, augmentation and dropout
         "eval_batch": 512,
         "log_every": 10,  # steps
+        "test_every": 1,  # epochs
         "checkpoint_every": placeholder(int),  # steps, an epoch by default
         "keep": 2,  # checkpoints
         "hessian_examples": 512,  # for the largest eigenvalue at the end, 0 for none
@@ -171,7 +172,7 @@ def check(config: ConfigDict) -> None:
     Raises:
         ConfigError: naming the field.
     """
-    for name in ("epochs", "batch", "eval_batch", "log_every", "keep"):
+    for name in ("epochs", "batch", "eval_batch", "log_every", "test_every", "keep"):
         if config[name] < 1:
             raise ConfigError(f"`{name}` counts from 1, and was {config[name]}.")
 

@@ -1,4 +1,4 @@
-"""The loop of one run: steps, a test after each epoch, a log, checkpoints, and a stop at NaN."""
+"""The loop of one run: steps, tests, a log, checkpoints, and a stop at NaN."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -65,12 +65,14 @@ class _Trainer:
     def run(self, state: State, batches: Any) -> State:
         experiment, config = self.experiment, self.experiment.config
         names = watched_names(state.params)
-        epoch = experiment.steps_per_epoch
+        test_every = config.test_every * experiment.steps_per_epoch
+        save_every = config.checkpoint_every or experiment.steps_per_epoch
         for step in range(int(state.step) + 1, experiment.steps + 1):
             state, measured = experiment.step(state, next(batches))
             self.pending.append(measured)
-            logs, tests = step % config.log_every == 0, step % epoch == 0
-            saves = step % (config.checkpoint_every or epoch) == 0 or step == experiment.steps
+            last = step == experiment.steps
+            logs = step % config.log_every == 0
+            tests, saves = last or step % test_every == 0, last or step % save_every == 0
             if logs or tests or saves:
                 figures = self.settle(step, names)
                 if logs:
