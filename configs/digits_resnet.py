@@ -5,8 +5,8 @@ CIFAR-10), at a scale of our own. ρ is the paper's, all else ours.
 
 Command: curvax compare digits_resnet --seeds 3 --fair
 
-Expected: SGD 77.4 % on the clean test images and SAM 87.8 %, largest Hessian eigenvalue 81.5 against 19.7,
-with one seed (`curvax train digits_resnet --beside=true`).
+Expected: SGD 77.4 % on the clean test images and SAM 87.8 %, largest Hessian eigenvalue 81.5
+against 19.7, with one seed (`curvax train digits_resnet --beside=true`).
 
 Cost: about half a minute a run for SGD and one for SAM on two CPU cores.
 """
