@@ -3,8 +3,8 @@
 Paper: Foret et al., SAM, arXiv:2010.01412, section 3.1 and Table 1, with the settings of its code:
 batch 256, learning rate 0.1, weight decay 5e-4 on every parameter, clipping at 5, 200 epochs. The
 decay is not part of the ascent here, and in the authors' code it is. ρ is its
-default.
-Per-device perturbation over 8 devices is --optimizer="per_group(32, sam_perturb(rho)) | ...".
+default. Perturbing per
+device, on 8 of them, is `per_group(32, sam_perturb(rho)) | ...` in the optimiser's text.
 
 Command: curvax compare cifar10_wrn --seeds 5 --fair --data.path=cifar-10-python.tar.gz
          (with cutout: --data.augment="['shift_crop(4)','flip()','normalise()','cutout(16)']")

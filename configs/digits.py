@@ -6,11 +6,11 @@ training images of scikit-learn's digits. α and the batch are ours too.
 
 Command: curvax train
 
-Expected: AdamW learns most of the wrong labels and names about 60 % of the clean test images
-rightly, GSAM learns about one in ten of them and reaches about 83 %; the largest Hessian eigenvalue
-is about 100 against 4.
+Expected: over three seeds AdamW names 59.1 ± 1.0 % of the clean test images rightly and GSAM
+82.6 ± 0.8 %, with a largest Hessian eigenvalue of 114 against 4.2; AdamW learns most of the wrong
+labels, GSAM about one in ten. With a learning rate of its own, 3e-4, AdamW reaches 74.2 ± 1.2 %.
 
-Cost: two minutes on two CPU cores, half of it compilation.
+Cost: a minute on two idle CPU cores, half of it compilation; two on busy ones.
 """
 
 from ml_collections import ConfigDict

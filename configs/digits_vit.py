@@ -5,8 +5,9 @@ noise of Foret et al., SAM, arXiv:2010.01412, section 3.3, at a scale of our own
 
 Command: curvax compare digits_vit --seeds 3 --fair
 
-Expected: not measured at these settings. At learning rate 1e-3 and ρ 0.3: AdamW 49.7 %, SAM
-56.2 %, largest Hessian eigenvalue 241 against 3.7, with one seed.
+Expected: AdamW 44.1 ± 3.3 % on the clean test images and SAM 57.2 ± 1.5 % over three seeds, largest
+Hessian eigenvalue 50 against 4.2. With a learning rate of its own, 3e-4, AdamW reaches
+50.1 ± 3.2 %. Both learning rates and ρ were the best of a sweep.
 
 Cost: half a minute a run on two CPU cores.
 """

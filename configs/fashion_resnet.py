@@ -6,10 +6,11 @@ Debian's package dataset-fashion-mnist, or from --data.path=FOLDER.
 
 Command: curvax compare fashion_resnet --seeds 3 --fair
 
-Expected: not measured at these settings. At learning rate 0.003 SAM stayed behind SGD with one seed
-(45.8 against 49.5 %): it had not converged.
+Expected: SGD 60.5 % and SAM 59.8 %, largest Hessian eigenvalue 893 against 49, with one seed
+(`curvax train fashion_resnet --beside=true`): in these 480 steps SGD learns only a fifth of the
+wrong labels, and SAM has nothing to win but flatness.
 
-Cost: about two minutes a run on two CPU cores.
+Cost: under a minute a run on two CPU cores.
 """
 
 from ml_collections import ConfigDict
