@@ -8,7 +8,7 @@ Command: curvax train
 
 Expected: over three seeds AdamW names 59.1 ± 1.0 % of the clean test images rightly and GSAM
 82.6 ± 0.8 %, with a largest Hessian eigenvalue of 114 against 4.2; AdamW learns most of the wrong
-labels, GSAM about one in ten. With a learning rate of its own, 3e-4, AdamW reaches 74.2 ± 1.2 %.
+labels, GSAM about one in ten. At learning rate 3e-4 AdamW reaches 74.2 ± 1.2 %.
 
 Cost: a minute on two idle CPU cores, half of it compilation; two on busy ones.
 """

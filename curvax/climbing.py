@@ -1,5 +1,6 @@
 """A loss, a point and a rule of ascent ↦ the gradient at the worst point of a ball around it."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -97,9 +98,9 @@ class Climb(NamedTuple):
         if second_order:
             return self._pulled_back(g)
         e = self._first(self._synced(g), self.params)
-        for _ in range(self.steps - 1):
+        for number in range(1, self.steps):
             _, g = self._at(e)
-            e = self._later(e, self._synced(g), self.params)
+            e = self._later(number, e, self._synced(g), self.params)
         value, g_p = self._at(e)
         return value, g_p, g_p
 
@@ -109,10 +110,10 @@ class Climb(NamedTuple):
         point = self._point
         e, pull_first = jax.vjp(self._first, self._synced(g), self.params)
         trail = []
-        for _ in range(self.steps - 1):
+        for number in range(1, self.steps):
             x, pull_point = jax.vjp(point, e, self.params)
             _, g = self.objective.value_aux_and_grad(x)
-            e, pull_later = jax.vjp(self._later, e, self._synced(g), self.params)
+            e, pull_later = jax.vjp(partial(self._later, number), e, self._synced(g), self.params)
             trail.append((x, pull_point, pull_later))
         x, pull_point = jax.vjp(point, e, self.params)
         (value, _), g_p = self.objective.value_aux_and_grad(x)
@@ -139,9 +140,11 @@ class Climb(NamedTuple):
     def _first(self, g: Tree, params: Tree) -> Tree:
         return self.rules.direction(g, params, self.keys)
 
-    def _later(self, e: Tree, g: Tree, params: Tree) -> Tree:
+    def _later(self, number: int, e: Tree, g: Tree, params: Tree) -> Tree:
+        # An ascent that draws draws anew at each of its steps.
+        keys = tuple(jax.random.fold_in(key, number) for key in self.keys)
         length = jax.tree.map(self._later_length, self.radius)
-        step = jax.tree.map(lambda s, d: s * d, length, self.rules.direction(g, params, self.keys))
+        step = jax.tree.map(lambda s, d: s * d, length, self.rules.direction(g, params, keys))
         e = trees.add(e, step)
         return self.rules.into_ball(e) if self.projected else e
 

@@ -598,6 +598,19 @@ def test_groups_have_dropout_keys_of_their_own():
     np.testing.assert_allclose(updates, expected, rtol=1e-12)
 
 
+def test_a_random_ascent_draws_anew_at_each_step():
+    """Three unprojected steps of the same direction would be 1 + 2/3 of one step's length."""
+    w = jnp.zeros(64)
+    offset = lambda p: 0.5 * jnp.sum(p**2)  # its gradient at a point is the point
+    tx = cx.sam_perturb(1.0, steps=3, projected=False, ascent=cx.random_direction(1))
+    found, _ = tx.update(w, tx.init(w), w, value_fn=offset)
+    same = 1 + 2 / 3
+    independent = np.sqrt(1 + 2 / 9)
+    length = float(jnp.linalg.norm(found))
+    assert abs(length - independent) < 0.25 * (same - independent) + 0.2
+    assert length < same - 0.1
+
+
 def test_groups_must_divide_the_batch():
     with pytest.raises(ValueError, match=r"3 does not divide its 8 "):
         step(cx.per_group(3, cx.sam_perturb(0.3)))
