@@ -126,5 +126,6 @@ def _flatness(base: Figures, method: Figures) -> list[str]:
     return [
         f"It ended where the loss is {max(a, b) / min(a, b):.1f} times "
         f"{'flatter' if b < a else 'sharper'}: the largest eigenvalue of the training loss's "
-        f"Hessian is {b:.3g} there, and {a:.3g} at the base's end."
+        f"Hessian is {b:.3g} there, and {a:.3g} at the base's end. (Part of that is the learning "
+        "rate, where the two differ in it.)"
     ]
