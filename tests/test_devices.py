@@ -234,9 +234,9 @@ def test_adahessian_equals_the_loop_over_shards(regime):
     assert jnp.issubdtype(state[0].key.dtype, jax.dtypes.prng_key)
 
 
-def by_shard(key):
+def by_shard(key, shards=DEVICES):
     return (
-        cx.hutchinson_diag(key, shards=DEVICES, mean_over="batch")
+        cx.hutchinson_diag(key, shards=shards, mean_over="batch")
         | cx.ema_rms(0.99)
         | cx.pmean_updates("batch")
         | optax.ema(0.9)
@@ -258,6 +258,15 @@ def test_one_probe_a_shard_is_the_same_run_on_any_device_count(regime):
         found, _ = run(regime, tx, params, batch)
     expected = adahessian_loop(params, batch, key, shared=False)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-12), found, expected)
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_several_shards_on_a_device_are_those_of_one_device_alone(regime):
+    params, batch = make_params(), make_batch()
+    tx = by_shard(jax.random.key(3), shards=2 * DEVICES)
+    found, _ = run(regime, tx, params, batch, steps=1)
+    alone, _ = one_step(tx, params, tx.init(params), batch)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-12), found, alone)
 
 
 @pytest.mark.parametrize("regime", REGIMES)
