@@ -68,7 +68,8 @@ class Problem:
 
         return step, tx.init(self.params)
 
-    def sam_by_hand(self):
+    def sam_by_hand(self, *, measuring=False):
+        """Two gradients and nothing else, or also the norm and the cosine that curvax records."""
         tx = optax.sgd(0.1)
 
         def step(params, state):
@@ -76,10 +77,12 @@ class Problem:
             g = gradient(params)
             length = optax.tree.norm(g)
             worst = jax.tree.map(lambda p, x: p + 0.05 * x / length, params, g)
-            updates, state = tx.update(gradient(worst), state, params)
-            return optax.apply_updates(params, updates), state
+            g_p = gradient(worst)
+            measured = (optax.tree.norm(g_p), optax.tree.vdot(g, g_p)) if measuring else ()
+            updates, inner = tx.update(g_p, state[0], params)
+            return optax.apply_updates(params, updates), (inner, measured)
 
-        return step, tx.init(self.params)
+        return step, (tx.init(self.params), (jnp.zeros(()), jnp.zeros(())) if measuring else ())
 
     def adahessian_by_hand(self):
         """jvp of value_and_grad, JAX's own signs, moments and step written out."""
@@ -178,11 +181,16 @@ def test_sam_is_as_fast_as_by_hand_and_as_optax(model, table):
             "optax.sgd": problem.curvax_step(optax.with_extra_args_support(optax.sgd(0.1))),
             "curvax.sam": problem.curvax_step(cx.sam(optax.sgd(0.1), 0.05)),
             "SAM by hand": problem.sam_by_hand(),
+            "SAM by hand, measuring": problem.sam_by_hand(measuring=True),
             "optax.contrib.sam": problem.optax_sam(),
         }
     clocks = measure(problem, steps, "optax.sgd", model, table)
-    assert against(clocks, "curvax.sam", "SAM by hand") <= 1.05
-    assert against(clocks, "curvax.sam", "optax.contrib.sam") <= 1.05
+    assert against(clocks, "curvax.sam", "SAM by hand, measuring") <= 1.05
+    # The cosine keeps a gradient alive through the second pass: 5 % of this small a step, by hand
+    # too, and up to 11 % on a bad day.
+    limit = 1.05 if model.startswith("ViT") else 1.12
+    assert against(clocks, "curvax.sam", "SAM by hand") <= limit
+    assert against(clocks, "curvax.sam", "optax.contrib.sam") <= limit
 
 
 @pytest.mark.parametrize("model", MODELS)
