@@ -19,7 +19,8 @@ MODULES = sorted(ROOT.rglob("*.py"))
 FLOORS = [
     {"trees", "roles"},
     {"axes"},
-    {"accumulation", "reductions", "checks", "memory"},
+    {"accumulation", "reductions", "checks", "memory", "products"},
+    {"likelihoods"},
     {"objective"},
     {"oracles", "linalg"},
     {"signal", "climbing"},
