@@ -1,15 +1,14 @@
-"""Smoothing a diagonal: over neighbouring weights, over steps, and by keeping it for k steps."""
+"""Smoothing a diagonal over neighbouring weights."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from curvax import axes, checks, roles, trees
-from curvax.objective import as_objective
-from curvax.signal import Signal, Stage, at, name_of, parts_of, pipe, stage, step
+from curvax import checks, roles, trees
+from curvax.signal import Signal, Stage, stage
 from curvax.trees import Path, Tree
 
 Block = None | int | tuple[int, ...]
@@ -133,130 +132,3 @@ def _inputs_last(d: jax.Array, path: Path, facts: Facts) -> list[int]:
         return [axis for axis in range(d.ndim) if axis not in inputs] + inputs
     everything = list(range(d.ndim))
     return everything[-1:] + everything[:-1] if "kernel" in path[-2:] else everything
-
-
-class EmaRmsState(NamedTuple):
-    step: jax.Array
-    """t, int32 scalar."""
-    weight: jax.Array
-    """1 - βᵗ, a scalar of the default float type: what the zeros of the start still lack."""
-    mean_square: Tree
-    """v, in float32 or wider, shaped like the parameters."""
-
-
-def ema_rms(decay: Any) -> Stage:
-    """Replaces the diagonal by its root mean square over the past, older steps fading.
-
-        D̄ₜ = √( (1-β) Σᵢ βᵗ⁻ⁱ Dᵢ² / (1-βᵗ) )
-
-    The square makes D̄ positive where the Hessian is not. Yao et al., AdaHessian,
-    arXiv:2006.00719, eq. 11.
-
-    Args:
-        decay: β in [0, 1), a number or a schedule; at 0 the diagonal becomes its own magnitude.
-
-    Returns:
-        A stage that needs `diagonal` and replaces it.
-
-    Raises:
-        ValueError: β out of range.
-    """
-    checks.check_decay("decay", decay, stage="ema_rms")
-
-    def init(params: Tree) -> EmaRmsState:
-        zeros = jax.tree.map(lambda x: trees.widen(jnp.zeros_like(x)), params)
-        return EmaRmsState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.result_type(float)), zeros)
-
-    def rule(signal: Signal, state: EmaRmsState, params: Tree = None, **extra: Any) -> Any:
-        del params, extra
-        diagonal = checks.needed_diagonal(signal.diagonal, "ema_rms", "smooths a diagonal")
-        beta = jnp.asarray(at(decay, state.step), state.weight.dtype)
-        square = jax.tree.map(
-            lambda v, d: beta * v + (1 - beta) * jnp.square(d), state.mean_square, diagonal
-        )
-        square = trees.cast_like(square, state.mean_square)
-        weight = beta * state.weight + (1 - beta)
-        rms = jax.tree.map(lambda v: jnp.sqrt(v / weight).astype(v.dtype), square)
-        return signal._replace(diagonal=rms), EmaRmsState(state.step + 1, weight, square)
-
-    return stage(init, rule)
-
-
-class EveryState(NamedTuple):
-    step: jax.Array
-    """Steps taken, int32 scalar."""
-    diagonal: Tree
-    """The diagonal as last refreshed, in float32 or wider, shaped like the parameters."""
-    inner: Any
-    """The state of the stages inside."""
-
-
-def every(k: Any, stages: optax.GradientTransformation) -> Stage:
-    """Refreshes a diagonal every k steps, from the first on, and hands on the kept one in between.
-
-    `every(5, hutchinson_diag()) | ema_rms(b)` feeds the kept diagonal to the average at each step;
-    `every(5, hutchinson_diag() | ema_rms(b))` averages, and counts, refreshes only. A kept step
-    costs one gradient. Under `vmap` both branches run and nothing is saved. Yao et al.,
-    AdaHessian, arXiv:2006.00719, Table 8.
-
-    Args:
-        k: a positive int, or a traced one.
-        stages: stages that make and smooth a diagonal and leave the updates alone.
-
-    Returns:
-        A stage that sets `diagonal`.
-
-    Raises:
-        ValueError: k < 1, or a part that changes the updates.
-    """
-    if not isinstance(k, jax.Array):
-        checks.check_count("every", k=k)
-    for part in parts_of(pipe(stages)):
-        if not isinstance(part, Stage):
-            _refuse_change(name_of(part))
-    inner = pipe(stages)
-
-    def init(params: Tree) -> EveryState:
-        zeros = jax.tree.map(lambda x: trees.widen(jnp.zeros_like(x)), params)
-        return EveryState(jnp.zeros((), jnp.int32), zeros, inner.init(params))
-
-    def rule(
-        signal: Signal,
-        state: EveryState,
-        params: Tree = None,
-        *,
-        value_fn: Any = None,
-        **extra: Any,
-    ) -> Any:
-        # A copy has no memory of gradients given: nothing inside shares the caller's backward
-        # pass, which a kept step needs.
-        objective = as_objective(value_fn, "every", params)
-        fresh = objective.on(objective.batch)
-
-        def refresh() -> tuple[Tree, Any]:
-            given = Signal(signal.updates, signal.gradient, signal.diagonal)
-            below = []
-            for part, place in zip(parts_of(inner), state.inner, strict=True):
-                given, new = step(part, given, place, params, value_fn=fresh, **extra)
-                if not _same_leaves(given.updates, signal.updates):
-                    _refuse_change(name_of(part))
-                below.append(new)
-            diagonal = checks.needed_diagonal(given.diagonal, "every", "keeps a diagonal")
-            return trees.cast_like(diagonal, state.diagonal), tuple(below)
-
-        keep = lambda: (state.diagonal, state.inner)
-        diagonal, below = axes.cond(state.step % k == 0, refresh, keep)
-        return signal._replace(diagonal=diagonal), EveryState(state.step + 1, diagonal, below)
-
-    return stage(init, rule)
-
-
-def _same_leaves(a: Tree, b: Tree) -> bool:
-    return all(x is y for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
-
-
-def _refuse_change(name: str) -> None:
-    raise ValueError(
-        f"`every` keeps a diagonal and nothing else, and `{name}` inside it changes the updates. "
-        f"Move it out, `every(k, ...) | {name}(...)`; `sam_perturb` has an `every=` of its own."
-    )
