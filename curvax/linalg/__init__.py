@@ -8,22 +8,36 @@ from curvax.linalg.ascent import (
     random_direction,
     weight_scaled,
 )
+from curvax.linalg.conjugate_gradients import cg
+from curvax.linalg.direct import dense
 from curvax.linalg.estimates import Estimate, estimate_diagonal, estimate_trace
+from curvax.linalg.kernel import row_space
 from curvax.linalg.power import Eigenpair, power_iteration
 from curvax.linalg.probes import gaussian_probe, rademacher
+from curvax.linalg.solvers import Reason, Solution, Solver
+from curvax.linalg.truncated_cg import steihaug
+from curvax.linalg.vectors import materialize
 
 __all__ = [
     "Ascent",
     "Eigenpair",
     "Estimate",
+    "Reason",
+    "Solution",
+    "Solver",
     "asam",
     "asam_all",
+    "cg",
+    "dense",
     "dual_norm",
     "estimate_diagonal",
     "estimate_trace",
     "gaussian_probe",
+    "materialize",
     "power_iteration",
     "rademacher",
     "random_direction",
+    "row_space",
+    "steihaug",
     "weight_scaled",
 ]

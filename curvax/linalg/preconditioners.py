@@ -1,0 +1,66 @@
+"""Preconditioners v ↦ M⁻¹v of conjugate gradients."""
+
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from curvax import trees
+from curvax.linalg.vectors import laid_out_like
+from curvax.products import Product
+from curvax.trees import Tree
+
+Preconditioner = Callable[[Tree], Tree] | float | jax.Array | None
+"""A map v ↦ M⁻¹v, a power ξ of the diagonal, or nothing."""
+
+
+def check_preconditioner(preconditioner: Any, solver: str) -> None:
+    """Refuses what is none.
+
+    Raises:
+        TypeError, ValueError: neither None, a callable nor a power in [0, 1].
+    """
+    if preconditioner is None or callable(preconditioner):
+        return
+    if isinstance(preconditioner, numbers.Real) and 0 <= float(preconditioner) <= 1:
+        return
+    if isinstance(preconditioner, jax.Array) and not preconditioner.shape:
+        return
+    raise ValueError(
+        f"`{solver}(preconditioner=)` takes a power ξ in [0, 1] of the curvature's diagonal, or a "
+        f"callable v ↦ M⁻¹v, and got {preconditioner!r}. Martens uses ξ = 0.75."
+    )
+
+
+def preconditioning(
+    preconditioner: Preconditioner, product: Any, diagonal: Tree, solver: str
+) -> Callable[[Tree], Tree]:
+    """v ↦ M⁻¹v on trees in float32 or wider; the identity for None.
+
+    Raises:
+        ValueError: a power, and no diagonal.
+    """
+    if preconditioner is None:
+        return lambda v: v
+    if callable(preconditioner):
+        given = preconditioner
+        return lambda v: laid_out_like(given(v), v)
+    if diagonal is None:
+        raise ValueError(
+            f"`{solver}(preconditioner={preconditioner})` is a power of the curvature's diagonal, "
+            "and no earlier stage gave one. Put an estimator before the solve, as in "
+            f"`fisher_diag() | fisher_matvec() | damp(1e-3) | solve({solver}(...))`, with "
+            "`gauss_newton_diag`, `fisher_diag`, `empirical_fisher_diag`, `hutchinson_diag` or "
+            "`squared_gradient`; or pass `diagonal=` to the solver itself."
+        )
+    damping = product.damping if isinstance(product, Product) else None
+    scales = jax.tree.map(lambda d: _power(d, damping, preconditioner), diagonal)
+    return lambda v: jax.tree.map(lambda x, s: (x / s).astype(x.dtype), v, scales)
+
+
+def _power(diagonal: jax.Array, damping: Any, xi: Any) -> jax.Array:
+    """(|D| + λ)^ξ, and 1 where that base is 0."""
+    base = jnp.abs(trees.widen(diagonal)) + (0 if damping is None else damping)
+    return jnp.where(base > 0, base, 1) ** xi

@@ -1,0 +1,82 @@
+"""A product v ↦ A v and a vector b ↦ an x with A x ≈ b, how good it is and why it is no better."""
+
+import dataclasses
+import enum
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from curvax import trees
+from curvax.trees import Tree
+
+
+class Reason(enum.IntEnum):
+    """Why a solver stopped."""
+
+    max_steps = 0
+    """It used the products it was allowed."""
+    tolerance = 1
+    """‖b - A x‖ <= tol·‖b‖."""
+    progress = 2
+    """The quadratic model hardly fell any more."""
+    negative_curvature = 3
+    """A direction p with pᵀA p <= 0: the model has no minimum along it."""
+    boundary = 4
+    """The edge of the trust region."""
+    breakdown = 5
+    """A number that is not finite, a preconditioner or a matrix that is not positive definite."""
+    direct = 6
+    """A factorisation, not an iteration."""
+
+
+class Solution(NamedTuple):
+    """What a solver found, and how far to trust it."""
+
+    x: Tree
+    """Shaped and typed like b."""
+    steps: jax.Array
+    """Products used, int32 scalar."""
+    residual: jax.Array
+    """‖b - A x‖ / ‖b‖, and 0 for b = 0."""
+    reason: jax.Array
+    """A `Reason`, int32 scalar."""
+
+
+def stateless(params: Tree) -> tuple[()]:
+    """Nothing to keep from solve to solve."""
+    del params
+    return ()
+
+
+def relative_residual(r: Tree, b: Tree) -> jax.Array:
+    """‖r‖ / ‖b‖, 0 for b = 0, and NaN where an entry is (`trees.norm` would hide it)."""
+    return trees.ratio(jnp.sqrt(trees.dot(r, r)), jnp.sqrt(trees.dot(b, b)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Solver:
+    """A way to solve A x = b; `solver(product, b)` is the `Solution`.
+
+    Attributes:
+        solve: `solve(product, b, state, *, diagonal=None, score=None) -> (Solution, state)`, for a
+            product v ↦ A v on trees shaped and typed like b. `diagonal` is an estimate of that of
+            the undamped A, for preconditioners; `score(x) -> scalar` ranks iterates, lower is
+            better, the same on every device.
+        init: `params -> state`, what one solve hands to the next.
+    """
+
+    solve: Callable[..., tuple[Solution, Any]]
+    init: Callable[[Tree], Any] = stateless
+
+    def __call__(
+        self,
+        product: Callable[[Tree], Tree],
+        b: Tree,
+        *,
+        diagonal: Tree = None,
+        score: Callable[[Tree], jax.Array] | None = None,
+    ) -> Solution:
+        """Solves once, from the state of a fresh start."""
+        return self.solve(product, b, self.init(b), diagonal=diagonal, score=score)[0]

@@ -1,0 +1,83 @@
+"""Conjugate gradients that stop at the edge of a trust region."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from curvax import checks, trees
+from curvax.linalg.krylov import Iterate, Rules, iterate
+from curvax.linalg.preconditioners import Preconditioner, check_preconditioner, preconditioning
+from curvax.linalg.solvers import Reason, Solution, Solver
+from curvax.linalg.vectors import laid_out_like
+from curvax.trees import Tree
+
+
+def steihaug(
+    radius: float | jax.Array,
+    max_steps: int = 20,
+    *,
+    tol: float | jax.Array = 1e-6,
+    preconditioner: Preconditioner = None,
+) -> Solver:
+    """Approximately minimises ½ xᵀA x - bᵀx over ‖x‖₂ <= radius, A symmetric.
+
+    Conjugate gradients from 0, along the last direction to the boundary where the next iterate
+    would leave the region or the curvature is not positive. Steihaug 1983; Nocedal & Wright,
+    Numerical Optimization, algorithm 7.2. The model falls at least as far as at the Cauchy point.
+
+    Args:
+        radius: of the region, >= 0, in the units of x: a number or a traced one.
+        max_steps: products at most.
+        tol: stop once ‖b - A x‖ <= tol·‖b‖.
+        preconditioner: as in `cg`; the region stays a ball in the 2-norm.
+
+    Returns:
+        A `Solver`.
+
+    Raises:
+        TypeError, ValueError: an option out of range; at a solve, no diagonal for a power.
+    """
+    checks.check_count("steihaug", max_steps=max_steps)
+    checks.check_range("radius", radius, 0, math.inf, stage="steihaug")
+    checks.check_range("tol", tol, 0, math.inf, stage="steihaug")
+    check_preconditioner(preconditioner, "steihaug")
+
+    def length(s: Iterate, curvature: jax.Array) -> tuple[jax.Array, Any]:
+        concave = curvature <= 0
+        alpha = s.rz / jnp.where(concave, 1.0, curvature)
+        edge, inside = _to_boundary(s.x, s.p, radius)
+        outside = ~inside(alpha) & jnp.isfinite(alpha)
+        reason = jnp.where(concave, Reason.negative_curvature, Reason.max_steps)
+        reason = jnp.where(outside & ~concave, Reason.boundary, reason)
+        return jnp.where(concave | outside, edge, alpha), reason
+
+    def solve(
+        product: Callable[[Tree], Tree],
+        b: Tree,
+        state: Any,
+        *,
+        diagonal: Tree = None,
+        score: Any = None,
+    ) -> tuple[Solution, Any]:
+        del score
+        precondition = preconditioning(preconditioner, product, diagonal, "steihaug")
+        r = jax.tree.map(trees.widen, b)
+        x = jax.tree.map(jnp.zeros_like, r)
+        rules = Rules(length)
+        s = iterate(product, precondition, b, x, r, rules, limit=max_steps, tol=tol)
+        return Solution(laid_out_like(s.x, b), s.i, s.residual, s.reason), state
+
+    return Solver(solve)
+
+
+def _to_boundary(x: Tree, p: Tree, radius: Any) -> tuple[jax.Array, Callable[[Any], jax.Array]]:
+    """The τ >= 0 with ‖x + τp‖ = radius, and whether ‖x + αp‖ < radius for a given α."""
+    xx, xp, pp = trees.dot(x, x), trees.dot(x, p), trees.dot(p, p)
+    gap = jnp.maximum(radius**2 - xx, 0)
+    root = jnp.sqrt(xp**2 + pp * gap)
+    # The form of the root of pp τ² + 2 xp τ = gap that does not cancel.
+    tau = jnp.where(xp > 0, trees.ratio(gap, xp + root), trees.ratio(root - xp, pp))
+    return tau, lambda alpha: xx + alpha * (2 * xp + alpha * pp) < radius**2
