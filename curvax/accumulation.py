@@ -82,10 +82,7 @@ def mean_over_vmap(
 ) -> Tree:
     """The same mean with all pieces at once: parallel, and aligned with a sharded batch."""
     leading = _leading(pieces)
-    number = jnp.arange(count)
-    if leading is not None:
-        number = jax.sharding.reshard(number, P(leading))
-    out, weight = jax.vmap(f)(number, pieces)
+    out, weight = stack_over_vmap(f, pieces, count)
 
     def mean(x: jax.Array) -> jax.Array:
         if not is_float(x):
@@ -96,6 +93,16 @@ def mean_over_vmap(
         return jnp.sum(weighed(w, x), axis=0).astype(x.dtype)
 
     return jax.tree.map(mean, out)
+
+
+def stack_over_vmap(
+    f: Callable[[jax.Array, Tree], tuple[Tree, jax.Array | None]], pieces: Tree, count: int
+) -> tuple[Tree, jax.Array | None]:
+    """`f(i, piece)` of all pieces at once, stacked along a new first axis."""
+    number, leading = jnp.arange(count), _leading(pieces)
+    if leading is not None:
+        number = jax.sharding.reshard(number, P(leading))
+    return jax.vmap(f)(number, pieces)
 
 
 def _leading(pieces: Tree) -> Any:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax import accumulation, axes, reductions, trees
+from curvax.likelihoods import Likelihood
 from curvax.memory import Given, Memory
 from curvax.trees import Tree
 
@@ -29,7 +30,8 @@ class Objective:
             `model`, `loss(outputs, batch) -> scalar`; or, without a batch, `loss(params)`.
         batch: a pytree of arrays with one leading axis of examples.
         model: `model(params, batch) -> outputs`, where the two halves of the loss must be seen
-            apart (Gauss-Newton, Fisher).
+            apart (Gauss-Newton, Fisher). The loss may then be a likelihood: `categorical`,
+            `bernoulli`, `gaussian`, `poisson`.
         has_aux: the loss returns `(scalar, aux)`; with `model`, the model returns
             `(outputs, aux)`. In Flax the aux is the new model state.
         key: a typed PRNG key. The loss (or the model) is then called with a third argument, a key
@@ -39,10 +41,13 @@ class Objective:
             float32 over scanned micro-batches, with the memory of one.
         weight: `weight(batch) -> scalar`, or the name of an entry of the batch whose sum it is,
             where the loss is a weighted mean (the number of unmasked tokens, say). Micro-batches,
-            groups and devices are then averaged by weight.
+            groups and devices are then averaged by weight. A likelihood with a mask or weights
+            brings its own.
 
     Raises:
-        ValueError: `microbatch` does not divide the batch, or options need a batch and have none.
+        ValueError: `microbatch` does not divide the batch, or options need a batch and have none,
+            or a likelihood has no `model`.
+        TypeError: `key` is no typed key.
     """
 
     def __init__(
@@ -69,6 +74,14 @@ class Objective:
                 "`Objective` was given `microbatch`, `weight` or `model`, which read the batch, "
                 "and no batch. Write `Objective(loss, batch, ...)`."
             )
+        if isinstance(self.loss, Likelihood):
+            if self.model is None:
+                raise ValueError(
+                    "A likelihood is a loss of the model's outputs, and `Objective` was given no "
+                    f"`model`. Write `Objective({self.loss}, batch, model=predict)` with "
+                    "`predict(params, batch) -> outputs`."
+                )
+            self.loss.check_batch(self.batch)
         if isinstance(self.weight, str) and (
             not isinstance(self.batch, dict) or self.weight not in self.batch
         ):
@@ -77,13 +90,8 @@ class Objective:
                 "has none of that name. Pass a name that is there, or a callable "
                 "`batch -> scalar`."
             )
-        if self.key is not None and not jnp.issubdtype(
-            jnp.result_type(self.key), jax.dtypes.prng_key
-        ):
-            raise TypeError(
-                "`Objective(key=)` takes a typed key. Write `jax.random.key(seed)`, or "
-                "`jax.random.wrap_key_data(raw_key)` for an old one."
-            )
+        if self.key is not None:
+            check_key(self.key, "`Objective(key=)`")
         if self.microbatch is not None:
             accumulation.check_divides(self.size, self.microbatch, "`Objective(microbatch=)`")
 
@@ -157,6 +165,8 @@ class Objective:
     def batch_weight(self) -> jax.Array | None:
         """The weight of this batch in a mean of means, or None where all count alike."""
         if self.weight is None:
+            if isinstance(self.loss, Likelihood) and self.loss.weighted:
+                return self.loss.total_weight(self.batch)
             return None
         if isinstance(self.weight, str):
             weight = jnp.sum(self.batch[self.weight])
@@ -191,31 +201,67 @@ class Objective:
 
     def evaluate(self, params: Tree) -> tuple[jax.Array, Any]:
         """(L(θ), aux) of the whole batch in one piece."""
+        if self.model is not None:
+            outputs, aux = self.outputs(params)
+            return self.loss_of(outputs), aux
         rest = () if self.batch is None else (self.batch,)
-        key = () if self.key is None else (self._pass_key(),)
-        aux = None
-        if self.model is None:
-            out = self.loss(params, *rest, *key)
-            value, aux = _pair(out, "loss") if self.has_aux else (out, None)
-        else:
-            outputs = self.model(params, *rest, *key)
-            outputs, aux = _pair(outputs, "model") if self.has_aux else (outputs, None)
-            value = self.loss(outputs, *rest)
+        out = self.loss(params, *rest, *self._keys())
+        value, aux = _pair(out, "loss") if self.has_aux else (out, None)
         return _scalar(value), aux
 
-    def average(self, f: Callable[[Objective], Tree]) -> Tree:
+    def outputs(self, params: Tree) -> tuple[Tree, Any]:
+        """(z, aux): what the model, the first half of the loss, returns for the whole batch."""
+        assert self.model is not None
+        out = self.model(params, self.batch, *self._keys())
+        return _pair(out, "model") if self.has_aux else (out, None)
+
+    def loss_of(self, outputs: Tree) -> jax.Array:
+        """L of outputs, the second half of the loss, a scalar in float32 or wider."""
+        return _scalar(self.loss(outputs, self.batch))
+
+    def average(self, f: Callable[..., Tree], *beside: Tree) -> Tree:
         """The mean over micro-batches of `f(the objective on one of them)`, by weight where there
         is one; `f(self)` without micro-batches. Floating leaves are accumulated in float32, others
-        are the last one's."""
+        are the last one's.
+
+        Args:
+            f: `f(part, *beside)`.
+            beside: trees with a leading axis of examples, cut like the batch.
+        """
         if not self.microbatch or self.microbatch == self.size:
-            return f(self)
+            return f(self, *beside)
         count = self.size // self.microbatch
 
-        def piece(i: jax.Array, batch: Tree) -> tuple[Tree, jax.Array | None]:
+        def piece(i: jax.Array, pieces: Tree) -> tuple[Tree, jax.Array | None]:
+            batch, *rest = pieces
             part = self.piece(batch, i, count)
+            return f(part, *rest), part.batch_weight()
+
+        where = "`Objective(microbatch=)`"
+        pieces = accumulation.split((self.batch, *beside), self.size, self.microbatch, where)
+        return accumulation.mean_over_scan(piece, pieces, count)
+
+    def each(self, f: Callable[[Objective], Tree]) -> tuple[Tree, jax.Array | None]:
+        """`f(the objective on one example)`, all at once.
+
+        Returns:
+            Its leaves, stacked along a new first axis, and the weight of each example where there
+            is one. A dropout key is folded with the example's number.
+        """
+
+        def one(i: jax.Array, batch: Tree) -> tuple[Tree, jax.Array | None]:
+            part = self.piece(batch, i, self.size)
             return f(part), part.batch_weight()
 
-        return accumulation.mean_over_scan(piece, self.groups(self.microbatch), count)
+        return accumulation.stack_over_vmap(one, self.groups(1), self.size)
+
+    def example_keys(self, key: jax.Array) -> jax.Array:
+        """A key for each example, [n]: `key` folded with the example's number in the global batch,
+        so that draws are the same on any number of devices and in micro-batches of any size."""
+        number, _ = self.shard_number(self._batch_axes())
+        first = number * self.size
+        fold = lambda i, _: (jax.random.fold_in(key, first + i), None)
+        return accumulation.stack_over_vmap(fold, self.groups(1), self.size)[0]
 
     def local_axes(self, params: Tree) -> frozenset[str]:
         """The device axes over which this loss is each device's own.
@@ -247,11 +293,16 @@ class Objective:
         part, parts = self._part
         return device * parts + part, devices * parts
 
-    def _pass_key(self) -> jax.Array:
-        local = axes.varying(self.batch) if axes.tracked() else frozenset(axes.manual())
-        number, count = self.shard_number(local)
-        assert self.key is not None
-        return jax.random.fold_in(self.key, number) if count > 1 else self.key
+    def _batch_axes(self) -> frozenset[str]:
+        """The device axes over which the batch is each device's own."""
+        return axes.varying(self.batch) if axes.tracked() else frozenset(axes.manual())
+
+    def _keys(self) -> tuple[jax.Array, ...]:
+        """The key of this pass, if there is one."""
+        if self.key is None:
+            return ()
+        number, count = self.shard_number(self._batch_axes())
+        return (jax.random.fold_in(self.key, number) if count > 1 else self.key,)
 
 
 def as_objective(value_fn: Callable[..., Any] | None, stage: str, params: Tree = ()) -> Objective:
@@ -276,6 +327,19 @@ def as_objective(value_fn: Callable[..., Any] | None, stage: str, params: Tree =
     return value_fn if isinstance(value_fn, Objective) else Objective(value_fn)
 
 
+def check_key(key: Any, where: str) -> None:
+    """Refuses what is no typed key.
+
+    Raises:
+        TypeError: it is a raw key, or a seed.
+    """
+    if not jnp.issubdtype(jnp.result_type(key), jax.dtypes.prng_key):
+        raise TypeError(
+            f"{where} takes a typed key. Write `jax.random.key(seed)`, or "
+            "`jax.random.wrap_key_data(raw_key)` for an old one."
+        )
+
+
 def require_batch(objective: Objective, stage: str) -> Objective:
     """The objective, if it can see its examples.
 
@@ -289,6 +353,41 @@ def require_batch(objective: Objective, stage: str) -> Objective:
             "`loss(params, batch) -> scalar`."
         )
     return objective
+
+
+def require_model(objective: Objective, what: str) -> Objective:
+    """The objective, if it sees the model and the loss of its outputs apart.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if objective.model is None:
+        raise ValueError(
+            f"{what} sees the model and the loss of its outputs apart, and was given "
+            f"{'a loss of the parameters' if objective.batch is None else 'both in one'}. Pass "
+            "`curvax.Objective(loss, batch, model=predict)` with `predict(params, batch) -> "
+            "outputs` and `loss(outputs, batch) -> scalar`, or a likelihood such as "
+            '`curvax.categorical("label")` as the loss.'
+        )
+    return objective
+
+
+def require_likelihood(objective: Objective, what: str) -> Likelihood:
+    """The likelihood that is the objective's loss.
+
+    Raises:
+        ValueError: the loss is another callable.
+    """
+    loss = require_model(objective, what).loss
+    if not isinstance(loss, Likelihood):
+        raise ValueError(
+            f"{what} is an expectation over labels drawn from the model, and the loss is a "
+            "callable that does not say how labels are distributed. Pass `curvax.categorical`, "
+            "`bernoulli`, `gaussian` or `poisson` as the loss of the `Objective`; or take "
+            "`ggnvp`, which serves any convex loss, or `empirical_fvp`, which takes the labels "
+            "of the batch."
+        )
+    return loss
 
 
 def _pair(out: Any, half: str) -> tuple[Any, Any]:

@@ -1,18 +1,24 @@
 """A loss and a point ↦ the Hessian product v ↦ H v, and the gradient that comes with it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core
 
-from curvax import axes, trees
+from curvax import trees
 from curvax.objective import Objective, as_objective
+from curvax.oracles.linearization import (
+    LossAndGradient,
+    at_precision,
+    calls,
+    localized,
+    tangent,
+)
+from curvax.products import Product
 from curvax.trees import Tree
 
-Product = Callable[[Tree], Tree]
-LossAndGradient = tuple[tuple[jax.Array, Any], Tree]
+Matvec = Callable[[Tree], Tree]
 
 MODES = ("auto", "forward-over-reverse", "reverse-over-reverse", "finite-differences")
 
@@ -49,12 +55,7 @@ def hvp(
     objective = as_objective(objective, "hvp")
     with jax.default_matmul_precision(precision):
         _, product = linearized_gradient(objective, params, mode=mode)
-
-    def highest(v: Tree) -> Tree:
-        with jax.default_matmul_precision(precision):
-            return product(v)
-
-    return highest
+    return at_precision(precision, Product(product))
 
 
 def check_mode(mode: str) -> None:
@@ -64,9 +65,9 @@ def check_mode(mode: str) -> None:
 
 def linearized_gradient(
     objective: Objective, params: Tree, *, mode: str = "auto"
-) -> tuple[LossAndGradient, Product]:
+) -> tuple[LossAndGradient, Matvec]:
     """(((L, aux), ∇L), v ↦ H v) at `params`, one linearisation for all."""
-    params, local = _localized(objective, params)
+    params, local = localized(objective, params)
     if mode == "finite-differences":
         return objective.value_aux_and_grad(params), _differences(objective, params)
     if objective.microbatch:
@@ -75,15 +76,15 @@ def linearized_gradient(
     forward = lambda: _forward_linearized(objective, params)
     reverse = lambda: _reverse_linearized(objective, params)
     out, product = _by_mode(mode, objective, params, forward, reverse)
-    return out, lambda v: product(_tangent(v, params, local))
+    return out, lambda v: product(tangent(v, params, local))
 
 
 def gradient_and_product(
     objective: Objective, params: Tree, v: Tree, *, mode: str = "auto"
 ) -> tuple[LossAndGradient, Tree]:
     """(((L, aux), ∇L), H v) in one pass: the gradient shares its backward pass with the product."""
-    params, local = _localized(objective, params)
-    v = _tangent(v, params, local)
+    params, local = localized(objective, params)
+    v = tangent(v, params, local)
     if mode == "finite-differences":
         return objective.value_aux_and_grad(params), _differences(objective, params)(v)
 
@@ -104,11 +105,6 @@ def gradient_and_product(
     )
 
 
-def _localized(objective: Objective, params: Tree) -> tuple[Tree, frozenset[str]]:
-    local = objective.local_axes(params)
-    return axes.vary(params, local), local
-
-
 def _gradient_of(objective: Objective) -> Callable[[Tree], tuple[Tree, tuple[jax.Array, Any]]]:
     """θ ↦ (∇L, (L, aux)), in the order in which JAX differentiates the first."""
 
@@ -119,36 +115,15 @@ def _gradient_of(objective: Objective) -> Callable[[Tree], tuple[Tree, tuple[jax
     return gradient
 
 
-def _forward_linearized(objective: Objective, params: Tree) -> tuple[LossAndGradient, Product]:
+def _forward_linearized(objective: Objective, params: Tree) -> tuple[LossAndGradient, Matvec]:
     grads, product, loss = jax.linearize(_gradient_of(objective), params, has_aux=True)
     return (loss, grads), product
 
 
-def _reverse_linearized(objective: Objective, params: Tree) -> tuple[LossAndGradient, Product]:
+def _reverse_linearized(objective: Objective, params: Tree) -> tuple[LossAndGradient, Matvec]:
     # H is symmetric: the transpose that reverse mode gives is the product itself.
     grads, pull, loss = jax.vjp(_gradient_of(objective), params, has_aux=True)
     return (loss, grads), lambda v: pull(v)[0]
-
-
-def _tangent(v: Tree, params: Tree, local: frozenset[str]) -> Tree:
-    """v with the dtypes of the parameters, varying and laid out like them.
-
-    Raises:
-        ValueError: v has another structure.
-    """
-    found, wanted = str(jax.tree.structure(v)), str(jax.tree.structure(params))
-    if found != wanted:
-        raise ValueError(
-            f"A Hessian product takes a vector with the structure of the parameters, {wanted}, and "
-            f"got {found}."
-        )
-    return axes.vary(jax.tree.map(_laid_out_like, trees.cast_like(v, params), params), local)
-
-
-def _laid_out_like(x: jax.Array, y: jax.Array) -> jax.Array:
-    wanted = jax.typeof(y).sharding
-    explicit = any(entry is not None for entry in wanted.spec)
-    return jax.sharding.reshard(x, wanted) if explicit else x
 
 
 def _by_mode(
@@ -172,26 +147,15 @@ def _forward_allowed(objective: Objective, params: Tree) -> bool:
     def product(p: Tree) -> Tree:
         return jax.jvp(lambda q: objective.value_aux_and_grad(q)[1], (p,), (p,))[1]
 
-    if not _calls("custom_vjp", objective, params):
+    if not calls("custom_vjp", objective, params):
         return True
     try:
-        return not _calls("custom_lin", product, params)
+        return not calls("custom_lin", product, params)
     except (TypeError, NotImplementedError):
         return False
 
 
-def _calls(primitive: str, f: Callable[[Tree], Any], params: Tree) -> bool:
-    return any(name.startswith(primitive) for name in _primitives(jax.make_jaxpr(f)(params).jaxpr))
-
-
-def _primitives(jaxpr: Any) -> Iterator[str]:
-    for eqn in jaxpr.eqns:
-        yield eqn.primitive.name
-        for body in core.jaxprs_in_params(eqn.params):
-            yield from _primitives(getattr(body, "jaxpr", body))
-
-
-def _differences(objective: Objective, params: Tree) -> Product:
+def _differences(objective: Objective, params: Tree) -> Matvec:
     gradient = lambda p: objective.value_aux_and_grad(p)[1]
 
     def product(v: Tree) -> Tree:

@@ -1,0 +1,215 @@
+"""A loss that is a likelihood: -log r(y|z) of outputs z, averaged over sites by weight."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from curvax import trees
+from curvax.likelihoods import sites
+from curvax.likelihoods.sites import Entry
+from curvax.trees import Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Likelihood(abc.ABC):
+    """`loss(outputs, batch) -> scalar`, the weighted mean over sites of -log r(y|z).
+
+        L = Σᵢ wᵢ ℓ(zᵢ, yᵢ) / Σᵢ wᵢ
+
+    A site is what has one weight: a token, an example. All families here are exponential in their
+    outputs, so that ∇²ℓ does not depend on the target and the Gauss-Newton matrix is the Fisher
+    matrix. Martens, arXiv:1412.1193, section 9.
+
+    Args:
+        targets: a key of the batch or a callable `batch -> array`.
+        mask: the same, boolean: sites that are False count nothing, even where they are NaN.
+        weights: the same, w >= 0 for each site.
+    """
+
+    targets: Entry
+    mask: Entry = None
+    weights: Entry = None
+
+    def __post_init__(self) -> None:
+        for name, entry in vars(self).items():
+            sites.check_entry(entry, self._option(name))
+
+    @property
+    def weighted(self) -> bool:
+        """Whether sites can differ in weight."""
+        return self.mask is not None or self.weights is not None
+
+    def on_labels(self, labels: jax.Array) -> Likelihood:
+        """The same likelihood with these targets."""
+        return dataclasses.replace(self, targets=lambda batch: labels)
+
+    def check_batch(self, batch: Tree) -> None:
+        """Refuses a batch without the keys that are named here, before anything is computed.
+
+        Raises:
+            ValueError: a key is missing.
+        """
+        for name, entry in vars(self).items():
+            if entry is not None and not callable(entry):
+                sites.read(entry, batch, self._option(name))
+
+    def label_shape(self, batch: Tree) -> tuple[int, ...]:
+        """The shape of hard targets: what `sample` returns and `on_labels` takes."""
+        return self._read("targets", batch).shape
+
+    def total_weight(self, batch: Tree) -> jax.Array:
+        """Σ w, a scalar; the number of sites where there is neither mask nor weights."""
+        return jnp.sum(self._weights(batch))
+
+    def site_weights(self, outputs: jax.Array, batch: Tree) -> jax.Array:
+        """w / Σ w, shaped [*sites, 1, ...] with as many axes as the outputs; 0 where all are 0."""
+        z = self._checked(outputs, batch)
+        w = self._weights(batch)
+        return sites.with_axes(trees.ratio(w, jnp.sum(w)).astype(z.dtype), z.ndim)
+
+    def __call__(self, outputs: jax.Array, batch: Tree) -> jax.Array:
+        """L, a scalar in float32 or wider; 0 where nothing counts."""
+        z, y, w = self._at(outputs, batch)
+        return jnp.sum(w * self._losses(z, y))
+
+    def scores(self, outputs: jax.Array, batch: Tree) -> jax.Array:
+        """∇_z ℓ of each site, unweighted, shaped like the outputs; 0 where the weight is."""
+        z, y, w = self._at(outputs, batch)
+        gradient = jax.grad(lambda z: jnp.sum(self._losses(z, y)))(z)
+        return _kept(w, gradient).astype(outputs.dtype)
+
+    def hessian_product(self, outputs: jax.Array, batch: Tree, v: jax.Array) -> jax.Array:
+        """∇²L v in the outputs: w/Σw · Cov(y) v at each site, shaped like the outputs."""
+        z, _, w = self._at(outputs, batch)
+        return (w * self._covariance(z, _kept(w, trees.widen(v)))).astype(outputs.dtype)
+
+    def root(self, outputs: jax.Array, batch: Tree, e: jax.Array) -> jax.Array:
+        """B e, where B Bᵀ = ∇²L in the outputs; e is shaped like the outputs."""
+        z, _, w = self._at(outputs, batch)
+        return (jnp.sqrt(w) * self._root(z, trees.widen(e))).astype(outputs.dtype)
+
+    def root_transpose(self, outputs: jax.Array, batch: Tree, u: jax.Array) -> jax.Array:
+        """Bᵀ u, shaped like the outputs."""
+        z, _, w = self._at(outputs, batch)
+        u = _kept(w, trees.widen(u))
+        return (jnp.sqrt(w) * self._root_transpose(z, u)).astype(outputs.dtype)
+
+    def sample(self, keys: jax.Array, outputs: jax.Array, batch: Tree) -> jax.Array:
+        """Labels y ~ r(·|z).
+
+        Args:
+            keys: typed, one for each example of the leading axis.
+            outputs: z.
+            batch: read for mask and weights.
+
+        Returns:
+            An array shaped like hard targets: whole numbers for `categorical`, floating for the
+            others.
+        """
+        z, _, _ = self._at(outputs, batch)
+        return jax.vmap(self._draw)(keys, z)
+
+    def _at(self, outputs: jax.Array, batch: Tree) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(z, y, w / Σw) with as many axes as the outputs, z in float32 or wider.
+
+        Outputs and targets that count for nothing are 0, so that their NaNs reach nobody, nor do
+        those of their derivatives.
+        """
+        z, w = trees.widen(outputs), self.site_weights(outputs, batch)
+        y = _kept(w, sites.with_axes(self._read("targets", batch), z.ndim))
+        return _kept(w, z), self._observed(y, z), w
+
+    def _checked(self, outputs: Any, batch: Tree) -> jax.Array:
+        """The outputs in float32 or wider.
+
+        Raises:
+            TypeError: they are no floating array.
+            ValueError: targets of that shape cannot be theirs.
+        """
+        if not hasattr(outputs, "dtype") or not trees.is_float(outputs):
+            raise TypeError(
+                f"`{self._name}` reads the outputs of the model as one floating array, and got "
+                f"{_described(outputs)}. {self._cure_for_trees}"
+            )
+        self._check_targets(outputs.shape, self._read("targets", batch))
+        return trees.widen(outputs)
+
+    def _read(self, name: str, batch: Tree) -> jax.Array:
+        return sites.read(getattr(self, name), batch, self._option(name))
+
+    def _weights(self, batch: Tree) -> jax.Array:
+        """w for each site, in the default float."""
+        factors = {
+            name: self._read(name, batch)
+            for name in ("mask", "weights")
+            if getattr(self, name) is not None
+        }
+        if "mask" in factors:
+            sites.check_mask(factors["mask"], self._option("mask"))
+        longest = max((x.ndim for x in factors.values()), default=0)
+        shape = self._sites(self._read("targets", batch), longest)
+        w = jnp.ones(shape, jnp.result_type(float))
+        for name, factor in factors.items():
+            w = w * sites.spread(factor, shape, self._option(name))
+        return w
+
+    def _option(self, name: str) -> str:
+        return f"`{self._name}(targets)`" if name == "targets" else f"`{self._name}({name}=)`"
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__.lower()
+
+    @property
+    def _cure_for_trees(self) -> str:
+        return (
+            "If the second part is the new state of the model, write `Objective(..., "
+            "has_aux=True)`; else return the array that the likelihood is of."
+        )
+
+    @abc.abstractmethod
+    def _sites(self, targets: jax.Array, ndim: int) -> tuple[int, ...]:
+        """The shape of the sites, where the weights have `ndim` axes."""
+
+    @abc.abstractmethod
+    def _check_targets(self, outputs: tuple[int, ...], targets: jax.Array) -> None:
+        """Refuses targets that do not fit outputs of this shape."""
+
+    @abc.abstractmethod
+    def _observed(self, y: jax.Array, z: jax.Array) -> jax.Array:
+        """The sufficient statistic of the targets, shaped and typed like z."""
+
+    @abc.abstractmethod
+    def _losses(self, z: jax.Array, y: jax.Array) -> jax.Array:
+        """-log r(y|z), with as many axes as z."""
+
+    @abc.abstractmethod
+    def _covariance(self, z: jax.Array, v: jax.Array) -> jax.Array:
+        """∇²ℓ v = Cov(y) v at each site."""
+
+    @abc.abstractmethod
+    def _root(self, z: jax.Array, e: jax.Array) -> jax.Array:
+        """B e at each site, B Bᵀ = Cov(y)."""
+
+    @abc.abstractmethod
+    def _root_transpose(self, z: jax.Array, u: jax.Array) -> jax.Array:
+        """Bᵀ u at each site."""
+
+    @abc.abstractmethod
+    def _draw(self, key: jax.Array, z: jax.Array) -> jax.Array:
+        """One label of one example."""
+
+
+def _kept(weight: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.where(weight > 0, x, jnp.zeros((), x.dtype))
+
+
+def _described(outputs: Any) -> str:
+    if hasattr(outputs, "dtype"):
+        return f"{outputs.dtype}{list(jnp.shape(outputs))}"
+    return f"a {type(outputs).__name__} of {len(jax.tree.leaves(outputs))} arrays"

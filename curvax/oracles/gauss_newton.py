@@ -1,0 +1,123 @@
+"""A model, a loss of its outputs and a point ↦ the Gauss-Newton product v ↦ Jᵀ ∇²ℓ J v."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from curvax.likelihoods import Likelihood
+from curvax.objective import Objective, as_objective, require_model
+from curvax.oracles.hessian import linearized_gradient
+from curvax.oracles.linearization import (
+    Linearized,
+    LossAndGradient,
+    at_precision,
+    linearized,
+    localized,
+)
+from curvax.products import Product, Root
+from curvax.trees import Tree
+
+Metric = Callable[..., Product]
+"""`metric(part, outputs, *beside) -> product`: a curvature in the space of the outputs."""
+
+
+def ggnvp(
+    objective: Objective | Callable[[Tree], jax.Array], params: Tree, *, precision: Any = "highest"
+) -> Product:
+    """The product with the Gauss-Newton matrix of the loss at `params`.
+
+        G v = Jᵀ ∇²ℓ(z) J v,   z = f(θ)
+
+    Linearised once, so that each application costs a forward and a backward pass of tangents (with
+    `microbatch=` the model is linearised anew each time, in the memory of one micro-batch). Local
+    to the device under an axis. Martens, arXiv:1412.1193, section 8; positive semi-definite where
+    the loss is convex in the outputs, and the Hessian itself where the model is linear.
+
+    Args:
+        objective: an `Objective` with `model=`; its loss a likelihood or any convex one.
+        params: the point θ.
+        precision: of the matrix products (`jax.default_matmul_precision`).
+
+    Returns:
+        A linear map on trees like `params`. With a likelihood and without micro-batches it knows
+        its root, R v = Bᵀ J v, where B Bᵀ = ∇²ℓ.
+
+    Raises:
+        ValueError: the objective has no `model`.
+    """
+    objective = require_model(as_objective(objective, "ggnvp", params), "`ggnvp`")
+    with jax.default_matmul_precision(precision):
+        _, product = linearized_product(objective, params, loss_curvature)
+    return at_precision(precision, product)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelPass:
+    """The model linearised at a point: one forward pass for everything that is pulled back."""
+
+    objective: Objective
+    model: Linearized
+
+    @property
+    def outputs(self) -> Tree:
+        """z, for the whole batch."""
+        return self.model.value
+
+    def pull(self, cotangent: Tree) -> Tree:
+        """Jᵀ c for c like the outputs: a backward pass."""
+        return self.model.pull(cotangent)
+
+    def loss_and_gradient(self) -> LossAndGradient:
+        """((L, aux), ∇L)"""
+        value, cotangent = jax.value_and_grad(self.objective.loss_of)(self.outputs)
+        return (value, self.model.aux), self.pull(cotangent)
+
+    def product(self, metric: Metric, *beside: Tree) -> Product:
+        """v ↦ Jᵀ M J v, where M = `metric(objective, outputs, *beside)`."""
+        inner = metric(self.objective, self.outputs, *beside)
+        return inner.within(self.model.push, self.model.pull)
+
+
+def model_pass(objective: Objective, params: Tree) -> ModelPass:
+    """The objective's model linearised at `params`, over the whole batch in one piece."""
+    params, local = localized(objective, params)
+    return ModelPass(objective, linearized(objective.outputs, params, local))
+
+
+def linearized_product(
+    objective: Objective, params: Tree, metric: Metric, *beside: Tree
+) -> tuple[Callable[[], LossAndGradient], Product]:
+    """(() ↦ ((L, aux), ∇L), v ↦ Jᵀ M J v), one linearisation for both.
+
+    With micro-batches the model is linearised in each of them, at each application.
+
+    Args:
+        objective: has a `model`.
+        params: the point.
+        metric: M, from the objective, its outputs and what lies beside.
+        beside: trees with a leading axis of examples, cut like the batch.
+    """
+    if not objective.microbatch:
+        whole = model_pass(objective, params)
+        return whole.loss_and_gradient, whole.product(metric, *beside)
+
+    def product(v: Tree) -> Tree:
+        apply = lambda part, *rest: model_pass(part, params).product(metric, *rest)(v)
+        return objective.average(apply, *beside)
+
+    return lambda: objective.value_aux_and_grad(params), Product(product)
+
+
+def loss_curvature(part: Objective, outputs: Tree, *beside: Tree) -> Product:
+    """∇²ℓ in the outputs: known to a likelihood, by autodiff for any other loss."""
+    if not isinstance(part.loss, Likelihood):
+        return Product(linearized_gradient(Objective(part.loss_of), outputs)[1])
+    loss, batch = part.loss, part.batch
+    root = Root(
+        lambda u: loss.root_transpose(outputs, batch, u),
+        lambda e: loss.root(outputs, batch, e),
+        jax.ShapeDtypeStruct(outputs.shape, outputs.dtype),
+    )
+    return Product(lambda u: loss.hessian_product(outputs, batch, u), root)
