@@ -61,6 +61,16 @@ def test_exact_number_of_parameters(name, classes, size, expected):
     assert count(name, classes, size) == expected
 
 
+# Hinton and Salakhutdinov's 784-1000-500-250-30-250-500-1000-784, summed layer by layer.
+def test_the_autoencoder_has_its_layers_and_gives_back_the_shape():
+    x, model = jnp.zeros((2, 28, 28, 1)), build("autoencoder")
+    outputs, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), x)
+    assert outputs.shape == x.shape
+    widths = [784, 1000, 500, 250, 30, 250, 500, 1000, 784]
+    expected = sum(a * b + b for a, b in zip(widths, widths[1:]))
+    assert sum(math.prod(p.shape) for p in jax.tree.leaves(variables)) == expected == 2_837_314
+
+
 # Chen et al., arXiv:2106.01548, Table 5, in millions (some rounded, some cut off).
 @pytest.mark.parametrize(
     ("name", "millions"),
@@ -84,9 +94,15 @@ def test_class_token_adds_one_vector():
     assert count("vit_s16", 10, 32, pool="token") == count("vit_s16", 10, 32) + 384
 
 
-@pytest.mark.parametrize("name", ["vit_tiny", "mixer_tiny"])
-def test_scanned_and_unrolled_give_the_same_numbers(name):
-    x = digits()
+def tokens(n: int = 2) -> jax.Array:
+    return jax.random.randint(jax.random.key(7), (n, 6), 0, 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs"), [("vit_tiny", digits), ("mixer_tiny", digits), ("lm_tiny", tokens)]
+)
+def test_scanned_and_unrolled_give_the_same_numbers(name, inputs):
+    x = inputs()
     scanned, unrolled = (build(name, 10, scan=scan, depth=3, width=8) for scan in (True, False))
     stacked = random_variables(scanned, x)["params"]
     blocks = {
@@ -171,10 +187,11 @@ def mlp(x, layers):
     return dense(np.asarray(jax.nn.gelu(dense(x, layers["Dense_0"]))), layers["Dense_1"])
 
 
-def attention(x, p):
+def attention(x, p, allowed=True):
     q, k, v = (np.einsum("ntc,chd->nthd", x, p[j]["kernel"]) + p[j]["bias"] for j in ATTENTION)
-    scores = jax.nn.softmax(np.einsum("nthd,nshd->nhts", q, k) / np.sqrt(q.shape[-1]), axis=-1)
-    mixed = np.einsum("nhts,nshd->nthd", np.asarray(scores), v)
+    scores = np.einsum("nthd,nshd->nhts", q, k) / np.sqrt(q.shape[-1])
+    shares = jax.nn.softmax(np.where(allowed, scores, -np.inf), axis=-1)
+    mixed = np.einsum("nhts,nshd->nthd", np.asarray(shares), v)
     return np.einsum("nthd,hdc->ntc", mixed, p["out"]["kernel"]) + p["out"]["bias"]
 
 
@@ -208,6 +225,36 @@ def test_network_of_patches_equals_its_naive_twin(name, options):
     variables = random_variables(model, x)
     expected = twin(name, jax.tree.map(np.asarray, variables["params"]), np.asarray(x))
     np.testing.assert_allclose(run(model, variables, x), expected, rtol=1e-10)
+
+
+def test_language_model_equals_its_naive_twin():
+    x, model = tokens(), build("lm_tiny", 10, scan=False, depth=1, width=16)
+    variables = random_variables(model, x)
+    p = jax.tree.map(np.asarray, variables["params"])
+    h = p["embedding"]["embedding"][x] + p["pos_embedding"]
+    block, past = p["block_0"], np.tri(6, dtype=bool)[None, None]
+    h = h + attention(layer_norm(h, block["norm1"]), block["attention"], past)
+    h = h + mlp(layer_norm(h, block["norm2"]), block["mlp"])
+    logits = layer_norm(h, p["norm"]) @ p["head"]["kernel"] + p["head"]["bias"]
+    np.testing.assert_allclose(run(model, variables, x), logits, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "layers"),
+    [
+        ("mlp", 3, ["layer0", "layer1", "head"]),
+        ("autoencoder_tiny", None, ["encoder0", "encoder1", "code", "decoder0", "decoder1", "head"]),
+    ],
+)
+def test_dense_networks_equal_their_naive_twins(name, classes, layers):
+    x, model = digits(), build(name, classes)
+    variables = random_variables(model, x)
+    params = jax.tree.map(np.asarray, variables["params"])
+    h = np.asarray(x).reshape(len(x), -1)
+    for layer in layers:
+        h = h @ params[layer]["kernel"] + params[layer]["bias"]
+        h = h if layer in ("code", "head") else np.tanh(h)
+    np.testing.assert_allclose(run(model, variables, x).reshape(h.shape), h, rtol=1e-10)
 
 
 def test_batch_statistics_move_in_training_alone():
@@ -330,11 +377,19 @@ def test_any_wide_resnet_has_a_name():
         ("vit_tiny", {"heads": 5}, ValueError, "does not divide 64"),
         ("vit_tiny", {"positions": "sincos", "width": 6, "heads": 1}, ValueError, "4n"),
         ("mixer_tiny", {"dropout": 1.0}, ValueError, "\\[0, 1\\)"),
+        ("lm_tiny", {"heads": 5}, ValueError, "does not divide 64"),
+        ("mlp", {"activation": "than"}, ValueError, "Did you mean 'tanh'"),
+        ("autoencoder", {}, ValueError, "`autoencoder` was built with 10"),
     ],
 )
 def test_errors_name_the_cure(name, options, error, message):
     with pytest.raises(error, match=message):
         build(name, 10, **options)
+
+
+def test_a_head_without_classes_is_refused():
+    with pytest.raises(ValueError, match="`vit_tiny` was built with None"):
+        build("vit_tiny")
 
 
 def test_patch_must_divide_the_image():

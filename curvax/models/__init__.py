@@ -1,9 +1,10 @@
-"""The papers' image classifiers in Flax linen, by name: `build("vit_s16", classes=1000)`.
+"""The papers' models in Flax linen, by name: `build("vit_s16", classes=1000)`.
 
-Every model is called as `model(x, train=False)` on floats (N, H, W, C); dropout and stochastic
-depth draw from `rngs={"dropout": key}`, batch norm keeps `batch_stats`. Names are
-`resnet<depth>`, `wrn<depth>_<width>` for any wide ResNet, and `vit_` or `mixer_` with the size
-(S, B, or tiny for 8×8 digits) and the patch.
+Every model is called as `model(x, train=False)`; dropout and stochastic depth draw from
+`rngs={"dropout": key}`, batch norm keeps `batch_stats`. Image classifiers take floats (N, H, W, C)
+and are named `resnet<depth>`, `wrn<depth>_<width>` for any wide ResNet, and `vit_` or `mixer_` with
+the size (S, B, or tiny for 8×8 digits) and the patch. `mlp` takes anything and `autoencoder` gives
+back what it took, both in floats (N, ...); `lm_tiny` is a language model on integers (N, T).
 """
 
 import re
@@ -13,12 +14,24 @@ from typing import Any
 
 from flax import linen as nn
 
+from curvax.models.language import LanguageModel
 from curvax.models.mixer import MlpMixer
+from curvax.models.perceptron import Autoencoder, Perceptron
 from curvax.models.resnet import ResNet
 from curvax.models.vit import VisionTransformer
 from curvax.models.wide_resnet import WideResNet
 
-__all__ = ["MlpMixer", "ResNet", "VisionTransformer", "WideResNet", "build", "names"]
+__all__ = [
+    "Autoencoder",
+    "LanguageModel",
+    "MlpMixer",
+    "Perceptron",
+    "ResNet",
+    "VisionTransformer",
+    "WideResNet",
+    "build",
+    "names",
+]
 
 Recipe = tuple[type[nn.Module], dict[str, Any]]
 
@@ -52,6 +65,10 @@ def _recipes() -> dict[str, Recipe]:
     tiny = {"patch": 2, "width": 64, "depth": 4}
     found["vit_tiny"] = VisionTransformer, {**tiny, "heads": 4, "mlp_width": 128}
     found["mixer_tiny"] = MlpMixer, {**tiny, "token_width": 32, "channel_width": 128}
+    found["lm_tiny"] = LanguageModel, {"width": 64, "depth": 2, "heads": 4, "mlp_width": 256}
+    found["mlp"] = Perceptron, {"widths": (128, 64)}
+    found["autoencoder"] = Autoencoder, {"widths": (1000, 500, 250), "code": 30}
+    found["autoencoder_tiny"] = Autoencoder, {"widths": (128, 64), "code": 16}
     for size in ("s", "b"):
         for patch in (32, 16):
             found[f"vit_{size}{patch}"] = VisionTransformer, {**VIT[size], "patch": patch}
@@ -68,28 +85,36 @@ def names() -> tuple[str, ...]:
     return tuple(RECIPES)
 
 
-def build(name: str, classes: int, **options: Any) -> nn.Module:
+def build(name: str, classes: int | None = None, **options: Any) -> nn.Module:
     """A model by name.
 
     Args:
         name: one of `names()`, or any `wrn<depth>_<width>`.
-        classes: number of logits.
+        classes: number of logits, or of a regression's targets; none for an autoencoder.
         **options: attributes of the model's class to set, such as `norm="group"`, `scan=False`,
             `dropout=0.1`, `head_bias=-10.0`.
 
     Raises:
-        ValueError: an unknown name, or an option out of its range.
+        ValueError: an unknown name, an option out of its range, or `classes` missing or in excess.
         TypeError: an option that the model does not have.
     """
     module, settings = _recipe(name)
-    known = {field.name for field in fields(module)} - {"classes", "parent", "name"}
+    known = {field.name for field in fields(module)} - {"parent", "name"}
+    if ("classes" in known) is (classes is None):
+        raise ValueError(
+            "An autoencoder's outputs are shaped like its inputs, and any other model has "
+            f"`classes` outputs. `{name}` was built with {classes}: take another model, or another "
+            "task for it."
+        )
+    head = {} if classes is None else {"classes": classes}
+    known -= head.keys()
     for option in options:
         if option not in known:
             raise TypeError(
                 f"The model `{name}` has no option `{option}`. {_near(option, known)} It has "
                 f"{', '.join(sorted(known))}."
             )
-    return module(classes=classes, **{**settings, **options})
+    return module(**head, **{**settings, **options})
 
 
 def _recipe(name: str) -> Recipe:

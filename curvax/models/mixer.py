@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from curvax.models.blocks import Block
 from curvax.models.layers import Mlp
-from curvax.models.patchnets import PatchBlock, PatchNet
+from curvax.models.patchnets import PatchNet
 
 
-class MixerBlock(PatchBlock, kw_only=True):
+class MixerBlock(Block, kw_only=True):
     """An MLP over tokens, then one over channels, each normalised before and added to its input."""
 
     token_width: int

@@ -8,34 +8,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from curvax.models.layers import Mlp, require_choice
-from curvax.models.patchnets import PatchBlock, PatchNet
+from curvax.models.layers import require_choice
+from curvax.models.patchnets import PatchNet
+from curvax.models.transformer import TransformerBlock, require_heads
 
 POOLS = ("mean", "token")
 POSITIONS = ("learned", "sincos")
 WAVELENGTH = 10_000  # the longest, as for words; Vaswani et al., arXiv:1706.03762
-
-
-class EncoderBlock(PatchBlock, kw_only=True):
-    """Attention, then an MLP, each normalised before and added to its input."""
-
-    heads: int
-    mlp_width: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array, fraction: jax.Array, train: bool) -> tuple[jax.Array, None]:
-        h = nn.LayerNorm(dtype=self.dtype, name="norm1")(x)
-        h = nn.MultiHeadDotProductAttention(
-            self.heads,
-            kernel_init=nn.initializers.xavier_uniform(),
-            dtype=self.dtype,
-            name="attention",
-        )(h)
-        h = nn.Dropout(self.dropout)(h, deterministic=not train)
-        x = self.add(x, h, fraction, train)
-        h = nn.LayerNorm(dtype=self.dtype, name="norm2")(x)
-        h = Mlp(self.mlp_width, self.dropout, self.dtype, name="mlp")(h, train)
-        return self.add(x, h, fraction, train), None
 
 
 class VisionTransformer(PatchNet, kw_only=True):
@@ -58,10 +37,7 @@ class VisionTransformer(PatchNet, kw_only=True):
     def __post_init__(self) -> None:
         require_choice("pool", self.pool, POOLS)
         require_choice("positions", self.positions, POSITIONS)
-        if self.width % self.heads:
-            raise ValueError(
-                f"`heads` divides `width`, and {self.heads} does not divide {self.width}."
-            )
+        require_heads(self.heads, self.width)
         if self.positions == "sincos" and (self.width % 4 or self.width < 8):
             raise ValueError(
                 f"`positions='sincos'` needs a `width` of 4n, at least 8, and got {self.width}."
@@ -78,7 +54,7 @@ class VisionTransformer(PatchNet, kw_only=True):
             token = jnp.broadcast_to(token.astype(x.dtype), (n, 1, width))
             x = jnp.concatenate([token, x], axis=1)
         x = nn.Dropout(self.dropout)(x, deterministic=not train)
-        x = self.blocks(EncoderBlock, x, train, heads=self.heads, mlp_width=self.mlp_width)
+        x = self.blocks(TransformerBlock, x, train, heads=self.heads, mlp_width=self.mlp_width)
         return self.classify(x[:, 0] if self.pool == "token" else jnp.mean(x, axis=1))
 
     def position(self, rows: int, columns: int) -> jax.Array:

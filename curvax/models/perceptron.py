@@ -1,0 +1,79 @@
+"""Fully connected networks: a perceptron that classifies or regresses, and the deep autoencoder."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from curvax.models.layers import classify, require_choice
+
+ACTIVATIONS = {"tanh": nn.tanh, "relu": nn.relu, "gelu": nn.gelu, "sigmoid": nn.sigmoid}
+
+
+class Perceptron(nn.Module, kw_only=True):
+    """Dense layers, called as `model(x, train=False)` on (N, ...), which is flattened.
+
+    Attributes:
+        classes: number of logits, or of the targets of a regression.
+        widths: of the hidden layers.
+        activation: `tanh`, `relu`, `gelu` or `sigmoid`.
+        dtype: of activations; inferred from inputs and parameters where None.
+    """
+
+    classes: int
+    widths: Sequence[int]
+    activation: str = "tanh"
+    dtype: Any = None
+
+    def __post_init__(self) -> None:
+        require_choice("activation", self.activation, ACTIVATIONS)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        x = x.reshape(len(x), -1)
+        for n, width in enumerate(self.widths):
+            dense = nn.Dense(width, dtype=self.dtype, name=f"layer{n}")
+            x = ACTIVATIONS[self.activation](dense(x))
+        return classify(x, self.classes, bias=0.0, init=nn.initializers.lecun_normal())
+
+
+class Autoencoder(nn.Module, kw_only=True):
+    """Dense layers down to a linear code and up again, called as `model(x, train=False)`.
+
+    Hinton and Salakhutdinov, Science 313 (2006), and Martens, ICML 2010, with their layers and
+    kfac-jax's initialisation and tanh. Inputs (N, ...) are flattened; the outputs are logits of the
+    same shape.
+
+    Attributes:
+        widths: of the encoder's hidden layers; the decoder's are the same, backwards.
+        code: width of the code.
+        activation: `tanh`, `relu`, `gelu` or `sigmoid`; the code has none.
+        dtype: of activations; inferred from inputs and parameters where None.
+    """
+
+    widths: Sequence[int]
+    code: int
+    activation: str = "tanh"
+    dtype: Any = None
+
+    def __post_init__(self) -> None:
+        require_choice("activation", self.activation, ACTIVATIONS)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        h = x.reshape(len(x), -1)
+        pixels = h.shape[-1]
+        h = self.layers(h, self.widths, "encoder")
+        h = nn.Dense(self.code, dtype=self.dtype, name="code")(h)
+        h = self.layers(h, self.widths[::-1], "decoder")
+        logits = classify(h, pixels, bias=0.0, init=nn.initializers.lecun_normal())
+        return logits.reshape(x.shape)
+
+    def layers(self, h: jax.Array, widths: Sequence[int], part: str) -> jax.Array:
+        for n, width in enumerate(widths):
+            dense = nn.Dense(width, dtype=self.dtype, name=f"{part}{n}")
+            h = ACTIVATIONS[self.activation](dense(h))
+        return h
