@@ -10,7 +10,7 @@ from curvax import checks, trees
 from curvax.likelihoods import Likelihood
 from curvax.objective import Objective, as_objective, check_key, require_likelihood
 from curvax.oracles.gauss_newton import Metric, linearized_product, loss_curvature
-from curvax.oracles.linearization import at_precision
+from curvax.oracles.linearization import LossAndGradient
 from curvax.products import Product, Root
 from curvax.trees import Tree
 
@@ -50,9 +50,33 @@ def fvp(
         ValueError: the loss is no likelihood, or the options contradict each other.
         TypeError: `key` is no typed key.
     """
-    objective = as_objective(objective, "fvp", params)
-    likelihood = require_likelihood(objective, "`fvp`")
     _check_draws(samples, key, labels)
+    objective = as_objective(objective, "fvp", params)
+    return _linearized(objective, params, precision, samples, key, labels)[1]
+
+
+def linearized_fisher(
+    objective: Objective,
+    params: Tree,
+    *,
+    samples: int | None = None,
+    key: jax.Array | None = None,
+    precision: Any = "highest",
+) -> tuple[LossAndGradient, Product]:
+    """(((L, aux), ∇L), `fvp`) from one linearisation; `key` is read where there are `samples`."""
+    gradient, product = _linearized(objective, params, precision, samples, key)
+    return gradient(), product
+
+
+def _linearized(
+    objective: Objective,
+    params: Tree,
+    precision: Any,
+    samples: int | None,
+    key: jax.Array | None,
+    labels: jax.Array | None = None,
+) -> tuple[Callable[[], LossAndGradient], Product]:
+    likelihood = require_likelihood(objective, "The Fisher matrix")
     metric: Metric = loss_curvature
     beside: tuple[jax.Array, ...] = ()
     if labels is not None:
@@ -60,9 +84,7 @@ def fvp(
         metric, beside = given_labels, (_by_example(jnp.asarray(labels), shape),)
     elif samples is not None and key is not None:
         metric, beside = drawn_labels, (sample_keys(objective, key, samples),)
-    with jax.default_matmul_precision(precision):
-        _, product = linearized_product(objective, params, metric, *beside)
-    return at_precision(precision, product)
+    return linearized_product(objective, params, metric, *beside, precision=precision)
 
 
 def sample_keys(objective: Objective, key: jax.Array, samples: int) -> jax.Array:
@@ -78,7 +100,7 @@ def draw(likelihood: Likelihood, keys: jax.Array, outputs: jax.Array, batch: Tre
 
 def drawn_labels(part: Objective, outputs: jax.Array, keys: jax.Array) -> Product:
     """The sampled Fisher in the outputs, from keys [n, S]."""
-    likelihood = require_likelihood(part, "`fvp`")
+    likelihood = require_likelihood(part, "The Fisher matrix")
     return given_labels(part, outputs, draw(likelihood, keys, outputs, part.batch))
 
 
@@ -87,7 +109,7 @@ def given_labels(part: Objective, outputs: jax.Array, labels: jax.Array) -> Prod
 
     Its root is u ↦ √(w/SΣw) <s, u>, one row for each sample and site.
     """
-    likelihood, batch = require_likelihood(part, "`fvp`"), part.batch
+    likelihood, batch = require_likelihood(part, "The Fisher matrix"), part.batch
     scores = lambda y: likelihood.on_labels(y).scores(outputs, batch)
     s = trees.widen(jax.vmap(scores, in_axes=1)(labels))
     w = likelihood.site_weights(outputs, batch)[None]

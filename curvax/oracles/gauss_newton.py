@@ -47,10 +47,22 @@ def ggnvp(
     Raises:
         ValueError: the objective has no `model`.
     """
-    objective = require_model(as_objective(objective, "ggnvp", params), "`ggnvp`")
-    with jax.default_matmul_precision(precision):
-        _, product = linearized_product(objective, params, loss_curvature)
-    return at_precision(precision, product)
+    return _linearized(as_objective(objective, "ggnvp", params), params, precision)[1]
+
+
+def linearized_gauss_newton(
+    objective: Objective, params: Tree, *, precision: Any = "highest"
+) -> tuple[LossAndGradient, Product]:
+    """(((L, aux), ∇L), `ggnvp`) from one linearisation."""
+    gradient, product = _linearized(objective, params, precision)
+    return gradient(), product
+
+
+def _linearized(
+    objective: Objective, params: Tree, precision: Any
+) -> tuple[Callable[[], LossAndGradient], Product]:
+    objective = require_model(objective, "The Gauss-Newton matrix, Jᵀ ∇²ℓ J,")
+    return linearized_product(objective, params, loss_curvature, precision=precision)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +99,7 @@ def model_pass(objective: Objective, params: Tree) -> ModelPass:
 
 
 def linearized_product(
-    objective: Objective, params: Tree, metric: Metric, *beside: Tree
+    objective: Objective, params: Tree, metric: Metric, *beside: Tree, precision: Any
 ) -> tuple[Callable[[], LossAndGradient], Product]:
     """(() ↦ ((L, aux), ∇L), v ↦ Jᵀ M J v), one linearisation for both.
 
@@ -98,16 +110,20 @@ def linearized_product(
         params: the point.
         metric: M, from the objective, its outputs and what lies beside.
         beside: trees with a leading axis of examples, cut like the batch.
+        precision: of the matrix products.
     """
     if not objective.microbatch:
-        whole = model_pass(objective, params)
-        return whole.loss_and_gradient, whole.product(metric, *beside)
+        with jax.default_matmul_precision(precision):
+            whole = model_pass(objective, params)
+            product = whole.product(metric, *beside)
+        return whole.loss_and_gradient, at_precision(precision, product)
 
-    def product(v: Tree) -> Tree:
+    def scanned(v: Tree) -> Tree:
         apply = lambda part, *rest: model_pass(part, params).product(metric, *rest)(v)
         return objective.average(apply, *beside)
 
-    return lambda: objective.value_aux_and_grad(params), Product(product)
+    gradient = lambda: objective.value_aux_and_grad(params)
+    return gradient, at_precision(precision, Product(scanned))
 
 
 def loss_curvature(part: Objective, outputs: Tree, *beside: Tree) -> Product:

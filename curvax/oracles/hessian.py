@@ -51,11 +51,18 @@ def hvp(
     Raises:
         ValueError: an unknown mode.
     """
-    check_mode(mode)
     objective = as_objective(objective, "hvp")
+    return linearized_hessian(objective, params, mode=mode, precision=precision)[1]
+
+
+def linearized_hessian(
+    objective: Objective, params: Tree, *, mode: str = "auto", precision: Any = "highest"
+) -> tuple[LossAndGradient, Product]:
+    """(((L, aux), ∇L), `hvp`) from one linearisation."""
+    check_mode(mode)
     with jax.default_matmul_precision(precision):
-        _, product = linearized_gradient(objective, params, mode=mode)
-    return at_precision(precision, Product(product))
+        out, product = linearized_gradient(objective, params, mode=mode)
+    return out, at_precision(precision, Product(product))
 
 
 def check_mode(mode: str) -> None:

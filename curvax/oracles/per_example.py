@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from curvax import trees
 from curvax.objective import Objective, as_objective, require_batch
-from curvax.oracles.linearization import at_precision, linearized, localized
+from curvax.oracles.linearization import LossAndGradient, at_precision, linearized, localized
 from curvax.products import Product, Root
 from curvax.trees import Tree
 
@@ -43,6 +43,14 @@ def empirical_fvp(
     with jax.default_matmul_precision(precision):
         product = _linearized(objective, params)
     return at_precision(precision, product)
+
+
+def linearized_empirical_fisher(
+    objective: Objective, params: Tree, *, precision: Any = "highest"
+) -> tuple[LossAndGradient, Product]:
+    """(((L, aux), ∇L), `empirical_fvp`); the gradient is that of the whole batch, a pass apart."""
+    product = empirical_fvp(objective, params, precision=precision)
+    return objective.value_aux_and_grad(params), product
 
 
 def _linearized(objective: Objective, params: Tree) -> Product:
