@@ -7,6 +7,7 @@ import jax
 import optax
 
 from curvax import axes
+from curvax.products import Product, as_product
 from curvax.trees import Tree
 
 
@@ -33,6 +34,36 @@ def needed_diagonal(diagonal: Tree, stage: str, needs: str) -> Tree:
             "`optax.chain` hands on nothing but the updates."
         )
     return diagonal
+
+
+def needed_matvec(matvec: Any, stage: str, needs: str) -> Product:
+    """The curvature product of a signal.
+
+    Raises:
+        ValueError: no earlier stage gave one.
+    """
+    if matvec is None:
+        raise ValueError(
+            f"`{stage}` {needs}, and no earlier stage gave one. Put one before it, as in "
+            f"`fisher_matvec() | {stage}(...)`; between stages write `|` or `curvax.pipe`, since "
+            "`optax.chain` hands on nothing but the updates."
+        )
+    return as_product(matvec)
+
+
+def refuse_local(local: frozenset[str], *, stage: str) -> None:
+    """Refuses updates that are one device's own where all devices must go the same way.
+
+    Raises:
+        ValueError: they are.
+    """
+    if local:
+        axis = sorted(local)[0]
+        raise ValueError(
+            f"`{stage}` was handed the updates of one device, and each device of {axis!r} would "
+            f"go its own way. Put `pmean_updates({axis!r})` before it (`mean_over=` in a method), "
+            "or `pmean_updates(())` if that is meant."
+        )
 
 
 def check_range(name: str, value: Any, low: float, high: float, *, stage: str) -> None:

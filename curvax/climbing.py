@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax import axes, trees
-from curvax.linalg.ascent import Ascent, dual_direction, p_norm
+from curvax.linalg.ascent import Ascent, MetricAscent, dual_direction, p_norm
 from curvax.objective import Objective
 from curvax.oracles import hvp
 from curvax.trees import Tree
@@ -17,6 +17,8 @@ class Rules:
     """The ascent of each leaf: measure, mask, take the dual direction of the whole, scale back."""
 
     def __init__(self, ascent: Any, p: float, mask: Any, params: Tree):
+        self.metric = ascent if isinstance(ascent, MetricAscent) else None
+        ascent = Ascent() if self.metric else ascent
         rule_like = lambda x: isinstance(x, Ascent)
         if callable(ascent):
             spread = trees.map_with_path(lambda path, x: ascent(path), params)
@@ -28,7 +30,8 @@ class Rules:
         if not all(map(rule_like, self.rules)):
             raise TypeError(
                 "`sam_perturb(ascent=)` takes a rule such as `dual_norm(2)` or `asam(0.01)`, a "
-                f"tree prefix of such rules, or a callable `path -> rule`, and got {ascent!r}."
+                "tree prefix of such rules, a callable `path -> rule`, or `fisher_ascent()`, and "
+                f"got {ascent!r}."
             )
         norms = {rule.p or p for rule in self.rules}
         if len(norms) > 1:
@@ -48,6 +51,12 @@ class Rules:
         """e with ‖e‖_p = 1 over all perturbed leaves; `keys` are this step's, as `self.keys`."""
         measure = lambda i, x, w: self._measure(i, x, w, keys)
         return dual_direction(self._each(measure, g, params), self.p)
+
+    def masked(self, tree: Tree) -> Tree:
+        """The tree with zeros for the leaves that stay."""
+        leaves, treedef = jax.tree.flatten(tree)
+        kept = [x if free else jnp.zeros_like(x) for x, free in zip(leaves, self.mask)]
+        return jax.tree.unflatten(treedef, kept)
 
     def into_ball(self, e: Tree) -> Tree:
         """e, pulled back radially where ‖e‖_p > 1."""
@@ -138,7 +147,10 @@ class Climb(NamedTuple):
         return self.rules.offset(e, params, self.radius)
 
     def _first(self, g: Tree, params: Tree) -> Tree:
-        return self.rules.direction(g, params, self.keys)
+        if self.rules.metric is None:
+            return self.rules.direction(g, params, self.keys)
+        g, masked = self.rules.masked(g), self.rules.masked
+        return self.rules.metric.direction(self.objective, params, g, masked, self.sync)
 
     def _later(self, number: int, e: Tree, g: Tree, params: Tree) -> Tree:
         # An ascent that draws draws anew at each of its steps.

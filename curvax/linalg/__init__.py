@@ -2,6 +2,7 @@
 
 from curvax.linalg.ascent import (
     Ascent,
+    MetricAscent,
     asam,
     asam_all,
     dual_norm,
@@ -10,7 +11,7 @@ from curvax.linalg.ascent import (
 )
 from curvax.linalg.conjugate_gradients import cg
 from curvax.linalg.direct import dense
-from curvax.linalg.estimates import Estimate, estimate_diagonal, estimate_trace
+from curvax.linalg.estimates import Estimate, estimate_diagonal, estimate_trace, exact_diagonal
 from curvax.linalg.kernel import row_space
 from curvax.linalg.power import Eigenpair, power_iteration
 from curvax.linalg.probes import gaussian_probe, rademacher
@@ -22,6 +23,7 @@ __all__ = [
     "Ascent",
     "Eigenpair",
     "Estimate",
+    "MetricAscent",
     "Reason",
     "Solution",
     "Solver",
@@ -32,6 +34,7 @@ __all__ = [
     "dual_norm",
     "estimate_diagonal",
     "estimate_trace",
+    "exact_diagonal",
     "gaussian_probe",
     "materialize",
     "power_iteration",

@@ -40,6 +40,17 @@ class Ascent:
     key: jax.Array | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class MetricAscent:
+    """Steepest ascent of the whole tree in a metric that the loss itself gives.
+
+    `direction(objective, params, g, masked, sync)` is the unit step for the gradient g; `masked`
+    puts zeros where nothing may move, `sync` names the device axes to average over.
+    """
+
+    direction: Callable[[Any, Tree, Tree, Callable[[Tree], Tree], tuple[str, ...]], Tree]
+
+
 def dual_norm(p: float = 2) -> Ascent:
     """Steepest ascent in the p-norm.
 

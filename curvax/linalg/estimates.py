@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from curvax import trees
+from curvax.linalg.vectors import ravel, unravel
 from curvax.trees import Tree
 
 Product = Callable[[Tree], Tree]
@@ -45,6 +46,26 @@ def estimate_trace(product: Product, probes: Tree) -> Estimate:
         The estimate, a scalar, and its standard error. Unbiased.
     """
     return _over_probes(lambda z: trees.dot(z, product(z)), probes)
+
+
+def exact_diagonal(product: Product, like: Tree) -> Tree:
+    """The diagonal of C, entry by entry: one product for each.
+
+    Args:
+        product: v ↦ C v.
+        like: a tree of arrays that says what v looks like.
+
+    Returns:
+        A tree like `like`, in float32 or wider.
+    """
+    size = sum(x.size for x in jax.tree.leaves(like))
+
+    def entry(i: jax.Array) -> jax.Array:
+        e = jnp.zeros(size).at[i].set(1)
+        return ravel(product(unravel(e, like)))[i]
+
+    wide = jax.tree.map(trees.widen, like)
+    return unravel(lax.map(entry, jnp.arange(size)), wide)
 
 
 def _over_probes(sample: Callable[[Tree], Tree], probes: Tree) -> Estimate:

@@ -1,25 +1,57 @@
-"""The verbs: estimate, smooth, precondition, perturb, project, average, restrict."""
+"""The verbs: estimate, smooth, precondition, solve, perturb, project, average, restrict."""
 
+from curvax.stages.ascending import fisher_ascent
 from curvax.stages.averaging import per_group, pmean_updates
-from curvax.stages.estimation import hutchinson_diag
+from curvax.stages.estimation import (
+    empirical_fisher_diag,
+    empirical_fisher_matvec,
+    exact_diag,
+    fisher_diag,
+    fisher_matvec,
+    gauss_newton_diag,
+    gauss_newton_matvec,
+    hessian_matvec,
+    hutchinson_diag,
+    squared_gradient,
+)
+from curvax.stages.levenberg import levenberg_marquardt
 from curvax.stages.perturbation import sam_perturb
-from curvax.stages.preconditioning import scale_by_power
+from curvax.stages.preconditioning import clip_by_diagonal, scale_by_power
 from curvax.stages.projection import gsam_project, keep_orthogonal, penalize_gap
 from curvax.stages.restriction import partition, restrict
-from curvax.stages.smoothing import ema_rms, every, spatial_average
+from curvax.stages.smoothing import accumulate, ema_mean, ema_rms, every, spatial_average
+from curvax.stages.solving import damp, quadratic_step, solve, trust_region
 
 __all__ = [
+    "accumulate",
+    "clip_by_diagonal",
+    "damp",
+    "ema_mean",
     "ema_rms",
+    "empirical_fisher_diag",
+    "empirical_fisher_matvec",
     "every",
+    "exact_diag",
+    "fisher_ascent",
+    "fisher_diag",
+    "fisher_matvec",
+    "gauss_newton_diag",
+    "gauss_newton_matvec",
     "gsam_project",
+    "hessian_matvec",
     "hutchinson_diag",
     "keep_orthogonal",
+    "levenberg_marquardt",
     "partition",
     "penalize_gap",
     "per_group",
     "pmean_updates",
+    "quadratic_step",
     "restrict",
     "sam_perturb",
     "scale_by_power",
+    "solve",
     "spatial_average",
+    "squared_gradient",
+    "trust_region",
 ]

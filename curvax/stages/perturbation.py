@@ -14,7 +14,7 @@ from curvax import axes, checks, trees
 from curvax.axes import AxisNames
 from curvax.climbing import Climb, Rules
 from curvax.figures import Figures, measured, unmeasured
-from curvax.linalg.ascent import check_p, dual_norm
+from curvax.linalg.ascent import MetricAscent, check_p, dual_norm
 from curvax.objective import Objective, as_objective
 from curvax.signal import Signal, Stage, at, stage
 from curvax.trees import Path, Tree
@@ -70,7 +70,7 @@ def sam_perturb(
         step_size: the length of later ascent steps, ρ/steps by default.
         projected: pull later steps back, radially, into the ball.
         ascent: a rule of `curvax.linalg.ascent`, such as `asam(0.01)`; or a tree prefix or a
-            callable `path -> rule`. By default `dual_norm(p)`.
+            callable `path -> rule`; or `fisher_ascent()`. By default `dual_norm(p)`.
         second_order: differentiate through ε̂: the exact gradient of θ ↦ L(θ + ε̂(θ)), at the
             price of one Hessian product per ascent step.
         every: perturb every k-th step, from the first on; the clean gradient passes in between.
@@ -89,6 +89,7 @@ def sam_perturb(
         ValueError, TypeError: an option out of range, or traced where it must be static.
     """
     _check_options(rho, p, steps, every)
+    _check_metric(ascent, steps, second_order)
     ascent = dual_norm(p) if ascent is None else ascent
 
     def init(params: Tree) -> SamState:
@@ -166,6 +167,15 @@ def _check_options(rho: Any, p: Any, steps: Any, every: Any) -> None:
     checks.check_count("sam_perturb", steps=steps)
     if not isinstance(every, jax.Array):
         checks.check_count("sam_perturb", every=every)
+
+
+def _check_metric(ascent: Any, steps: int, second_order: bool) -> None:
+    if isinstance(ascent, MetricAscent) and (steps > 1 or second_order):
+        raise ValueError(
+            "`sam_perturb` climbs in a metric in one step of first order, and was given "
+            f"steps={steps}, second_order={second_order}. Drop these options, or climb in a "
+            "p-norm: `ascent=dual_norm(2)`."
+        )
 
 
 def _warn_of_half_precision(params: Tree) -> None:

@@ -1,11 +1,12 @@
-"""Preconditioning: the updates divided by a power of the diagonal."""
+"""Preconditioning: the updates divided by a power of the diagonal, or clipped against it."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from curvax import checks, trees
+from curvax.figures import Figures, measured, unmeasured
 from curvax.signal import Signal, Stage, StepState, at, stage
 from curvax.trees import Tree
 
@@ -49,3 +50,58 @@ def scale_by_power(power: Any, *, eps: Any = 1e-8, damping: Any = 0.0) -> Stage:
         return signal._replace(updates=updates), StepState(state.step + 1)
 
     return stage(lambda params: StepState(jnp.zeros((), jnp.int32)), rule)
+
+
+class ClipState(NamedTuple):
+    step: jax.Array
+    """t, int32 scalar."""
+    figures: Figures
+    """`clipped`, the fraction of entries that were."""
+
+
+def clip_by_diagonal(gamma: Any, *, eps: Any = 1e-8, threshold: Any = 1.0) -> Stage:
+    """Divides the updates by the diagonal and clips them, entry by entry.
+
+        u ← clip(u / max(γ D, ε), -τ, τ)
+
+    Where the curvature is small or negative the step is a signed one of size τ. Liu et al.,
+    Sophia, arXiv:2305.14342, Algorithm 3, in Optax's form.
+
+    Args:
+        gamma: γ > 0, a number or a schedule.
+        eps: ε > 0.
+        threshold: τ > 0, or None for no clipping.
+
+    Returns:
+        A stage that needs `diagonal`. Its figure `clipped` is the fraction of clipped entries
+        (one less the win rate of Optax).
+
+    Raises:
+        ValueError: an option out of range.
+    """
+    checks.check_range("gamma", gamma, 0, jnp.inf, stage="clip_by_diagonal")
+    checks.check_range("eps", eps, 0, jnp.inf, stage="clip_by_diagonal")
+    checks.check_range("threshold", threshold, 0, jnp.inf, stage="clip_by_diagonal")
+
+    def init(params: Tree) -> ClipState:
+        return ClipState(jnp.zeros((), jnp.int32), unmeasured("clipped"))
+
+    def rule(signal: Signal, state: ClipState, params: Tree = None, **extra: Any) -> Any:
+        del params, extra
+        diagonal = checks.needed_diagonal(
+            signal.diagonal, "clip_by_diagonal", "divides by a diagonal"
+        )
+        g, epsilon, limit = (at(x, state.step) for x in (gamma, eps, threshold))
+        limit = jnp.inf if limit is None else limit
+        ratios = jax.tree.map(
+            lambda u, d: trees.widen(u) / jnp.maximum(g * d, epsilon), signal.updates, diagonal
+        )
+        over = trees.total(jax.tree.map(lambda x: jnp.abs(x) >= limit, ratios))
+        clipped = jax.tree.map(
+            lambda x, u: jnp.clip(x, -limit, limit).astype(u.dtype), ratios, signal.updates
+        )
+        size = max(1, sum(x.size for x in jax.tree.leaves(ratios)))
+        figures = measured({"clipped": over / size})
+        return signal._replace(updates=clipped), ClipState(state.step + 1, figures)
+
+    return stage(init, rule)

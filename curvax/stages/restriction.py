@@ -9,10 +9,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from curvax import trees
 from curvax.objective import as_objective
+from curvax.products import Product, as_product
 from curvax.signal import Signal, Stage, stage, step
 from curvax.trees import Tree
 
@@ -95,10 +97,19 @@ class _Within:
             updates=_drop(masked),
             gradient=keep(self.signal.gradient),
             diagonal=None if self.signal.diagonal is None else keep(self.signal.diagonal),
+            matvec=None if self.signal.matvec is None else self._matvec(masked),
         )
         out, state = step(self.part, inside, state, keep(self.params), **extra)
         self.local = out.local
         return _restore(masked, out.updates), state
+
+    def _matvec(self, masked: Tree) -> Product:
+        """The block of the product that belongs to these leaves."""
+        whole = as_product(self.signal.matvec)
+        zeros = jax.tree.map(jnp.zeros_like, self.params)
+        into = lambda v: _fill(masked, zeros, v)
+        out_of = lambda tree: _drop(_like(masked, tree))
+        return whole.within(into, out_of)
 
 
 _is_masked: Callable[[Any], bool] = lambda x: isinstance(x, optax.MaskedNode)

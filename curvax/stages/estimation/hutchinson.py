@@ -1,22 +1,28 @@
-"""Estimators: stages that put a curvature diagonal into the signal."""
+"""The diagonal of the Hessian from products with random signs."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from curvax import accumulation, axes, checks, trees
+from curvax import axes, checks, trees
 from curvax.axes import AxisNames
-from curvax.figures import Figures, measured, unmeasured
+from curvax.figures import Figures, unmeasured
 from curvax.linalg import estimate_diagonal, rademacher
 from curvax.linalg.probes import as_key
-from curvax.objective import Objective, as_objective, require_batch
+from curvax.objective import Objective, as_objective
 from curvax.oracles.hessian import check_mode, gradient_and_product, linearized_gradient
 from curvax.signal import Signal, Stage, stage
+from curvax.stages.estimation.sharing import (
+    Curvature,
+    Sampler,
+    check_fraction,
+    over_shards,
+    part_of,
+    relative_error,
+    share_gradient,
+)
 from curvax.trees import Tree
-
-Sampler = Callable[[jax.Array, Tree], Tree]
 
 
 class HutchinsonState(NamedTuple):
@@ -26,15 +32,6 @@ class HutchinsonState(NamedTuple):
     """t, int32 scalar: estimates made."""
     figures: Figures
     """`diagonal_relative_error`, with two probes or more."""
-
-
-class Curvature(NamedTuple):
-    """One estimate and the clean pass that came with it."""
-
-    diagonal: Tree
-    variance: Tree
-    loss: tuple[jax.Array, Any]
-    gradient: Tree
 
 
 def hutchinson_diag(
@@ -73,15 +70,14 @@ def hutchinson_diag(
     Raises:
         ValueError: an option out of range; later, under a device axis, no `mean_over`.
     """
-    checks.check_static("hutchinson_diag", sampler=sampler, fraction=fraction)
+    checks.check_static("hutchinson_diag", sampler=sampler)
     checks.check_count("hutchinson_diag", probes=probes, shards=shards)
     if not callable(sampler):
         raise TypeError(
             "`hutchinson_diag(sampler=)` takes a callable `sampler(key, tree) -> tree`, such as "
             f"`rademacher` or `gaussian_probe`, and got {sampler!r}."
         )
-    if not 0 < fraction <= 1:
-        raise ValueError(f"`hutchinson_diag` takes `fraction` in (0, 1], and got {fraction}.")
+    check_fraction(fraction, "hutchinson_diag")
     check_mode(mode)
 
     def init(params: Tree) -> HutchinsonState:
@@ -97,39 +93,17 @@ def hutchinson_diag(
         checks.refuse_summed(signal.updates, local, stage="hutchinson_diag")
         over = checks.averaged_axes(mean_over, local, stage="hutchinson_diag")
         step_key = jax.random.fold_in(state.key, state.step)
-        here = (
-            objective
-            if fraction == 1
-            else require_batch(objective, "hutchinson_diag(fraction=)").first(fraction)
-        )
+        here = part_of(objective, fraction, "hutchinson_diag")
         estimate = lambda part, k: _estimate(part, params, k, probes, sampler, mode)
-        found, whole = _over_shards(estimate, here, step_key, shards, local)
+        found, whole = over_shards(estimate, here, step_key, shards, local, "hutchinson_diag")
         diagonal, variance = axes.mean((found.diagonal, found.variance), over, here.batch_weight())
         signal = signal._replace(diagonal=diagonal)
         if whole and fraction == 1:
             signal = share_gradient(signal, objective, params, found.loss, found.gradient, local)
-        figures = {} if probes == 1 else _relative_error(diagonal, variance)
+        figures = {} if probes == 1 else relative_error(diagonal, variance)
         return signal, HutchinsonState(state.key, state.step + 1, figures)
 
     return stage(init, rule)
-
-
-def share_gradient(
-    signal: Signal,
-    objective: Objective,
-    params: Tree,
-    loss: tuple[jax.Array, Any],
-    gradient: Tree,
-    local: frozenset[str],
-) -> Signal:
-    """Passes on the estimator's own gradient where the updates are that very gradient.
-
-    Same numbers; the caller's backward pass becomes dead code, which the compiler drops.
-    """
-    value, aux = loss
-    if objective.gave(params, signal.updates) is None:
-        return signal if signal.value is not None else signal._replace(value=value, aux=aux)
-    return signal._replace(updates=gradient, gradient=gradient, value=value, aux=aux, local=local)
 
 
 def _estimate(
@@ -146,39 +120,3 @@ def _estimate(
     z = axes.vary(z, objective.local_axes(params))
     mean, error = estimate_diagonal(lambda v: wide(product(v)), z)
     return Curvature(mean, jax.tree.map(jnp.square, error), loss, gradient)
-
-
-def _over_shards(
-    estimate: Callable[[Objective, jax.Array], Curvature],
-    objective: Objective,
-    key: jax.Array,
-    shards: int,
-    local: frozenset[str],
-) -> tuple[Curvature, bool]:
-    """The estimate with one probe a shard, and whether it was made on the whole batch at once."""
-    if shards == 1:
-        return estimate(objective, key), True
-    device, devices = axes.index_and_size(tuple(a for a in axes.manual() if a in local))
-    if shards % devices:
-        raise ValueError(
-            f"`hutchinson_diag(shards={shards})` cuts the global batch into equal parts, and "
-            f"{shards} is no multiple of the {devices} devices. Use a multiple."
-        )
-    here = shards // devices
-    if here == 1:
-        return estimate(objective, jax.random.fold_in(key, device)), True
-    objective = require_batch(objective, "hutchinson_diag(shards=)")
-    accumulation.check_divides(objective.size, here, f"`hutchinson_diag(shards={shards})`")
-
-    def piece(i: jax.Array, batch: Tree) -> tuple[Curvature, jax.Array | None]:
-        part = objective.piece(batch, i, here)
-        return estimate(part, jax.random.fold_in(key, device * here + i)), part.batch_weight()
-
-    groups = objective.groups(objective.size // here)
-    found = accumulation.mean_over_vmap(piece, groups, here)
-    return found._replace(variance=trees.scale(1 / here, found.variance)), False
-
-
-def _relative_error(diagonal: Tree, variance: Tree) -> Figures:
-    error = trees.ratio(jnp.sqrt(trees.total(variance)), trees.norm(diagonal))
-    return measured({"diagonal_relative_error": error})

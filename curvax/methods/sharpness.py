@@ -1,25 +1,14 @@
-"""The papers' methods, each one pipe of stages."""
+"""SAM and its kin over any base optimiser, each one pipe."""
 
 import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import jax
 import optax
 
-from curvax import checks, stages
 from curvax.axes import AxisNames
 from curvax.signal import Stage, pipe
-from curvax.stages import (
-    ema_rms,
-    gsam_project,
-    hutchinson_diag,
-    keep_orthogonal,
-    pmean_updates,
-    sam_perturb,
-    scale_by_power,
-    spatial_average,
-)
+from curvax.stages import gsam_project, keep_orthogonal, pmean_updates, sam_perturb
 
 Method = TypeVar("Method", bound=Callable[..., Stage])
 
@@ -39,50 +28,6 @@ def _with_options_of(factory: Callable[..., Stage]) -> Callable[[Method], Method
         return method
 
     return spell
-
-
-def adahessian(
-    learning_rate: Any,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    *,
-    eps: Any = 1e-4,
-    power: Any = 1.0,
-    block: Any = "auto",
-    magnitudes: bool = True,
-    every: Any = 1,
-    probes: int = 1,
-    weight_decay: Any = 0.0,
-    mask: Any = None,
-    key: jax.Array | int = 0,
-    mean_over: AxisNames = None,
-) -> Stage:
-    """AdaHessian: Adam with the Hessian diagonal in the place of the gradient's square.
-
-        hutchinson_diag() | spatial_average() | ema_rms(b2) | optax.ema(b1)
-        | scale_by_power(power) | optax.scale_by_learning_rate(learning_rate)
-
-    The defaults are those of the authors' image code, whose learning rate was 0.15. `b2=0`
-    removes the Hessian momentum, `block=None` the spatial averaging; weight decay is decoupled,
-    and `mask` is its mask as in `optax.adamw`. Each update needs `value_fn`. Yao et al.,
-    AdaHessian, arXiv:2006.00719, Algorithm 1. The options are those of the stages.
-    """
-    checks.check_decay("b1", b1, stage="adahessian")
-    diagonal = hutchinson_diag(key, probes=probes, mean_over=mean_over)
-    if not (isinstance(every, int) and every == 1):
-        diagonal = stages.every(every, diagonal)
-    smooth = () if block is None else (spatial_average(block, magnitudes=magnitudes),)
-    decay = optax.add_decayed_weights(weight_decay, mask)
-    return pipe(
-        diagonal,
-        *smooth,
-        ema_rms(b2),
-        pmean_updates(mean_over),
-        optax.inject_hyperparams(optax.ema)(b1) if callable(b1) else optax.ema(b1),
-        scale_by_power(power, eps=eps),
-        decay,
-        optax.scale_by_learning_rate(learning_rate),
-    )
 
 
 @_with_options_of(sam_perturb)

@@ -1,0 +1,48 @@
+"""SAM's ascent in the space of distributions: the metric is the Fisher matrix."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+
+from curvax import checks, trees
+from curvax.linalg import Solver, cg
+from curvax.linalg.ascent import MetricAscent
+from curvax.objective import Objective
+from curvax.oracles import fvp
+from curvax.trees import Tree
+
+TEN_STEPS = cg(10)
+
+
+def fisher_ascent(damping: Any = 1e-3, *, solver: Solver = TEN_STEPS) -> MetricAscent:
+    """Steepest ascent where distance is measured between predictions, for `sam_perturb(ascent=)`.
+
+        ε̂ = argmax <g, ε> over εᵀ(F + λI)ε <= ρ²  =  ρ (F + λI)⁻¹g / ‖(F + λI)⁻¹g‖_{F + λI}
+
+    The predictions at θ + ε̂ differ from those at θ by KL ≈ ½ ρ² at most. It needs an `Objective`
+    with `model=` and a likelihood. Martens, arXiv:1412.1193, section 6, on the metric.
+
+    Args:
+        damping: λ >= 0, a number or a traced one.
+        solver: `cg(10)`, `dense()`, `row_space()`.
+
+    Raises:
+        ValueError: λ < 0.
+    """
+    checks.check_range("damping", damping, 0, jnp.inf, stage="fisher_ascent")
+
+    def direction(
+        objective: Objective,
+        params: Tree,
+        g: Tree,
+        masked: Callable[[Tree], Tree],
+        sync: tuple[str, ...],
+    ) -> Tree:
+        fisher = fvp(objective, params).averaged(sync, objective.batch_weight())
+        product = fisher.within(masked, masked).damped(damping)
+        x = solver(product, g).x
+        length = jnp.sqrt(jnp.maximum(trees.dot(x, product(x)), 0))
+        return trees.scale(trees.ratio(jnp.ones(()), length), x)
+
+    return MetricAscent(direction)

@@ -1,0 +1,25 @@
+"""Estimators: stages that put a curvature diagonal, or a curvature product, into the signal."""
+
+from curvax.stages.estimation.examples import empirical_fisher_diag, squared_gradient
+from curvax.stages.estimation.hutchinson import hutchinson_diag
+from curvax.stages.estimation.matvecs import (
+    empirical_fisher_matvec,
+    exact_diag,
+    fisher_matvec,
+    gauss_newton_matvec,
+    hessian_matvec,
+)
+from curvax.stages.estimation.outputs import fisher_diag, gauss_newton_diag
+
+__all__ = [
+    "empirical_fisher_diag",
+    "empirical_fisher_matvec",
+    "exact_diag",
+    "fisher_diag",
+    "fisher_matvec",
+    "gauss_newton_diag",
+    "gauss_newton_matvec",
+    "hessian_matvec",
+    "hutchinson_diag",
+    "squared_gradient",
+]

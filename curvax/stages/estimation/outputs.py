@@ -1,0 +1,180 @@
+"""Diagonals of Gauss-Newton and Fisher matrices, pulled back from noise at the model's outputs.
+
+Both matrices are C = Jᵀ B Bᵀ J. With E[e eᵀ] = I the square of Jᵀ B e, entry by entry, has the
+diagonal of C as its mean: one backward pass, and the forward pass is the gradient's own.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from curvax import axes, checks, trees
+from curvax.axes import AxisNames
+from curvax.figures import Figures, unmeasured
+from curvax.likelihoods import Likelihood
+from curvax.linalg import rademacher
+from curvax.linalg.probes import as_key
+from curvax.objective import Objective, as_objective, require_likelihood
+from curvax.oracles.gauss_newton import model_pass
+from curvax.signal import Signal, Stage, stage
+from curvax.stages.estimation.sharing import (
+    Curvature,
+    check_fraction,
+    over_shards,
+    part_of,
+    relative_error,
+    share_gradient,
+)
+from curvax.trees import Tree
+
+Noise = Callable[[Likelihood, jax.Array, jax.Array, Tree], jax.Array]
+"""(likelihood, keys of the examples, outputs, batch) ↦ B e, shaped like the outputs."""
+
+
+class OutputNoiseState(NamedTuple):
+    key: jax.Array
+    """A typed key; draws are keyed by step and by example of the global batch."""
+    step: jax.Array
+    """t, int32 scalar: estimates made."""
+    figures: Figures
+    """`diagonal_relative_error`, with two probes or more."""
+
+
+def gauss_newton_diag(
+    key: jax.Array | int = 0,
+    *,
+    probes: int = 1,
+    fraction: float = 1.0,
+    shards: int = 1,
+    mean_over: AxisNames = None,
+) -> Stage:
+    """Estimates the diagonal of the Gauss-Newton matrix from random signs at the outputs.
+
+        D = 1/s Σ (Jᵀ B e)²,   B Bᵀ = ∇²ℓ,   e = ±1
+
+    Never negative and unbiased. Chapelle & Erhan, Improved preconditioner for Hessian free
+    optimization (2011); Martens, arXiv:1412.1193, section 11.2.
+
+    Args:
+        key: a typed key or a seed. Each example draws by its place in the global batch.
+        probes: s. With two or more, the relative standard error ‖σ‖/‖D‖ is the figure
+            `diagonal_relative_error`.
+        fraction: of the batch (its first part) that is used for curvature.
+        shards: the number of contiguous parts of the global batch that are squared each on its
+            own, then averaged: less noisy at no cost. The same run on any number of devices.
+        mean_over: the device axis, or axes, to average over; `()` keeps each device's own.
+
+    Returns:
+        A stage that sets `diagonal`, in float32 or wider and shaped like the parameters. It needs
+        an `Objective` with `model=` and a likelihood.
+
+    Raises:
+        ValueError: an option out of range; later, under a device axis, no `mean_over`.
+    """
+
+    def signs(likelihood: Likelihood, keys: jax.Array, z: jax.Array, batch: Tree) -> jax.Array:
+        e = jax.vmap(rademacher)(keys, z)
+        return likelihood.root(z, batch, e)
+
+    return _from_outputs("gauss_newton_diag", signs, key, probes, fraction, shards, mean_over)
+
+
+def fisher_diag(
+    key: jax.Array | int = 0,
+    *,
+    probes: int = 1,
+    fraction: float = 1.0,
+    shards: int = 1,
+    mean_over: AxisNames = None,
+) -> Stage:
+    """Estimates the diagonal of the Fisher matrix from labels drawn from the model.
+
+        D = 1/s Σ N (∇ 1/N Σₙ ℓ(zₙ, ŷₙ))²,   ŷₙ ~ r(·|zₙ)
+
+    The Gauss-Newton-Bartlett estimator of Liu et al., Sophia, arXiv:2305.14342, Algorithm 2: the
+    square of one gradient, times the batch size, is unbiased since the score has mean zero. Never
+    negative. Martens, arXiv:1412.1193, section 11. Arguments, errors and needs are those of
+    `gauss_newton_diag`.
+    """
+
+    def scores(likelihood: Likelihood, keys: jax.Array, z: jax.Array, batch: Tree) -> jax.Array:
+        drawn = likelihood.on_labels(likelihood.sample(keys, z, batch))
+        return jnp.sqrt(likelihood.site_weights(z, batch)) * drawn.scores(z, batch)
+
+    return _from_outputs("fisher_diag", scores, key, probes, fraction, shards, mean_over)
+
+
+def _from_outputs(
+    name: str,
+    noise: Noise,
+    key: jax.Array | int,
+    probes: int,
+    fraction: float,
+    shards: int,
+    mean_over: AxisNames,
+) -> Stage:
+    checks.check_count(name, probes=probes, shards=shards)
+    check_fraction(fraction, name)
+
+    def init(params: Tree) -> OutputNoiseState:
+        trees.require_floating(params, name)
+        figures = unmeasured("diagonal_relative_error") if probes > 1 else {}
+        return OutputNoiseState(jnp.copy(as_key(key)), jnp.zeros((), jnp.int32), figures)
+
+    def rule(
+        signal: Signal, state: OutputNoiseState, params: Tree, *, value_fn: Any = None, **extra: Any
+    ) -> tuple[Signal, OutputNoiseState]:
+        del extra
+        objective = as_objective(value_fn, name, params)
+        require_likelihood(objective, f"`{name}`")
+        local = objective.local_axes(params)
+        checks.refuse_summed(signal.updates, local, stage=name)
+        over = checks.averaged_axes(mean_over, local, stage=name)
+        here = part_of(objective, fraction, name)
+        # The square of a mean over devices, unless each part is squared on its own.
+        first = over if shards == 1 else ()
+        estimate = lambda part, k: _squared(part, params, k, probes, noise, first)
+        step_key = jax.random.fold_in(state.key, state.step)
+        found, whole = over_shards(estimate, here, step_key, shards, local, name)
+        diagonal, variance = axes.mean((found.diagonal, found.variance), over, here.batch_weight())
+        signal = signal._replace(diagonal=diagonal)
+        if whole and fraction == 1:
+            signal = share_gradient(signal, objective, params, found.loss, found.gradient, local)
+        figures = {} if probes == 1 else relative_error(diagonal, variance)
+        return signal, OutputNoiseState(state.key, state.step + 1, figures)
+
+    return stage(init, rule, name=name)
+
+
+def _squared(
+    objective: Objective,
+    params: Tree,
+    key: jax.Array,
+    probes: int,
+    noise: Noise,
+    over: tuple[str, ...],
+) -> Curvature:
+    """The mean square of the pulled-back noise, over probes; over devices before the square."""
+
+    def pulled(part: Objective) -> tuple[Any, Tree, Tree]:
+        at, likelihood = model_pass(part, params), require_likelihood(part, "the diagonal")
+        loss, gradient = at.loss_and_gradient()
+        root_weight = jnp.sqrt(likelihood.total_weight(part.batch))
+
+        def once(k: jax.Array) -> Tree:
+            e = noise(likelihood, part.example_keys(k), at.outputs, part.batch)
+            return jax.tree.map(lambda x: trees.ratio(trees.widen(x), root_weight), at.pull(e))
+
+        return loss, gradient, jax.vmap(once)(jax.random.split(key, probes))
+
+    loss, gradient, x = objective.average(pulled)
+    x = axes.mean(x, over, objective.batch_weight())
+    weight = require_likelihood(objective, "the diagonal").total_weight(objective.batch)
+    weight = lax.psum(axes.vary(weight, over), over) if over else weight
+    squares = jax.tree.map(lambda y: weight * jnp.square(y), x)
+    mean = jax.tree.map(lambda y: jnp.mean(y, axis=0), squares)
+    variance = jax.tree.map(lambda y: jnp.var(y, axis=0, ddof=1) / probes, squares)
+    return Curvature(mean, variance if probes > 1 else {}, loss, gradient)

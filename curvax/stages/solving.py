@@ -1,0 +1,227 @@
+"""Solving with a curvature product: damp it, solve, keep the step where the model is trusted."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from curvax import axes, checks, trees
+from curvax.figures import Figures, measured, unmeasured
+from curvax.linalg import Solver
+from curvax.objective import Objective
+from curvax.signal import Signal, Stage, at, stage
+from curvax.trees import Tree
+
+
+class DampState(NamedTuple):
+    step: jax.Array
+    """t, int32 scalar."""
+    figures: Figures
+    """`damping`."""
+
+
+def damp(damping: Any = None) -> Stage:
+    """Adds λ to the curvature: C ← C + λI, Tikhonov's damping.
+
+    Martens, New insights on the natural gradient, arXiv:1412.1193, section 10.
+
+    Args:
+        damping: λ >= 0, in the units of the curvature: a number, a traced one, a schedule. None
+            leaves it to `levenberg_marquardt` around the pipe, or to `tx.update(..., damping=λ)`.
+
+    Returns:
+        A stage that needs `matvec` and replaces it. Its figure is `damping`.
+
+    Raises:
+        ValueError: λ < 0; later, no λ from anywhere.
+    """
+    checks.check_range("damping", damping, 0, jnp.inf, stage="damp")
+    own = damping
+
+    def rule(
+        signal: Signal, state: DampState, params: Tree = None, *, damping: Any = None, **extra: Any
+    ) -> Any:
+        del params, extra
+        product = checks.needed_matvec(signal.matvec, "damp", "damps a curvature product")
+        lam = at(own, state.step) if own is not None else damping
+        if lam is None:
+            raise ValueError(
+                "`damp()` was given no λ, and none was handed down to it. Write `damp(1e-3)`, or "
+                "adapt it: `levenberg_marquardt(... | damp() | solve(...) | "
+                "optax.scale_by_learning_rate(1.0))`."
+            )
+        lam = jnp.asarray(lam, float)
+        signal = signal._replace(matvec=product.damped(lam))
+        return signal, DampState(state.step + 1, measured({"damping": lam}))
+
+    return stage(lambda params: DampState(jnp.zeros((), jnp.int32), unmeasured("damping")), rule)
+
+
+class SolveState(NamedTuple):
+    solver: Any
+    """What the solver keeps from step to step."""
+    figures: Figures
+
+
+def solve(solver: Solver) -> Stage:
+    """Replaces the gradient by the solution of a linear system with the curvature.
+
+        u ← (C + λI)⁻¹ u
+
+    With the Fisher matrix this is the natural gradient: Martens, arXiv:1412.1193, eq. 5 and
+    section 6; with the Hessian, Newton's step.
+
+    Args:
+        solver: `cg(20)`, `steihaug(radius)`, `dense()` or `row_space()`. A preconditioner that
+            is a power takes the diagonal of an estimator placed before.
+
+    Returns:
+        A stage that needs `matvec`. Its figures are `cg_steps`, the relative `cg_residual`
+        ‖b - Ax‖/‖b‖, and `cg_reason`, a number of `curvax.Reason`.
+
+    Raises:
+        TypeError: what is given is no solver; later, ValueError: the gradient is one device's own.
+    """
+    if not isinstance(solver, Solver):
+        raise TypeError(
+            f"`solve` takes a solver such as `cg(20)` or `dense()`, and got {solver!r}."
+        )
+
+    def init(params: Tree) -> SolveState:
+        figures = unmeasured("cg_steps", "cg_residual", "cg_reason")
+        return SolveState(solver.init(params), figures)
+
+    def rule(
+        signal: Signal, state: SolveState, params: Tree, *, value_fn: Any = None, **extra: Any
+    ) -> Any:
+        del extra
+        product = checks.needed_matvec(signal.matvec, "solve", "solves with a curvature product")
+        checks.refuse_local(signal.local, stage="solve")
+        score = None
+        if isinstance(value_fn, Objective):
+            score = lambda x: mean_loss(value_fn, trees.add_scaled(params, -1.0, x), product.over)
+        solution, inner = solver.solve(
+            product, signal.updates, state.solver, diagonal=signal.diagonal, score=score
+        )
+        figures = measured(
+            dict(
+                cg_steps=solution.steps,
+                cg_residual=solution.residual,
+                cg_reason=solution.reason,
+            )
+        )
+        updates = trees.cast_like(solution.x, signal.updates)
+        return signal._replace(updates=updates), SolveState(inner, figures)
+
+    return stage(init, rule)
+
+
+def mean_loss(objective: Objective, params: Tree, over: tuple[str, ...]) -> jax.Array:
+    """L(θ), averaged over device axes, at a precision at which differences mean something."""
+    with jax.default_matmul_precision("highest"):
+        return axes.mean(objective(params), over, objective.batch_weight())
+
+
+class TrustRegionState(NamedTuple):
+    step: jax.Array
+    """t, int32 scalar."""
+    figures: Figures
+    """`kl`, and `trust_scale`, the factor in (0, 1]."""
+
+
+def trust_region(radius: Any) -> Stage:
+    """Shortens the updates δ to the region where the curvature says that the model holds.
+
+        δ ← δ min(1, r / √(δᵀCδ))
+
+    In the Fisher metric the predictions then move by KL ≈ ½ δᵀFδ <= ½ r². Behind the learning
+    rate it bounds the step that is taken; where it stands, λ does not count. One product. Martens,
+    arXiv:1412.1193, section 6 and 10.
+
+    Args:
+        radius: r > 0: a number, a traced one, a schedule.
+
+    Returns:
+        A stage that needs `matvec`. Its figures are `kl` ½ δᵀCδ and `trust_scale`.
+
+    Raises:
+        ValueError: r < 0.
+    """
+    checks.check_range("radius", radius, 0, jnp.inf, stage="trust_region")
+
+    def init(params: Tree) -> TrustRegionState:
+        return TrustRegionState(jnp.zeros((), jnp.int32), unmeasured("kl", "trust_scale"))
+
+    def rule(signal: Signal, state: TrustRegionState, params: Tree = None, **extra: Any) -> Any:
+        del params, extra
+        product = checks.needed_matvec(signal.matvec, "trust_region", "measures a step")
+        checks.refuse_local(signal.local, stage="trust_region")
+        square = trees.dot(signal.updates, product.curvature(signal.updates))
+        length = jnp.sqrt(jnp.maximum(square, 0))
+        r = at(radius, state.step)
+        scale = jnp.where(length > r, trees.ratio(jnp.asarray(r), length), 1.0)
+        figures = measured({"kl": 0.5 * square * scale**2, "trust_scale": scale})
+        signal = signal._replace(updates=trees.scale(scale, signal.updates))
+        return signal, TrustRegionState(state.step + 1, figures)
+
+    return stage(init, rule)
+
+
+class QuadraticStepState(NamedTuple):
+    previous: Tree
+    """The last updates, shaped like the parameters."""
+    figures: Figures
+    """`step_size` α and `momentum` β."""
+
+
+def quadratic_step(*, momentum: bool = True) -> Stage:
+    """Scales the direction, and adds the last one, as the damped quadratic model likes best.
+
+        u ← α u + β u₋₁,   (α, β) = argmin  -gᵀu + ½ uᵀ(C + λI)u
+
+    Its learning rate is 1. Two products, one without momentum. Martens & Grosse, K-FAC,
+    arXiv:1503.05671, section 7.
+
+    Args:
+        momentum: whether the last updates take part.
+
+    Returns:
+        A stage that needs `matvec` and goes behind `solve`. Its figures are `step_size` and
+        `momentum`.
+    """
+
+    def init(params: Tree) -> QuadraticStepState:
+        previous = jax.tree.map(jnp.zeros_like, params) if momentum else ()
+        return QuadraticStepState(previous, unmeasured("step_size", "momentum"))
+
+    def rule(signal: Signal, state: QuadraticStepState, params: Tree = None, **extra: Any) -> Any:
+        del params, extra
+        product = checks.needed_matvec(signal.matvec, "quadratic_step", "minimises a model")
+        checks.refuse_local(signal.local, stage="quadratic_step")
+        g, u, last = signal.gradient, signal.updates, state.previous
+        au, gu = product(u), trees.dot(g, u)
+        if momentum:
+            av = product(last)
+            alpha, beta = _minimum(
+                trees.dot(u, au), trees.dot(u, av), trees.dot(last, av), gu, trees.dot(g, last)
+            )
+            updates = trees.add(trees.scale(alpha, u), trees.scale(beta, last))
+        else:
+            alpha, beta = trees.ratio(gu, trees.dot(u, au)), jnp.zeros(())
+            updates = trees.scale(alpha, u)
+        figures = measured({"step_size": alpha, "momentum": beta})
+        signal = signal._replace(updates=updates)
+        return signal, QuadraticStepState(updates if momentum else (), figures)
+
+    return stage(init, rule)
+
+
+def _minimum(
+    uu: jax.Array, uv: jax.Array, vv: jax.Array, gu: jax.Array, gv: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(α, β) at the minimum of the model of α u + β v; β = 0 where u and v are parallel."""
+    determinant = uu * vv - uv * uv
+    parallel = determinant <= 8 * jnp.finfo(determinant.dtype).eps * uu * vv
+    alpha = jnp.where(parallel, trees.ratio(gu, uu), trees.ratio(vv * gu - uv * gv, determinant))
+    beta = jnp.where(parallel, 0.0, trees.ratio(uu * gv - uv * gu, determinant))
+    return alpha, beta
