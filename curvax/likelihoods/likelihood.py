@@ -68,11 +68,11 @@ class Likelihood(abc.ABC):
 
     def site_weights(self, outputs: jax.Array, batch: Tree) -> jax.Array:
         """w / Σ w, shaped [*sites, 1, ...] with as many axes as the outputs; 0 where all are 0."""
-        z = self._checked(outputs, batch)
+        dtype = self._check(outputs, batch)
         w = self._weights(batch)
-        return sites.with_axes(trees.ratio(w, jnp.sum(w)).astype(z.dtype), z.ndim)
+        return sites.with_axes(trees.ratio(w, jnp.sum(w)).astype(dtype), outputs.ndim)
 
-    def __call__(self, outputs: jax.Array, batch: Tree) -> jax.Array:
+    def __call__(self, outputs: Any, batch: Tree) -> jax.Array:
         """L, a scalar in float32 or wider; 0 where nothing counts."""
         z, y, w = self._at(outputs, batch)
         return jnp.sum(w * self._losses(z, y))
@@ -120,12 +120,12 @@ class Likelihood(abc.ABC):
         Outputs and targets that count for nothing are 0, so that their NaNs reach nobody, nor do
         those of their derivatives.
         """
-        z, w = trees.widen(outputs), self.site_weights(outputs, batch)
+        w, z = self.site_weights(outputs, batch), trees.widen(outputs)
         y = _kept(w, sites.with_axes(self._read("targets", batch), z.ndim))
         return _kept(w, z), self._observed(y, z), w
 
-    def _checked(self, outputs: Any, batch: Tree) -> jax.Array:
-        """The outputs in float32 or wider.
+    def _check(self, outputs: Any, batch: Tree) -> Any:
+        """The dtype to compute in: that of the outputs, or float32 if it is wider.
 
         Raises:
             TypeError: they are no floating array.
@@ -137,7 +137,7 @@ class Likelihood(abc.ABC):
                 f"{_described(outputs)}. {self._cure_for_trees}"
             )
         self._check_targets(outputs.shape, self._read("targets", batch))
-        return trees.widen(outputs)
+        return jnp.promote_types(outputs.dtype, jnp.float32)
 
     def _read(self, name: str, batch: Tree) -> jax.Array:
         return sites.read(getattr(self, name), batch, self._option(name))
