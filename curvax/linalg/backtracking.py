@@ -43,7 +43,7 @@ def nothing_kept(b: Tree, max_steps: int) -> Kept:
 
 
 def keep(kept: Kept, x: Tree, residual: jax.Array, i: jax.Array, max_steps: int) -> Kept:
-    """With the iterate of step i >= 1 in its slot, in place of an earlier one there."""
+    """With the iterate of step i in its slot, in place of an earlier one there."""
     slot = _slot(i, max_steps)
     put = lambda stack, new: lax.dynamic_update_index_in_dim(
         stack, new.astype(stack.dtype), slot, axis=0
@@ -54,7 +54,7 @@ def keep(kept: Kept, x: Tree, residual: jax.Array, i: jax.Array, max_steps: int)
 def best(kept: Kept, last: jax.Array, max_steps: int, score: Score) -> tuple[Tree, jax.Array]:
     """(x, its residual): from the iterate of step `last` back as long as the score falls.
 
-    A score that is no number is worse than any; from step 0, the zero iterate, there is no back.
+    What scores ∞ or no number is passed over. The start is looked at only where no step was.
     """
 
     def at(slot: jax.Array) -> Kept:
@@ -74,7 +74,7 @@ def best(kept: Kept, last: jax.Array, max_steps: int, score: Score) -> tuple[Tre
 
     slot = _slot(last, max_steps)
     start = (slot, rank(slot), before(slot))
-    falls = lambda carry: (carry[0] > 0) & (carry[2] < carry[1])
+    falls = lambda carry: (carry[0] > 0) & ((carry[2] < carry[1]) | jnp.isposinf(carry[1]))
     slot, _, _ = lax.while_loop(falls, back, start)
     return at(slot)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from curvax import axes, checks, trees
 from curvax.linalg.backtracking import Score, best, keep, nothing_kept
-from curvax.linalg.krylov import Iterate, Rules, iterate
+from curvax.linalg.krylov import Iterate, Rules, System, iterate
 from curvax.linalg.preconditioners import Preconditioner, check_preconditioner, preconditioning
 from curvax.linalg.solvers import Reason, Solution, Solver, stateless
 from curvax.linalg.vectors import laid_out_like
@@ -77,25 +77,29 @@ def cg(
         diagonal: Tree = None,
         score: Score | None = None,
     ) -> tuple[Solution, Any]:
-        if backtrack and score is None:
-            raise ValueError(
-                "`cg(backtrack=True)` ranks iterates by the loss, and has none to rank them by. "
-                "In a pipe, pass `value_fn=curvax.Objective(...)` to the update; to the solver "
-                "itself, pass `score=`, a callable `x -> scalar`."
-            )
+        ranking = _needed(score) if backtrack else None
         precondition = preconditioning(preconditioner, product, diagonal, "cg")
         x, r, begun = _start(product, b, state, warm_start)
         rules = Rules(_length, *_watching(b, max_steps, progress, backtrack))
-        limit = max_steps - begun
-        s = iterate(product, precondition, b, x, r, rules, limit=limit, tol=tol)
+        s = iterate(System(product, precondition, b, tol, rules), x, r, max_steps - begun)
         found = laid_out_like(s.x, b)
         state = laid_out_like(found, state) if warm_start else state
         residual = s.residual
-        if backtrack:
-            found, residual = best(s.trail[1], s.i, max_steps, score)
+        if ranking is not None:
+            found, residual = best(s.trail[1], s.i, max_steps, ranking)
         return Solution(found, s.i + begun, residual, s.reason), state
 
     return Solver(solve, _zeros if warm_start else stateless)
+
+
+def _needed(score: Score | None) -> Score:
+    if score is None:
+        raise ValueError(
+            "`cg(backtrack=True)` ranks iterates by the loss, and has none to rank them by. In a "
+            "pipe, pass `value_fn=curvax.Objective(...)` to the update; to the solver itself, pass "
+            "`score=`, a callable `x -> scalar`."
+        )
+    return score
 
 
 def _zeros(params: Tree) -> Tree:
@@ -107,8 +111,9 @@ def _start(
 ) -> tuple[Tree, Tree, Any]:
     """(x₀, b - A x₀, products spent on it): none where x₀ or b is zero."""
     wide = jax.tree.map(trees.widen, b)
+    cold = _zeros(wide), wide
     if not decay:
-        return _zeros(wide), wide, 0
+        return *cold, 0
     start = trees.scale(decay, laid_out_like(state, b))
     begun = (trees.dot(start, start) > 0) & (trees.dot(b, b) != 0)
 
@@ -116,7 +121,7 @@ def _start(
         ax = laid_out_like(product(start), wide)
         return laid_out_like(start, wide), trees.add_scaled(wide, -1.0, ax)
 
-    x, r = axes.cond(begun, warm, lambda: (_zeros(wide), wide))
+    x, r = axes.cond(begun, warm, lambda: cold)
     return x, r, begun.astype(jnp.int32)
 
 

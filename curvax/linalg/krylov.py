@@ -14,6 +14,7 @@ from jax import lax
 from curvax import axes, trees
 from curvax.linalg.solvers import Reason, relative_residual
 from curvax.linalg.vectors import laid_out_like
+from curvax.products import Product
 from curvax.trees import Tree
 
 
@@ -48,69 +49,97 @@ class Rules(NamedTuple):
     watch: Callable[[Iterate], tuple[Any, Any]] = lambda s: (s.trail, Reason.max_steps)
     """iterate ↦ (its trail, a `Reason` to stop or `max_steps`)."""
     trail: Any = ()
-    """The trail at the start."""
+    """The trail before the start."""
 
 
-def iterate(
-    product: Callable[[Tree], Tree],
-    precondition: Callable[[Tree], Tree],
-    b: Tree,
-    x: Tree,
-    r: Tree,
-    rules: Rules,
-    *,
-    limit: Any,
-    tol: Any,
-) -> Iterate:
-    """Conjugate gradients on A x = b from x with its residual r, over at most `limit` products.
+class System(NamedTuple):
+    """A x = b, and how to go about it."""
+
+    product: Callable[[Tree], Tree]
+    """v ↦ A v."""
+    precondition: Callable[[Tree], Tree]
+    """v ↦ M⁻¹v."""
+    b: Tree
+    tol: Any
+    """‖b - A x‖ / ‖b‖ to stop at."""
+    rules: Rules
+
+
+def iterate(system: System, x: Tree, r: Tree, limit: Any) -> Iterate:
+    """Conjugate gradients from x with its residual r, over at most `limit` products.
 
     Nocedal & Wright, Numerical Optimization, algorithm 5.3. An iterate that is not finite is
     dropped for the one before.
+
+    Raises:
+        ValueError: b is each device's own and the product is averaged over the devices.
     """
+    _refuse_own(system.product, system.b)
+    start = _begin(system, x, r)
+    advance = lambda s: _advance(system, s)
+    go_on = lambda s: (s.reason == Reason.max_steps) & (s.i < limit)
+    return lax.while_loop(go_on, advance, _typed(start, advance))
 
-    def measure(r: Tree) -> tuple[Tree, jax.Array, jax.Array]:
-        z = precondition(r)
-        return z, trees.dot(r, z), relative_residual(r, b)
 
-    def advance(s: Iterate) -> Iterate:
-        ap = laid_out_like(product(s.p), s.r)
-        curvature = trees.dot(s.p, ap)
-        alpha, reason = rules.length(s, curvature)
-        r = trees.add_scaled(s.r, -alpha, ap)
-        z, rz, residual = measure(r)
-        fine = jnp.isfinite(alpha) & jnp.isfinite(rz) & jnp.isfinite(residual)
-        ahead = s._replace(
-            x=trees.add_scaled(s.x, jnp.where(fine, alpha, 0), s.p),
-            r=r,
-            p=laid_out_like(trees.add_scaled(z, trees.ratio(rz, s.rz), s.p), s.p),
-            rz=rz,
-            model=s.model + jnp.where(fine, alpha * (0.5 * alpha * curvature - s.rz), 0),
-            residual=jnp.where(fine, residual, s.residual),
-            i=s.i + 1,
-        )
-        trail, watched = rules.watch(ahead)
-        reason = jnp.where(reason == Reason.max_steps, watched, reason)
-        return ahead._replace(trail=trail, reason=_reason(rz, residual, fine, reason))
-
-    def _reason(rz: jax.Array, residual: jax.Array, fine: Any, otherwise: Any) -> jax.Array:
-        reason = jnp.where((rz <= 0) | ~fine, Reason.breakdown, otherwise)
-        return jnp.where(residual <= tol, Reason.tolerance, reason).astype(jnp.int32)
-
-    z, rz, residual = measure(r)
-    fine = jnp.isfinite(rz) & jnp.isfinite(residual)
+def _begin(system: System, x: Tree, r: Tree) -> Iterate:
+    z, rz, residual = _measure(system, r)
     start = Iterate(
         x=x,
         r=r,
-        p=laid_out_like(z, b),
+        p=laid_out_like(z, system.b),
         rz=rz,
-        model=-0.5 * (trees.dot(x, b) + trees.dot(x, r)),
+        model=-0.5 * (trees.dot(x, system.b) + trees.dot(x, r)),
         residual=residual,
         i=jnp.zeros((), jnp.int32),
-        reason=_reason(rz, residual, fine, Reason.max_steps),
-        trail=rules.trail,
+        reason=_reason(system, rz, residual, Reason.max_steps),
+        trail=system.rules.trail,
     )
-    go_on = lambda s: (s.reason == Reason.max_steps) & (s.i < limit)
-    return lax.while_loop(go_on, advance, _typed(start, advance))
+    return start._replace(trail=system.rules.watch(start)[0])
+
+
+def _advance(system: System, s: Iterate) -> Iterate:
+    ap = laid_out_like(system.product(s.p), s.r)
+    curvature = trees.dot(s.p, ap)
+    alpha, stopped = system.rules.length(s, curvature)
+    r = trees.add_scaled(s.r, -alpha, ap)
+    z, rz, residual = _measure(system, r)
+    fine = jnp.isfinite(alpha) & jnp.isfinite(rz) & jnp.isfinite(residual)
+    ahead = s._replace(
+        x=trees.add_scaled(s.x, jnp.where(fine, alpha, 0), s.p),
+        r=r,
+        p=laid_out_like(trees.add_scaled(z, trees.ratio(rz, s.rz), s.p), s.p),
+        rz=rz,
+        model=s.model + jnp.where(fine, alpha * (0.5 * alpha * curvature - s.rz), 0),
+        residual=jnp.where(fine, residual, s.residual),
+        i=s.i + 1,
+    )
+    trail, watched = system.rules.watch(ahead)
+    reason = jnp.where(stopped == Reason.max_steps, watched, stopped)
+    return ahead._replace(trail=trail, reason=_reason(system, rz, residual, reason))
+
+
+def _measure(system: System, r: Tree) -> tuple[Tree, jax.Array, jax.Array]:
+    """(M⁻¹r, rᵀM⁻¹r, ‖r‖ / ‖b‖)"""
+    z = system.precondition(r)
+    return z, trees.dot(r, z), relative_residual(r, system.b)
+
+
+def _reason(system: System, rz: jax.Array, residual: jax.Array, otherwise: Any) -> jax.Array:
+    broken = ~(rz > 0) | ~jnp.isfinite(rz) | ~jnp.isfinite(residual)
+    reason = jnp.where(broken, Reason.breakdown, otherwise)
+    return jnp.where(residual <= system.tol, Reason.tolerance, reason).astype(jnp.int32)
+
+
+def _refuse_own(product: Callable[[Tree], Tree], b: Tree) -> None:
+    own = axes.varying(b) & set(product.over) if isinstance(product, Product) else ()
+    if own:
+        axis = sorted(own)[0]
+        raise ValueError(
+            f"Conjugate gradients were handed a product averaged over the axis {axis!r} and a "
+            "vector that is each device's own: the product would average their directions. "
+            f"Average the vector first, `jax.lax.pmean(b, {axis!r})`, in a pipe with "
+            f"`pmean_updates({axis!r})`, or keep the product local, `mean_over=()`."
+        )
 
 
 def _typed(start: Iterate, advance: Callable[[Iterate], Iterate]) -> Iterate:

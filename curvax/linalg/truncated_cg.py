@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax import checks, trees
-from curvax.linalg.krylov import Iterate, Rules, iterate
+from curvax.linalg.krylov import Iterate, Rules, System, iterate
 from curvax.linalg.preconditioners import Preconditioner, check_preconditioner, preconditioning
 from curvax.linalg.solvers import Reason, Solution, Solver
 from curvax.linalg.vectors import laid_out_like
@@ -49,7 +49,7 @@ def steihaug(
         concave = curvature <= 0
         alpha = s.rz / jnp.where(concave, 1.0, curvature)
         edge, inside = _to_boundary(s.x, s.p, radius)
-        outside = ~inside(alpha) & jnp.isfinite(alpha)
+        outside = ~inside(alpha) & ~jnp.isnan(alpha)
         reason = jnp.where(concave, Reason.negative_curvature, Reason.max_steps)
         reason = jnp.where(outside & ~concave, Reason.boundary, reason)
         return jnp.where(concave | outside, edge, alpha), reason
@@ -66,8 +66,7 @@ def steihaug(
         precondition = preconditioning(preconditioner, product, diagonal, "steihaug")
         r = jax.tree.map(trees.widen, b)
         x = jax.tree.map(jnp.zeros_like, r)
-        rules = Rules(length)
-        s = iterate(product, precondition, b, x, r, rules, limit=max_steps, tol=tol)
+        s = iterate(System(product, precondition, b, tol, Rules(length)), x, r, max_steps)
         return Solution(laid_out_like(s.x, b), s.i, s.residual, s.reason), state
 
     return Solver(solve)

@@ -1,0 +1,154 @@
+"""Dense and row-space solves, and the matrix of a product."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+from linear_systems import (
+    SIZE,
+    assert_solves,
+    definite,
+    indefinite,
+    jitted,
+    numbers,
+    product_of,
+    relative_residual,
+    tree_of,
+    vector_of,
+)
+
+from curvax.linalg import Reason, cg, dense, materialize, row_space
+from curvax.products import Product, Root
+
+B = numbers(9, SIZE)
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 5, 12, 100])
+def test_the_matrix_of_a_product_that_is_not_symmetric(chunk):
+    matrix = numbers(0, SIZE, SIZE)
+    found = materialize(product_of(matrix), tree_of(jnp.asarray(B)), chunk=chunk)
+    np.testing.assert_allclose(found, matrix, rtol=1e-14)
+
+
+def test_the_matrix_is_in_the_order_of_ravel_pytree():
+    params = {"b": jnp.ones((2, 3)), "a": [jnp.ones(()), None, jnp.ones(4)]}
+    f = lambda p: jnp.sum(jnp.sin(p["b"])) * jnp.prod(p["a"][2]) + p["a"][0] ** 2
+    flat, unravel = ravel_pytree(params)
+    product = lambda v: jax.jvp(jax.grad(f), (params,), (v,))[1]
+    wanted = jax.hessian(lambda x: f(unravel(x)))(flat)
+    np.testing.assert_allclose(materialize(product, params), wanted, atol=1e-14)
+
+
+def test_shapes_alone_say_what_the_matrix_is_of():
+    like = {"x": jax.ShapeDtypeStruct((2, 2), np.float32), "y": jax.ShapeDtypeStruct((1,), "f4")}
+    found = materialize(lambda v: jax.tree.map(lambda x: 2 * x, v), like)
+    np.testing.assert_array_equal(found, 2 * np.eye(5))
+    assert found.dtype == jnp.float32
+
+
+def test_mixed_dtypes_give_a_wide_matrix():
+    like = {"x": jnp.ones(2, jnp.bfloat16), "y": jnp.ones(1, jnp.float32)}
+    found = materialize(lambda v: {"x": 3 * v["x"], "y": v["y"] + v["x"][:1]}, like)
+    np.testing.assert_array_equal(found, [[3, 0, 0], [0, 3, 0], [1, 0, 1]])
+    assert found.dtype == jnp.float32
+
+
+def test_an_empty_tree_has_an_empty_matrix():
+    assert materialize(lambda v: v, {}).shape == (0, 0)
+    found = dense()(lambda v: v, {"none": None})
+    assert found.x == {"none": None}
+    assert found.residual == 0
+
+
+@pytest.mark.parametrize("matrix", [definite(), indefinite(), -definite()])
+def test_dense_solves_what_is_definite_and_what_is_not(matrix):
+    found = jitted(dense(), matrix, B)
+    assert_solves(found.x, np.linalg.solve(matrix, B), 1e-12)
+    np.testing.assert_allclose(found.residual, relative_residual(matrix, found.x, B), atol=1e-14)
+    assert found.reason == Reason.direct
+    assert found.steps == SIZE
+
+
+def test_a_singular_matrix_breaks_and_moves_nothing():
+    found = jitted(dense(), np.zeros((SIZE, SIZE)), B)
+    np.testing.assert_array_equal(vector_of(found.x), np.zeros(SIZE))
+    assert found.reason == Reason.breakdown
+    assert found.residual == 1
+
+
+def rooted(rows, damping=None, seed=2):
+    """RᵀR + λI for an R of `rows` rows in two outputs, and the matrix R."""
+    matrix = jnp.asarray(numbers(seed, rows, SIZE))
+    shapes = {"a": (1,), "b": ((rows - 1) // 2, 2)}
+
+    def forward(v):
+        u = matrix @ vector_of(v)
+        return {"a": u[:1], "b": u[1:].reshape(shapes["b"])}
+
+    transpose = lambda u: tree_of(matrix.T @ jnp.concatenate([u["a"], u["b"].ravel()]))
+    like = {name: jax.ShapeDtypeStruct(shape, matrix.dtype) for name, shape in shapes.items()}
+    root = Root(forward, transpose, like)
+    product = Product(lambda v: transpose(forward(v)), root, damping)
+    return product, np.asarray(matrix)
+
+
+@pytest.mark.parametrize("rows", [5, 21])
+@pytest.mark.parametrize("damping", [1e-3, 0.5, jnp.asarray(0.5)])
+def test_row_space_is_the_dense_solution(rows, damping):
+    product, r = rooted(rows, damping)
+    found = jax.jit(lambda b: row_space()(product, b))(tree_of(jnp.asarray(B)))
+    wanted = np.linalg.solve(r.T @ r + float(damping) * np.eye(SIZE), B)
+    # The part of b outside the rows is divided by λ.
+    assert_solves(found.x, wanted, 1e-13 / float(damping))
+    assert found.reason == Reason.direct
+    assert found.steps == rows
+    assert found.residual < 1e-10
+
+
+@pytest.mark.parametrize("damping", [None, 0, 0.0])
+@pytest.mark.parametrize("rows", [5, 21])
+def test_row_space_without_damping_is_the_pseudo_inverse(rows, damping):
+    product, r = rooted(rows, damping)
+    found = jax.jit(lambda b: row_space()(product, b))(tree_of(jnp.asarray(B)))
+    assert_solves(found.x, np.linalg.pinv(r.T @ r, rcond=1e-10) @ B, 1e-9)
+    rest = relative_residual(r.T @ r, found.x, B)
+    np.testing.assert_allclose(found.residual, rest, atol=1e-9)
+
+
+def test_repeated_rows_are_no_trouble_to_the_pseudo_inverse():
+    half = numbers(2, 3, SIZE)
+    r = jnp.asarray(np.concatenate([half, half]))
+    root = Root(lambda v: r @ vector_of(v), lambda u: tree_of(r.T @ u), jnp.zeros(6))
+    product = Product(lambda v: tree_of(r.T @ (r @ vector_of(v))), root)
+    found = row_space()(product, tree_of(jnp.asarray(B)))
+    assert_solves(found.x, np.linalg.pinv(r.T @ r, rcond=1e-10) @ B, 1e-10)
+
+
+def test_a_traced_damping_of_zero_breaks_and_moves_nothing():
+    product, _ = rooted(5, jnp.zeros(()))
+    found = row_space()(product, tree_of(jnp.asarray(B)))
+    assert found.reason == Reason.breakdown
+    np.testing.assert_array_equal(vector_of(found.x), np.zeros(SIZE))
+
+
+def test_row_space_keeps_bf16():
+    b = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree_of(jnp.asarray(B)))
+    product, _ = rooted(5, 0.5)
+    found = row_space()(product, b)
+    assert {x.dtype for x in jax.tree.leaves(found.x)} == {jnp.dtype(jnp.bfloat16)}
+    assert_solves(jax.tree.map(jnp.float32, found.x), vector_of(row_space()(product, b).x), 1e-2)
+
+
+@pytest.mark.parametrize("product", [product_of(definite()), Product(product_of(definite()))])
+def test_row_space_without_a_root_says_which_products_have_one(product):
+    with pytest.raises(ValueError, match=r"does not know one.*`fisher_matvec\(\)`.*`cg\(20\)`"):
+        row_space()(product, tree_of(jnp.asarray(B)))
+
+
+def test_all_solvers_agree_on_a_damped_product():
+    product, r = rooted(7, 0.5)
+    b = tree_of(jnp.asarray(B))
+    wanted = np.linalg.solve(r.T @ r + 0.5 * np.eye(SIZE), B)
+    for solver in (cg(30, tol=1e-12), dense(), row_space()):
+        assert_solves(solver(product, b).x, wanted, 1e-10)
