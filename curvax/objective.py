@@ -184,6 +184,11 @@ class Objective:
         )
         return value
 
+    def mean(self, params: Tree, over: tuple[str, ...]) -> jax.Array:
+        """L(θ), the mean over bound device axes, at a precision at which differences count."""
+        with jax.default_matmul_precision("highest"):
+            return axes.mean(self(params), over, self.batch_weight())
+
     def value_and_grad(self, params: Tree) -> tuple[Any, Tree]:
         """(L(θ) or (L(θ), aux), ∇L(θ)), local to this device under an axis.
 

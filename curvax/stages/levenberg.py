@@ -11,7 +11,6 @@ from curvax.axes import AxisNames
 from curvax.figures import Figures, measured, unmeasured
 from curvax.objective import Objective, as_objective
 from curvax.signal import Signal, Stage, pipe, stage
-from curvax.stages.solving import mean_loss
 from curvax.trees import Tree
 
 FACTORS = {"poor": 1.5, "good": 2 / 3, "rejected": 4.0}
@@ -85,8 +84,7 @@ def levenberg_marquardt(
         out, new_inner = inner.update(signal, state.inner, params, **extra)
         checks.refuse_local(out.local, stage="levenberg_marquardt")
         trial = _try(objective, params, out, over)
-        rose = trial.rose
-        undone = rose & reject
+        undone = trial.rose & reject
         fresh = _select(state.rejected > 0, inner.init(params), state.inner)
         zeros = jax.tree.map(jnp.zeros_like, out.updates)
         figures = dict(reduction_ratio=trial.ratio, kl=jnp.where(undone, 0.0, trial.kl))
@@ -115,8 +113,8 @@ class _Trial(NamedTuple):
 def _try(objective: Objective, params: Tree, out: Signal, over: tuple[str, ...]) -> _Trial:
     product = checks.needed_matvec(out.matvec, "levenberg_marquardt", "judges a quadratic model")
     delta = out.updates
-    before = mean_loss(objective, params, over)
-    change = mean_loss(objective, optax.apply_updates(params, delta), over) - before
+    before = objective.mean(params, over)
+    change = objective.mean(optax.apply_updates(params, delta), over) - before
     kl = 0.5 * trees.dot(delta, product.curvature(delta))
     model = trees.dot(out.gradient, delta) + kl
     rounding = 8 * jnp.finfo(before.dtype).eps * jnp.abs(before)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from curvax import axes, checks, trees
+from curvax import checks, trees
 from curvax.figures import Figures, measured, unmeasured
 from curvax.linalg import Solver
 from curvax.objective import Objective
@@ -99,7 +99,7 @@ def solve(solver: Solver) -> Stage:
         checks.refuse_local(signal.local, stage="solve")
         score = None
         if isinstance(value_fn, Objective):
-            score = lambda x: mean_loss(value_fn, trees.add_scaled(params, -1.0, x), product.over)
+            score = lambda x: value_fn.mean(trees.add_scaled(params, -1.0, x), product.over)
         solution, inner = solver.solve(
             product, signal.updates, state.solver, diagonal=signal.diagonal, score=score
         )
@@ -114,12 +114,6 @@ def solve(solver: Solver) -> Stage:
         return signal._replace(updates=updates), SolveState(inner, figures)
 
     return stage(init, rule)
-
-
-def mean_loss(objective: Objective, params: Tree, over: tuple[str, ...]) -> jax.Array:
-    """L(θ), averaged over device axes, at a precision at which differences mean something."""
-    with jax.default_matmul_precision("highest"):
-        return axes.mean(objective(params), over, objective.batch_weight())
 
 
 class TrustRegionState(NamedTuple):

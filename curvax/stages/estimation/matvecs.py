@@ -67,7 +67,12 @@ def gauss_newton_matvec(
     """The product with the generalised Gauss-Newton matrix, G = mean of Jᵀ ∇²ℓ J.
 
     Positive semi-definite for any convex loss of the outputs. It needs an `Objective` with
-    `model=`. Martens, arXiv:1412.1193, section 8. Arguments and the rest as in `hessian_matvec`.
+    `model=`. Martens, arXiv:1412.1193, section 8. The rest as in `hessian_matvec`.
+
+    Args:
+        fraction: of the batch (its first part) that is used for curvature.
+        precision: of matrix products within it.
+        mean_over: the device axis, or axes, to average the product over.
     """
     linearize = lambda objective, params, key: linearized_gauss_newton(
         objective, params, precision=precision
@@ -82,14 +87,14 @@ def fisher_matvec(
     """The product with the Fisher matrix, F = mean of E_y[∇log r(y|z) ∇log r(y|z)ᵀ].
 
     It needs an `Objective` with `model=` and a likelihood. Martens, arXiv:1412.1193, section 5,
-    eq. 3. Arguments and the rest as in `hessian_matvec`.
+    eq. 3. The rest as in `hessian_matvec`.
 
     Args:
         samples: labels drawn from the model per site; None for the exact expectation.
         key: a typed key or a seed, for the labels.
-        fraction: as there.
-        precision: as there.
-        mean_over: as there.
+        fraction: of the batch (its first part) that is used for curvature.
+        precision: of matrix products within it.
+        mean_over: the device axis, or axes, to average the product over.
     """
     if samples is not None:
         checks.check_count("fisher_matvec", samples=samples)
@@ -105,8 +110,13 @@ def empirical_fisher_matvec(
     """The product with the empirical Fisher matrix, F̄ = mean of gₙ gₙᵀ over the examples.
 
     From the labels of the data, uncentred: no substitute for F far from a good fit. It needs an
-    `Objective` with a batch. Martens, arXiv:1412.1193, section 11. Arguments and the rest as in
+    `Objective` with a batch. Martens, arXiv:1412.1193, section 11. The rest as in
     `hessian_matvec`.
+
+    Args:
+        fraction: of the batch (its first part) that is used for curvature.
+        precision: of matrix products within it.
+        mean_over: the device axis, or axes, to average the product over.
     """
     linearize = lambda objective, params, key: linearized_empirical_fisher(
         objective, params, precision=precision

@@ -96,8 +96,14 @@ def fisher_diag(
 
     The Gauss-Newton-Bartlett estimator of Liu et al., Sophia, arXiv:2305.14342, Algorithm 2: the
     square of one gradient, times the batch size, is unbiased since the score has mean zero. Never
-    negative. Martens, arXiv:1412.1193, section 11. Arguments, errors and needs are those of
-    `gauss_newton_diag`.
+    negative. Martens, arXiv:1412.1193, section 11. The rest as in `gauss_newton_diag`.
+
+    Args:
+        key: a typed key or a seed. Each example draws by its place in the global batch.
+        probes: s, labels drawn for each site.
+        fraction: of the batch (its first part) that is used for curvature.
+        shards: contiguous parts of the global batch that are squared each on its own.
+        mean_over: the device axis, or axes, to average over; `()` keeps each device's own.
     """
 
     def scores(likelihood: Likelihood, keys: jax.Array, z: jax.Array, batch: Tree) -> jax.Array:
