@@ -5,18 +5,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from jax.scipy import stats
-from jax.scipy.special import gammaln
+from families import FAMILIES, hard_targets, log_likelihood
 from small_problems import assert_trees_close, quick_jit
 
 import curvax as cx
-from curvax.likelihoods import Likelihood, bernoulli, categorical, gaussian, poisson
+from curvax.likelihoods import Likelihood, bernoulli, categorical, gaussian
 
 EXAMPLES, CLASSES, TOKENS = 6, 3, 4
-FAMILIES = {"categorical": categorical, "bernoulli": bernoulli, "gaussian": gaussian,
-            "poisson": poisson}  # fmt: skip
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
@@ -24,33 +20,9 @@ def normal(seed: int, *shape: int) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape, jnp.float64)
 
 
-def targets_of(name: str, *shape: int) -> jax.Array:
-    """Hard targets for outputs of a shape."""
-    key = jax.random.key(5)
-    return {
-        "categorical": lambda: jax.random.randint(key, shape[:-1], 0, shape[-1]),
-        "bernoulli": lambda: jax.random.bernoulli(key, 0.4, shape).astype(float),
-        "gaussian": lambda: jax.random.normal(key, shape),
-        "poisson": lambda: jax.random.poisson(key, 2.0, shape).astype(float),
-    }[name]()
-
-
 def problem(name: str, *shape: int, **batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
     shape = shape or (EXAMPLES, CLASSES)
-    return normal(0, *shape), {"y": targets_of(name, *shape), **batch}
-
-
-def log_likelihood(name: str, z: jax.Array, y: jax.Array) -> jax.Array:
-    """Σ log r(y|z) over the outputs of each example, up to constants, by other libraries."""
-    if name == "categorical":
-        terms = -optax.softmax_cross_entropy_with_integer_labels(z, y)
-    elif name == "bernoulli":
-        terms = -optax.sigmoid_binary_cross_entropy(z, y)
-    elif name == "gaussian":
-        terms = stats.norm.logpdf(y, z) + jnp.log(2 * jnp.pi) / 2
-    else:
-        terms = stats.poisson.logpmf(y, jnp.exp(z)) + gammaln(y + 1)
-    return jnp.sum(terms.reshape(len(z), -1), axis=1)
+    return normal(0, *shape), {"y": hard_targets(name, *shape), **batch}
 
 
 def hessian_of(loss: Any, z: jax.Array, batch: Any) -> np.ndarray:
