@@ -112,7 +112,8 @@ class Counted:
     """A product that counts how often it is computed."""
 
     def __init__(self, matrix):
-        self.matrix, self.calls = matrix, Counter()
+        self.matrix = matrix
+        self.calls: Counter[str] = Counter()
 
     def __call__(self, v):
         jax.debug.callback(lambda: self.calls.update(["product"]))
@@ -254,8 +255,8 @@ def go_back(iterates, score):
     return best
 
 
-@pytest.mark.parametrize("target", [1, 3, 6, 8, 10])
-@pytest.mark.parametrize("max_steps", [8, 10, 12])
+@pytest.mark.parametrize("target", [1, 6, 10])
+@pytest.mark.parametrize("max_steps", [8, 12])
 def test_backtracking_returns_the_iterate_before_the_score_rises(target, max_steps):
     matrix = definite(floor=0.0)
     iterates = textbook_iterates(max_steps, matrix, B)
@@ -355,23 +356,23 @@ def test_a_preconditioner_that_is_not_definite_shows():
 
 
 BAD = {
-    "no step": (lambda: cg(0), "`cg` takes `max_steps` as a positive integer, and got 0"),
-    "half a step": (lambda: cg(2.5), "positive integer, and got 2.5"),
-    "traced steps": (lambda: cg(jnp.array(3)), "must be a plain Python value"),
-    "tol": (lambda: cg(tol=-1.0), r"`cg` takes `tol` in \[0, inf\], and got -1.0"),
-    "warm_start": (lambda: cg(warm_start=1.5), r"`warm_start` in \[0, 1\], and got 1.5"),
-    "no step left": (lambda: cg(1, warm_start=0.5), r"never takes a step. Write `cg\(2, ...\)`"),
-    "progress": (lambda: cg(progress=-1.0), "`cg` takes `progress`"),
-    "power": (lambda: cg(preconditioner=2), r"power ξ in \[0, 1\].*and got 2"),
-    "name": (lambda: steihaug(1.0, preconditioner="fisher"), "got 'fisher'"),
-    "radius": (lambda: steihaug(-1.0), "`steihaug` takes `radius`"),
+    "no step": (cg, dict(max_steps=0), "`cg` takes `max_steps` as a positive integer, and got 0"),
+    "half a step": (cg, dict(max_steps=2.5), "positive integer, and got 2.5"),
+    "traced steps": (cg, dict(max_steps=jnp.array(3)), "must be a plain Python value"),
+    "tol": (cg, dict(tol=-1.0), r"`cg` takes `tol` in \[0, inf\], and got -1.0"),
+    "warm_start": (cg, dict(warm_start=1.5), r"`warm_start` in \[0, 1\], and got 1.5"),
+    "no step left": (cg, dict(max_steps=1, warm_start=0.5), r"Write `cg\(2, ...\)`"),
+    "progress": (cg, dict(progress=-1.0), "`cg` takes `progress`"),
+    "power": (cg, dict(preconditioner=2), r"power ξ in \[0, 1\].*and got 2"),
+    "name": (steihaug, dict(radius=1.0, preconditioner="fisher"), "got 'fisher'"),
+    "radius": (steihaug, dict(radius=-1.0), "`steihaug` takes `radius`"),
 }
 
 
-@pytest.mark.parametrize(("make", "message"), BAD.values(), ids=BAD)
-def test_an_option_out_of_range_is_an_error_at_once(make, message):
+@pytest.mark.parametrize(("make", "options", "message"), BAD.values(), ids=BAD)
+def test_an_option_out_of_range_is_an_error_at_once(make, options, message):
     with pytest.raises((ValueError, TypeError), match=message):
-        make()
+        make(**options)
 
 
 @pytest.mark.parametrize("solver", [cg(preconditioner=0.75), steihaug(1.0, preconditioner=0.75)])

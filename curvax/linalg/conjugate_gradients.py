@@ -11,7 +11,7 @@ from curvax import axes, checks, trees
 from curvax.linalg.backtracking import Score, best, keep, nothing_kept
 from curvax.linalg.krylov import Iterate, Rules, System, iterate
 from curvax.linalg.preconditioners import Preconditioner, check_preconditioner, preconditioning
-from curvax.linalg.solvers import Reason, Solution, Solver, stateless
+from curvax.linalg.solvers import Reason, Solution, Solver, length, stateless
 from curvax.linalg.vectors import laid_out_like
 from curvax.trees import Tree
 
@@ -81,7 +81,8 @@ def cg(
         precondition = preconditioning(preconditioner, product, diagonal, "cg")
         x, r, begun = _start(product, b, state, warm_start)
         rules = Rules(_length, *_watching(b, max_steps, progress, backtrack))
-        s = iterate(System(product, precondition, b, tol, rules), x, r, max_steps - begun)
+        system = System(product, precondition, length(b), tol, rules)
+        s = iterate(system, b, x, r, max_steps - begun)
         found = laid_out_like(s.x, b)
         state = laid_out_like(found, state) if warm_start else state
         residual = s.residual

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from curvax import axes, trees
-from curvax.linalg.solvers import Reason, relative_residual
+from curvax.linalg.solvers import Reason, length
 from curvax.linalg.vectors import laid_out_like
 from curvax.products import Product
 from curvax.trees import Tree
@@ -59,13 +59,14 @@ class System(NamedTuple):
     """v ↦ A v."""
     precondition: Callable[[Tree], Tree]
     """v ↦ M⁻¹v."""
-    b: Tree
+    scale: jax.Array
+    """‖b‖."""
     tol: Any
     """‖b - A x‖ / ‖b‖ to stop at."""
     rules: Rules
 
 
-def iterate(system: System, x: Tree, r: Tree, limit: Any) -> Iterate:
+def iterate(system: System, b: Tree, x: Tree, r: Tree, limit: Any) -> Iterate:
     """Conjugate gradients from x with its residual r, over at most `limit` products.
 
     Nocedal & Wright, Numerical Optimization, algorithm 5.3. An iterate that is not finite is
@@ -74,21 +75,21 @@ def iterate(system: System, x: Tree, r: Tree, limit: Any) -> Iterate:
     Raises:
         ValueError: b is each device's own and the product is averaged over the devices.
     """
-    _refuse_own(system.product, system.b)
-    start = _begin(system, x, r)
+    _refuse_own(system.product, b)
+    start = _begin(system, b, x, r)
     advance = lambda s: _advance(system, s)
     go_on = lambda s: (s.reason == Reason.max_steps) & (s.i < limit)
     return lax.while_loop(go_on, advance, _typed(start, advance))
 
 
-def _begin(system: System, x: Tree, r: Tree) -> Iterate:
+def _begin(system: System, b: Tree, x: Tree, r: Tree) -> Iterate:
     z, rz, residual = _measure(system, r)
     start = Iterate(
         x=x,
         r=r,
-        p=laid_out_like(z, system.b),
+        p=laid_out_like(z, b),
         rz=rz,
-        model=-0.5 * (trees.dot(x, system.b) + trees.dot(x, r)),
+        model=-0.5 * (trees.dot(x, b) + trees.dot(x, r)),
         residual=residual,
         i=jnp.zeros((), jnp.int32),
         reason=_reason(system, rz, residual, Reason.max_steps),
@@ -121,7 +122,7 @@ def _advance(system: System, s: Iterate) -> Iterate:
 def _measure(system: System, r: Tree) -> tuple[Tree, jax.Array, jax.Array]:
     """(M⁻¹r, rᵀM⁻¹r, ‖r‖ / ‖b‖)"""
     z = system.precondition(r)
-    return z, trees.dot(r, z), relative_residual(r, system.b)
+    return z, trees.dot(r, z), trees.ratio(length(r), system.scale)
 
 
 def _reason(system: System, rz: jax.Array, residual: jax.Array, otherwise: Any) -> jax.Array:

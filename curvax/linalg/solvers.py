@@ -50,9 +50,14 @@ def stateless(params: Tree) -> tuple[()]:
     return ()
 
 
+def length(a: Tree) -> jax.Array:
+    """‖a‖₂ over the whole tree, NaN where an entry is (`trees.norm` hides it)."""
+    return jnp.sqrt(trees.dot(a, a))
+
+
 def relative_residual(r: Tree, b: Tree) -> jax.Array:
-    """‖r‖ / ‖b‖, 0 for b = 0, and NaN where an entry is (`trees.norm` would hide it)."""
-    return trees.ratio(jnp.sqrt(trees.dot(r, r)), jnp.sqrt(trees.dot(b, b)))
+    """‖r‖ / ‖b‖, and 0 for b = 0."""
+    return trees.ratio(length(r), length(b))
 
 
 @dataclasses.dataclass(frozen=True)

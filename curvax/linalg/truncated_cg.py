@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from curvax import checks, trees
 from curvax.linalg.krylov import Iterate, Rules, System, iterate
 from curvax.linalg.preconditioners import Preconditioner, check_preconditioner, preconditioning
-from curvax.linalg.solvers import Reason, Solution, Solver
+from curvax.linalg.solvers import Reason, Solution, Solver, length
 from curvax.linalg.vectors import laid_out_like
 from curvax.trees import Tree
 
@@ -45,7 +45,7 @@ def steihaug(
     checks.check_range("tol", tol, 0, math.inf, stage="steihaug")
     check_preconditioner(preconditioner, "steihaug")
 
-    def length(s: Iterate, curvature: jax.Array) -> tuple[jax.Array, Any]:
+    def step(s: Iterate, curvature: jax.Array) -> tuple[jax.Array, Any]:
         concave = curvature <= 0
         alpha = s.rz / jnp.where(concave, 1.0, curvature)
         edge, inside = _to_boundary(s.x, s.p, radius)
@@ -66,7 +66,8 @@ def steihaug(
         precondition = preconditioning(preconditioner, product, diagonal, "steihaug")
         r = jax.tree.map(trees.widen, b)
         x = jax.tree.map(jnp.zeros_like, r)
-        s = iterate(System(product, precondition, b, tol, Rules(length)), x, r, max_steps)
+        system = System(product, precondition, length(b), tol, Rules(step))
+        s = iterate(system, b, x, r, max_steps)
         return Solution(laid_out_like(s.x, b), s.i, s.residual, s.reason), state
 
     return Solver(solve)

@@ -8,7 +8,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec as P
 
-from curvax import trees
+from curvax import checks, trees
 from curvax.trees import Tree
 
 
@@ -53,11 +53,15 @@ def materialize(
     Returns:
         C, [P, P] (one row for each entry of C v), in float32 or wider, rows and columns in the
         order of `jax.flatten_util.ravel_pytree(like)`. Memory P².
+
+    Raises:
+        TypeError, ValueError: `chunk` is no positive integer.
     """
     leaves = jax.tree.leaves(like)
     size = sum(x.size for x in leaves)
     dtype = jnp.result_type(jnp.float32, *(x.dtype for x in leaves))
     if chunk is None:
         chunk = 1 if any(map(is_sharded, leaves)) else 16
+    checks.check_count("materialize", chunk=chunk)
     column = lambda e: ravel(product(unravel(e, like)))
     return lax.map(column, jnp.eye(size, dtype=dtype), batch_size=min(chunk, size) or None).T
