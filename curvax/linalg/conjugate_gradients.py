@@ -110,13 +110,13 @@ def _zeros(params: Tree) -> Tree:
 def _start(
     product: Callable[[Tree], Tree], b: Tree, state: Tree, decay: float
 ) -> tuple[Tree, Tree, Any]:
-    """(x₀, b - A x₀, products spent on it): none where x₀ or b is zero."""
+    """(x₀, b - A x₀, products spent on it): none where x₀ or b is 0, or b is NaN."""
     wide = jax.tree.map(trees.widen, b)
     cold = _zeros(wide), wide
     if not decay:
         return *cold, 0
     start = trees.scale(decay, laid_out_like(state, b))
-    begun = (trees.dot(start, start) > 0) & (trees.dot(b, b) != 0)
+    begun = (trees.dot(start, start) > 0) & (trees.dot(b, b) > 0)
 
     def warm() -> tuple[Tree, Tree]:
         ax = laid_out_like(product(start), wide)
