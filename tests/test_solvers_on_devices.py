@@ -166,3 +166,11 @@ def test_explicitly_sharded_parameters(solver, compiled):
 def test_the_matrix_of_an_averaged_product(checked):
     f = lambda rows, b: materialize(fisher(rows, ("batch",)), b)
     np.testing.assert_allclose(sharded(f, checked)(ROWS, B), MATRIX, atol=1e-14)
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_step_communicates_one_product_and_nothing_else(checked):
+    f = lambda rows, b: cg(5)(fisher(rows, ("batch",)), b).x
+    program = sharded(f, checked).lower(ROWS, B).compile().as_text()
+    # The body of the loop is in the program once; the leaves go together.
+    assert program.count(" all-reduce(") == 1
