@@ -106,7 +106,7 @@ class Climb(NamedTuple):
         """(L(θ + ε̂), ∇L(θ + ε̂), the update), where the update is the gradient or its pull-back."""
         if second_order:
             return self._pulled_back(g)
-        e = self._first(self._synced(g), self.params)
+        e = self._in_metric(g) if self.rules.metric else self._first(self._synced(g), self.params)
         for number in range(1, self.steps):
             _, g = self._at(e)
             e = self._later(number, e, self._synced(g), self.params)
@@ -147,10 +147,14 @@ class Climb(NamedTuple):
         return self.rules.offset(e, params, self.radius)
 
     def _first(self, g: Tree, params: Tree) -> Tree:
-        if self.rules.metric is None:
-            return self.rules.direction(g, params, self.keys)
-        g, masked = self.rules.masked(g), self.rules.masked
-        return self.rules.metric.direction(self.objective, params, g, masked, self.sync)
+        return self.rules.direction(g, params, self.keys)
+
+    def _in_metric(self, g: Tree) -> Tree:
+        assert self.rules.metric is not None
+        masked = self.rules.masked
+        g = masked(self._mean(g))
+        e = self.rules.metric.direction(self.objective, self.params, g, masked, self.sync)
+        return axes.vary(e, self.local)
 
     def _later(self, number: int, e: Tree, g: Tree, params: Tree) -> Tree:
         # An ascent that draws draws anew at each of its steps.
@@ -167,5 +171,7 @@ class Climb(NamedTuple):
         return trees.ratio(jnp.asarray(self.step_size), jnp.asarray(radius))
 
     def _synced(self, tree: Tree) -> Tree:
-        mean = axes.mean(tree, self.sync, self.objective.batch_weight())
-        return axes.vary(mean, self.local)
+        return axes.vary(self._mean(tree), self.local)
+
+    def _mean(self, tree: Tree) -> Tree:
+        return axes.mean(tree, self.sync, self.objective.batch_weight())
