@@ -149,7 +149,7 @@ class Elementwise(Likelihood):
     def _check_targets(self, outputs: tuple[int, ...], targets: jax.Array) -> None:
         if targets.shape != outputs:
             raise ValueError(
-                f"`{self._name}` takes targets shaped like the outputs, and got outputs "
+                f"`{self.name}` takes targets shaped like the outputs, and got outputs "
                 f"{list(outputs)} and targets {list(targets.shape)}: broadcasting would pair each "
                 "output with several targets. Drop a last axis of size one with `[..., 0]`, or "
                 "add it with `[..., None]`."

@@ -40,6 +40,11 @@ class Likelihood(abc.ABC):
             sites.check_entry(entry, self._option(name))
 
     @property
+    def name(self) -> str:
+        """What the family is called in `curvax`."""
+        return type(self).__name__.lower()
+
+    @property
     def weighted(self) -> bool:
         """Whether sites can differ in weight."""
         return self.mask is not None or self.weights is not None
@@ -133,7 +138,7 @@ class Likelihood(abc.ABC):
         """
         if not hasattr(outputs, "dtype") or not trees.is_float(outputs):
             raise TypeError(
-                f"`{self._name}` reads the outputs of the model as one floating array, and got "
+                f"`{self.name}` reads the outputs of the model as one floating array, and got "
                 f"{_described(outputs)}. {self._cure_for_trees}"
             )
         self._check_targets(outputs.shape, self._read("targets", batch))
@@ -159,11 +164,7 @@ class Likelihood(abc.ABC):
         return w
 
     def _option(self, name: str) -> str:
-        return f"`{self._name}(targets)`" if name == "targets" else f"`{self._name}({name}=)`"
-
-    @property
-    def _name(self) -> str:
-        return type(self).__name__.lower()
+        return f"`{self.name}(targets)`" if name == "targets" else f"`{self.name}({name}=)`"
 
     @property
     def _cure_for_trees(self) -> str:

@@ -14,9 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from curvax import accumulation, axes, reductions, trees
+from curvax import accumulation, axes, reductions
 from curvax.likelihoods import Likelihood
 from curvax.memory import Given, Memory
+from curvax.objective import validation
 from curvax.trees import Tree
 
 
@@ -66,34 +67,10 @@ class Objective:
         self._memory = Memory()
         self._local: dict[Any, frozenset[str]] = {}
         self._part: tuple[Any, int] = (0, 1)
-        self._check()
-
-    def _check(self) -> None:
-        if self.batch is None and (self.microbatch or self.weight or self.model):
-            raise ValueError(
-                "`Objective` was given `microbatch`, `weight` or `model`, which read the batch, "
-                "and no batch. Write `Objective(loss, batch, ...)`."
-            )
-        if isinstance(self.loss, Likelihood):
-            if self.model is None:
-                raise ValueError(
-                    "A likelihood is a loss of the model's outputs, and `Objective` was given no "
-                    f"`model`. Write `Objective({self.loss}, batch, model=predict)` with "
-                    "`predict(params, batch) -> outputs`."
-                )
-            self.loss.check_batch(self.batch)
-        if isinstance(self.weight, str) and (
-            not isinstance(self.batch, dict) or self.weight not in self.batch
-        ):
-            raise ValueError(
-                f"`Objective(weight={self.weight!r})` names an entry of the batch, and the batch "
-                "has none of that name. Pass a name that is there, or a callable "
-                "`batch -> scalar`."
-            )
-        if self.key is not None:
-            check_key(self.key, "`Objective(key=)`")
-        if self.microbatch is not None:
-            accumulation.check_divides(self.size, self.microbatch, "`Objective(microbatch=)`")
+        validation.check_halves(loss, batch, model)
+        validation.check_options(batch, model, key, microbatch, weight)
+        if microbatch is not None:
+            accumulation.check_divides(self.size, microbatch, "`Objective(microbatch=)`")
 
     @property
     def size(self) -> int:
@@ -211,18 +188,18 @@ class Objective:
             return self.loss_of(outputs), aux
         rest = () if self.batch is None else (self.batch,)
         out = self.loss(params, *rest, *self._keys())
-        value, aux = _pair(out, "loss") if self.has_aux else (out, None)
-        return _scalar(value), aux
+        value, aux = validation.pair(out, "loss") if self.has_aux else (out, None)
+        return validation.scalar(value), aux
 
     def outputs(self, params: Tree) -> tuple[Tree, Any]:
         """(z, aux): what the model, the first half of the loss, returns for the whole batch."""
         assert self.model is not None
         out = self.model(params, self.batch, *self._keys())
-        return _pair(out, "model") if self.has_aux else (out, None)
+        return validation.pair(out, "model") if self.has_aux else (out, None)
 
     def loss_of(self, outputs: Tree) -> jax.Array:
         """L of outputs, the second half of the loss, a scalar in float32 or wider."""
-        return _scalar(self.loss(outputs, self.batch))
+        return validation.scalar(self.loss(outputs, self.batch))
 
     def average(self, f: Callable[..., Tree], *beside: Tree) -> Tree:
         """The mean over micro-batches of `f(the objective on one of them)`, by weight where there
@@ -308,112 +285,3 @@ class Objective:
             return ()
         number, count = self.shard_number(self._batch_axes())
         return (jax.random.fold_in(self.key, number) if count > 1 else self.key,)
-
-
-def as_objective(value_fn: Callable[..., Any] | None, stage: str, params: Tree = ()) -> Objective:
-    """The `value_fn` of an update as an objective.
-
-    Raises:
-        ValueError: there is none, or there are no parameters to evaluate it at.
-    """
-    if params is None:
-        raise ValueError(
-            f"`{stage}` evaluates the loss at the parameters, and got none. Pass them as the third "
-            "argument: `tx.update(grads, state, params, value_fn=objective)`."
-        )
-    if value_fn is None:
-        raise ValueError(
-            f"`{stage}` evaluates the loss, and no `value_fn` reached it. Pass it to the update: "
-            "`tx.update(grads, state, params, value_fn=objective)`. If you did, a wrapper between "
-            "dropped it: in `optax.chain`, `optax.MultiSteps` does, so wrap the whole, "
-            "`optax.MultiSteps(optax.chain(...), k)`, or better, accumulate in the loss with "
-            "`curvax.Objective(loss, batch, microbatch=...)`."
-        )
-    return value_fn if isinstance(value_fn, Objective) else Objective(value_fn)
-
-
-def check_key(key: Any, where: str) -> None:
-    """Refuses what is no typed key.
-
-    Raises:
-        TypeError: it is a raw key, or a seed.
-    """
-    if not jnp.issubdtype(jnp.result_type(key), jax.dtypes.prng_key):
-        raise TypeError(
-            f"{where} takes a typed key. Write `jax.random.key(seed)`, or "
-            "`jax.random.wrap_key_data(raw_key)` for an old one."
-        )
-
-
-def require_batch(objective: Objective, stage: str) -> Objective:
-    """The objective, if it can see its examples.
-
-    Raises:
-        ValueError: it was made from a callable of the parameters alone.
-    """
-    if objective.batch is None:
-        raise ValueError(
-            f"`{stage}` reads the batch behind the loss, and `value_fn` is a callable of the "
-            "parameters alone. Pass `value_fn=curvax.Objective(loss, batch)` with "
-            "`loss(params, batch) -> scalar`."
-        )
-    return objective
-
-
-def require_model(objective: Objective, what: str) -> Objective:
-    """The objective, if it sees the model and the loss of its outputs apart.
-
-    Raises:
-        ValueError: it does not.
-    """
-    if objective.model is None:
-        raise ValueError(
-            f"{what} sees the model and the loss of its outputs apart, and was given "
-            f"{'a loss of the parameters' if objective.batch is None else 'both in one'}. Pass "
-            "`curvax.Objective(loss, batch, model=predict)` with `predict(params, batch) -> "
-            "outputs` and `loss(outputs, batch) -> scalar`, or a likelihood such as "
-            '`curvax.categorical("label")` as the loss.'
-        )
-    return objective
-
-
-def require_likelihood(objective: Objective, what: str) -> Likelihood:
-    """The likelihood that is the objective's loss.
-
-    Raises:
-        ValueError: the loss is another callable.
-    """
-    loss = require_model(objective, what).loss
-    if not isinstance(loss, Likelihood):
-        raise ValueError(
-            f"{what} is an expectation over labels drawn from the model, and the loss is a "
-            "callable that does not say how labels are distributed. Pass `curvax.categorical`, "
-            "`bernoulli`, `gaussian` or `poisson` as the loss of the `Objective`; or take "
-            "`ggnvp`, which serves any convex loss, or `empirical_fvp`, which takes the labels "
-            "of the batch."
-        )
-    return loss
-
-
-def _pair(out: Any, half: str) -> tuple[Any, Any]:
-    if not (isinstance(out, tuple) and len(out) == 2):
-        raise TypeError(
-            f"`Objective(has_aux=True)` expects the {half} to return a pair whose second part is "
-            f"the aux, and got {type(out).__name__}. Return `(value, aux)` or drop `has_aux`."
-        )
-    return out
-
-
-def _scalar(value: Any) -> jax.Array:
-    if isinstance(value, tuple):
-        raise TypeError(
-            f"The loss returned a tuple of {len(value)}. A loss that returns `(scalar, aux)` is "
-            "passed as `curvax.Objective(loss, batch, has_aux=True)`."
-        )
-    value = jnp.asarray(value)
-    if value.shape or not trees.is_float(value):
-        raise TypeError(
-            f"The loss must be a floating scalar, and is {value.dtype}{list(value.shape)}. Reduce "
-            "it over the examples with `jnp.mean`."
-        )
-    return trees.widen(value)

@@ -1,0 +1,19 @@
+"""A loss over a batch that stages can evaluate, differentiate, cut and walk through."""
+
+from curvax.objective.objective import Objective
+from curvax.objective.requirements import (
+    as_objective,
+    require_batch,
+    require_likelihood,
+    require_model,
+)
+from curvax.objective.validation import check_key
+
+__all__ = [
+    "Objective",
+    "as_objective",
+    "check_key",
+    "require_batch",
+    "require_likelihood",
+    "require_model",
+]

@@ -1,0 +1,97 @@
+"""What the halves and the options of an objective must be, and what a loss must return."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from curvax import trees
+from curvax.likelihoods import Likelihood
+from curvax.trees import Tree
+
+
+def check_halves(loss: Callable[..., Any], batch: Tree, model: Callable[..., Any] | None) -> None:
+    """Refuses a likelihood without a model, or whose targets the batch has not.
+
+    Raises:
+        ValueError: either.
+    """
+    if not isinstance(loss, Likelihood):
+        return
+    if model is None:
+        raise ValueError(
+            "A likelihood is a loss of the model's outputs, and `Objective` was given no `model`. "
+            f"Write `Objective({loss.name}(...), batch, model=predict)` with "
+            "`predict(params, batch) -> outputs`."
+        )
+    if batch is not None:
+        loss.check_batch(batch)
+
+
+def check_options(batch: Tree, model: Any, key: Any, microbatch: Any, weight: Any) -> None:
+    """Refuses options that read a batch where there is none, and keys that are none.
+
+    Raises:
+        ValueError: no batch, or no such entry in it.
+        TypeError: `key` is no typed key.
+    """
+    if batch is None and (microbatch or weight or model):
+        raise ValueError(
+            "`Objective` was given `microbatch`, `weight` or `model`, which read the batch, "
+            "and no batch. Write `Objective(loss, batch, ...)`."
+        )
+    if isinstance(weight, str) and (not isinstance(batch, dict) or weight not in batch):
+        raise ValueError(
+            f"`Objective(weight={weight!r})` names an entry of the batch, and the batch has none "
+            "of that name. Pass a name that is there, or a callable `batch -> scalar`."
+        )
+    if key is not None:
+        check_key(key, "`Objective(key=)`")
+
+
+def check_key(key: Any, where: str) -> None:
+    """Refuses what is no typed key.
+
+    Raises:
+        TypeError: it is a raw key, or a seed.
+    """
+    if not jnp.issubdtype(jnp.result_type(key), jax.dtypes.prng_key):
+        raise TypeError(
+            f"{where} takes a typed key. Write `jax.random.key(seed)`, or "
+            "`jax.random.wrap_key_data(raw_key)` for an old one."
+        )
+
+
+def pair(out: Any, half: str) -> tuple[Any, Any]:
+    """(value, aux), as a loss or a model with an aux returns them.
+
+    Raises:
+        TypeError: it returned something else.
+    """
+    if not (isinstance(out, tuple) and len(out) == 2):
+        raise TypeError(
+            f"`Objective(has_aux=True)` expects the {half} to return a pair whose second part is "
+            f"the aux, and got {type(out).__name__}. Return `(value, aux)` or drop `has_aux`."
+        )
+    return out
+
+
+def scalar(value: Any) -> jax.Array:
+    """The value of a loss in float32 or wider.
+
+    Raises:
+        TypeError: it is no floating scalar.
+    """
+    if isinstance(value, tuple):
+        raise TypeError(
+            f"The loss returned a tuple of {len(value)}. A loss that returns `(scalar, aux)` is "
+            "passed as `curvax.Objective(loss, batch, has_aux=True)`."
+        )
+    value = jnp.asarray(value)
+    if value.shape or not trees.is_float(value):
+        raise TypeError(
+            f"The loss must be a floating scalar, and is {value.dtype}{list(value.shape)}. Reduce "
+            "it over the examples with `jnp.mean`."
+        )
+    return trees.widen(value)
