@@ -244,3 +244,14 @@ def test_ema_mean_lags_by_one_step():
         expected = jax.tree.map(lambda g, d: g / (d + 1), grads, before)
         assert_trees_close(updates, expected, 1e-14)
         before = jax.tree.map(jnp.square, grads)
+
+
+def test_without_damping_row_space_gives_the_least_step_that_fits():
+    """Fewer outputs than parameters: of all solutions, the one of least norm."""
+    params, value_fn = net_params(), objective(net_batch(3))
+    tx = cx.natural_gradient(damping=0.0, solver=cx.row_space())
+    updates, _ = one_step(tx, params, value_fn)
+    matrix = gauss_newton_matrix(value_fn, params)
+    gradient = flat(jax.grad(value_fn)(params))
+    expected = -np.linalg.pinv(matrix, rcond=1e-10) @ gradient
+    np.testing.assert_allclose(flat(updates), expected, rtol=1e-6, atol=1e-8)

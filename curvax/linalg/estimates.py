@@ -59,6 +59,8 @@ def exact_diagonal(product: Product, like: Tree) -> Tree:
         A tree like `like`, in float32 or wider.
     """
     size = sum(x.size for x in jax.tree.leaves(like))
+    if not size:
+        return like
 
     def entry(i: jax.Array) -> jax.Array:
         e = jnp.zeros(size).at[i].set(1)

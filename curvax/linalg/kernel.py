@@ -52,6 +52,7 @@ def row_space() -> Solver:
 
 
 def _damped(root: Root, kernel: jax.Array, rows: jax.Array, damping: Any, b: Tree) -> Tree:
+    damping = jnp.asarray(damping, kernel.dtype)
     inner = solve_symmetric(kernel + damping * jnp.eye(rows.size, dtype=kernel.dtype), rows)
     along = root.transpose(unravel(inner, root.rows))
     return trees.scale(1 / damping, trees.add_scaled(b, -1.0, laid_out_like(along, b)))

@@ -50,7 +50,7 @@ def damp(damping: Any = None) -> Stage:
                 "adapt it: `levenberg_marquardt(... | damp() | solve(...) | "
                 "optax.scale_by_learning_rate(1.0))`."
             )
-        lam = jnp.asarray(lam, float)
+        # A plain number stays one: solvers may then know that it is 0.
         signal = signal._replace(matvec=product.damped(lam))
         return signal, DampState(state.step + 1, measured({"damping": lam}))
 

@@ -172,7 +172,8 @@ def _squared(
 
         def once(k: jax.Array) -> Tree:
             e = noise(likelihood, part.example_keys(k), at.outputs, part.batch)
-            return jax.tree.map(lambda x: trees.ratio(trees.widen(x), root_weight), at.pull(e))
+            x = at.pull(e.astype(at.outputs.dtype))
+            return jax.tree.map(lambda y: trees.ratio(trees.widen(y), root_weight), x)
 
         return loss, gradient, jax.vmap(once)(jax.random.split(key, probes))
 
