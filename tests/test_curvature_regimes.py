@@ -64,6 +64,18 @@ def test_micro_batches_equal_the_whole(name, microbatch):
     assert_trees_close(applied(name, pieces), applied(name, whole), tol=1e-13)
 
 
+def test_given_labels_are_cut_with_the_batch():
+    labels = jnp.stack([batch_of()["y"], 1 - batch_of()["y"]])
+    found, expected = (
+        quick_jit(lambda p, o=objective: fvp(o, p, labels=labels)(direction(p)))(net_params())
+        for objective in (
+            cx.Objective(LOSS, batch_of(), model=net, microbatch=2),
+            cx.Objective(LOSS, batch_of(), model=net),
+        )
+    )
+    assert_trees_close(found, expected, tol=1e-13)
+
+
 @every_product
 def test_groups_average_to_the_whole_by_weight(name):
     objective: Any = cx.Objective(LOSS, batch_of(), model=net)
@@ -355,6 +367,27 @@ def test_two_cotangents_and_the_gradient_cost_at_most_1_7_gradients(wide):
         return whole.loss_and_gradient(), whole.pull(noise)
 
     assert flops(diagonal, shapes, batch) < 1.7 * gradient
+
+
+@pytest.mark.parametrize("name", ["ggnvp", "drawn", "empirical"])
+def test_memory_in_micro_batches_does_not_grow_with_the_batch(name):
+    kernels = [jax.ShapeDtypeStruct((64, 64), jnp.float32)] * 4
+
+    def memory(examples: int) -> float:
+        batch = {
+            "x": jax.ShapeDtypeStruct((examples, 64), jnp.float32),
+            "y": jax.ShapeDtypeStruct((examples,), jnp.int32),
+        }
+
+        def product(params: Any, v: Any, batch: Any) -> Any:
+            objective = cx.Objective(categorical("y"), batch, model=wide_net, microbatch=32)
+            return PRODUCTS[name](objective, params)(v)
+
+        analysis: Any = quick_jit(product).lower(kernels, kernels, batch).compile()
+        return analysis.memory_analysis().temp_size_in_bytes
+
+    # What grows is a key of 8 bytes for each of three draws; one layer's activations take 256.
+    assert memory(1024) - memory(128) <= (1024 - 128) * 3 * 8
 
 
 def test_the_model_is_traced_once_for_many_products():
