@@ -319,7 +319,7 @@ def test_errors_show_what_to_write():
         cx.pipe(cx.fisher_matvec(), cx.damp(1.0), cx.solve(cx.cg(3, preconditioner=0.5))), "diag"
     )
     with pytest.raises(TypeError, match=r"cg\(20\)"):
-        cx.solve("cg")
+        cx.solve("cg")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="damping"):
         cx.damp(-1.0)
     with pytest.raises(ValueError, match="'hessian'"):

@@ -226,6 +226,6 @@ def test_cg_on_devices_reduces_once_for_the_gradient_and_once_a_step():
     mapped = jax.shard_map(step, mesh=mesh(), in_specs=(P(), P(), P("batch")), out_specs=(P(), P()))
     params = net_params()
     compiled = jax.jit(mapped).lower(params, tx.init(params), make_batch()).compile()
-    names = [line for line in compiled.as_text().splitlines() if " all-reduce(" in line]
+    names = [line for line in str(compiled.as_text()).splitlines() if " all-reduce(" in line]
     in_loop = [line for line in names if "while/body" in line]
     assert (len(in_loop), len(names)) == (1, 2)

@@ -12,7 +12,7 @@ from flax import linen as nn
 from flax import nnx
 from flax.training import train_state
 
-from curvax import Objective, sam
+from curvax import Objective, categorical, dense, natural_gradient, sam
 from curvax.flax_bridge import TrainState, nnx_loss
 
 RHO = 0.1
@@ -274,3 +274,22 @@ def test_other_parameters_may_be_chosen():
     optimizer.update(model, grads)
     np.testing.assert_array_equal(model.first.kernel[...], before[0])
     assert np.abs(model.last.kernel[...] - before[1]).max() > 0
+
+
+def test_nnx_module_as_the_model_half_of_an_objective():
+    """Its natural gradient is that of the same network written by hand."""
+    module = nnx.Linear(3, 2, rngs=nnx.Rngs(0), param_dtype=jnp.float64)
+    batch = {"x": jax.random.normal(jax.random.key(1), (6, 3)), "label": jnp.arange(6) % 2}
+    predict, params = nnx_loss(module, lambda model, batch: model(batch["x"]))
+    likelihood = categorical("label")
+    tx = natural_gradient(1.0, damping=0.1, solver=dense())
+
+    def updates_of(objective, params):
+        _, grads = objective.value_and_grad(params)
+        return tx.update(grads, tx.init(params), params, value_fn=objective)[0]
+
+    found = updates_of(Objective(likelihood, batch, model=predict, has_aux=True), params)
+    by_hand = {"bias": jnp.asarray(module.bias[...]), "kernel": jnp.asarray(module.kernel[...])}
+    model = lambda p, batch: batch["x"] @ p["kernel"] + p["bias"][None]
+    expected = updates_of(Objective(likelihood, batch, model=model), by_hand)
+    assert_trees_close(dict(nnx.to_pure_dict(found)), expected)

@@ -1,5 +1,7 @@
 """Natural gradient, Gauss-Newton and Newton steps against dense solves and recorded runs."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -223,7 +225,7 @@ def test_eq_10_holds_the_adaptive_methods(name):
 def test_eq_10_as_a_pipe(estimator, power):
     params, value_fn = net_params(), objective()
     lam = 40.0  # The exact Hessian diagonal is not positive everywhere.
-    kept = {}
+    kept: dict[str, Any] = {}
     keep = cx.stage(
         lambda params: optax.EmptyState(),
         lambda signal, state, params, **extra: (kept.update(d=signal.diagonal), (signal, state))[1],

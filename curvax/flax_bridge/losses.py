@@ -29,12 +29,12 @@ def nnx_loss(
 
     Args:
         model: the module, which is not changed.
-        fn: `fn(model, batch) -> scalar`, a mean over the batch; it may change the model it is
-            given, a copy.
+        fn: `fn(model, batch) -> scalar`, a mean over the batch; or `-> outputs`, where the result
+            is to be the `model=` of an `Objective`. It may change the model it is given, a copy.
         wrt: filter for the parameters; the same as the optimiser's.
 
     Returns:
-        `loss(params, batch) -> (scalar, state)` and the parameters, an `nnx.State` with the
+        `loss(params, batch) -> (what fn returns, state)` and the parameters, an `nnx.State` with the
         optimiser's structure. `state` is all of the module but the parameters and the keys of
         its random streams (these never change, their counters do), as plain arrays.
         With `Objective(..., key=)` it is called as `loss(params, batch, key)`, and the key is
