@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from curvax.trees import Tree, is_float, widen
+from curvax.trees import Tree, is_float, ratio, widen
 
 AxisNames = str | tuple[str, ...] | None
 
@@ -97,7 +97,7 @@ def mean(tree: Tree, axes: tuple[str, ...], weight: jax.Array | None = None) -> 
             return lax.pmean(x, over)
         w = vary(widen(weight), over)
         weighed = jnp.where(w == 0, 0, w * widen(x))
-        return (lax.psum(weighed, over) / lax.psum(w, over)).astype(x.dtype)
+        return ratio(lax.psum(weighed, over), lax.psum(w, over)).astype(x.dtype)
 
     return jax.tree.map(average, tree)
 
