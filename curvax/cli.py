@@ -39,8 +39,9 @@ digits, 40 % of them wrongly labelled, with AdamW and with GSAM, and says what t
 
 _COMPARE = """\
 Train the same model on the same data with several methods at matched epochs, over several seeds.
-Reported are mean, standard deviation and 95 % interval of the test accuracy and of the largest
-eigenvalue of the Hessian at the end. The first method is the base that gains are counted from.
+Reported are mean, standard deviation and 95 % interval of the test score (accuracy, loss or squared
+error) and of the largest eigenvalue of the Hessian at the end. The first method is the base that
+gains are counted from.
 
   curvax compare digits --seeds 3 --fair
   curvax compare digits --optimizers "adamw(cosine(1e-2))" "sam_perturb(0.2) | adamw(cosine(1e-2))"
@@ -110,7 +111,7 @@ class _Parser(argparse.ArgumentParser):
             "--optimizers",
             nargs="+",
             metavar="TEXT",
-            help="the methods, the base first; by default the config's `base` and `optimizer`",
+            help="the methods, the base first; by default the config's base, optimizer and others",
         )
 
 
@@ -169,7 +170,7 @@ def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from curvax.training import commands
 
     config = commands.configure(arguments.config, overrides)
-    methods = [config.base, config.optimizer] if config.beside else [config.optimizer]
+    methods = commands.methods(config) if config.beside else [config.optimizer]
     commands.start(config, commands.Plan("train", methods), arguments.runs)
 
 
@@ -182,7 +183,7 @@ def _compare(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         fields = sweep.read_fields(arguments.sweep)
         plan = commands.Plan("sweep", methods, arguments.seeds, fields=fields)
     else:
-        methods = arguments.optimizers or [config.base, config.optimizer]
+        methods = arguments.optimizers or commands.methods(config)
         plan = commands.Plan("compare", methods, arguments.seeds, arguments.fair)
     commands.start(config, plan, arguments.runs)
 
@@ -191,7 +192,7 @@ def _bench(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from curvax.training import commands
 
     config = commands.configure(arguments.config, overrides)
-    methods = arguments.optimizers or [config.base, config.optimizer]
+    methods = arguments.optimizers or commands.methods(config)
     commands.measure_costs(config, methods, arguments.pairs, arguments.runs)
 
 

@@ -16,32 +16,32 @@ def make_batch(height=9, width=9, channels=2, size=SIZE):
     rng = np.random.default_rng(0)
     image = jnp.asarray(rng.random((size, height, width, channels)), jnp.float32)
     label = jnp.asarray(np.eye(CLASSES)[rng.integers(0, CLASSES, size)], jnp.float32)
-    return {"image": image, "label": label}
+    return {"input": image, "label": label}
 
 
 def ramps(height, width, size=SIZE):
     """Images whose two channels are their own pixel coordinates, y and x."""
     grid = np.stack([*np.mgrid[:height, :width]], -1).astype(np.float32)
-    return {"image": jnp.asarray(np.broadcast_to(grid, (size, height, width, 2)))}
+    return {"input": jnp.asarray(np.broadcast_to(grid, (size, height, width, 2)))}
 
 
 def test_a_flip_mirrors_half_of_the_images_and_undoes_itself():
     batch = make_batch()
     flipped = augment.flip()(KEY, batch)
-    mirrored = np.asarray(batch["image"])[:, :, ::-1]
-    changed = np.any(flipped["image"] != batch["image"], (1, 2, 3))
-    np.testing.assert_array_equal(flipped["image"][changed], mirrored[changed])
+    mirrored = np.asarray(batch["input"])[:, :, ::-1]
+    changed = np.any(flipped["input"] != batch["input"], (1, 2, 3))
+    np.testing.assert_array_equal(flipped["input"][changed], mirrored[changed])
     assert abs(changed.sum() - SIZE / 2) < 5 * np.sqrt(SIZE) / 2
     twice = augment.flip()(KEY, flipped)
-    np.testing.assert_array_equal(twice["image"], batch["image"])
+    np.testing.assert_array_equal(twice["input"], batch["input"])
     np.testing.assert_array_equal(flipped["label"], batch["label"])
 
 
 @pytest.mark.parametrize("mode", ["reflect", "constant"])
 def test_a_shift_crop_is_a_window_of_the_padded_image(mode):
     batch = make_batch(5, 7)
-    cropped = np.asarray(augment.shift_crop(2, mode)(KEY, batch)["image"])
-    padded = np.pad(batch["image"], [(0, 0), (2, 2), (2, 2), (0, 0)], mode=mode)
+    cropped = np.asarray(augment.shift_crop(2, mode)(KEY, batch)["input"])
+    padded = np.pad(batch["input"], [(0, 0), (2, 2), (2, 2), (0, 0)], mode=mode)
     windows = np.lib.stride_tricks.sliding_window_view(padded, (5, 7), (1, 2))
     matches = np.all(windows == np.moveaxis(cropped, -1, 1)[:, None, None], (-1, -2, -3))
     assert np.all(matches.any((1, 2)))
@@ -50,7 +50,7 @@ def test_a_shift_crop_is_a_window_of_the_padded_image(mode):
 
 def test_no_padding_is_no_crop():
     batch = make_batch()
-    np.testing.assert_array_equal(augment.shift_crop(0)(KEY, batch)["image"], batch["image"])
+    np.testing.assert_array_equal(augment.shift_crop(0)(KEY, batch)["input"], batch["input"])
 
 
 def test_a_reflection_beyond_the_image_is_refused():
@@ -60,8 +60,8 @@ def test_a_reflection_beyond_the_image_is_refused():
 
 @pytest.mark.parametrize("size", [3, 4])
 def test_cutout_erases_one_square_that_may_hang_over_the_edge(size):
-    ones = {"image": jnp.ones((SIZE, 12, 10, 2), jnp.float32)}
-    erased = np.asarray(augment.cutout(size, fill=-1.0)(KEY, ones)["image"]) == -1
+    ones = {"input": jnp.ones((SIZE, 12, 10, 2), jnp.float32)}
+    erased = np.asarray(augment.cutout(size, fill=-1.0)(KEY, ones)["input"]) == -1
     assert np.all(erased[..., 0] == erased[..., 1])
     rows, columns = erased.any((2, 3)), erased.any((1, 3))
     np.testing.assert_array_equal(erased[..., 0], rows[:, :, None] & columns[:, None, :])
@@ -86,9 +86,9 @@ def test_mixup_is_its_equation_for_images_and_labels_alike():
     label, neighbour = (np.asarray(x) for x in (batch["label"], jnp.roll(batch["label"], 1, 0)))
     differ = (label * neighbour).sum(1) == 0
     weight = (np.asarray(mixed["label"]) * label).sum(1)[differ]  # λ stands where the own class is
-    image, other = (np.asarray(x)[differ] for x in (batch["image"], jnp.roll(batch["image"], 1, 0)))
+    image, other = (np.asarray(x)[differ] for x in (batch["input"], jnp.roll(batch["input"], 1, 0)))
     twin = weight[:, None, None, None] * image + (1 - weight)[:, None, None, None] * other
-    np.testing.assert_allclose(mixed["image"][differ], twin, atol=1e-6)
+    np.testing.assert_allclose(mixed["input"][differ], twin, atol=1e-6)
     np.testing.assert_allclose(mixed["label"].sum(1), 1, atol=1e-6)
     assert weight.min() >= 0.5
     # Beta(1, 1) folded is uniform on [½, 1]; five standard errors
@@ -99,7 +99,7 @@ def test_mixup_is_its_equation_for_images_and_labels_alike():
 def test_mixup_leaves_the_others_as_they_were(probability):
     batch = make_batch()
     mixed = augment.mixup(probability, alpha=8.0)(KEY, batch)
-    same = np.all(mixed["image"] == batch["image"], (1, 2, 3))
+    same = np.all(mixed["input"] == batch["input"], (1, 2, 3))
     assert abs(same.sum() - (1 - probability) * SIZE) <= 5 * np.sqrt(SIZE * probability) / 2
     np.testing.assert_array_equal(mixed["label"][same], batch["label"][same])
 
@@ -122,7 +122,7 @@ def test_mixup_of_integer_labels_asks_for_one_hot():
 def test_an_inception_crop_of_the_whole_image_is_the_image():
     batch = make_batch()
     crop = augment.inception_crop(9, area=(1.0, 1.0), aspect=(1.0, 1.0))
-    np.testing.assert_allclose(crop(KEY, batch)["image"], batch["image"], atol=1e-6)
+    np.testing.assert_allclose(crop(KEY, batch)["input"], batch["input"], atol=1e-6)
 
 
 def test_an_inception_crop_is_a_resized_box_of_the_asked_area_and_shape():
@@ -130,7 +130,7 @@ def test_an_inception_crop_is_a_resized_box_of_the_asked_area_and_shape():
     batch = ramps(height, width)
     crop = augment.inception_crop(size, area=(0.2, 0.5), aspect=(0.5, 2.0))
     # A bilinear crop of a ramp is a ramp: pixel i shows the coordinate corner + (i + ½) scale - ½.
-    image = np.asarray(crop(KEY, batch)["image"])
+    image = np.asarray(crop(KEY, batch)["input"])
     shown = image[:, :, 0, 0], image[:, 0, :, 1]
     boxes = []
     for lines in shown:
@@ -154,7 +154,7 @@ def test_an_inception_crop_is_a_resized_box_of_the_asked_area_and_shape():
 def test_boxes_that_cannot_fit_give_the_whole_image():
     batch = ramps(8, 8, size=4)
     crop = augment.inception_crop(8, area=(1.0, 1.0), aspect=(3.0, 4.0))
-    np.testing.assert_allclose(crop(KEY, batch)["image"], batch["image"], atol=1e-5)
+    np.testing.assert_allclose(crop(KEY, batch)["input"], batch["input"], atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -176,23 +176,23 @@ def test_one_hot_labels_are_smoothed():
 
 def test_normalise_is_channel_by_channel():
     batch = make_batch()
-    image = augment.normalise([0.1, 0.2], [0.5, 2.0])(KEY, batch)["image"]
-    expected = (np.asarray(batch["image"]) - [0.1, 0.2]) / [0.5, 2.0]
+    image = augment.normalise([0.1, 0.2], [0.5, 2.0])(KEY, batch)["input"]
+    expected = (np.asarray(batch["input"]) - [0.1, 0.2]) / [0.5, 2.0]
     np.testing.assert_allclose(image, expected, atol=1e-6)
     assert image.dtype == jnp.float32
 
 
 def test_composed_transforms_come_in_order_and_draw_apart():
-    shift = lambda by: lambda key, batch: batch | {"image": 2 * batch["image"] + by}
-    both = augment.compose(shift(1.0), shift(10.0))(KEY, {"image": jnp.ones(3)})
-    np.testing.assert_array_equal(both["image"], np.full(3, 16.0))
+    shift = lambda by: lambda key, batch: batch | {"input": 2 * batch["input"] + by}
+    both = augment.compose(shift(1.0), shift(10.0))(KEY, {"input": jnp.ones(3)})
+    np.testing.assert_array_equal(both["input"], np.full(3, 16.0))
     flips = augment.compose(augment.flip(), augment.flip())(KEY, make_batch())
-    assert np.any(flips["image"] != make_batch()["image"])
+    assert np.any(flips["input"] != make_batch()["input"])
 
 
 def test_every_image_draws_from_its_own_key():
     noise = augment.per_image(lambda key, image: jax.random.normal(key, image.shape))
-    drawn = noise(KEY, make_batch())["image"].reshape(SIZE, -1)
+    drawn = noise(KEY, make_batch())["input"].reshape(SIZE, -1)
     assert len(np.unique(drawn[:, 0])) == SIZE
 
 
@@ -213,13 +213,13 @@ def test_a_pipeline_compiles_once_and_vmaps_over_seeds(pipeline):
     batch = make_batch(size=6) | {"label": jnp.arange(6) % CLASSES, "index": jnp.arange(6)}
     jitted = jax.jit(chex.assert_max_traces(pipeline, n=1))
     once, again = jitted(KEY, batch), jitted(jax.random.key(2), batch)
-    assert np.any(once["image"] != again["image"])
+    assert np.any(once["input"] != again["input"])
     np.testing.assert_array_equal(once["index"], batch["index"])
     assert {name: (x.shape, str(x.dtype)) for name, x in once.items()} == {
-        "image": ((6, 8, 8, 2), "float32"),
+        "input": ((6, 8, 8, 2), "float32"),
         "label": ((6, CLASSES), "float32"),
         "index": ((6,), "int64"),
     }
     keys = jnp.stack([KEY, jax.random.key(2)])
     seeds = jax.jit(jax.vmap(pipeline, (0, None)))(keys, batch)
-    np.testing.assert_allclose(seeds["image"][1], again["image"], atol=1e-5)
+    np.testing.assert_allclose(seeds["input"][1], again["input"], atol=1e-5)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from curvax.training import compare, config, data, material
+from curvax.training import commands, compare, config, data, preparation
 from curvax.training.experiment import build
 
 SHAPES = {
@@ -24,9 +24,9 @@ def _stand_ins(monkeypatch):
         classes = 100 if name == "cifar100" else 10
         labels = np.arange(1000, dtype=np.int32) % classes
         split = data.Split(np.zeros((1000, *SHAPES[name]), np.float32), labels)
-        return data.Dataset(name, split, split, classes)
+        return data.Dataset(split, split, classes)
 
-    monkeypatch.setattr(material, "_load", load)
+    monkeypatch.setattr(preparation, "load", load)
 
 
 @pytest.mark.parametrize("name", config.names())
@@ -42,10 +42,10 @@ def test_a_config_opens_with_paper_command_result_and_cost(name):
 def test_a_config_builds_with_its_method_and_its_base(name):
     loaded = config.load(name)
     assert loaded.is_locked
-    methods = compare.arms(loaded, [loaded.base, loaded.optimizer])
+    methods = compare.arms(loaded, commands.methods(loaded))
     for arm in methods.values():
         experiment = build(arm)
-        assert experiment.steps == arm.epochs * (len(experiment.material.train.labels) // arm.batch)
+        assert experiment.steps == arm.epochs * (experiment.material.train.size // arm.batch)
 
 
 def test_the_configs_of_the_papers_have_their_settings():

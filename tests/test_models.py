@@ -1,5 +1,6 @@
 """The models against published parameter counts, naive twins, and their own other forms."""
 
+import itertools
 import math
 from functools import partial
 
@@ -67,7 +68,7 @@ def test_the_autoencoder_has_its_layers_and_gives_back_the_shape():
     outputs, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), x)
     assert outputs.shape == x.shape
     widths = [784, 1000, 500, 250, 30, 250, 500, 1000, 784]
-    expected = sum(a * b + b for a, b in zip(widths, widths[1:]))
+    expected = sum(a * b + b for a, b in itertools.pairwise(widths))
     assert sum(math.prod(p.shape) for p in jax.tree.leaves(variables)) == expected == 2_837_314
 
 
@@ -243,7 +244,11 @@ def test_language_model_equals_its_naive_twin():
     ("name", "classes", "layers"),
     [
         ("mlp", 3, ["layer0", "layer1", "head"]),
-        ("autoencoder_tiny", None, ["encoder0", "encoder1", "code", "decoder0", "decoder1", "head"]),
+        (
+            "autoencoder_tiny",
+            None,
+            ["encoder0", "encoder1", "code", "decoder0", "decoder1", "head"],
+        ),
     ],
 )
 def test_dense_networks_equal_their_naive_twins(name, classes, layers):

@@ -148,7 +148,7 @@ AUTHORS: dict[
 
 
 def make_batch(image, size):
-    return {"image": jnp.broadcast_to(as_float(image), (size, *image.shape))}
+    return {"input": jnp.broadcast_to(as_float(image), (size, *image.shape))}
 
 
 def distances(images, candidates):
@@ -173,7 +173,7 @@ def policy(monkeypatch):
 @pytest.mark.parametrize(("name", "level"), AUTHORS)
 def test_levels_mean_what_they_mean_in_the_authors_code(name, level, policy):
     image = make_bytes(32, 32)
-    changed = policy((name, 1.0, level), ("Invert", 0.0, 0))(KEY, make_batch(image, 12))["image"]
+    changed = policy((name, 1.0, level), ("Invert", 0.0, 0))(KEY, make_batch(image, 12))["input"]
     candidates = [pillow(Image.fromarray(image)) for pillow in AUTHORS[name, level]]
     near = distances(changed, candidates) < 1e-3
     assert np.all(near.sum(1) == 1)
@@ -183,7 +183,7 @@ def test_levels_mean_what_they_mean_in_the_authors_code(name, level, policy):
 def test_operations_of_a_pair_come_in_order_each_with_its_probability(policy):
     image = make_bytes(32, 32)
     pair = policy(("Brightness", 0.7, 9), ("Solarize", 0.4, 5))
-    changed = pair(KEY, make_batch(image, 400))["image"]
+    changed = pair(KEY, make_batch(image, 400))["input"]
     first = enhanced(ImageEnhance.Brightness, 1.72)
     second = lambda image: ImageOps.solarize(image, 128)
     plain = Image.fromarray(image)
@@ -228,7 +228,7 @@ RAND = [  # what big_vision's code does at magnitude 15 to a 32 × 32 image
 
 def test_rand_augment_draws_each_of_its_sixteen_operations():
     image = make_bytes(32, 32)
-    changed = np.asarray(policies.rand_augment(1, 15)(KEY, make_batch(image, 300))["image"])
+    changed = np.asarray(policies.rand_augment(1, 15)(KEY, make_batch(image, 300))["input"])
     candidates = [pillow(Image.fromarray(image)) for pillow in RAND]
     # Strong blends amplify Pillow's rounding, so the nearest within 1 % of the pixels counts.
     apart = distances(changed, candidates)
@@ -243,7 +243,7 @@ def test_rand_augment_draws_each_of_its_sixteen_operations():
 
 def test_layers_follow_one_another():
     image = make_bytes(32, 32)
-    changed = np.asarray(policies.rand_augment(2, 15)(KEY, make_batch(image, 64))["image"])
+    changed = np.asarray(policies.rand_augment(2, 15)(KEY, make_batch(image, 64))["input"])
     candidates = [pillow(Image.fromarray(image)) for pillow in RAND]
     single = distances(changed, candidates).min(1) < 0.01
     # one of the two does nothing, or two translations add up, in a seventh of the cases
@@ -260,7 +260,7 @@ def test_images_in_turn_are_images_together():
     """Under vmap every operation is computed and one is taken, as on a GPU."""
     batch = make_batch(make_bytes(16, 16), 40)
     transform = policies.rand_augment(1)
-    in_turn = jax.jit(transform)(KEY, batch)["image"]
-    together = jax.jit(jax.vmap(transform, (0, None)))(KEY[None], batch)["image"][0]
+    in_turn = jax.jit(transform)(KEY, batch)["input"]
+    together = jax.jit(jax.vmap(transform, (0, None)))(KEY[None], batch)["input"][0]
     assert in_turn.dtype == jnp.float32
     np.testing.assert_allclose(together, in_turn, atol=1e-5)

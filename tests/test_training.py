@@ -19,9 +19,21 @@ import tiny_run
 from jax.flatten_util import ravel_pytree
 from tensorboardX.proto.event_pb2 import Event
 
-from curvax.training import checkpoints, compare, data, evaluate, loop, material, report, runs
+import curvax
+from curvax.training import (
+    checkpoints,
+    compare,
+    evaluate,
+    goals,
+    images,
+    loop,
+    material,
+    report,
+    runs,
+    tasks,
+)
 from curvax.training.checkpoints import CheckpointError, Checkpoints
-from curvax.training.experiment import CRITERIA, build
+from curvax.training.experiment import build
 from curvax.training.statistics import summarise
 from curvax.training.step import watched_names
 
@@ -75,14 +87,10 @@ def test_a_step_is_sgd_on_the_augmented_batch():
     config = changed(optimizer="sgd(0.1, momentum=0.9)")
     config.model.options.dropout = 0.0
     experiment = build(config)
-    state, batches, transform = (
-        experiment.init(),
-        experiment.batches(),
-        material.transform(config, 10),
-    )
+    state, batches = experiment.init(), experiment.batches()
 
     def loss(params, batch):
-        logits: Any = experiment.model.apply({"params": params}, batch["image"])
+        logits: Any = experiment.model.apply({"params": params}, batch["input"])
         return -jnp.mean(jnp.sum(batch["label"] * jax.nn.log_softmax(logits), -1))
 
     params = jax.tree.map(jnp.copy, state.params)
@@ -90,7 +98,7 @@ def test_a_step_is_sgd_on_the_augmented_batch():
     for number in range(3):
         batch = next(batches)
         key, _ = jax.random.split(jax.random.fold_in(state.key, number))
-        grads = jax.grad(loss)(params, transform(key, batch))
+        grads = jax.grad(loss)(params, experiment.task.in_training(key, batch))
         velocity = jax.tree.map(lambda v, g: 0.9 * v + g, velocity, grads)
         params = jax.tree.map(lambda p, v: p - 0.1 * v, params, velocity)
         state, _ = experiment.step(state, batch)
@@ -104,9 +112,9 @@ def test_batch_statistics_and_figures_are_those_of_the_clean_pass():
     config.data.augment = []
     experiment = build(config)
     state, batch = experiment.init(), next(experiment.batches())
-    images = data.normalise(batch["image"], *material.moments(config))
+    inputs = experiment.task.in_test(batch)["input"]
     logits, new = experiment.model.apply(
-        {"params": state.params, **state.model_state}, images, train=True, mutable=["batch_stats"]
+        {"params": state.params, **state.model_state}, inputs, train=True, mutable=["batch_stats"]
     )
     accuracy = np.mean(np.argmax(logits, -1) == batch["label"])
     stepped, measured = experiment.step(state, batch)
@@ -292,14 +300,14 @@ def test_an_infinite_update_stops_the_run_at_its_step(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("criterion", "what"),
+    ("loss", "what"),
     [
         (lambda logits, _: jnp.log(0.0 * jnp.sum(logits)), "the loss"),
         (lambda logits, _: jnp.sqrt(0.0 * jnp.sum(logits)), "the gradient of `block_0/.*/bias`"),
     ],
 )
-def test_what_goes_bad_first_is_named(criterion, what, monkeypatch):
-    monkeypatch.setitem(CRITERIA, "softmax", criterion)
+def test_what_goes_bad_first_is_named(loss, what, monkeypatch):
+    monkeypatch.setitem(tasks.LIKELIHOODS, "softmax", lambda *_, **__: loss)
     with pytest.raises(loop.NotFinite, match=f"step 1: {what} is NaN"):
         loop.fit(build(changed(optimizer="sgd(0.1)")))
 
@@ -316,34 +324,36 @@ def test_every_watched_flag_has_a_name(experiment):
 
 
 def test_held_out_examples_come_from_the_training_set_alone():
-    whole, parted = material.gather(CONFIG), material.gather(CONFIG, hold_out=True)
-    rows = lambda split: {image.tobytes() for image in split.images}
+    task = tasks.build(CONFIG)
+    whole, parted = (material.gather(CONFIG, task, hold_out) for hold_out in (False, True))
+    rows = lambda split: {image.tobytes() for image in split.inputs}
     assert rows(parted.train) | rows(parted.test) == rows(whole.train)
     assert not rows(parted.train) & rows(parted.test)
-    assert len(parted.test.labels) == 6
-    right = {i.tobytes(): label for i, label in zip(*data.load("digits").train)}
+    assert parted.test.size == 6
+    right = {i.tobytes(): label for i, label in zip(*images.load("digits").train)}
     assert all(right[i.tobytes()] == label for i, label in zip(*parted.test))
     assert np.mean(parted.wrong) == pytest.approx(0.25, abs=0.01)
 
 
-def test_logits_do_not_depend_on_the_chunks(experiment):
+def test_scores_do_not_depend_on_the_chunks(experiment):
     state, test = experiment.init(), experiment.material.test
     whole, parts = (
-        evaluate.logits(experiment.predict, state, test, size) for size in (len(test.labels), 100)
+        evaluate.average(experiment.scores, state, test, size) for size in (test.size, 100)
     )
-    np.testing.assert_allclose(whole, parts, atol=1e-6)
+    assert whole == pytest.approx(parts, rel=1e-6)
 
 
 def test_the_largest_eigenvalue_is_the_dense_hessians():
     key = jax.random.key(0)
-    batch = {"image": jax.random.normal(key, (8, 4)), "label": jnp.arange(8) % 3}
-    predict = lambda params, _, x: jnp.tanh(x @ params["w"]) @ params["v"]
-    criterion = lambda z, y: optax.softmax_cross_entropy_with_integer_labels(z, y).mean()
+    batch = {"input": jax.random.normal(key, (8, 4)), "label": jnp.arange(8) % 3}
+    predict = lambda params, batch: jnp.tanh(batch["input"] @ params["w"]) @ params["v"]
+    clean = lambda _, batch: curvax.Objective(curvax.categorical("label"), batch, model=predict)
     params = {"w": jax.random.normal(key, (4, 3)), "v": jax.random.normal(key, (3, 3))}
     flat, unravel = ravel_pytree(params)
-    loss = lambda x: criterion(predict(unravel(x), {}, batch["image"]), batch["label"])
+    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+    loss = lambda x: cross_entropy(predict(unravel(x), batch), batch["label"]).mean()
     eigenvalues = np.linalg.eigvalsh(jax.hessian(loss)(flat))
-    found = evaluate.make_largest_eigenvalue(predict, criterion)(params, {}, batch)
+    found = evaluate.make_largest_eigenvalue(clean)(params, {}, batch)
     assert float(found) == pytest.approx(eigenvalues[np.argmax(np.abs(eigenvalues))], rel=3e-2)
 
 
@@ -363,9 +373,10 @@ def outcome(accuracy):
 
 def test_the_better_run_of_the_base_counts_seed_by_seed():
     short, long = [outcome(0.5), outcome(0.8)], [outcome(0.6), outcome(0.7)]
-    found = compare.with_better_base({"base": short, "longer": long, "sam": short})
+    arms = {"base": short, "longer": long, "sam": short}
+    found = compare.with_better_base(arms, goals.CLASSIFY)
     assert [run.figures["test_accuracy"] for run in found["base, better of both"]] == [0.6, 0.8]
-    gain = compare.score(found)["sam"].gain
+    gain = compare.score(found, goals.CLASSIFY)["sam"].gain
     assert gain.mean == pytest.approx(-0.05)
 
 
@@ -376,11 +387,11 @@ def test_a_run_that_diverges_leaves_the_others_their_comparison(tmp_path):
     with pytest.raises(loop.NotFinite):
         compare.run(experiments, 1, tmp_path / "strict", quiet)
     outcomes = compare.run(experiments, 1, tmp_path / "lenient", quiet, may_diverge=True)
-    scores = compare.score(outcomes)
-    assert scores["sgd"].accuracy.mean == outcomes["sgd"][0].figures["test_accuracy"]
-    assert np.isnan(scores["scale | sgd"].accuracy.mean)
-    assert "scale | sgd diverged." in report.gains(scores)
-    assert "diverged" in report.as_text(report.score_table(scores))
+    scores = compare.score(outcomes, goals.CLASSIFY)
+    assert scores["sgd"].reached.mean == outcomes["sgd"][0].figures["test_accuracy"]
+    assert np.isnan(scores["scale | sgd"].reached.mean)
+    assert "scale | sgd diverged." in report.gains(scores, goals.CLASSIFY)
+    assert "diverged" in report.as_text(report.score_table(scores, goals.CLASSIFY))
 
 
 @pytest.mark.parametrize(
@@ -419,7 +430,7 @@ def test_the_verdict_says_what_the_figures_say(base, method, noise, said, unsaid
     config.data.noise = noise
     records = [{"step": 1, "test/accuracy": 0.77}, {"step": 2, "train/loss": 1.0}]
     run = lambda figures: [runs.Outcome(figures | {"train_examples": 64}, records)]
-    words = report.verdict(config, {"a": run(base), "b": run(method)})
+    words = report.verdict(config, tasks.build(config), {"a": run(base), "b": run(method)})
     assert all(part in words for part in [*said, "77.0% at its best epoch", "compare tiny_run"])
     assert unsaid not in words
 

@@ -1,6 +1,6 @@
 """Augmentation as pure JAX: each `name(options)` gives a transform (key, batch) ↦ batch.
 
-A batch is {"image": float [B, H, W, C], "label": float [B, classes]}, other entries pass through.
+A batch is {"input": float [B, H, W, C], "label": float [B, classes]}, other entries pass through.
 Images lie in [0, 1] until `normalise`. Every example draws from its own key, shapes are static, so
 transforms jit, vmap and shard. Labels are integers [B] until `one_hot`.
 """
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from curvax.checks import check_range
-from curvax.training import data, metrics
+from curvax.training import images, metrics
 
 Batch = dict[str, jax.Array]
 Transform = Callable[[jax.Array, Batch], Batch]
@@ -45,19 +45,19 @@ def per_image(
     in_turn = lambda keys, images: jax.lax.map(lambda each: change(*each), (keys, images))
 
     def transform(key: jax.Array, batch: Batch) -> Batch:
-        keys = jax.random.split(key, len(batch["image"]))
+        keys = jax.random.split(key, len(batch["input"]))
         apply = together
         if branching:
             apply = lambda *each: jax.lax.platform_dependent(*each, cpu=in_turn, default=together)
-        return batch | {"image": apply(keys, batch["image"])}
+        return batch | {"input": apply(keys, batch["input"])}
 
     return transform
 
 
 def normalise(mean: ArrayLike, std: ArrayLike) -> Transform:
-    """(image - mean) / std, channel by channel; `data.moments` gives both."""
+    """(image - mean) / std, channel by channel; `images.moments` gives both."""
     mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
-    return lambda key, batch: batch | {"image": data.normalise(batch["image"], mean, std)}
+    return lambda key, batch: batch | {"input": images.normalise(batch["input"], mean, std)}
 
 
 def one_hot(classes: int, smoothing: float = 0.0) -> Transform:
@@ -144,7 +144,7 @@ def mixup(probability: float = 0.5, alpha: float = 0.2) -> Transform:
         raise ValueError(f"`mixup` takes a positive `alpha` of Beta(α, α), and got {alpha}.")
 
     def transform(key: jax.Array, batch: Batch) -> Batch:
-        image, label = batch["image"], batch["label"]
+        image, label = batch["input"], batch["label"]
         if label.ndim != 2:
             raise ValueError(
                 "`mixup` mixes labels of shape [B, classes], and got one of shape "
@@ -154,7 +154,7 @@ def mixup(probability: float = 0.5, alpha: float = 0.2) -> Transform:
         weight = jax.random.beta(of_weight, alpha, alpha, (len(image),), jnp.float32)
         chosen = jax.random.bernoulli(of_choice, probability, (len(image),))
         weight = jnp.where(chosen, jnp.maximum(weight, 1 - weight), 1)
-        return batch | {"image": _mixed(image, weight), "label": _mixed(label, weight)}
+        return batch | {"input": _mixed(image, weight), "label": _mixed(label, weight)}
 
     return transform
 

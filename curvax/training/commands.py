@@ -13,6 +13,7 @@ from curvax.training import config as configs
 from curvax.training.checkpoints import CheckpointError
 from curvax.training.compare import Outcomes
 from curvax.training.experiment import Experiment, build
+from curvax.training.tasks import Task
 
 _PLAN = "plan.json"
 
@@ -39,6 +40,11 @@ def configure(name: str, assignments: Sequence[str]) -> ConfigDict:
     return configs.override(configs.load(name), assignments)
 
 
+def methods(config: ConfigDict) -> list[str]:
+    """The texts of a config's methods: its base, its own, and the others."""
+    return [config.base, config.optimizer, *config.others]
+
+
 def start(config: ConfigDict, plan: Plan, root: Path) -> None:
     """Carries a plan out in a new run folder under `root`."""
     experiments = plan.prepare(config)
@@ -63,10 +69,11 @@ def _carry_out(
     console = Console()
     _line(console, f"If this is interrupted: curvax resume {folder}")
     try:
-        with progress.bar(console) as row:
+        task = next(iter(experiments.values())).task
+        with progress.bar(console, task.goal) as row:
             may_diverge = plan.command != "train"
             outcomes = compare.run(experiments, plan.seeds, folder, row, may_diverge=may_diverge)
-        table, words = _FINISH[plan.command](config, plan, outcomes, folder)
+        table, words = _FINISH[plan.command](config, plan, task, outcomes, folder)
         _publish(console, folder, table, words)
     except CheckpointError:
         raise
@@ -79,29 +86,30 @@ def _carry_out(
 
 
 def _finish_training(
-    config: ConfigDict, plan: Plan, outcomes: Outcomes, folder: Path
+    config: ConfigDict, plan: Plan, task: Task, outcomes: Outcomes, folder: Path
 ) -> tuple[Table, str]:
-    curves.draw(outcomes, folder / "curves.png")
+    curves.draw(outcomes, folder / "curves.png", task.goal)
     table = report.run_table({name: arm[0].figures for name, arm in outcomes.items()})
-    return table, report.verdict(config, outcomes) if len(outcomes) == 2 else ""
+    return table, report.verdict(config, task, outcomes) if len(outcomes) > 1 else ""
 
 
 def _finish_comparison(
-    config: ConfigDict, plan: Plan, outcomes: Outcomes, folder: Path
+    config: ConfigDict, plan: Plan, task: Task, outcomes: Outcomes, folder: Path
 ) -> tuple[Table, str]:
-    curves.draw(outcomes, folder / "curves.png")
+    curves.draw(outcomes, folder / "curves.png", task.goal)
     if plan.fair:
-        outcomes = compare.with_better_base(outcomes)
-    scores = compare.score(outcomes)
-    compare.write(folder, outcomes, scores)
-    curves.draw_scores(outcomes, folder / "compare.png")
-    return report.score_table(scores), report.gains(scores)
+        outcomes = compare.with_better_base(outcomes, task.goal)
+    scores = compare.score(outcomes, task.goal)
+    compare.write(folder, outcomes, scores, task.goal)
+    curves.draw_scores(outcomes, folder / "compare.png", task.goal)
+    return report.score_table(scores, task.goal), report.gains(scores, task.goal)
 
 
 def _finish_sweep(
-    config: ConfigDict, plan: Plan, outcomes: Outcomes, folder: Path
+    config: ConfigDict, plan: Plan, task: Task, outcomes: Outcomes, folder: Path
 ) -> tuple[Table, str]:
-    grids = sweep.grids(outcomes, compare.labels(plan.optimizers), plan.fields)
+    names = compare.labels(plan.optimizers)
+    grids = sweep.grids(outcomes, names, plan.fields, task.goal)
     sweep.write(folder, grids)
     curves.draw_sweep(grids, folder / "sweep.png")
     return sweep.table(grids), sweep.words(grids, config.name)
@@ -114,7 +122,8 @@ def measure_costs(config: ConfigDict, optimizers: Sequence[str], pairs: int, roo
     """`curvax bench`: the costs of a step of each method, printed and kept in a new folder."""
     console = Console()
     experiments = Plan("bench", optimizers).prepare(config)
-    with progress.bar(console) as row:
+    goal = next(iter(experiments.values())).task.goal
+    with progress.bar(console, goal) as row:
         costs = bench.measure(experiments, pairs, row("pairs", pairs))
     folder = runs.create(root, "bench", config)
     bench.write(folder, costs)

@@ -17,11 +17,12 @@ from curvax.recipe import outline
 from curvax.training import runs
 from curvax.training.config import ConfigError, assign
 from curvax.training.experiment import Experiment
+from curvax.training.goals import Goal
 from curvax.training.loop import NotFinite, Report, fit
 from curvax.training.runs import Outcome
 from curvax.training.statistics import Summary, summarise
 
-ACCURACY, LARGEST_EIGENVALUE = "test_accuracy", "lambda_max"
+LARGEST_EIGENVALUE = "lambda_max"
 
 Arms = dict[str, ConfigDict]
 Outcomes = Mapping[str, Sequence[Outcome]]
@@ -31,9 +32,9 @@ Outcomes = Mapping[str, Sequence[Outcome]]
 class Score(NamedTuple):
     """What an arm reached, over seeds."""
 
-    accuracy: Summary
+    reached: Summary  # the score that is the goal
     lambda_max: Summary
-    gain: Summary  # accuracy beyond the base's, seed by seed
+    gain: Summary  # of that score over the base's, seed by seed
     seconds: float  # of a run
 
 
@@ -124,22 +125,23 @@ def run(
     return outcomes
 
 
-def with_better_base(outcomes: Outcomes) -> dict[str, Sequence[Outcome]]:
+def with_better_base(outcomes: Outcomes, goal: Goal) -> dict[str, Sequence[Outcome]]:
     """Puts first, as the base that counts, seed by seed the better of the first two arms."""
     (name, short), (_, long), *_ = outcomes.items()
-    reached = lambda run: run.figures.get(ACCURACY, -math.inf)
-    better = [max(pair, key=reached) for pair in zip(short, long)]
+    worth = lambda run: goal.worth(run.figures.get(goal.figure, math.nan))
+    better = [max(pair, key=worth) for pair in zip(short, long)]
     return {f"{name}, better of both": better, **outcomes}
 
 
-def score(outcomes: Outcomes) -> dict[str, Score]:
+def score(outcomes: Outcomes, goal: Goal) -> dict[str, Score]:
     """The summary of every arm, gains counted from the first."""
-    base = values(next(iter(outcomes.values())), ACCURACY)
+    reached = {name: values(arm, goal.figure) for name, arm in outcomes.items()}
+    base = next(iter(reached.values()))
     return {
         name: Score(
-            summarise(values(arm, ACCURACY)),
+            summarise(reached[name]),
             summarise(values(arm, LARGEST_EIGENVALUE)),
-            summarise([ours - theirs for ours, theirs in zip(values(arm, ACCURACY), base)]),
+            summarise([ours - theirs for ours, theirs in zip(reached[name], base)]),
             summarise(values(arm, "seconds")).mean,
         )
         for name, arm in outcomes.items()
@@ -151,11 +153,11 @@ def values(arm: Sequence[Outcome], figure: str) -> list[float]:
     return [run.figures.get(figure, math.nan) for run in arm]
 
 
-def write(folder: Path, outcomes: Outcomes, scores: Mapping[str, Score]) -> None:
+def write(folder: Path, outcomes: Outcomes, scores: Mapping[str, Score], goal: Goal) -> None:
     """`compare.json`: for each arm its summaries and the figures of every run."""
     page = {
         name: {
-            "accuracy": scores[name].accuracy._asdict(),
+            goal.name: scores[name].reached._asdict(),
             "lambda_max": scores[name].lambda_max._asdict(),
             "gain": scores[name].gain._asdict(),
             "runs": [run.figures for run in arm],

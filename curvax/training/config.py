@@ -32,6 +32,7 @@ def defaults(**numbers: float) -> ConfigDict:
     """
     fields: dict[str, Any] = {
         "name": "experiment",  # of the run's folder; the config file's own name when loaded
+        "task": "images",  # or "autoencoder", "regression", "language"
         "model": {"name": "mixer_tiny", "options": {}},
         "data": {
             "name": "digits",
@@ -40,11 +41,13 @@ def defaults(**numbers: float) -> ConfigDict:
             "noise": 0.0,  # fraction of the training labels replaced by a wrong one
             "smoothing": 0.0,  # of the training labels
             "augment": [],  # transforms in order, each as text
+            "length": 64,  # bytes in a window of text
         },
         "optimizer": "adamw(cosine(1e-3))",
         "base": "adamw(cosine(1e-3))",  # what `compare` and `bench` measure against
-        "beside": False,  # whether `train` trains the base too
-        "loss": "softmax",  # or "sigmoid", one binary problem for each class
+        "others": [],  # further methods, each as text, that they take in too
+        "beside": False,  # whether `train` trains the base and the others too
+        "loss": placeholder(str),  # the task's own by default; of images "softmax" or "sigmoid"
         "epochs": 60,
         "batch": 64,
         "microbatch": placeholder(int),  # examples in memory at once, the whole batch by default

@@ -7,30 +7,31 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from curvax.training.compare import ACCURACY, LARGEST_EIGENVALUE, Outcomes, values
+from curvax.training.compare import LARGEST_EIGENVALUE, Outcomes, values
+from curvax.training.goals import Goal
 from curvax.training.runs import Record
 from curvax.training.sweep import Grid
 
-PANELS = {
-    "train/loss": "training loss",
-    "test/accuracy": "test accuracy",
-    "train/surrogate_gap": "surrogate gap h",
-}
 
-
-def draw(outcomes: Outcomes, path: Path) -> None:
+def draw(outcomes: Outcomes, path: Path, goal: Goal) -> None:
     """Figures over steps, a panel for each: for every arm the mean over seeds and the range."""
+    titles = {
+        "train/loss": "training loss",
+        goal.record: f"test {goal.title}",
+        "train/surrogate_gap": "surrogate gap h",
+        "train/damping": "damping λ",
+    }
     runs = {name: [run.records for run in arm] for name, arm in outcomes.items()}
     seen = {
         name for repetitions in runs.values() for each in repetitions for r in each for name in r
     }
-    recorded = [name for name in PANELS if name in seen]
+    recorded = [name for name in titles if name in seen]
     figure = Figure(figsize=(4.5 * len(recorded), 4.2), layout="constrained")
     panels = figure.subplots(1, len(recorded), squeeze=False)[0]
     for axes, name in zip(panels, recorded):
         for index, (label, repetitions) in enumerate(runs.items()):
             _curve(axes, name, label, repetitions, f"C{index}")
-        axes.set(xlabel="step", title=PANELS[name])
+        axes.set(xlabel="step", title=titles[name])
         axes.grid(alpha=0.3)
     handles, names = panels[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", frameon=False)
@@ -50,18 +51,18 @@ def _curve(
     axes.fill_between(steps, each.min(0), each.max(0), color=colour, alpha=0.2, linewidth=0)
 
 
-def draw_scores(outcomes: Outcomes, path: Path) -> None:
-    """Test accuracy and largest Hessian eigenvalue: a row for each arm, a dot for each seed, a bar
-    at the mean."""
+def draw_scores(outcomes: Outcomes, path: Path, goal: Goal) -> None:
+    """Test score and largest Hessian eigenvalue: a row for each arm, a dot for each seed, a bar at
+    the mean."""
     figure = Figure(figsize=(11, 1.4 + 0.5 * len(outcomes)), layout="constrained")
-    accuracy, eigenvalue = figure.subplots(1, 2, sharey=True)
-    _dots(accuracy, outcomes, ACCURACY, "test accuracy")
+    reached, eigenvalue = figure.subplots(1, 2, sharey=True)
+    _dots(reached, outcomes, goal.figure, f"test {goal.title}")
     _dots(eigenvalue, outcomes, LARGEST_EIGENVALUE, "largest Hessian eigenvalue")
     if all(value > 0 for arm in outcomes.values() for value in values(arm, LARGEST_EIGENVALUE)):
         eigenvalue.set_xscale("log")
-    accuracy.locator_params(axis="x", nbins=6)
-    accuracy.set_yticks(range(len(outcomes)), list(outcomes))
-    accuracy.set_ylim(len(outcomes) - 0.5, -0.5)
+    reached.locator_params(axis="x", nbins=6)
+    reached.set_yticks(range(len(outcomes)), list(outcomes))
+    reached.set_ylim(len(outcomes) - 0.5, -0.5)
     figure.savefig(path, dpi=120)
 
 
@@ -75,7 +76,7 @@ def _dots(axes: Axes, outcomes: Outcomes, figure: str, title: str) -> None:
 
 
 def draw_sweep(grids: Sequence[Grid], path: Path) -> None:
-    """Held-out accuracy over one field as curves, over two as heat maps, one for each method."""
+    """The held-out score over one field as curves, over two as heat maps, one for each method."""
     if len(grids[0].fields) == 1:
         figure = Figure(figsize=(5.5, 4.2), layout="constrained")
         _sweep_curves(figure.subplots(), grids)
@@ -93,7 +94,7 @@ def _sweep_curves(axes: Axes, grids: Sequence[Grid]) -> None:
         axes.errorbar(
             values, grid.array("mean"), deviations, marker="o", capsize=3, label=grid.method
         )
-    axes.set(xlabel=field, ylabel="held-out accuracy")
+    axes.set(xlabel=field, ylabel=grids[0].title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
 
@@ -109,5 +110,5 @@ def _heat_map(figure: Figure, axes: Axes, grid: Grid) -> None:
     middle = (np.nanmin(means) + np.nanmax(means)) / 2
     for (i, j), mean in np.ndenumerate(means):
         ink = "black" if mean > middle else "white"
-        axes.text(j, i, f"{100 * mean:.1f}", ha="center", va="center", color=ink)
-    figure.colorbar(image, label="held-out accuracy")
+        axes.text(j, i, grid.goal.form.format(mean), ha="center", va="center", color=ink)
+    figure.colorbar(image, label=grid.title)

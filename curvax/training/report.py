@@ -9,17 +9,21 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from curvax.training.compare import ACCURACY, LARGEST_EIGENVALUE, Outcomes, Score
+from curvax.training.compare import LARGEST_EIGENVALUE, Outcomes, Score
+from curvax.training.goals import Goal
 from curvax.training.runs import Outcome
 from curvax.training.statistics import Summary
+from curvax.training.tasks import Task
 
 Figures = Mapping[str, float]
 
 ROWS = {
     "test_accuracy": ("test accuracy", "{:.1%}"),
     "test_top5": ("test top-5 accuracy", "{:.1%}"),
+    "test_squared_error": ("test squared error", "{:.3f}"),
     "test_loss": ("test loss", "{:.3f}"),
     "train_accuracy": ("training accuracy", "{:.1%}"),
+    "train_squared_error": ("training squared error", "{:.3f}"),
     "train_loss": ("training loss", "{:.3f}"),
     "memorised": ("wrong labels learnt", "{:.1%}"),
     "lambda_max": ("largest Hessian eigenvalue", "{:.3g}"),
@@ -48,18 +52,18 @@ def spread(summary: Summary, form: str) -> str:
     return f"{mean} ± {width.format(summary.deviation)} (±{width.format(summary.half_width)})"
 
 
-def score_table(scores: Mapping[str, Score]) -> Table:
-    """One row for each arm: accuracy, gain over the base and λ_max as mean ± deviation (95 %)."""
+def score_table(scores: Mapping[str, Score], goal: Goal) -> Table:
+    """One row for each arm: score, gain over the base and λ_max as mean ± deviation (95 %)."""
     table = Table(
-        "method", "test accuracy", "points over the base", "Hessian λ_max", "seconds a run"
+        "method", f"test {goal.title}", f"{goal.over} the base", "Hessian λ_max", "seconds a run"
     )
     measured = not all(math.isnan(score.lambda_max.mean) for score in scores.values())
     for place, (name, score) in enumerate(scores.items()):
-        points = Summary(*(100 * x for x in score.gain))
+        gain = Summary(*(goal.scale * x for x in score.gain))
         table.add_row(
             escape(name),
-            spread(score.accuracy, "{:.1%}"),
-            spread(points, "{:+.1f}") if place else "",
+            spread(score.reached, goal.form),
+            spread(gain, f"{{:+.{goal.digits}f}}") if place else "",
             spread(score.lambda_max, "{:.3g}") if measured else "",
             f"{score.seconds:.0f}",
         )
@@ -74,49 +78,54 @@ def as_text(table: Table) -> str:
     return page.getvalue()
 
 
-def gains(scores: Mapping[str, Score]) -> str:
+def gains(scores: Mapping[str, Score], goal: Goal) -> str:
     """What each arm won over the first, in plain words."""
     base, *others = scores
     lines = []
     for name in others:
-        points, _, width = (100 * x for x in scores[name].gain)
-        line = f"{name}: {points:+.1f} points over {base}"
+        gain, _, width = (goal.scale * x for x in scores[name].gain)
+        form = f"+.{goal.digits}f"
+        line = f"{name}: {gain:{form}} {goal.over} {base}"
         if not math.isnan(width):
-            line += f" (95 % interval {points - width:+.1f} to {points + width:+.1f})"
-        lines.append(f"{name} diverged." if math.isnan(points) else f"{line}.")
+            line += f" (95 % interval {gain - width:{form}} to {gain + width:{form}})"
+        lines.append(f"{name} diverged." if math.isnan(gain) else f"{line}.")
     return "\n".join(lines)
 
 
-def verdict(config: ConfigDict, outcomes: Outcomes) -> str:
-    """What training the base and the method side by side showed, in plain words."""
-    (base, of_base), (method, of_method) = ((name, arm[0]) for name, arm in outcomes.items())
-    gain = 100 * (of_method.figures[ACCURACY] - of_base.figures[ACCURACY])
-    sentences = [
-        _setting(config, of_base.figures),
-        _performance(base, of_base),
-        _performance(method, of_method),
-        f"At the end it is {abs(gain):.1f} points {'ahead' if gain >= 0 else 'behind'}.",
-        *_flatness(of_base.figures, of_method.figures),
-        f"This is one seed: `curvax compare {config.name} --seeds 3` shows the spread.",
-    ]
+def verdict(config: ConfigDict, task: Task, outcomes: Outcomes) -> str:
+    """What training the methods side by side showed, in plain words; the first is the base."""
+    runs = {name: arm[0] for name, arm in outcomes.items()}
+    (_, base), *others = runs.items()
+    sentences = [_setting(config, task, base.figures)]
+    sentences += [_performance(name, run, task.goal) for name, run in runs.items()]
+    if len(others) == 1:
+        ((_, method),) = others
+        sentences += [_lead(base.figures, method.figures, task.goal)]
+        sentences += _flatness(base.figures, method.figures)
+    sentences += [f"This is one seed: `curvax compare {config.name} --seeds 3` shows the spread."]
     return " ".join(sentences)
 
 
-def _setting(config: ConfigDict, figures: Figures) -> str:
+def _setting(config: ConfigDict, task: Task, figures: Figures) -> str:
     noise = f", {config.data.noise:.0%} of them wrongly labelled" if config.data.noise else ""
-    examples = int(figures["train_examples"])
-    return f"Both methods trained on the same {examples} images of {config.data.name}{noise}."
+    examples = f"{int(figures['train_examples'])} {task.examples} of {config.data.name}"
+    return f"The methods trained on the same {examples}{noise}."
 
 
-def _performance(name: str, outcome: Outcome) -> str:
+def _performance(name: str, outcome: Outcome, goal: Goal) -> str:
     figures, learnt = outcome.figures, ""
     if "memorised" in figures:
         learnt = f"learnt {figures['memorised']:.0%} of the wrong labels and "
-    best = max(record.get("test/accuracy", 0.0) for record in outcome.records)
-    return (
-        f"`{name}` {learnt}classifies {figures[ACCURACY]:.1%} of the test images correctly "
-        f"({best:.1%} at its best epoch)."
-    )
+    scores = [record[goal.record] for record in outcome.records if goal.record in record]
+    best = goal.form.format(goal.best(scores))
+    claim = goal.claim.format(goal.form.format(figures[goal.figure]))
+    return f"`{name}` {learnt}{claim} ({best} at its best epoch)."
+
+
+def _lead(base: Figures, method: Figures, goal: Goal) -> str:
+    gain = goal.worth(method[goal.figure]) - goal.worth(base[goal.figure])
+    lead = f"{goal.scale * abs(gain):.{goal.digits}f} {goal.unit}".strip()
+    return f"At the end it is {lead} {'ahead' if gain >= 0 else 'behind'}."
 
 
 def _flatness(base: Figures, method: Figures) -> list[str]:

@@ -10,12 +10,9 @@ import jax.numpy as jnp
 import optax
 
 import curvax
-from curvax.training import metrics
+from curvax.training.augment import Batch
+from curvax.training.tasks import Task
 from curvax.trees import Tree, label, names
-
-Batch = dict[str, jax.Array]
-Criterion = Callable[[jax.Array, jax.Array], jax.Array]
-Transform = Callable[[jax.Array, Batch], Batch]
 
 
 class State(NamedTuple):
@@ -31,55 +28,61 @@ class State(NamedTuple):
 class Measured(NamedTuple):
     """What one step measured, on the device until somebody asks."""
 
-    figures: dict[str, jax.Array]  # loss, accuracy and what the stages record, float32 []
+    figures: dict[str, jax.Array]  # loss, scores and what the stages record, float32 []
     finite: jax.Array  # bool [1 + 2·leaves]: the loss, each gradient leaf, each update leaf
 
 
 def init(
-    model: nn.Module, optimizer: optax.GradientTransformation, image: jax.Array, seed: int
+    model: nn.Module, optimizer: optax.GradientTransformation, example: jax.Array, seed: int
 ) -> State:
-    """The state before the first step, for images shaped like `image` [1, H, W, C]."""
+    """The state before the first step, for inputs shaped like `example` [1, ...]."""
     of_params, of_steps = jax.random.split(jax.random.key(seed))
-    variables = dict(_variables(model, of_params, image))
+    variables = dict(_variables(model, of_params, example))
     params = variables.pop("params")
     opt_state = _watched(optimizer).init(params)
     return State(jnp.zeros((), jnp.int32), params, variables, opt_state, of_steps)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _variables(model: nn.Module, key: jax.Array, image: jax.Array) -> Any:
-    return model.init(key, image)
+def _variables(model: nn.Module, key: jax.Array, example: jax.Array) -> Any:
+    return model.init(key, example)
 
 
 def objective(
     model: nn.Module,
-    criterion: Criterion,
+    task: Task,
     model_state: Tree,
     batch: Batch,
     key: jax.Array,
     microbatch: int | None = None,
 ) -> curvax.Objective:
-    """The training loss on a batch, whose aux is the new batch statistics and the accuracy."""
+    """The training loss on a batch, whose aux is the new batch statistics and the scores."""
 
-    def loss(params: Tree, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
-        logits, new = model.apply(
+    def predict(params: Tree, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
+        outputs, new = model.apply(
             {"params": params, **model_state},
-            batch["image"],
+            batch["input"],
             train=True,
             rngs={"dropout": key},
             mutable=list(model_state),
         )
-        value = criterion(logits, batch["label"])
-        return value, (new, metrics.top1(logits, batch["label"]))
+        scores = {name: score(outputs, batch["label"]) for name, score in task.scores.items()}
+        return outputs, (new, scores)
 
-    return curvax.Objective(loss, batch, has_aux=True, key=key, microbatch=microbatch)
+    return curvax.Objective(
+        task.likelihood("label"),
+        batch,
+        model=predict,
+        has_aux=True,
+        key=key,
+        microbatch=microbatch,
+    )
 
 
 def make_step(
     model: nn.Module,
     optimizer: optax.GradientTransformationExtraArgs,
-    criterion: Criterion,
-    transform: Transform,
+    task: Task,
     microbatch: int | None = None,
 ) -> Callable[[State, Batch], tuple[State, Measured]]:
     """The compiled step; it takes the state's buffers over, so use the state it returns."""
@@ -87,14 +90,14 @@ def make_step(
 
     def step(state: State, batch: Batch) -> tuple[State, Measured]:
         augmentation, dropout = jax.random.split(jax.random.fold_in(state.key, state.step))
-        batch = transform(augmentation, batch)
-        value_fn = objective(model, criterion, state.model_state, batch, dropout, microbatch)
-        (loss, (model_state, accuracy)), grads = value_fn.value_and_grad(state.params)
+        batch = task.in_training(augmentation, batch)
+        value_fn = objective(model, task, state.model_state, batch, dropout, microbatch)
+        (loss, (model_state, scores)), grads = value_fn.value_and_grad(state.params)
         updates, opt_state = optimizer.update(
             grads, state.opt_state, state.params, value_fn=value_fn, value=loss
         )
         params = optax.apply_updates(state.params, updates)
-        figures = {"accuracy": accuracy, **curvax.diagnostics(opt_state), "loss": loss}
+        figures = {**scores, **curvax.diagnostics(opt_state), "loss": loss}
         finite = jnp.concatenate([opt_state[-1].finite, _finite(updates)])
         measured = Measured(figures, finite)
         return State(state.step + 1, params, model_state, opt_state, state.key), measured

@@ -10,7 +10,8 @@ import numpy as np
 from rich.table import Table
 
 from curvax.training import runs
-from curvax.training.compare import ACCURACY, Outcomes, values
+from curvax.training.compare import Outcomes, values
+from curvax.training.goals import Goal
 from curvax.training.report import spread
 from curvax.training.statistics import Summary, summarise
 
@@ -23,8 +24,9 @@ class SweepError(ValueError):
 
 
 class Grid(NamedTuple):
-    """One method's held-out accuracy at every point."""
+    """One method's held-out score at every point."""
 
+    goal: Goal
     method: str
     fields: Fields
     points: list[tuple[str, ...]]  # the values, the last field fastest
@@ -33,7 +35,11 @@ class Grid(NamedTuple):
     @property
     def best(self) -> int:
         """The number of the best point; one that diverged never is."""
-        return int(np.argmax([np.nan_to_num(s.mean, nan=-1.0) for s in self.scores]))
+        return int(np.argmax([self.goal.worth(score.mean) for score in self.scores]))
+
+    @property
+    def title(self) -> str:
+        return f"held-out {self.goal.title}"
 
     def array(self, part: str) -> np.ndarray:
         """A part of the summaries, one axis for each field."""
@@ -76,22 +82,22 @@ def _split(values: str) -> list[str]:
     return parts
 
 
-def grids(outcomes: Outcomes, methods: Sequence[str], fields: Fields) -> list[Grid]:
+def grids(outcomes: Outcomes, methods: Sequence[str], fields: Fields, goal: Goal) -> list[Grid]:
     """The outcomes of `compare.grid`'s arms, sorted by method and point."""
     points = list(itertools.product(*fields.values()))
-    scores = [summarise(values(arm, ACCURACY)) for arm in outcomes.values()]
+    scores = [summarise(values(arm, goal.figure)) for arm in outcomes.values()]
     size = len(points)
     return [
-        Grid(method, fields, points, scores[i * size : (i + 1) * size])
+        Grid(goal, method, fields, points, scores[i * size : (i + 1) * size])
         for i, method in enumerate(methods)
     ]
 
 
 def table(found: Sequence[Grid]) -> Table:
-    """One row for each point, one column of held-out accuracy for each method."""
-    page = Table(*found[0].fields, *(f"held-out accuracy, {grid.method}" for grid in found))
+    """One row for each point, one column of held-out scores for each method."""
+    page = Table(*found[0].fields, *(f"{grid.title}, {grid.method}" for grid in found))
     for number, point in enumerate(found[0].points):
-        page.add_row(*point, *(spread(grid.scores[number], "{:.1%}") for grid in found))
+        page.add_row(*point, *(spread(grid.scores[number], grid.goal.form) for grid in found))
     return page
 
 
@@ -101,9 +107,10 @@ def words(found: Sequence[Grid], config_name: str) -> str:
     for grid in found:
         setting = [f"{field}={value}" for field, value in zip(grid.fields, grid.points[grid.best])]
         options = shlex.join(f"--{part}" for part in setting)
+        score = grid.goal.form.format(grid.scores[grid.best].mean)
         lines.append(
-            f"Best for {grid.method}: {', '.join(setting)}, {grid.scores[grid.best].mean:.1%} of "
-            f"the held-out examples. To test it: curvax compare {config_name} {options}"
+            f"Best for {grid.method}: {', '.join(setting)}, {grid.title} {score}. To test it: "
+            f"curvax compare {config_name} {options}"
         )
     return "\n".join([*lines, "The test set was not looked at."])
 

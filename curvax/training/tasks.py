@@ -1,0 +1,122 @@
+"""What a model is asked for: its examples, the likelihood of its outputs, its scores.
+
+Images to be classified, images to be reconstructed, numbers to be predicted, a text to be foretold:
+all that tells them apart is here and in what is named here.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from curvax.likelihoods import Likelihood, bernoulli, categorical, gaussian
+from curvax.training import goals, metrics, preparation, sources, tables, texts
+from curvax.training.augment import Transform
+from curvax.training.data import Dataset, Split
+from curvax.training.goals import Goal
+from curvax.training.metrics import Metric
+from curvax.training.preparation import Prepare
+
+LIKELIHOODS: dict[str, Callable[..., Likelihood]] = {
+    "softmax": categorical,
+    "sigmoid": bernoulli,
+    "squared": gaussian,
+}
+"""What `loss` may name: `f(targets, mask=None)`."""
+
+
+class TaskError(ValueError):
+    """A task that there is not, or fields that do not fit it."""
+
+
+class Task(NamedTuple):
+    """What the model of one config is asked for."""
+
+    examples: str  # what they are called
+    load: Callable[[int], Dataset]  # by seed
+    likelihood: Callable[..., Likelihood]  # f(targets, mask=None)
+    scores: Mapping[str, Metric]  # beside the loss
+    goal: Goal
+    in_training: Transform = lambda key, batch: batch  # what happens to a training batch
+    in_test: Prepare = lambda batch: batch  # and to any other
+
+
+def build(config: ConfigDict) -> Task:
+    """The task of a config.
+
+    Raises:
+        TaskError: there is no task of that name, or a field does not fit it.
+        DataError, RecipeError: the data cannot be read, nor a text of `data.augment`.
+    """
+    if config.task not in TASKS:
+        raise TaskError(f"`task` is one of {', '.join(TASKS)}, and was `{config.task}`.")
+    if config.task != "images":
+        _refuse_changes(config)
+    return TASKS[config.task](config)
+
+
+def _images(config: ConfigDict) -> Task:
+    options = config.data
+    few = sources.find(options.name).classes <= 10
+    return Task(
+        "images",
+        lambda seed: preparation.load(options.name, options.path, seed),
+        _likelihood(config, "softmax", "sigmoid"),
+        {"accuracy": metrics.top1} | ({} if few else {"top5": metrics.top5}),
+        goals.CLASSIFY,
+        preparation.in_training(config),
+        preparation.in_test(config),
+    )
+
+
+def _autoencoder(config: ConfigDict) -> Task:
+    options = config.data
+
+    def load(seed: int) -> Dataset:
+        images = preparation.load(options.name, options.path, seed)
+        train, test = (Split(part.inputs, part.inputs) for part in (images.train, images.test))
+        return Dataset(train, test)
+
+    likelihood, scores = _likelihood(config, "sigmoid"), {"squared_error": metrics.pixel_error}
+    return Task("images", load, likelihood, scores, goals.RECONSTRUCT)
+
+
+def _regression(config: ConfigDict) -> Task:
+    options = config.data
+    load = lambda seed: tables.load(options.name, path=options.path, seed=seed)
+    likelihood, scores = _likelihood(config, "squared"), {"squared_error": metrics.squared_error}
+    return Task("rows", load, likelihood, scores, goals.REGRESS)
+
+
+def _language(config: ConfigDict) -> Task:
+    options = config.data
+    load = lambda seed: texts.load(options.name, path=options.path, length=options.length)
+    likelihood, scores = _likelihood(config, "softmax"), {"accuracy": metrics.top1}
+    return Task("windows", load, likelihood, scores, goals.FORETELL)
+
+
+TASKS = {
+    "images": _images,
+    "autoencoder": _autoencoder,
+    "regression": _regression,
+    "language": _language,
+}
+
+
+def _likelihood(config: ConfigDict, *fitting: str) -> Callable[..., Likelihood]:
+    """That of the config's `loss`, the first that fits by default."""
+    name = config.loss or fitting[0]
+    if name not in fitting:
+        raise TaskError(
+            f"`loss` is one of {', '.join(fitting)} for the task `{config.task}`, and was `{name}`."
+        )
+    return LIKELIHOODS[name]
+
+
+def _refuse_changes(config: ConfigDict) -> None:
+    for field in ("noise", "smoothing", "augment"):
+        if config.data[field]:
+            raise TaskError(
+                f"`data.{field}` is for labelled images, and the task is `{config.task}`. Leave it "
+                "out, or take the task `images`."
+            )
