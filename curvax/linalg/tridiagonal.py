@@ -1,0 +1,101 @@
+"""A symmetric product and a start vector ↦ the tridiagonal matrix that Lanczos makes of them."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from curvax import checks, trees
+from curvax.linalg import bases
+from curvax.trees import Tree
+
+Product = Callable[[Tree], Tree]
+
+
+class Lanczos(NamedTuple):
+    """k steps of Lanczos: Qᵀ C Q = T, Q e₁ = v₀ / ‖v₀‖."""
+
+    diagonal: jax.Array
+    """α, [k]."""
+    off_diagonal: jax.Array
+    """β >= 0, [k - 1]; 0 from where v₀ has no parts left to explore."""
+    basis: Tree
+    """The columns of Q stacked along a new first axis [k, ...], orthonormal; None without it."""
+    residual: jax.Array
+    """‖C Q - Q T‖, the β that would come next: 0 where T holds whole eigenvalues of C."""
+
+    @property
+    def matrix(self) -> jax.Array:
+        """T, [k, k]."""
+        beta = self.off_diagonal
+        return jnp.diag(self.diagonal) + jnp.diag(beta, 1) + jnp.diag(beta, -1)
+
+
+def lanczos(product: Product, v0: Tree, k: int, *, keep_basis: bool = True) -> Lanczos:
+    """Lanczos' method, k products.
+
+    Args:
+        product: v ↦ C v, symmetric.
+        v0: the start vector, of any length but 0.
+        k: steps; at most the number of parameters is of use.
+        keep_basis: re-orthogonalise against all earlier vectors, twice, which keeps k of them in
+            memory; False for the bare recurrence in the memory of three, whose eigenvalues come in
+            copies once the first have converged.
+
+    Returns:
+        A `Lanczos`.
+
+    Raises:
+        ValueError: k < 1.
+    """
+    checks.check_count("lanczos", k=k)
+    return _orthogonalised(product, v0, k) if keep_basis else _recurrence(product, v0, k)
+
+
+def _orthogonalised(product: Product, v0: Tree, k: int) -> Lanczos:
+    def body(carry: Any, i: jax.Array) -> Any:
+        basis, v = carry
+        basis = bases.with_row(basis, i, v)
+        w, parts = bases.orthogonal(wide(product(cast(v, v0))), basis)
+        beta, v = normalised(w, scale=jnp.linalg.norm(parts))
+        return (basis, v), (parts[i], beta)
+
+    _, start = normalised(wide(v0))
+    carry = (bases.empty(k, v0), start)
+    (basis, _), (alpha, beta) = lax.scan(body, carry, jnp.arange(k))
+    return Lanczos(alpha, beta[:-1], basis, beta[-1])
+
+
+def _recurrence(product: Product, v0: Tree, k: int) -> Lanczos:
+    def body(carry: Any, _: None) -> Any:
+        before, v, beta = carry
+        w = trees.add_scaled(wide(product(cast(v, v0))), -beta, before)
+        alpha = trees.dot(w, v)
+        w = trees.add_scaled(w, -alpha, v)
+        ahead, new = normalised(w, scale=jnp.abs(alpha) + beta)
+        return (v, new, ahead), (alpha, ahead)
+
+    _, start = normalised(wide(v0))
+    zero = jax.tree.map(jnp.zeros_like, start)
+    carry = (zero, start, jnp.zeros_like(trees.norm(start)))
+    _, (alpha, beta) = lax.scan(body, carry, length=k)
+    return Lanczos(alpha, beta[:-1], None, beta[-1])
+
+
+def normalised(w: Tree, scale: jax.Array | float = 0.0) -> tuple[jax.Array, Tree]:
+    """(‖w‖, w / ‖w‖), both 0 where w is no more than rounding beside `scale`."""
+    norm = trees.norm(w)
+    size = sum(x.size for x in jax.tree.leaves(w))
+    alive = norm > jnp.finfo(norm.dtype).eps * scale * max(size, 1) ** 0.5
+    return jnp.where(alive, norm, 0), trees.scale(jnp.where(alive, trees.ratio(1.0, norm), 0), w)
+
+
+def wide(tree: Tree) -> Tree:
+    return jax.tree.map(trees.widen, tree)
+
+
+def cast(v: Tree, like: Tree) -> Tree:
+    """v in the dtypes that the product takes."""
+    return trees.cast_like(v, like)
