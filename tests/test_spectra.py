@@ -62,7 +62,7 @@ def test_without_its_basis_lanczos_sees_ghosts():
 
 
 def test_lanczos_stops_where_nothing_is_left_to_explore():
-    """From a sum of two eigenvectors two steps say all: what follows is decoupled and weightless."""
+    """From a sum of two eigenvectors two steps say all; what follows is weightless."""
     product, like, vectors = planted(VALUES)
     unravel = ravel_pytree(like)[1]
     v0 = unravel(jnp.asarray(vectors[:, -1] + vectors[:, -2]))
@@ -149,11 +149,14 @@ def test_eigenpairs_of_either_end(end, subspace):
 
 
 def test_eigenvalues_come_with_their_multiplicity():
-    values = np.array([4.0, 4.0, 4.0, 1.0, 0.5, 0.0, 0.0, -2.0])
+    values = np.array([4.0, 4.0, 4.0, 1.0, 0.5, -0.7, -0.7, -2.0])
     product, like, _ = planted(values)
     v0 = gaussian_probe(jax.random.key(5), like)
     found = eigenpairs(product, v0, 8)
     np.testing.assert_allclose(np.sort(found.values), np.sort(values), atol=1e-9)
+    assert found.converged.all()
+    alone = eigenpairs(lambda v: 3.0 * v, jnp.ones(1))
+    assert (float(alone.values[0]), abs(float(alone.vectors[0, 0]))) == (3.0, 1.0)
 
 
 def test_ten_pairs_of_ten_thousand_dimensions():

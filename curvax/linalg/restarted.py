@@ -81,11 +81,10 @@ def eigenpairs(
     size = sum(x.size for x in jax.tree.leaves(v0))
     m = _checked(k, size, end, max_products, subspace)
     start = bases.with_row(bases.empty(m + 1, v0), 0, normalised(wide(v0))[1])
-    none, no = jnp.int32(0), jnp.bool_(False)
-    search = _Search(
-        start, jnp.zeros((m, m), jnp.result_type(*jax.tree.leaves(start))), none, none, no
-    )
-    keep = min(k + max(1, (m - k) // 3), m - 1)
+    matrix = jnp.zeros((m, m), jnp.result_type(*jax.tree.leaves(start)))
+    search = _Search(start, matrix, jnp.int32(0), jnp.int32(0), jnp.bool_(False))
+    # A subspace that is everything needs no restart, and all of it may be asked for.
+    keep = m if m == size else min(k + max(1, (m - k) // 3), m - 1)
     turn = lambda s: _restarted(*_extended(product, v0, s, m), k=k, keep=keep, end=end, tol=tol)
     more = lambda s: ~s.settled & (s.products + m - s.kept <= max_products)
     search = lax.while_loop(more, turn, turn(search))
