@@ -54,6 +54,21 @@ def cast_like(tree: Tree, like: Tree) -> Tree:
     return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
 
 
+def is_sharded(x: jax.Array) -> bool:
+    """Whether the type says that an array lies in parts (explicit meshes)."""
+    return any(entry is not None for entry in jax.typeof(x).sharding.spec)
+
+
+def laid_out_like(tree: Tree, like: Tree) -> Tree:
+    """The same values with the dtypes of `like`, and laid out as its types say."""
+
+    def lay(x: jax.Array, y: jax.Array) -> jax.Array:
+        x = x.astype(y.dtype)
+        return jax.sharding.reshard(x, jax.typeof(y).sharding) if is_sharded(y) else x
+
+    return jax.tree.map(lay, tree, like)
+
+
 def add(a: Tree, b: Tree) -> Tree:
     """a + b with the dtypes of a."""
     return jax.tree.map(lambda x, y: (widen(x) + widen(y)).astype(x.dtype), a, b)

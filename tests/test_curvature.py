@@ -11,7 +11,7 @@ import pytest
 from families import FAMILIES, every_label, hard_targets, log_likelihood
 from jax.flatten_util import ravel_pytree
 from small_problems import EXAMPLES, flat, net, net_batch, net_params, quick_jit
-from trajectories import _problem, recorded
+from trajectories import load_problem, recorded
 
 import curvax as cx
 from curvax.likelihoods import categorical, gaussian
@@ -44,7 +44,7 @@ class Recorded:
 
     def __init__(self, path: Any):
         self.arrays = np.load(path)
-        self.problem = _problem(json.loads(str(self.arrays["meta_json"]))["problem"])
+        self.problem = load_problem(json.loads(str(self.arrays["meta_json"]))["problem"])
         self.params = self.problem.params
         # ravel_pytree sorts the parameters by name, the recording does not.
         place = self.problem.unflatten(jnp.arange(len(self.arrays["theta"])))

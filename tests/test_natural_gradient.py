@@ -17,7 +17,7 @@ from small_problems import (
     net_params,
     quick_jit,
 )
-from trajectories import _problem, recorded
+from trajectories import load_problem, recorded
 
 import curvax as cx
 
@@ -96,7 +96,7 @@ class Recorded:
 
     def __init__(self, path):
         self.arrays = np.load(path)
-        self.problem = _problem(path.stem.removeprefix("curvature_"))
+        self.problem = load_problem(path.stem.removeprefix("curvature_"))
         with jax.numpy_rank_promotion("allow"):
             self.batch = self.problem.batch()
 

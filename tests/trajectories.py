@@ -47,7 +47,7 @@ class Run:
         self.arrays, self.prefix = np.load(path), prefix
         self.meta = json.loads(str(self.arrays["meta_json"]))
         self.hyper = self.meta["hyper"]
-        self.problem = _problem(self.meta["problem"])
+        self.problem = load_problem(self.meta["problem"])
         self.params = self.tree("params")
         self.dtype = np.result_type(*self.params.values(), np.float32)
 
@@ -81,9 +81,10 @@ class Run:
 
 
 @functools.cache
-def _problem(name):
-    load_problem = runpy.run_path(str(FOLDER / "problems.py"))["load_problem"]
-    return load_problem(FOLDER / f"problem_{name}.npz")
+def load_problem(name):
+    """A problem that runs were recorded on: its parameters, data, model and loss."""
+    load = runpy.run_path(str(FOLDER / "problems.py"))["load_problem"]
+    return load(FOLDER / f"problem_{name}.npz")
 
 
 def tap(name, field="updates"):

@@ -12,7 +12,6 @@ from curvax.linalg.backtracking import Score, best, keep, nothing_kept
 from curvax.linalg.krylov import Iterate, Rules, System, iterate
 from curvax.linalg.preconditioners import Preconditioner, check_preconditioner, preconditioning
 from curvax.linalg.solvers import Reason, Solution, Solver, length, stateless
-from curvax.linalg.vectors import laid_out_like
 from curvax.trees import Tree
 
 
@@ -83,8 +82,8 @@ def cg(
         rules = Rules(_length, *_watching(b, max_steps, progress, backtrack))
         system = System(product, precondition, length(b), tol, rules)
         s = iterate(system, b, x, r, max_steps - begun)
-        found = laid_out_like(s.x, b)
-        state = laid_out_like(found, state) if warm_start else state
+        found = trees.laid_out_like(s.x, b)
+        state = trees.laid_out_like(found, state) if warm_start else state
         residual = s.residual
         if ranking is not None:
             found, residual = best(s.trail[1], s.i, max_steps, ranking)
@@ -115,12 +114,12 @@ def _start(
     cold = _zeros(wide), wide
     if not decay:
         return *cold, 0
-    start = trees.scale(decay, laid_out_like(state, b))
+    start = trees.scale(decay, trees.laid_out_like(state, b))
     begun = (trees.dot(start, start) > 0) & (trees.dot(b, b) > 0)
 
     def warm() -> tuple[Tree, Tree]:
-        ax = laid_out_like(product(start), wide)
-        return laid_out_like(start, wide), trees.add_scaled(wide, -1.0, ax)
+        ax = trees.laid_out_like(product(start), wide)
+        return trees.laid_out_like(start, wide), trees.add_scaled(wide, -1.0, ax)
 
     x, r = axes.cond(begun, warm, lambda: cold)
     return x, r, begun.astype(jnp.int32)

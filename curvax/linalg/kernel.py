@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from curvax import trees
 from curvax.linalg.direct import finite_or_zero, solve_symmetric
 from curvax.linalg.solvers import Solution, Solver, relative_residual
-from curvax.linalg.vectors import laid_out_like, materialize, ravel, unravel
+from curvax.linalg.vectors import materialize, ravel, unravel
 from curvax.products import Product, Root
 from curvax.trees import Tree
 
@@ -55,7 +55,7 @@ def _damped(root: Root, kernel: jax.Array, rows: jax.Array, damping: Any, b: Tre
     damping = jnp.asarray(damping, kernel.dtype)
     inner = solve_symmetric(kernel + damping * jnp.eye(rows.size, dtype=kernel.dtype), rows)
     along = root.transpose(unravel(inner, root.rows))
-    return trees.scale(1 / damping, trees.add_scaled(b, -1.0, laid_out_like(along, b)))
+    return trees.scale(1 / damping, trees.add_scaled(b, -1.0, trees.laid_out_like(along, b)))
 
 
 def _least_norm(root: Root, kernel: jax.Array, rows: jax.Array, damping: Any, b: Tree) -> Tree:
@@ -65,7 +65,7 @@ def _least_norm(root: Root, kernel: jax.Array, rows: jax.Array, damping: Any, b:
     floor = rows.size * jnp.finfo(values.dtype).eps * values[-1]
     inverse = jnp.where(values > floor, 1 / jnp.where(values > floor, values, 1), 0)
     inner = vectors @ (inverse**2 * (vectors.T @ rows))
-    return laid_out_like(root.transpose(unravel(inner, root.rows)), b)
+    return trees.laid_out_like(root.transpose(unravel(inner, root.rows)), b)
 
 
 def _root_of(product: Callable[[Tree], Tree]) -> tuple[Root, Any]:

@@ -13,7 +13,6 @@ from jax import lax
 
 from curvax import axes, trees
 from curvax.linalg.solvers import Reason, length
-from curvax.linalg.vectors import laid_out_like
 from curvax.products import Product
 from curvax.trees import Tree
 
@@ -87,7 +86,7 @@ def _begin(system: System, b: Tree, x: Tree, r: Tree) -> Iterate:
     start = Iterate(
         x=x,
         r=r,
-        p=laid_out_like(z, b),
+        p=trees.laid_out_like(z, b),
         rz=rz,
         model=-0.5 * (trees.dot(x, b) + trees.dot(x, r)),
         residual=residual,
@@ -99,7 +98,7 @@ def _begin(system: System, b: Tree, x: Tree, r: Tree) -> Iterate:
 
 
 def _advance(system: System, s: Iterate) -> Iterate:
-    ap = laid_out_like(system.product(s.p), s.r)
+    ap = trees.laid_out_like(system.product(s.p), s.r)
     curvature = trees.dot(s.p, ap)
     alpha, stopped = system.rules.length(s, curvature)
     r = trees.add_scaled(s.r, -alpha, ap)
@@ -108,7 +107,7 @@ def _advance(system: System, s: Iterate) -> Iterate:
     ahead = s._replace(
         x=trees.add_scaled(s.x, jnp.where(fine, alpha, 0), s.p),
         r=r,
-        p=laid_out_like(trees.add_scaled(z, trees.ratio(rz, s.rz), s.p), s.p),
+        p=trees.laid_out_like(trees.add_scaled(z, trees.ratio(rz, s.rz), s.p), s.p),
         rz=rz,
         model=s.model + jnp.where(fine, alpha * (0.5 * alpha * curvature - s.rz), 0),
         residual=jnp.where(fine, residual, s.residual),

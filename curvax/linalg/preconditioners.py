@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from curvax import trees
-from curvax.linalg.vectors import laid_out_like
 from curvax.products import Product
 from curvax.trees import Tree
 
@@ -46,7 +45,7 @@ def preconditioning(
         return lambda v: v
     if callable(preconditioner):
         given = preconditioner
-        return lambda v: laid_out_like(given(v), v)
+        return lambda v: trees.laid_out_like(given(v), v)
     if diagonal is None:
         raise ValueError(
             f"`{solver}(preconditioner={preconditioner})` is a power of the curvature's diagonal, "

@@ -11,7 +11,6 @@ from curvax import checks, trees
 from curvax.linalg.krylov import Iterate, Rules, System, iterate
 from curvax.linalg.preconditioners import Preconditioner, check_preconditioner, preconditioning
 from curvax.linalg.solvers import Reason, Solution, Solver, length
-from curvax.linalg.vectors import laid_out_like
 from curvax.trees import Tree
 
 
@@ -68,7 +67,7 @@ def steihaug(
         x = jax.tree.map(jnp.zeros_like, r)
         system = System(product, precondition, length(b), tol, Rules(step))
         s = iterate(system, b, x, r, max_steps)
-        return Solution(laid_out_like(s.x, b), s.i, s.residual, s.reason), state
+        return Solution(trees.laid_out_like(s.x, b), s.i, s.residual, s.reason), state
 
     return Solver(solve)
 

@@ -12,31 +12,16 @@ from curvax import checks, trees
 from curvax.trees import Tree
 
 
-def is_sharded(x: jax.Array) -> bool:
-    """Whether the type says that an array lies in parts (explicit meshes)."""
-    return any(entry is not None for entry in jax.typeof(x).sharding.spec)
-
-
-def laid_out_like(tree: Tree, like: Tree) -> Tree:
-    """The same values with the dtypes of `like`, and laid out as its types say."""
-
-    def lay(x: jax.Array, y: jax.Array) -> jax.Array:
-        x = x.astype(y.dtype)
-        return jax.sharding.reshard(x, jax.typeof(y).sharding) if is_sharded(y) else x
-
-    return jax.tree.map(lay, tree, like)
-
-
 def ravel(tree: Tree) -> jax.Array:
     """All entries in the order of `ravel_pytree`, [P], in float32 or wider, on every device."""
-    whole = lambda x: jax.sharding.reshard(x, P()) if is_sharded(x) else x
+    whole = lambda x: jax.sharding.reshard(x, P()) if trees.is_sharded(x) else x
     return ravel_pytree(jax.tree.map(lambda x: whole(trees.widen(x)), tree))[0]
 
 
 def unravel(vector: jax.Array, like: Tree) -> Tree:
     """The tree shaped, typed and laid out like `like` whose entries are `vector`, [P]."""
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, vector.dtype), like)
-    return laid_out_like(ravel_pytree(zeros)[1](vector), like)
+    return trees.laid_out_like(ravel_pytree(zeros)[1](vector), like)
 
 
 def materialize(
@@ -61,7 +46,7 @@ def materialize(
     size = sum(x.size for x in leaves)
     dtype = jnp.result_type(jnp.float32, *(x.dtype for x in leaves))
     if chunk is None:
-        chunk = 1 if any(map(is_sharded, leaves)) else 16
+        chunk = 1 if any(map(trees.is_sharded, leaves)) else 16
     checks.check_count("materialize", chunk=chunk)
     column = lambda e: ravel(product(unravel(e, like)))
     return lax.map(column, jnp.eye(size, dtype=dtype), batch_size=min(chunk, size) or None).T

@@ -66,13 +66,7 @@ def tangent(v: Tree, params: Tree, local: Any) -> Tree:
             f"A curvature product takes a vector with the structure of the parameters, {wanted}, "
             f"and got {found}."
         )
-    return axes.vary(jax.tree.map(_laid_out_like, trees.cast_like(v, params), params), local)
-
-
-def _laid_out_like(x: jax.Array, y: jax.Array) -> jax.Array:
-    wanted = jax.typeof(y).sharding
-    explicit = any(entry is not None for entry in wanted.spec)
-    return jax.sharding.reshard(x, wanted) if explicit else x
+    return axes.vary(trees.laid_out_like(v, params), local)
 
 
 def at_precision(precision: Any, product: Product) -> Product:
