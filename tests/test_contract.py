@@ -337,6 +337,18 @@ def test_keys_in_the_state_are_typed(tx):
     assert all(x.dtype != jnp.uint32 for x in jax.tree.leaves(tx.init(make_params())))
 
 
+def test_what_draws_nothing_keeps_no_key():
+    """A typed key is no numpy array: whoever saves such states by other means would meet it."""
+    drawing = [cx.fisher_matvec(samples=1), cx.gauss_newton_diag(), cx.fisher_diag()]
+    still = [cx.fisher_matvec(), cx.hessian_matvec(), cx.exact_diag("fisher"), cx.hessian_free()]
+    keyed = lambda tx: any(
+        jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        for x in jax.tree.leaves(tx.init(make_params()))
+    )
+    assert all(map(keyed, drawing))
+    assert not any(map(keyed, still))
+
+
 def test_unknown_extra_args_change_nothing(tx):
     params, objective = make_params(), objective_on(make_batch())
     program = lambda **extra: jax.make_jaxpr(

@@ -119,7 +119,11 @@ def test_the_damping_follows_the_ratio(rate, factor):
     _, state = stepper(tx, cx.Objective(bowl))(params, tx.init(params))
     change, model = 0.5 * (1 - rate) ** 2 - 0.5, -rate + 0.05 * rate**2
     assert figure(state, "reduction_ratio") == pytest.approx(change / model)
-    assert float(state.damping) == pytest.approx(0.9 * factor)
+    assert float(state.next_damping) == pytest.approx(0.9 * factor)
+
+
+def without_figures(states):
+    return tuple(s._replace(figures={}) if hasattr(s, "figures") else s for s in states)
 
 
 def test_a_rejected_step_leaves_everything_and_repeated_ones_start_anew():
@@ -144,14 +148,16 @@ def test_a_rejected_step_leaves_everything_and_repeated_ones_start_anew():
     updates, first = step(params, state)
     assert_trees_close(updates, jax.tree.map(jnp.zeros_like, params))
     assert_trees_close(first.inner[3].trace, trace)
-    assert float(first.damping) == 4.0
+    assert figure(first, "damping") == 1.0
+    assert float(first.next_damping) == 4.0
     assert figure(first, "kl") == 0
 
     updates, second = step(params, first)
     assert_trees_close(updates, jax.tree.map(jnp.zeros_like, params))
-    assert_trees_close(second.inner, tx.init(params).inner)
+    assert figure(second, "damping") == 4.0
+    assert_trees_close(without_figures(second.inner), without_figures(tx.init(params).inner))
     assert int(second.rejected) == 2
-    assert float(second.damping) == 16.0
+    assert float(second.next_damping) == 16.0
 
     updates, third = step(params, second)
     assert float(updates["x"][0]) == pytest.approx(-1 / 17)
@@ -163,7 +169,7 @@ def test_without_rejection_the_step_is_taken_and_the_damping_rises():
     tx = cx.levenberg_marquardt(poor_model(2.5), 0.9, reject=False)
     updates, state = stepper(tx, cx.Objective(bowl))(params, tx.init(params))
     assert float(updates["x"][0]) == pytest.approx(-2.5)
-    assert float(state.damping) == pytest.approx(3.6)
+    assert float(state.next_damping) == pytest.approx(3.6)
 
 
 def test_a_step_to_nan_is_undone():
@@ -172,7 +178,7 @@ def test_a_step_to_nan_is_undone():
     tx = cx.levenberg_marquardt(poor_model(10.0), 0.1)
     updates, state = stepper(tx, cx.Objective(loss))(params, tx.init(params))
     assert float(updates["x"][0]) == 0
-    assert float(state.damping) == pytest.approx(0.4)
+    assert float(state.next_damping) == pytest.approx(0.4)
 
 
 def test_at_the_minimum_nothing_is_rejected_and_the_damping_stays():
@@ -181,7 +187,45 @@ def test_at_the_minimum_nothing_is_rejected_and_the_damping_stays():
     tx = cx.levenberg_marquardt(newton_on_quadratic(1.0), 1.0)
     updates, state = stepper(tx, cx.Objective(loss))(params, tx.init(params))
     assert float(updates["x"][0]) == pytest.approx(-0.5e-12)
-    assert float(state.damping) == 1.0
+    assert float(state.next_damping) == 1.0
+
+
+def test_the_damping_always_finds_back():
+    """Neither a model that is always right nor a batch that is no number leads to 0 or ∞."""
+    tx = cx.levenberg_marquardt(newton_on_quadratic(1.0), 2.0)
+    params, state = {"x": jnp.array([1.0, 2.0])}, tx.init({"x": jnp.zeros(2)})
+
+    @quick_jit
+    def after(state, scale):
+        def once(state, _):
+            value_fn = cx.Objective(lambda p: scale * quadratic_value(p))
+            _, grads = value_fn.value_and_grad(params)
+            return tx.update(grads, state, params, value_fn=value_fn)[1], None
+
+        return jax.lax.scan(once, state, length=120)[0]
+
+    low = after(state, 1.0)
+    assert float(low.next_damping) == pytest.approx(2e-10)
+    high = after(low, jnp.nan)
+    assert int(high.rejected) == 120
+    assert float(high.next_damping) == pytest.approx(2e10)
+    assert float(after(high, 1.0).next_damping) < 2e10
+
+
+def test_its_figures_are_found_by_name():
+    params, tx = {"x": jnp.array([1.0, 2.0])}, cx.levenberg_marquardt(newton_on_quadratic(1.0), 3.0)
+    _, state = stepper(tx, cx.Objective(quadratic_value))(params, tx.init(params))
+    found = {name: float(optax.tree.get(state, name)) for name in cx.diagnostics(state)}
+    assert found.pop("cg_residual") < 1e-15
+    assert found.pop("kl") == pytest.approx(0.5 * (1 / 16 + 10 * (20 / 13) ** 2))
+    assert found == pytest.approx(
+        {
+            "damping": 3.0,
+            "reduction_ratio": 1.0,
+            "cg_steps": 2.0,
+            "cg_reason": float(cx.Reason.direct),
+        }
+    )
 
 
 def test_damping_settles():
@@ -194,7 +238,7 @@ def test_damping_settles():
         params = optax.apply_updates(params, updates)
         losses.append(float(value_fn(params)))
     assert all(b <= a * (1 + 1e-14) for a, b in itertools.pairwise(losses))
-    assert float(state.damping) < 1e-3
+    assert float(state.next_damping) < 1e-3
 
 
 def test_a_key_inside_survives_rejection():
@@ -300,6 +344,29 @@ def test_a_single_step_size_is_the_exact_line_search_of_the_model():
     assert figure(state, "momentum") == 0
 
 
+@pytest.mark.parametrize("momentum", [True, False])
+def test_without_a_minimum_the_direction_is_left_as_it_is(momentum):
+    """Curvature -1 and 2 along the axes, and a gradient for which the first prevails."""
+    params = {"x": jnp.array([1.0, 0.1])}
+    loss = lambda p: 0.5 * jnp.sum(jnp.array([-1.0, 2.0]) * p["x"] ** 2)
+    tx = cx.hessian_matvec() | cx.quadratic_step(momentum=momentum)
+    state, step = tx.init(params), stepper(tx, cx.Objective(loss))
+    for _ in range(2):
+        updates, state = step(params, state)
+        np.testing.assert_allclose(updates["x"], [-1.0, 0.2], rtol=1e-14)
+        assert figure(state, "step_size") == 1
+        assert figure(state, "momentum") == 0
+
+
+def test_the_last_updates_are_kept_in_the_dtype_of_the_parameters():
+    params = {"x": jnp.array([1.0, 0.1], jnp.bfloat16)}
+    tx, value_fn = cx.hessian_matvec() | cx.quadratic_step(), cx.Objective(quadratic_value)
+    state = tx.init(params)
+    wide = {"x": jnp.array([1.0, 1.0], jnp.float32)}
+    _, after = tx.update(wide, state, params, value_fn=value_fn)
+    assert after[1].previous["x"].dtype == jnp.bfloat16
+
+
 # -- errors --------------------------------------------------------------------------------------
 
 
@@ -322,6 +389,10 @@ def test_errors_show_what_to_write():
         cx.solve("cg")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="damping"):
         cx.damp(-1.0)
+    with pytest.raises(ValueError, match="stays 0"):
+        cx.levenberg_marquardt(fisher_solve(), 0.0)
+    with pytest.raises(TypeError, match=r'static_args=\("solver",\)'):
+        optax.inject_hyperparams(cx.natural_gradient)(1.0).init(net_params())
     with pytest.raises(ValueError, match="'hessian'"):
         cx.exact_diag("hesian")
     with pytest.raises(ValueError, match="lag"):

@@ -207,6 +207,7 @@ REFUSED = {
         "pmean_updates",
     ),
     "squared_gradient": (cx.squared_gradient(), "pmean_updates"),
+    "squared_gradient, kept": (cx.every(2, cx.squared_gradient()), "pmean_updates"),
     "levenberg_marquardt": (cx.levenberg_marquardt(cx.fisher_matvec()), "mean_over='batch'"),
     "shards": (cx.fisher_diag(shards=3, mean_over="batch"), "multiple of the 8 devices"),
 }

@@ -78,10 +78,20 @@ class Solver:
     def __call__(
         self,
         product: Callable[[Tree], Tree],
-        b: Tree,
+        b: Tree = None,
         *,
         diagonal: Tree = None,
         score: Callable[[Tree], jax.Array] | None = None,
     ) -> Solution:
-        """Solves once, from the state of a fresh start."""
+        """Solves once, from the state of a fresh start.
+
+        Raises:
+            TypeError: it was called with a step, as `inject_hyperparams` calls a schedule.
+        """
+        if not callable(product):
+            raise TypeError(
+                "A solver is called with a product and a vector, `solver(product, b)`, and got "
+                f"{product!r} as the product. `optax.inject_hyperparams` takes every callable for "
+                'a schedule: name it, `inject_hyperparams(..., static_args=("solver",))`.'
+            )
         return self.solve(product, b, self.init(b), diagonal=diagonal, score=score)[0]

@@ -42,7 +42,7 @@ def natural_gradient(
         fisher_matvec() | damp(λ) | solve(solver) | optax.scale_by_learning_rate(α)
 
     Each update needs an `Objective` with `model=` and a likelihood. Martens, arXiv:1412.1193,
-    section 6 and 10.
+    sections 6 and 10.
 
     Args:
         learning_rate: α, a number or a schedule.
@@ -76,7 +76,7 @@ def gauss_newton(
         gauss_newton_matvec() | damp(λ) | solve(solver) | optax.scale_by_learning_rate(α)
 
     Each update needs an `Objective` with `model=`; any convex loss of the outputs will do.
-    Martens, arXiv:1412.1193, section 8. The options are those of `natural_gradient`.
+    Martens, arXiv:1412.1193. The options are those of `natural_gradient`.
     """
     matvec = gauss_newton_matvec(fraction=fraction, mean_over=mean_over)
     return _solved(matvec, learning_rate, damping, solver, momentum, radius, adaptive, mean_over)

@@ -32,7 +32,7 @@ def ggnvp(
 
     Linearised once, so that each application costs a forward and a backward pass of tangents (with
     `microbatch=` the model is linearised anew each time, in the memory of one micro-batch). Local
-    to the device under an axis. Martens, arXiv:1412.1193, section 8; positive semi-definite where
+    to the device under an axis. Martens, arXiv:1412.1193; positive semi-definite where
     the loss is convex in the outputs, and the Hessian itself where the model is linear.
 
     Args:

@@ -1,5 +1,6 @@
 """Damping that follows how well the quadratic model foretold the loss."""
 
+import numbers
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +9,7 @@ import optax
 
 from curvax import checks, trees
 from curvax.axes import AxisNames
-from curvax.figures import Figures, measured, unmeasured
+from curvax.figures import Figures, measured, remeasured, unmeasured
 from curvax.objective import Objective, as_objective
 from curvax.signal import Signal, Stage, pipe, stage
 from curvax.trees import Tree
@@ -16,9 +17,12 @@ from curvax.trees import Tree
 FACTORS = {"poor": 1.5, "good": 2 / 3, "rejected": 4.0}
 """What λ is multiplied by: below a ratio of ¼, above ¾, and when the loss rose."""
 
+SPAN = 1e10
+"""λ stays within this factor of its start, well inside float32: from 0 or ∞ none leads back."""
+
 
 class LevenbergMarquardtState(NamedTuple):
-    damping: jax.Array
+    next_damping: jax.Array
     """λ of the next step, a scalar of the default float type."""
     rejected: jax.Array
     """Rejections in a row, int32 scalar."""
@@ -41,9 +45,10 @@ def levenberg_marquardt(
 
     It wraps the pipe up to and including its learning rate, so that δ is the step taken, and
     compares loss and model on the same batch: two forward passes and one product more. A rejected
-    step gives zero updates, quadruples λ and leaves the inner state as it was; from the second
-    rejection in a row on that state starts anew, since a velocity that points uphill would be
-    rejected for ever. Martens, Hessian-free optimization (ICML 2010), section 4.1;
+    step gives zero updates, quadruples λ and leaves the inner state as it was but for its figures;
+    from the second rejection in a row on that state starts anew, counts of schedules and draws
+    too, since a velocity that points uphill would be rejected for ever. λ stays within a factor
+    of 10¹⁰ of its start. Martens, Hessian-free optimization (ICML 2010), section 4.1;
     arXiv:1412.1193, section 10.
 
     Args:
@@ -62,10 +67,11 @@ def levenberg_marquardt(
         ValueError: λ out of range; at update, stages that give no curvature product.
     """
     checks.check_range("damping", damping, 0, jnp.inf, stage="levenberg_marquardt")
+    _refuse_zero(damping)
     inner = pipe(stages)
 
     def init(params: Tree) -> LevenbergMarquardtState:
-        lam = jnp.asarray(damping, jnp.result_type(float))
+        lam = jnp.array(damping, jnp.result_type(float))
         figures = unmeasured("reduction_ratio", "kl")
         return LevenbergMarquardtState(lam, jnp.zeros((), jnp.int32), inner.init(params), figures)
 
@@ -80,7 +86,7 @@ def levenberg_marquardt(
         objective = as_objective(value_fn, "levenberg_marquardt", params)
         local = objective.local_axes(params)
         over = checks.averaged_axes(mean_over, local, stage="levenberg_marquardt")
-        extra |= {"value_fn": value_fn, "damping": state.damping}
+        extra |= {"value_fn": value_fn, "damping": state.next_damping}
         out, new_inner = inner.update(signal, state.inner, params, **extra)
         checks.refuse_local(out.local, stage="levenberg_marquardt")
         trial = _try(objective, params, out, over)
@@ -89,9 +95,9 @@ def levenberg_marquardt(
         zeros = jax.tree.map(jnp.zeros_like, out.updates)
         figures = dict(reduction_ratio=trial.ratio, kl=jnp.where(undone, 0.0, trial.kl))
         new_state = LevenbergMarquardtState(
-            _adapted(state.damping, trial).astype(state.damping.dtype),
+            _adapted(state.next_damping, trial, damping),
             jnp.where(undone, state.rejected + 1, 0),
-            _select(undone, fresh, new_inner),
+            remeasured(_select(undone, fresh, new_inner), new_inner),
             measured(figures),
         )
         return out._replace(updates=_select(undone, zeros, out.updates)), new_state
@@ -126,7 +132,7 @@ def _try(objective: Objective, params: Tree, out: Signal, over: tuple[str, ...])
     )
 
 
-def _adapted(lam: jax.Array, trial: _Trial) -> jax.Array:
+def _adapted(lam: jax.Array, trial: _Trial, start: Any) -> jax.Array:
     factor = jnp.where(
         trial.rose,
         FACTORS["rejected"],
@@ -136,7 +142,17 @@ def _adapted(lam: jax.Array, trial: _Trial) -> jax.Array:
             jnp.where(trial.ratio > 0.75, FACTORS["good"], 1.0),
         ),
     )
-    return lam * jnp.where(trial.flat & ~trial.rose, 1.0, factor)
+    adapted = lam * jnp.where(trial.flat & ~trial.rose, 1.0, factor)
+    return jnp.clip(adapted, start / SPAN, start * SPAN).astype(lam.dtype)
+
+
+def _refuse_zero(damping: Any) -> None:
+    if isinstance(damping, numbers.Real) and damping == 0:
+        raise ValueError(
+            "`levenberg_marquardt` multiplies λ from step to step, and a `damping` of 0 stays 0. "
+            "Start from a positive one, `levenberg_marquardt(stages, 1e-3)`; for none at all, "
+            "write `damp(0.0)` and no wrapper."
+        )
 
 
 def _select(predicate: jax.Array, yes: Tree, no: Tree) -> Tree:

@@ -68,8 +68,8 @@ def solve(solver: Solver) -> Stage:
 
         u ← (C + λI)⁻¹ u
 
-    With the Fisher matrix this is the natural gradient: Martens, arXiv:1412.1193, eq. 5 and
-    section 6; with the Hessian, Newton's step.
+    With the Fisher matrix this is the natural gradient: Martens, arXiv:1412.1193, sections 5 and
+    6; with the Hessian, Newton's step.
 
     Args:
         solver: `cg(20)`, `steihaug(radius)`, `dense()` or `row_space()`. A preconditioner that
@@ -129,8 +129,9 @@ def trust_region(radius: Any) -> Stage:
         δ ← δ min(1, r / √(δᵀCδ))
 
     In the Fisher metric the predictions then move by KL ≈ ½ δᵀFδ <= ½ r². Behind the learning
-    rate it bounds the step that is taken; where it stands, λ does not count. One product. Martens,
-    arXiv:1412.1193, section 6 and 10.
+    rate it bounds the step that is taken; where it stands, λ does not count. A δ along which C
+    curves downwards has length 0 and is not shortened. One product. Martens,
+    arXiv:1412.1193, sections 6 and 10.
 
     Args:
         radius: r > 0: a number, a traced one, a schedule.
@@ -173,7 +174,8 @@ def quadratic_step(*, momentum: bool = True) -> Stage:
 
         u ← α u + β u₋₁,   (α, β) = argmin  -gᵀu + ½ uᵀ(C + λI)u
 
-    Its learning rate is 1. Two products, one without momentum. Martens & Grosse, K-FAC,
+    Its learning rate is 1. Two products, one without momentum. Where the model has no minimum
+    along u, as that of a Hessian may not, α = 1 and β = 0. Martens & Grosse, K-FAC,
     arXiv:1503.05671, section 7.
 
     Args:
@@ -201,11 +203,12 @@ def quadratic_step(*, momentum: bool = True) -> Stage:
             )
             updates = trees.add(trees.scale(alpha, u), trees.scale(beta, last))
         else:
-            alpha, beta = trees.ratio(gu, trees.dot(u, au)), jnp.zeros(())
+            alpha, beta = _minimum_along(trees.dot(u, au), gu), jnp.zeros(())
             updates = trees.scale(alpha, u)
         figures = measured({"step_size": alpha, "momentum": beta})
         signal = signal._replace(updates=updates)
-        return signal, QuadraticStepState(updates if momentum else (), figures)
+        previous = trees.cast_like(updates, last) if momentum else ()
+        return signal, QuadraticStepState(previous, figures)
 
     return stage(init, rule)
 
@@ -213,9 +216,16 @@ def quadratic_step(*, momentum: bool = True) -> Stage:
 def _minimum(
     uu: jax.Array, uv: jax.Array, vv: jax.Array, gu: jax.Array, gv: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """(α, β) at the minimum of the model of α u + β v; β = 0 where u and v are parallel."""
+    """(α, β) at the minimum of the model of α u + β v; along u alone where there is none, or where
+    u and v are parallel."""
     determinant = uu * vv - uv * uv
-    parallel = determinant <= 8 * jnp.finfo(determinant.dtype).eps * uu * vv
-    alpha = jnp.where(parallel, trees.ratio(gu, uu), trees.ratio(vv * gu - uv * gv, determinant))
-    beta = jnp.where(parallel, 0.0, trees.ratio(uu * gv - uv * gu, determinant))
+    rounding = 8 * jnp.finfo(determinant.dtype).eps * jnp.abs(uu * vv)
+    alone = (uu <= 0) | (determinant <= rounding)
+    both = trees.ratio(vv * gu - uv * gv, determinant)
+    alpha = jnp.where(alone, _minimum_along(uu, gu), both)
+    beta = jnp.where(alone, 0.0, trees.ratio(uu * gv - uv * gu, determinant))
     return alpha, beta
+
+
+def _minimum_along(uu: jax.Array, gu: jax.Array) -> jax.Array:
+    return jnp.where(uu > 0, trees.ratio(gu, uu), 1.0)

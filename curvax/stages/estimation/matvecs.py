@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from curvax import checks, trees
 from curvax.axes import AxisNames
@@ -23,11 +24,11 @@ from curvax.signal import Signal, Stage, stage
 from curvax.stages.estimation.sharing import check_fraction, part_of, share_gradient
 from curvax.trees import Tree
 
-Linearize = Callable[[Objective, Tree, jax.Array], tuple[Any, Product]]
+Linearize = Callable[[Objective, Tree, jax.Array | None], tuple[Any, Product]]
 """(objective, parameters, key) ↦ (((L, aux), ∇L), v ↦ C v), one linearisation for both."""
 
 
-class MatvecState(NamedTuple):
+class DrawState(NamedTuple):
     key: jax.Array
     """A typed key; labels are drawn by step and by example of the global batch."""
     step: jax.Array
@@ -67,7 +68,7 @@ def gauss_newton_matvec(
     """The product with the generalised Gauss-Newton matrix, G = mean of Jᵀ ∇²ℓ J.
 
     Positive semi-definite for any convex loss of the outputs. It needs an `Objective` with
-    `model=`. Martens, arXiv:1412.1193, section 8. The rest as in `hessian_matvec`.
+    `model=`. Martens, arXiv:1412.1193. The rest as in `hessian_matvec`.
 
     Args:
         fraction: of the batch (its first part) that is used for curvature.
@@ -101,7 +102,8 @@ def fisher_matvec(
     linearize = lambda objective, params, key: linearized_fisher(
         objective, params, samples=samples, key=key, precision=precision
     )
-    return _matvec("fisher_matvec", linearize, fraction, mean_over, key)
+    draw = None if samples is None else key
+    return _matvec("fisher_matvec", linearize, fraction, mean_over, draw)
 
 
 def empirical_fisher_matvec(
@@ -129,29 +131,32 @@ def _matvec(
     linearize: Linearize,
     fraction: float,
     mean_over: AxisNames,
-    key: jax.Array | int = 0,
+    key: jax.Array | int | None = None,
 ) -> Stage:
+    """A stage of such a product; `key` is None where nothing is drawn, and then nothing is kept."""
     check_fraction(fraction, name)
 
-    def init(params: Tree) -> MatvecState:
+    def init(params: Tree) -> DrawState | optax.EmptyState:
         trees.require_floating(params, name)
-        return MatvecState(jnp.copy(as_key(key)), jnp.zeros((), jnp.int32))
+        if key is None:
+            return optax.EmptyState()
+        return DrawState(jnp.copy(as_key(key)), jnp.zeros((), jnp.int32))
 
     def rule(
-        signal: Signal, state: MatvecState, params: Tree, *, value_fn: Any = None, **extra: Any
-    ) -> tuple[Signal, MatvecState]:
+        signal: Signal, state: Any, params: Tree, *, value_fn: Any = None, **extra: Any
+    ) -> tuple[Signal, Any]:
         del extra
         objective = as_objective(value_fn, name, params)
         local = objective.local_axes(params)
         checks.refuse_summed(signal.updates, local, stage=name)
         over = checks.averaged_axes(mean_over, local, stage=name)
         here = part_of(objective, fraction, name)
-        draw = jax.random.fold_in(state.key, state.step)
+        draw = None if key is None else jax.random.fold_in(state.key, state.step)
         (loss, gradient), product = linearize(here, params, draw)
         signal = signal._replace(matvec=product.averaged(over, here.batch_weight()))
         if fraction == 1:
             signal = share_gradient(signal, objective, params, loss, gradient, local)
-        return signal, MatvecState(state.key, state.step + 1)
+        return signal, state if key is None else state._replace(step=state.step + 1)
 
     return stage(init, rule, name=name)
 

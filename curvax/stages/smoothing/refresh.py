@@ -64,7 +64,7 @@ def every(k: Any, stages: optax.GradientTransformation) -> Stage:
         fresh = objective.on(objective.batch)
 
         def refresh() -> tuple[Tree, Any]:
-            given = Signal(signal.updates, signal.gradient, signal.diagonal)
+            given = Signal(signal.updates, signal.gradient, signal.diagonal, local=signal.local)
             below = []
             for part, place in zip(parts_of(inner), state.inner, strict=True):
                 given, new = step(part, given, place, params, value_fn=fresh, **extra)
