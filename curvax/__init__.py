@@ -169,7 +169,10 @@ _FLAX = ("TrainState", "layout", "nnx_loss")
 
 
 def __getattr__(name: str) -> Any:
-    """The Flax bridge by its names, imported when first asked for: the core does without Flax."""
+    """What few scripts need, imported when first asked for: `curvax.analysis`, and the Flax bridge
+    by its names, since the core does without Flax."""
+    if name == "analysis":
+        return importlib.import_module("curvax.analysis")
     if name not in _FLAX:
         raise AttributeError(f"module 'curvax' has no attribute {name!r}")
     return getattr(importlib.import_module("curvax.flax_bridge"), name)

@@ -26,7 +26,7 @@ FLOORS = [
     {"oracles", "linalg"},
     {"signal", "climbing"},
     {"figures"},
-    {"stages"},
+    {"stages", "analysis"},
     {"methods", "schedules", "run_length"},
     {"curvax"},
     {"recipe", "models", "flax_bridge"},
