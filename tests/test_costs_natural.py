@@ -8,6 +8,7 @@ writes tests/evidence/costs_natural.md.
 """
 
 import functools
+from typing import Any
 
 import evidence_tables
 import jax
@@ -20,7 +21,7 @@ from curvax.linalg.backtracking import kept_steps
 
 COMMAND = "python -m pytest tests/test_costs_natural.py -m 'evidence or not evidence'"
 DIAGONALS = {"fisher_diag": cx.fisher_diag(), "gauss_newton_diag": cx.gauss_newton_diag()}
-PRODUCTS = {
+PRODUCTS: dict[str, Any] = {
     "ggnvp": cx.ggnvp,
     "fvp, one sample": functools.partial(cx.fvp, samples=1, key=jax.random.key(0)),
     "empirical_fvp": cx.empirical_fvp,
@@ -37,7 +38,7 @@ class Predicting(Problem):
         predict = lambda params, batch: self.apply(params, batch[0])
         return cx.Objective(cx.categorical(1), batch, model=predict)
 
-    def step(self, tx, *, keep_loss=False):
+    def update(self, tx, *, keep_loss=False):
         """A step of an optimiser, without the pass that its caller's loss would keep alive."""
 
         def f(params, state, batch):
@@ -77,7 +78,7 @@ class Predicting(Problem):
 
     @functools.cached_property
     def natural_step(self):
-        return self.step(cx.natural_gradient(0.1, damping=0.1))
+        return self.update(cx.natural_gradient(0.1, damping=0.1))
 
 
 @functools.cache
@@ -119,7 +120,7 @@ def record():
 def test_a_diagonal_costs_a_second_backward_pass(name, stage, record):
     p = problem(name)
     tx = DIAGONALS[stage] | cx.scale_by_power(1.0)
-    found, kept = p.step(tx), p.step(tx, keep_loss=True)
+    found, kept = p.update(tx), p.update(tx, keep_loss=True)
     record(name, f"{stage} with its gradient", *found)
     record(name, f"{stage} with its gradient, loss kept", *kept)
     assert ratio(found, p.gradient) <= 1.7
@@ -150,7 +151,7 @@ def test_conjugate_gradients_linearise_once_and_iterate_on_products(name, record
 @EVERY_MODEL
 def test_a_natural_gradient_shares_its_linearisation_with_the_gradient(name, record):
     p = problem(name)
-    found, kept = p.natural_step, p.step(cx.natural_gradient(0.1, damping=0.1), keep_loss=True)
+    found, kept = p.natural_step, p.update(cx.natural_gradient(0.1, damping=0.1), keep_loss=True)
     record(name, "natural_gradient, with one iteration", *found)
     record(name, "natural_gradient, with one iteration, loss kept", *kept)
     assert found[0] <= 1.05 * (p.gradient[0] + p.product())
@@ -159,8 +160,8 @@ def test_a_natural_gradient_shares_its_linearisation_with_the_gradient(name, rec
 @EVERY_MODEL
 def test_trust_regions_and_adaptive_damping_on_top(name, record):
     p = problem(name)
-    region = p.step(cx.natural_gradient(0.1, damping=0.1, radius=0.1))
-    adaptive = p.step(cx.natural_gradient(0.1, damping=0.1, adaptive=True))
+    region = p.update(cx.natural_gradient(0.1, damping=0.1, radius=0.1))
+    adaptive = p.update(cx.natural_gradient(0.1, damping=0.1, adaptive=True))
     record(name, "trust_region, beyond the step", region[0] - p.natural_step[0], region[1])
     record(
         name, "levenberg_marquardt, beyond the step", adaptive[0] - p.natural_step[0], adaptive[1]
