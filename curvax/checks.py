@@ -70,8 +70,14 @@ def check_range(name: str, value: Any, low: float, high: float, *, stage: str) -
     """Checks a static number against a closed range; arrays and schedules pass.
 
     Raises:
+        TypeError: it is a text.
         ValueError: it lies outside.
     """
+    if isinstance(value, str):
+        raise TypeError(
+            f"`{stage}` takes `{name}` as a number or a schedule, and got the text {value!r}. "
+            "Drop the quotes."
+        )
     if isinstance(value, numbers.Real) and not low <= float(value) <= high:
         raise ValueError(f"`{stage}` takes `{name}` in [{low}, {high}], and got {value}.")
 

@@ -387,8 +387,12 @@ def test_errors_show_what_to_write():
     )
     with pytest.raises(TypeError, match=r"cg\(20\)"):
         cx.solve("cg")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"`fisher_ascent`.*cg\(20\)"):
+        cx.fisher_ascent(solver=cx.cg)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="damping"):
         cx.damp(-1.0)
+    with pytest.raises(TypeError, match="`damp` takes `damping` as a number"):
+        cx.damp("1e-3")
     with pytest.raises(ValueError, match="stays 0"):
         cx.levenberg_marquardt(fisher_solve(), 0.0)
     with pytest.raises(TypeError, match=r'static_args=\("solver",\)'):

@@ -147,6 +147,21 @@ def test_row_space_without_a_root_says_which_products_have_one(product):
         row_space()(product, tree_of(jnp.asarray(B)))
 
 
+@pytest.mark.parametrize("solver", [dense(), row_space()])
+def test_its_own_matrix_products_are_computed_at_the_highest_precision(solver):
+    r = np.float32(numbers(1, 5, SIZE))
+    exact = jax.lax.Precision.HIGHEST
+    root = Root(
+        lambda v: jnp.matmul(r, vector_of(v), precision=exact),
+        lambda u: tree_of(jnp.matmul(r.T, u, precision=exact)),
+        jnp.zeros(5, jnp.float32),
+    )
+    product = Product(lambda v: root.transpose(root.forward(v)), root)
+    b = tree_of(jnp.asarray(np.float32(B)))
+    program = str(jax.make_jaxpr(lambda b: solver(product, b))(b))
+    assert program.count("dot_general[") == program.count("precision=(Precision.HIGHEST") >= 3
+
+
 def test_all_solvers_agree_on_a_damped_product():
     product, r = rooted(7, 0.5)
     b = tree_of(jnp.asarray(B))

@@ -265,8 +265,9 @@ def test_small_losses_keep_their_digits_in_float32():
 
 @every_family
 def test_half_precision_outputs_are_reduced_in_float32(name):
-    z, batch = problem(name, mask=MASK)
-    loss = FAMILIES[name]("y", mask="mask")
+    z, batch = problem(name, mask=MASK, w=WEIGHTS)
+    # Their sum is 3, so that the shares are no numbers of bfloat16.
+    loss = FAMILIES[name]("y", mask="mask", weights="w")
     half = z.astype(jnp.bfloat16)
     wide = half.astype(jnp.float32)
     assert loss(half, batch).dtype == jnp.float32

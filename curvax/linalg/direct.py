@@ -29,10 +29,10 @@ def dense() -> Solver:
         score: Any = None,
     ) -> tuple[Solution, Any]:
         del diagonal, score
-        matrix, rhs = materialize(product, b), ravel(b)
-        x = solve_symmetric(matrix, rhs)
-        x, reason = finite_or_zero(x)
-        residual = relative_residual(rhs - matrix @ x, rhs)
+        with jax.default_matmul_precision("highest"):
+            matrix, rhs = materialize(product, b), ravel(b)
+            x, reason = finite_or_zero(solve_symmetric(matrix, rhs))
+            residual = relative_residual(rhs - matrix @ x, rhs)
         return Solution(unravel(x, b), jnp.int32(rhs.size), residual, reason), state
 
     return Solver(solve)

@@ -64,7 +64,8 @@ def _least_norm(root: Root, kernel: jax.Array, rows: jax.Array, damping: Any, b:
     values, vectors = jnp.linalg.eigh(kernel)
     floor = rows.size * jnp.finfo(values.dtype).eps * values[-1]
     inverse = jnp.where(values > floor, 1 / jnp.where(values > floor, values, 1), 0)
-    inner = vectors @ (inverse**2 * (vectors.T @ rows))
+    with jax.default_matmul_precision("highest"):
+        inner = vectors @ (inverse**2 * (vectors.T @ rows))
     return trees.laid_out_like(root.transpose(unravel(inner, root.rows)), b)
 
 

@@ -44,6 +44,18 @@ class Solution(NamedTuple):
     """A `Reason`, int32 scalar."""
 
 
+def check_solver(solver: Any, stage: str) -> None:
+    """Refuses what is no solver.
+
+    Raises:
+        TypeError: the factory without its parentheses, say, or a name.
+    """
+    if not isinstance(solver, Solver):
+        raise TypeError(
+            f"`{stage}` takes a solver such as `cg(20)` or `dense()`, and got {solver!r}."
+        )
+
+
 def stateless(params: Tree) -> tuple[()]:
     """Nothing to keep from solve to solve."""
     del params

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from curvax import checks, trees
 from curvax.linalg import Solver, cg
 from curvax.linalg.ascent import MetricAscent
+from curvax.linalg.solvers import check_solver
 from curvax.objective import Objective
 from curvax.oracles import fvp
 from curvax.trees import Tree
@@ -28,9 +29,10 @@ def fisher_ascent(damping: Any = 1e-3, *, solver: Solver = TEN_STEPS) -> MetricA
         solver: `cg(10)`, `dense()`, `row_space()`.
 
     Raises:
-        ValueError: λ < 0.
+        TypeError, ValueError: `solver` is none; λ < 0.
     """
     checks.check_range("damping", damping, 0, jnp.inf, stage="fisher_ascent")
+    check_solver(solver, "fisher_ascent")
 
     def direction(
         objective: Objective,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from curvax import checks, trees
 from curvax.figures import Figures, measured, unmeasured
 from curvax.linalg import Solver
+from curvax.linalg.solvers import check_solver
 from curvax.objective import Objective
 from curvax.signal import Signal, Stage, at, stage
 from curvax.trees import Tree
@@ -82,10 +83,7 @@ def solve(solver: Solver) -> Stage:
     Raises:
         TypeError: what is given is no solver; later, ValueError: the gradient is one device's own.
     """
-    if not isinstance(solver, Solver):
-        raise TypeError(
-            f"`solve` takes a solver such as `cg(20)` or `dense()`, and got {solver!r}."
-        )
+    check_solver(solver, "solve")
 
     def init(params: Tree) -> SolveState:
         figures = unmeasured("cg_steps", "cg_residual", "cg_reason")
