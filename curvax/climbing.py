@@ -1,5 +1,6 @@
 """A loss, a point and a rule of ascent ↦ the gradient at the worst point of a ball around it."""
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -106,12 +107,16 @@ class Climb(NamedTuple):
         """(L(θ + ε̂), ∇L(θ + ε̂), the update), where the update is the gradient or its pull-back."""
         if second_order:
             return self._pulled_back(g)
-        e = self._in_metric(g) if self.rules.metric else self._first(self._synced(g), self.params)
-        for number in range(1, self.steps):
-            _, g = self._at(e)
-            e = self._later(number, e, self._synced(g), self.params)
-        value, g_p = self._at(e)
+        *_, (value, g_p) = self.visited(g)
         return value, g_p, g_p
+
+    def visited(self, g: Tree) -> Iterator[tuple[jax.Array, Tree]]:
+        """(L, ∇L) at each point of the ascent that starts with the gradient g."""
+        e = self._in_metric(g) if self.rules.metric else self._first(self._synced(g), self.params)
+        yield (reached := self._at(e))
+        for number in range(1, self.steps):
+            e = self._later(number, e, self._synced(reached[1]), self.params)
+            yield (reached := self._at(e))
 
     def _pulled_back(self, g: Tree) -> tuple[jax.Array, Tree, Tree]:
         """∇ of θ ↦ L(θ + ε̂(θ)), step by step in reverse: each ascent gradient is ∇L at a point
