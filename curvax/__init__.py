@@ -169,10 +169,13 @@ _FLAX = ("TrainState", "layout", "nnx_loss")
 
 
 def __getattr__(name: str) -> Any:
-    """What few scripts need, imported when first asked for: `curvax.analysis`, and the Flax bridge
-    by its names, since the core does without Flax."""
+    """What few scripts need, imported when first asked for: the names of the Flax bridge, since the
+    core does without Flax, and those of `curvax.analysis`."""
+    if name in _FLAX:
+        return getattr(importlib.import_module("curvax.flax_bridge"), name)
+    analysis = importlib.import_module("curvax.analysis")
     if name == "analysis":
-        return importlib.import_module("curvax.analysis")
-    if name not in _FLAX:
+        return analysis
+    if name not in analysis.__all__:
         raise AttributeError(f"module 'curvax' has no attribute {name!r}")
-    return getattr(importlib.import_module("curvax.flax_bridge"), name)
+    return getattr(analysis, name)
