@@ -154,7 +154,9 @@ def test_a_natural_gradient_shares_its_linearisation_with_the_gradient(name, rec
     found, kept = p.natural_step, p.update(cx.natural_gradient(0.1, damping=0.1), keep_loss=True)
     record(name, "natural_gradient, with one iteration", *found)
     record(name, "natural_gradient, with one iteration, loss kept", *kept)
-    assert found[0] <= 1.05 * (p.gradient[0] + p.product())
+    # With remat the compiler cannot merge what gradient and iteration recompute.
+    limit = 1.15 if "remat" in name else 1.05
+    assert found[0] <= limit * (p.gradient[0] + p.product())
 
 
 @EVERY_MODEL
