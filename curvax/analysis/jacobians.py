@@ -1,0 +1,103 @@
+"""A model and a point ↦ the Jacobian of its outputs, example by example or as two linear maps."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from curvax import accumulation, trees
+from curvax.objective import Objective
+from curvax.oracles.gauss_newton import model_pass
+from curvax.oracles.linearization import localized
+from curvax.trees import Tree
+
+NUMBERS = 2**26
+"""A Jacobian of 256 MB in float32: what is held at once unless told otherwise."""
+
+
+class Maps(NamedTuple):
+    """J of all outputs in the parameters."""
+
+    push: Callable[[Tree], jax.Array]
+    """v ↦ J v, [n, C]."""
+    pull: Callable[[jax.Array], Tree]
+    """u ↦ Jᵀ u for u [n, C], in float32 or wider."""
+
+
+def outputs_of(objective: Objective, params: Tree) -> jax.Array:
+    """z of all examples, [n, C]: the outputs of each in one row."""
+    return rows(objective.outputs(params)[0], objective.size)
+
+
+def outputs_alone(objective: Objective, params: Tree) -> jax.Array:
+    """The same where each example is a batch of one, [n, C]."""
+    return objective.each(lambda one: outputs_of(one, params)[0])[0]
+
+
+def outputs_shape(objective: Objective, params: Tree) -> tuple[int, int]:
+    """(n, C), at no cost."""
+    n, outputs = jax.eval_shape(lambda p: outputs_of(objective, p), params).shape
+    return n, outputs
+
+
+def rows(outputs: Tree, n: int) -> jax.Array:
+    """A tree of arrays [n, ...] as one array [n, C]."""
+    leaves = [x.reshape(n, -1) for x in jax.tree.leaves(outputs)]
+    return jnp.concatenate(leaves, axis=1)
+
+
+def jacobian(objective: Objective, params: Tree) -> Tree:
+    """∂z/∂θ of every example alone: a tree like `params`, leaves [n, C, ...]."""
+    params, _ = localized(objective, params)
+    one = lambda example: jax.jacrev(lambda p: outputs_of(example, p)[0])(params)
+    return objective.each(one)[0]
+
+
+def fitting_chunk(objective: Objective, params: Tree) -> int:
+    """The most examples, of a number that divides the batch, whose Jacobian is `NUMBERS` large."""
+    each = outputs_shape(objective, params)[1] * sum(x.size for x in jax.tree.leaves(params))
+    fit = [d for d in range(1, objective.size + 1) if objective.size % d == 0]
+    return max((d for d in fit if d * each <= NUMBERS), default=1)
+
+
+def linear_maps(objective: Objective, params: Tree, chunk: int | None) -> Maps:
+    """J and Jᵀ, linearised once, or in chunks of examples at each application."""
+    n = objective.size
+    if chunk is None or chunk == n:
+        return _linearized(objective, params)
+    pieces = (jnp.arange(n // chunk), objective.groups(chunk))
+    part = lambda i, batch: _linearized(objective.piece(batch, i, n // chunk), params)
+
+    def push(v: Tree) -> jax.Array:
+        found = lax.map(lambda piece: part(*piece).push(v), pieces)
+        return found.reshape(n, -1)
+
+    def pull(u: jax.Array) -> Tree:
+        cut = u.reshape(n // chunk, chunk, -1)
+        one = lambda i, piece: (part(i, piece[0]).pull(piece[1]), None)
+        mean = accumulation.mean_over_scan(one, (pieces[1], cut), n // chunk)
+        return trees.scale(n // chunk, mean)
+
+    return Maps(push, pull)
+
+
+def _linearized(objective: Objective, params: Tree) -> Maps:
+    whole = model_pass(objective, params)
+    n = objective.size
+
+    def pull(u: jax.Array) -> Tree:
+        return jax.tree.map(trees.widen, whole.pull(_like(u, whole.outputs)))
+
+    return Maps(lambda v: rows(whole.model.push(v), n), pull)
+
+
+def _like(u: jax.Array, outputs: Any) -> Tree:
+    """Rows [n, C] as the tree of outputs whose rows they are."""
+    leaves, treedef = jax.tree.flatten(outputs)
+    ends = [0]
+    for x in leaves:
+        ends.append(ends[-1] + x.size // len(x))
+    cut = [u[:, a:b].reshape(x.shape).astype(x.dtype) for a, b, x in zip(ends, ends[1:], leaves)]
+    return jax.tree.unflatten(treedef, cut)
