@@ -127,7 +127,7 @@ def test_half_precision_accumulates_in_single():
 
 
 def test_eager_calls_compile_once_and_a_sharded_batch_changes_nothing():
-    traces = []
+    traces: list[None] = []
 
     def model(params, batch):
         traces.append(None)

@@ -6,6 +6,7 @@ This package needs JAX and Optax only; pictures of what it returns are made else
 from curvax.analysis.average_case import RandomSharpness, random_sharpness
 from curvax.analysis.block_spectra import BlockEigenvalue, block_eigenvalues
 from curvax.analysis.blocks import block_masks
+from curvax.analysis.distances import FisherKL, fisher_kl
 from curvax.analysis.kernels import ConditionNumber, ntk, ntk_condition_number
 from curvax.analysis.spectra import Spectrum, curvature_trace, hessian_spectrum, top_eigenpairs
 from curvax.analysis.sweeps import Sweep
@@ -21,6 +22,7 @@ from curvax.analysis.worst_case import (
 __all__ = [
     "BlockEigenvalue",
     "ConditionNumber",
+    "FisherKL",
     "MSharpness",
     "RandomSharpness",
     "Sharpness",
@@ -30,6 +32,7 @@ __all__ = [
     "block_eigenvalues",
     "block_masks",
     "curvature_trace",
+    "fisher_kl",
     "hessian_spectrum",
     "m_sharpness",
     "ntk",

@@ -168,7 +168,7 @@ def _products(left: Tree, right: Tree, form: str) -> jax.Array:
         dims = ((inside, inside), ((), ()))
         return lax.dot_general(a, b, dims, preferred_element_type=wide)
 
-    return sum(jax.tree.leaves(jax.tree.map(one, left, right)))
+    return jax.tree.reduce(jnp.add, jax.tree.map(one, left, right))
 
 
 @compiled_once
