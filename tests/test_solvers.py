@@ -225,7 +225,8 @@ def stops_at(models, epsilon):
     return None
 
 
-@pytest.mark.parametrize("epsilon", [3e-2, 1e-2, 1e-3, 1e-4])
+# The last stops at step 163, where ⌈i/10⌉ is not ⌊i/10⌋ and tells them apart.
+@pytest.mark.parametrize("epsilon", [3e-2, 1e-2, 1e-3, 6.3e-5])
 def test_the_progress_stop_is_martens(epsilon):
     matrix, b = string(300)
     models = [iterate.model for iterate in textbook_iterates(200, matrix, b)]
@@ -233,6 +234,17 @@ def test_the_progress_stop_is_martens(epsilon):
     found = jax.jit(lambda b: solver(lambda v: jnp.asarray(matrix) @ v, b))(jnp.asarray(b))
     assert found.reason == Reason.progress
     assert found.steps == stops_at(models, epsilon)
+
+
+def test_progress_is_not_looked_at_before_the_model_has_fallen_below_zero():
+    """From a start far up φ stays positive, and the rule of Martens would divide by it."""
+    matrix, b = np.diag(np.logspace(0, 6, SIZE)), tree_of(1e-6 * jnp.ones(SIZE))
+    solver = cg(SIZE, tol=0.0, warm_start=1.0, progress=10.0)
+    found, _ = solver.solve(product_of(matrix), b, tree_of(jnp.ones(SIZE)))
+    x = vector_of(found.x)
+    assert 0.5 * x @ matrix @ x > vector_of(b) @ x
+    assert found.reason == Reason.max_steps
+    assert found.steps == SIZE
 
 
 def test_progress_of_zero_never_stops():
@@ -301,6 +313,13 @@ def test_negative_curvature_at_once_gives_the_preconditioned_gradient():
     assert found.reason == Reason.negative_curvature
     assert found.steps == 1
     np.testing.assert_allclose(found.residual, relative_residual(-definite(), found.x, B))
+
+
+def test_no_curvature_at_once_gives_the_gradient():
+    found = jitted(cg(), 0 * definite(), B)
+    np.testing.assert_array_equal(vector_of(found.x), B)
+    assert found.reason == Reason.negative_curvature
+    assert found.steps == found.residual == 1
 
 
 def first_negative(matrix):
