@@ -3,11 +3,26 @@
 This package needs JAX and Optax only; pictures of what it returns are made elsewhere.
 """
 
+from curvax.analysis.alignment import (
+    Alignment,
+    GradientAngle,
+    alignment,
+    block_norms,
+    gradient_angle,
+)
 from curvax.analysis.average_case import RandomSharpness, random_sharpness
 from curvax.analysis.block_spectra import BlockEigenvalue, block_eigenvalues
 from curvax.analysis.blocks import block_masks
+from curvax.analysis.directions import (
+    Trajectory,
+    of_block,
+    random_directions,
+    trajectory_directions,
+)
 from curvax.analysis.distances import FisherKL, fisher_kl
+from curvax.analysis.filters import filter_normalised
 from curvax.analysis.kernels import ConditionNumber, ntk, ntk_condition_number
+from curvax.analysis.landscapes import Landscape, landscape
 from curvax.analysis.spectra import Spectrum, curvature_trace, hessian_spectrum, top_eigenpairs
 from curvax.analysis.sweeps import Sweep
 from curvax.analysis.worst_case import (
@@ -20,25 +35,37 @@ from curvax.analysis.worst_case import (
 )
 
 __all__ = [
+    "Alignment",
     "BlockEigenvalue",
     "ConditionNumber",
     "FisherKL",
+    "GradientAngle",
+    "Landscape",
     "MSharpness",
     "RandomSharpness",
     "Sharpness",
     "Spectrum",
     "SurrogateGap",
     "Sweep",
+    "Trajectory",
+    "alignment",
     "block_eigenvalues",
     "block_masks",
+    "block_norms",
     "curvature_trace",
+    "filter_normalised",
     "fisher_kl",
+    "gradient_angle",
     "hessian_spectrum",
+    "landscape",
     "m_sharpness",
     "ntk",
     "ntk_condition_number",
+    "of_block",
+    "random_directions",
     "random_sharpness",
     "sharpness",
     "surrogate_gap",
     "top_eigenpairs",
+    "trajectory_directions",
 ]

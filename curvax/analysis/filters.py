@@ -1,0 +1,87 @@
+"""A direction and parameters ↦ the direction in units of each filter of the parameters."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from curvax import roles, trees
+from curvax.analysis.directions import stack_of
+from curvax.linalg import bases
+from curvax.trees import Path, Tree
+
+
+class _Facts(NamedTuple):
+    """What one parameter is."""
+
+    kind: str
+    outputs: tuple[int, ...]
+    depth: tuple[int, ...]
+
+
+def filter_normalised(
+    direction: Tree,
+    params: Tree,
+    layout: Mapping[Any, Any] | None = None,
+    *,
+    biases: bool = False,
+) -> Tree:
+    """A direction with each filter scaled to the norm of that filter of the parameters.
+
+        d_ij ← d_ij ‖θ_ij‖ / ‖d_ij‖
+
+    A filter is what one output unit sees: all but the output axes of a Flax kernel or table, in
+    each layer of a scanned depth. So the landscapes of networks compare that differ in the scale
+    of their weights. Li et al., arXiv:1712.09913, section 4.
+
+    Args:
+        direction: a tree like the parameters, or several stacked [k, ...].
+        params: the point θ.
+        layout: `curvax.layout(model, variables)`. Without it, names and shapes tell what each
+            parameter is, and one of which they do not tell counts as one filter.
+        biases: scale biases and the parameters of norms too, each as one vector; else nothing
+            moves along them, as in the authors' code.
+
+    Returns:
+        A tree like `direction`, in float32 or wider.
+
+    Raises:
+        KeyError: the layout is that of another model.
+        ValueError: the direction is not shaped like the parameters.
+    """
+    stack, _ = stack_of(direction, params, "filter_normalised")
+    facts = _by_names(params) if layout is None else layout
+
+    def scaled(path: Path, x: jax.Array, d: jax.Array) -> jax.Array:
+        inside = _inside(facts[path], x.ndim, biases)
+        if inside is None:
+            return jnp.zeros_like(d)
+        length = lambda y: jnp.sqrt(jnp.sum(y**2, axis=inside, keepdims=True))
+        wanted = length(trees.widen(x))
+        return jax.vmap(lambda one: one * trees.ratio(wanted, length(one)))(d)
+
+    found = trees.map_with_path(scaled, params, stack)
+    single = jnp.ndim(jax.tree.leaves(direction)[0]) == jnp.ndim(jax.tree.leaves(params)[0])
+    return bases.row(found, 0) if single else found
+
+
+def _inside(facts: Any, rank: int, biases: bool) -> tuple[int, ...] | None:
+    """The axes over which a filter extends, or None where nothing is to move."""
+    apart = set(facts.depth)
+    if facts.kind in ("bias", "norm") or rank - len(apart) < 2:
+        if not biases:
+            return None
+    else:
+        apart |= set(facts.outputs)
+    return tuple(axis for axis in range(rank) if axis not in apart)
+
+
+def _by_names(params: Tree) -> dict[Path, _Facts]:
+    """What names and shapes tell; the array of an nnx Variable is at its `value`."""
+    shapes = {trees.names(path): x.shape for path, x in jax.tree.leaves_with_path(params)}
+    bare = {path: path[:-1] if path[-1:] == ("value",) else path for path in shapes}
+    readings = roles.read_roles({bare[path]: shape for path, shape in shapes.items() if bare[path]})
+    unknown = roles.Reading(roles.OTHER)
+    found = {path: readings.get(own, unknown) for path, own in bare.items()}
+    return {path: _Facts(r.role.kind, r.role.outputs, r.depth) for path, r in found.items()}
