@@ -98,11 +98,31 @@ def place_of_caret(text, **options):
             "sgd(polynomial_schedule(0.1, 0.0, 2.0, 10))",
             lambda: optax.sgd(optax.polynomial_schedule(0.1, 0.0, 2.0, 10)),
         ),
+        (
+            "levenberg_marquardt(\n  hessian_matvec() | damp() | solve(cg(3, tol=0.0))\n"
+            "  | scale_by_learning_rate(0.5), damping=2.0)",
+            lambda: curvax.levenberg_marquardt(
+                curvax.hessian_matvec()
+                | curvax.damp()
+                | curvax.solve(curvax.cg(3, tol=0.0))
+                | optax.scale_by_learning_rate(0.5),
+                damping=2.0,
+            ),
+        ),
+        (
+            "clip(9.0) | newton_cg(cosine(1.0), damping=0.1, solver=steihaug(radius))",
+            lambda: optax.chain(
+                optax.clip(9.0),
+                curvax.newton_cg(
+                    optax.cosine_decay_schedule(1.0, 10), damping=0.1, solver=curvax.steihaug(0.05)
+                ),
+            ),
+        ),
         ("\n  clip(0.5)\n  | sgd(0.1)\n", lambda: optax.chain(optax.clip(0.5), optax.sgd(0.1))),
     ],
 )
 def test_a_text_steps_as_the_pipe_it_spells(text, built):
-    read = parse(text, steps=10, names={"rho": 0.05})
+    read = parse(text, steps=10, names={"rho": 0.05, "radius": 0.05})
     np.testing.assert_array_equal(trajectory(read), trajectory(built()))
 
 
@@ -119,6 +139,9 @@ def test_curvax_wins_over_optax_and_the_callers_names_over_both():
         ("sam_pertrub(0.2) | adamw(1e-3)", "sam_pertrub", "`sam_perturb`"),
         ("sam_perturb(0.2) | adamww(1e-3)", "adamww", "`adamw`"),
         ("sgd(cosin(0.1))", "cosin(", "`cosine`"),
+        ("levenberg_marquardt(damp() | slove(cg(3)) | sgd(1.0))", "slove(", "`solve`"),
+        ("levenberg_marquardt(damp() | cg(3) | sgd(1.0))", "cg(3)", "transformation"),
+        ("hessian_matvec() | damp() | solve(cg(0))", "cg(0)", "max_steps"),
         ("sgd(0.1, momentun=0.9)", "momentun=", "`momentum`"),
         ("'λ' | sgd(0.1)", "'λ'", "transformation"),
         ("clip(1.0) | 'λ' | sgdd(0.1)", "'λ'", "transformation"),

@@ -11,7 +11,9 @@ from flax import linen as nn
 from curvax.models.blocks import BlockNet
 from curvax.models.transformer import TransformerBlock, require_heads
 
-INIT = nn.initializers.normal(0.02)  # GPT-2's, for embeddings and positions
+TOKENS, POSITIONS = nn.initializers.normal(1.0), nn.initializers.normal(0.02)
+"""Tokens as large as what the first branches add: at GPT-2's 0.02, which suits its own smaller
+weights, they drown in it."""
 
 
 class LanguageModel(BlockNet, kw_only=True):
@@ -34,11 +36,11 @@ class LanguageModel(BlockNet, kw_only=True):
     @nn.compact
     def __call__(self, tokens: jax.Array, train: bool = False) -> jax.Array:
         embedding = nn.Embed(
-            self.classes, self.width, embedding_init=INIT, dtype=self.dtype, name="embedding"
+            self.classes, self.width, embedding_init=TOKENS, dtype=self.dtype, name="embedding"
         )
         x = embedding(tokens)
         shape = (1, tokens.shape[1], self.width)
-        x = x + self.param("pos_embedding", INIT, shape, jnp.float32).astype(x.dtype)
+        x = x + self.param("pos_embedding", POSITIONS, shape, jnp.float32).astype(x.dtype)
         x = nn.Dropout(self.dropout)(x, deterministic=not train)
         options = {"heads": self.heads, "mlp_width": self.mlp_width, "causal": True}
         return self.classify(self.blocks(TransformerBlock, x, train, **options))

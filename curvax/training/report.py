@@ -16,6 +16,7 @@ from curvax.training.statistics import Summary
 from curvax.training.tasks import Task
 
 Figures = Mapping[str, float]
+_LOSS = "train/loss"
 
 ROWS = {
     "test_accuracy": ("test accuracy", "{:.1%}"),
@@ -98,12 +99,13 @@ def verdict(config: ConfigDict, task: Task, outcomes: Outcomes) -> str:
     (_, base), *others = runs.items()
     sentences = [_setting(config, task, base.figures)]
     sentences += [_performance(name, run, task.goal) for name, run in runs.items()]
+    sentences += [_speed(name, run, base) for name, run in others]
     if len(others) == 1:
         ((_, method),) = others
         sentences += [_lead(base.figures, method.figures, task.goal)]
         sentences += _flatness(base.figures, method.figures)
     sentences += [f"This is one seed: `curvax compare {config.name} --seeds 3` shows the spread."]
-    return " ".join(sentences)
+    return " ".join(filter(None, sentences))
 
 
 def _setting(config: ConfigDict, task: Task, figures: Figures) -> str:
@@ -120,6 +122,18 @@ def _performance(name: str, outcome: Outcome, goal: Goal) -> str:
     best = goal.form.format(goal.best(scores))
     claim = goal.claim.format(goal.form.format(figures[goal.figure]))
     return f"`{name}` {learnt}{claim} ({best} at its best epoch)."
+
+
+def _speed(name: str, method: Outcome, base: Outcome) -> str:
+    losses = lambda run: [(r["step"], r[_LOSS]) for r in run.records if _LOSS in r]
+    lowest = min((loss for _, loss in losses(base)), default=-math.inf)
+    step = next((step for step, loss in losses(method) if loss <= lowest), None)
+    if step is None:
+        return ""
+    return (
+        f"`{name}` came down to the lowest training loss of the base, {lowest:.3g}, at step "
+        f"{step:.0f} of {method.figures['steps']:.0f}."
+    )
 
 
 def _lead(base: Figures, method: Figures, goal: Goal) -> str:

@@ -90,7 +90,8 @@ def _regression(config: ConfigDict) -> Task:
 
 def _language(config: ConfigDict) -> Task:
     options = config.data
-    load = lambda seed: texts.load(options.name, path=options.path, length=options.length)
+    where = {"path": options.path, "length": options.length}
+    load = lambda seed: texts.load(options.name, seed=seed, **where)
     likelihood, scores = _likelihood(config, "softmax"), {"accuracy": metrics.top1}
     return Task("windows", load, likelihood, scores, goals.FORETELL)
 

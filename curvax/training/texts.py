@@ -1,33 +1,37 @@
 """Text as bytes: windows of a fixed length, each byte to be followed by its next."""
 
+import math
 from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 
+from curvax.training import data
 from curvax.training.archives import DataError
 from curvax.training.data import Dataset, Split
 
 BYTES = 256
-TEST = 0.1  # of the text, its end
+TEST = 0.1  # of the windows
 
 
-def load(name: str, *, path: str | Path | None = None, length: int = 64) -> Dataset:
+def load(name: str, *, path: str | Path | None = None, length: int = 64, seed: int = 0) -> Dataset:
     """The text of that name, in windows of `length` bytes and the byte that follows each.
 
     `pydoc` is Python's own reference, 466 kB of English that come with it and differ between its
-    versions; `text` is any file. The last tenth is the test, so that no window of it is seen.
+    versions; `text` is any file.
 
     Args:
         path: the file that is the `text`.
         length: bytes of a window, int32 [N, length].
+        seed: divides the windows, which lie side by side: nine tenths to train on, one to test.
 
     Raises:
         DataError: an unknown name, a file that cannot be read, or a text too short to be divided.
     """
-    text = np.frombuffer(_read(name, path), np.uint8).astype(np.int32)
-    cut = len(text) - round(TEST * len(text))
-    return Dataset(_windows(text[:cut], length), _windows(text[cut:], length), BYTES)
+    windows = _windows(np.frombuffer(_read(name, path), np.uint8).astype(np.int32), length)
+    last = math.ceil(TEST * windows.size)
+    train, test = data.divide(windows, last, seed=seed, purpose="load")
+    return Dataset(train, test, BYTES)
 
 
 def _read(name: str, path: str | Path | None) -> bytes:
@@ -59,11 +63,11 @@ def _reference() -> str:
 def _windows(text: np.ndarray, length: int) -> Split:
     """Windows side by side; what is left over at the end is dropped."""
     count = (len(text) - 1) // length if length > 0 else 0
-    if count < 1:
+    if count < 2:
         raise DataError(
-            f"A window and the byte after it fit into each part of the text, and `length` is "
-            f"{length} where a part has {len(text)} bytes. Take a longer text or a window of at "
-            "least one byte."
+            f"A text is divided into two windows at least, and the byte after each: `length` is "
+            f"{length} where there are {len(text)} bytes. Take a longer text, or windows of one "
+            "byte or more that fit."
         )
     rows = lambda start: text[start : start + count * length].reshape(count, length)
     return Split(rows(0), rows(1))
