@@ -23,6 +23,7 @@ from curvax.analysis.distances import FisherKL, fisher_kl
 from curvax.analysis.filters import filter_normalised
 from curvax.analysis.kernels import ConditionNumber, ntk, ntk_condition_number
 from curvax.analysis.landscapes import Landscape, landscape
+from curvax.analysis.mlp_hessians import MlpBlockHessian, mlp_block_hessians
 from curvax.analysis.spectra import Spectrum, curvature_trace, hessian_spectrum, top_eigenpairs
 from curvax.analysis.sweeps import Sweep
 from curvax.analysis.worst_case import (
@@ -42,6 +43,7 @@ __all__ = [
     "GradientAngle",
     "Landscape",
     "MSharpness",
+    "MlpBlockHessian",
     "RandomSharpness",
     "Sharpness",
     "Spectrum",
@@ -59,6 +61,7 @@ __all__ = [
     "hessian_spectrum",
     "landscape",
     "m_sharpness",
+    "mlp_block_hessians",
     "ntk",
     "ntk_condition_number",
     "of_block",

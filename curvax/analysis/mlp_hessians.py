@@ -1,0 +1,213 @@
+"""A perceptron and a point ↦ the Hessian in each of its kernels, example by example, in factors."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from curvax import trees
+from curvax.analysis.compiling import compiled_once
+from curvax.analysis.jacobians import outputs_alone
+from curvax.objective import Objective, as_objective, require_batch, require_model
+from curvax.trees import Tree
+
+
+class MlpBlockHessian(NamedTuple):
+    """∇²ℓ of every example in one kernel, (a aᵀ) ⊗ H, and the sizes of what makes it up."""
+
+    inputs: jax.Array
+    """a_{k-1}, what the layer is fed, [n, in]."""
+    hessian: jax.Array
+    """H_k, that in the pre-activations (and in the bias), [n, out, out]."""
+    largest: jax.Array
+    """λ_max of the block, ‖a_{k-1}‖² λ_max(H_k), [n]; 0 where H_k has no positive eigenvalue."""
+    input_norm: jax.Array
+    """‖a_{k-1}‖₂, [n]."""
+    weight_norm: jax.Array
+    """‖W_{k+1}‖₂, its largest singular value, scalar; 1 for the last layer."""
+    slope_norm: jax.Array
+    """‖B_k‖_F of the activation's slopes f'(h_k), [n]; √out for the last layer."""
+    bend_norm: jax.Array
+    """‖D_k‖_F of its second derivatives times ∂ℓ/∂a_k, [n]; 0 for the last layer."""
+    active: jax.Array
+    """The share of units with h_k > 0, [n]."""
+
+    @property
+    def matrix(self) -> jax.Array:
+        """The block itself, [n, in·out, in·out], in the order of a flattened Flax kernel."""
+        a, h = self.inputs, self.hessian
+        size = a.shape[1] * h.shape[1]
+        return jnp.einsum("ni,nj,nop->niojp", a, a, h).reshape(len(a), size, size)
+
+
+class _Layer(NamedTuple):
+    kernel: jax.Array
+    """[in, out]"""
+    bias: jax.Array | float
+
+
+def mlp_block_hessians(
+    objective: Objective,
+    params: Tree,
+    layers: Sequence[str],
+    inputs: str | Callable[[Tree], jax.Array],
+    *,
+    activation: Callable[[jax.Array], jax.Array] = jax.nn.gelu,
+) -> dict[str, MlpBlockHessian]:
+    """The diagonal blocks of the Hessian of a perceptron, by recursion from the outputs down.
+
+        ∇²_{W_k} ℓ = (a_{k-1} a_{k-1}ᵀ) ⊗ H_k,   H_k = B_k W_{k+1}ᵀ H_{k+1} W_{k+1} B_k + D_k
+        B_k = diag f'(h_k),   D_k = diag(f''(h_k) ∂ℓ/∂a_k)
+
+    where h_k = W_k a_{k-1} + b_k and a_k = f(h_k). The block of the mean loss is the mean over
+    examples. Chen, Hsieh & Gong, arXiv:2106.01548,
+    eq. 3 and 4; Botev, Ritter & Barber, arXiv:1706.03662.
+
+    Args:
+        objective: an `Objective` with `model=`, the perceptron.
+        params: the point θ.
+        layers: the paths of its dense layers in order, as `"layer0"` or `"mlp/Dense_0"`, each with
+            a Flax `kernel` [in, out] and perhaps a `bias`; all of its parameters that matter.
+        inputs: a key of the batch, or a callable `batch -> array`: what the first layer is fed,
+            [n, ...], flattened.
+        activation: f, elementwise, after every layer but the last.
+
+    Returns:
+        `{layer: MlpBlockHessian}`. H_k takes n·out² numbers: pass as many examples as that allows.
+
+    Raises:
+        ValueError: a path has no kernel of two axes; or, when called eagerly, the layers are not
+            the model.
+    """
+    name = "`mlp_block_hessians`"
+    objective = require_batch(as_objective(objective, "mlp_block_hessians", params), name)
+    require_model(objective, name)
+    chain = tuple(_layer(params, path) for path in layers)
+    _check_widths(chain, layers)
+    read = inputs if callable(inputs) else lambda batch: batch[inputs]
+    found, difference = _recursion(objective, params, chain, inputs=read, activation=activation)
+    _refuse_others(difference)
+    return dict(zip(layers, found, strict=True))
+
+
+@compiled_once
+def _recursion(
+    objective: Objective,
+    params: Tree,
+    chain: tuple[_Layer, ...],
+    *,
+    inputs: Callable[[Tree], jax.Array],
+    activation: Callable[[jax.Array], jax.Array],
+) -> tuple[list[MlpBlockHessian], jax.Array]:
+    def one(part: Objective) -> tuple[list[MlpBlockHessian], jax.Array]:
+        x = trees.widen(inputs(part.batch)[0].ravel())
+        return _blocks(chain, x, activation, lambda z: part.loss_of(z[None]))
+
+    with jax.default_matmul_precision("highest"):
+        (blocks, outputs), _ = objective.each(one)
+        expected = outputs_alone(objective, params)
+    blocks = [b._replace(weight_norm=b.weight_norm[0]) for b in blocks]
+    if outputs.shape != expected.shape:
+        return blocks, jnp.full((), jnp.inf)
+    excused = jnp.finfo(expected.dtype).eps ** 0.5 * (1 + jnp.max(jnp.abs(expected)))
+    return blocks, jnp.max(jnp.abs(outputs - expected)) / excused
+
+
+def _blocks(
+    chain: tuple[_Layer, ...],
+    x: jax.Array,
+    activation: Callable[[jax.Array], jax.Array],
+    loss: Callable[[jax.Array], jax.Array],
+) -> tuple[list[MlpBlockHessian], jax.Array]:
+    """The blocks of one example, first layer first, and the outputs."""
+    fed, pre = [x], []
+    for kernel, bias in chain:
+        pre.append(fed[-1] @ kernel + bias)
+        fed.append(activation(pre[-1]))
+    z = pre[-1]
+    delta, hessian = jax.grad(loss)(z), jax.hessian(loss)(z)
+    blocks = [_block(fed[-2], hessian, z, jnp.ones(()), jnp.ones_like(z), jnp.zeros_like(z))]
+    for a, h, above in reversed(list(zip(fed, pre, chain[1:]))):
+        slope, bend = _derivatives(activation, h)
+        back = above.kernel @ delta
+        outer = above.kernel @ hessian @ above.kernel.T
+        bent = bend * back
+        hessian = slope[:, None] * outer * slope[None] + jnp.diag(bent)
+        delta = slope * back
+        weight_norm = jnp.linalg.norm(above.kernel, 2)
+        blocks.append(_block(a, hessian, h, weight_norm, slope, bent))
+    return blocks[::-1], z
+
+
+def _block(
+    a: jax.Array,
+    hessian: jax.Array,
+    h: jax.Array,
+    weight_norm: jax.Array,
+    slope: jax.Array,
+    bent: jax.Array,
+) -> MlpBlockHessian:
+    norm = jnp.linalg.norm
+    top = jnp.sum(a**2) * jnp.linalg.eigvalsh(hessian)[-1]
+    return MlpBlockHessian(
+        inputs=a,
+        hessian=hessian,
+        largest=top if a.size == 1 else jnp.maximum(top, 0),
+        input_norm=norm(a),
+        weight_norm=weight_norm,
+        slope_norm=norm(slope),
+        bend_norm=norm(bent),
+        active=jnp.mean(h > 0, dtype=h.dtype),
+    )
+
+
+def _derivatives(f: Callable[[jax.Array], jax.Array], h: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(f'(h), f''(h)) of an elementwise function."""
+    slope = lambda x: jax.jvp(f, (x,), (jnp.ones_like(x),))[1]
+    return jax.jvp(slope, (h,), (jnp.ones_like(h),))
+
+
+def _layer(params: Tree, path: str) -> _Layer:
+    """The kernel and the bias at a path, in float32 or wider.
+
+    Raises:
+        ValueError: there is no kernel of two axes.
+    """
+    steps = tuple(path.split("/"))
+    below: dict[str, Any] = {
+        trees.names(place)[len(steps)]: trees.widen(x)
+        for place, x in jax.tree.leaves_with_path(params)
+        if trees.names(place)[: len(steps)] == steps and len(place) > len(steps)
+    }
+    kernel = below.get("kernel")
+    if kernel is None or kernel.ndim != 2:
+        has = "no kernel" if kernel is None else f"one of shape {list(kernel.shape)}"
+        paths = [trees.names(place) for place, _ in jax.tree.leaves_with_path(params)]
+        raise ValueError(
+            f"`mlp_block_hessians` goes through dense layers with a `kernel` [in, out], and "
+            f"`{path}` has {has}. The parameters are {', '.join(map(trees.label, paths))}."
+        )
+    return _Layer(kernel, below.get("bias", 0.0))
+
+
+def _check_widths(chain: tuple[_Layer, ...], layers: Sequence[str]) -> None:
+    for (below, above), names in zip(pairwise(chain), pairwise(layers)):
+        shapes = below.kernel.shape, above.kernel.shape
+        if shapes[0][1] != shapes[1][0]:
+            raise ValueError(
+                f"`mlp_block_hessians` goes through the layers in order, and `{names[1]}` of shape "
+                f"{shapes[1]} cannot follow `{names[0]}` of shape {shapes[0]}. Name every dense "
+                "layer, from the inputs on."
+            )
+
+
+def _refuse_others(difference: jax.Array) -> None:
+    if isinstance(difference, jax.core.Tracer) or not difference > 1:
+        return
+    raise ValueError(
+        "`mlp_block_hessians` was given layers, inputs and an activation that do not add up to the "
+        "`model` of the objective: the outputs differ. Name every dense layer in order, and the "
+        "`activation=` between them."
+    )
