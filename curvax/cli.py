@@ -14,6 +14,7 @@ Curvature and sharpness in training, from the command line.
   curvax train                 a first run: GSAM beside AdamW on digits with wrong labels
   curvax compare digits --seeds 3 --fair
   curvax bench digits
+  curvax train pydoc           Sophia and AdaHessian beside AdamW on a text
   curvax configs               what else there is to run
 """
 

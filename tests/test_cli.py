@@ -88,6 +88,51 @@ def test_a_sweep_scores_held_out_examples_at_every_point(tmp_path, capsys):
     assert "--lr=1e-2" in capsys.readouterr().out
 
 
+REGRESSION = """
+from curvax.training.config import defaults
+
+def get_config():
+    config = defaults(lr=3e-2)
+    config.task, config.data.name, config.model.name = "regression", "diabetes", "mlp"
+    config.update(base="adam(lr)", optimizer="gauss_newton(damping=1.0)", others=["sgd(lr)"])
+    config.update(beside=True, batch=354, epochs=2, log_every=1, hessian_examples=0)
+    return config
+"""
+
+
+@pytest.fixture
+def regression(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(REGRESSION)
+    return str(path)
+
+
+def test_another_task_is_trained_and_compared_by_its_own_score(regression, tmp_path, capsys):
+    folder = run("train", regression, runs=tmp_path / "train")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "354 rows of diabetes" in said
+    for name in ("adam", "gauss_newton", "sgd"):
+        assert f"`{name}` predicts the test targets with a squared error of" in said
+    assert "test squared error" in (folder / "table.txt").read_text()
+    assert (folder / "curves.png").stat().st_size > 0
+    folder = run("compare", regression, runs=tmp_path / "compare")
+    page = json.loads((folder / "compare.json").read_text())
+    assert list(page) == ["adam", "gauss_newton", "sgd"]
+    reached = {name: arm["squared_error"]["mean"] for name, arm in page.items()}
+    gain = reached["gauss_newton"] - reached["adam"]
+    assert page["gauss_newton"]["gain"]["mean"] == pytest.approx(gain)
+    assert f"gauss_newton: {gain:+.3f} against adam." in capsys.readouterr().out
+
+
+def test_a_sweep_for_a_score_that_falls_finds_the_lowest(regression, tmp_path, capsys):
+    sweep = ["--sweep=lr=1e-2,1e-1", "--batch=100", "--optimizers", "adam(lr)"]
+    folder = run("compare", regression, *sweep, runs=tmp_path / "sweep")
+    (points,) = json.loads((folder / "sweep.json").read_text()).values()
+    best = min(points, key=lambda point: point["mean"])
+    said = capsys.readouterr().out
+    assert f"lr={best['lr']}, held-out squared error {best['mean']:.3f}" in said
+
+
 def test_bench_counts_sam_as_two_gradients(tmp_path):
     folder = run("bench", TINY, "--pairs=2", "--model.options.dropout=0.0", runs=tmp_path)
     base, sam = json.loads((folder / "bench.json").read_text()).values()

@@ -228,3 +228,18 @@ def test_three_methods_get_a_verdict_without_a_lead():
     words = report.verdict(own, task, arms)
     assert all(f"`{name}` predicts the test targets" in words for name in "abc")
     assert "At the end" not in words
+
+
+def test_the_verdict_says_when_the_bases_lowest_loss_was_met():
+    own = tiny("regression")
+    task = tasks.build(own)
+
+    def run(*losses):
+        records = [{"step": step, "train/loss": loss} for step, loss in enumerate(losses, 1)]
+        figures = {task.goal.figure: 1.0, "train_examples": 64, "steps": 3}
+        return [runs.Outcome(figures, records)]
+
+    arms = {"a": run(3.0, 1.0, 2.0), "b": run(1.5, 0.75, 0.5), "c": run(3.0, 2.0, 1.5)}
+    words = report.verdict(own, task, arms)
+    assert "`b` came down to the lowest training loss of the base, 1, at step 2 of 3." in words
+    assert "`c` came down" not in words

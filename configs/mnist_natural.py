@@ -1,0 +1,30 @@
+"""Natural gradient beside Adam: a perceptron that classifies MNIST's digits, at equal steps.
+
+Paper: Martens, New insights on the natural gradient, arXiv:1412.1193, sections 6 and 10; the
+network (784-128-64-10, tanh) and all settings ours. The third method adapts the damping.
+
+Command: curvax train mnist_natural
+
+Expected: TODO
+
+Cost: TODO
+"""
+
+from ml_collections import ConfigDict
+
+from curvax.training.config import defaults
+
+
+def get_config() -> ConfigDict:
+    config = defaults()
+    config.model.name = "mlp"
+    config.data.name = "mnist"
+    config.optimizer = "natural_gradient(1.0, damping=0.1, solver=cg(10))"
+    config.base = "adam(cosine(1e-2))"
+    config.others = [
+        "levenberg_marquardt(fisher_matvec() | damp() | solve(cg(10)) "
+        "| scale_by_learning_rate(1.0))"
+    ]
+    config.beside = True
+    config.update(epochs=10, batch=500, log_every=1)
+    return config

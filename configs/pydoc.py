@@ -1,0 +1,30 @@
+"""Sophia-G and AdaHessian beside AdamW: a small language model on Python's own reference.
+
+Paper: Liu et al., Sophia, arXiv:2305.14342, Algorithms 2 and 3 with its γ and betas, and Yao et
+al., AdaHessian, arXiv:2006.00719, with its betas, at a scale of our own: a decoder-only transformer
+of two layers over bytes, half of the windows of the text that comes with Python.
+
+Command: curvax train pydoc
+         (any other text: --data.name=text --data.path=FILE)
+
+Expected: TODO
+
+Cost: TODO
+"""
+
+from ml_collections import ConfigDict
+
+from curvax.training.config import defaults
+
+
+def get_config() -> ConfigDict:
+    config = defaults(lr=1e-2)
+    config.task = "language"
+    config.model.name = "lm_tiny"
+    config.data.update(name="pydoc", size=3200)
+    config.optimizer = "sophia_g(cosine(lr))"
+    config.base = "adamw(cosine(1e-2))"
+    config.others = ["adahessian(cosine(0.15))"]
+    config.beside = True
+    config.update(epochs=4, batch=32, hessian_examples=0)
+    return config
