@@ -307,6 +307,25 @@ def test_the_radius_bounds_the_divergence_of_predictions():
     assert kl == pytest.approx(0.5 * radius**2, rel=1e-2)
 
 
+def test_a_schedule_of_the_radius():
+    params, value_fn = net_params(), objective()
+    tx = cx.fisher_matvec() | cx.trust_region(optax.linear_schedule(1e-3, 3e-3, 2))
+    state, step = tx.init(params), stepper(tx, value_fn)
+    for radius in (1e-3, 2e-3, 3e-3, 3e-3):
+        _, state = step(params, state)
+        assert figure(state, "kl") == pytest.approx(0.5 * radius**2)
+
+
+def test_a_step_along_which_the_model_curves_downwards_passes():
+    params = {"x": jnp.array([1.0, 0.1])}
+    loss = lambda p: 0.5 * jnp.sum(jnp.array([-1.0, 2.0]) * p["x"] ** 2)
+    tx = cx.hessian_matvec() | cx.trust_region(1e-3)
+    updates, state = stepper(tx, cx.Objective(loss))(params, tx.init(params))
+    np.testing.assert_allclose(updates["x"], [-1.0, 0.2], rtol=1e-14)
+    assert figure(state, "trust_scale") == 1
+    assert figure(state, "kl") == pytest.approx(0.5 * (-1 + 2 * 0.04))
+
+
 # -- quadratic_step ------------------------------------------------------------------------------
 
 

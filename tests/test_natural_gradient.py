@@ -248,6 +248,18 @@ def test_ema_mean_lags_by_one_step():
         before = jax.tree.map(jnp.square, grads)
 
 
+def test_backtracking_in_a_pipe_takes_the_iterate_of_the_lowest_loss():
+    """Ranked by the loss at θ - x: with little damping the last iterates lead too far."""
+    params, value_fn = net_params(), objective()
+    pipe = lambda solver: cx.fisher_matvec() | cx.damp(0.01) | cx.solve(solver)
+    found, _ = one_step(pipe(cx.cg(9, tol=0.0, backtrack=True)), params, value_fn)
+    kept = [one_step(pipe(cx.cg(k, tol=0.0)), params, value_fn)[0] for k in (1, 2, 3, 4, 5, 7, 9)]
+    losses = [float(value_fn(optax.tree.sub(params, x))) for x in kept]
+    best = next(i for i in range(len(kept) - 1, -1, -1) if i == 0 or losses[i - 1] >= losses[i])
+    assert 0 < best < len(kept) - 1
+    assert_trees_close(found, kept[best], 1e-9)
+
+
 def test_without_damping_row_space_gives_the_least_step_that_fits():
     """Fewer outputs than parameters: of all solutions, the one of least norm."""
     params, value_fn = net_params(), objective(net_batch(3))

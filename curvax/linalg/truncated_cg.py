@@ -48,7 +48,7 @@ def steihaug(
         concave = curvature <= 0
         alpha = s.rz / jnp.where(concave, 1.0, curvature)
         edge, inside = _to_boundary(s.x, s.p, radius)
-        outside = ~inside(alpha) & ~jnp.isnan(alpha)
+        outside = ~inside(alpha)
         reason = jnp.where(concave, Reason.negative_curvature, Reason.max_steps)
         reason = jnp.where(outside & ~concave, Reason.boundary, reason)
         return jnp.where(concave | outside, edge, alpha), reason
@@ -77,6 +77,5 @@ def _to_boundary(x: Tree, p: Tree, radius: Any) -> tuple[jax.Array, Callable[[An
     xx, xp, pp = trees.dot(x, x), trees.dot(x, p), trees.dot(p, p)
     gap = jnp.maximum(radius**2 - xx, 0)
     root = jnp.sqrt(xp**2 + pp * gap)
-    # The form of the root of pp τ² + 2 xp τ = gap that does not cancel.
-    tau = jnp.where(xp > 0, trees.ratio(gap, xp + root), trees.ratio(root - xp, pp))
+    tau = trees.ratio(root - xp, pp)
     return tau, lambda alpha: xx + alpha * (2 * xp + alpha * pp) < radius**2
