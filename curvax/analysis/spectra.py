@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from curvax import checks
+from curvax import checks, trees
 from curvax.analysis.curvatures import Curvature, Loss, Matrix, evaluate, matrix, wide
 from curvax.analysis.deflation import deflated_power
 from curvax.axes import AxisNames
@@ -87,7 +87,7 @@ def top_eigenpairs(
 
 def tolerance(params: Tree) -> float:
     """A relative residual that products at these parameters can reach: 1e-6, or ε^¾ if more."""
-    kinds = {jnp.result_type(x) for x in jax.tree.leaves(params)}
+    kinds = {jnp.result_type(x) for x in jax.tree.leaves(params) if trees.is_float(x)}
     return max([1e-6, *(float(jnp.finfo(kind).eps) ** 0.75 for kind in kinds)])
 
 

@@ -1,0 +1,478 @@
+"""Spectra of losses against recorded and dense matrices, in every precision, model and regime."""
+
+import functools
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.flatten_util import ravel_pytree
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from small_problems import dense_hessian, flat, net, net_batch, net_loss, net_params, quick_jit
+from test_curvature import net_objective, read
+from test_devices import DEVICES, REGIMES, mesh, shards
+from trajectories import recorded
+
+import curvax as cx
+from curvax.analysis import Sweep, curvature_trace, hessian_spectrum, top_eigenpairs
+from curvax.oracles import hvp
+
+every_recording = pytest.mark.parametrize("path", recorded("curvature_*"))
+NAMES = {
+    "hessian": "hessian",
+    "gauss_newton": "ggn",
+    "fisher": "fisher",
+    "empirical_fisher": "empirical_fisher",
+}
+RELATIVE = 1e-8
+
+
+def tree_of(run: Any, vectors: np.ndarray) -> Any:
+    """Recorded vectors [n, P] as a tree with a new first axis."""
+    return jax.vmap(run.problem.unflatten)(jnp.asarray(vectors, float))
+
+
+def assert_near(found: Any, expected: Any, scale: float) -> None:
+    np.testing.assert_allclose(found, expected, rtol=0, atol=RELATIVE * scale)
+
+
+def net_hessian() -> np.ndarray:
+    return dense_hessian(lambda p: net_loss(p, net_batch()), net_params())
+
+
+# Recorded spectra.
+
+
+@every_recording
+@pytest.mark.parametrize("curvature", NAMES)
+def test_the_largest_eigenvalues_are_those_recorded(path, curvature):
+    run = read(path)
+    options: Any = dict(curvature=curvature, end="largest")
+    search = lambda p: top_eigenpairs(run.objective(), p, 3, **options)
+    found = quick_jit(search)(run.params)
+    expected = run.arrays[f"eigvals/{NAMES[curvature]}"][::-1][:3]
+    assert_near(found.values, expected, expected[0])
+    assert found.converged.all()
+
+
+@every_recording
+def test_pyhessian_finds_the_same_five_but_for_its_bias(path):
+    """It divides by ‖v‖ + 1e-6 twice an iteration: its values are 2e-6 too small."""
+    run = read(path)
+    v0 = run.problem.unflatten(jnp.asarray(run.arrays["pyhessian/top5_tight_v0"][0]))
+    found = quick_jit(lambda p: top_eigenpairs(run.objective(), p, 5, v0=v0))(run.params)
+    dense = run.arrays["top5_by_magnitude_dense"]
+    assert_near(found.values, dense, abs(dense[0]))
+    bias = run.arrays["pyhessian/top5_tight"] / np.asarray(found.values) - 1
+    np.testing.assert_allclose(bias, -2e-6, atol=2e-8)
+    vectors = np.stack([run.problem.flatten(v) for v in _rows(found.vectors, 5)])
+    along = np.abs(np.sum(vectors * run.arrays["pyhessian/top5_tight_vecs"], axis=1))
+    np.testing.assert_allclose(along, 1, atol=1e-5)
+
+
+def _rows(tree: Any, count: int) -> list[Any]:
+    return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(count)]
+
+
+@every_recording
+def test_the_trace_is_pyhessians_with_its_probes(path):
+    run = read(path)
+    probes = tree_of(run, run.arrays["pyhessian/trace_z_200"])
+    found = curvature_trace(run.objective(), run.params, probes=probes)
+    samples = run.arrays["pyhessian/trace_vHv_200"]
+    assert float(found.mean) == pytest.approx(samples.mean(), rel=1e-10)
+    error = samples.std(ddof=1) / np.sqrt(len(samples))
+    assert float(found.standard_error) == pytest.approx(error, rel=1e-10)
+    assert abs(float(found.mean) - run.arrays["trace/hessian"]) < 3 * error
+
+
+@every_recording
+def test_the_density_is_pyhessians_with_its_probes(path):
+    run = read(path)
+    probes = tree_of(run, run.arrays["pyhessian/density_z"])
+    spectrum = lambda p: hessian_spectrum(run.objective(), p, probes=probes, steps=20)
+    density = quick_jit(spectrum)(run.params).density
+    z, hessian = run.arrays["pyhessian/density_z"].astype(float), run.expected("hessian")
+    for power in range(1, 8):
+        each = np.einsum("ip,pq,iq->i", z, np.linalg.matrix_power(hessian, power), z)
+        found, _ = density.moment(lambda x, n=power: x**n)
+        assert float(found) == pytest.approx(each.mean() / z.shape[1], rel=RELATIVE)
+    nodes, weights = (run.arrays[f"pyhessian/density_{name}"] for name in ("nodes", "weights"))
+    order = np.argsort(nodes, axis=1)
+    nodes, weights = (np.take_along_axis(x, order, axis=1) for x in (nodes, weights))
+    # It divides by ‖v‖ + 1e-6 here too.
+    np.testing.assert_allclose(density.nodes, nodes, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(density.weights, weights, rtol=0, atol=1e-5)
+    # Its variance is 1e-3 of the range, which it widens by 0.01 at either end.
+    spread = nodes.max(axis=1).mean() - nodes.min(axis=1).mean() + 0.02
+    grid = run.arrays["pyhessian/esd_grid"]
+    mean, _ = density.smoothed(jnp.asarray(grid), np.sqrt(1e-3 * max(1.0, spread)))
+    mean = np.asarray(mean) / (np.sum(mean) * (grid[1] - grid[0]))
+    np.testing.assert_allclose(mean, run.arrays["pyhessian/esd_density"], atol=1e-4)
+
+
+# Dense matrices.
+
+
+@pytest.mark.parametrize("end", ["magnitude", "largest", "smallest"])
+@pytest.mark.parametrize("method", ["lanczos", "power"])
+def test_either_method_finds_either_end(method, end):
+    values, vectors = np.linalg.eigh(net_hessian())
+    rank = {"magnitude": -np.abs(values), "largest": -values, "smallest": values}[end]
+    wanted = np.argsort(rank)[:2]
+    options: dict[str, Any] = dict(end=end, method=method, tol=1e-5, max_products=6000)
+    search = lambda p: top_eigenpairs(cx.Objective(net_loss, net_batch()), p, 2, **options)
+    found = quick_jit(search)(net_params())
+    np.testing.assert_allclose(found.values, values[wanted], atol=1e-8)
+    assert found.converged.all()
+    rows = np.stack([flat(v) for v in _rows(found.vectors, 2)])
+    np.testing.assert_allclose(np.abs(rows @ vectors[:, wanted]), np.eye(2), atol=1e-3)
+    true = np.linalg.norm(net_hessian() @ rows.T - rows.T * np.asarray(found.values), axis=0)
+    np.testing.assert_allclose(found.residuals, true, rtol=1e-6, atol=1e-13)
+
+
+def test_power_iteration_without_the_products_it_needs_says_so():
+    objective = cx.Objective(net_loss, net_batch())
+    found = top_eigenpairs(objective, net_params(), 2, method="power", max_products=12)
+    assert not found.converged.any()
+    assert int(found.products) <= 12 + 2
+    distance = np.abs(np.asarray(found.values)[:, None] - np.linalg.eigvalsh(net_hessian())[None])
+    assert (distance.min(axis=1) <= np.asarray(found.residuals)).all()
+
+
+def test_ends_and_bulk_of_the_spectrum():
+    """As many steps as parameters: the Ritz values are the eigenvalues."""
+    values = np.linalg.eigvalsh(net_hessian())
+    found = hessian_spectrum(cx.Objective(net_loss, net_batch()), net_params(), probes=2)
+    assert found.density.nodes.shape == (2, len(values))
+    assert float(found.largest) == pytest.approx(values[-1], rel=1e-10)
+    assert float(found.smallest) == pytest.approx(values[0], rel=1e-10)
+    assert float(found.bulk_ratio) == pytest.approx(values[-1] / values[-5], rel=1e-10)
+
+
+def test_fewer_steps_see_the_ends_from_inside():
+    values = np.linalg.eigvalsh(net_hessian())
+    found = hessian_spectrum(cx.Objective(net_loss, net_batch()), net_params(), steps=7)
+    assert values[0] < float(found.smallest) < float(found.largest) < values[-1]
+    bare = hessian_spectrum(
+        cx.Objective(net_loss, net_batch()), net_params(), steps=7, keep_basis=False
+    )
+    assert float(bare.largest) == pytest.approx(float(found.largest), rel=1e-8)
+    assert np.isnan(bare.bulk_ratio)
+
+
+def test_a_matrix_of_low_rank_has_no_other_smallest_value_than_its_own():
+    """F̄ of four examples, seen by Lanczos from a start within its range: four values, no zeros."""
+    objective = cx.Objective(net_loss, net_batch(4))
+    each = [
+        objective.on(jax.tree.map(lambda x, i=i: x[i : i + 1], objective.batch)) for i in range(4)
+    ]
+    rows = np.stack([flat(one.value_and_grad(net_params())[1]) for one in each])
+    values = np.linalg.eigvalsh(rows @ rows.T / 4)
+    start = ravel_pytree(net_params())[1](jnp.asarray(rows.sum(axis=0)))
+    probes = jax.tree.map(lambda x: x[None], start)
+    found = hessian_spectrum(objective, net_params(), curvature="empirical_fisher", probes=probes)
+    assert float(found.smallest) == pytest.approx(values[0], rel=1e-8)
+    assert float(found.largest) == pytest.approx(values[-1], rel=1e-10)
+    assert np.isnan(found.bulk_ratio)
+
+
+def test_the_trace_of_a_diagonal_matrix_needs_one_probe():
+    weights = jnp.arange(1.0, 5.0)
+    found = curvature_trace(
+        lambda p: 0.5 * jnp.sum(weights * p["x"] ** 2), {"x": weights}, probes=1
+    )
+    assert float(found.mean) == 10
+    assert np.isnan(found.standard_error)
+
+
+def test_an_oracle_of_ones_own_takes_the_place_of_a_name():
+    objective, params = cx.Objective(net_loss, net_batch()), net_params()
+    own = partial(hvp, mode="reverse-over-reverse")
+    found = curvature_trace(objective, params, curvature=own)
+    expected = curvature_trace(objective, params)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    plain = curvature_trace(lambda p: net_loss(p, net_batch()), params)
+    np.testing.assert_allclose(plain, expected, rtol=1e-12)
+
+
+# Compilation, precision, models.
+
+
+def test_it_compiles_once_for_a_loss_and_is_traced_with_the_rest_under_jit():
+    traces = []
+
+    def loss(params: Any, batch: Any) -> jax.Array:
+        traces.append(isinstance(batch["x"], jax.core.Tracer))
+        return net_loss(params, batch)
+
+    search = lambda params, batch: curvature_trace(cx.Objective(loss, batch), params)
+    search(net_params(), net_batch())
+    count = len(traces)
+    other = jax.tree.map(lambda x: 2 * x, net_batch())
+    value = search(net_params(), other)
+    assert len(traces) == count
+    assert all(traces)
+    np.testing.assert_allclose(quick_jit(search)(net_params(), other), value, rtol=1e-12)
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
+def test_micro_batches_give_the_same(curvature):
+    spectrum = lambda **options: hessian_spectrum(
+        net_objective("categorical", **options), net_params(), curvature=curvature, steps=5
+    )
+    found, expected = spectrum(microbatch=2), spectrum()
+    np.testing.assert_allclose(found.density, expected.density, rtol=1e-10, atol=1e-12)
+
+
+def test_in_bfloat16_vectors_and_sums_are_float32():
+    params, batch = net_params(jnp.bfloat16), net_batch(dtype=jnp.bfloat16)
+    widened = jax.tree.map(lambda x: x.astype(jnp.float64), (params, batch))
+    values = np.linalg.eigvalsh(dense_hessian(lambda p: net_loss(p, widened[1]), widened[0]))
+    found = top_eigenpairs(cx.Objective(net_loss, batch), params, end="largest")
+    assert {x.dtype for x in jax.tree.leaves(found.vectors)} == {jnp.dtype("float32")}
+    assert found.values.dtype == jnp.float32
+    # Products round to eight bits.
+    assert float(found.values[0]) == pytest.approx(values[-1], rel=2e-2)
+    assert found.converged.all()
+    trace = curvature_trace(cx.Objective(net_loss, batch), params, probes=64)
+    assert float(trace.mean) == pytest.approx(values.sum(), abs=3 * float(trace.standard_error))
+
+
+class Nnx(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        options: Any = dict(rngs=rngs, param_dtype=jnp.float64)
+        self.first = nnx.Linear(4, 3, **options)
+        self.norm = nnx.BatchNorm(3, use_running_average=True, **options)
+        self.last = nnx.Linear(3, 2, **options)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        with jax.numpy_rank_promotion("allow"):
+            return self.last(nnx.gelu(self.norm(self.first(x))))
+
+
+def nnx_problem() -> tuple[Any, Any]:
+    def square(model: Any, batch: Any) -> jax.Array:
+        return jnp.mean((model(batch["x"]) - batch["y"]) ** 2)
+
+    from curvax.flax_bridge import nnx_loss
+
+    loss, params = nnx_loss(Nnx(nnx.Rngs(0)), square)
+    return cx.Objective(loss, net_batch(), has_aux=True), params
+
+
+def equinox_problem() -> tuple[Any, Any]:
+    model = eqx.nn.MLP(4, 2, 3, 1, dtype=jnp.float64, key=jax.random.key(0))
+    params, static = eqx.partition(model, eqx.is_array)
+
+    def loss(params: Any, batch: Any) -> jax.Array:
+        out = jax.vmap(eqx.combine(params, static))(batch["x"])
+        return jnp.mean((out - batch["y"]) ** 2)
+
+    return cx.Objective(loss, net_batch()), params
+
+
+@pytest.mark.parametrize("problem", [nnx_problem, equinox_problem])
+def test_models_of_other_libraries(problem):
+    objective, params = problem()
+    values = np.linalg.eigvalsh(dense_hessian(objective, params))
+    search = quick_jit(lambda p: top_eigenpairs(objective, p, 2, end="largest"))
+    found = search(params)
+    np.testing.assert_allclose(found.values, values[::-1][:2], rtol=1e-8)
+    assert str(jax.tree.structure(found.vectors)) == str(jax.tree.structure(params))
+
+
+# Devices.
+
+
+def measured(params: Any, batch: Any, mean_over: Any = None) -> tuple[Any, ...]:
+    objective = cx.Objective(cx.gaussian("y", weights="w"), batch, model=net)
+    options: Any = dict(mean_over=mean_over, key=1)
+    pairs = top_eigenpairs(objective, params, 2, **options)
+    spectrum = hessian_spectrum(objective, params, probes=2, steps=4, **options)
+    trace = curvature_trace(objective, params, curvature="gauss_newton", probes=3, **options)
+    return pairs.values, pairs.residuals, spectrum.density, trace
+
+
+def weighted_batch() -> Any:
+    return net_batch(2 * DEVICES) | {"w": 1.0 + jnp.arange(2 * DEVICES) % 5}
+
+
+@functools.cache
+def on_one_device() -> Any:
+    return quick_jit(measured)(net_params(), weighted_batch())
+
+
+def assert_as_on_one_device(found: Any) -> None:
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(on_one_device())):
+        np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-9)
+
+
+needs_devices = pytest.mark.skipif(jax.device_count() < DEVICES, reason="needs eight devices")
+
+
+@needs_devices
+@pytest.mark.parametrize("regime", REGIMES)
+def test_a_product_averaged_over_devices_has_the_spectrum_of_the_whole_batch(regime):
+    f = partial(measured, mean_over="batch")
+    if regime == "pmap":
+        mapped = jax.pmap(f, axis_name="batch", in_axes=(None, 0), out_axes=None)
+        assert_as_on_one_device(mapped(net_params(), shards(weighted_batch())))
+    else:
+        specs: Any = dict(in_specs=(P(), P("batch")), out_specs=P())
+        checked = regime == "shard_map"
+        mapped = quick_jit(jax.shard_map(f, mesh=mesh(), check_vma=checked, **specs))
+        assert_as_on_one_device(mapped(net_params(), weighted_batch()))
+
+
+def sharded(kind: AxisType) -> tuple[Any, Any, Any]:
+    """(mesh, replicated parameters, a batch that is cut)"""
+    where = jax.make_mesh((DEVICES,), ("batch",), axis_types=(kind,))
+    place = lambda tree, spec: jax.device_put(tree, NamedSharding(where, spec))
+    return where, place(net_params(), P()), place(weighted_batch(), P("batch"))
+
+
+@needs_devices
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_sharded_batch_needs_nothing(kind):
+    where, params, batch = sharded(kind)
+    with jax.set_mesh(where):
+        assert_as_on_one_device(quick_jit(measured)(params, batch))
+
+
+@needs_devices
+def test_a_sharded_batch_needs_nothing_without_jit_either():
+    _, params, batch = sharded(AxisType.Auto)
+    objective = cx.Objective(cx.gaussian("y", weights="w"), batch, model=net)
+    trace = curvature_trace(objective, params, curvature="gauss_newton", probes=3, key=1)
+    np.testing.assert_allclose(trace, on_one_device()[-1], rtol=1e-12)
+
+
+@needs_devices
+def test_a_device_axis_without_a_mean_over_it_is_an_error():
+    with pytest.raises(ValueError, match="mean_over='batch'"):
+        jax.pmap(measured, axis_name="batch", in_axes=(None, 0))(
+            net_params(), shards(weighted_batch())
+        )
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (partial(top_eigenpairs, curvature="hesian"), ValueError, "'gauss_newton'"),
+        (partial(top_eigenpairs, method="arnoldi"), ValueError, "'lanczos', 'power'"),
+        (partial(top_eigenpairs, end="top"), ValueError, "'largest'"),
+        (partial(top_eigenpairs, k=22), ValueError, "21 at most"),
+        (partial(hessian_spectrum, steps=0), ValueError, "positive integer"),
+        (partial(hessian_spectrum, probes=0), ValueError, "positive integer"),
+        (partial(curvature_trace, probes=2.5), ValueError, "positive integer"),
+        (partial(curvature_trace, curvature="fisher"), ValueError, "`bernoulli`"),
+    ],
+)
+def test_options_out_of_range_say_what_is_in_it(call, error, match):
+    objective = cx.Objective(
+        lambda z, batch: jnp.mean((z - batch["y"]) ** 2), net_batch(), model=net
+    )
+    with pytest.raises(error, match=match):
+        call(objective, net_params())
+
+
+def test_counters_among_the_parameters_are_refused_by_name():
+    params = net_params() | {"step": jnp.zeros((), jnp.int32)}
+    with pytest.raises(TypeError, match="`step` has dtype int32"):
+        top_eigenpairs(cx.Objective(net_loss, net_batch()), params)
+
+
+# A loader.
+
+
+def loader_of(*sizes: int) -> list[Any]:
+    edges = np.cumsum([0, *sizes])
+    cut = lambda i, j: jax.tree.map(lambda x: np.asarray(x[i:j]), net_batch())
+    return [cut(i, j) for i, j in pairwise(edges)]
+
+
+class Counting:
+    """A loader that counts its passes."""
+
+    def __init__(self, batches: list[Any]):
+        self.batches, self.passes = batches, 0
+
+    def __iter__(self) -> Any:
+        self.passes += 1
+        return iter(self.batches)
+
+
+def test_a_sweep_over_unequal_batches_is_the_loss_of_the_whole_set():
+    sweep, objective = Sweep(net_loss, loader_of(3, 3, 2)), cx.Objective(net_loss, net_batch())
+    assert float(sweep(net_params())) == pytest.approx(float(objective(net_params())), rel=1e-14)
+    value, grads = sweep.value_and_grad(net_params())
+    expected = objective.value_and_grad(net_params())
+    np.testing.assert_allclose(flat((value, grads)), flat(expected), rtol=1e-13)
+
+
+def test_a_sweep_weighs_its_batches():
+    batch = net_batch() | {"w": jnp.arange(8.0)}
+    loss = cx.gaussian("y", weights="w")
+    pieces = [jax.tree.map(lambda x, i=i: x[i : i + 2], batch) for i in (0, 2, 4, 6)]
+    found = Sweep(loss, pieces, model=net)(net_params())
+    expected = cx.Objective(loss, batch, model=net)(net_params())
+    assert float(found) == pytest.approx(float(expected), rel=1e-14)
+
+
+def test_one_pass_over_the_data_for_each_product():
+    loader, objective = Counting(loader_of(4, 4)), cx.Objective(net_loss, net_batch())
+    sweep, params = Sweep(net_loss, loader), net_params()
+    found, expected = (top_eigenpairs(x, params, 2, subspace=8) for x in (sweep, objective))
+    np.testing.assert_allclose(found.values, expected.values, rtol=1e-9)
+    assert loader.passes == int(found.products) == int(expected.products)
+    loader.passes = 0
+    found, expected = (hessian_spectrum(x, params, probes=2, steps=3) for x in (sweep, objective))
+    np.testing.assert_allclose(found.density.nodes, expected.density.nodes, atol=1e-12)
+    assert loader.passes == 2 * 3
+    loader.passes = 0
+    found, expected = (curvature_trace(x, params, probes=3) for x in (sweep, objective))
+    np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-12)
+    assert loader.passes == 3
+
+
+def test_a_sweep_wraps_its_loader_as_it_is_told(capsys):
+    wrapped = []
+
+    def watch(loader: Any) -> Any:
+        wrapped.append(len(loader))
+        return loader
+
+    Sweep(net_loss, loader_of(4, 4), progress=watch)(net_params())
+    assert wrapped == [2]
+    Sweep(net_loss, loader_of(4, 4), progress=True)(net_params())
+    assert capsys.readouterr().out == ""
+
+
+def test_keys_of_a_sweep_are_those_of_the_batch_at_every_pass():
+    noisy = lambda params, batch, key: net_loss(params, batch) * (1 + jax.random.uniform(key))
+    sweep = Sweep(noisy, loader_of(4, 4), key=jax.random.key(3))
+    keys = [jax.random.fold_in(jax.random.key(3), i) for i in range(2)]
+    expected = np.mean([noisy(net_params(), b, k) for b, k in zip(sweep.loader, keys)])
+    assert float(sweep(net_params())) == pytest.approx(float(expected), rel=1e-12)
+    assert float(sweep(net_params())) == float(sweep(net_params()))
+
+
+def test_a_sweep_refuses_what_it_cannot_go_through():
+    with pytest.raises(ValueError, match="list_iterator"):
+        Sweep(net_loss, iter(loader_of(4, 4)))
+    with pytest.raises(ValueError, match="gave none"):
+        Sweep(net_loss, [])(net_params())
+    with pytest.raises(TypeError, match="typed key"):
+        Sweep(net_loss, loader_of(4, 4), key=jnp.zeros(2, jnp.uint32))
+    with pytest.raises(TypeError, match="on the host"):
+        jax.jit(Sweep(net_loss, loader_of(4, 4)))(net_params())
