@@ -32,6 +32,8 @@ def draw(outcomes: Outcomes, path: Path, goal: Goal) -> None:
         for index, (label, repetitions) in enumerate(runs.items()):
             _curve(axes, name, label, repetitions, f"C{index}")
         axes.set(xlabel="step", title=titles[name])
+        if name == "train/damping":
+            _logarithmic(axes)
         axes.grid(alpha=0.3)
     handles, names = panels[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", frameon=False)
@@ -49,6 +51,11 @@ def _curve(
     each = np.array([[value for _, value in one[:shared]] for one in series])
     axes.plot(steps, each.mean(0), label=label, color=colour, linewidth=1.5)
     axes.fill_between(steps, each.min(0), each.max(0), color=colour, alpha=0.2, linewidth=0)
+
+
+def _logarithmic(axes: Axes) -> None:
+    if any(np.max(line.get_ydata(), initial=0.0) > 0 for line in axes.lines):
+        axes.set_yscale("log", nonpositive="mask")
 
 
 def draw_scores(outcomes: Outcomes, path: Path, goal: Goal) -> None:
