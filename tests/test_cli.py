@@ -94,6 +94,7 @@ from curvax.training.config import defaults
 def get_config():
     config = defaults(lr=3e-2)
     config.task, config.data.name, config.model.name = "regression", "diabetes", "mlp"
+    config.model.options.widths = (8,)
     config.update(base="adam(lr)", optimizer="gauss_newton(damping=1.0)", others=["sgd(lr)"])
     config.update(beside=True, batch=354, epochs=2, log_every=1, hessian_examples=0)
     return config
@@ -115,6 +116,8 @@ def test_another_task_is_trained_and_compared_by_its_own_score(regression, tmp_p
         assert f"`{name}` predicts the test targets with a squared error of" in said
     assert "test squared error" in (folder / "table.txt").read_text()
     assert (folder / "curves.png").stat().st_size > 0
+    assert cli.main(["resume", str(folder)]) == 0
+    capsys.readouterr()
     folder = run("compare", regression, runs=tmp_path / "compare")
     page = json.loads((folder / "compare.json").read_text())
     assert list(page) == ["adam", "gauss_newton", "sgd"]

@@ -392,6 +392,11 @@ def test_errors_name_the_cure(name, options, error, message):
         build(name, 10, **options)
 
 
+def test_a_list_makes_the_model_that_a_tuple_makes():
+    models = {build("mlp", 3, widths=widths) for widths in ([8, 4], (8, 4))}
+    assert len(models) == 1
+
+
 def test_a_head_without_classes_is_refused():
     with pytest.raises(ValueError, match="`vit_tiny` was built with None"):
         build("vit_tiny")

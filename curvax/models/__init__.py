@@ -114,7 +114,9 @@ def build(name: str, classes: int | None = None, **options: Any) -> nn.Module:
                 f"The model `{name}` has no option `{option}`. {_near(option, known)} It has "
                 f"{', '.join(sorted(known))}."
             )
-    return module(**head, **{**settings, **options})
+    # A model is hashed, as a static argument, and a list that was JSON is not.
+    frozen = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    return module(**head, **{**settings, **frozen})
 
 
 def _recipe(name: str) -> Recipe:
