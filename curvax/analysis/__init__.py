@@ -3,6 +3,7 @@
 This package needs JAX and Optax only; pictures of what it returns are made elsewhere.
 """
 
+from curvax.analysis.activations import activation_norms, active_fraction, attention_maps
 from curvax.analysis.alignment import (
     Alignment,
     GradientAngle,
@@ -50,7 +51,10 @@ __all__ = [
     "SurrogateGap",
     "Sweep",
     "Trajectory",
+    "activation_norms",
+    "active_fraction",
     "alignment",
+    "attention_maps",
     "block_eigenvalues",
     "block_masks",
     "block_norms",

@@ -62,8 +62,8 @@ def mlp_block_hessians(
         B_k = diag f'(h_k),   D_k = diag(f''(h_k) ∂ℓ/∂a_k)
 
     where h_k = W_k a_{k-1} + b_k and a_k = f(h_k). The block of the mean loss is the mean over
-    examples. Chen, Hsieh & Gong, arXiv:2106.01548,
-    eq. 3 and 4; Botev, Ritter & Barber, arXiv:1706.03662.
+    examples. Chen, Hsieh & Gong, arXiv:2106.01548, eq. 3 and 4; Botev, Ritter & Barber,
+    arXiv:1706.03662.
 
     Args:
         objective: an `Objective` with `model=`, the perceptron.
@@ -86,8 +86,7 @@ def mlp_block_hessians(
     require_model(objective, name)
     chain = tuple(_layer(params, path) for path in layers)
     _check_widths(chain, layers)
-    read = inputs if callable(inputs) else lambda batch: batch[inputs]
-    found, difference = _recursion(objective, params, chain, inputs=read, activation=activation)
+    found, difference = _recursion(objective, params, chain, inputs=inputs, activation=activation)
     _refuse_others(difference)
     return dict(zip(layers, found, strict=True))
 
@@ -98,11 +97,12 @@ def _recursion(
     params: Tree,
     chain: tuple[_Layer, ...],
     *,
-    inputs: Callable[[Tree], jax.Array],
+    inputs: str | Callable[[Tree], jax.Array],
     activation: Callable[[jax.Array], jax.Array],
 ) -> tuple[list[MlpBlockHessian], jax.Array]:
     def one(part: Objective) -> tuple[list[MlpBlockHessian], jax.Array]:
-        x = trees.widen(inputs(part.batch)[0].ravel())
+        fed = inputs(part.batch) if callable(inputs) else part.batch[inputs]
+        x = trees.widen(fed[0].ravel())
         return _blocks(chain, x, activation, lambda z: part.loss_of(z[None]))
 
     with jax.default_matmul_precision("highest"):

@@ -1,0 +1,96 @@
+"""A function of an nnx module ↦ the same, with what each module computes under the module's name.
+
+Linen puts the path of a module on what it computes, `jax.named_scope`, where profilers and
+`curvax.analysis` find it. nnx does not.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from flax import nnx
+
+Path = tuple[str, ...]
+
+
+def named_modules(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn(model, ...)`, run with every module of the model under a scope of its name.
+
+        predict, params = nnx_loss(model, named_modules(lambda model, batch: model(batch["x"])))
+        objective = curvax.Objective(curvax.categorical("y"), batch, model=predict, has_aux=True)
+        curvax.analysis.active_fraction(objective, params)
+
+    Inside `nnx.scan` or `nnx.vmap`, which make modules of their own, a module has the name of the
+    only one of its class in the model, or of its class.
+
+    Args:
+        fn: a function whose first argument is the module.
+    """
+
+    @functools.wraps(fn)
+    def call(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+        with _scoped(_Names(model)):
+            return fn(model, *args, **kwargs)
+
+    return call
+
+
+class _Names:
+    """The path of each module, also of those that a transformation makes."""
+
+    def __init__(self, model: nnx.Module):
+        self.paths: dict[int, Path] = {}
+        self.modules: list[nnx.Module] = []  # Held, so that no id is given away twice.
+        self.inside: list[Path] = [()]
+        self._add(model, ())
+        self.classes = {type(module) for module in self.modules}
+
+    def _add(self, model: nnx.Module, base: Path) -> None:
+        for path, module in nnx.iter_modules(model):
+            self.modules.append(module)
+            self.paths[id(module)] = (*base, *map(str, path))
+
+    def path(self, module: nnx.Module) -> Path:
+        if id(module) not in self.paths:
+            alike = {self.paths[id(m)] for m in self.modules if type(m) is type(module)}
+            self._add(module, alike.pop() if len(alike) == 1 else (type(module).__name__,))
+        return self.paths[id(module)]
+
+    @contextlib.contextmanager
+    def scope(self, module: nnx.Module) -> Iterator[None]:
+        """The scope of a module, relative to the one that calls it."""
+        path, outer = self.path(module), self.inside[-1]
+        own = path[len(outer) :] if path[: len(outer)] == outer else path
+        self.inside.append(path)
+        try:
+            with jax.named_scope("/".join(own)) if own else contextlib.nullcontext():
+                yield
+        finally:
+            self.inside.pop()
+
+
+@contextlib.contextmanager
+def _scoped(names: _Names) -> Iterator[None]:
+    """Calls of the modules' classes enter their scopes."""
+    own = {cls: vars(cls).get("__call__") for cls in names.classes if callable(cls.__call__)}
+
+    def scoped(call: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(call)
+        def wrapper(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+            with names.scope(self):
+                return call(self, *args, **kwargs)
+
+        return wrapper
+
+    try:
+        for cls in own:
+            cls.__call__ = scoped(cls.__call__)  # type: ignore[method-assign]
+        yield
+    finally:
+        for cls, call in own.items():
+            if call is None:
+                del cls.__call__
+            else:
+                cls.__call__ = call  # type: ignore[method-assign]
