@@ -226,6 +226,13 @@ def test_a_fraction_of_the_batch_for_curvature(matvec):
     assert_trees_close(signal.updates, value_fn.value_and_grad(params)[1], 1e-13)
 
 
+def test_a_fraction_that_micro_batches_do_not_divide_says_so():
+    tx, params = cx.fisher_matvec(fraction=0.75), net_params()
+    value_fn = objective("gaussian", microbatch=4)
+    with pytest.raises(ValueError, match=r"on a fraction 0\.75 of the batch.*its 6 examples"):
+        tx.update(params, tx.init(params), params, value_fn=value_fn)
+
+
 def test_partition_restricts_the_product():
     """A solve on the hidden layer alone is that with its block of the matrix."""
     params, value_fn = net_params(), objective("gaussian")

@@ -265,6 +265,17 @@ def test_the_damping_is_handed_down_by_hand_too():
     assert_trees_close(given, expected, 1e-13)
 
 
+def test_damping_adds_up():
+    params, value_fn = net_params(), objective()
+    once, twice = (
+        cx.pipe(cx.fisher_matvec(), *map(cx.damp, parts), cx.solve(cx.dense()))
+        for parts in ([0.75], [0.5, 0.25])
+    )
+    expected, _ = stepper(once, value_fn)(params, once.init(params))
+    updates, _ = stepper(twice, value_fn)(params, twice.init(params))
+    assert_trees_close(updates, expected)
+
+
 def test_a_schedule_of_damping():
     params, value_fn = net_params(), objective()
     tx = cx.pipe(

@@ -237,6 +237,65 @@ def test_eq_10_as_a_pipe(estimator, power):
     np.testing.assert_allclose(flat(updates), expected, rtol=1e-12)
 
 
+def written_out(estimate):
+    """Sophia with options far from the defaults."""
+    return cx.pipe(
+        cx.every(2, estimate | cx.ema_mean(0.7, debias=False)),
+        cx.ema_mean(0.0, debias=False, lag=1),
+        optax.ema(0.8),
+        cx.clip_by_diagonal(0.3, eps=1e-3, threshold=0.2),
+        optax.add_decayed_weights(0.1, is_kernel),
+        optax.scale_by_learning_rate(0.05),
+    )
+
+
+def is_kernel(params):
+    return jax.tree.map(lambda x: x.ndim == 2, params)
+
+
+SHARED = dict(b1=0.8, b2=0.7, every=2, probes=3, key=5, weight_decay=0.1, mask=is_kernel)
+SOPHIA: dict[str, Any] = dict(SHARED, eps=1e-3, gamma=0.3, threshold=0.2)
+PIPES = {
+    "diagonal_natural_gradient": (
+        lambda: cx.diagonal_natural_gradient(0.05, damping=0.2, power=0.6, **SHARED),
+        lambda: cx.pipe(
+            cx.every(2, cx.fisher_diag(5, probes=3)),
+            cx.ema_mean(0.7),
+            optax.ema(0.8),
+            cx.scale_by_power(0.6, eps=0.0, damping=0.2),
+            optax.add_decayed_weights(0.1, is_kernel),
+            optax.scale_by_learning_rate(0.05),
+        ),
+    ),
+    "sophia_h": (
+        lambda: cx.sophia_h(0.05, sampler=cx.gaussian_probe, **SOPHIA),
+        lambda: written_out(cx.hutchinson_diag(5, probes=3, sampler=cx.gaussian_probe)),
+    ),
+    "sophia_g": (
+        lambda: cx.sophia_g(0.05, **SOPHIA),
+        lambda: written_out(cx.fisher_diag(5, probes=3)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PIPES)
+def test_a_diagonal_method_is_the_pipe_it_says_it_is(name):
+    value_fn, ends = objective(), []
+    for tx in (build() for build in PIPES[name]):
+
+        @quick_jit
+        def step(params, state, tx=tx):
+            _, grads = value_fn.value_and_grad(params)
+            updates, state = tx.update(grads, state, params, value_fn=value_fn)
+            return optax.apply_updates(params, updates), state
+
+        params, state = net_params(), tx.init(net_params())
+        for _ in range(4):
+            params, state = step(params, state)
+        ends.append(params)
+    assert_trees_close(*ends, 1e-13)
+
+
 def test_ema_mean_lags_by_one_step():
     params = net_params()
     tx = cx.squared_gradient() | cx.ema_mean(0.0, lag=1) | cx.scale_by_power(1.0, eps=1.0)
