@@ -108,3 +108,17 @@ def test_a_batch_sharded_over_eight_devices_changes_nothing(name):
     run = jax.jit(lambda params, batch: MEASURES[name](objective.on(batch), params))
     expected = MEASURES[name](objective, params)
     np.testing.assert_allclose(flat(run(params, batch)), flat(expected), rtol=1e-9, atol=1e-12)
+
+
+def test_over_a_loader_every_measure_is_that_of_the_whole_set():
+    objective, params = plain(net_batch(10))
+    loader = [jax.tree.map(lambda x, r=r: x[r], objective.batch) for r in (slice(8), slice(8, 10))]
+    sweep = analysis.Sweep(LABEL, loader, model=net)
+    for name, measure in MEASURES.items():
+        if name not in ("m_sharpness", "ntk"):
+            found, expected = measure(sweep, params), measure(objective, params)
+            np.testing.assert_allclose(flat(found), flat(expected), rtol=1e-9, err_msg=name)
+    model = lambda params, batch: jax.nn.relu(net(params, batch))
+    shares = analysis.active_fraction(analysis.Sweep(LABEL, loader, model=model), params)
+    expected = analysis.active_fraction(cx.Objective(LABEL, objective.batch, model=model), params)
+    assert float(shares["relu"]) == pytest.approx(float(expected["relu"]))

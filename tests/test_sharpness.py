@@ -325,7 +325,11 @@ def test_an_eager_call_compiles_once_for_a_loss_and_shapes():
         (lambda: sharpness(quadratic, POINT, -1.0), ValueError, "`rho` in"),
         (lambda: sharpness(quadratic, POINT, 0.1, p=0.5), ValueError, "p in"),
         (lambda: sharpness(quadratic, POINT, 0.1, steps=0), ValueError, "positive integer"),
-        (lambda: m_sharpness(cx.Objective(quadratic), POINT, 0.1, 2), ValueError, "reads the batch"),
+        (
+            lambda: m_sharpness(cx.Objective(quadratic), POINT, 0.1, 2),
+            ValueError,
+            "reads the batch",
+        ),
         (lambda: m_sharpness(objective(), net_params(), 0.1, 3), ValueError, "divide"),
         (lambda: m_sharpness(objective(), net_params(), 0.1, 2, step=1), TypeError, "'step'"),
         (lambda: random_sharpness(quadratic, POINT, 0.1, draws=0), ValueError, "positive"),

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from curvax import axes, checks, trees
 from curvax.analysis.compiling import compiled_once
 from curvax.analysis.intermediates import Name, Seen, intermediates
+from curvax.analysis.sweeps import Sweep
+from curvax.analysis.whole_sets import averaged
 from curvax.axes import AxisNames
 from curvax.objective import Objective, as_objective, require_batch
 from curvax.trees import Tree
@@ -20,7 +22,7 @@ NUMBER = re.compile(r"_\d+$")
 
 
 def active_fraction(
-    objective: Objective, params: Tree, *, mean_over: AxisNames = None
+    objective: Objective | Sweep, params: Tree, *, mean_over: AxisNames = None
 ) -> dict[str, jax.Array]:
     """The share of units whose pre-activation is positive, at every ReLU, GELU, SiLU of a model.
 
@@ -33,8 +35,9 @@ def active_fraction(
     they are, of nnx if the model is wrapped in `curvax.flax_bridge.named_modules`.
 
     Args:
-        objective: an `Objective` with a batch; with `microbatch=`, in the memory of so many
-            examples. The model is looked into if there is one, else the loss.
+        objective: an `Objective` with a batch (with `microbatch=` in the memory of so many
+            examples), or a `Sweep` over a loader. The model is looked into if there is one, else
+            the loss.
         params: the point θ.
         mean_over: the device axes to average over; `()` for each device's own.
 
@@ -49,7 +52,7 @@ def active_fraction(
 
 
 def activation_norms(
-    objective: Objective, params: Tree, *, mean_over: AxisNames = None
+    objective: Objective | Sweep, params: Tree, *, mean_over: AxisNames = None
 ) -> dict[str, jax.Array]:
     """The norm ‖a‖₂ of what comes out of every activation, over all of its units and positions.
 
@@ -75,7 +78,7 @@ def attention_maps(objective: Objective, params: Tree) -> dict[str, jax.Array]:
     Chen, Hsieh & Gong, arXiv:2106.01548, section 4.4: after SAM they show where the object is.
 
     Args:
-        objective: as in `active_fraction`; without micro-batches, since nothing is averaged.
+        objective: an `Objective` with a batch, without micro-batches.
         params: the point θ.
 
     Returns:
@@ -99,13 +102,14 @@ def _share(seen: Seen) -> jax.Array:
 
 
 def _measured(
-    objective: Objective, params: Tree, name: str, measure: Measure, mean_over: AxisNames
+    objective: Objective | Sweep, params: Tree, name: str, measure: Measure, mean_over: AxisNames
 ) -> dict[str, jax.Array]:
-    objective = _checked(objective, params, name)
-    return dict(_means(objective, params, name=name, measure=measure, mean_over=mean_over))
+    if not isinstance(objective, Sweep):
+        objective = _checked(objective, params, name)
+    options = dict(name=name, measure=measure, mean_over=mean_over)
+    return dict(averaged(_means, objective, params, **options))
 
 
-@compiled_once
 def _means(
     objective: Objective, params: Tree, *, name: str, measure: Measure, mean_over: AxisNames
 ) -> OrderedDict[str, jax.Array]:

@@ -1,6 +1,5 @@
 """Where gradients and updates point, and how long the parts of a tree are."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,11 +8,11 @@ import jax.numpy as jnp
 from curvax import checks, trees
 from curvax.analysis.ascending import ascend, check_ball
 from curvax.analysis.blocks import Blocks, block_masks
-from curvax.analysis.compiling import compiled_once
 from curvax.analysis.directions import stack_of
+from curvax.analysis.whole_sets import Loss, as_loss, walked
 from curvax.axes import AxisNames
 from curvax.linalg import bases
-from curvax.objective import Objective, as_objective
+from curvax.objective import Objective
 from curvax.trees import Tree
 
 
@@ -40,7 +39,7 @@ class Alignment(NamedTuple):
 
 
 def gradient_angle(
-    objective: Objective | Callable[[Tree], jax.Array],
+    objective: Loss,
     params: Tree,
     rho: Any,
     *,
@@ -53,7 +52,7 @@ def gradient_angle(
     surrogate gap. Zhuang et al., GSAM, arXiv:2203.08065, section 4.
 
     Args:
-        objective: an `Objective`, or a callable `params -> scalar`.
+        objective: an `Objective`, a `Sweep` over a loader, or a callable `params -> scalar`.
         params: the point θ.
         rho: as in `sharpness`.
         mean_over: the device axes over which L is the mean; `()` for each device's own.
@@ -65,10 +64,10 @@ def gradient_angle(
     Raises:
         ValueError, TypeError: an option out of range.
     """
-    objective = as_objective(objective, "gradient_angle", params)
+    objective = as_loss(objective, "gradient_angle", params)
     check_ball("gradient_angle", params, rho, **ball)
     step_size = ball.pop("step_size", None)
-    return _gradient_angle(objective, params, rho, step_size, mean_over=mean_over, **ball)
+    return walked(_gradient_angle, objective, params, rho, step_size, mean_over=mean_over, **ball)
 
 
 def alignment(vector: Tree, basis: Any) -> Alignment:
@@ -113,7 +112,6 @@ def block_norms(tree: Tree, blocks: Blocks = "*") -> dict[str, jax.Array]:
     return {name: trees.norm(masked(mask)) for name, mask in block_masks(tree, blocks).items()}
 
 
-@compiled_once
 def _gradient_angle(
     objective: Objective,
     params: Tree,

@@ -1,6 +1,5 @@
 """A loss, a point and a scale ↦ how far the loss rises nearby on average."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -8,11 +7,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from curvax import checks, trees
-from curvax.analysis.compiling import compiled_once
+from curvax.analysis.whole_sets import Loss, as_loss, averaged
 from curvax.axes import AxisNames
 from curvax.linalg import gaussian_probe
 from curvax.linalg.probes import as_key
-from curvax.objective import Objective, as_objective
+from curvax.objective import Objective
 from curvax.trees import Tree
 
 
@@ -30,7 +29,7 @@ class RandomSharpness(NamedTuple):
 
 
 def random_sharpness(
-    objective: Objective | Callable[[Tree], jax.Array],
+    objective: Loss,
     params: Tree,
     rho: Any,
     *,
@@ -50,7 +49,7 @@ def random_sharpness(
     widened to float32. Foret et al., SAM, arXiv:2010.01412, Theorem 2.
 
     Args:
-        objective: an `Objective`, or a callable `params -> scalar`.
+        objective: an `Objective`, a `Sweep` over a loader, or a callable `params -> scalar`.
         params: the point θ.
         rho: ρ >= 0: the standard deviation of each entry, or the length of ε if `normalised`.
         draws: perturbations; a forward pass for each.
@@ -66,17 +65,20 @@ def random_sharpness(
     Raises:
         ValueError, TypeError: an option out of range.
     """
-    objective = as_objective(objective, "random_sharpness", params)
+    objective = as_loss(objective, "random_sharpness", params)
     trees.require_floating(params, "random_sharpness")
     checks.check_range("rho", rho, 0, jnp.inf, stage="random_sharpness")
     checks.check_count("random_sharpness", draws=draws, chunk=chunk)
     keys = jax.random.split(as_key(key), draws) if probes is None else None
     options = dict(normalised=normalised, chunk=chunk, mean_over=mean_over)
-    return _random_sharpness(objective, params, rho, keys, probes, **options)
+    differences = averaged(_differences, objective, params, rho, keys, probes, **options)
+    n = len(differences)
+    error = jnp.std(differences, ddof=1) / n**0.5 if n > 1 else jnp.full((), jnp.nan)
+    share = jnp.mean(differences >= 0, dtype=differences.dtype)
+    return RandomSharpness(jnp.mean(differences), error, share, differences)
 
 
-@compiled_once
-def _random_sharpness(
+def _differences(
     objective: Objective,
     params: Tree,
     rho: Any,
@@ -86,7 +88,8 @@ def _random_sharpness(
     normalised: bool,
     chunk: int,
     mean_over: AxisNames,
-) -> RandomSharpness:
+) -> jax.Array:
+    """L(θ + ε) - L(θ) of each draw, [draws]."""
     params = jax.tree.map(trees.widen, params)
     local = objective.local_axes(params)
     over = checks.averaged_axes(mean_over, local, stage="random_sharpness")
@@ -99,7 +102,4 @@ def _random_sharpness(
     draws = keys if probes is None else probes
     count = len(jax.tree.leaves(draws)[0])
     losses = lax.map(perturbed, draws, batch_size=min(chunk, count))
-    differences = losses - objective.mean(params, over)
-    error = jnp.std(differences, ddof=1) / count**0.5 if count > 1 else jnp.full((), jnp.nan)
-    share = jnp.mean(differences >= 0, dtype=differences.dtype)
-    return RandomSharpness(jnp.mean(differences), error, share, differences)
+    return losses - objective.mean(params, over)

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from curvax import axes, checks, trees
-from curvax.analysis.compiling import compiled_once
+from curvax.analysis.sweeps import Sweep
+from curvax.analysis.whole_sets import as_loss, averaged
 from curvax.axes import AxisNames
 from curvax.likelihoods import Likelihood
-from curvax.objective import Objective, as_objective, require_likelihood
+from curvax.objective import Objective, require_likelihood
 from curvax.oracles import fvp
 from curvax.trees import Tree
 
@@ -26,7 +27,7 @@ class FisherKL(NamedTuple):
 
 
 def fisher_kl(
-    objective: Objective, params: Tree, step: Tree, *, mean_over: AxisNames = None
+    objective: Objective | Sweep, params: Tree, step: Tree, *, mean_over: AxisNames = None
 ) -> FisherKL:
     """Half the Fisher form of a step beside the divergence that it approximates, both ways.
 
@@ -37,7 +38,8 @@ def fisher_kl(
     is the better number.
 
     Args:
-        objective: an `Objective` with `model=` and a likelihood as its loss.
+        objective: an `Objective`, or a `Sweep` over a loader, with `model=` and a likelihood as
+            its loss.
         params: the point θ.
         step: d, a tree like the parameters.
         mean_over: the device axes to average over; `()` for each device's own.
@@ -48,13 +50,12 @@ def fisher_kl(
     Raises:
         ValueError: the loss is no likelihood.
     """
-    objective = as_objective(objective, "fisher_kl", params)
-    require_likelihood(objective, "The divergence between predictions")
-    return _fisher_kl(objective, params, step, mean_over=mean_over)
+    objective = as_loss(objective, "fisher_kl", params)
+    return averaged(_fisher_kl, objective, params, step, mean_over=mean_over)
 
 
-@compiled_once
 def _fisher_kl(objective: Objective, params: Tree, step: Tree, *, mean_over: AxisNames) -> FisherKL:
+    require_likelihood(objective, "The divergence between predictions")
     params = jax.tree.map(trees.widen, params)
     over = checks.averaged_axes(mean_over, objective.local_axes(params), stage="fisher_kl")
     form = 0.5 * trees.dot(step, fvp(objective, params)(step))

@@ -1,7 +1,7 @@
 """A loss, a point and one or two directions ↦ the loss on a grid of the line or plane they span."""
 
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from curvax import checks, trees
-from curvax.analysis.compiling import compiled_once
 from curvax.analysis.directions import stack_of
+from curvax.analysis.whole_sets import Loss, as_loss, averaged
 from curvax.axes import AxisNames
 from curvax.linalg import bases
-from curvax.objective import Objective, as_objective
+from curvax.objective import Objective
 from curvax.trees import Tree
 
 
@@ -27,7 +27,7 @@ class Landscape(NamedTuple):
 
 
 def landscape(
-    objective: Objective | Callable[[Tree], jax.Array],
+    objective: Loss,
     params: Tree,
     directions: Any,
     *,
@@ -44,8 +44,8 @@ def landscape(
     float32. Li et al., arXiv:1712.09913.
 
     Args:
-        objective: an `Objective` (with `microbatch=` in the memory of so many examples), or a
-            callable `params -> scalar`.
+        objective: an `Objective` (with `microbatch=` in the memory of so many examples), a `Sweep`
+            over a loader (one pass for the whole grid), or a callable `params -> scalar`.
         params: the point θ.
         directions: one or two of them, each a tree like the parameters, in a list, or stacked
             along a new first axis: `random_directions`, `top_eigenpairs(...).vectors`,
@@ -64,7 +64,7 @@ def landscape(
         ValueError: more than two directions, or not shaped like the parameters; a span without
             extent.
     """
-    objective = as_objective(objective, "landscape", params)
+    objective = as_loss(objective, "landscape", params)
     stack, k = stack_of(directions, params, "landscape")
     if not 1 <= k <= 2:
         raise ValueError(
@@ -81,11 +81,11 @@ def landscape(
     for count in counts:
         checks.check_count("landscape", points=count, chunk=chunk)
     coordinates = tuple(jnp.linspace(*ends, n) for ends, n in zip(ranges, counts))
-    losses = _on_grid(objective, params, stack, coordinates, chunk=chunk, mean_over=mean_over)
+    options = dict(chunk=chunk, mean_over=mean_over)
+    losses = averaged(_on_grid, objective, params, stack, coordinates, **options)
     return Landscape(losses, coordinates)
 
 
-@compiled_once
 def _on_grid(
     objective: Objective,
     params: Tree,

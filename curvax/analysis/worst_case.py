@@ -1,6 +1,5 @@
 """A loss, a point and a radius ↦ how far the loss rises nearby at worst, whole or by groups."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +9,7 @@ from jax import lax
 from curvax import axes, checks, trees
 from curvax.analysis.ascending import ascend, check_ball
 from curvax.analysis.compiling import compiled_once
+from curvax.analysis.whole_sets import Loss, as_loss, walked
 from curvax.axes import AxisNames
 from curvax.objective import Objective, as_objective, require_batch
 from curvax.trees import Tree
@@ -51,7 +51,7 @@ class SurrogateGap(NamedTuple):
 
 
 def sharpness(
-    objective: Objective | Callable[[Tree], jax.Array],
+    objective: Loss,
     params: Tree,
     rho: Any,
     *,
@@ -72,7 +72,7 @@ def sharpness(
     arXiv:2010.01412, eq. 1; the steps are those of `sam_perturb`.
 
     Args:
-        objective: an `Objective`, or a callable `params -> scalar`.
+        objective: an `Objective`, a `Sweep` over a loader, or a callable `params -> scalar`.
         params: the point θ.
         rho: ρ >= 0 in the units of the norm; a number, or a tree prefix of numbers.
         p: the norm of the ball, in [1, ∞].
@@ -91,9 +91,9 @@ def sharpness(
         ValueError, TypeError: an option out of range.
     """
     ball = dict(p=p, steps=steps, projected=projected, ascent=ascent, mask=mask)
-    objective = as_objective(objective, "sharpness", params)
+    objective = as_loss(objective, "sharpness", params)
     check_ball("sharpness", params, rho, **ball)
-    return _sharpness(objective, params, rho, step_size, mean_over=mean_over, **ball)
+    return walked(_sharpness, objective, params, rho, step_size, mean_over=mean_over, **ball)
 
 
 def m_sharpness(
@@ -140,7 +140,7 @@ def m_sharpness(
 
 
 def surrogate_gap(
-    objective: Objective | Callable[[Tree], jax.Array],
+    objective: Loss,
     params: Tree,
     rho: Any,
     *,
@@ -152,11 +152,11 @@ def surrogate_gap(
 
     The estimate holds at a minimum; elsewhere h contains ρ‖∇L‖, and the corrected one stands
     beside it. It costs a gradient and a forward pass. For h over a whole training set pass
-    `Objective(loss, all_examples, microbatch=n)`. Zhuang et al., GSAM, arXiv:2203.08065, eq. 4 and
-    Lemma 3.3.
+    `Objective(loss, all_examples, microbatch=n)`, or a `Sweep`. Zhuang et al., GSAM,
+    arXiv:2203.08065, eq. 4 and Lemma 3.3.
 
     Args:
-        objective: an `Objective`, or a callable `params -> scalar`.
+        objective: an `Objective`, a `Sweep` over a loader, or a callable `params -> scalar`.
         params: the point θ.
         rho: ρ >= 0, in the units of the weights; at 0 both estimates are 0.
         mean_over: the device axes over which L is the mean; `()` for each device's own.
@@ -167,12 +167,11 @@ def surrogate_gap(
     Raises:
         ValueError: ρ < 0.
     """
-    objective = as_objective(objective, "surrogate_gap", params)
+    objective = as_loss(objective, "surrogate_gap", params)
     check_ball("surrogate_gap", params, rho)
-    return _surrogate_gap(objective, params, rho, mean_over=mean_over)
+    return walked(_surrogate_gap, objective, params, rho, mean_over=mean_over)
 
 
-@compiled_once
 def _sharpness(
     objective: Objective,
     params: Tree,
@@ -217,7 +216,6 @@ def _m_sharpness(
     return MSharpness(axes.mean(mean, over, objective.batch_weight()), values)
 
 
-@compiled_once
 def _surrogate_gap(
     objective: Objective, params: Tree, rho: Any, *, mean_over: AxisNames
 ) -> SurrogateGap:
