@@ -429,7 +429,7 @@ def test_the_verdict_says_what_the_figures_say(base, method, noise, said, unsaid
     config = changed()
     config.data.noise = noise
     records = [{"step": 1, "test/accuracy": 0.77}, {"step": 2, "train/loss": 1.0}]
-    run = lambda figures: [runs.Outcome(figures | {"train_examples": 64}, records)]
+    run = lambda figures: [runs.Outcome(figures | {"train_examples": 64, "steps": 2}, records)]
     words = report.verdict(config, tasks.build(config), {"a": run(base), "b": run(method)})
     assert all(part in words for part in [*said, "77.0% at its best epoch", "compare tiny_run"])
     assert unsaid not in words
