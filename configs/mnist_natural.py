@@ -5,9 +5,11 @@ network (784-128-64-10, tanh) and all settings ours. The third method adapts the
 
 Command: curvax train mnist_natural
 
-Expected: TODO
+Expected: with one seed and in 80 steps Adam names 93.3 % of the test images rightly, the natural
+gradient 94.6 % and with adapted damping 94.4 %. They meet Adam's lowest training loss, 0.077, at
+steps 19 and 28. Adam's learning rate is the best of three, the damping 0.1 of two.
 
-Cost: TODO
+Cost: 4 seconds for Adam and 12 and 14 for the others on two busy CPU cores, compilation included.
 """
 
 from ml_collections import ConfigDict
