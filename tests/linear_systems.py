@@ -56,7 +56,7 @@ def textbook_cg(matrix: Any, b: Any, x: Any = 0.0, m: Any = None) -> Iterator[Te
     z = np.linalg.solve(m, r)
     p = z
     while True:
-        rest = np.linalg.norm(b - matrix @ x) / np.linalg.norm(b)
+        rest = float(np.linalg.norm(b - matrix @ x) / np.linalg.norm(b))
         yield Textbook(x, rest, 0.5 * x @ matrix @ x - b @ x)
         alpha = r @ z / (p @ matrix @ p)
         x, previous, r = x + alpha * p, r @ z, r - alpha * matrix @ p
@@ -69,7 +69,7 @@ def textbook_iterates(count: int, *system: Any, **options: Any) -> list[Textbook
 
 
 def relative_residual(matrix: Any, x: Any, b: Any) -> float:
-    return np.linalg.norm(b - matrix @ np.asarray(vector_of(x))) / np.linalg.norm(b)
+    return float(np.linalg.norm(b - matrix @ np.asarray(vector_of(x))) / np.linalg.norm(b))
 
 
 def assert_solves(x: Any, expected: Any, tol: float) -> None:

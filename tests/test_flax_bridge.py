@@ -289,7 +289,7 @@ def test_nnx_module_as_the_model_half_of_an_objective():
         return tx.update(grads, tx.init(params), params, value_fn=objective)[0]
 
     found = updates_of(Objective(likelihood, batch, model=predict, has_aux=True), params)
-    by_hand = {"bias": jnp.asarray(module.bias[...]), "kernel": jnp.asarray(module.kernel[...])}
+    by_hand = nnx.to_pure_dict(nnx.state(module, nnx.Param))
     model = lambda p, batch: batch["x"] @ p["kernel"] + p["bias"][None]
     expected = updates_of(Objective(likelihood, batch, model=model), by_hand)
     assert_trees_close(dict(nnx.to_pure_dict(found)), expected)

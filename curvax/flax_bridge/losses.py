@@ -34,8 +34,8 @@ def nnx_loss(
         wrt: filter for the parameters; the same as the optimiser's.
 
     Returns:
-        `loss(params, batch) -> (what fn returns, state)` and the parameters, an `nnx.State` with the
-        optimiser's structure. `state` is all of the module but the parameters and the keys of
+        `loss(params, batch) -> (what fn returns, state)` and the parameters, an `nnx.State` with
+        the optimiser's structure. `state` is all of the module but the parameters and the keys of
         its random streams (these never change, their counters do), as plain arrays.
         With `Objective(..., key=)` it is called as `loss(params, batch, key)`, and the key is
         folded into every random stream, so that groups and micro-batches have masks of their own.

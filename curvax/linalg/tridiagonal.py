@@ -89,7 +89,8 @@ def normalised(w: Tree, scale: jax.Array | float = 0.0) -> tuple[jax.Array, Tree
     norm = trees.norm(w)
     size = sum(x.size for x in jax.tree.leaves(w))
     alive = norm > jnp.finfo(norm.dtype).eps * scale * max(size, 1) ** 0.5
-    return jnp.where(alive, norm, 0), trees.scale(jnp.where(alive, trees.ratio(1.0, norm), 0), w)
+    inverse = jnp.where(alive, 1 / jnp.where(alive, norm, 1), 0)
+    return jnp.where(alive, norm, 0), trees.scale(inverse, w)
 
 
 def wide(tree: Tree) -> Tree:
