@@ -57,7 +57,11 @@ UNITS = {
 
 
 @pytest.mark.parametrize("name", UNITS)
-@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint, jax.vmap], ids=str)
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda f: f, jax.jit, jax.checkpoint, jax.vmap],
+    ids=["plain", "jit", "checkpoint", "vmap"],
+)
 def test_an_activation_is_found_with_what_goes_in_and_comes_out(name, wrap):
     f = wrap(UNITS[name])
     found = intermediates(lambda x: jnp.sin(f(x @ jnp.ones((3, 2)))), X)
@@ -93,17 +97,18 @@ def test_a_loop_that_is_unrolled_and_one_that_is_scanned_see_the_same():
 
     def layer(x, w):
         with jax.named_scope("layer"):
-            return jax.nn.relu(x @ w), None
+            return jax.nn.gelu(jax.nn.relu(x @ w)), None
 
     def unrolled(x):
         for n in range(3):
             with jax.named_scope(f"layer_{n}"):
-                x = jax.nn.relu(x @ weights[n])
+                x = jax.nn.gelu(jax.nn.relu(x @ weights[n]))
         return x
 
     scanned = intermediates(lambda x: jax.lax.scan(layer, x, weights)[0], X)
     apart = intermediates(unrolled, X)
-    assert list(scanned) == list(apart) == [(f"layer_{n}", "relu") for n in range(3)]
+    kinds = [(f"layer_{n}", kind) for n in range(3) for kind in ("relu", "gelu")]
+    assert list(scanned) == list(apart) == kinds
     for x, y in zip(jax.tree.leaves(scanned), jax.tree.leaves(apart)):
         np.testing.assert_allclose(x, y, rtol=1e-12)
 

@@ -1,5 +1,8 @@
 """Every measure on linen, nnx and Equinox models, and on a sharded batch, as on plain arrays."""
 
+import inspect
+import re
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -108,6 +111,17 @@ def test_a_batch_sharded_over_eight_devices_changes_nothing(name):
     run = jax.jit(lambda params, batch: MEASURES[name](objective.on(batch), params))
     expected = MEASURES[name](objective, params)
     np.testing.assert_allclose(flat(run(params, batch)), flat(expected), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", analysis.__all__)
+def test_every_public_name_and_option_is_documented(name):
+    thing = getattr(analysis, name)
+    assert len(thing.__doc__.splitlines()[0]) > 20
+    if inspect.isfunction(thing):
+        about = thing.__doc__.partition("Args:")[2]
+        options = inspect.signature(thing).parameters
+        missing = [o for o in options if not re.search(rf"^ +.*\b{o}\b.*:", about, re.MULTILINE)]
+        assert not missing
 
 
 def test_over_a_loader_every_measure_is_that_of_the_whole_set():

@@ -296,6 +296,25 @@ def test_each_device_may_keep_its_own():
     np.testing.assert_allclose(jax.jit(mapped)(params, batch), expected, rtol=1e-12)
 
 
+def test_logging_a_gap_costs_a_gradient_and_a_forward_pass():
+    params, x = {"w": jnp.ones((3, 64, 64))}, jnp.ones((32, 64))
+
+    def loss(params, x):
+        for w in params["w"]:
+            x = jnp.tanh(x @ w)
+        return jnp.mean(x**2)
+
+    def flops(f):
+        costs = jax.jit(f).lower(params).compile().cost_analysis()
+        assert costs is not None
+        return costs["flops"]
+
+    o = cx.Objective(loss, x)
+    budget = flops(lambda p: o.value_and_grad(p)) + flops(o)
+    assert flops(lambda p: surrogate_gap(o, p, 0.1)) <= 1.05 * budget
+    assert flops(lambda p: sharpness(o, p, 0.1).value) <= 1.05 * budget
+
+
 # Compiled once.
 
 

@@ -94,8 +94,8 @@ def _scan(params: dict[str, Any], values: list[Any]) -> tuple[list[Any], dict[Na
     carry, (ys, stacked) = lax.scan(step, rest[:carried], rest[carried:], length, reverse)
     layers = {
         (f"{name[0]}_{n}", *name[1:]): jax.tree.map(lambda x, n=n: x[n], value)
-        for name, value in zip(names, stacked)
         for n in range(length)
+        for name, value in zip(names, stacked)
     }
     return [*carry, *ys], layers
 
