@@ -116,9 +116,10 @@ def test_a_batch_sharded_over_eight_devices_changes_nothing(name):
 @pytest.mark.parametrize("name", analysis.__all__)
 def test_every_public_name_and_option_is_documented(name):
     thing = getattr(analysis, name)
-    assert len(thing.__doc__.splitlines()[0]) > 20
+    documentation = inspect.getdoc(thing) or ""
+    assert len(documentation.partition("\n")[0]) > 20
     if inspect.isfunction(thing):
-        about = thing.__doc__.partition("Args:")[2]
+        about = documentation.partition("Args:")[2]
         options = inspect.signature(thing).parameters
         missing = [o for o in options if not re.search(rf"^ +.*\b{o}\b.*:", about, re.MULTILINE)]
         assert not missing
