@@ -7,8 +7,8 @@ patients, standardised by the 354 of the training part, which are one batch.
 Command: curvax train diabetes
 
 Expected: with one seed Gauss-Newton meets Adam's lowest training loss of 30 steps, 0.224, at step
-8, and ends at 0.130. On the test patients both do equally well at their best, with squared errors of
-0.585 and 0.577 in units of the training part's variance; then Gauss-Newton overfits, to 0.885.
+8, and ends at 0.130. On the test patients both do equally well at their best, with squared errors
+of 0.585 and 0.577 in units of the training part's variance; then Gauss-Newton overfits, to 0.885.
 Adam's learning rate is the best of three for the test; 0.1 ends at a training loss of 0.202.
 
 Cost: seconds on two CPU cores.
