@@ -79,7 +79,8 @@ def test_a_step_of_lanczos_costs_a_product(name):
     assert bare - p.products(1)[0] <= 0.02 * p.product
     # A few vectors come and go with every step; the basis is what stays.
     assert memory >= small + 0.9 * (STEPS[name] - 5) * p.bytes
-    assert small <= p.products(1)[1] + 8 * p.bytes
+    # A loop keeps the residuals of the linearisation beside what each product needs.
+    assert small <= 1.6 * p.products(1)[1] + 8 * p.bytes
 
 
 @EVERY_MODEL

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from curvax import trees
+from curvax import checks, trees
 from curvax.linalg import Eigenpairs, bases, power_iteration
+from curvax.linalg.restarted import ENDS
 from curvax.trees import Tree
 
 Matvec = Callable[[Tree], Tree]
@@ -28,7 +29,17 @@ def deflated_power(
         end: "magnitude", "largest" or "smallest".
         tol: of each residual, relative to the largest magnitude found.
         max_products: for all together, shared out evenly.
+
+    Raises:
+        ValueError: k out of range, no such end.
     """
+    checks.check_count("top_eigenpairs", k=k, max_products=max_products)
+    size = sum(x.size for x in jax.tree.leaves(v0))
+    if end not in ENDS or k > size:
+        raise ValueError(
+            f"`top_eigenpairs` takes `end` as one of {', '.join(map(repr, ENDS))} and `k` up to "
+            f"the {size} parameters, and got end={end!r}, k={k}."
+        )
     sign = -1 if end == "smallest" else 1
     limit = max(1, max_products // (k + (end != "magnitude")))
     # A residual in C has parts along the earlier vectors, of the length of their residuals; and the
