@@ -203,3 +203,11 @@ def test_errors_say_what_to_ask_for():
         eigenpairs(product, like, 5, subspace=5)
     with pytest.raises(ValueError, match="positive integer"):
         lanczos(product, like, 0)
+
+
+def test_an_end_near_zero_converges_beside_the_other_end():
+    """A singular matrix: what is sought is rounding, and small beside the largest."""
+    product, like, _ = planted(np.concatenate([np.zeros(5), np.linspace(1, 3, 15)]))
+    found = eigenpairs(product, gaussian_probe(jax.random.key(9), like), 2, end="smallest")
+    np.testing.assert_allclose(found.values, 0, atol=1e-12)
+    assert found.converged.all()

@@ -33,7 +33,7 @@ class Eigenpairs(NamedTuple):
     residuals: jax.Array
     """‖C v - λ v‖, [k], from products with the vectors themselves: an eigenvalue lies this near."""
     converged: jax.Array
-    """residual <= tol·max|λ|, boolean [k]."""
+    """residual <= tol·max|λ| over all that the search saw, boolean [k]."""
     products: jax.Array
     """Products used, those for the residuals included."""
 
@@ -46,6 +46,8 @@ class _Search(NamedTuple):
     kept: jax.Array
     """How many of them need no product any more."""
     products: jax.Array
+    scale: jax.Array
+    """The largest magnitude found."""
     settled: jax.Array
 
 
@@ -82,13 +84,14 @@ def eigenpairs(
     m = _checked(k, size, end, max_products, subspace)
     start = bases.with_row(bases.empty(m + 1, v0), 0, normalised(wide(v0))[1])
     matrix = jnp.zeros((m, m), jnp.result_type(*jax.tree.leaves(start)))
-    search = _Search(start, matrix, jnp.int32(0), jnp.int32(0), jnp.bool_(False))
+    scale = jnp.zeros((), matrix.dtype)
+    search = _Search(start, matrix, jnp.int32(0), jnp.int32(0), scale, jnp.bool_(False))
     # A subspace that is everything needs no restart, and all of it may be asked for.
     keep = m if m == size else min(k + max(1, (m - k) // 3), m - 1)
     turn = lambda s: _restarted(*_extended(product, v0, s, m), k=k, keep=keep, end=end, tol=tol)
     more = lambda s: ~s.settled & (s.products + m - s.kept <= max_products)
     search = lax.while_loop(more, turn, turn(search))
-    return _measured(product, v0, bases.first(search.basis, k), search.products, tol)
+    return _measured(product, v0, search, k, tol)
 
 
 def _checked(k: Any, size: int, end: str, max_products: Any, subspace: Any) -> int:
@@ -146,21 +149,20 @@ def _restarted(
     order = jnp.argsort(-ENDS[end](values))
     values, rotation = values[order], rotation[:, order]
     residuals = beta * jnp.abs(rotation[-1])
-    ritz = bases.combination(rotation.T, bases.first(search.basis, m))
+    ritz = bases.combination(rotation[:, :keep].T, bases.first(search.basis, m))
     beyond = bases.row(search.basis, m)
     basis = bases.with_row(bases.cleared(search.basis, ritz, keep), keep, beyond)
-    scale = jnp.max(jnp.abs(values))
+    scale = jnp.maximum(search.scale, jnp.max(jnp.abs(values)))
     return search._replace(
         basis=basis,
         matrix=jnp.diag(jnp.where(jnp.arange(m) < keep, values, 0)),
         kept=jnp.int32(keep),
+        scale=scale,
         settled=jnp.all(residuals[:k] <= 0.5 * tol * scale),
     )
 
 
-def _measured(
-    product: Product, v0: Tree, vectors: Tree, products: jax.Array, tol: float
-) -> Eigenpairs:
+def _measured(product: Product, v0: Tree, search: _Search, k: int, tol: float) -> Eigenpairs:
     """Values and residuals from a product with each vector."""
 
     def measure(v: Tree) -> tuple[jax.Array, jax.Array]:
@@ -168,6 +170,8 @@ def _measured(
         value = trees.dot(v, cv)
         return value, trees.norm(trees.add_scaled(cv, -value, v))
 
+    vectors = bases.first(search.basis, k)
     values, residuals = lax.map(measure, vectors)
-    converged = residuals <= tol * jnp.max(jnp.abs(values))
-    return Eigenpairs(values, vectors, residuals, converged, products + values.size)
+    return Eigenpairs(
+        values, vectors, residuals, residuals <= tol * search.scale, search.products + k
+    )
