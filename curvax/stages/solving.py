@@ -172,10 +172,10 @@ def quadratic_step(*, momentum: bool = True) -> Stage:
 
         u ← α u + β u₋₁,   (α, β) = argmin  -gᵀu + ½ uᵀ(C + λI)u
 
-    Its learning rate is 1, and still written: `solve(cg(20)) | quadratic_step() |
-    optax.scale_by_learning_rate(1.0)`, without which a step goes uphill. Two products, one without momentum. Where the model has no minimum
-    along u, as that of a Hessian may not, α = 1 and β = 0. Martens & Grosse, K-FAC,
-    arXiv:1503.05671, section 7.
+    Its learning rate is 1, and still written, or a step goes uphill: `solve(cg(20)) |
+    quadratic_step() | optax.scale_by_learning_rate(1.0)`. Two products, one without momentum.
+    Where the model has no minimum along u, as that of a Hessian may not, α = 1 and β = 0. Martens
+    & Grosse, K-FAC, arXiv:1503.05671, section 7.
 
     Args:
         momentum: whether the last updates take part.
