@@ -47,20 +47,13 @@ def adahessian(
     and `mask` is its mask as in `optax.adamw`. Each update needs `value_fn`. Yao et al.,
     AdaHessian, arXiv:2006.00719, Algorithm 1. The options are those of the stages.
     """
-    checks.check_decay("b1", b1, stage="adahessian")
     diagonal = _every(every, hutchinson_diag(key, probes=probes, mean_over=mean_over))
     smooth = () if block is None else (spatial_average(block, magnitudes=magnitudes),)
-    decay = optax.add_decayed_weights(weight_decay, mask)
-    return pipe(
-        diagonal,
-        *smooth,
-        ema_rms(b2),
-        pmean_updates(mean_over),
-        _ema(b1),
-        scale_by_power(power, eps=eps),
-        decay,
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    divide = scale_by_power(power, eps=eps)
+    return _divided(
+        "adahessian", pipe(diagonal, *smooth, ema_rms(b2)), divide, learning_rate, b1,
+        weight_decay, mask, mean_over,
+    )  # fmt: skip
 
 
 def diagonal_natural_gradient(
@@ -86,16 +79,12 @@ def diagonal_natural_gradient(
     update needs an `Objective` with `model=` and a likelihood. Martens, arXiv:1412.1193, eq. 10.
     The options are those of the stages, `power` ξ in (0, 1].
     """
-    checks.check_decay("b1", b1, stage="diagonal_natural_gradient")
-    return pipe(
-        _every(every, fisher_diag(key, probes=probes, mean_over=mean_over)),
-        ema_mean(b2),
-        pmean_updates(mean_over),
-        _ema(b1),
-        scale_by_power(power, eps=0.0, damping=damping),
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    diagonal = _every(every, fisher_diag(key, probes=probes, mean_over=mean_over))
+    divide = scale_by_power(power, eps=0.0, damping=damping)
+    return _divided(
+        "diagonal_natural_gradient", pipe(diagonal, ema_mean(b2)), divide, learning_rate, b1,
+        weight_decay, mask, mean_over,
+    )  # fmt: skip
 
 
 def sophia_h(
@@ -124,9 +113,10 @@ def sophia_h(
     Sophia, arXiv:2305.14342, Algorithm 3. The options are those of the stages.
     """
     estimate = hutchinson_diag(key, probes=probes, sampler=sampler, mean_over=mean_over)
-    return _sophia(
-        "sophia_h", estimate, learning_rate, b1, b2, eps, gamma, threshold, every, weight_decay,
-        mask, mean_over,
+    divide = clip_by_diagonal(gamma, eps=eps, threshold=threshold)
+    return _divided(
+        "sophia_h", _delayed(every, estimate, b2), divide, learning_rate, b1, weight_decay, mask,
+        mean_over,
     )  # fmt: skip
 
 
@@ -154,41 +144,40 @@ def sophia_g(
     arXiv:2305.14342, Algorithms 2 and 3; γ = 0.05 there. The options are those of the stages.
     """
     estimate = fisher_diag(key, probes=probes, mean_over=mean_over)
-    return _sophia(
-        "sophia_g", estimate, learning_rate, b1, b2, eps, gamma, threshold, every, weight_decay,
-        mask, mean_over,
+    divide = clip_by_diagonal(gamma, eps=eps, threshold=threshold)
+    return _divided(
+        "sophia_g", _delayed(every, estimate, b2), divide, learning_rate, b1, weight_decay, mask,
+        mean_over,
     )  # fmt: skip
 
 
-def _sophia(
+def _divided(
     name: str,
-    estimate: Stage,
+    diagonal: Stage,
+    divide: Stage,
     learning_rate: Any,
     b1: Any,
-    b2: Any,
-    eps: Any,
-    gamma: Any,
-    threshold: Any,
-    every: Any,
     weight_decay: Any,
     mask: Any,
     mean_over: AxisNames,
 ) -> Stage:
+    """Momentum, divided by a diagonal, with decoupled weight decay."""
     checks.check_decay("b1", b1, stage=name)
     return pipe(
-        stages.every(every, pipe(estimate, ema_mean(b2, debias=False))),
-        ema_mean(0.0, debias=False, lag=1),
+        diagonal,
         pmean_updates(mean_over),
-        _ema(b1),
-        clip_by_diagonal(gamma, eps=eps, threshold=threshold),
+        optax.inject_hyperparams(optax.ema)(b1) if callable(b1) else optax.ema(b1),
+        divide,
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
 
 
+def _delayed(k: Any, estimate: Stage, b2: Any) -> Stage:
+    """Sophia's diagonal: averaged over refreshes, as it stood a step before."""
+    refreshed = stages.every(k, pipe(estimate, ema_mean(b2, debias=False)))
+    return pipe(refreshed, ema_mean(0.0, debias=False, lag=1))
+
+
 def _every(k: Any, estimate: Stage) -> Stage:
     return estimate if isinstance(k, int) and k == 1 else stages.every(k, estimate)
-
-
-def _ema(decay: Any) -> optax.GradientTransformation:
-    return optax.inject_hyperparams(optax.ema)(decay) if callable(decay) else optax.ema(decay)

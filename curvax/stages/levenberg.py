@@ -133,17 +133,9 @@ def _try(objective: Objective, params: Tree, out: Signal, over: tuple[str, ...])
 
 
 def _adapted(lam: jax.Array, trial: _Trial, start: Any) -> jax.Array:
-    factor = jnp.where(
-        trial.rose,
-        FACTORS["rejected"],
-        jnp.where(
-            trial.ratio < 0.25,
-            FACTORS["poor"],
-            jnp.where(trial.ratio > 0.75, FACTORS["good"], 1.0),
-        ),
-    )
-    adapted = lam * jnp.where(trial.flat & ~trial.rose, 1.0, factor)
-    return jnp.clip(adapted, start / SPAN, start * SPAN).astype(lam.dtype)
+    cases = [trial.rose, trial.flat, trial.ratio < 0.25, trial.ratio > 0.75]
+    factor = jnp.select(cases, [FACTORS["rejected"], 1.0, FACTORS["poor"], FACTORS["good"]], 1.0)
+    return jnp.clip(lam * factor, start / SPAN, start * SPAN).astype(lam.dtype)
 
 
 def _refuse_zero(damping: Any) -> None:
