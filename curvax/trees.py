@@ -50,6 +50,11 @@ def widen(x: Any) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def wide(tree: Tree) -> Tree:
+    """The tree with every leaf in float32 or wider."""
+    return jax.tree.map(widen, tree)
+
+
 def cast_like(tree: Tree, like: Tree) -> Tree:
     return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
 

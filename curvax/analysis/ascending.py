@@ -50,7 +50,7 @@ def ascend(
         number: tells ascents that draw apart.
         p, steps, step_size, projected, ascent, mask: of `sam_perturb`.
     """
-    params = jax.tree.map(trees.widen, params)
+    params = trees.wide(params)
     local = objective.local_axes(params)
     rules = Rules(dual_norm(p) if ascent is None else ascent, p, mask, params)
     climb = Climb(

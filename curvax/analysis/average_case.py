@@ -90,7 +90,7 @@ def _differences(
     mean_over: AxisNames,
 ) -> jax.Array:
     """L(θ + ε) - L(θ) of each draw, [draws]."""
-    params = jax.tree.map(trees.widen, params)
+    params = trees.wide(params)
     local = objective.local_axes(params)
     over = checks.averaged_axes(mean_over, local, stage="random_sharpness")
 

@@ -52,7 +52,7 @@ class Matrix(NamedTuple):
         over = checks.averaged_axes(self.mean_over, local, stage=self.where)
         product = as_product(self.oracle(objective, params))
         averaged = product.averaged(over, objective.batch_weight())
-        return lambda v: wide(averaged(v))
+        return lambda v: trees.wide(averaged(v))
 
 
 def matrix(curvature: Curvature, mean_over: AxisNames, where: str) -> Matrix:
@@ -89,11 +89,6 @@ def evaluate(
     if not isinstance(objective, Objective):
         objective = Objective(objective)
     return compiled_once(run)(objective, params, *arrays, **options)
-
-
-def wide(tree: Tree) -> Tree:
-    """The tree in float32 or wider."""
-    return jax.tree.map(trees.widen, tree)
 
 
 def refuse_integers(params: Tree, where: str) -> None:

@@ -42,7 +42,7 @@ def random_directions(params: Tree, k: int = 2, *, key: jax.Array | int = 0) -> 
         TypeError, ValueError: k is no positive integer.
     """
     checks.check_count("random_directions", k=k)
-    wide = jax.tree.map(trees.widen, params)
+    wide = trees.wide(params)
     return jax.vmap(lambda one: gaussian_probe(one, wide))(jax.random.split(as_key(key), k))
 
 

@@ -56,7 +56,7 @@ def fisher_kl(
 
 def _fisher_kl(objective: Objective, params: Tree, step: Tree, *, mean_over: AxisNames) -> FisherKL:
     require_likelihood(objective, "The divergence between predictions")
-    params = jax.tree.map(trees.widen, params)
+    params = trees.wide(params)
     over = checks.averaged_axes(mean_over, objective.local_axes(params), stage="fisher_kl")
     form = 0.5 * trees.dot(step, fvp(objective, params)(step))
     there = trees.add(params, step)

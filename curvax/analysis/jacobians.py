@@ -88,7 +88,7 @@ def _linearized(objective: Objective, params: Tree) -> Maps:
     n = objective.size
 
     def pull(u: jax.Array) -> Tree:
-        return jax.tree.map(trees.widen, whole.pull(_like(u, whole.outputs)))
+        return trees.wide(whole.pull(_like(u, whole.outputs)))
 
     return Maps(lambda v: rows(whole.model.push(v), n), pull)
 

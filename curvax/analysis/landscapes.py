@@ -95,7 +95,7 @@ def _on_grid(
     chunk: int,
     mean_over: AxisNames,
 ) -> jax.Array:
-    params = jax.tree.map(trees.widen, params)
+    params = trees.wide(params)
     over = checks.averaged_axes(mean_over, objective.local_axes(params), stage="landscape")
     grid = jnp.stack(jnp.meshgrid(*coordinates, indexing="ij"), axis=-1)
     places = grid.reshape(-1, len(coordinates))

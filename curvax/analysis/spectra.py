@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax import checks, trees
-from curvax.analysis.curvatures import Curvature, Loss, Matrix, evaluate, matrix, wide
+from curvax.analysis.curvatures import Curvature, Loss, Matrix, evaluate, matrix
 from curvax.analysis.deflation import deflated_power
 from curvax.axes import AxisNames
 from curvax.linalg import (
@@ -93,7 +93,7 @@ def tolerance(params: Tree) -> float:
 
 def start_vector(v0: Tree, key: jax.Array, params: Tree) -> Tree:
     """v0, or a Gaussian vector where there is none, in float32 or wider."""
-    return gaussian_probe(key, wide(params)) if v0 is None else wide(v0)
+    return gaussian_probe(key, trees.wide(params)) if v0 is None else trees.wide(v0)
 
 
 def _eigenpairs(
@@ -244,5 +244,5 @@ def _given(probes: int | Tree, where: str) -> tuple[Tree, int]:
 def _probes(vectors: Tree, count: int, key: jax.Array, params: Tree) -> Tree:
     """The vectors that were given, or `count` of random signs, stacked along a new first axis."""
     if vectors is not None:
-        return wide(vectors)
-    return jax.vmap(rademacher, (0, None))(jax.random.split(key, count), wide(params))
+        return trees.wide(vectors)
+    return jax.vmap(rademacher, (0, None))(jax.random.split(key, count), trees.wide(params))

@@ -110,7 +110,7 @@ def _start(
     product: Callable[[Tree], Tree], b: Tree, state: Tree, decay: float
 ) -> tuple[Tree, Tree, Any]:
     """(x₀, b - A x₀, products spent on it): none where x₀ or b is 0, or b is NaN."""
-    wide = jax.tree.map(trees.widen, b)
+    wide = trees.wide(b)
     cold = _zeros(wide), wide
     if not decay:
         return *cold, 0

@@ -66,7 +66,7 @@ def exact_diagonal(product: Product, like: Tree) -> Tree:
         e = jnp.zeros(size).at[i].set(1)
         return ravel(product(unravel(e, like)))[i]
 
-    wide = jax.tree.map(trees.widen, like)
+    wide = trees.wide(like)
     return unravel(lax.map(entry, jnp.arange(size)), wide)
 
 

@@ -41,7 +41,7 @@ def row_space() -> Solver:
         rows = ravel(root.forward(b))
         none = damping is None or (isinstance(damping, numbers.Real) and damping == 0)
         solver = _least_norm if none else _damped
-        x = jax.tree.map(trees.widen, solver(root, kernel, rows, damping, b))
+        x = trees.wide(solver(root, kernel, rows, damping, b))
         flat, reason = finite_or_zero(ravel(x))
         x = unravel(flat, b)
         rest = jax.tree.map(lambda y, z: trees.widen(y) - trees.widen(z), b, product(x))

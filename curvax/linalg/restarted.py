@@ -10,7 +10,7 @@ from jax import lax
 from curvax import checks, trees
 from curvax.linalg import bases
 from curvax.linalg.probes import gaussian_probe
-from curvax.linalg.tridiagonal import cast, normalised, wide
+from curvax.linalg.tridiagonal import normalised, widened
 from curvax.trees import Tree
 
 Product = Callable[[Tree], Tree]
@@ -82,7 +82,7 @@ def eigenpairs(
     """
     size = sum(x.size for x in jax.tree.leaves(v0))
     m = _checked(k, size, end, max_products, subspace)
-    start = bases.with_row(bases.empty(m + 1, v0), 0, normalised(wide(v0))[1])
+    start = bases.with_row(bases.empty(m + 1, v0), 0, normalised(trees.wide(v0))[1])
     matrix = jnp.zeros((m, m), jnp.result_type(*jax.tree.leaves(start)))
     scale = jnp.zeros((), matrix.dtype)
     search = _Search(start, matrix, jnp.int32(0), jnp.int32(0), scale, jnp.bool_(False))
@@ -118,9 +118,11 @@ def _checked(k: Any, size: int, end: str, max_products: Any, subspace: Any) -> i
 def _extended(product: Product, v0: Tree, search: _Search, m: int) -> tuple[_Search, jax.Array]:
     """The search with its basis filled up by Lanczos, and the coupling to the vector beyond."""
 
+    apply = widened(product, v0)
+
     def body(i: jax.Array, carry: Any) -> Any:
         basis, matrix, _ = carry
-        w = wide(product(cast(bases.row(basis, i), v0)))
+        w = apply(bases.row(basis, i))
         w, parts = bases.orthogonal(w, basis)
         beta, v = normalised(w, scale=jnp.linalg.norm(parts))
         v = lax.cond(beta > 0, lambda: v, lambda: _fresh(i, basis, v0))
@@ -134,7 +136,7 @@ def _extended(product: Product, v0: Tree, search: _Search, m: int) -> tuple[_Sea
 
 def _fresh(i: jax.Array, basis: Tree, v0: Tree) -> Tree:
     """A random vector orthogonal to the basis; 0 where that is everything."""
-    draw = gaussian_probe(jax.random.fold_in(jax.random.key(0), i), wide(v0))
+    draw = gaussian_probe(jax.random.fold_in(jax.random.key(0), i), trees.wide(v0))
     w, parts = bases.orthogonal(draw, basis)
     return normalised(w, scale=jnp.linalg.norm(parts))[1]
 
@@ -165,8 +167,10 @@ def _restarted(
 def _measured(product: Product, v0: Tree, search: _Search, k: int, tol: float) -> Eigenpairs:
     """Values and residuals from a product with each vector."""
 
+    apply = widened(product, v0)
+
     def measure(v: Tree) -> tuple[jax.Array, jax.Array]:
-        cv = wide(product(cast(v, v0)))
+        cv = apply(v)
         value = trees.dot(v, cv)
         return value, trees.norm(trees.add_scaled(cv, -value, v))
 

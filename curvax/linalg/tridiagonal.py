@@ -55,29 +55,33 @@ def lanczos(product: Product, v0: Tree, k: int, *, keep_basis: bool = True) -> L
 
 
 def _orthogonalised(product: Product, v0: Tree, k: int) -> Lanczos:
+    apply = widened(product, v0)
+
     def body(carry: Any, i: jax.Array) -> Any:
         basis, v = carry
         basis = bases.with_row(basis, i, v)
-        w, parts = bases.orthogonal(wide(product(cast(v, v0))), basis)
+        w, parts = bases.orthogonal(apply(v), basis)
         beta, v = normalised(w, scale=jnp.linalg.norm(parts))
         return (basis, v), (parts[i], beta)
 
-    _, start = normalised(wide(v0))
+    _, start = normalised(trees.wide(v0))
     carry = (bases.empty(k, v0), start)
     (basis, _), (alpha, beta) = lax.scan(body, carry, jnp.arange(k))
     return Lanczos(alpha, beta[:-1], basis, beta[-1])
 
 
 def _recurrence(product: Product, v0: Tree, k: int) -> Lanczos:
+    apply = widened(product, v0)
+
     def body(carry: Any, _: None) -> Any:
         before, v, beta = carry
-        w = trees.add_scaled(wide(product(cast(v, v0))), -beta, before)
+        w = trees.add_scaled(apply(v), -beta, before)
         alpha = trees.dot(w, v)
         w = trees.add_scaled(w, -alpha, v)
         ahead, new = normalised(w, scale=jnp.abs(alpha) + beta)
         return (v, new, ahead), (alpha, ahead)
 
-    _, start = normalised(wide(v0))
+    _, start = normalised(trees.wide(v0))
     zero = jax.tree.map(jnp.zeros_like, start)
     carry = (zero, start, jnp.zeros_like(trees.norm(start)))
     _, (alpha, beta) = lax.scan(body, carry, length=k)
@@ -93,10 +97,6 @@ def normalised(w: Tree, scale: jax.Array | float = 0.0) -> tuple[jax.Array, Tree
     return jnp.where(alive, norm, 0), trees.scale(inverse, w)
 
 
-def wide(tree: Tree) -> Tree:
-    return jax.tree.map(trees.widen, tree)
-
-
-def cast(v: Tree, like: Tree) -> Tree:
-    """v in the dtypes that the product takes."""
-    return trees.cast_like(v, like)
+def widened(product: Product, like: Tree) -> Product:
+    """The product on vectors in float32 or wider; it is handed them in the dtypes of `like`."""
+    return lambda v: trees.wide(product(trees.cast_like(v, like)))

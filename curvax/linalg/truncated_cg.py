@@ -63,7 +63,7 @@ def steihaug(
     ) -> tuple[Solution, Any]:
         del score
         precondition = preconditioning(preconditioner, product, diagonal, "steihaug")
-        r = jax.tree.map(trees.widen, b)
+        r = trees.wide(b)
         x = jax.tree.map(jnp.zeros_like, r)
         system = System(product, precondition, length(b), tol, Rules(step))
         s = iterate(system, b, x, r, max_steps)

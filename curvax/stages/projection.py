@@ -103,7 +103,7 @@ def keep_orthogonal(alpha: Any = 0.7, *, mean_over: AxisNames = None) -> Stage:
         del params, extra
         clean, perturbed, now = _both_gradients(signal, "keep_orthogonal")
         over = checks.averaged_axes(mean_over, signal.local, stage="keep_orthogonal")
-        fresh = jax.tree.map(trees.widen, trees.reject(perturbed, clean))
+        fresh = trees.wide(trees.reject(perturbed, clean))
         kept = _select(now, axes.mean(fresh, over), state.orthogonal)
         length = at(alpha, state.step) * trees.ratio(trees.norm(clean), trees.norm(kept))
         between = trees.add_scaled(clean, length, kept)

@@ -109,14 +109,13 @@ def hutchinson_diag(
 def _estimate(
     objective: Objective, params: Tree, key: jax.Array, probes: int, sampler: Sampler, mode: str
 ) -> Curvature:
-    wide = lambda tree: jax.tree.map(trees.widen, tree)
     if probes == 1 or not jax.tree.leaves(params):
         z = sampler(key, params)
         (loss, gradient), product = gradient_and_product(objective, params, z, mode=mode)
-        diagonal = jax.tree.map(lambda a, b: a * b, wide(z), wide(product))
+        diagonal = jax.tree.map(lambda a, b: a * b, trees.wide(z), trees.wide(product))
         return Curvature(diagonal, {}, loss, gradient)
     (loss, gradient), product = linearized_gradient(objective, params, mode=mode)
     z = jax.vmap(sampler, in_axes=(0, None))(jax.random.split(key, probes), params)
     z = axes.vary(z, objective.local_axes(params))
-    mean, error = estimate_diagonal(lambda v: wide(product(v)), z)
+    mean, error = estimate_diagonal(lambda v: trees.wide(product(v)), z)
     return Curvature(mean, jax.tree.map(jnp.square, error), loss, gradient)
