@@ -89,8 +89,8 @@ def eigenpairs(
     # A subspace that is everything needs no restart, and all of it may be asked for.
     keep = m if m == size else min(k + max(1, (m - k) // 3), m - 1)
     turn = lambda s: _restarted(*_extended(product, v0, s, m), k=k, keep=keep, end=end, tol=tol)
-    more = lambda s: ~s.settled & (s.products + m - s.kept <= max_products)
-    search = lax.while_loop(more, turn, turn(search))
+    within = lambda s: (s.products == 0) | (s.products + m - s.kept <= max_products)
+    search = lax.while_loop(lambda s: ~s.settled & within(s), turn, search)
     return _measured(product, v0, search, k, tol)
 
 
