@@ -1,37 +1,16 @@
 """The diagonal of the Hessian from products with random signs."""
 
-from typing import Any, NamedTuple
-
 import jax
 import jax.numpy as jnp
 
 from curvax import axes, checks, trees
 from curvax.axes import AxisNames
-from curvax.figures import Figures, unmeasured
 from curvax.linalg import estimate_diagonal, rademacher
-from curvax.linalg.probes import as_key
-from curvax.objective import Objective, as_objective
+from curvax.objective import Objective
 from curvax.oracles.hessian import check_mode, gradient_and_product, linearized_gradient
-from curvax.signal import Signal, Stage, stage
-from curvax.stages.estimation.sharing import (
-    Curvature,
-    Sampler,
-    check_fraction,
-    over_shards,
-    part_of,
-    relative_error,
-    share_gradient,
-)
+from curvax.signal import Stage
+from curvax.stages.estimation.sharing import Curvature, Sampler, diagonal_stage
 from curvax.trees import Tree
-
-
-class HutchinsonState(NamedTuple):
-    key: jax.Array
-    """A typed key; draws are keyed by step and by shard of the global batch."""
-    step: jax.Array
-    """t, int32 scalar: estimates made."""
-    figures: Figures
-    """`diagonal_relative_error`, with two probes or more."""
 
 
 def hutchinson_diag(
@@ -71,39 +50,14 @@ def hutchinson_diag(
         ValueError: an option out of range; later, under a device axis, no `mean_over`.
     """
     checks.check_static("hutchinson_diag", sampler=sampler)
-    checks.check_count("hutchinson_diag", probes=probes, shards=shards)
     if not callable(sampler):
         raise TypeError(
             "`hutchinson_diag(sampler=)` takes a callable `sampler(key, tree) -> tree`, such as "
             f"`rademacher` or `gaussian_probe`, and got {sampler!r}."
         )
-    check_fraction(fraction, "hutchinson_diag")
     check_mode(mode)
-
-    def init(params: Tree) -> HutchinsonState:
-        trees.require_floating(params, "hutchinson_diag")
-        figures = unmeasured("diagonal_relative_error") if probes > 1 else {}
-        return HutchinsonState(jnp.copy(as_key(key)), jnp.zeros((), jnp.int32), figures)
-
-    def rule(
-        signal: Signal, state: HutchinsonState, params: Tree, *, value_fn: Any = None, **extra: Any
-    ) -> tuple[Signal, HutchinsonState]:
-        objective = as_objective(value_fn, "hutchinson_diag", params)
-        local = objective.local_axes(params)
-        checks.refuse_summed(signal.updates, local, stage="hutchinson_diag")
-        over = checks.averaged_axes(mean_over, local, stage="hutchinson_diag")
-        step_key = jax.random.fold_in(state.key, state.step)
-        here = part_of(objective, fraction, "hutchinson_diag")
-        estimate = lambda part, k: _estimate(part, params, k, probes, sampler, mode)
-        found, whole = over_shards(estimate, here, step_key, shards, local, "hutchinson_diag")
-        diagonal, variance = axes.mean((found.diagonal, found.variance), over, here.batch_weight())
-        signal = signal._replace(diagonal=diagonal)
-        if whole and fraction == 1:
-            signal = share_gradient(signal, objective, params, found.loss, found.gradient, local)
-        figures = {} if probes == 1 else relative_error(diagonal, variance)
-        return signal, HutchinsonState(state.key, state.step + 1, figures)
-
-    return stage(init, rule)
+    estimate = lambda part, params, k, over: _estimate(part, params, k, probes, sampler, mode)
+    return diagonal_stage("hutchinson_diag", estimate, key, probes, fraction, shards, mean_over)
 
 
 def _estimate(

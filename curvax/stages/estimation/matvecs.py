@@ -21,7 +21,7 @@ from curvax.oracles import (
 from curvax.oracles.hessian import check_mode
 from curvax.products import Product
 from curvax.signal import Signal, Stage, stage
-from curvax.stages.estimation.sharing import check_fraction, part_of, share_gradient
+from curvax.stages.estimation.sharing import check_fraction, settled, share_gradient
 from curvax.trees import Tree
 
 Linearize = Callable[[Objective, Tree, jax.Array | None], tuple[Any, Product]]
@@ -147,10 +147,7 @@ def _matvec(
     ) -> tuple[Signal, Any]:
         del extra
         objective = as_objective(value_fn, name, params)
-        local = objective.local_axes(params)
-        checks.refuse_summed(signal.updates, local, stage=name)
-        over = checks.averaged_axes(mean_over, local, stage=name)
-        here = part_of(objective, fraction, name)
+        here, local, over = settled(signal, objective, params, fraction, mean_over, name)
         draw = None if key is None else jax.random.fold_in(state.key, state.step)
         (loss, gradient), product = linearize(here, params, draw)
         signal = signal._replace(matvec=product.averaged(over, here.batch_weight()))

@@ -5,42 +5,24 @@ diagonal of C as its mean: one backward pass, and the forward pass is the gradie
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from curvax import axes, checks, trees
+from curvax import axes, trees
 from curvax.axes import AxisNames
-from curvax.figures import Figures, unmeasured
 from curvax.likelihoods import Likelihood
 from curvax.linalg import rademacher
-from curvax.linalg.probes import as_key
-from curvax.objective import Objective, as_objective, require_likelihood
+from curvax.objective import Objective, require_likelihood
 from curvax.oracles.gauss_newton import model_pass
-from curvax.signal import Signal, Stage, stage
-from curvax.stages.estimation.sharing import (
-    Curvature,
-    check_fraction,
-    over_shards,
-    part_of,
-    relative_error,
-    share_gradient,
-)
+from curvax.signal import Stage
+from curvax.stages.estimation.sharing import Curvature, diagonal_stage
 from curvax.trees import Tree
 
 Noise = Callable[[Likelihood, jax.Array, jax.Array, Tree], jax.Array]
 """(likelihood, keys of the examples, outputs, batch) ↦ B e, shaped like the outputs."""
-
-
-class OutputNoiseState(NamedTuple):
-    key: jax.Array
-    """A typed key; draws are keyed by step and by example of the global batch."""
-    step: jax.Array
-    """t, int32 scalar: estimates made."""
-    figures: Figures
-    """`diagonal_relative_error`, with two probes or more."""
 
 
 def gauss_newton_diag(
@@ -122,37 +104,9 @@ def _from_outputs(
     shards: int,
     mean_over: AxisNames,
 ) -> Stage:
-    checks.check_count(name, probes=probes, shards=shards)
-    check_fraction(fraction, name)
-
-    def init(params: Tree) -> OutputNoiseState:
-        trees.require_floating(params, name)
-        figures = unmeasured("diagonal_relative_error") if probes > 1 else {}
-        return OutputNoiseState(jnp.copy(as_key(key)), jnp.zeros((), jnp.int32), figures)
-
-    def rule(
-        signal: Signal, state: OutputNoiseState, params: Tree, *, value_fn: Any = None, **extra: Any
-    ) -> tuple[Signal, OutputNoiseState]:
-        del extra
-        objective = as_objective(value_fn, name, params)
-        require_likelihood(objective, f"`{name}`")
-        local = objective.local_axes(params)
-        checks.refuse_summed(signal.updates, local, stage=name)
-        over = checks.averaged_axes(mean_over, local, stage=name)
-        here = part_of(objective, fraction, name)
-        # The square of a mean over devices, unless each part is squared on its own.
-        first = over if shards == 1 else ()
-        estimate = lambda part, k: _squared(part, params, k, probes, noise, first)
-        step_key = jax.random.fold_in(state.key, state.step)
-        found, whole = over_shards(estimate, here, step_key, shards, local, name)
-        diagonal, variance = axes.mean((found.diagonal, found.variance), over, here.batch_weight())
-        signal = signal._replace(diagonal=diagonal)
-        if whole and fraction == 1:
-            signal = share_gradient(signal, objective, params, found.loss, found.gradient, local)
-        figures = {} if probes == 1 else relative_error(diagonal, variance)
-        return signal, OutputNoiseState(state.key, state.step + 1, figures)
-
-    return stage(init, rule, name=name)
+    estimate = lambda part, params, k, over: _squared(part, params, k, probes, noise, over)
+    needs = lambda objective: require_likelihood(objective, f"`{name}`")
+    return diagonal_stage(name, estimate, key, probes, fraction, shards, mean_over, needs)
 
 
 def _squared(

@@ -1,4 +1,4 @@
-"""What the estimators share: the caller's gradient, parts of the batch, shards, and their error."""
+"""What the estimators share: the stage, the caller's gradient, parts of the batch, and shards."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from curvax import accumulation, axes, checks, trees
-from curvax.figures import Figures, measured
-from curvax.objective import Objective, require_batch
-from curvax.signal import Signal
+from curvax.axes import AxisNames
+from curvax.figures import Figures, measured, unmeasured
+from curvax.linalg.probes import as_key
+from curvax.objective import Objective, as_objective, require_batch
+from curvax.signal import Signal, Stage, stage
 from curvax.trees import Tree
 
 Sampler = Callable[[jax.Array, Tree], Tree]
@@ -22,6 +24,75 @@ class Curvature(NamedTuple):
     variance: Tree
     loss: tuple[jax.Array, Any]
     gradient: Tree
+
+
+Estimate = Callable[[Objective, Tree, jax.Array, tuple[str, ...]], Curvature]
+"""(objective, parameters, key, device axes to average over within) ↦ one estimate."""
+
+
+class EstimateState(NamedTuple):
+    key: jax.Array
+    """A typed key; draws are keyed by step and by place in the global batch."""
+    step: jax.Array
+    """t, int32 scalar: estimates made."""
+    figures: Figures
+    """`diagonal_relative_error`, with two probes or more."""
+
+
+def diagonal_stage(
+    name: str,
+    estimate: Estimate,
+    key: jax.Array | int,
+    probes: int,
+    fraction: float,
+    shards: int,
+    mean_over: AxisNames,
+    needs: Callable[[Objective], Any] = lambda objective: None,
+) -> Stage:
+    """A stage that sets `diagonal` from random estimates; `needs` refuses what they cannot use."""
+    checks.check_count(name, probes=probes, shards=shards)
+    check_fraction(fraction, name)
+
+    def init(params: Tree) -> EstimateState:
+        trees.require_floating(params, name)
+        figures = unmeasured("diagonal_relative_error") if probes > 1 else {}
+        return EstimateState(jnp.copy(as_key(key)), jnp.zeros((), jnp.int32), figures)
+
+    def rule(
+        signal: Signal, state: EstimateState, params: Tree, *, value_fn: Any = None, **extra: Any
+    ) -> tuple[Signal, EstimateState]:
+        del extra
+        objective = as_objective(value_fn, name, params)
+        needs(objective)
+        here, local, over = settled(signal, objective, params, fraction, mean_over, name)
+        # What is averaged before it is squared, unless each shard is squared on its own.
+        within = over if shards == 1 else ()
+        of_shard = lambda part, k: estimate(part, params, k, within)
+        step_key = jax.random.fold_in(state.key, state.step)
+        found, whole = over_shards(of_shard, here, step_key, shards, local, name)
+        diagonal, variance = axes.mean((found.diagonal, found.variance), over, here.batch_weight())
+        signal = signal._replace(diagonal=diagonal)
+        if whole and fraction == 1:
+            signal = share_gradient(signal, objective, params, found.loss, found.gradient, local)
+        figures = {} if probes == 1 else relative_error(diagonal, variance)
+        return signal, EstimateState(state.key, state.step + 1, figures)
+
+    return stage(init, rule, name=name)
+
+
+def settled(
+    signal: Signal,
+    objective: Objective,
+    params: Tree,
+    fraction: float,
+    mean_over: AxisNames,
+    name: str,
+) -> tuple[Objective, frozenset[str], tuple[str, ...]]:
+    """(the loss on its part of the batch, the axes it is local to, the axes to average over)."""
+    local = objective.local_axes(params)
+    checks.refuse_summed(signal.updates, local, stage=name)
+    over = checks.averaged_axes(mean_over, local, stage=name)
+    return part_of(objective, fraction, name), local, over
 
 
 def check_fraction(fraction: Any, name: str) -> None:
