@@ -32,10 +32,7 @@ class Perceptron(nn.Module, kw_only=True):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        x = x.reshape(len(x), -1)
-        for n, width in enumerate(self.widths):
-            dense = nn.Dense(width, dtype=self.dtype, name=f"layer{n}")
-            x = ACTIVATIONS[self.activation](dense(x))
+        x = _hidden(self, x.reshape(len(x), -1), self.widths, "layer")
         return classify(x, self.classes, bias=0.0, init=nn.initializers.lecun_normal())
 
 
@@ -66,14 +63,17 @@ class Autoencoder(nn.Module, kw_only=True):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         h = x.reshape(len(x), -1)
         pixels = h.shape[-1]
-        h = self.layers(h, self.widths, "encoder")
+        h = _hidden(self, h, self.widths, "encoder")
         h = nn.Dense(self.code, dtype=self.dtype, name="code")(h)
-        h = self.layers(h, self.widths[::-1], "decoder")
+        h = _hidden(self, h, self.widths[::-1], "decoder")
         logits = classify(h, pixels, bias=0.0, init=nn.initializers.lecun_normal())
         return logits.reshape(x.shape)
 
-    def layers(self, h: jax.Array, widths: Sequence[int], part: str) -> jax.Array:
-        for n, width in enumerate(widths):
-            dense = nn.Dense(width, dtype=self.dtype, name=f"{part}{n}")
-            h = ACTIVATIONS[self.activation](dense(h))
-        return h
+
+def _hidden(
+    model: Perceptron | Autoencoder, h: jax.Array, widths: Sequence[int], name: str
+) -> jax.Array:
+    """Dense layers of those widths, called `name0`, `name1`, in the scope of the model."""
+    for n, width in enumerate(widths):
+        h = ACTIVATIONS[model.activation](nn.Dense(width, dtype=model.dtype, name=f"{name}{n}")(h))
+    return h
