@@ -7,11 +7,32 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from curvax import axes, trees
-from curvax.linalg.ascent import Ascent, MetricAscent, dual_direction, p_norm
+from curvax import axes, checks, trees
+from curvax.linalg.ascent import Ascent, MetricAscent, check_p, dual_direction, p_norm
 from curvax.objective import Objective
 from curvax.oracles import hvp
 from curvax.trees import Tree
+
+
+def check_climb(
+    name: str, rho: Any, p: Any, steps: Any, ascent: Any, *, second_order: bool = False
+) -> None:
+    """Refuses options of an ascent that are out of range, before anything is traced.
+
+    Raises:
+        ValueError, TypeError: one is.
+    """
+    for radius in jax.tree.leaves(rho):
+        checks.check_range("rho", radius, 0, jnp.inf, stage=name)
+    checks.check_static(name, p=p)
+    check_p(p)
+    checks.check_count(name, steps=steps)
+    if isinstance(ascent, MetricAscent) and (steps > 1 or second_order):
+        given = f"steps={steps}, second_order=True" if second_order else f"steps={steps}"
+        raise ValueError(
+            f"`{name}` climbs in a metric in one step of first order, and was given {given}. Drop "
+            "that, or climb in a p-norm: `ascent=dual_norm(2)`."
+        )
 
 
 class Rules:

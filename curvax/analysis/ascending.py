@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from curvax import axes, checks, trees
-from curvax.climbing import Climb, Rules
-from curvax.linalg import MetricAscent, dual_norm
-from curvax.linalg.ascent import check_p
+from curvax.climbing import Climb, Rules, check_climb
+from curvax.linalg import dual_norm
 from curvax.objective import Objective
 from curvax.trees import Tree
 
@@ -92,13 +91,5 @@ def check_ball(
     """
     del step_size, mask
     trees.require_floating(params, name)
-    for radius in jax.tree.leaves(rho):
-        checks.check_range("rho", radius, 0, jnp.inf, stage=name)
-    checks.check_static(name, p=p, projected=projected)
-    check_p(p)
-    checks.check_count(name, steps=steps)
-    if isinstance(ascent, MetricAscent) and steps > 1:
-        raise ValueError(
-            f"`{name}` climbs in a metric in one step, and was given steps={steps}. Drop `steps`, "
-            "or climb in a p-norm: `ascent=dual_norm(2)`."
-        )
+    check_climb(name, rho, p, steps, ascent)
+    checks.check_static(name, projected=projected)

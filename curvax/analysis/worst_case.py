@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from curvax import axes, checks, trees
+from curvax.accumulation import weighed
 from curvax.analysis.ascending import ascend, check_ball
 from curvax.analysis.compiling import compiled_once
 from curvax.analysis.whole_sets import Loss, as_loss, walked
@@ -212,7 +213,7 @@ def _m_sharpness(
     pieces = (jnp.arange(count), groups)
     values, weight = lax.map(one, pieces, batch_size=min(chunk, count))
     w = jnp.ones_like(values) if weight is None else weight
-    mean = trees.ratio(jnp.sum(jnp.where(w == 0, 0, w * values)), jnp.sum(w))
+    mean = trees.ratio(jnp.sum(weighed(w, values)), jnp.sum(w))
     return MSharpness(axes.mean(mean, over, objective.batch_weight()), values)
 
 

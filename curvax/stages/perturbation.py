@@ -12,9 +12,9 @@ import jax.numpy as jnp
 
 from curvax import axes, checks, trees
 from curvax.axes import AxisNames
-from curvax.climbing import Climb, Rules
+from curvax.climbing import Climb, Rules, check_climb
 from curvax.figures import Figures, measured, unmeasured
-from curvax.linalg.ascent import MetricAscent, check_p, dual_norm
+from curvax.linalg import dual_norm
 from curvax.objective import Objective, as_objective
 from curvax.signal import Signal, Stage, at, stage
 from curvax.trees import Path, Tree
@@ -88,8 +88,9 @@ def sam_perturb(
     Raises:
         ValueError, TypeError: an option out of range, or traced where it must be static.
     """
-    _check_options(rho, p, steps, every)
-    _check_metric(ascent, steps, second_order)
+    check_climb("sam_perturb", rho, p, steps, ascent, second_order=second_order)
+    if not isinstance(every, jax.Array):
+        checks.check_count("sam_perturb", every=every)
     ascent = dual_norm(p) if ascent is None else ascent
 
     def init(params: Tree) -> SamState:
@@ -158,24 +159,6 @@ def _drawn(state: SamState, objective: Objective, local: frozenset[str]) -> tupl
 def _largest(radius: Tree) -> jax.Array:
     leaves = [jnp.asarray(r, float) for r in jax.tree.leaves(radius)]
     return jnp.max(jnp.stack(leaves)) if leaves else jnp.zeros(())
-
-
-def _check_options(rho: Any, p: Any, steps: Any, every: Any) -> None:
-    checks.check_static("sam_perturb", p=p)
-    check_p(p)
-    checks.check_range("rho", rho, 0, jnp.inf, stage="sam_perturb")
-    checks.check_count("sam_perturb", steps=steps)
-    if not isinstance(every, jax.Array):
-        checks.check_count("sam_perturb", every=every)
-
-
-def _check_metric(ascent: Any, steps: int, second_order: bool) -> None:
-    if isinstance(ascent, MetricAscent) and (steps > 1 or second_order):
-        raise ValueError(
-            "`sam_perturb` climbs in a metric in one step of first order, and was given "
-            f"steps={steps}, second_order={second_order}. Drop these options, or climb in a "
-            "p-norm: `ascent=dual_norm(2)`."
-        )
 
 
 def _warn_of_half_precision(params: Tree) -> None:
