@@ -1,14 +1,13 @@
 """A x = b by the whole matrix: for small models, and as the reference for everything else."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from curvax import axes
-from curvax.linalg.solvers import Reason, Solution, Solver, relative_residual
+from curvax.linalg.solvers import Reason, Solution, Solver, direct, relative_residual
 from curvax.linalg.vectors import materialize, ravel, unravel
 from curvax.trees import Tree
 
@@ -20,22 +19,14 @@ def dense() -> Solver:
     `breakdown`.
     """
 
-    def solve(
-        product: Callable[[Tree], Tree],
-        b: Tree,
-        state: Any,
-        *,
-        diagonal: Tree = None,
-        score: Any = None,
-    ) -> tuple[Solution, Any]:
-        del diagonal, score
+    def solve(product: Callable[[Tree], Tree], b: Tree) -> Solution:
         with jax.default_matmul_precision("highest"):
             matrix, rhs = materialize(product, b), ravel(b)
             x, reason = finite_or_zero(solve_symmetric(matrix, rhs))
             residual = relative_residual(rhs - matrix @ x, rhs)
-        return Solution(unravel(x, b), jnp.int32(rhs.size), residual, reason), state
+        return Solution(unravel(x, b), jnp.int32(rhs.size), residual, reason)
 
-    return Solver(solve)
+    return direct(solve)
 
 
 def solve_symmetric(matrix: jax.Array, b: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from curvax import trees
 from curvax.linalg.direct import finite_or_zero, solve_symmetric
-from curvax.linalg.solvers import Solution, Solver, relative_residual
+from curvax.linalg.solvers import Solution, Solver, direct, relative_residual
 from curvax.linalg.vectors import materialize, ravel, unravel
 from curvax.products import Product, Root
 from curvax.trees import Tree
@@ -27,15 +27,7 @@ def row_space() -> Solver:
         ValueError: at a solve, the product does not know its root.
     """
 
-    def solve(
-        product: Callable[[Tree], Tree],
-        b: Tree,
-        state: Any,
-        *,
-        diagonal: Tree = None,
-        score: Any = None,
-    ) -> tuple[Solution, Any]:
-        del diagonal, score
+    def solve(product: Callable[[Tree], Tree], b: Tree) -> Solution:
         root, damping = _root_of(product)
         kernel = materialize(lambda u: root.forward(root.transpose(u)), root.rows)
         rows = ravel(root.forward(b))
@@ -46,9 +38,9 @@ def row_space() -> Solver:
         x = unravel(flat, b)
         rest = jax.tree.map(lambda y, z: trees.widen(y) - trees.widen(z), b, product(x))
         residual = relative_residual(rest, b)
-        return Solution(x, jnp.int32(rows.size), residual, reason), state
+        return Solution(x, jnp.int32(rows.size), residual, reason)
 
-    return Solver(solve)
+    return direct(solve)
 
 
 def _damped(root: Root, kernel: jax.Array, rows: jax.Array, damping: Any, b: Tree) -> Tree:
