@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from curvax import axes
-from curvax.linalg.solvers import Reason, Solution, Solver, direct, relative_residual
+from curvax.linalg.solvers import Reason, Solution, Solver, direct_solver, relative_residual
 from curvax.linalg.vectors import materialize, ravel, unravel
 from curvax.trees import Tree
 
@@ -26,7 +26,7 @@ def dense() -> Solver:
             residual = relative_residual(rhs - matrix @ x, rhs)
         return Solution(unravel(x, b), jnp.int32(rhs.size), residual, reason)
 
-    return direct(solve)
+    return direct_solver(solve)
 
 
 def solve_symmetric(matrix: jax.Array, b: jax.Array) -> jax.Array:

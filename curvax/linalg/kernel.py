@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from curvax import trees
 from curvax.linalg.direct import finite_or_zero, solve_symmetric
-from curvax.linalg.solvers import Solution, Solver, direct, relative_residual
+from curvax.linalg.solvers import Solution, Solver, direct_solver, relative_residual
 from curvax.linalg.vectors import materialize, ravel, unravel
 from curvax.products import Product, Root
 from curvax.trees import Tree
@@ -40,7 +40,7 @@ def row_space() -> Solver:
         residual = relative_residual(rest, b)
         return Solution(x, jnp.int32(rows.size), residual, reason)
 
-    return direct(solve)
+    return direct_solver(solve)
 
 
 def _damped(root: Root, kernel: jax.Array, rows: jax.Array, damping: Any, b: Tree) -> Tree:

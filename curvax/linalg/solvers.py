@@ -44,23 +44,6 @@ class Solution(NamedTuple):
     """A `Reason`, int32 scalar."""
 
 
-def direct(solve: Callable[[Callable[[Tree], Tree], Tree], Solution]) -> Solver:
-    """The solver of a `solve(product, b)` that needs no more than that and keeps nothing."""
-
-    def ignoring(
-        product: Callable[[Tree], Tree],
-        b: Tree,
-        state: Any,
-        *,
-        diagonal: Tree = None,
-        score: Any = None,
-    ) -> tuple[Solution, Any]:
-        del diagonal, score
-        return solve(product, b), state
-
-    return Solver(ignoring)
-
-
 def check_solver(solver: Any, stage: str) -> None:
     """Refuses what is no solver.
 
@@ -124,3 +107,20 @@ class Solver:
                 'a schedule: name it, `inject_hyperparams(..., static_args=("solver",))`.'
             )
         return self.solve(product, b, self.init(b), diagonal=diagonal, score=score)[0]
+
+
+def direct_solver(solve: Callable[[Callable[[Tree], Tree], Tree], Solution]) -> Solver:
+    """The solver of a `solve(product, b)` that needs no more than that and keeps nothing."""
+
+    def ignoring(
+        product: Callable[[Tree], Tree],
+        b: Tree,
+        state: Any,
+        *,
+        diagonal: Tree = None,
+        score: Any = None,
+    ) -> tuple[Solution, Any]:
+        del diagonal, score
+        return solve(product, b), state
+
+    return Solver(ignoring)
