@@ -169,17 +169,19 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
+_PACKAGES = ("analysis", "plotting")
 _FLAX = ("TrainState", "layout", "nnx_loss")
 
 
 def __getattr__(name: str) -> Any:
     """What few scripts need, imported when first asked for: the names of the Flax bridge, since the
-    core does without Flax, and those of `curvax.analysis`."""
+    core does without Flax, those of `curvax.analysis`, and `curvax.plotting`, since it does without
+    matplotlib."""
     if name in _FLAX:
         return getattr(importlib.import_module("curvax.flax_bridge"), name)
+    if name in _PACKAGES:
+        return importlib.import_module(f"curvax.{name}")
     analysis = importlib.import_module("curvax.analysis")
-    if name == "analysis":
-        return analysis
     if name not in analysis.__all__:
         raise AttributeError(f"module 'curvax' has no attribute {name!r}")
     return getattr(analysis, name)

@@ -27,7 +27,7 @@ FLOORS = [
     {"signal", "climbing"},
     {"figures"},
     {"stages", "analysis"},
-    {"methods", "schedules", "run_length"},
+    {"methods", "schedules", "run_length", "plotting"},
     {"curvax"},
     {"recipe", "models", "flax_bridge"},
     {"training"},

@@ -1,0 +1,34 @@
+"""Several numbers of each result over what the results were measured at: steps, radii, runs."""
+
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from curvax.plotting.canvas import marker
+
+
+def draw_fields(
+    ax: Axes, results: Mapping[Any, Any], fields: Mapping[str, str], label: str | None
+) -> None:
+    """A curve for each field where the keys are numbers, dots side by side where they are names.
+
+    Args:
+        ax: where to.
+        results: `{step, radius or run: result}`.
+        fields: `{field of a result: its name in the legend}`.
+        label: of these results among others.
+    """
+    for field, name in fields.items():
+        values = {x: getattr(result, field) for x, result in results.items()}
+        draw_curve(ax, values, f"{label}: {name}" if label else name)
+
+
+def draw_curve(ax: Axes, values: Mapping[Any, Any], label: str, **style: Any) -> None:
+    """`{x: y}`"""
+    joined = all(isinstance(x, numbers.Real) for x in values)
+    y = [np.ravel(np.asarray(y, np.float64))[0] for y in values.values()]
+    line = "-" if joined else "none"
+    ax.plot(list(values), y, ls=line, marker=marker(ax), ms=4.5, lw=1.5, label=label, **style)

@@ -1,0 +1,163 @@
+"""How far the loss rises nearby ↦ its profile over radii, over groups, over draws."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from curvax.analysis import MSharpness, RandomSharpness, SurrogateGap
+from curvax.plotting.canvas import axes_or_new, colour, legend, marker, numbers, runs_of
+from curvax.plotting.curves import draw_curve, draw_fields
+
+
+def sharpness_profile(profiles: Any, *, ax: Axes | None = None, label: str | None = None) -> Axes:
+    """Sharpness over the radius of the ball.
+
+    Args:
+        profiles: `(rhos, values)`, the values numbers or each a `Sharpness`, or `{run: that}`.
+        ax: where to; new axes by default.
+        label: of one run in the legend.
+
+    Returns:
+        The axes.
+
+    Raises:
+        TypeError: something else was given.
+        ValueError: there is no run, or a label for several.
+    """
+    runs = runs_of(profiles, tuple, label, name="sharpness_profile", of="rhos, sharpness")
+    ax = axes_or_new(ax)
+    for run, (rhos, values) in runs.items():
+        y = numbers(values, "value")
+        ax.plot(numbers(rhos), y, ls="-", marker=marker(ax), ms=4.5, label=run)
+    ax.set(xlabel="radius ρ", ylabel="sharpness, max L(θ + ε) − L(θ)")
+    ax.grid(alpha=0.3)
+    legend(ax)
+    return ax
+
+
+def m_sharpness(results: Any, *, ax: Axes | None = None, label: str | None = None) -> Axes:
+    """Sharpness over the size of the groups, with its standard error over them.
+
+    Foret et al., SAM, arXiv:2010.01412, section 4.1 and Fig. 3.
+
+    Args:
+        results: `{m: MSharpness}`, each of `m_sharpness`, or `{run: that}`.
+        ax: where to; new axes by default.
+        label: of one run in the legend.
+
+    Returns:
+        The axes.
+
+    Raises:
+        TypeError: something else was given.
+        ValueError: there is no run, or a label for several.
+    """
+    runs = runs_of(results, Mapping, label, name="m_sharpness", of="m_sharpness")
+    for found in runs.values():
+        runs_of(found, MSharpness, None, name="m_sharpness", of="m_sharpness")
+    ax = axes_or_new(ax)
+    for run, found in runs.items():
+        values = [float(x.value) for x in found.values()]
+        bars = [_standard_error(numbers(x.groups)) for x in found.values()]
+        style: dict[str, Any] = dict(ls="-", marker=marker(ax), ms=4.5, capsize=2)
+        ax.errorbar(list(found), values, bars, label=run, **style)
+    sizes = sorted({m for found in runs.values() for m in found})
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(sizes, map(str, sizes))
+    ax.minorticks_off()
+    ax.set(xlabel="group size m", ylabel="m-sharpness")
+    ax.grid(alpha=0.3)
+    legend(ax)
+    return ax
+
+
+def surrogate_gap(
+    gaps: Any,
+    largest: Mapping[Any, Any] | None = None,
+    *,
+    xlabel: str = "step",
+    ax: Axes | None = None,
+    label: str | None = None,
+) -> Axes:
+    """The eigenvalue that the surrogate gap estimates, both ways, beside the true one.
+
+    The gap h itself is on the right where ρ is the same for all. Zhuang et al., GSAM,
+    arXiv:2203.08065, Lemma 3.3 and Fig. 4.
+
+    Args:
+        gaps: `{step, radius or run: SurrogateGap}`, each of `surrogate_gap`.
+        largest: `{the same or some of it: λ_max}`, numbers or `top_eigenpairs(...).values`.
+        xlabel: what the keys are, where they are numbers.
+        ax: where to; new axes by default.
+        label: of all these among others on the same axes.
+
+    Returns:
+        The axes.
+
+    Raises:
+        TypeError: something else was given.
+        ValueError: there is none.
+    """
+    found = runs_of(gaps, SurrogateGap, None, name="surrogate_gap", of="surrogate_gap")
+    ax = axes_or_new(ax)
+    names = {"sigma_max": "2h/ρ²", "sigma_max_corrected": "2(h − ρ‖∇L‖)/ρ²"}
+    draw_fields(ax, found, names, label)
+    if largest:
+        draw_curve(ax, largest, f"{label}: λ_max" if label else "λ_max", color="black")
+    ax.set_ylabel("largest eigenvalue of the Hessian")
+    if not any(isinstance(x, str) for x in found):
+        ax.set_xlabel(xlabel)
+    ax.grid(alpha=0.3)
+    _add_gap_axis(ax, list(found.values()))
+    legend(ax)
+    return ax
+
+
+def random_sharpness(r: Any, *, ax: Axes | None = None, label: str | None = None) -> Axes:
+    """How far the loss rises at each random perturbation, with mean and standard error.
+
+    Foret et al., SAM, arXiv:2010.01412, Theorem 2, asks that the mean be no less than 0.
+
+    Args:
+        r: a `RandomSharpness` of `random_sharpness`, or `{run: RandomSharpness}`.
+        ax: where to; new axes by default.
+        label: of one run in the legend.
+
+    Returns:
+        The axes.
+
+    Raises:
+        TypeError: something else was given.
+        ValueError: there is no run, or a label for several.
+    """
+    runs = runs_of(r, RandomSharpness, label, name="random_sharpness", of="random_sharpness")
+    ax = axes_or_new(ax)
+    everything = np.concatenate([numbers(found.differences) for found in runs.values()])
+    bins = list(np.histogram_bin_edges(everything, bins="auto"))
+    for run, found in runs.items():
+        mean, error = float(found.value), np.nan_to_num(float(found.standard_error))
+        line = ax.axvline(mean, lw=1.5, color=colour(ax))
+        own: dict[str, Any] = dict(color=line.get_color(), lw=0)
+        ax.hist(numbers(found.differences), bins, alpha=0.45, label=run, **own)
+        ax.axvspan(mean - error, mean + error, alpha=0.3, **own)
+    ax.axvline(0, color="0.3", lw=0.8, ls="--")
+    ax.set(xlabel="rise of the loss, L(θ + ε) − L(θ)", ylabel="draws")
+    legend(ax)
+    return ax
+
+
+def _standard_error(groups: np.ndarray) -> float:
+    return float(np.std(groups, ddof=1) / len(groups) ** 0.5) if len(groups) > 1 else np.nan
+
+
+def _add_gap_axis(ax: Axes, gaps: list[SurrogateGap]) -> None:
+    """2h/ρ² read as h, on the right."""
+    squares = np.array([2 * float(x.gap) / float(x.sigma_max) for x in gaps if x.sigma_max != 0])
+    if not squares.size or np.ptp(squares) > 1e-3 * squares.max() or ax.child_axes:
+        return
+    square = squares.mean()
+    functions = (lambda s: s * square / 2, lambda h: 2 * h / square)
+    right = ax.secondary_yaxis("right", functions=functions)
+    right.set_ylabel(f"surrogate gap h (ρ = {square**0.5:.3g})")
