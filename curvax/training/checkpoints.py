@@ -41,15 +41,21 @@ class Checkpoints(NoCheckpoints):
     """The newest few checkpoints of a run, by step.
 
     A checkpoint is on disk before the next step begins, so that a full disk is met where it can
-    still be answered, and donated buffers are never read late.
+    still be answered, and donated buffers are never read late. Those that are `read_only` may belong
+    to a run that goes on.
     """
 
-    def __init__(self, folder: Path, keep: int = 2):
+    def __init__(self, folder: Path, keep: int = 2, *, read_only: bool = False):
         self.folder = folder.absolute()
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
+            max_to_keep=keep,
+            enable_async_checkpointing=False,
+            cleanup_tmp_directories=not read_only,
+            create=not read_only,
+            read_only=read_only,
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        with _silent_log():
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def resume(self, state: State, batches: Any) -> tuple[State, Any]:
         """State and batches as the newest checkpoint has them, or as given, which is then kept.

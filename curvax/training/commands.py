@@ -11,7 +11,7 @@ from rich.table import Table
 from curvax.training import bench, compare, curves, progress, report, runs, sweep
 from curvax.training import config as configs
 from curvax.training.checkpoints import CheckpointError
-from curvax.training.compare import Outcomes
+from curvax.training.compare import Arms, Outcomes
 from curvax.training.experiment import Experiment, build
 from curvax.training.tasks import Task
 
@@ -27,12 +27,18 @@ class Plan(NamedTuple):
     fair: bool = False  # the base may run twice the epochs
     fields: Mapping[str, Sequence[str]] = {}  # a sweep's values
 
+    def arms(self, config: ConfigDict) -> Arms:
+        """The config of every arm, in the order of their folders' numbers."""
+        arms = compare.arms(config, self.optimizers, fair=self.fair)
+        return compare.grid(arms, self.fields) if self.fields else arms
+
+    def ready(self, arm: ConfigDict) -> Experiment:
+        """One arm made ready; a sweep's arms are scored on what they held out."""
+        return build(arm, hold_out=bool(self.fields))
+
     def prepare(self, config: ConfigDict) -> dict[str, Experiment]:
         """Every arm made ready, and so checked before one begins."""
-        arms = compare.arms(config, self.optimizers, fair=self.fair)
-        if self.fields:
-            arms = compare.grid(arms, self.fields)
-        return {name: build(arm, hold_out=bool(self.fields)) for name, arm in arms.items()}
+        return {name: self.ready(arm) for name, arm in self.arms(config).items()}
 
 
 def configure(name: str, assignments: Sequence[str]) -> ConfigDict:
@@ -54,13 +60,18 @@ def start(config: ConfigDict, plan: Plan, root: Path) -> None:
 
 
 def resume(folder: Path) -> None:
-    """Goes on with what was begun in a run folder.
+    """Goes on with what was begun in a run folder; errors as in `read`."""
+    config, plan = read(folder)
+    _carry_out(config, plan, plan.prepare(config), folder)
+
+
+def read(folder: Path) -> tuple[ConfigDict, Plan]:
+    """The config of a run folder, and what is done with it.
 
     Raises:
         RunError: the folder is not a run's.
     """
-    config, plan = runs.read_config(folder), Plan(**runs.read_json(folder / _PLAN))
-    _carry_out(config, plan, plan.prepare(config), folder)
+    return runs.read_config(folder), Plan(**runs.read_json(folder / _PLAN))
 
 
 def _carry_out(

@@ -1,0 +1,209 @@
+"""Numbers of runs ↦ sentences: what differs between them, where, and what to bear in mind.
+
+The first run is what the others are compared with. Runs are named in backticks.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from curvax.inspection.headlines import Headline, headlines
+from curvax.inspection.measures import RHO
+from curvax.inspection.survey import Survey
+from curvax.inspection.words import listing, named, ratio
+
+EQUAL_LOSS = 0.1
+"""Relative difference up to which training losses pass for equal."""
+
+Lines = Iterator[str]
+
+
+class Facts(NamedTuple):
+    """What of a run bears on how its numbers are read."""
+
+    model: str
+    rate: float | None  # the learning rate at its peak, where the method's text tells
+    step: int
+    steps: int
+    normalised: bool  # the model keeps batch statistics
+
+
+def findings(found: Survey) -> list[str]:
+    """What the numbers say, the most telling first."""
+    lines = headlines(found)
+    parts = (
+        _plain(lines, "largest", "The largest eigenvalue of the Hessian is {}."),
+        _plain(lines, "sharpness", f"Within a ball of radius {RHO} the loss rises by {{}}."),
+        _by_block(found),
+        _plain(lines, "trace", "The trace of the Hessian is {}."),
+        _plain(lines, "bulk_ratio", "The top stands out of the bulk by λ₁/λ₅ = {}."),
+        _gap(lines),
+        _plain(lines, "m_sharpness", f"In groups of few examples, within {RHO}, it rises by {{}}."),
+        _active(found),
+        _plain(lines, "share", "Of the gradient's squared length {} lies along the top eigenvectors."),
+        _plain(lines, "kernel", "The neural tangent kernel has a condition number of {}."),
+        _average(found),
+    )
+    return list(itertools.chain.from_iterable(parts))
+
+
+def caveats(found: Survey, facts: Mapping[str, Facts]) -> list[str]:
+    """What to bear in mind when reading them."""
+    parts = (
+        _unfinished(facts),
+        *((_models(facts), _rates(facts), _losses(found)) if len(facts) > 1 else ()),
+        _unconverged(found),
+        _rescaling(facts),
+    )
+    return list(itertools.chain.from_iterable(parts))
+
+
+def _plain(lines: Mapping[str, Headline], name: str, sentence: str) -> Lines:
+    if name in lines:
+        yield sentence.format(listing(lines[name].values, lines[name].form))
+
+
+def _by_block(found: Survey) -> Lines:
+    values = {
+        run: {name: float(block.value) for name, block in _leaves(blocks).items()}
+        for run, blocks in found.of("blocks").items()
+    }
+    if not values:
+        return
+    base, *others = values
+    sharpest = {run: max(own, key=own.__getitem__) for run, own in values.items()}
+    told = (f"`{block}` in `{run}` ({values[run][block]:.3g})" for run, block in sharpest.items())
+    yield f"The block of largest eigenvalue is {', '.join(told)}."
+    for run in others:
+        yield from _moved(
+            values[base], values[run], f"From `{base}` to `{run}` λ_max changes most in", "{:.3g}"
+        )
+
+
+def _active(found: Survey) -> Lines:
+    shares = {
+        run: {name: float(x) for name, x in inside.active.items()}
+        for run, inside in found.of("inside").items()
+    }
+    for run in list(shares)[1:]:
+        base = next(iter(shares))
+        start = f"From `{base}` to `{run}` the share of active units changes most at"
+        yield from _moved(shares[base], shares[run], start, "{:.0%}")
+
+
+def _moved(base: Mapping[str, float], own: Mapping[str, float], start: str, form: str) -> Lines:
+    """Where two runs differ by the largest factor, and where by the least."""
+    factors = {
+        name: max(own[name] / base[name], base[name] / own[name])
+        for name in base
+        if name in own and base[name] > 0 and own[name] > 0
+    }
+    if len(factors) < 2:
+        return
+    most, least = max(factors, key=factors.__getitem__), min(factors, key=factors.__getitem__)
+    yield (
+        f"{start} `{most}`, {form.format(base[most])} → {form.format(own[most])} "
+        f"({ratio(own[most], base[most])}), and least {'at' if start.endswith('at') else 'in'} "
+        f"`{least}` ({ratio(own[least], base[least])})."
+    )
+
+
+def _leaves(blocks: Mapping[str, object]) -> dict[str, object]:
+    """The blocks that are not made up of others."""
+    inner = lambda name: any(other.startswith(f"{name}/") for other in blocks)
+    return {name: block for name, block in blocks.items() if not inner(name)}
+
+
+def _gap(lines: Mapping[str, Headline]) -> Lines:
+    if not {"gap", "gap_corrected", "largest"} <= lines.keys():
+        return
+    plain, corrected, largest = (lines[n].values for n in ("gap", "gap_corrected", "largest"))
+    told = [
+        f"{plain[run]:.3g} and {corrected[run]:.3g} in `{run}`, where it is {largest[run]:.3g}"
+        for run in largest
+        if run in plain and run in corrected
+    ]
+    yield (
+        f"The surrogate gap at ρ = {RHO} estimates λ_max, by 2h/ρ² and less the part of the "
+        f"gradient, at {'; '.join(told)}."
+    )
+
+
+def _average(found: Survey) -> Lines:
+    results = found.of("random_sharpness")
+    if not results:
+        return
+    falls = [run for run, r in results.items() if r.value < 0]
+    values = {run: float(r.value) for run, r in results.items()}
+    end = (
+        f"it falls in {named(falls)}, where the condition of SAM's Theorem 2 does not hold"
+        if falls
+        else "the condition of SAM's Theorem 2 holds there"
+    )
+    yield f"Under random perturbations the test loss changes by {listing(values, '{:+.2g}')}; {end}."
+
+
+def _unfinished(facts: Mapping[str, Facts]) -> Lines:
+    for run, own in facts.items():
+        if own.step < own.steps:
+            yield f"`{run}` is looked at after step {own.step} of {own.steps}: it is not trained out."
+
+
+def _models(facts: Mapping[str, Facts]) -> Lines:
+    models = {run: own.model for run, own in facts.items()}
+    if len(set(models.values())) > 1:
+        yield (
+            "The models differ. Radii, eigenvalues and traces are in units of each model's own "
+            "weights: what compares across models is each one's change between two methods."
+        )
+
+
+def _rates(facts: Mapping[str, Facts]) -> Lines:
+    rates = {run: own.rate for run, own in facts.items() if own.rate is not None}
+    unknown = [run for run, own in facts.items() if own.rate is None]
+    if unknown:
+        yield (
+            f"The learning rate of {named(unknown)} could not be read from the method's text. "
+            "Eigenvalues compare only at equal learning rates."
+        )
+    elif len(set(rates.values())) > 1:
+        yield (
+            f"The learning rates differ ({listing(rates, '{:g}', compared=False)}), and a larger "
+            "one by itself leads to smaller eigenvalues: compare at equal learning rates before "
+            "you credit the method."
+        )
+    else:
+        yield f"The learning rates are equal at their peak, {next(iter(rates.values())):g}."
+
+
+def _losses(found: Survey) -> Lines:
+    line = headlines(found).get("loss")
+    if line is None or len(line.values) < 2:
+        return
+    low, high = min(line.values.values()), max(line.values.values())
+    told = listing(line.values, line.form, compared=False)
+    if high - low > EQUAL_LOSS * abs(high):
+        yield (
+            f"The training losses differ ({told}). The curvature of a loss changes with its value, "
+            "so not all of the difference is one of flatness."
+        )
+    else:
+        yield f"The training losses are equal to {EQUAL_LOSS:.0%} ({told})."
+
+
+def _unconverged(found: Survey) -> Lines:
+    pairs = found.of("eigenpairs")
+    open_ = [run for run, found_ in pairs.items() if not found_.converged[0]]
+    if open_:
+        yield f"λ_max of {named(open_)} did not converge: its residual tells how far to trust it."
+    count = sum(not b.converged for own in found.of("blocks").values() for b in own.values())
+    if count:
+        yield f"{count} eigenvalues of blocks did not converge; they are drawn hollow."
+
+
+def _rescaling(facts: Mapping[str, Facts]) -> Lines:
+    if any(own.normalised for own in facts.values()):
+        yield (
+            "The model has batch norm, so that its weights can be rescaled without changing what "
+            "it computes, and eigenvalues change with them: read them beside the weight norms."
+        )

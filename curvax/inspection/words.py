@@ -1,0 +1,50 @@
+"""Numbers ↦ the phrases that compare them."""
+
+import math
+from collections.abc import Mapping
+
+ALIKE = 1.05
+"""The ratio of two numbers up to which they pass for the same."""
+
+
+def ratio(value: float, base: float) -> str:
+    """`26 times smaller`, `31 % larger`, `about the same`; nothing where signs differ."""
+    if value * base <= 0:
+        return ""
+    larger, factor = abs(value) > abs(base), max(value / base, base / value)
+    if factor < ALIKE:
+        return "about the same"
+    word = "larger" if larger else "smaller"
+    if factor < 2:
+        return f"{abs(value / base - 1):.0%} {word}"
+    return f"{_round(factor)} times {word}"
+
+
+def listing(values: Mapping[str, float], form: str, *, compared: bool = True) -> str:
+    """`` `119` in `sgd` and 4.5 in `sam` (26 times smaller) ``, the first being what the others
+    are compared with."""
+    (first, base), *others = values.items()
+    parts = [f"{form.format(base)} in `{first}`"]
+    for run, value in others:
+        words = ratio(value, base) if compared else ""
+        parts.append(f"{form.format(value)} in `{run}`" + (f" ({words})" if words else ""))
+    return _and(parts)
+
+
+def named(runs: list[str] | tuple[str, ...]) -> str:
+    """`` `sgd`, `sam` and `gsam` ``"""
+    return _and([f"`{run}`" for run in runs])
+
+
+def _and(parts: list[str]) -> str:
+    *most, last = parts
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def _round(factor: float) -> str:
+    return f"{factor:.1f}" if factor < 10 else f"{factor:.2g}" if factor < 100 else _thousands(factor)
+
+
+def _thousands(factor: float) -> str:
+    digits = 10 ** (math.floor(math.log10(factor)) - 1)
+    return f"{round(factor / digits) * digits:,.0f}"
