@@ -23,14 +23,15 @@ from noisy_images import SIZE, Trainer, images, kept  # noqa: E402
 
 from curvax.analysis import m_sharpness  # noqa: E402
 from curvax.models import build  # noqa: E402
+from curvax.plotting.canvas import clean, legend  # noqa: E402
 from curvax.training.statistics import summarise  # noqa: E402
 
 pytestmark = pytest.mark.evidence
 COMMAND = "python -m pytest tests/test_generalisation.py -m evidence"
 BATCH, SEEDS = 128, 5
-GROUPS = {4: "4", 16: "16", 64: "64", BATCH: "the whole batch"}
+GROUPS = {4: "4", 16: "16", 64: "64", BATCH: f"{BATCH} (batch)"}
 RHOS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-SIZES = {4: "4", 16: "16", 64: "64", SIZE: "the whole set"}
+SIZES = {4: "4", 16: "16", 64: "64", SIZE: f"{SIZE} (all)"}
 RADII = (0.05, 0.2)
 NOISE = {0.4: "40 % wrong labels", 0.0: "right labels"}
 CHANCE = 2.0  # nats; log 10 is 2.3
@@ -95,9 +96,9 @@ def interval(values, digits=1):
 
 
 SETTING = (
-    f"perceptrons 64-128-64-10 on {SIZE} of scikit-learn's digits, batch {BATCH}, SGD with momentum "
-    f"0.9, learning rate 0.05 with a cosine to zero, 80 epochs. Mean over {SEEDS} seeds ± half "
-    "width of the 95 % interval."
+    f"perceptrons 64-128-64-10 on {SIZE} of scikit-learn's digits, batch {BATCH}, SGD with "
+    "momentum 0.9, learning rate 0.05 with a cosine to zero, 80 epochs. Mean over "
+    f"{SEEDS} seeds ± half width of the 95 % interval."
 )
 
 
@@ -149,27 +150,27 @@ def test_m_sharpness_ranks_models_by_their_gap_the_better_the_smaller_m():
         assert smallest > max(whole, 0.5)
 
 
-def draw(noisy, clean):
-    figure = Figure((7, 2.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
+def draw(noisy, clean_labels):
+    figure = Figure((7.6, 2.9), layout="constrained")
+    left, right = (clean(ax) for ax in figure.subplots(1, 2))
     for m, name in GROUPS.items():
-        runs = np.array([errors(0.4, m, rho) for rho in RHOS])
-        shown = runs.mean(axis=1) < 50
-        left.plot(np.array(RHOS)[shown], runs.mean(axis=1)[shown], "o-", label=f"m = {name}")
+        runs = [summarise(errors(0.4, m, rho)) for rho in RHOS]
+        learnt = [(rho, x.mean) for rho, x in zip(RHOS, runs) if x.mean < 50]
+        left.plot(*zip(*learnt), ".-", label=f"m = {name}")
     left.axhline(errors(0.4, BATCH, 0.0).mean(), color="0.5", linestyle="--", label="SGD")
-    left.set(xscale="log", xlabel="ρ", ylabel="test error, %")
-    for values, label in ((noisy, NOISE[0.4]), (clean, NOISE[0.0])):
-        spread = [summarise(x) for x in values.values()]
-        right.errorbar(
-            range(len(SIZES)),
-            [x.mean for x in spread],
-            [x.half_width for x in spread],
-            fmt="o-",
-            capsize=3,
-            label=label,
-        )
+    left.set(xscale="log", xlabel="ρ", ylabel=f"test error, % ({NOISE[0.4]})")
+    left.set_xticks(RHOS, [f"{rho:g}" for rho in RHOS])
+    left.minorticks_off()
+    for values, label in ((noisy, NOISE[0.4]), (clean_labels, NOISE[0.0])):
+        found = [summarise(x) for x in values.values()]
+        bars = [x.half_width for x in found]
+        place = dict(fmt=".-", capsize=3, label=label)
+        right.errorbar(range(len(SIZES)), [x.mean for x in found], bars, **place)
     right.set_xticks(range(len(SIZES)), SIZES.values())
-    right.set(xlabel="m of the sharpness", ylabel="rank correlation with the gap")
-    for axes in (left, right):
-        axes.legend(frameon=False, fontsize="small")
-    figure.savefig(evidence_tables.FOLDER / "m_sharpness.png", dpi=120)
+    right.set(
+        xlabel="m (radius 0.2)",
+        ylabel="rank correlation of m-sharpness\nwith the generalisation gap",
+    )
+    for ax in (left, right):
+        legend(ax)
+    figure.savefig(evidence_tables.FOLDER / "m_sharpness.png", dpi=110)
