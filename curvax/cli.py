@@ -1,6 +1,7 @@
-"""The command line: `curvax train`, `compare`, `bench`, `resume` and `configs`."""
+"""The command line: `curvax train`, `compare`, `inspect`, `bench`, `resume` and `configs`."""
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ Curvature and sharpness in training, from the command line.
 
   curvax train                 a first run: GSAM beside AdamW on digits with wrong labels
   curvax compare digits --seeds 3 --fair
+  curvax inspect runs/digits-compare-20260101-120000
   curvax bench digits
   curvax train pydoc           Sophia and AdaHessian beside AdamW on a text
   curvax configs               what else there is to run
@@ -47,6 +49,18 @@ gains are counted from.
   curvax compare digits --seeds 3 --fair
   curvax compare digits --optimizers "adamw(cosine(1e-2))" "sam_perturb(0.2) | adamw(cosine(1e-2))"
   curvax compare digits --sweep rho=0.05,0.1,0.2,0.5 --sweep alpha=0,0.2,0.4
+"""
+
+_INSPECT = """\
+Look at what runs came to: spectrum of the Hessian, whole and block by block, sharpness, landscapes,
+activations, attention, neural tangent kernel, at the newest checkpoints of runs of one task, side
+by side. Leaves a folder with one page, report.html, its pictures, and all numbers in inspect.json.
+
+RUN is the folder that `curvax train` or `curvax compare` left, for the first seed of each of its
+arms; or an arm in it; or a seed of an arm. The first is what the others are compared with.
+
+  curvax inspect runs/digits-train-20260101-120000
+  curvax inspect runs/A/0-sgd/seed* runs/B/1-sam-sgd/seed0 --budget 15
 """
 
 _BENCH = """\
@@ -103,6 +117,9 @@ class _Parser(argparse.ArgumentParser):
         self.add_argument(
             "config", nargs="?", default="digits", metavar="CONFIG", help="by default digits"
         )
+        self.makes_folders()
+
+    def makes_folders(self) -> None:
         self.add_argument(
             "--runs", type=Path, default=Path("runs"), metavar="DIR", help="where run folders go"
         )
@@ -123,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     _compare_options(
         add("compare", help="train by several methods", description=_COMPARE, epilog=_FIELDS)
     )
+    _inspect_options(add("inspect", help="look at what runs came to", description=_INSPECT))
     _bench_options(add("bench", help="what a step costs", description=_BENCH, epilog=_FIELDS))
     resume = add("resume", help="go on with a run", description=_RESUME)
     resume.runs(_resume).add_argument("folder", type=Path, metavar="FOLDER")
@@ -152,6 +170,25 @@ def _compare_options(compare: _Parser) -> None:
     )
 
 
+def _inspect_options(inspect: _Parser) -> None:
+    inspect.runs(_inspect).makes_folders()
+    inspect.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="what to look at")
+    inspect.add_argument(
+        "--budget",
+        type=_positive_number,
+        default=5.0,
+        metavar="MINUTES",
+        help="for loading and measuring, by default 5; what does not fit is named",
+    )
+    inspect.add_argument(
+        "--examples",
+        type=_positive,
+        default=256,
+        metavar="N",
+        help="of the training set to take the loss on, by default the first 256",
+    )
+
+
 def _bench_options(bench: _Parser) -> None:
     bench.runs(_bench).takes_a_config()
     bench.takes_methods()
@@ -164,6 +201,13 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, and is {number}")
+    return number
+
+
+def _positive_number(text: str) -> float:
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number, and is {text}")
     return number
 
 
@@ -187,6 +231,14 @@ def _compare(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         methods = arguments.optimizers or commands.methods(config)
         plan = commands.Plan("compare", methods, arguments.seeds, arguments.fair)
     commands.start(config, plan, arguments.runs)
+
+
+def _inspect(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from curvax.inspection import commands
+
+    if overrides:
+        raise ValueError(f"`curvax inspect` takes runs as they are, and got {' '.join(overrides)}.")
+    commands.inspect(arguments.folders, arguments.budget, arguments.examples, arguments.runs)
 
 
 def _bench(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:

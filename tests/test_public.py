@@ -31,6 +31,7 @@ FLOORS = [
     {"curvax"},
     {"recipe", "models", "flax_bridge"},
     {"training"},
+    {"inspection"},
     {"cli"},
     {"__main__"},
 ]

@@ -33,6 +33,7 @@ class Price(NamedTuple):
 
 def price(point: Point, clock: Clock = time.perf_counter) -> Price:
     """Takes a gradient a few times: the first time it is compiled."""
+
     def seconds() -> float:
         began = clock()
         jax.block_until_ready(gradient(point.objective, point.params))

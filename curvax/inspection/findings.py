@@ -5,7 +5,7 @@ The first run is what the others are compared with. Runs are named in backticks.
 
 import itertools
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from curvax.inspection.headlines import Headline, headlines
 from curvax.inspection.measures import RHO
@@ -40,7 +40,7 @@ def findings(found: Survey) -> list[str]:
         _gap(lines),
         _plain(lines, "m_sharpness", f"In groups of few examples, within {RHO}, it rises by {{}}."),
         _active(found),
-        _plain(lines, "share", "Of the gradient's squared length {} lies along the top eigenvectors."),
+        _plain(lines, "share", "Of ‖∇L‖² the top eigenvectors hold {}."),
         _plain(lines, "kernel", "The neural tangent kernel has a condition number of {}."),
         _average(found),
     )
@@ -108,7 +108,7 @@ def _moved(base: Mapping[str, float], own: Mapping[str, float], start: str, form
     )
 
 
-def _leaves(blocks: Mapping[str, object]) -> dict[str, object]:
+def _leaves(blocks: Mapping[str, Any]) -> dict[str, Any]:
     """The blocks that are not made up of others."""
     inner = lambda name: any(other.startswith(f"{name}/") for other in blocks)
     return {name: block for name, block in blocks.items() if not inner(name)}
@@ -140,13 +140,14 @@ def _average(found: Survey) -> Lines:
         if falls
         else "the condition of SAM's Theorem 2 holds there"
     )
-    yield f"Under random perturbations the test loss changes by {listing(values, '{:+.2g}')}; {end}."
+    told = listing(values, "{:+.2g}")
+    yield f"Under random perturbations the test loss changes by {told}; {end}."
 
 
 def _unfinished(facts: Mapping[str, Facts]) -> Lines:
     for run, own in facts.items():
         if own.step < own.steps:
-            yield f"`{run}` is looked at after step {own.step} of {own.steps}: it is not trained out."
+            yield f"`{run}` is looked at after step {own.step} of {own.steps}, before its end."
 
 
 def _models(facts: Mapping[str, Facts]) -> Lines:

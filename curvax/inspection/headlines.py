@@ -39,7 +39,7 @@ _ROWS = (
         "sharpness", "sharpness", f"sharpness at ρ = {RHO}", "{:.3g}", lambda r: r[RHO].value
     ),
     _Row(
-        "m_sharpness", "m_sharpness", f"m-sharpness at ρ = {RHO}, m the least",
+        "m_sharpness", "m_sharpness", f"m-sharpness at ρ = {RHO}, smallest groups",
         "{:.3g}", lambda r: r[min(r)].value,
     ),
     _Row("gap", "surrogate_gap", f"2h/ρ² at ρ = {RHO}", "{:.3g}", lambda r: r[RHO].sigma_max),
@@ -62,7 +62,7 @@ _ROWS = (
         "random", "random_sharpness", f"rise of the test loss under N(0, {DEVIATION}²)", "{:.3g}",
         lambda r: r.value,
     ),
-    _Row("kernel", "kernel", "condition number κ of the NTK", "{:.3g}", lambda r: r.condition.value),
+    _Row("kernel", "kernel", "condition number of the NTK", "{:.3g}", lambda r: r.condition.value),
 )  # fmt: skip
 
 

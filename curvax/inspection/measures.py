@@ -164,7 +164,8 @@ def perceptron(point: Point) -> Any:
     found = analysis.mlp_block_hessians(
         _first(point, PERCEPTRON_EXAMPLES), point.params, layers, "input", activation=activation
     )
-    return {name: block._replace(inputs=None, hessian=None) for name, block in found.items()}
+    nothing = jnp.zeros(0)
+    return {name: b._replace(inputs=nothing, hessian=nothing) for name, b in found.items()}
 
 
 def _model(point: Point) -> Any:
@@ -214,7 +215,7 @@ def _kernel_work(point: Point) -> Work:
 
 
 def _blocks_work(point: Point) -> Work:
-    return Work(32, 45 * len(point.layout.blocks()))
+    return Work(70, 18 * len(point.layout.blocks()))
 
 
 MEASURES = (

@@ -25,7 +25,9 @@ def peak_rate(text: str, names: Mapping[str, float]) -> float | None:
     return _rate(node, names, outermost=True)
 
 
-def _rate(node: ast.expr | None, names: Mapping[str, float], outermost: bool = False) -> float | None:
+def _rate(
+    node: ast.expr | None, names: Mapping[str, float], outermost: bool = False
+) -> float | None:
     match node:
         case ast.Call(func=ast.Name(id=name)) if outermost or name in _STRETCHED:
             return _rate(_first(node), names)

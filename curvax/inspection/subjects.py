@@ -118,13 +118,18 @@ def _require_checkpoint(folder: Path) -> None:
 
 
 def _require_same_task(first: _Place, other: _Place) -> None:
-    same = lambda c: (c.task, c.data.name, c.loss)
+    same = lambda config: (config.task, config.data.name, config.loss)
     if same(first.config) != same(other.config):
-        told = lambda place: f"{place.folder} is a run of `{place.config.task}` on `{place.config.data.name}`"
         raise RunError(
             "Runs stand side by side where they have one loss on one kind of data: "
-            f"{told(first)}, and {told(other)}. Inspect them one by one."
+            f"{_told(first)}, and {_told(other)}. Inspect them one by one."
         )
+
+
+def _told(place: _Place) -> str:
+    config = place.config
+    loss = f" under the loss `{config.loss}`" if config.loss else ""
+    return f"{place.folder} is of the task `{config.task}` on `{config.data.name}`{loss}"
 
 
 def _told_apart(places: Sequence[_Place]) -> list[str]:

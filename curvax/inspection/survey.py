@@ -10,8 +10,8 @@ from curvax.inspection.budget import Budget, price
 from curvax.inspection.measures import MEASURES, Measure
 from curvax.inspection.points import Point
 
-Report = Callable[[str, str], None]
-"""Told which measure begins, and of which run; `("", "")` at the end."""
+Report = Callable[[int, str], None]
+"""Told how many measures are over, and what begins."""
 
 
 class Omission(NamedTuple):
@@ -40,7 +40,7 @@ class Survey:
 def survey(
     points: Mapping[str, Point],
     budget: Budget,
-    report: Report = lambda measure, run: None,
+    report: Report = lambda count, what: None,
     measures: tuple[Measure, ...] = MEASURES,
 ) -> Survey:
     """Takes the measures in their order, each at all points, as far as the budget goes.
@@ -49,9 +49,9 @@ def survey(
     refuses or meets is noted, and the others go on.
     """
     found = Survey()
-    report("the price of a gradient", "")
+    report(0, "the price of a gradient")
     prices = {name: price(point) for name, point in points.items()}
-    for measure in measures:
+    for number, measure in enumerate(measures):
         apt = _where_it_applies(measure, points, found)
         estimate = sum(prices[name].of(measure.work(point)) for name, point in apt.items())
         if apt and budget.pace * estimate > budget.left:
@@ -59,7 +59,7 @@ def survey(
             continue
         with budget.spending(estimate):
             for name, point in apt.items():
-                report(measure.title, name)
+                report(number, f"{measure.title}, {name}")
                 _take(measure, name, point, found)
     found.seconds = budget.spent
     return found

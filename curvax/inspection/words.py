@@ -42,9 +42,6 @@ def _and(parts: list[str]) -> str:
 
 
 def _round(factor: float) -> str:
-    return f"{factor:.1f}" if factor < 10 else f"{factor:.2g}" if factor < 100 else _thousands(factor)
-
-
-def _thousands(factor: float) -> str:
-    digits = 10 ** (math.floor(math.log10(factor)) - 1)
-    return f"{round(factor / digits) * digits:,.0f}"
+    """To two digits, without an exponent."""
+    unit = 10.0 ** (math.floor(math.log10(factor)) - 1)
+    return f"{round(factor / unit) * unit:,.{1 if factor < 9.95 else 0}f}"
