@@ -5,7 +5,7 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
-from types import SimpleNamespace
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -75,11 +75,8 @@ def sam(run):
     (subject,) = subjects.load([run / "1-sam_perturb-adam" / "seed0"])
     experiment = subject.experiment
     few = experiment.material.train.rows(slice(EXAMPLES))
-    batch = {
-        "input": jnp.asarray(few.inputs / 255.0, jnp.float32),
-        "label": jnp.asarray(few.labels),
-    }
-    batch = experiment.task.in_test(batch)
+    inputs = jnp.asarray(few.inputs / 255.0, jnp.float32)
+    batch = experiment.task.in_test({"input": inputs, "label": jnp.asarray(few.labels)})
     predict = lambda params, batch: experiment.model.apply({"params": params}, batch["input"])
     objective = curvax.Objective(curvax.categorical("label"), batch, model=predict)
     return objective, subject.state.params
@@ -106,7 +103,11 @@ def test_every_measure_is_taken_or_excused(told):
         ("weights", ["head"], lambda o, p: analysis.block_norms(p)["head"]),
         ("gradient_angle", ["0.1", "angle"], lambda o, p: analysis.gradient_angle(o, p, 0.1).angle),
         ("inside", ["active", "gelu"], lambda o, p: analysis.active_fraction(o, p)["gelu"]),
-        ("kernel", ["condition", "largest"], lambda o, p: analysis.ntk_condition_number(o, p).largest),
+        (
+            "kernel",
+            ["condition", "largest"],
+            lambda o, p: analysis.ntk_condition_number(o, p).largest,
+        ),
     ],
 )  # fmt: skip
 def test_numbers_are_those_of_the_analysis(measure, path, direct, told, sam):
@@ -117,11 +118,12 @@ def test_numbers_are_those_of_the_analysis(measure, path, direct, told, sam):
 
 
 def test_eigenvalues_are_those_of_the_analysis(told, sam):
-    pairs = analysis.top_eigenpairs(*sam, 5, end="largest")
+    objective, params = sam
+    pairs = analysis.top_eigenpairs(objective, params, 5, end="largest")
     found = told["measures"]["eigenpairs"]["sam_perturb | adam"]
     scale = float(pairs.values[0])
     np.testing.assert_allclose(found["values"], pairs.values, atol=points.TOLERANCE * scale)
-    blocks = analysis.block_eigenvalues(*sam, ["layer0", "head"])
+    blocks = analysis.block_eigenvalues(objective, params, ["layer0", "head"])
     for name, block in told["measures"]["blocks"]["sam_perturb | adam"].items():
         np.testing.assert_allclose(block["value"], blocks[name].value, rtol=1e-2)
 
@@ -151,7 +153,7 @@ def stub(name, gradients, clock, takes=None, error=None):
 
 def surveyed(monkeypatch, clock, seconds, *stubs):
     monkeypatch.setattr(survey, "price", lambda point: Price(0.0, 1.0))
-    runs = {"a": SimpleNamespace(), "b": SimpleNamespace()}
+    runs: dict[str, Any] = {"a": None, "b": None}
     return survey.survey(runs, Budget(seconds, clock), measures=stubs)
 
 
@@ -254,7 +256,9 @@ class Reader(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.tags, self.open, self.texts = [], [], []
+        self.tags: list[tuple[str, dict[str, Any]]] = []
+        self.open: list[str] = []
+        self.texts: list[str] = []
         self.feed(text)
         assert not self.open
 

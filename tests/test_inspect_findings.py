@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,8 +17,8 @@ from curvax.linalg import Eigenpairs
 
 
 def pairs(*values, converged=True):
-    flags = np.full(len(values), converged)
-    return Eigenpairs(np.array(values), None, np.zeros(len(values)), flags, np.array(40))
+    flags, zeros = jnp.full(len(values), converged), jnp.zeros(len(values))
+    return Eigenpairs(jnp.array(values), None, zeros, flags, jnp.array(40))
 
 
 def gap(sigma, corrected, loss):
@@ -60,7 +61,7 @@ def found():
 
 
 def facts(**changes):
-    return Facts(**(dict(model="mlp", rate=0.1, step=10, steps=10, normalised=False) | changes))
+    return Facts("mlp", 0.1, 10, 10, False)._replace(**changes)
 
 
 def test_the_sentences_give_numbers_ratios_and_places(found):

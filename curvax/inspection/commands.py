@@ -50,10 +50,10 @@ def inspect(folders: Sequence[Path], minutes: float, examples: int, root: Path) 
     folder = runs.create(root, "inspect", subjects[0].experiment.config)
     drawn = list(pictures.draw(found))
     found.omissions += [each for each in drawn if isinstance(each, Omission)]
-    plates = [each for each in drawn if isinstance(each, Picture)]
-    for plate in plates:
-        (folder / f"{plate.name}.png").write_bytes(plate.png)
-    content = _content(subjects, points, found, plates, budget)
+    shown = [each for each in drawn if isinstance(each, Picture)]
+    for picture in shown:
+        (folder / f"{picture.name}.png").write_bytes(picture.png)
+    content = _content(subjects, points, found, shown, budget)
     runs.write_text(folder / "report.html", page(content))
     runs.write_json(folder / "inspect.json", _json(content, found, budget))
     _tell(console, content, folder)
@@ -64,7 +64,7 @@ def _content(
     subjects: Sequence[Subject],
     points: Mapping[str, Point],
     found: Survey,
-    plates: Sequence[Picture],
+    shown: Sequence[Picture],
     budget: Budget,
 ) -> Content:
     config = subjects[0].experiment.config
@@ -78,7 +78,7 @@ def _content(
         caveats=caveats(found, {s.name: _facts(s) for s in subjects}),
         about={s.name: _about(s, points[s.name]) for s in subjects},
         headlines=list(headlines(found).values()),
-        pictures=plates,
+        pictures=shown,
         omissions=found.omissions,
         closing=f"curvax {curvax.__version__}, {time.strftime('%Y-%m-%d %H:%M')}. Measuring took "
         f"{found.seconds:.0f} s of a budget of {budget.seconds:.0f} s. All numbers are in "

@@ -53,6 +53,7 @@ def caveats(found: Survey, facts: Mapping[str, Facts]) -> list[str]:
         _unfinished(facts),
         *((_models(facts), _rates(facts), _losses(found)) if len(facts) > 1 else ()),
         _unconverged(found),
+        _singular(found),
         _rescaling(facts),
     )
     return list(itertools.chain.from_iterable(parts))
@@ -200,6 +201,16 @@ def _unconverged(found: Survey) -> Lines:
     count = sum(not b.converged for own in found.of("blocks").values() for b in own.values())
     if count:
         yield f"{count} eigenvalues of blocks did not converge; they are drawn hollow."
+
+
+def _singular(found: Survey) -> Lines:
+    conditions = {run: kernel.condition for run, kernel in found.of("kernel").items()}
+    unsure = [run for run, condition in conditions.items() if not condition.converged]
+    if unsure:
+        yield (
+            f"The smallest eigenvalue of the neural tangent kernel of {named(unsure)} is not large "
+            "beside rounding: its condition number is an order of magnitude, if it is finite."
+        )
 
 
 def _rescaling(facts: Mapping[str, Facts]) -> Lines:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from curvax.inspection.budget import Budget, price
 from curvax.inspection.measures import MEASURES, Measure
@@ -87,7 +88,7 @@ def _leave_out(
 
 def _take(measure: Measure, name: str, point: Point, found: Survey) -> None:
     try:
-        result = jax.device_get(measure.take(point))
+        result = _on_host(measure.take(point))
     except ValueError as error:  # how `curvax.analysis` says that something does not apply
         found.omissions.append(Omission(measure.title, (name,), "inapplicable", str(error)))
     except Exception as error:  # a device out of memory, say: the other measures are worth having
@@ -95,3 +96,13 @@ def _take(measure: Measure, name: str, point: Point, found: Survey) -> None:
         found.omissions.append(Omission(measure.title, (name,), "failed", reason))
     else:
         found.results.setdefault(measure.name, {})[name] = result
+
+
+def _on_host(value: Any) -> Any:
+    """Arrays as those of NumPy. A tree map would sort the blocks of a network by name."""
+    if isinstance(value, dict):
+        return {name: _on_host(x) for name, x in value.items()}
+    if isinstance(value, tuple):
+        parts = map(_on_host, value)
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return np.asarray(value) if isinstance(value, jax.Array) else value

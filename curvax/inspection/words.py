@@ -8,8 +8,9 @@ ALIKE = 1.05
 
 
 def ratio(value: float, base: float) -> str:
-    """`26 times smaller`, `31 % larger`, `about the same`; nothing where signs differ."""
-    if value * base <= 0:
+    """`26 times smaller`, `31 % larger`, `about the same`; nothing where signs differ or
+    one of them is infinite."""
+    if not 0 < value * base < math.inf:
         return ""
     larger, factor = abs(value) > abs(base), max(value / base, base / value)
     if factor < ALIKE:
