@@ -6,6 +6,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter
 
 # Of Okabe and Ito (2008): told apart by every kind of colour vision.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -91,10 +92,18 @@ def _drawn(ax: Axes) -> int:
 
 
 def logarithmic_if_positive(ax: Axes, which: str) -> None:
-    """A logarithmic axis where all that its lines show is positive, a linear one where not."""
+    """A logarithmic axis where all that its lines show is positive and far enough apart for ticks,
+    a linear one where not."""
     shown = np.concatenate([getattr(line, f"get_{which}data")(orig=False) for line in ax.lines])
-    positive = bool(np.all(shown[np.isfinite(shown)] > 0))
-    getattr(ax, f"set_{which}scale")("log" if positive else "linear")
+    shown = shown[np.isfinite(shown)]
+    low, high = (shown.min(), shown.max()) if shown.size else (0.0, 0.0)
+    apart = bool(0 < 3 * low < high)
+    getattr(ax, f"set_{which}scale")("log" if apart else "linear")
+    if apart and high < 100 * low:
+        axis = getattr(ax, f"{which}axis")
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
 
 
 def numbers(values: Any, *fields: str) -> np.ndarray:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.colors import LogNorm, Normalize
+from matplotlib.ticker import MaxNLocator
 
 LEVELS = 24
 Limits = tuple[float, float]
@@ -26,12 +27,13 @@ class Scale(NamedTuple):
         return (np.geomspace if self.logarithmic else np.linspace)(self.low, self.high, LEVELS)
 
     @property
-    def ticks(self) -> np.ndarray | None:
-        """Powers of ten, and 2 and 5 times them where these are few; none on a linear scale."""
+    def ticks(self) -> np.ndarray:
+        """Round numbers; powers of ten on a logarithmic scale, and 2 and 5 times them if few."""
         if not self.logarithmic:
-            return None
-        decades = 10.0 ** np.arange(np.floor(np.log10(self.low)), np.log10(self.high) + 1)
-        ticks = np.outer(decades, (1,) if len(decades) > 5 else (1, 2, 5)).ravel()
+            ticks = np.asarray(MaxNLocator(6).tick_values(self.low, self.high))
+        else:
+            decades = 10.0 ** np.arange(np.floor(np.log10(self.low)), np.log10(self.high) + 1)
+            ticks = np.outer(decades, (1,) if len(decades) > 5 else (1, 2, 5)).ravel()
         return ticks[(ticks >= self.low) & (ticks <= self.high)]
 
     def beyond(self, losses: np.ndarray) -> str:
