@@ -142,6 +142,12 @@ def test_ratios_in_words(value, base, words):
     assert ratio(value, base) == words
 
 
+def test_thousands_are_written_out():
+    assert listing({"a": 1723.4, "b": 0.00123}, "{:.3g}", compared=False) == (
+        "1,720 in `a` and 0.00123 in `b`"
+    )
+
+
 def test_a_listing_of_three():
     assert listing({"a": 1.0, "b": 3.0, "c": 1.0}, "{:g}") == (
         "1 in `a`, 3 in `b` (3.0 times larger) and 1 in `c` (about the same)"

@@ -7,6 +7,7 @@ import numpy as np
 
 from curvax.inspection.measures import DEVIATION, RHO
 from curvax.inspection.survey import Survey
+from curvax.inspection.words import written
 
 
 class Headline(NamedTuple):
@@ -18,7 +19,7 @@ class Headline(NamedTuple):
     values: dict[str, float]  # of those runs that have it
 
     def said(self, run: str) -> str:
-        return self.form.format(self.values[run])
+        return written(self.values[run], self.form)
 
 
 class _Row(NamedTuple):

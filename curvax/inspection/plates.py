@@ -159,15 +159,6 @@ PLATES = (
         _numbers(f"Sharpness over the radius. At ρ = {RHO} it is", lambda r: r[RHO].value),
     ),
     Plate(
-        "surrogate_gap",
-        "surrogate_gap",
-        "Sharpness",
-        "λ_max as the surrogate gap h estimates it, by 2h/ρ² and without the part that is the "
-        "gradient's, beside λ_max by Lanczos. The smaller ρ, the more of h is ρ‖∇L‖.",
-        _gaps,
-        _numbers(f"Estimates of λ_max over ρ. At ρ = {RHO} 2h/ρ² is", lambda r: r[RHO].sigma_max),
-    ),
-    Plate(
         "m_sharpness",
         "m_sharpness",
         "Sharpness",
@@ -183,6 +174,15 @@ PLATES = (
         f"{DEVIATION}.",
         lambda runs, _: plotting.random_sharpness(runs),
         _numbers("Rise of the test loss, draw by draw. The mean is", lambda r: r.value),
+    ),
+    Plate(
+        "surrogate_gap",
+        "surrogate_gap",
+        "Sharpness",
+        "λ_max as the surrogate gap h estimates it, by 2h/ρ² and without the part that is the "
+        "gradient's, beside λ_max by Lanczos. The smaller ρ, the more of h is ρ‖∇L‖.",
+        _gaps,
+        _numbers(f"Estimates of λ_max over ρ. At ρ = {RHO} 2h/ρ² is", lambda r: r[RHO].sigma_max),
     ),
     Plate(
         "line",

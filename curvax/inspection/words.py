@@ -7,6 +7,12 @@ ALIKE = 1.05
 """The ratio of two numbers up to which they pass for the same."""
 
 
+def written(value: float, form: str) -> str:
+    """A number in its format, without an exponent as long as it can be read so."""
+    text = form.format(value)
+    return f"{float(text):,.0f}" if "e+" in text and abs(value) < 1e7 else text
+
+
 def ratio(value: float, base: float) -> str:
     """`26 times smaller`, `31 % larger`, `about the same`; nothing where signs differ or
     one of them is infinite."""
@@ -25,10 +31,10 @@ def listing(values: Mapping[str, float], form: str, *, compared: bool = True) ->
     """`` `119` in `sgd` and 4.5 in `sam` (26 times smaller) ``, the first being what the others
     are compared with."""
     (first, base), *others = values.items()
-    parts = [f"{form.format(base)} in `{first}`"]
+    parts = [f"{written(base, form)} in `{first}`"]
     for run, value in others:
         words = ratio(value, base) if compared else ""
-        parts.append(f"{form.format(value)} in `{run}`" + (f" ({words})" if words else ""))
+        parts.append(f"{written(value, form)} in `{run}`" + (f" ({words})" if words else ""))
     return _and(parts)
 
 
