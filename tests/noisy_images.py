@@ -83,7 +83,7 @@ class Trainer:
         climb = cx.sam_perturb(rho) | cx.gsam_project(alpha)
         return (climb if self.m == self.batch else cx.per_group(self.m, climb)) | self.base
 
-    def predict(self, params: Any, batch: Batch) -> jax.Array:
+    def predict(self, params: Any, batch: Batch) -> Any:
         return self.model.apply({"params": params}, batch["x"])
 
     def objective(self, batch: Batch) -> cx.Objective:

@@ -162,10 +162,8 @@ def draw(noisy, clean_labels):
     left.set_xticks(RHOS, [f"{rho:g}" for rho in RHOS])
     left.minorticks_off()
     for values, label in ((noisy, NOISE[0.4]), (clean_labels, NOISE[0.0])):
-        found = [summarise(x) for x in values.values()]
-        bars = [x.half_width for x in found]
-        place = dict(fmt=".-", capsize=3, label=label)
-        right.errorbar(range(len(SIZES)), [x.mean for x in found], bars, **place)
+        means, _, bars = zip(*(summarise(x) for x in values.values()))
+        right.errorbar(range(len(SIZES)), means, bars, fmt=".-", capsize=3, label=label)
     right.set_xticks(range(len(SIZES)), SIZES.values())
     right.set(
         xlabel="m (radius 0.2)",
