@@ -159,7 +159,7 @@ def draw(ends):
     figure = Figure((8.4, 4.6), layout="constrained")
     axes = figure.subplots(2, 3)
     for ax in axes.flat:
-        clean(ax).yaxis.label.set_size("small")
+        clean(ax).yaxis.label.set_fontsize("small")
     for ax, name in zip(axes[0], ("power", *ESTIMATES)):
         for rho, values in zip(RHOS, ends[name]):
             ax.plot(ALPHAS, values, ".-", label=f"ρ = {rho}")
