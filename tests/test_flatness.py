@@ -62,8 +62,8 @@ MODELS = {
     "Mixer by SGD": Setting("mixer_tiny", BLOCKS, "SGD, momentum 0.9", 0.05),
 }
 BY_HEART = 0.05
-"""A training loss below which the base has learnt all labels, the wrong ones too. The Hessian of the
-cross entropy vanishes with its loss, and says nothing of sharpness then."""
+"""A training loss below which the base has learnt all labels, the wrong ones too. The Hessian of
+the cross entropy vanishes with its loss, and says nothing of sharpness then."""
 
 
 @functools.lru_cache
