@@ -31,6 +31,7 @@ def draw_rows(
         (line,) = ax.plot(list(values.values()), list(values), marker(ax), ms=6, label=run)
         _hollow(ax, {name: values[name] for name in values if name in hollow}, line.get_color())
     logarithmic_if_positive(ax, "x")
+    ax.margins(y=0.5 / max(1, len(names) - 1))  # half a row above and below
     if not ax.yaxis_inverted():
         ax.invert_yaxis()
     ax.set_xlabel(xlabel)
