@@ -141,5 +141,5 @@ def test_sam_ends_flatter(source, name, record):
 
 def interval(values):
     found = summarise(values)
-    spread = "" if len(values) < 2 else f" ± {found.half_width:.2g}"
+    spread = "" if len(values) < 2 else f" ± {found.half_width:.3g}"
     return f"{found.mean:.3g}{spread}"
