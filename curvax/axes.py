@@ -5,6 +5,7 @@ without any: a value that is not yet known to vary over an axis is cast, what is
 what is not bound is left alone.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -53,6 +54,17 @@ def vary(tree: Tree, axes: Any) -> Tree:
 def _cast(x: jax.Array, axes: Any) -> jax.Array:
     missing = tuple(axis for axis in axes if axis not in varying_of(jax.typeof(x)))
     return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def carried(start: Tree, step: Callable[[Tree], Tree]) -> Tree:
+    """The start of a loop, each leaf varying over every axis over which steps make it vary."""
+    while tracked():
+        kinds = jax.eval_shape(step, start)
+        wider = jax.tree.map(lambda x, kind: _cast(x, varying_of(kind)), start, kinds)
+        if jax.tree.map(jax.typeof, wider) == jax.tree.map(jax.typeof, start):
+            break
+        start = wider
+    return start
 
 
 def bound(axes: AxisNames, *, where: str) -> tuple[str, ...]:

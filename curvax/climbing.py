@@ -51,14 +51,14 @@ class Rules:
         self.rules = jax.tree.leaves(spread)
         if not all(map(rule_like, self.rules)):
             raise TypeError(
-                "`sam_perturb(ascent=)` takes a rule such as `dual_norm(2)` or `asam(0.01)`, a "
+                "`ascent` takes a rule such as `dual_norm(2)` or `asam(0.01)`, a "
                 "tree prefix of such rules, a callable `path -> rule`, or `fisher_ascent()`, and "
                 f"got {ascent!r}."
             )
         norms = {rule.p or p for rule in self.rules}
         if len(norms) > 1:
             raise ValueError(
-                "`sam_perturb` takes one norm over all perturbed leaves, and the ascents of their "
+                "`ascent` takes one norm over all perturbed leaves, and the ascents of their "
                 f"groups name several: p in {sorted(norms)}. Give them the same p."
             )
         self.p = norms.pop() if norms else p

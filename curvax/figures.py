@@ -1,5 +1,6 @@
 """What a person wants to see of a step: scalars kept as the last field of a stage's state."""
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax import axes
+from curvax.objective import as_objective
 from curvax.signal import Signal, Stage, stage
 from curvax.trees import Tree
 
@@ -36,27 +38,44 @@ class RecordState(NamedTuple):
     """name ↦ float32 scalar, as last measured."""
 
 
-def record(**measures: Callable[[Signal, Tree], Any]) -> Stage:
+def record(**measures: Callable[..., Any]) -> Stage:
     """Adds figures of your own: `record(update_norm=lambda s, p: optax.tree.norm(s.updates))`.
 
+    A measure of a third argument is handed the loss as well, which `curvax.analysis` measures:
+    `record(random=lambda s, p, loss: random_sharpness(loss, p, 0.05).value)`.
+
     Args:
-        measures: each `measure(signal, params) -> scalar`, evaluated at every step at this place
-            of the pipe.
+        measures: each `measure(signal, params) -> scalar` or `measure(signal, params, objective)
+            -> scalar`, evaluated at every step at this place of the pipe.
 
     Returns:
         A stage that passes the signal on unchanged; `diagnostics(state)` finds the figures.
+
+    Raises:
+        ValueError: in `update`, a measure takes the loss and there is no `value_fn`.
     """
+    needs_loss = any(_takes_loss(measure) for measure in measures.values())
 
     def init(params: Tree) -> RecordState:
         del params
         return RecordState(unmeasured(*measures))
 
-    def rule(signal: Signal, state: RecordState, params: Tree, **extra: Any) -> Any:
+    def rule(
+        signal: Signal, state: RecordState, params: Tree, value_fn: Any = None, **extra: Any
+    ) -> Any:
         del state, extra
-        found = {name: measure(signal, params) for name, measure in measures.items()}
+        objective = as_objective(value_fn, "record", params) if needs_loss else None
+        seen = lambda measure: (signal, params, objective)[: 3 if _takes_loss(measure) else 2]
+        found = {name: measure(*seen(measure)) for name, measure in measures.items()}
         return signal, RecordState(measured(found))
 
     return stage(init, rule)
+
+
+def _takes_loss(measure: Callable[..., Any]) -> bool:
+    """Whether it needs a third argument."""
+    parameters = inspect.signature(measure).parameters.values()
+    return sum(each.default is each.empty for each in parameters) > 2
 
 
 def diagnostics(state: Any) -> Figures:

@@ -332,6 +332,29 @@ def test_a_product_averaged_over_devices_has_the_spectrum_of_the_whole_batch(reg
         assert_as_on_one_device(mapped(net_params(), weighted_batch()))
 
 
+@needs_devices
+@pytest.mark.parametrize("regime", ["shard_map", "unchecked"])
+def test_each_device_may_keep_the_spectrum_of_its_own_examples(regime):
+    def own(params: Any, batch: Any) -> Any:
+        power = top_eigenpairs(
+            cx.Objective(net_loss, batch), params, method="power", end="largest", mean_over=()
+        )
+        return jax.tree.map(lambda x: x[None], (measured(params, batch, ()), power.values))
+
+    batch, specs = weighted_batch(), dict(in_specs=(P(), P("batch")), out_specs=P("batch"))
+    checked: Any = regime == "shard_map"
+    mapped = quick_jit(jax.shard_map(own, mesh=mesh(), check_vma=checked, **specs))
+    (found, power) = mapped(net_params(), batch)
+    for number in 0, DEVICES - 1:
+        part = jax.tree.map(lambda x, i=number: x[2 * i : 2 * i + 2], batch)
+        expected = quick_jit(measured)(net_params(), part)
+        at = jax.tree.map(lambda x, i=number: x[i], found)
+        for x, y in zip(jax.tree.leaves(at), jax.tree.leaves(expected)):
+            np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-9)
+        dense = dense_hessian(lambda p, b=part: net_loss(p, b), net_params())
+        np.testing.assert_allclose(power[number], np.linalg.eigvalsh(dense)[-1:], rtol=1e-8)
+
+
 def sharded(kind: AxisType) -> tuple[Any, Any, Any]:
     """(mesh, replicated parameters, a batch that is cut)"""
     where = jax.make_mesh((DEVICES,), ("batch",), axis_types=(kind,))

@@ -234,19 +234,22 @@ def test_draws_follow_the_key():
 
 
 def test_they_are_recorded_in_a_training_step():
+    tx = cx.sam_perturb(0.1) | cx.record(
+        gap=lambda signal, p, loss: surrogate_gap(loss, p, 0.1).gap,
+        m_sharpness=lambda signal, p, loss: m_sharpness(loss, p, 0.1, 2).value,
+        climb=lambda signal, p: signal.perturbed_value - signal.value,
+    ) | optax.sgd(0.1)  # fmt: skip
+
     @jax.jit
     def step(params, batch):
         loss = cx.Objective(net_loss, batch)
-        tx = cx.sam_perturb(0.1) | cx.record(
-            gap=lambda signal, p: surrogate_gap(loss, p, 0.1).gap,
-            m_sharpness=lambda signal, p: m_sharpness(loss, p, 0.1, 2).value,
-        ) | optax.sgd(0.1)  # fmt: skip
         value, grads = loss.value_and_grad(params)
         _, state = tx.update(grads, tx.init(params), params, value_fn=loss, value=value)
         return cx.diagnostics(state)
 
     figures = step(net_params(), net_batch())
-    assert float(figures["gap"]) == pytest.approx(float(figures["surrogate_gap"]), rel=1e-5)
+    for name in "gap", "climb":
+        assert float(figures[name]) == pytest.approx(float(figures["surrogate_gap"]), rel=1e-5)
     expected = m_sharpness(objective(), net_params(), 0.1, 2).value
     assert float(figures["m_sharpness"]) == pytest.approx(float(expected), rel=1e-6)
 

@@ -7,14 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from small_problems import flat, quick_jit
 from trajectories import FOLDER, recorded
 
 from curvax.linalg import (
     eigenpairs,
+    estimate_trace,
     gaussian_probe,
     lanczos,
     materialize,
+    power_iteration,
     rademacher,
     spectral_density,
 )
@@ -182,6 +186,33 @@ def test_ten_pairs_of_ten_thousand_dimensions():
     assert found.converged.all()
     ritz = jnp.linalg.eigvalsh(jax.jit(lambda v: lanczos(product, v, 200))(v0).matrix)
     assert ((ritz > 1.5).sum(), (jnp.diff(ritz[ritz > 1.5]) > 0.5).all()) == (10, True)
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
+def test_explicitly_sharded_vectors():
+    values = jnp.asarray(np.random.default_rng(0).permutation(32), float) - 7
+    mesh = jax.make_mesh((8,), ("rows",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        diagonal = {"w": jax.device_put(values.reshape(16, 2), P("rows"))}
+        v0 = jax.tree.map(lambda d: jnp.ones_like(d) + 0.01 * d, diagonal)
+        probes = jax.tree.map(lambda v: jnp.stack([v, 1 / v]), v0)
+
+        def found(diagonal, v0, probes):
+            product = lambda v: jax.tree.map(jnp.multiply, diagonal, v)
+            pairs = eigenpairs(product, v0, 2, end="largest", subspace=12)
+            density = spectral_density(product, probes, 6)
+            bare = spectral_density(product, probes, 6, keep_basis=False)
+            trace, power = estimate_trace(product, probes), power_iteration(product, v0)
+            return pairs, density, bare, trace, power.vector
+
+        run = jax.jit(found)
+        parts, density, *rest = run(diagonal, v0, probes)
+        assert jax.typeof(parts.vectors["w"]).sharding.spec == P(None, "rows", None)
+    np.testing.assert_allclose(parts.values, [24, 23], rtol=1e-10)
+    whole = jax.tree.map(np.asarray, (diagonal, v0, probes))
+    _, *expected = jax.jit(found)(*whole)
+    for x, y in zip(jax.tree.leaves([density, *rest]), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-9)
 
 
 def test_what_has_not_converged_says_so():

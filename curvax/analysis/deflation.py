@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from curvax import checks, trees
+from curvax import axes, checks, trees
 from curvax.linalg import Eigenpairs, bases, power_iteration
 from curvax.linalg.restarted import ENDS
 from curvax.trees import Tree
@@ -57,7 +57,8 @@ def deflated_power(
         pair = power_iteration(step, beside(v0), max_steps=limit, tol=own)
         return (bases.with_row(basis, i, pair.vector), used + pair.steps), None
 
-    (vectors, used), _ = lax.scan(find, (bases.empty(k, v0), used), jnp.arange(k))
+    start = axes.carried((bases.empty(k, v0), used), lambda carry: find(carry, jnp.int32(0))[0])
+    (vectors, used), _ = lax.scan(find, start, jnp.arange(k))
     pairs = lax.map(lambda v: power_iteration(product, v, max_steps=1), vectors)
     converged = pairs.residual <= tol * jnp.maximum(shift, jnp.max(jnp.abs(pairs.value)))
     return Eigenpairs(pairs.value, vectors, pairs.residual, converged, used + k)

@@ -9,9 +9,12 @@ from curvax.trees import Tree
 
 
 def coefficients(basis: Tree, v: Tree) -> jax.Array:
-    """<bᵢ, v> for each vector of the basis, [m]."""
-    terms = jax.tree.map(_products, basis, v)
-    return sum(jax.tree.leaves(terms), jnp.zeros((), jnp.float32))
+    """<bᵢ, v> for each vector of the basis, [m].
+
+    Sums of products like `trees.dot`, which XLA fuses: a `dot_general` would copy the basis.
+    """
+    sums = lambda b, x: jnp.sum(b * trees.widen(x)[None], axis=range(1, b.ndim))
+    return sum(jax.tree.leaves(jax.tree.map(sums, basis, v)), jnp.zeros((), jnp.float32))
 
 
 def combination(weights: jax.Array, basis: Tree) -> Tree:
@@ -22,12 +25,13 @@ def combination(weights: jax.Array, basis: Tree) -> Tree:
 
 def row(basis: Tree, i: jax.Array | int) -> Tree:
     """bᵢ"""
-    return jax.tree.map(lambda b: b[i], basis)
+    return jax.tree.map(lambda b: lax.dynamic_index_in_dim(b, i, keepdims=False), basis)
 
 
 def with_row(basis: Tree, i: jax.Array | int, v: Tree) -> Tree:
     """The basis with v in the place of bᵢ."""
-    return jax.tree.map(lambda b, x: b.at[i].set(x.astype(b.dtype)), basis, v)
+    place = lambda b, x: lax.dynamic_update_index_in_dim(b, x.astype(b.dtype), i, 0)
+    return jax.tree.map(place, basis, v)
 
 
 def first(basis: Tree, k: int) -> Tree:
@@ -42,9 +46,8 @@ def cleared(basis: Tree, new: Tree, keep: int) -> Tree:
 
 def empty(size: int, like: Tree) -> Tree:
     """`size` zero vectors in float32 or wider."""
-    return jax.tree.map(
-        lambda x: jnp.zeros((size, *x.shape), jnp.promote_types(x.dtype, jnp.float32)), like
-    )
+    zeros = lambda x: jnp.broadcast_to(trees.widen(jnp.zeros_like(x))[None], (size, *x.shape))
+    return jax.tree.map(zeros, like)
 
 
 def orthogonal(v: Tree, basis: Tree) -> tuple[Tree, jax.Array]:
@@ -56,12 +59,3 @@ def orthogonal(v: Tree, basis: Tree) -> tuple[Tree, jax.Array]:
     v = trees.add_scaled(v, -1.0, combination(first, basis))
     second = coefficients(basis, v)
     return trees.add_scaled(v, -1.0, combination(second, basis)), first + second
-
-
-def _products(basis: jax.Array, x: jax.Array) -> jax.Array:
-    x = trees.widen(x)
-    inside = tuple(range(x.ndim))
-    after = tuple(axis + 1 for axis in inside)
-    return lax.dot_general(
-        basis, x.astype(basis.dtype), ((after, inside), ((), ())), precision=lax.Precision.HIGHEST
-    )

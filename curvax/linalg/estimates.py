@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from curvax import trees
+from curvax import axes, trees
 from curvax.linalg.vectors import ravel, unravel
 from curvax.trees import Tree
 
@@ -85,7 +85,10 @@ def _over_probes(sample: Callable[[Tree], Tree], probes: Tree) -> Estimate:
         square = jax.tree.map(lambda s, m, a, y: s + (y - m) * (y - a), square, mean, ahead, x)
         return (ahead, square), None
 
-    start = (first, jax.tree.map(jnp.zeros_like, first))
+    start = axes.carried(
+        (first, jax.tree.map(jnp.zeros_like, first)),
+        lambda carry: body(carry, (0, jax.tree.map(lambda z: z[0], probes)))[0],
+    )
     rest = jax.tree.map(lambda z: z[1:], probes)
     (mean, square), _ = lax.scan(body, start, (jnp.arange(1, n), rest))
     return Estimate(mean, jax.tree.map(lambda s: jnp.sqrt(s / (n * (n - 1))), square))

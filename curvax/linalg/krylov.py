@@ -78,7 +78,7 @@ def iterate(system: System, b: Tree, x: Tree, r: Tree, limit: Any) -> Iterate:
     start = _begin(system, b, x, r)
     advance = lambda s: _advance(system, s)
     go_on = lambda s: (s.reason == Reason.max_steps) & (s.i < limit)
-    return lax.while_loop(go_on, advance, _typed(start, advance))
+    return lax.while_loop(go_on, advance, axes.carried(start, advance))
 
 
 def _begin(system: System, b: Tree, x: Tree, r: Tree) -> Iterate:
@@ -140,11 +140,3 @@ def _refuse_own(product: Callable[[Tree], Tree], b: Tree) -> None:
             f"Average the vector first, `jax.lax.pmean(b, {axis!r})`, in a pipe with "
             f"`pmean_updates({axis!r})`, or keep the product local, `mean_over=()`."
         )
-
-
-def _typed(start: Iterate, advance: Callable[[Iterate], Iterate]) -> Iterate:
-    """The carry, each leaf varying over every axis over which a step makes one vary."""
-    if not axes.tracked():
-        return start
-    kinds = jax.tree.leaves(jax.eval_shape(advance, start))
-    return axes.vary(start, frozenset().union(*map(axes.varying_of, kinds)))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from curvax import trees
+from curvax import axes, trees
 from curvax.trees import Tree
 
 
@@ -58,5 +58,6 @@ def power_iteration(
         pair, cv = carry
         return measure(unit(cv), pair.steps + 1)
 
-    pair, _ = lax.while_loop(go_on, body, measure(unit(v0), jnp.ones((), jnp.int32)))
+    start = axes.carried(measure(unit(v0), jnp.ones((), jnp.int32)), body)
+    pair, _ = lax.while_loop(go_on, body, start)
     return pair

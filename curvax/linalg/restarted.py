@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from curvax import checks, trees
+from curvax import axes, checks, trees
 from curvax.linalg import bases
 from curvax.linalg.probes import gaussian_probe
 from curvax.linalg.tridiagonal import normalised, widened
@@ -90,7 +90,7 @@ def eigenpairs(
     keep = m if m == size else min(k + max(1, (m - k) // 3), m - 1)
     turn = lambda s: _restarted(*_extended(product, v0, s, m), k=k, keep=keep, end=end, tol=tol)
     within = lambda s: (s.products == 0) | (s.products + m - s.kept <= max_products)
-    search = lax.while_loop(lambda s: ~s.settled & within(s), turn, search)
+    search = lax.while_loop(lambda s: ~s.settled & within(s), turn, axes.carried(search, turn))
     return _measured(product, v0, search, k, tol)
 
 
@@ -125,10 +125,11 @@ def _extended(product: Product, v0: Tree, search: _Search, m: int) -> tuple[_Sea
         w = apply(bases.row(basis, i))
         w, parts = bases.orthogonal(w, basis)
         beta, v = normalised(w, scale=jnp.linalg.norm(parts))
-        v = lax.cond(beta > 0, lambda: v, lambda: _fresh(i, basis, v0))
+        v = axes.cond(beta > 0, lambda: v, lambda: _fresh(i, basis, v0))
         return bases.with_row(basis, i + 1, v), matrix.at[:, i].set(parts[:m]), beta
 
     start = (search.basis, search.matrix, jnp.zeros((), search.matrix.dtype))
+    start = axes.carried(start, lambda carry: body(jnp.int32(0), carry))
     basis, matrix, beta = lax.fori_loop(search.kept, m, body, start)
     products = search.products + m - search.kept
     return search._replace(basis=basis, matrix=matrix, products=products), beta

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from curvax import checks, trees
+from curvax import axes, checks, trees
 from curvax.linalg import bases
 from curvax.trees import Tree
 
@@ -65,7 +65,7 @@ def _orthogonalised(product: Product, v0: Tree, k: int) -> Lanczos:
         return (basis, v), (parts[i], beta)
 
     _, start = normalised(trees.wide(v0))
-    carry = (bases.empty(k, v0), start)
+    carry = axes.carried((bases.empty(k, start), start), lambda carry: body(carry, jnp.int32(0))[0])
     (basis, _), (alpha, beta) = lax.scan(body, carry, jnp.arange(k))
     return Lanczos(alpha, beta[:-1], basis, beta[-1])
 
@@ -84,6 +84,7 @@ def _recurrence(product: Product, v0: Tree, k: int) -> Lanczos:
     _, start = normalised(trees.wide(v0))
     zero = jax.tree.map(jnp.zeros_like, start)
     carry = (zero, start, jnp.zeros_like(trees.norm(start)))
+    carry = axes.carried(carry, lambda carry: body(carry, None)[0])
     _, (alpha, beta) = lax.scan(body, carry, length=k)
     return Lanczos(alpha, beta[:-1], None, beta[-1])
 
