@@ -1,4 +1,7 @@
-"""Several vectors as one tree, stacked along a new first axis: coefficients and combinations."""
+"""Several vectors as one tree, stacked along a new first axis: coefficients and combinations.
+
+Both are sums of products, which XLA fuses: a `dot_general` copies the basis into another layout.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -9,18 +12,17 @@ from curvax.trees import Tree
 
 
 def coefficients(basis: Tree, v: Tree) -> jax.Array:
-    """<bᵢ, v> for each vector of the basis, [m].
-
-    Sums of products like `trees.dot`, which XLA fuses: a `dot_general` would copy the basis.
-    """
+    """<bᵢ, v> for each vector of the basis, [m]."""
     sums = lambda b, x: jnp.sum(b * trees.widen(x)[None], axis=range(1, b.ndim))
     return sum(jax.tree.leaves(jax.tree.map(sums, basis, v)), jnp.zeros((), jnp.float32))
 
 
 def combination(weights: jax.Array, basis: Tree) -> Tree:
-    """Σᵢ wᵢ bᵢ, or for weights [n, m] a new basis of n such sums."""
-    sums = lambda b: jnp.tensordot(weights, b, 1, precision=lax.Precision.HIGHEST)
-    return jax.tree.map(lambda b: sums(b).astype(b.dtype), basis)
+    """Σᵢ wᵢ bᵢ, or for weights [n, m] a new basis of n such sums, one after the other."""
+    if weights.ndim > 1:
+        return lax.map(lambda w: combination(w, basis), weights)
+    along = lambda b: weights.reshape(-1, *[1] * (b.ndim - 1))
+    return jax.tree.map(lambda b: jnp.sum(along(b) * b, axis=0).astype(b.dtype), basis)
 
 
 def row(basis: Tree, i: jax.Array | int) -> Tree:
