@@ -11,6 +11,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 # Of Okabe and Ito (2008): told apart by every kind of colour vision.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 MARKERS = "osD^vPX"
+LARGEST = r"$\lambda_{\max}$"
 SMALL = "small"
 """The size of text in legends and panels."""
 

@@ -44,7 +44,7 @@ def gradient_angles(series: Any, *, ax: Axes | None = None, label: str | None = 
         degrees = np.degrees(numbers(angles, "angle"))
         ax.plot(numbers(steps), degrees, ls="-", marker=marker(ax), ms=4, lw=1.3, label=run)
     ax.set_ylim(bottom=0)
-    ax.set(xlabel="step", ylabel="angle of ∇L(θ) and ∇L(θ + ε̂) (degrees)")
+    ax.set(xlabel="step", ylabel="angle of ∇L(θ), ∇L(θ + ε̂) (degrees)")
     ax.grid(alpha=0.3)
     legend(ax)
     return ax

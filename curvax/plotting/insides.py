@@ -8,15 +8,15 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from curvax.analysis import MlpBlockHessian
-from curvax.plotting.canvas import axes_or_new, clean, numbers, runs_of
+from curvax.plotting.canvas import LARGEST, axes_or_new, clean, numbers, runs_of
 from curvax.plotting.rows import draw_rows
 
 FACTORS = {
-    "largest": "λ_max of the block",
+    "largest": f"{LARGEST} of the block",
     "input_norm": "inputs, ‖a‖₂",
     "weight_norm": "weights above, ‖W‖₂",
-    "slope_norm": "slopes, ‖B‖_F",
-    "bend_norm": "bends, ‖D‖_F",
+    "slope_norm": "slopes, ‖B‖$_F$",
+    "bend_norm": "bends, ‖D‖$_F$",
     "active": "active units (share)",
 }
 

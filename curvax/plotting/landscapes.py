@@ -213,7 +213,8 @@ def _surface(ax: Any, l: Landscape, scale: Scale, label: str | None) -> Axes:
     ax.set_zlim(*ends)
     ax.set(xlabel=ALONG[0], ylabel=ALONG[1], zlabel=name)
     ax.set_title(label or "", fontsize="medium")
-    ax.set_box_aspect(None, zoom=0.85)
+    ax.zaxis.labelpad = 8
+    ax.set_box_aspect(None, zoom=0.9)
     return ax
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from curvax.analysis import MSharpness, RandomSharpness, SurrogateGap
-from curvax.plotting.canvas import axes_or_new, colour, legend, marker, numbers, runs_of
+from curvax.plotting.canvas import LARGEST, axes_or_new, colour, legend, marker, numbers, runs_of
 from curvax.plotting.curves import draw_curve, draw_fields
 
 
@@ -105,7 +105,7 @@ def surrogate_gap(
     names = {"sigma_max": "2h/ρ²", "sigma_max_corrected": "2(h − ρ‖∇L‖)/ρ²"}
     draw_fields(ax, found, names, label)
     if largest:
-        draw_curve(ax, largest, f"{label}: λ_max" if label else "λ_max", color="black")
+        draw_curve(ax, largest, f"{label}: {LARGEST}" if label else LARGEST, color="black")
     ax.set_ylabel("largest eigenvalue of the Hessian")
     if not any(isinstance(x, str) for x in found):
         ax.set_xlabel(xlabel)
@@ -116,7 +116,7 @@ def surrogate_gap(
 
 
 def random_sharpness(r: Any, *, ax: Axes | None = None, label: str | None = None) -> Axes:
-    """How far the loss rises at each random perturbation, with mean and standard error.
+    """How far the loss rises at each random perturbation, with mean and standard error on top.
 
     Foret et al., SAM, arXiv:2010.01412, Theorem 2, asks that the mean be no less than 0.
 
@@ -138,10 +138,10 @@ def random_sharpness(r: Any, *, ax: Axes | None = None, label: str | None = None
     bins = list(np.histogram_bin_edges(everything, bins="auto"))
     for run, found in runs.items():
         mean, error = float(found.value), np.nan_to_num(float(found.standard_error))
-        line = ax.axvline(mean, lw=1.5, color=colour(ax))
-        own: dict[str, Any] = dict(color=line.get_color(), lw=0)
-        ax.hist(numbers(found.differences), bins, alpha=0.45, label=run, **own)
-        ax.axvspan(mean - error, mean + error, alpha=0.3, **own)
+        own: dict[str, Any] = dict(color=colour(ax))
+        ax.hist(numbers(found.differences), bins, alpha=0.45, lw=0, label=run, **own)
+        ax.axvline(mean, lw=1.5, **own)
+        ax.errorbar(mean, 0.97, xerr=error, capsize=3, transform=ax.get_xaxis_transform(), **own)
     ax.axvline(0, color="0.3", lw=0.8, ls="--")
     ax.set(xlabel="rise of the loss, L(θ + ε) − L(θ)", ylabel="draws")
     legend(ax)

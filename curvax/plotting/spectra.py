@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from curvax.analysis import BlockEigenvalue, Spectrum
 from curvax.linalg import Eigenpairs, SpectralDensity
 from curvax.plotting.canvas import (
+    LARGEST,
     axes_or_new,
     legend,
     logarithmic_if_positive,
@@ -125,7 +126,7 @@ def block_eigenvalues(blocks: Any, *, ax: Axes | None = None, label: str | None 
     doubtful = {
         run: {b for b, x in found.items() if not x.converged} for run, found in runs.items()
     }
-    return draw_rows(values, ax, "λ_max of the block's Hessian", doubtful=doubtful)
+    return draw_rows(values, ax, f"{LARGEST} of the block's Hessian", doubtful=doubtful)
 
 
 def _floor(density: SpectralDensity, highest: float, width: float) -> float:
