@@ -341,8 +341,8 @@ def test_each_device_may_keep_the_spectrum_of_its_own_examples(regime):
         )
         return jax.tree.map(lambda x: x[None], (measured(params, batch, ()), power.values))
 
-    batch, specs = weighted_batch(), dict(in_specs=(P(), P("batch")), out_specs=P("batch"))
-    checked: Any = regime == "shard_map"
+    batch, checked = weighted_batch(), regime == "shard_map"
+    specs: Any = dict(in_specs=(P(), P("batch")), out_specs=P("batch"))
     mapped = quick_jit(jax.shard_map(own, mesh=mesh(), check_vma=checked, **specs))
     (found, power) = mapped(net_params(), batch)
     for number in 0, DEVICES - 1:
@@ -351,7 +351,7 @@ def test_each_device_may_keep_the_spectrum_of_its_own_examples(regime):
         at = jax.tree.map(lambda x, i=number: x[i], found)
         for x, y in zip(jax.tree.leaves(at), jax.tree.leaves(expected)):
             np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-9)
-        dense = dense_hessian(lambda p, b=part: net_loss(p, b), net_params())
+        dense = dense_hessian(partial(net_loss, batch=part), net_params())
         np.testing.assert_allclose(power[number], np.linalg.eigvalsh(dense)[-1:], rtol=1e-8)
 
 

@@ -39,7 +39,9 @@ def problem():
 
 def bytes_beyond(f, *args):
     """What a program needs beyond arguments and results."""
-    return jax.jit(f).lower(*args).compile().memory_analysis().temp_size_in_bytes
+    memory = jax.jit(f).lower(*args).compile().memory_analysis()
+    assert memory is not None
+    return memory.temp_size_in_bytes
 
 
 def test_lanczos_is_as_fast_as_that_of_matfree(problem, monkeypatch):

@@ -41,8 +41,8 @@ class Checkpoints(NoCheckpoints):
     """The newest few checkpoints of a run, by step.
 
     A checkpoint is on disk before the next step begins, so that a full disk is met where it can
-    still be answered, and donated buffers are never read late. Those that are `read_only` may belong
-    to a run that goes on.
+    still be answered, and donated buffers are never read late. Those that are `read_only` may
+    belong to a run that goes on.
     """
 
     def __init__(self, folder: Path, keep: int = 2, *, read_only: bool = False):
