@@ -54,7 +54,7 @@ def record(**measures: Callable[..., Any]) -> Stage:
     Raises:
         ValueError: in `update`, a measure takes the loss and there is no `value_fn`.
     """
-    needs_loss = any(_takes_loss(measure) for measure in measures.values())
+    of_loss = {name for name, measure in measures.items() if _takes_loss(measure)}
 
     def init(params: Tree) -> RecordState:
         del params
@@ -64,9 +64,9 @@ def record(**measures: Callable[..., Any]) -> Stage:
         signal: Signal, state: RecordState, params: Tree, value_fn: Any = None, **extra: Any
     ) -> Any:
         del state, extra
-        objective = as_objective(value_fn, "record", params) if needs_loss else None
-        seen = lambda measure: (signal, params, objective)[: 3 if _takes_loss(measure) else 2]
-        found = {name: measure(*seen(measure)) for name, measure in measures.items()}
+        objective = as_objective(value_fn, "record", params) if of_loss else None
+        seen = lambda name: (signal, params, objective)[: 3 if name in of_loss else 2]
+        found = {name: measure(*seen(name)) for name, measure in measures.items()}
         return signal, RecordState(measured(found))
 
     return stage(init, rule)

@@ -19,6 +19,7 @@ from curvax.analysis import block_eigenvalues, hessian_spectrum, top_eigenpairs
 EVERY_MODEL = pytest.mark.parametrize(
     "name", [SMALL[0], pytest.param(LARGE[-1], marks=pytest.mark.evidence)]
 )
+pytestmark = pytest.mark.usefixtures("single_precision")
 STEPS = {SMALL[0]: 20, LARGE[-1]: 50}
 """Orthogonalisation against k vectors takes 8 k FLOPs for each weight, a product of a dense layer
 about 12 for each weight and example: a batch of 256 hides the first behind the second up to k = 40.
@@ -62,12 +63,6 @@ def problem(name: str) -> Curved:
     assert name in MODELS
     with jax.enable_x64(False):
         return Curved(name)
-
-
-@pytest.fixture(autouse=True)
-def single_precision() -> Any:
-    with jax.enable_x64(False):
-        yield
 
 
 @EVERY_MODEL

@@ -18,7 +18,7 @@ from test_clocks import MODELS, Problem
 
 import curvax as cx
 
-pytestmark = pytest.mark.evidence
+pytestmark = [pytest.mark.evidence, pytest.mark.usefixtures("single_precision")]
 COMMAND = "python -m pytest tests/test_clocks_natural.py -m evidence"
 ROUNDS = int(os.environ.get("CURVAX_ROUNDS", "30"))
 ITERATIONS = 20
@@ -145,12 +145,6 @@ def kfac(monkeypatch):
 
     monkeypatch.setattr(kfac.tag_graph_matcher, "eval_jaxpr_eqn", evaluate)
     return kfac
-
-
-@pytest.fixture(autouse=True)
-def single_precision():
-    with jax.enable_x64(False):
-        yield
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # kfac-jax's own

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
-from test_clocks_natural import against, seconds, single_precision  # noqa: F401
+from test_clocks_natural import against, seconds
 
 import curvax as cx
 from curvax.linalg import lanczos, rademacher
 from curvax.models import build
 
-pytestmark = pytest.mark.evidence
+pytestmark = [pytest.mark.evidence, pytest.mark.usefixtures("single_precision")]
 COMMAND = "python -m pytest tests/test_clocks_spectra.py -m evidence"
 STEPS, BATCH, SIDE = 50, 256, 8
 

@@ -23,6 +23,7 @@ from flax import linen as nn  # noqa: E402
 
 from curvax.models import build  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("single_precision")
 TABLE = pathlib.Path(__file__).parent / "evidence" / "costs.md"
 VIT: dict[str, Any] = dict(
     classes=10, width=192, depth=4, heads=3, mlp_width=768, patch=4, dropout=0.0
@@ -130,12 +131,6 @@ def problem(name):
     # float32 throughout: the FLOPs of a float64 model would be those of its conversions too.
     with jax.enable_x64(False):
         return Problem(name)
-
-
-@pytest.fixture(autouse=True)
-def single_precision():
-    with jax.enable_x64(False):
-        yield
 
 
 def ratio(counted, base):

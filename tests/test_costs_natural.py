@@ -21,6 +21,7 @@ from curvax.linalg.backtracking import kept_steps
 
 COMMAND = "python -m pytest tests/test_costs_natural.py -m 'evidence or not evidence'"
 DIAGONALS = {"fisher_diag": cx.fisher_diag(), "gauss_newton_diag": cx.gauss_newton_diag()}
+pytestmark = pytest.mark.usefixtures("single_precision")
 PRODUCTS: dict[str, Any] = {
     "ggnvp": cx.ggnvp,
     "fvp, one sample": functools.partial(cx.fvp, samples=1, key=jax.random.key(0)),
@@ -86,12 +87,6 @@ def problem(name):
     # float32 throughout: the FLOPs of a float64 model would be those of its conversions too.
     with jax.enable_x64(False):
         return Predicting(name)
-
-
-@pytest.fixture(autouse=True)
-def single_precision():
-    with jax.enable_x64(False):
-        yield
 
 
 @pytest.fixture(scope="module")

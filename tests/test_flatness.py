@@ -12,7 +12,6 @@ import os
 from typing import Any, NamedTuple
 
 import evidence_tables
-import jax
 import numpy as np
 import optax
 import pytest
@@ -27,17 +26,11 @@ from curvax.training.archives import DataError  # noqa: E402
 from curvax.training.images import load  # noqa: E402
 from curvax.training.statistics import summarise  # noqa: E402
 
-pytestmark = pytest.mark.evidence
+pytestmark = [pytest.mark.evidence, pytest.mark.usefixtures("single_precision")]
 COMMAND = "python -m pytest tests/test_flatness.py -m evidence"
 SEEDS = int(os.environ.get("CURVAX_SEEDS", "5"))
 EPOCHS, RHO = 60, 0.2
 PATCHES = {"digits": 2, "fashion_mnist": 7}
-
-
-@pytest.fixture(autouse=True)
-def single_precision():
-    with jax.enable_x64(False):
-        yield
 
 
 def momentum(schedule):

@@ -26,7 +26,7 @@ from curvax.models import build  # noqa: E402
 from curvax.plotting.canvas import clean, legend  # noqa: E402
 from curvax.training.statistics import summarise  # noqa: E402
 
-pytestmark = pytest.mark.evidence
+pytestmark = [pytest.mark.evidence, pytest.mark.usefixtures("single_precision")]
 COMMAND = "python -m pytest tests/test_generalisation.py -m evidence"
 BATCH, SEEDS = 128, 5
 GROUPS = {4: "4", 16: "16", 64: "64", BATCH: f"{BATCH} (batch)"}
@@ -35,12 +35,6 @@ SIZES = {4: "4", 16: "16", 64: "64", SIZE: f"{SIZE} (all)"}
 RADII = (0.05, 0.2)
 NOISE = {0.4: "40 % wrong labels", 0.0: "right labels"}
 CHANCE = 2.0  # nats; log 10 is 2.3
-
-
-@pytest.fixture(autouse=True)
-def single_precision():
-    with jax.enable_x64(False):
-        yield
 
 
 @functools.lru_cache

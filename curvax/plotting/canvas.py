@@ -68,6 +68,24 @@ def runs_of(
     return runs
 
 
+def mappings_of(
+    results: Any, kind: type, label: str | None, *, name: str, of: str
+) -> dict[Any, Mapping[Any, Any]]:
+    """`{run: {what of it: result}}` of one run or several; arguments and errors as in `runs_of`."""
+    runs = runs_of(results, Mapping, label, name=name, of=of)
+    for found in runs.values():
+        runs_of(found, kind, None, name=name, of=of)
+    return runs
+
+
+def finished(ax: Axes, **labels: str) -> Axes:
+    """The axes with their labels, a grid and a legend."""
+    ax.set(**labels)
+    ax.grid(alpha=0.3)
+    legend(ax)
+    return ax
+
+
 def legend(ax: Axes) -> None:
     """Above the axes on the right: over no data, and a title at `loc="left"` has room beside it."""
     labels = ax.get_legend_handles_labels()[1]

@@ -30,5 +30,9 @@ def draw_curve(ax: Axes, values: Mapping[Any, Any], label: str, **style: Any) ->
     """`{x: y}`"""
     joined = all(isinstance(x, numbers.Real) for x in values)
     y = [np.ravel(np.asarray(y, np.float64))[0] for y in values.values()]
-    line = "-" if joined else "none"
-    ax.plot(list(values), y, ls=line, marker=marker(ax), ms=4.5, lw=1.5, label=label, **style)
+    draw_line(ax, list(values), y, label, ls="-" if joined else "none", **style)
+
+
+def draw_line(ax: Axes, x: Any, y: Any, label: str, *, ls: str = "-", **style: Any) -> None:
+    """A line with the marker of the next run on it."""
+    ax.plot(x, y, ls=ls, marker=marker(ax), ms=4.5, lw=1.5, label=label, **style)

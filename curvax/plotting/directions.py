@@ -10,13 +10,12 @@ from matplotlib.ticker import MaxNLocator
 from curvax.analysis import Alignment, FisherKL
 from curvax.plotting.canvas import (
     axes_or_new,
-    legend,
+    finished,
     logarithmic_if_positive,
-    marker,
     numbers,
     runs_of,
 )
-from curvax.plotting.curves import draw_fields
+from curvax.plotting.curves import draw_fields, draw_line
 
 
 def gradient_angles(series: Any, *, ax: Axes | None = None, label: str | None = None) -> Axes:
@@ -41,13 +40,9 @@ def gradient_angles(series: Any, *, ax: Axes | None = None, label: str | None = 
     runs = runs_of(series, tuple, label, name="gradient_angles", of=of)
     ax = axes_or_new(ax)
     for run, (steps, angles) in runs.items():
-        degrees = np.degrees(numbers(angles, "angle"))
-        ax.plot(numbers(steps), degrees, ls="-", marker=marker(ax), ms=4, lw=1.3, label=run)
+        draw_line(ax, numbers(steps), np.degrees(numbers(angles, "angle")), run)
     ax.set_ylim(bottom=0)
-    ax.set(xlabel="step", ylabel="angle of ∇L(θ), ∇L(θ + ε̂) (degrees)")
-    ax.grid(alpha=0.3)
-    legend(ax)
-    return ax
+    return finished(ax, xlabel="step", ylabel="angle of ∇L(θ), ∇L(θ + ε̂) (degrees)")
 
 
 def alignment(results: Any, *, ax: Axes | None = None, label: str | None = None) -> Axes:
@@ -71,14 +66,10 @@ def alignment(results: Any, *, ax: Axes | None = None, label: str | None = None)
     ax = axes_or_new(ax)
     for run, found in runs.items():
         shares = np.cumsum(numbers(found.cosines) ** 2)
-        rank = 1 + np.arange(len(shares))
-        ax.plot(rank, shares, ls="-", marker=marker(ax), ms=4.5, lw=1.3, label=run)
+        draw_line(ax, 1 + np.arange(len(shares)), shares, run)
     ax.set_ylim(0, 1.02)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set(xlabel="directions i", ylabel="share of ‖u‖² in the first i")
-    ax.grid(alpha=0.3)
-    legend(ax)
-    return ax
+    return finished(ax, xlabel="directions i", ylabel="share of ‖u‖² in the first i")
 
 
 def fisher_kl(
@@ -113,7 +104,4 @@ def fisher_kl(
     if not any(isinstance(x, str) for x in found):
         logarithmic_if_positive(ax, "x")
         ax.set_xlabel(xlabel)
-    ax.set_ylabel("divergence (nats)")
-    ax.grid(alpha=0.3)
-    legend(ax)
-    return ax
+    return finished(ax, ylabel="divergence (nats)")

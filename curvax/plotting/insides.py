@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from curvax.analysis import MlpBlockHessian
-from curvax.plotting.canvas import LARGEST, axes_or_new, clean, numbers, runs_of
+from curvax.plotting.canvas import LARGEST, axes_or_new, clean, mappings_of, numbers, runs_of
 from curvax.plotting.rows import draw_rows
 
 FACTORS = {
@@ -146,9 +146,7 @@ def mlp_block_hessians(results: Any, *, label: str | None = None) -> np.ndarray:
         ValueError: there is no run, or a label for several.
     """
     name = "mlp_block_hessians"
-    runs = runs_of(results, Mapping, label, name=name, of=name)
-    for found in runs.values():
-        runs_of(found, MlpBlockHessian, None, name=name, of=name)
+    runs = mappings_of(results, MlpBlockHessian, label, name=name, of=name)
     layers = max(map(len, runs.values()))
     size = (8.0, 2.4 + 0.5 * layers)
     figure, panels = plt.subplots(2, 3, figsize=size, sharey=True, layout="constrained")

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from matplotlib.axes import Axes
 
-from curvax.plotting.canvas import axes_or_new, legend, numbers, runs_of
+from curvax.plotting.canvas import axes_or_new, finished, numbers, runs_of
 
 ARRAYS = (np.ndarray, jax.Array)
 
@@ -69,10 +69,7 @@ def ntk_spectrum(grams: Any, *, ax: Axes | None = None, label: str | None = None
         name = f"{run}, κ = {_condition(values):.3g}" if run else f"κ = {_condition(values):.3g}"
         ax.plot(rank, np.where(values > 0, values, np.nan), lw=1.5, label=name)
     ax.set_yscale("log")
-    ax.set(xlabel="rank i", ylabel="eigenvalue λᵢ of the kernel")
-    ax.grid(alpha=0.3)
-    legend(ax)
-    return ax
+    return finished(ax, xlabel="rank i", ylabel="eigenvalue λᵢ of the kernel")
 
 
 def _eigenvalues(gram: Any) -> np.ndarray:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.contour import ContourSet
 
 from curvax.analysis import Landscape, Trajectory
-from curvax.plotting.canvas import axes_or_new, clean, legend, numbers, runs_of
+from curvax.plotting.canvas import axes_or_new, clean, finished, legend, numbers, runs_of
 from curvax.plotting.scales import Limits, Scale, scale_of
 
 COLOURS = "viridis"
@@ -172,10 +172,7 @@ def _curve(ax: Axes, l: Landscape, scale: Scale, limits: Limits | None, label: s
     if scale.logarithmic:
         ax.set_yscale("log")
     ax.set_ylim(*(limits or (None, None)))
-    ax.set(xlabel=ALONG[0], ylabel="loss")
-    ax.grid(alpha=0.3)
-    legend(ax)
-    return ax
+    return finished(ax, xlabel=ALONG[0], ylabel="loss")
 
 
 def _contours(ax: Axes, l: Landscape, scale: Scale) -> ContourSet:

@@ -7,8 +7,18 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from curvax.analysis import MSharpness, RandomSharpness, SurrogateGap
-from curvax.plotting.canvas import LARGEST, axes_or_new, colour, legend, marker, numbers, runs_of
-from curvax.plotting.curves import draw_curve, draw_fields
+from curvax.plotting.canvas import (
+    LARGEST,
+    axes_or_new,
+    colour,
+    finished,
+    legend,
+    mappings_of,
+    marker,
+    numbers,
+    runs_of,
+)
+from curvax.plotting.curves import draw_curve, draw_fields, draw_line
 
 
 def sharpness_profile(profiles: Any, *, ax: Axes | None = None, label: str | None = None) -> Axes:
@@ -29,12 +39,8 @@ def sharpness_profile(profiles: Any, *, ax: Axes | None = None, label: str | Non
     runs = runs_of(profiles, tuple, label, name="sharpness_profile", of="rhos, sharpness")
     ax = axes_or_new(ax)
     for run, (rhos, values) in runs.items():
-        y = numbers(values, "value")
-        ax.plot(numbers(rhos), y, ls="-", marker=marker(ax), ms=4.5, label=run)
-    ax.set(xlabel="radius ρ", ylabel="sharpness, max L(θ + ε) − L(θ)")
-    ax.grid(alpha=0.3)
-    legend(ax)
-    return ax
+        draw_line(ax, numbers(rhos), numbers(values, "value"), run)
+    return finished(ax, xlabel="radius ρ", ylabel="sharpness, max L(θ + ε) − L(θ)")
 
 
 def m_sharpness(results: Any, *, ax: Axes | None = None, label: str | None = None) -> Axes:
@@ -54,9 +60,7 @@ def m_sharpness(results: Any, *, ax: Axes | None = None, label: str | None = Non
         TypeError: something else was given.
         ValueError: there is no run, or a label for several.
     """
-    runs = runs_of(results, Mapping, label, name="m_sharpness", of="m_sharpness")
-    for found in runs.values():
-        runs_of(found, MSharpness, None, name="m_sharpness", of="m_sharpness")
+    runs = mappings_of(results, MSharpness, label, name="m_sharpness", of="m_sharpness")
     ax = axes_or_new(ax)
     for run, found in runs.items():
         values = [float(x.value) for x in found.values()]
@@ -67,10 +71,7 @@ def m_sharpness(results: Any, *, ax: Axes | None = None, label: str | None = Non
     ax.set_xscale("log", base=2)
     ax.set_xticks(sizes, map(str, sizes))
     ax.minorticks_off()
-    ax.set(xlabel="group size m", ylabel="m-sharpness")
-    ax.grid(alpha=0.3)
-    legend(ax)
-    return ax
+    return finished(ax, xlabel="group size m", ylabel="m-sharpness")
 
 
 def surrogate_gap(
@@ -106,13 +107,10 @@ def surrogate_gap(
     draw_fields(ax, found, names, label)
     if largest:
         draw_curve(ax, largest, f"{label}: {LARGEST}" if label else LARGEST, color="black")
-    ax.set_ylabel("largest eigenvalue of the Hessian")
     if not any(isinstance(x, str) for x in found):
         ax.set_xlabel(xlabel)
-    ax.grid(alpha=0.3)
     _add_gap_axis(ax, list(found.values()))
-    legend(ax)
-    return ax
+    return finished(ax, ylabel="largest eigenvalue of the Hessian")
 
 
 def random_sharpness(r: Any, *, ax: Axes | None = None, label: str | None = None) -> Axes:

@@ -1,6 +1,5 @@
 """Eigenvalues ↦ their density, their order, and where in a network they are."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from curvax.plotting.canvas import (
     axes_or_new,
     legend,
     logarithmic_if_positive,
+    mappings_of,
     marker,
     numbers,
     runs_of,
@@ -119,9 +119,7 @@ def block_eigenvalues(blocks: Any, *, ax: Axes | None = None, label: str | None 
         ValueError: there is no run, or a label for several.
     """
     name = "block_eigenvalues"
-    runs = runs_of(blocks, Mapping, label, name=name, of=name)
-    for found in runs.values():
-        runs_of(found, BlockEigenvalue, None, name=name, of=name)
+    runs = mappings_of(blocks, BlockEigenvalue, label, name=name, of=name)
     values = {run: {b: float(x.value) for b, x in found.items()} for run, found in runs.items()}
     doubtful = {
         run: {b for b, x in found.items() if not x.converged} for run, found in runs.items()
