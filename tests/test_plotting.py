@@ -195,6 +195,14 @@ def test_no_setting_changes_and_the_axes_come_back(name):
 
 
 @pytest.mark.parametrize("name", [name for name in plotting.__all__ if name not in NO_AXES])
+def test_axes_say_what_they_show(name):
+    ax = draw(name, {**MANY, **SINGLE}[name]())
+    rows = [text.get_text() for text in ax.get_yticklabels()]
+    assert ax.get_xlabel()
+    assert ax.get_ylabel() or {"embedding", "layer0"} & {*rows}
+
+
+@pytest.mark.parametrize("name", [name for name in plotting.__all__ if name not in NO_AXES])
 def test_the_axes_that_are_given_are_drawn_on(name):
     flat = {} if name != "landscape_surface" else {"projection": "3d"}
     figure, ax = plt.subplots(subplot_kw=flat)
@@ -244,6 +252,13 @@ def test_something_else_is_refused_by_name(name):
         return
     with pytest.raises(TypeError, match=f"`{name}` draws what `.*` returns.* and got a `str`"):
         draw(name, "runs/sgd")
+
+
+@pytest.mark.parametrize("name", ["block_eigenvalues", "m_sharpness", "mlp_block_hessians"])
+def test_something_else_inside_of_a_run_is_refused(name):
+    inside = {"SGD": {**MANY, **SINGLE}[name](), "SAM": {"block": 1.0}}
+    with pytest.raises(TypeError, match=rf"`{name}` draws what `{name}` returns.*`float`"):
+        draw(name, inside)
 
 
 @pytest.mark.parametrize("name", MANY)
