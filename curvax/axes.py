@@ -94,8 +94,8 @@ def _is_bound(axis: str) -> bool:
 def mean(tree: Tree, axes: tuple[str, ...], weight: jax.Array | None = None) -> Tree:
     """The mean over bound axes of every floating leaf, weighted by each device's `weight`.
 
-    What is known not to vary over an axis is its own mean and costs nothing; integers, booleans
-    and keys are left alone.
+    What is known not to vary over an axis is its own mean and costs nothing, and counts by the
+    weight of all devices along it; integers, booleans and keys are left alone.
     """
     if not axes:
         return tree
@@ -107,7 +107,8 @@ def mean(tree: Tree, axes: tuple[str, ...], weight: jax.Array | None = None) -> 
             return x
         if weight is None:
             return lax.pmean(x, over)
-        w = vary(widen(weight), over)
+        alike = tuple(a for a in axes if a not in over and a in varying(weight))
+        w = vary(lax.psum(widen(weight), alike) if alike else widen(weight), over)
         weighed = jnp.where(w == 0, 0, w * widen(x))
         return ratio(lax.psum(weighed, over), lax.psum(w, over)).astype(x.dtype)
 
@@ -123,6 +124,13 @@ def mean_over_visible(tree: Tree) -> Tree:
 def index_and_size(axes: tuple[str, ...]) -> tuple[jax.Array | int, int]:
     """This device's number along the axes, first axis slowest, and how many there are."""
     return (lax.axis_index(axes), lax.axis_size(axes)) if axes else (0, 1)
+
+
+def last_of_size(size: int) -> tuple[str, ...] | None:
+    """The last manual axes, whose devices are neighbours, that hold `size` devices together."""
+    names = manual()
+    tails = (names[start:] for start in reversed(range(len(names))))
+    return next((tail for tail in tails if lax.axis_size(tail) == size), None)
 
 
 def cond(predicate: Any, f: Any, g: Any) -> Tree:

@@ -199,6 +199,78 @@ def test_groups_of_a_sharded_batch_cost_one_reduction(kind, case):
     assert not re.search(r"f64\S* all-gather", str(compiled.as_text()))
 
 
+def on_groups_of_two(tx, params, batch, *, checked, **options):
+    """One step on a mesh whose last axis holds the two devices of a group."""
+    grid = jax.make_mesh((DEVICES // 2, 2), ("batch", "group"), axis_types=(AxisType.Auto,) * 2)
+    step = jax.shard_map(
+        partial(one_step, tx, **options),
+        mesh=grid,
+        in_specs=(P(), P(), P(("batch", "group"))),
+        out_specs=P(),
+        check_vma=checked,
+    )
+    return jax.jit(step)(params, tx.init(params), batch)
+
+
+@pytest.mark.parametrize("checked", [True, False])
+@pytest.mark.parametrize("projects", [True, False])
+def test_a_group_may_span_devices(checked, projects):
+    stages = cx.sam_perturb(0.3) | cx.gsam_project(0.4) if projects else cx.sam_perturb(0.3)
+    tx = (
+        cx.per_group(2 * PER_DEVICE, stages)
+        | cx.pmean_updates(("batch", "group"))
+        | optax.sgd(0.1, momentum=0.9)
+    )
+    params, batch = make_params(), make_batch()
+    found, state = on_groups_of_two(tx, params, batch, checked=checked)
+    reference = local(gsam_of if projects else sam_of, DEVICES // 2)
+    expected = sgd_over(lambda p: reference(p, batch), params, steps=1)
+    jax.tree.map(partial(np.testing.assert_allclose, **TOLERANCE), found, expected)
+    # Under jit the groups are cut from the whole batch: the same figures too.
+    alone, state_alone = one_step(tx, params, tx.init(params), batch)
+    jax.tree.map(partial(np.testing.assert_allclose, **TOLERANCE), found, alone)
+    figures, others = cx.diagnostics(state), cx.diagnostics(state_alone)
+    assert figures.keys() == others.keys()
+    for name in figures:
+        np.testing.assert_allclose(figures[name], others[name], rtol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_group_of_devices_weighs_what_its_examples_weigh(checked):
+    def weighted(params, batch):
+        hidden = jnp.tanh(batch["x"] @ params["w1"] + params["b1"][None])
+        errors = (hidden @ params["w2"] - batch["y"]) ** 2
+        return jnp.sum(batch["w"] * errors) / jnp.sum(batch["w"])
+
+    def step(params, state, batch):
+        objective = cx.Objective(weighted, batch, weight="w")
+        value, grads = objective.value_and_grad(params)
+        updates, _ = tx.update(grads, state, params, value_fn=objective, value=value)
+        return updates
+
+    axes = ("batch", "group")
+    tx = cx.per_group(2 * PER_DEVICE, cx.sam_perturb(0.3)) | cx.pmean_updates(axes)
+    params, batch = make_params(), make_batch()
+    batch["w"] = 0.5 + jax.random.uniform(jax.random.key(7), batch["y"].shape)
+    grid = jax.make_mesh((DEVICES // 2, 2), axes, axis_types=(AxisType.Auto,) * 2)
+    specs = dict(in_specs=(P(), P(), P(axes)), out_specs=P(), check_vma=checked)
+    found = jax.jit(jax.shard_map(step, mesh=grid, **specs))(params, tx.init(params), batch)
+    expected = step(params, tx.init(params), batch)
+    jax.tree.map(partial(np.testing.assert_allclose, **TOLERANCE), found, expected)
+
+
+def test_a_group_that_no_axes_hold_is_an_error():
+    tx = cx.per_group(2 * PER_DEVICE, cx.sam_perturb(0.3)) | cx.pmean_updates("batch")
+    with pytest.raises(ValueError, match="the last of the device axes"):
+        run("shard_map", tx, make_params(), make_batch(), steps=1)
+
+
+def test_no_curvature_is_estimated_in_a_group_of_devices():
+    tx = cx.per_group(2 * PER_DEVICE, cx.hutchinson_diag(mean_over="batch"))
+    with pytest.raises(ValueError, match="one of these estimates curvature"):
+        on_groups_of_two(tx, make_params(), make_batch(), checked=True)
+
+
 def adahessian_loop(params, batch, key, *, shared, steps=2, lr=0.1, b1=0.9, b2=0.99, eps=1e-4):
     """AdaHessian written out: the mean over shards of g and of z ⊙ Hz."""
     zeros = jax.tree.map(jnp.zeros_like, params)

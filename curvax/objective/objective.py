@@ -67,6 +67,7 @@ class Objective:
         self._memory = Memory()
         self._local: dict[Any, frozenset[str]] = {}
         self._part: tuple[Any, int] = (0, 1)
+        self._together: tuple[str, ...] = ()
         validation.check_halves(loss, batch, model)
         validation.check_options(batch, model, key, microbatch, weight)
         if microbatch is not None:
@@ -104,6 +105,13 @@ class Objective:
         if self.microbatch and piece.size % self.microbatch:
             piece.microbatch = None
         return piece
+
+    def together(self, over: tuple[str, ...]) -> Objective:
+        """The mean of this loss over bound device axes, whose devices so make one group.
+
+        Value and gradient are the group's; products and single examples stay each device's own.
+        """
+        return self._changed(_together=(*self._together, *over)) if over else self
 
     def _changed(self, **fields: Any) -> Objective:
         """A copy that remembers nothing."""
@@ -159,7 +167,7 @@ class Objective:
                 jax.checkpoint(part.evaluate)(params) if self.microbatch else part.evaluate(params)
             )
         )
-        return value
+        return axes.mean(value, self._together, self.batch_weight())
 
     def mean(self, params: Tree, over: tuple[str, ...]) -> jax.Array:
         """L(θ), the mean over bound device axes, at a precision at which differences count."""
@@ -178,8 +186,9 @@ class Objective:
 
     def value_aux_and_grad(self, params: Tree) -> tuple[tuple[jax.Array, Any], Tree]:
         """((L(θ), aux), ∇L(θ)), where aux is None without `has_aux`."""
-        local = axes.vary(params, self.local_axes(params))
-        return self.average(lambda part: jax.value_and_grad(part.evaluate, has_aux=True)(local))
+        own = axes.vary(params, self.local_axes(params) | set(self._together))
+        out = self.average(lambda part: jax.value_and_grad(part.evaluate, has_aux=True)(own))
+        return axes.mean(out, self._together, self.batch_weight())
 
     def evaluate(self, params: Tree) -> tuple[jax.Array, Any]:
         """(L(θ), aux) of the whole batch in one piece."""
@@ -246,7 +255,7 @@ class Objective:
         return accumulation.stack_over_vmap(fold, self.groups(1), self.size)[0]
 
     def local_axes(self, params: Tree) -> frozenset[str]:
-        """The device axes over which this loss is each device's own.
+        """The device axes over which this loss is each device's own, or its group's.
 
         Raises:
             ValueError: the loss averages its own value over a device axis.
@@ -255,7 +264,7 @@ class Objective:
             return frozenset()
         kind = (axes.manual(), *map(jax.typeof, jax.tree.leaves(params)))
         if kind not in self._local:
-            self._local[kind] = self._traced_axes(params)
+            self._local[kind] = self._traced_axes(params) - set(self._together)
         return self._local[kind]
 
     def _traced_axes(self, params: Tree) -> frozenset[str]:

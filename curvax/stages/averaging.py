@@ -70,7 +70,9 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
     SAM, arXiv:2010.01412, section 4.1.
 
     Args:
-        m: examples in a group; divides the batch (of each device, under an axis).
+        m: examples in a group; divides the batch. Under device axes it divides the batch of each
+            device, or is that of all devices along the last axes (`jax.make_mesh((4, 2), ("batch",
+            "group"))`): the ascent then starts from the mean gradient of the group.
         stages: a stage, a pipe, or a plain transformation.
         sequential: one group at a time, in the memory of one, instead of all at once.
 
@@ -78,7 +80,8 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
         A stage that needs an `Objective` with a batch.
 
     Raises:
-        ValueError, TypeError: m < 1, or traced; at update, one that does not divide the batch.
+        ValueError, TypeError: m < 1, or traced; at update, one that does not divide the batch, or
+            spans devices that no mesh axes hold, or spans several and estimates curvature.
     """
     checks.check_count("per_group", m=m)
     inner = pipe(stages)
@@ -88,9 +91,12 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
         signal: Signal, state: Any, params: Tree, *, value_fn: Any = None, **extra: Any
     ) -> tuple[Signal, Any]:
         objective = require_batch(as_objective(value_fn, "per_group", params), "per_group")
+        within = _devices_of_a_group(m, objective.size)
+        objective = objective.together(within)
         local = objective.local_axes(params)
-        groups = accumulation.split(objective.batch, objective.size, m, f"`per_group({m}, ...)`")
-        count = objective.size // m
+        here = objective.size if within else m
+        groups = accumulation.split(objective.batch, objective.size, here, f"`per_group({m}, ...)`")
+        count = objective.size // here
         first, shards = objective.shard_number(local)
         # The caller's loss and gradient are those of the whole batch.
         extra = {name: x for name, x in extra.items() if name not in ("value", "grad")}
@@ -101,6 +107,8 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
             given = Signal(gradient, gradient, value=value, aux=aux, local=local)
             start = _map_keys(lambda key: jax.random.fold_in(key, first * count + i), state)
             out, new = inner.update(given, start, params, value_fn=group, **extra)
+            if within and not (out.diagonal is None and out.matvec is None):
+                raise ValueError(_NO_CURVATURE.format(m=m, within=within))
             # Keys and axis names do not average; both are put back below.
             kept = out._replace(matvec=None, local=None), _map_keys(lambda key: False, new)
             return kept, group.batch_weight()
@@ -111,6 +119,33 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
         return out._replace(local=local), jax.tree.map(advanced, new, state)
 
     return stage(inner.init, rule)
+
+
+_NO_CURVATURE = (
+    "`per_group({m}, ...)` makes one group of all devices along {within}, which takes the stages of "
+    "SAM and GSAM, and one of these estimates curvature, which would be each device's own. Put the "
+    "estimator outside of `per_group`, or take groups that one device holds."
+)
+
+
+def _devices_of_a_group(m: int, size: int) -> tuple[str, ...]:
+    """The device axes along which a group lies that is larger than a device's `size` examples.
+
+    Raises:
+        ValueError: no axes hold just the devices of a group.
+    """
+    if m <= size or not axes.manual():
+        return ()
+    found = axes.last_of_size(m // size) if m % size == 0 else None
+    if found is None:
+        raise ValueError(
+            f"`per_group({m}, ...)` has {size} examples on each device, and the last of the device "
+            f"axes {axes.manual()} do not hold the {m / size:g} neighbours that make a group. Give "
+            "the mesh of `shard_map` a last axis for them, as `jax.make_mesh((n, "
+            f'{max(m // size, 1)}), ("batch", "group"))`, or run under `jit`, where groups are cut '
+            "from the whole batch."
+        )
+    return found
 
 
 def _settled(x: jax.Array, old: jax.Array, objective: Any, local: frozenset[str]) -> jax.Array:
