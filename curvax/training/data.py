@@ -1,39 +1,103 @@
-"""Examples in memory: parts of them, and batches that can be resumed."""
+"""Examples in memory or in files: parts of them, and batches that can be resumed."""
 
 import functools
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, Self, TypeVar
 
 import grain
 import numpy as np
 
 from curvax.training.archives import DataError
 
+Draw = tuple[int, int]
+"""The seed of a run and the number of an epoch: what a split draws by chance follows from them."""
+
+
+class Examples(Protocol):
+    """What a model is shown, and what it should say, wherever it is kept."""
+
+    @property
+    def size(self) -> int:
+        """The number of examples."""
+
+    @property
+    def ahead(self) -> int:
+        """How many batches to gather before they are asked for."""
+
+    def rows(self, which: np.ndarray | slice) -> Self:
+        """Some of the examples: their numbers, a mask, or a slice."""
+
+    def order(self, rng: np.random.Generator) -> np.ndarray:
+        """A random order [N] each of whose beginnings is a fair part of the whole."""
+
+    def gather(self, rows: np.ndarray, draw: Draw | None = None) -> dict[str, np.ndarray]:
+        """{"input": [B, ...], "label": [B, ...]} of some examples, the same at each call.
+
+        Args:
+            draw: from which an example's training crop follows; without it, as in a test.
+        """
+
+
+Some = TypeVar("Some", bound=Examples)
+
 
 class Split(NamedTuple):
-    """Examples: what a model is shown, and what it should say."""
+    """Examples in memory."""
 
     inputs: np.ndarray  # [N, ...]
     labels: np.ndarray  # [N, ...]
 
     @property
     def size(self) -> int:
-        """The number of examples."""
+        """The number of examples.
+
+        Raises:
+            DataError: inputs and labels differ in number.
+        """
+        if len(self.inputs) != len(self.labels):
+            raise DataError(
+                f"Every input has its label, and there are {len(self.inputs)} inputs and "
+                f"{len(self.labels)} labels."
+            )
         return len(self.labels)
 
-    def rows(self, which: np.ndarray | slice) -> "Split":
-        """Some of the examples: their numbers, a mask, or a slice."""
-        return Split(self.inputs[which], self.labels[which])
+    @property
+    def ahead(self) -> int:
+        return 0  # they are there
+
+    def rows(self, which: np.ndarray | slice) -> Self:
+        return self._replace(inputs=self.inputs[which], labels=self.labels[which])
+
+    def order(self, rng: np.random.Generator) -> np.ndarray:
+        """A random order each of whose beginnings has the classes in their shares.
+
+        The i-th of the n members of a class stands at (i + ½) / n of the way, ties in random order.
+        Labels with further axes make no classes.
+        """
+        shuffled = rng.permutation(self.size)
+        if self.labels.ndim > 1:
+            return shuffled
+        place = np.empty(self.size)
+        for label in np.unique(self.labels):
+            members = np.flatnonzero(self.labels[shuffled] == label)
+            place[members] = (np.arange(len(members)) + 0.5) / len(members)
+        return shuffled[np.argsort(place, kind="stable")]
+
+    def gather(self, rows: np.ndarray, draw: Draw | None = None) -> dict[str, np.ndarray]:
+        """The examples as `numbers`."""
+        return {"input": numbers(self.inputs[rows]), "label": numbers(self.labels[rows])}
 
 
 class Dataset(NamedTuple):
     """What a model is trained on, and what it is tested on."""
 
-    train: Split
-    test: Split
+    train: Examples
+    test: Examples
     classes: int | None = None  # logits or targets of a model; None where its outputs are inputs
+    names: Sequence[str] = ()  # of the classes, where they have any
 
 
-def take(split: Split, amount: float, *, seed: int) -> Split:
+def take(split: Some, amount: float, *, seed: int) -> Some:
     """A part of the split that keeps the shares of the classes, each to within an example.
 
     With one seed, a smaller part is contained in a larger one.
@@ -54,7 +118,7 @@ def take(split: Split, amount: float, *, seed: int) -> Split:
     return divide(split, size - count, seed=seed, purpose="take")[0]
 
 
-def hold_out(split: Split, fraction: float = 0.1, *, seed: int) -> tuple[Split, Split]:
+def hold_out(split: Some, fraction: float = 0.1, *, seed: int) -> tuple[Some, Some]:
     """Divides a training set into (training, validation), keeping the shares of the classes.
 
     The 10 % are Foret et al.'s, arXiv:2010.01412, section 3.1, who chose ρ on them.
@@ -76,28 +140,12 @@ def stream(seed: int, purpose: str) -> np.random.Generator:
     return np.random.default_rng([seed, *purpose.encode()])
 
 
-def divide(split: Split, last: int, *, seed: int, purpose: str) -> tuple[Split, Split]:
+def divide(split: Some, last: int, *, seed: int, purpose: str) -> tuple[Some, Some]:
     """All but `last` examples, and those, each part with the shares of the classes and in the
     order of the split."""
-    order = _stratified(split.labels, stream(seed, purpose))
+    order = split.order(stream(seed, purpose))
     cut = len(order) - last
     return split.rows(np.sort(order[:cut])), split.rows(np.sort(order[cut:]))
-
-
-def _stratified(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A random order each of whose beginnings has the classes in their shares.
-
-    The i-th of the n members of a class stands at (i + ½) / n of the way, ties in random order.
-    Labels with further axes make no classes.
-    """
-    shuffled = rng.permutation(len(labels))
-    if labels.ndim > 1:
-        return shuffled
-    place = np.empty(len(labels))
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels[shuffled] == label)
-        place[members] = (np.arange(len(members)) + 0.5) / len(members)
-    return shuffled[np.argsort(place, kind="stable")]
 
 
 def numbers(values: np.ndarray) -> np.ndarray:
@@ -110,7 +158,7 @@ def numbers(values: np.ndarray) -> np.ndarray:
 
 
 def batches(
-    split: Split,
+    split: Examples,
     batch_size: int,
     *,
     seed: int = 0,
@@ -120,14 +168,16 @@ def batches(
     shard: int = 0,
     shards: int = 1,
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
-    """Batches {"input": [B, ...], "label": [B, ...]} of `numbers`, epoch after epoch.
+    """Batches {"input": [B, ...], "label": [B, ...]}, epoch after epoch.
 
     A batch follows from its number and the seed alone, so `get_state()` is that number and
-    `set_state()` resumes exactly. Grain counts; whole batches are gathered at once, since its
-    per-example mapping costs milliseconds a batch.
+    `set_state()` resumes exactly. Grain counts, and gathers ahead what takes time; whole batches
+    are gathered at once, since its per-example mapping costs milliseconds a batch.
 
     Args:
-        seed: of the order, which differs between epochs.
+        seed: of the order, which differs between epochs, and of what is drawn for each example.
+        shuffle: whether for training, in random order and cropped at random where the examples are
+            files; otherwise in their order, each as in a test.
         epochs: after how many to end, never by default.
         drop_remainder: whether to leave out the examples of an epoch that fill no batch. Otherwise
             the last batch is filled up with copies of its first example, and every batch has a
@@ -139,35 +189,27 @@ def batches(
         DataError: a batch larger than the split, a batch that does not divide into the shards, or
             inputs and labels that differ in number.
     """
-    _check_lengths(split)
     _check_batch(split.size, batch_size, drop_remainder, shard, shards)
     whole, rest = divmod(split.size, batch_size)
     steps = whole if drop_remainder else whole + bool(rest)
     part = slice(shard * batch_size // shards, (shard + 1) * batch_size // shards)
 
-    @functools.lru_cache(maxsize=1)
+    @functools.lru_cache(maxsize=2)  # batches ahead may be of the next epoch
     def order(epoch: int) -> np.ndarray:
         rng = stream(seed, f"epoch {epoch}")
         return rng.permutation(split.size) if shuffle else np.arange(split.size)
 
     def gather(number: int, step: int) -> dict[str, np.ndarray]:
-        rows = order(number // steps)[step * batch_size : (step + 1) * batch_size]
+        epoch = number // steps
+        rows = order(epoch)[step * batch_size : (step + 1) * batch_size]
         mask = np.arange(batch_size) < len(rows)
         rows = np.concatenate([rows, np.repeat(rows[:1], batch_size - len(rows))])[part]
-        batch = {"input": numbers(split.inputs[rows]), "label": numbers(split.labels[rows])}
+        batch = split.gather(rows, (seed, epoch) if shuffle else None)
         return batch if drop_remainder else batch | {"mask": mask[part]}
 
     places = grain.MapDataset.range(steps).repeat(epochs)
-    in_this_thread = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    return iter(places.map_with_index(gather).to_iter_dataset(in_this_thread))
-
-
-def _check_lengths(split: Split) -> None:
-    if len(split.inputs) != len(split.labels):
-        raise DataError(
-            f"Every input has its label, and there are {len(split.inputs)} inputs and "
-            f"{len(split.labels)} labels."
-        )
+    ahead = grain.ReadOptions(num_threads=split.ahead, prefetch_buffer_size=split.ahead)
+    return iter(places.map_with_index(gather).to_iter_dataset(ahead))
 
 
 def _check_batch(size: int, batch_size: int, drop_remainder: bool, shard: int, shards: int) -> None:
