@@ -31,7 +31,7 @@ FLOORS = [
     {"curvax"},
     {"recipe", "models", "flax_bridge"},
     {"training"},
-    {"inspection"},
+    {"inspection", "planning"},
     {"cli"},
     {"__main__"},
 ]

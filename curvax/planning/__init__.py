@@ -1,0 +1,1 @@
+"""What a training step needs on machines that are not at hand, read from the compiled program."""
