@@ -1,0 +1,101 @@
+"""Examples that are encoded pictures in files: decoded by threads when a batch is gathered.
+
+An example's training crop follows from the seed, the epoch and its own number alone, so a batch
+depends neither on how many threads make it nor on how many processes share it.
+"""
+
+import functools
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, Protocol, Self
+
+import numpy as np
+
+from curvax.training import data, jpegs
+from curvax.training.archives import DataError
+from curvax.training.data import Draw
+from curvax.training.examples import Example
+
+AHEAD = 2
+"""Batches: while one is trained on, the next is whole and the one after it is being decoded."""
+
+
+class Store(Protocol):
+    """Examples as they are kept, each by its number."""
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+
+    def read(self, number: int) -> Example:
+        """One of them; threads may ask at once. DataError where that fails."""
+
+    def place(self, number: int) -> str:
+        """Where it is, in words."""
+
+
+class Form(NamedTuple):
+    """What is made of a picture."""
+
+    side: int  # pixels
+    classes: int
+    area: tuple[float, float] = (0.05, 1.0)  # of training crops, a share of the picture
+    threads: int | None = None  # as many as there are cores by default
+
+
+class Pictures(NamedTuple):
+    """Some of the pictures of a store."""
+
+    store: Store
+    form: Form
+    chosen: np.ndarray  # [N] numbers in the store
+
+    @property
+    def size(self) -> int:
+        return len(self.chosen)
+
+    @property
+    def ahead(self) -> int:
+        return AHEAD
+
+    def rows(self, which: np.ndarray | slice) -> Self:
+        return self._replace(chosen=self.chosen[which])
+
+    def order(self, rng: np.random.Generator) -> np.ndarray:
+        """A random order: the labels are in the files, so classes get their shares by chance."""
+        return rng.permutation(self.size)
+
+    def gather(self, rows: np.ndarray, draw: Draw | None = None) -> dict[str, np.ndarray]:
+        """Pictures uint8 [B, side, side, 3] and labels int32 [B].
+
+        Raises:
+            DataError: a picture that cannot be decoded, or a label that there is not.
+        """
+        numbers, places = np.unique(self.chosen[rows], return_inverse=True)
+        decode = functools.partial(self._decode, draw=draw)
+        pixels, labels = zip(*_pool(self.form.threads).map(decode, numbers.tolist()))
+        return {
+            "input": np.stack([pixels[i] for i in places]),
+            "label": np.array(labels, np.int32)[places],
+        }
+
+    def _decode(self, number: int, draw: Draw | None) -> tuple[np.ndarray, int]:
+        side, classes, area, _ = self.form
+        image, label, name = self.store.read(number)
+        try:
+            if not 0 <= label < classes:
+                raise DataError(f"its label is {label} where there are {classes} classes")
+            if draw is None:
+                return jpegs.central_crop(image, side), label
+            rng = data.stream(draw[0], f"crop {draw[1]} {number}")
+            return jpegs.random_crop(image, side, area, rng), label
+        except DataError as error:
+            raise DataError(
+                f"`{name}`, {self.store.place(number)}, cannot be used: {error}. Replace or remove "
+                "the picture; records are made anew by `curvax convert`."
+            ) from error
+
+
+@functools.cache
+def _pool(threads: int | None) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads or os.cpu_count(), thread_name_prefix="decode")
