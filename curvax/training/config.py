@@ -42,6 +42,11 @@ def defaults(**numbers: float) -> ConfigDict:
             "smoothing": 0.0,  # of the training labels
             "augment": [],  # transforms in order, each as text
             "length": 64,  # bytes in a window of text
+            "side": 224,  # pixels of an image made of a picture in records
+            "area": (0.05, 1.0),  # of such a picture that a training crop takes, least and greatest
+            "threads": placeholder(int),  # that decode pictures, one for each core by default
+            "mean": placeholder(tuple),  # that normalises images, a number for each channel in ...
+            "std": placeholder(tuple),  # ... units of [0, 1]; both measured, or the source's own
         },
         "optimizer": "adamw(cosine(1e-3))",
         "base": "adamw(cosine(1e-3))",  # what `compare` and `bench` measure against
