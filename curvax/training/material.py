@@ -6,22 +6,23 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from curvax.training import data, images
-from curvax.training.data import Dataset, Split
+from curvax.training.archives import DataError
+from curvax.training.data import Dataset, Examples, Split
 from curvax.training.tasks import Task
 
 
 class Material(NamedTuple):
     """The data of a run."""
 
-    train: Split  # with the labels that it trains on
+    train: Examples  # with the labels that it trains on
     wrong: np.ndarray  # bool [N]: where noise replaced the label
-    test: Split  # or what was held out
+    test: Examples  # or what was held out
     classes: int | None
 
     @property
     def example(self) -> np.ndarray:
         """The first input, [1, ...], as a model reads it."""
-        return data.numbers(self.train.inputs[:1])
+        return data.numbers(self.train.gather(np.arange(1))["input"])
 
 
 def gather(config: ConfigDict, task: Task, hold_out: bool = False) -> Material:
@@ -36,9 +37,16 @@ def gather(config: ConfigDict, task: Task, hold_out: bool = False) -> Material:
     return Material(train, wrong, test, dataset.classes)
 
 
-def _with_noise(train: Split, dataset: Dataset, config: ConfigDict) -> tuple[Split, np.ndarray]:
+def _with_noise(
+    train: Examples, dataset: Dataset, config: ConfigDict
+) -> tuple[Examples, np.ndarray]:
     if not config.data.noise or dataset.classes is None:
         return train, np.zeros(train.size, bool)
+    if not isinstance(train, Split):
+        raise DataError(
+            f"`data.noise` replaces labels in memory, and those of `{config.data.name}` are in its "
+            "records. Leave it at 0, or convert pictures in the wrong class folders."
+        )
     seed, rate = config.seed, config.data.noise
     noisy = images.flip_labels(train.labels, rate, dataset.classes, seed=seed)
     return train._replace(labels=noisy), noisy != train.labels
