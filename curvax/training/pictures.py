@@ -10,10 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol, Self
 
 import numpy as np
+from ml_collections import ConfigDict
 
-from curvax.training import data, jpegs
+from curvax.training import data, jpegs, records, sources
 from curvax.training.archives import DataError
-from curvax.training.data import Draw
+from curvax.training.data import Dataset, Draw
 from curvax.training.examples import Example
 
 AHEAD = 2
@@ -94,6 +95,28 @@ class Pictures(NamedTuple):
                 f"`{name}`, {self.store.place(number)}, cannot be used: {error}. Replace or remove "
                 "the picture; records are made anew by `curvax convert`."
             ) from error
+
+
+def load(options: ConfigDict) -> Dataset:
+    """The data set of a config's `data` whose examples are records.
+
+    Raises:
+        DataError: there are no such records, or they have other classes than they should.
+    """
+    source, folder = sources.of(options), records.read_folder(sources.records_folder(options))
+    if folder.classes not in (None, source.classes):
+        raise DataError(
+            f"`{options.name}` has {source.classes} classes, and {options.path} tells of "
+            f'{folder.classes}. Take `data.name` = "records" for pictures of your own.'
+        )
+    form = Form(options.side, source.classes, tuple(options.area), options.threads)
+    train, test = (whole(folder.part(*part), form) for part in (sources.TRAIN, sources.TEST))
+    return Dataset(train, test, source.classes, folder.names)
+
+
+def whole(store: Store, form: Form) -> Pictures:
+    """All pictures of a store."""
+    return Pictures(store, form, np.arange(store.size))
 
 
 @functools.cache

@@ -1,16 +1,18 @@
-"""What happens to a batch of images before a model sees it: augmented in training, normalised."""
+"""Images of a config, and what happens to a batch of them: augmented in training, normalised."""
 
 import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from curvax import recipe
-from curvax.training import augment, images, policies, sources
+from curvax.training import augment, images, pictures, policies, sources
+from curvax.training.archives import DataError
 from curvax.training.augment import Batch, Transform
-from curvax.training.data import Dataset
+from curvax.training.data import Dataset, Split
 
 Prepare = Callable[[Batch], Batch]
 
@@ -29,9 +31,16 @@ AUGMENTATIONS = {
 """What `data.augment` may name."""
 
 
+def load(options: ConfigDict, seed: int) -> Dataset:
+    """The data set of a config's `data`; errors as in `images.load` and `pictures.load`."""
+    if sources.find(options.name).records:
+        return pictures.load(options)
+    return _in_memory(options.name, options.path, seed)
+
+
 @functools.lru_cache(maxsize=4)
-def load(name: str, path: str | None, seed: int) -> Dataset:
-    """`images.load`, the newest few kept; errors as there."""
+def _in_memory(name: str, path: str | None, seed: int) -> Dataset:
+    """`images.load`, the newest few kept."""
     return images.load(name, path=path, seed=seed)
 
 
@@ -59,15 +68,33 @@ def in_test(config: ConfigDict) -> Prepare:
 
 
 def _rows(config: ConfigDict, smoothing: float) -> Transform:
-    return augment.one_hot(sources.find(config.data.name).classes, smoothing)
+    """Labels become rows, and bytes numbers in [0, 1]."""
+    rows = augment.one_hot(sources.of(config.data).classes, smoothing)
+
+    def transform(key: jax.Array, batch: Batch) -> Batch:
+        image = batch["input"]
+        if image.dtype == jnp.uint8:
+            image = image.astype(jnp.float32) / 255
+        return rows(key, batch | {"input": image})
+
+    return transform
 
 
 def _normalise(config: ConfigDict) -> Transform:
-    return augment.normalise(*_moments(config.data.name, config.data.path))
+    """By the config's own moments, those of its source, or what is measured, in this order."""
+    options = config.data
+    if (options.mean is None) != (options.std is None):
+        raise DataError("`data.mean` and `data.std` normalise together: set both of them or none.")
+    if options.mean is not None:
+        return augment.normalise(options.mean, options.std)
+    known = sources.find(options.name).moments
+    return augment.normalise(*known or _measured(options.name, options.path))
 
 
 @functools.lru_cache(maxsize=4)
-def _moments(name: str, path: str | None) -> tuple[np.ndarray, np.ndarray]:
+def _measured(name: str, path: str | None) -> tuple[np.ndarray, np.ndarray]:
     """Mean and deviation of each channel, of the training set as it is divided under seed 0, so
     that all seeds of a comparison share them."""
-    return images.moments(load(name, path, 0).train.inputs)
+    train = _in_memory(name, path, 0).train
+    assert isinstance(train, Split)
+    return images.moments(train.inputs)

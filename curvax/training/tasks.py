@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from curvax.likelihoods import Likelihood, bernoulli, categorical, gaussian
 from curvax.training import goals, metrics, preparation, sources, tables, texts
 from curvax.training.augment import Transform
-from curvax.training.data import Dataset, Split
+from curvax.training.data import Dataset, Examples, Split
 from curvax.training.goals import Goal
 from curvax.training.metrics import Metric
 from curvax.training.preparation import Prepare
@@ -57,10 +57,10 @@ def build(config: ConfigDict) -> Task:
 
 def _images(config: ConfigDict) -> Task:
     options = config.data
-    few = sources.find(options.name).classes <= 10
+    few = sources.of(options).classes <= 10
     return Task(
         "images",
-        lambda seed: preparation.load(options.name, options.path, seed),
+        lambda seed: preparation.load(options, seed),
         _likelihood(config, "softmax", "sigmoid"),
         {"accuracy": metrics.top1} | ({} if few else {"top5": metrics.top5}),
         goals.CLASSIFY,
@@ -73,12 +73,21 @@ def _autoencoder(config: ConfigDict) -> Task:
     options = config.data
 
     def load(seed: int) -> Dataset:
-        images = preparation.load(options.name, options.path, seed)
-        train, test = (Split(part.inputs, part.inputs) for part in (images.train, images.test))
+        images = preparation.load(options, seed)
+        train, test = (_own_targets(part) for part in (images.train, images.test))
         return Dataset(train, test)
 
     likelihood, scores = _likelihood(config, "sigmoid"), {"squared_error": metrics.pixel_error}
     return Task("images", load, likelihood, scores, goals.RECONSTRUCT)
+
+
+def _own_targets(part: Examples) -> Split:
+    if not isinstance(part, Split):
+        raise TaskError(
+            "An autoencoder is trained on images in memory, and these are records. Take another "
+            "`data.name`, or the task `images`."
+        )
+    return Split(part.inputs, part.inputs)
 
 
 def _regression(config: ConfigDict) -> Task:
