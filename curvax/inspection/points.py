@@ -15,7 +15,7 @@ from curvax.flax_bridge import Layout, layout
 from curvax.inspection.subjects import Subject
 from curvax.linalg import Eigenpairs
 from curvax.training import data
-from curvax.training.data import Split
+from curvax.training.data import Examples
 from curvax.trees import Tree
 
 TOP = 5
@@ -90,7 +90,7 @@ def point(subject: Subject, examples: int) -> Point:
     )
 
 
-def _objective(subject: Subject, split: Split, examples: int) -> Objective:
+def _objective(subject: Subject, split: Examples, examples: int) -> Objective:
     experiment = subject.experiment
     n = min(examples, split.size)
     whole = next(data.batches(split.rows(slice(n)), n, shuffle=False))
