@@ -1,4 +1,4 @@
-"""The command line: `curvax train`, `compare`, `inspect`, `bench`, `resume` and `configs`."""
+"""The command line: `curvax train`, `compare`, `inspect`, `bench`, `resume`, `convert` and so on."""
 
 import argparse
 import math
@@ -73,6 +73,15 @@ Go on with an interrupted `train` or `compare` from its newest checkpoints. Para
 state, keys and place in the data are restored, and the run ends as it would have, bit for bit.
 """
 
+_CONVERT = """\
+Turn folders of JPEGs, one for each class, into array_record files: what `data.name=records` and
+`data.name=imagenet` read. PICTURES holds the class folders, or `train` and `val` around them. Each
+picture is decoded once, and those that cannot be are named.
+
+  curvax convert imagenet records/imagenet
+  curvax train my_config --data.name=records --data.path=records/mine
+"""
+
 _CONFIGS = "List the configs, or print what one of them is: paper, command, expected result, cost."
 
 
@@ -144,6 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     _bench_options(add("bench", help="what a step costs", description=_BENCH, epilog=_FIELDS))
     resume = add("resume", help="go on with a run", description=_RESUME)
     resume.runs(_resume).add_argument("folder", type=Path, metavar="FOLDER")
+    _convert_options(add("convert", help="pictures to records", description=_CONVERT))
     configs = add("configs", help="what there is to run", description=_CONFIGS)
     configs.runs(_configs).add_argument("config", nargs="?", metavar="CONFIG")
     return parser
@@ -194,6 +204,17 @@ def _bench_options(bench: _Parser) -> None:
     bench.takes_methods()
     bench.add_argument(
         "--pairs", type=_positive, default=30, metavar="N", help="readings of each clock"
+    )
+
+
+def _convert_options(convert: _Parser) -> None:
+    convert.runs(_convert).add_argument("pictures", type=Path, metavar="PICTURES")
+    convert.add_argument("out", type=Path, metavar="FOLDER", help="what is made; a new folder")
+    convert.add_argument(
+        "--validation", type=Path, metavar="PICTURES", help="class folders of the second part"
+    )
+    convert.add_argument(
+        "--skip", action="store_true", help="leave out pictures that cannot be decoded"
     )
 
 
@@ -255,6 +276,14 @@ def _resume(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     if overrides:
         raise ValueError(f"A resumed run keeps its config, and got {' '.join(overrides)}.")
     commands.resume(arguments.folder)
+
+
+def _convert(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from curvax.training import convert
+
+    if overrides:
+        raise ValueError(f"`curvax convert` has no option {overrides[0]}.")
+    convert.command(arguments.pictures, arguments.out, arguments.validation, arguments.skip)
 
 
 def _configs(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
