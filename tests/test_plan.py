@@ -1,0 +1,192 @@
+"""What methods send over the devices, counted in the compiled step, in units of the parameters."""
+
+import functools
+import importlib.util
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import curvax as cx
+from curvax.planning import collectives, hlo, topologies
+
+DEVICES, PER_DEVICE = 8, 4
+WEIGHTS = {"in": (64, 96), "hidden": (96, 96), "out": (96, 64)}
+pytestmark = pytest.mark.usefixtures("single_precision")
+
+NO_LIBTPU = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs pip install 'curvax[tpu]'"
+)
+ON_TPU = [pytest.mark.evidence, NO_LIBTPU]
+MACHINES = pytest.mark.parametrize("machine", ["cpu:8", pytest.param("v5e:2x4", marks=ON_TPU)])
+
+
+def predict(params, batch):
+    hidden = jnp.tanh(batch["x"] @ params["in"])
+    return jnp.tanh(hidden @ params["hidden"]) @ params["out"]
+
+
+def one_step(tx, params, state, batch):
+    objective = cx.Objective(cx.categorical("y"), batch, model=predict)
+    value, grads = objective.value_and_grad(params)
+    updates, state = tx.update(grads, state, params, value_fn=objective, value=value)
+    return optax.apply_updates(params, updates), state
+
+
+class Step(NamedTuple):
+    """A compiled step of one method on eight devices."""
+
+    program: hlo.Program
+    sent: float  # bytes of all collectives, in units of the parameters
+
+
+find = functools.cache(topologies.find)
+
+
+def mesh_of(machine, groups):
+    """All devices along "batch"; or so many in each group, along a second axis."""
+    devices = np.array(find(machine).devices)
+    if groups == 1:
+        return Mesh(devices, ("batch",))
+    return Mesh(devices.reshape(-1, groups), ("batch", "group"))
+
+
+def compiled(tx, machine, regime="shard_map", groups=1):
+    """The step of a method under a regime; `pmap` is a `shard_map` that checks no types."""
+    mesh = mesh_of(machine, groups)
+    split = P(mesh.axis_names)
+    step = functools.partial(one_step, tx)
+    if regime != "jit":
+        specs: Any = dict(in_specs=(P(), P(), split), out_specs=P())
+        step = jax.shard_map(step, mesh=mesh, check_vma=regime == "shard_map", **specs)
+
+    def laid_out(tree, spec):
+        sharding = NamedSharding(mesh, spec)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+        )
+
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in WEIGHTS.items()}
+    batch = {
+        "x": jax.ShapeDtypeStruct((DEVICES * PER_DEVICE, 64), jnp.float32),
+        "y": jax.ShapeDtypeStruct((DEVICES * PER_DEVICE,), jnp.int32),
+    }
+    state = laid_out((params, jax.eval_shape(tx.init, params)), P())
+    lowered = jax.jit(step).lower(*state, laid_out(batch, split))
+    program = hlo.read(find(machine).compile(lowered))
+    sent = sum(x.bytes for x in collectives.count(program).values())
+    return Step(program, sent / size(*WEIGHTS))
+
+
+def size(*names):
+    """Bytes of some of the parameters."""
+    return 4 * sum(math.prod(WEIGHTS[name]) for name in names)
+
+
+SGD = optax.sgd(0.1)
+OVER: Any = dict(mean_over="batch")
+CG_STEPS = 3
+METHODS = {
+    "local SAM": (cx.sam(SGD, 0.1, **OVER), 1),
+    "synced SAM": (cx.sam(SGD, 0.1, sync_over="batch", **OVER), 2),
+    "GSAM, projected on each device": (cx.gsam(SGD, 0.1, 0.3, **OVER), 1),
+    "AdaHessian": (cx.adahessian(0.1, **OVER), 2),
+    "natural gradient": (
+        cx.natural_gradient(damping=1.0, solver=cx.cg(CG_STEPS), **OVER),
+        CG_STEPS + 1,
+    ),
+}
+# Beside the parameters only figures travel, a few numbers.
+NEARLY = functools.partial(pytest.approx, rel=2e-3)
+
+
+@MACHINES
+@pytest.mark.parametrize("regime", ["shard_map", "pmap"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_sends_no_more_than_it_must(method, regime, machine):
+    tx, times = METHODS[method]
+    assert compiled(tx, machine, regime).sent == NEARLY(times)
+
+
+@MACHINES
+def test_under_jit_the_gradient_of_sam_is_that_of_the_whole_batch(machine):
+    assert compiled(cx.sam(SGD, 0.1), machine, "jit").sent == NEARLY(2)
+
+
+def test_under_jit_each_term_of_a_hessian_product_is_sent_on_cpus():
+    # The gradient is one product for each layer, and its tangent two, but one where the layer's
+    # input is data.
+    expected = 3 - size("in") / size(*WEIGHTS)
+    assert compiled(cx.adahessian(0.1), "cpu:8", "jit").sent == NEARLY(expected)
+
+
+@MACHINES
+def test_the_loop_of_conjugate_gradients_sends_one_product(machine):
+    program = compiled(METHODS["natural gradient"][0], machine).program
+    (loop,) = program.loops()
+    body = program.computations[loop.called[-1]]
+    sent = [each.bytes for each in body if each.opcode in ("all-reduce", "all-reduce-start")]
+    assert sum(sent) == NEARLY(size(*WEIGHTS))
+    assert program.trips(loop) == CG_STEPS
+
+
+GROUPS = {
+    "one on each device": (PER_DEVICE, {}),
+    "two on each device": (PER_DEVICE // 2, {}),
+    "two on each device, one by one": (PER_DEVICE // 2, {"sequential": True}),
+}
+
+
+@MACHINES
+@pytest.mark.parametrize("groups", GROUPS)
+def test_groups_on_one_device_send_what_one_gradient_sends(groups, machine):
+    m, options = GROUPS[groups]
+    tx = cx.per_group(m, cx.sam_perturb(0.1), **options) | cx.pmean_updates("batch") | SGD
+    assert compiled(tx, machine).sent == NEARLY(1)
+
+
+@MACHINES
+@pytest.mark.parametrize("m", [PER_DEVICE // 2, PER_DEVICE])
+def test_under_jit_too(m, machine):
+    tx = cx.per_group(m, cx.sam_perturb(0.1)) | SGD
+    assert compiled(tx, machine, "jit").sent == NEARLY(1)
+
+
+@MACHINES
+def test_groups_of_devices_send_three_times(machine):
+    # The ascent's gradient within a group, the second gradient within it, and then over all.
+    over = ("batch", "group")
+    tx = cx.per_group(2 * PER_DEVICE, cx.sam_perturb(0.1)) | cx.pmean_updates(over) | SGD
+    assert compiled(tx, machine, groups=2).sent == NEARLY(3)
+    alone = cx.per_group(2 * PER_DEVICE, cx.sam_perturb(0.1)) | SGD
+    assert compiled(alone, machine, "jit").sent == NEARLY(3)
+
+
+@pytest.mark.parametrize("name", ["v5e", "v9:4x4", "cpu:0", "cpu", "v5e:16by16"])
+def test_an_unknown_topology_says_which_there_are(name):
+    with pytest.raises(topologies.TopologyError, match=r"v3:4x8.*v5e:16x16.*cpu:8"):
+        topologies.find(name)
+
+
+def test_a_tpu_without_its_compiler_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(topologies.TopologyError, match=r"pip install 'curvax\[tpu\]'"):
+        topologies.find("v5e:16x16")
+
+
+def test_too_few_cpu_devices_say_how_to_get_more():
+    with pytest.raises(topologies.TopologyError, match="host_platform_device_count=1000"):
+        topologies.find("cpu:1000")
+
+
+@pytest.mark.evidence
+@NO_LIBTPU
+def test_a_shape_that_a_tpu_does_not_have_is_refused():
+    with pytest.raises(topologies.TopologyError, match=r"libtpu refuses it: .*3x5"):
+        topologies.find("v5e:3x5")
