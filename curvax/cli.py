@@ -1,4 +1,4 @@
-"""The command line: `curvax train`, `compare`, `inspect`, `bench`, `resume`, `convert` and so on."""
+"""The command line: training and comparing, looking at runs, making records, listing configs."""
 
 import argparse
 import math

@@ -1,0 +1,118 @@
+"""Encoded pictures to squares of bytes: which part is kept, at what size, and what is refused."""
+
+import io
+
+import numpy as np
+import photographs
+import pytest
+from PIL import Image
+
+from curvax.training import jpegs
+from curvax.training.archives import DataError
+
+
+def png(pixels):
+    content = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(content, "PNG")
+    return content.getvalue()
+
+
+def ramp(height, width):
+    """A picture whose red grows by one a column, and whose green by one a row."""
+    down, across = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
+    return np.stack([across, down, np.zeros_like(down)], axis=-1)
+
+
+def read_box(pixels, mirrored=False):
+    """(left, top, right, bottom) of the part of a ramp that a resized piece shows."""
+    pixels = (pixels[:, ::-1] if mirrored else pixels).astype(float)
+    side = len(pixels)
+    inner = slice(2, -2)  # the filter folds at the edges
+    edges = []
+    for channel, axis in ((0, 0), (1, 1)):
+        line = pixels[..., channel].mean(axis)
+        slope, start = np.polyfit(np.arange(side)[inner] + 0.5, line[inner] + 0.5, 1)
+        edges.append((start, start + slope * side))
+    (left, right), (top, bottom) = edges
+    return left, top, right, bottom
+
+
+def test_a_test_shows_the_square_in_the_middle():
+    left, top, right, bottom = read_box(jpegs.central_crop(png(ramp(160, 240)), 70))
+    np.testing.assert_allclose(
+        [left, top, right, bottom], [120 - 70, 80 - 70, 120 + 70, 80 + 70], atol=0.6
+    )  # 160 · 224/256 = 140, to a bytes' rounding
+
+
+def test_a_test_agrees_with_resizing_the_shorter_side_and_cutting():
+    image = photographs.photographs()["temple"]
+    short = image.resize((round(256 * image.width / image.height), 256), Image.Resampling.BILINEAR)
+    left = (short.width - 224) // 2
+    expected = np.asarray(short.crop((left, 16, left + 224, 240)), float)
+    found = jpegs.central_crop(png(np.asarray(image)), 224).astype(float)
+    assert np.abs(found - expected).mean() < 3  # half a pixel of rounding in the long side
+
+
+def test_a_picture_of_the_right_size_is_taken_whole():
+    pixels = ramp(32, 32)
+    np.testing.assert_array_equal(jpegs.central_crop(png(pixels), 32), pixels)
+
+
+def test_random_crops_lie_inside_and_have_their_areas_and_shapes():
+    height, width = 150, 240
+    content = png(ramp(height, width))
+    areas, aspects, mirrors = [], [], 0
+    for seed in range(120):
+        pixels = jpegs.random_crop(content, 24, (0.3, 0.6), np.random.default_rng(seed))
+        mirrored = pixels[0, 0, 0] > pixels[0, -1, 0]
+        left, top, right, bottom = read_box(pixels, mirrored)
+        assert min(left, top) > -1.5
+        assert right < width + 1.5
+        assert bottom < height + 1.5
+        areas.append((right - left) * (bottom - top) / (height * width))
+        aspects.append((right - left) / (bottom - top))
+        mirrors += mirrored
+    assert 0.28 < min(areas) < 0.33
+    assert 0.57 < max(areas) < 0.62
+    assert 0.72 < min(aspects) < 0.85
+    assert 1.2 < max(aspects) < 1.37
+    assert 40 < mirrors < 80  # five standard deviations of 120 coins are 27
+
+
+def test_a_crop_follows_from_its_generator():
+    content = png(ramp(90, 90))
+    crop = lambda seed: jpegs.random_crop(content, 16, (0.05, 1.0), np.random.default_rng(seed))
+    np.testing.assert_array_equal(crop(3), crop(3))
+    assert not np.array_equal(crop(3), crop(4))
+
+
+def test_where_no_box_fits_the_whole_is_taken():
+    pixels = jpegs.random_crop(png(ramp(16, 250)), 16, (0.9, 1.0), np.random.default_rng(0))
+    left, _, right, _ = read_box(pixels, mirrored=pixels[0, 0, 0] > pixels[0, -1, 0])
+    np.testing.assert_allclose([left, right], [0, 250], atol=4)
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "P"])
+def test_other_modes_become_colours(mode):
+    image = photographs.photographs()["bloom"].crop((0, 0, 80, 60)).convert(mode)
+    content = io.BytesIO()
+    image.save(content, "PNG" if mode == "P" else "JPEG")
+    found = jpegs.central_crop(content.getvalue(), 24)
+    assert found.shape == (24, 24, 3)
+    assert found.dtype == np.uint8
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda content: content[: len(content) // 2], "truncated"),
+        (lambda content: b"not a picture", "no format of pictures"),
+        (lambda content: b"", "no format of pictures"),
+    ],
+)
+def test_damaged_pictures_are_refused(spoil, words):
+    content = spoil(photographs.jpeg(photographs.photographs()["bloom"]))
+    with pytest.raises(DataError, match=f"cannot be decoded: .*{words}"):
+        jpegs.check(content)
+    with pytest.raises(DataError, match=words):
+        jpegs.central_crop(content, 24)
