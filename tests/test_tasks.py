@@ -31,7 +31,9 @@ def tiny(task, **fields):
     name, options = MODELS[task]
     own.model = {"name": name, "options": options}
     own.data.update(name=DATA.get(task, "digits"), size=64, length=8)
-    own.update(name="tiny", task=task, batch=16, epochs=3, log_every=1, hessian_examples=16)
+    own.update(
+        name="tiny", task=task, devices=1, batch=16, epochs=3, log_every=1, hessian_examples=16
+    )
     own.update(optimizer="adam(lr)", base="sgd(lr)")
     own.update(fields)
     return own

@@ -338,7 +338,8 @@ def test_held_out_examples_come_from_the_training_set_alone():
 def test_scores_do_not_depend_on_the_chunks(experiment):
     state, test = experiment.init(), experiment.material.test
     whole, parts = (
-        evaluate.average(experiment.scores, state, test, size) for size in (test.size, 100)
+        evaluate.average(experiment.scores, state, test, size, experiment.regime)
+        for size in (test.size, 100)
     )
     assert whole == pytest.approx(parts, rel=1e-6)
 

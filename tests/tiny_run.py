@@ -15,5 +15,7 @@ def get_config() -> ConfigDict:
     config.data.update(size=64, noise=0.25, augment=["shift_crop(1)"])
     config.optimizer = "sam_perturb(rho) | gsam_project(0.2) | adamw(cosine(lr))"
     config.base = "adamw(cosine(lr))"
-    config.update(batch=16, epochs=3, log_every=1, checkpoint_every=3, hessian_examples=16)
+    config.update(
+        devices=1, batch=16, epochs=3, log_every=1, checkpoint_every=3, hessian_examples=16
+    )
     return config

@@ -53,7 +53,7 @@ class _Step:
 
     def __init__(self, experiment: Experiment):
         self.state = experiment.init()
-        self.batch = jax.device_put(next(experiment.batches()))
+        self.batch = experiment.regime.place(next(experiment.batches()))
         self.compiled = experiment.step.lower(self.state, self.batch).compile()
         self.flops = float(self.compiled.cost_analysis()["flops"])
         self.temporary_bytes = float(self.compiled.memory_analysis().temp_size_in_bytes)

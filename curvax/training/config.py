@@ -56,6 +56,9 @@ def defaults(**numbers: float) -> ConfigDict:
         "epochs": 60,
         "batch": 64,
         "microbatch": placeholder(int),  # examples in memory at once, the whole batch by default
+        "regime": "jit",  # how a step is mapped over the devices, or "shard_map", "pmap"
+        "devices": placeholder(int),  # the first of those there are, all by default
+        "fsdp": False,  # whether parameters and optimiser state are divided among them too
         "seed": 0,  # of parameters, label noise, data order, augmentation and dropout
         "eval_batch": 512,
         "log_every": 10,  # steps
@@ -84,23 +87,26 @@ def names() -> list[str]:
 def load(name: str) -> ConfigDict:
     """The config of that name, or of that path to a Python file.
 
+    What follows a colon, as in `imagenet_vit:b16`, is the variant that `get_config` is given.
+
     Raises:
         ConfigError: there is none, or it cannot be read.
     """
-    path = find(name)
+    path, (_, _, variant) = find(name), name.partition(":")
     try:
-        config = runpy.run_path(str(path))["get_config"]()
+        config = runpy.run_path(str(path))["get_config"](*[variant] * bool(variant))
     except Exception as error:
         raise ConfigError(
             f"The config {path} cannot be read ({type(error).__name__}: {error}). Let it define "
             "`get_config()`, which returns `curvax.training.config.defaults()` with fields set."
         ) from error
-    config.name = path.stem
+    config.name = "_".join([path.stem, variant]) if variant else path.stem
     return config
 
 
 def find(name: str) -> Path:
     """The file of a config; errors as in `load`."""
+    name = name.partition(":")[0]
     path = Path(name) if name.endswith(".py") else folder() / f"{name}.py"
     if not path.is_file():
         raise ConfigError(

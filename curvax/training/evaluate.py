@@ -10,7 +10,8 @@ import numpy as np
 import curvax
 from curvax.training import data
 from curvax.training.augment import Batch
-from curvax.training.data import Split
+from curvax.training.data import Examples
+from curvax.training.regimes import Jit
 from curvax.training.step import State
 from curvax.training.tasks import Task
 from curvax.trees import Tree
@@ -18,6 +19,7 @@ from curvax.trees import Tree
 Clean = Callable[[Tree, Batch], curvax.Objective]
 """(model_state, batch) ↦ the loss on it, with the model as in evaluation."""
 Scores = Callable[[Tree, Tree, Batch], dict[str, jax.Array]]
+_COUNT = "examples"
 Curvature = Callable[[Tree, Tree, Batch], jax.Array]
 
 
@@ -35,7 +37,8 @@ def make_clean(model: nn.Module, task: Task) -> Clean:
 
 
 def make_scores(clean: Clean, task: Task) -> Scores:
-    """The compiled map (params, model_state, batch) ↦ loss and scores over unmasked examples."""
+    """The compiled map (params, model_state, batch) ↦ loss and scores over unmasked examples, and
+    how many those are."""
 
     @jax.jit
     def scores(params: Tree, model_state: Tree, batch: Batch) -> dict[str, jax.Array]:
@@ -46,19 +49,31 @@ def make_scores(clean: Clean, task: Task) -> Scores:
             name: score(outputs, batch["label"], mask=batch["mask"])
             for name, score in task.scores.items()
         }
-        return {"loss": objective.loss(outputs, batch), **found}
+        return {"loss": objective.loss(outputs, batch), _COUNT: batch["mask"].sum(), **found}
 
     return scores
 
 
-def average(scores: Scores, state: State, split: Split, size: int) -> dict[str, float]:
-    """The scores on a split, computed `size` examples at a time."""
-    size = min(size, split.size)
-    chunks = data.batches(split, size, shuffle=False, epochs=1, drop_remainder=False)
-    counts, found = [], []
-    for chunk in chunks:
-        counts.append(chunk["mask"].sum())
-        found.append(jax.device_get(scores(state.params, state.model_state, chunk)))
+def average(
+    scores: Scores, state: State, split: Examples, size: int, regime: Jit
+) -> dict[str, float]:
+    """The scores on a split, computed `size` examples at a time, each example counted once."""
+    devices = regime.mesh.size
+    size = -(-min(size, split.size) // devices) * devices
+    chunks = data.batches(
+        split,
+        size,
+        shuffle=False,
+        epochs=1,
+        drop_remainder=False,
+        shard=jax.process_index(),
+        shards=jax.process_count(),
+    )
+    found = [
+        jax.device_get(scores(state.params, state.model_state, regime.place(chunk)))
+        for chunk in chunks
+    ]
+    counts = [one.pop(_COUNT) for one in found]
     return {name: float(np.average([f[name] for f in found], weights=counts)) for name in found[0]}
 
 

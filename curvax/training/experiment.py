@@ -1,7 +1,8 @@
 """A config made ready to run: task, model, optimiser, data, and the compiled functions."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -12,9 +13,10 @@ from ml_collections import ConfigDict
 from curvax import models, recipe
 from curvax.flax_bridge import Layout, layout
 from curvax.training import config as configs
-from curvax.training import data, evaluate, material, tasks
-from curvax.training.data import Split
+from curvax.training import data, evaluate, material, regimes, tasks
+from curvax.training.data import Examples
 from curvax.training.material import Material
+from curvax.training.regimes import Jit
 from curvax.training.step import State, init, make_step
 from curvax.training.tasks import Task
 
@@ -33,6 +35,7 @@ class Experiment:
     material: Material
     model: nn.Module
     optimizer: optax.GradientTransformationExtraArgs
+    regime: Jit
     step: Any  # compiled (State, batch) -> (State, Measured)
     scores: evaluate.Scores
     largest_eigenvalue: evaluate.Curvature
@@ -46,13 +49,23 @@ class Experiment:
         return self.config.epochs * self.steps_per_epoch
 
     def init(self) -> State:
-        """The state before the first step."""
+        """The state before the first step, on the devices."""
+        return self.regime.create(self._init)
+
+    def _init(self) -> State:
         example = jnp.asarray(self.material.example)
         return init(self.model, self.optimizer, example, self.config.seed)
 
     def batches(self) -> Any:
-        """Shuffled training batches without end, whose place can be kept and set."""
-        return data.batches(self.material.train, self.config.batch, seed=self.config.seed)
+        """This process's part of shuffled training batches without end, whose place can be kept
+        and set."""
+        return data.batches(
+            self.material.train,
+            self.config.batch,
+            seed=self.config.seed,
+            shard=jax.process_index(),
+            shards=jax.process_count(),
+        )
 
     def reseeded(self, seed: int) -> "Experiment":
         """The same experiment with other parameters, label noise, data order and draws."""
@@ -61,9 +74,9 @@ class Experiment:
         gathered = material.gather(config, self.task, self.hold_out)
         return dataclasses.replace(self, config=config, material=gathered)
 
-    def score(self, state: State, split: Split) -> dict[str, float]:
+    def score(self, state: State, split: Examples) -> dict[str, float]:
         """The loss and the task's scores on a split."""
-        return evaluate.average(self.scores, state, split, self.config.eval_batch)
+        return evaluate.average(self.scores, state, split, self.config.eval_batch, self.regime)
 
     def test(self, state: State) -> dict[str, float]:
         """The scores on the test set, or on what was held out."""
@@ -103,9 +116,11 @@ def build(config: ConfigDict, *, hold_out: bool = False) -> Experiment:
             f"{config.epochs} epochs of {gathered.train.size} training examples in batches "
             f"of {config.batch} are no step. Raise `epochs` or lower `batch`."
         )
+    regime = regimes.build(config)
     model = models.build(config.model.name, gathered.classes, **config.model.options)
-    names = configs.numbers(config) | {"layout": _layout(model, gathered)}
-    optimizer = recipe.parse(config.optimizer, steps=steps, names=names)
+    optimizer = _optimizer(config, model, gathered.example, regime, steps)
+    start = lambda: init(model, optimizer, jnp.asarray(gathered.example), config.seed)
+    shapes = jax.eval_shape(start)
     clean = evaluate.make_clean(model, task)
     experiment = Experiment(
         config,
@@ -114,15 +129,58 @@ def build(config: ConfigDict, *, hold_out: bool = False) -> Experiment:
         gathered,
         model,
         optimizer,
-        make_step(model, optimizer, task, config.microbatch),
+        regime,
+        make_step(model, optimizer, task, regime, shapes, config.microbatch),
         evaluate.make_scores(clean, task),
         evaluate.make_largest_eigenvalue(clean),
     )
-    jax.eval_shape(experiment.step, jax.eval_shape(experiment.init), next(experiment.batches()))
+    whole = data.batches(gathered.train, config.batch, seed=config.seed)
+    experiment.step.eval_shape(shapes, next(whole))
     return experiment
 
 
-def _layout(model: nn.Module, gathered: Material) -> Layout:
-    """What each parameter is, for `spatial_average(layout=layout)` in the optimiser's text."""
-    example = jax.eval_shape(lambda: jnp.asarray(gathered.example))
-    return layout(model, jax.eval_shape(model.init, jax.random.key(0), example), example)
+def _optimizer(
+    config: ConfigDict, model: nn.Module, example: Any, regime: Jit, steps: int
+) -> optax.GradientTransformationExtraArgs:
+    """The method of a config's text, which may also name `layout`, what each parameter is for
+    `spatial_average`, and `axes`, the device axes to average over."""
+    names = {"layout": _layout(model, example), "axes": regime.axes}
+    return recipe.parse(config.optimizer, steps=steps, names=configs.numbers(config) | names)
+
+
+class Outline(NamedTuple):
+    """A config's training step without its data, ready to be lowered and compiled."""
+
+    step: Any  # jitted, (state, batch) ↦ (state, measured)
+    state: State  # of ShapeDtypeStructs, laid out on the devices
+    batch: dict[str, jax.ShapeDtypeStruct]  # the same
+
+
+def outline(config: ConfigDict, devices: Sequence[jax.Device]) -> Outline:
+    """The step that `build` would make on these devices, which need not be there.
+
+    Raises:
+        ValueError: a field does not fit.
+    """
+    configs.check(config)
+    task, facts = tasks.build(config), material.foretell(config)
+    regime = regimes.build(config, devices)
+    model = models.build(config.model.name, facts.classes, **config.model.options)
+    example = jax.ShapeDtypeStruct((1, *facts.input.shape), jnp.float32)
+    optimizer = _optimizer(
+        config, model, example, regime, config.epochs * (facts.size // config.batch)
+    )
+    start = lambda x: init(model, optimizer, x, config.seed)
+    state = jax.eval_shape(start, example)
+    step = make_step(model, optimizer, task, regime, state, config.microbatch)
+    laid_out = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    batch = {
+        name: jax.ShapeDtypeStruct((config.batch, *x.shape), x.dtype, sharding=regime.split)
+        for name, x in {"input": facts.input, "label": facts.label}.items()
+    }
+    return Outline(step, jax.tree.map(laid_out, state, regime.layout(state)), batch)
+
+
+def _layout(model: nn.Module, example: Any) -> Layout:
+    start = jax.eval_shape(jnp.asarray, example)
+    return layout(model, jax.eval_shape(model.init, jax.random.key(0), start), start)

@@ -68,7 +68,7 @@ class _Trainer:
         test_every = config.test_every * experiment.steps_per_epoch
         save_every = config.checkpoint_every or experiment.steps_per_epoch
         for step in range(int(state.step) + 1, experiment.steps + 1):
-            state, measured = experiment.step(state, next(batches))
+            state, measured = experiment.step(state, experiment.regime.place(next(batches)))
             self.pending.append(measured)
             last = step == experiment.steps
             logs = step % config.log_every == 0

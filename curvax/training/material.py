@@ -2,10 +2,12 @@
 
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from curvax.training import data, images
+from curvax.training import data, images, sources, tasks
 from curvax.training.archives import DataError
 from curvax.training.data import Dataset, Examples, Split
 from curvax.training.tasks import Task
@@ -50,3 +52,26 @@ def _with_noise(
     seed, rate = config.seed, config.data.noise
     noisy = images.flip_labels(train.labels, rate, dataset.classes, seed=seed)
     return train._replace(labels=noisy), noisy != train.labels
+
+
+class Facts(NamedTuple):
+    """What there is to know of a run's data without reading it."""
+
+    size: int  # training examples
+    classes: int | None
+    input: jax.ShapeDtypeStruct  # of an example
+    label: jax.ShapeDtypeStruct
+
+
+def foretell(config: ConfigDict) -> Facts:
+    """The facts that a training step follows from."""
+    if config.task == "images":
+        source = sources.of(config.data)
+        pixels = jax.ShapeDtypeStruct(source.shape, source.dtype)
+        label = jax.ShapeDtypeStruct((), jnp.int32)
+        return Facts(config.data.size or source.train, source.classes, pixels, label)
+    gathered = gather(config, tasks.build(config))
+    train = gathered.train
+    example = train.gather(np.arange(1))
+    shape = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+    return Facts(train.size, gathered.classes, shape(example["input"]), shape(example["label"]))

@@ -1,7 +1,6 @@
 """One training step: a state and a batch ↦ the next state and what the step measured."""
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -10,7 +9,9 @@ import jax.numpy as jnp
 import optax
 
 import curvax
+from curvax import axes
 from curvax.training.augment import Batch
+from curvax.training.regimes import Jit
 from curvax.training.tasks import Task
 from curvax.trees import Tree, label, names
 
@@ -39,7 +40,7 @@ def init(
     of_params, of_steps = jax.random.split(jax.random.key(seed))
     variables = dict(_variables(model, of_params, example))
     params = variables.pop("params")
-    opt_state = _watched(optimizer).init(params)
+    opt_state = curvax.pipe(optimizer).init(params)
     return State(jnp.zeros((), jnp.int32), params, variables, opt_state, of_steps)
 
 
@@ -81,51 +82,68 @@ def objective(
 
 def make_step(
     model: nn.Module,
-    optimizer: optax.GradientTransformationExtraArgs,
+    optimizer: optax.GradientTransformation,
     task: Task,
+    regime: Jit,
+    shapes: State,
     microbatch: int | None = None,
-) -> Callable[[State, Batch], tuple[State, Measured]]:
-    """The compiled step; it takes the state's buffers over, so use the state it returns."""
-    optimizer = _watched(optimizer)
+) -> Any:
+    """The compiled step of all devices, (State, batch) ↦ (State, Measured).
 
-    def step(state: State, batch: Batch) -> tuple[State, Measured]:
-        augmentation, dropout = jax.random.split(jax.random.fold_in(state.key, state.step))
-        batch = task.in_training(augmentation, batch)
-        value_fn = objective(model, task, state.model_state, batch, dropout, microbatch)
-        (loss, (model_state, scores)), grads = value_fn.value_and_grad(state.params)
-        updates, opt_state = optimizer.update(
-            grads, state.opt_state, state.params, value_fn=value_fn, value=loss
-        )
-        params = optax.apply_updates(state.params, updates)
-        figures = {**scores, **curvax.diagnostics(opt_state), "loss": loss}
-        finite = jnp.concatenate([opt_state[-1].finite, _finite(updates)])
-        measured = Measured(figures, finite)
-        return State(state.step + 1, params, model_state, opt_state, state.key), measured
+    It takes the state's buffers over, so use the state it returns.
 
-    return jax.jit(step, donate_argnums=0)
-
-
-class WatchState(NamedTuple):
-    finite: jax.Array  # bool [1 + leaves]: the loss, each gradient leaf
-
-
-def _watched(optimizer: optax.GradientTransformation) -> curvax.Stage:
-    """The optimiser, and whether its clean pass was finite.
-
-    Asked at the end of the pipe and not of the caller's gradient: AdaHessian has put its own copy
-    in the place of that one, which the compiler then drops.
+    Args:
+        shapes: of the state.
     """
+    pipe = curvax.pipe(optimizer)
 
-    def start(params: Tree) -> WatchState:
-        return WatchState(jnp.ones(1 + len(jax.tree.leaves(params)), bool))
+    def prepare(state: State, batch: Batch) -> Batch:
+        key, _ = _keys(state)
+        return task.in_training(key, batch)
 
-    def watch(signal: curvax.Signal, state: WatchState, params: Tree, **extra: Any) -> Any:
-        return signal, WatchState(_finite((signal.value, signal.gradient)))
+    def core(state: State, batch: Batch) -> tuple[State, Measured]:
+        _, dropout = _keys(state)
+        value_fn = objective(model, task, state.model_state, batch, dropout, microbatch)
+        (loss, aux), grads = value_fn.value_and_grad(state.params)
+        signal = curvax.Signal(
+            grads, grads, value=loss, aux=aux, perturbed=False,
+            local=value_fn.local_axes(state.params),
+        )  # fmt: skip
+        signal, opt_state = pipe.update(
+            signal, state.opt_state, state.params, value_fn=value_fn, value=loss
+        )
+        _refuse_local(signal.local)
+        params = optax.apply_updates(state.params, signal.updates)
+        watched = _finite((signal.value, signal.gradient, signal.updates))
+        # After the pipe: an estimator has put its own pass in the place of the caller's, which the
+        # compiler then drops.
+        (model_state, scores), loss, unsound = axes.mean(
+            (signal.aux, signal.value, 1.0 - watched), regime.axes
+        )
+        figures = {**scores, **curvax.diagnostics(opt_state), "loss": loss}
+        state = State(state.step + 1, params, model_state, opt_state, state.key)
+        return state, Measured(figures, unsound == 0)
 
-    return curvax.pipe(optimizer, curvax.stage(start, watch))
+    return regime.map(prepare, core, shapes)
+
+
+def _keys(state: State) -> jax.Array:
+    """This step's keys, of augmentation and of dropout."""
+    return jax.random.split(jax.random.fold_in(state.key, state.step))
+
+
+def _refuse_local(local: frozenset[str]) -> None:
+    if local:
+        raise ValueError(
+            f"The optimiser's text leaves each device of {sorted(local)} with updates of its own. "
+            "Average them where the devices should go together again: `sam_perturb(0.05) | "
+            "pmean_updates(axes) | adamw(1e-3)`, or `mean_over=axes` in a method; `axes` is the "
+            "name of the device axes, whatever the regime."
+        )
 
 
 def _finite(watched: Tree) -> jax.Array:
+    """Whether each leaf is finite, bool [leaves]."""
     return jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(watched)])
 
 

@@ -1,0 +1,228 @@
+"""Where a run computes: its devices, how state and batches lie on them, how a step is mapped.
+
+`jit`         one program for all devices; the compiler divides it, parameters too with `fsdp`
+`shard_map`   a program for each device, which sees its part of the batch and all parameters
+`pmap`        the same, as the papers' code has it
+
+Between steps the state is the same in all three: global arrays over one mesh, so that a checkpoint,
+an evaluation or another regime need not know which it was. A regime is what turns a step written
+once, `(state, batch) -> (state, measured)` for whatever part of the batch it is given, into the
+step of all devices.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from curvax.trees import Tree
+
+Prepare = Callable[[Tree, Tree], Tree]
+"""(state, batch) ↦ batch, over the whole batch, whatever the regime."""
+Core = Callable[[Tree, Tree], tuple[Tree, Tree]]
+"""(state, batch) ↦ (state, measured), over a device's part of it under a mapped regime."""
+
+P = PartitionSpec
+BATCH, GROUP = "batch", "group"
+
+
+class RegimeError(ValueError):
+    """Devices that a run's batch cannot be divided over."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Jit:
+    """One program over the global batch, which the compiler divides among the devices."""
+
+    mesh: Mesh
+    fsdp: bool = False
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The device axes that a step sees."""
+        return ()
+
+    @property
+    def replicated(self) -> NamedSharding:
+        return NamedSharding(self.mesh, P())
+
+    @property
+    def split(self) -> NamedSharding:
+        """Along the leading axis, in contiguous parts."""
+        return NamedSharding(self.mesh, P(self.mesh.axis_names))
+
+    def layout(self, shapes: Tree) -> Tree:
+        """How a state of these shapes lies on the devices.
+
+        With `fsdp` every leaf that has an axis which they divide is split along its longest such.
+        """
+        if not self.fsdp:
+            return jax.tree.map(lambda _: self.replicated, shapes)
+        return jax.tree.map(lambda x: NamedSharding(self.mesh, self._longest(x.shape)), shapes)
+
+    def _longest(self, shape: Sequence[int]) -> PartitionSpec:
+        fitting = [n for n in shape if n >= self.mesh.size and n % self.mesh.size == 0]
+        if not fitting:
+            return P()
+        axis = shape.index(max(fitting))
+        return P(*[None] * axis, self.mesh.axis_names)
+
+    def create(self, init: Callable[[], Tree]) -> Tree:
+        """What `init` makes, made where it will lie."""
+        return jax.jit(init, out_shardings=self.layout(jax.eval_shape(init)))()
+
+    def place(self, batch: Tree) -> Tree:
+        """This process's part of a batch as a part of the global one."""
+        place = functools.partial(jax.make_array_from_process_local_data, self.split)
+        return jax.tree.map(place, batch)
+
+    def map(self, prepare: Prepare, core: Core, shapes: Tree) -> Any:
+        """The compiled step; it takes the state's buffers over."""
+        layout = self.layout(shapes)
+        return jax.jit(
+            lambda state, batch: self.mapped(core)(state, prepare(state, batch)),
+            in_shardings=(layout, self.split),
+            out_shardings=(layout, self.replicated),
+            donate_argnums=0,
+        )
+
+    def mapped(self, core: Core) -> Core:
+        return core
+
+
+class ShardMap(Jit):
+    """One program for each device, over its contiguous part of the batch."""
+
+    checked = True  # whether types tell what varies over devices
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        return self.mesh.axis_names
+
+    def mapped(self, core: Core) -> Core:
+        return jax.shard_map(
+            core,
+            mesh=self.mesh,
+            in_specs=(P(), P(self.axes)),
+            out_specs=P(),
+            check_vma=self.checked,
+        )
+
+
+class Pmap(ShardMap):
+    """The same by `jax.pmap`, whose arrays are each process's own."""
+
+    checked = False
+
+    def map(self, prepare: Prepare, core: Core, shapes: Tree) -> "_Pmapped":
+        return _Pmapped(self, prepare, core, super().map(prepare, core, shapes))
+
+
+class _Pmapped:
+    """A step in two programs: pmap cannot be a part of one that sees the whole batch.
+
+    What is asked of it before it runs, its twin answers: pmap is that shard_map to the compiler.
+    """
+
+    def __init__(self, regime: Pmap, prepare: Prepare, core: Core, twin: Any):
+        self._mesh, self.lower, self.eval_shape = regime.mesh, twin.lower, twin.eval_shape
+        self._prepare = jax.jit(prepare, out_shardings=regime.split)
+        self._core = jax.pmap(
+            core, axis_name=BATCH, in_axes=(None, 0), out_axes=None, donate_argnums=0
+        )
+
+    def __call__(self, state: Tree, batch: Tree) -> tuple[Tree, Tree]:
+        prepared = self._prepare(state, batch)
+        if jax.process_count() == 1:
+            return self._core(state, self._stacked(prepared))
+        local = multihost_utils.global_array_to_host_local_array(prepared, self._mesh, P(BATCH))
+        state, measured = self._core(state, self._stacked(local))
+        return _as_global(state, self._mesh), measured
+
+    def _stacked(self, batch: Tree) -> Tree:
+        """Leaves [n, ...] as [devices, n / devices, ...]."""
+        count = self._mesh.local_mesh.size
+        return jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
+
+
+def _as_global(tree: Tree, mesh: Mesh) -> Tree:
+    """Arrays alike on the devices of each process as arrays of all processes."""
+    is_key = lambda x: jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    keys = jax.tree.map(is_key, tree)
+    raw = jax.tree.map(lambda x, key: jax.random.key_data(x) if key else x, tree, keys)
+    whole = multihost_utils.host_local_array_to_global_array(raw, mesh, P())
+    back = lambda x, key: jax.random.wrap_key_data(x) if key else x
+    return jax.tree.map(back, whole, keys)
+
+
+REGIMES = {"jit": Jit, "shard_map": ShardMap, "pmap": Pmap}
+
+
+def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Jit:
+    """The regime of a config, on its devices, or on these.
+
+    Neighbouring devices belong to one process, so that its part of a batch is contiguous. Under
+    `shard_map` a top-level number `m` above the examples of a device gives the mesh a second axis,
+    "group", along which lie the devices that share a group of `per_group(m, ...)`.
+
+    Raises:
+        RegimeError: an unknown regime, options that do not go together, or devices that do not
+            divide the batch.
+    """
+    _check(config)
+    found = list(jax.devices() if devices is None else devices)
+    if devices is None and config.devices is not None:
+        found = _first(found, config.devices)
+    found.sort(key=lambda device: (device.process_index, device.id))
+    if config.batch % len(found):
+        raise RegimeError(
+            f"A batch is divided equally, and {config.batch} examples do not go over {len(found)} "
+            f"devices. Take a multiple as `batch`, or fewer devices, as with "
+            f"`--devices={math.gcd(config.batch, len(found))}`."
+        )
+    names: tuple[str, ...] = (BATCH,)
+    shape: tuple[int, ...] = (len(found),)
+    if config.regime == "shard_map" and (together := _devices_of_a_group(config, len(found))) > 1:
+        names, shape = (BATCH, GROUP), (len(found) // together, together)
+    mesh = Mesh(np.array(found).reshape(shape), names)
+    return REGIMES[config.regime](mesh, config.fsdp)
+
+
+def _check(config: ConfigDict) -> None:
+    if config.regime not in REGIMES:
+        raise RegimeError(f"`regime` is one of {', '.join(REGIMES)}, and was `{config.regime}`.")
+    if config.fsdp and config.regime != "jit":
+        raise RegimeError(
+            f"`fsdp` lets the compiler divide the parameters, which it does under `jit`, and the "
+            f"regime is `{config.regime}`. Leave out one of the two."
+        )
+
+
+def _first(devices: list[jax.Device], count: int) -> list[jax.Device]:
+    if not 0 < count <= len(devices) or jax.process_count() > 1:
+        raise RegimeError(
+            f"`devices` takes the first of the {len(devices)} that JAX sees in one process, and "
+            f"was {count} in {jax.process_count()} processes. Leave it out to use all."
+        )
+    return devices[:count]
+
+
+def _devices_of_a_group(config: ConfigDict, devices: int) -> int:
+    """How many devices share a group of m examples, at least 1."""
+    m, here = config.get("m"), config.batch // devices
+    if m is None or m <= here:
+        return 1
+    if m % here or config.batch % m:
+        raise RegimeError(
+            f"Groups of `m` = {m} examples do not divide a batch of {config.batch} over {devices} "
+            f"devices with {here} examples each. Take an `m` that divides the batch and is a "
+            f"multiple of {here}, or divides it."
+        )
+    return m // here
