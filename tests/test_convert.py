@@ -1,0 +1,242 @@
+"""Class folders to array_record files: what is written, in which order, and what stops it."""
+
+import collections
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import photographs
+import pytest
+
+from curvax import cli
+from curvax.training import convert, folders, records
+from curvax.training.archives import DataError
+from curvax.training.convert import find_parts
+from curvax.training.records import Shards, read_folder
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A folder as ImageNet's: `train` with 12 pictures of each class, `val` with 3."""
+    root = tmp_path_factory.mktemp("pictures")
+    photographs.write_class_folders(root / "train", 12)
+    photographs.write_class_folders(root / "val", 3, seed=1)
+    return root
+
+
+@pytest.fixture
+def own(source, tmp_path):
+    """A copy that a test may spoil."""
+    return shutil.copytree(source, tmp_path / "own")
+
+
+def every(shards):
+    return [shards.read(number) for number in range(shards.size)]
+
+
+def test_every_picture_is_a_record_with_its_bytes_label_and_name(source, tmp_path):
+    summary = convert.convert(find_parts(source), tmp_path / "out")
+    assert summary.counts == {"train": (36, 1), "validation": (9, 1)}
+    folder = read_folder(tmp_path / "out")
+    assert folder.names == list(photographs.CLASSES)
+    for part, inside in (("train", "train"), ("validation", "val")):
+        for example in every(folder.part(part)):
+            name = folder.names[example.label]
+            assert example.name.startswith(name)
+            assert example.image == (source / inside / name / example.name).read_bytes()
+    names = [example.name for example in every(folder.part("train"))]
+    assert len(set(names)) == 36
+
+
+def test_records_are_shuffled_the_same_way_each_time(source, tmp_path):
+    for name in ("one", "two"):
+        convert.convert(find_parts(source), tmp_path / name)
+    one, two = (
+        [example.label for example in every(read_folder(tmp_path / name).part("train"))]
+        for name in ("one", "two")
+    )
+    assert one == two
+    assert one != sorted(one)
+    assert max(map(len, "".join(map(str, one)).split("1"))) < 12  # no class stays together
+
+
+def test_large_parts_have_several_files_of_the_names_that_tfds_gives(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(convert, "_SHARD", 30_000)
+    convert.convert(find_parts(source), tmp_path / "my-pictures")
+    files = sorted(path.name for path in (tmp_path / "my-pictures").glob("*train*"))
+    assert len(files) > 2
+    assert files[1] == f"my_pictures-train.array_record-00001-of-{len(files):05}"
+    names = [e.name for e in every(read_folder(tmp_path / "my-pictures").part("train"))]
+    assert len(set(names)) == 36
+
+
+def test_parts_are_found_or_told(source, tmp_path):
+    assert find_parts(source)["validation"].root == source / "val"
+    assert set(find_parts(source / "val")) == {"train"}
+    other = photographs.write_class_folders(tmp_path / "other", 1)
+    assert find_parts(source, other)["validation"].root == other
+
+
+def test_what_cannot_be_decoded_is_listed_with_its_path_and_nothing_is_kept(own, tmp_path):
+    cut, text = own / "train/bloom/bloom_3.JPEG", own / "val/temple/temple_0.JPEG"
+    cut.write_bytes(cut.read_bytes()[:900])
+    text.write_text("moved")
+    with pytest.raises(DataError, match=r"2 pictures cannot be decoded.*`--skip`") as error:
+        convert.convert(find_parts(own), tmp_path / "out")
+    assert f"{cut}: it cannot be decoded: image file is truncated" in str(error.value)
+    assert f"{text}: it cannot be decoded: no format of pictures" in str(error.value)
+    assert list(tmp_path.iterdir()) == [own]
+
+
+def test_pictures_that_cannot_be_decoded_can_be_left_out(own, tmp_path, capsys):
+    (own / "train/bloom/bloom_3.JPEG").write_bytes(b"")
+    assert cli.main(["convert", str(own), str(tmp_path / "out"), "--skip"]) == 0
+    printed = capsys.readouterr().out
+    assert "train: 35 pictures in 1 files" in printed
+    assert f"{own}/train/bloom/bloom_3.JPEG" in printed
+    labels = [example.label for example in every(read_folder(tmp_path / "out").part("train"))]
+    assert collections.Counter(labels) == {0: 11, 1: 12, 2: 12}
+
+
+def test_an_interrupted_conversion_leaves_nothing_that_looks_whole(source, tmp_path):
+    def stop(count):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert.convert(find_parts(source), tmp_path / "out", report=stop)
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_a_killed_conversion_left_is_in_nobodys_way(source, tmp_path):
+    (tmp_path / "out.part").mkdir()
+    (tmp_path / "out.part" / "out-train.array_record-00000-of-00001").write_bytes(b"half")
+    convert.convert(find_parts(source), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_full_disk_is_told_before_and_while_writing(source, tmp_path, monkeypatch):
+    usage = SimpleNamespace(free=10**6)
+    monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(DataError, match=r"needs \d+ bytes and 1000000 are free.*Make room"):
+        convert.convert(find_parts(source), tmp_path / "out")
+    usage.free = 10**12
+    monkeypatch.setattr(records, "shard_name", lambda *_: "/dev/full")
+    with pytest.raises(DataError, match=r"No space left on device.*nothing was kept"):
+        convert.convert(find_parts(source), tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_there_is_not_touched(source, tmp_path):
+    (tmp_path / "note.txt").write_text("mine")
+    with pytest.raises(DataError, match="is there already"):
+        convert.convert(find_parts(source), tmp_path)
+    assert (tmp_path / "note.txt").read_text() == "mine"
+
+
+def test_stray_files_are_left_aside_and_stray_pictures_refused(own, tmp_path):
+    (own / "train/README.txt").write_text("about")
+    (own / "train/bloom/notes.txt").write_text("about")
+    (own / "train/.DS_Store").write_text("")
+    summary = convert.convert(find_parts(own), tmp_path / "out")
+    assert [path.name for path in summary.aside] == ["README.txt", "notes.txt"]
+    assert "README.txt" in convert.told(summary)
+    shutil.copy(own / "train/bloom/bloom_0.JPEG", own / "train/loose.jpg")
+    with pytest.raises(DataError, match=r"1 pictures, `loose.jpg` first, lie in no such folder"):
+        folders.listing(own / "train")
+
+
+def test_missing_and_empty_folders_are_told(own, tmp_path):
+    with pytest.raises(DataError, match="does not exist"):
+        find_parts(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"no class folders.*ROOT/CLASS/picture.jpg"):
+        find_parts(tmp_path / "empty")
+    (own / "train/void").mkdir()
+    with pytest.raises(DataError, match=r"class folder \S+/train/void holds no pictures"):
+        find_parts(own)
+
+
+def test_a_class_of_the_second_part_alone_is_refused(own, tmp_path):
+    (own / "val/bloom").rename(own / "val/blossom")
+    with pytest.raises(DataError, match=r"`blossom`.*3 classes, `bloom`, `hopper`, `temple`,"):
+        convert.convert(find_parts(own), tmp_path / "out")
+
+
+# Records, as they are read
+
+
+@pytest.fixture(scope="module")
+def converted(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("converted") / "out"
+    convert.convert(find_parts(source), out)
+    return out
+
+
+@pytest.fixture
+def copy(converted, tmp_path):
+    return shutil.copytree(converted, tmp_path / "copy")
+
+
+def test_a_truncated_file_of_records_is_told(copy):
+    file = copy / "out-train.array_record-00000-of-00001"
+    file.write_bytes(file.read_bytes()[:-70_000])
+    with pytest.raises(DataError, match=r"out-train\S+-of-00001 cannot be read.*cut short"):
+        read_folder(copy).part("train")
+    file.write_bytes(b"")
+    with pytest.raises(DataError, match=r"at least 64KB.*cut short"):
+        read_folder(copy).part("train")
+
+
+def test_damage_inside_of_a_file_of_records_is_told(copy):
+    file = copy / "out-train.array_record-00000-of-00001"
+    content = bytearray(file.read_bytes())
+    content[30_000:31_000] = bytes(1000)
+    file.write_bytes(content)
+    shards = read_folder(copy).part("train")
+    assert shards.size == 36
+    with pytest.raises(DataError, match=r"out-train\S+ cannot be read \(Corrupted"):
+        every(shards)
+
+
+def test_missing_and_foreign_files_of_records_are_told(copy, tmp_path):
+    train = copy / "out-train.array_record-00000-of-00001"
+    other = train.rename(copy / "out-train.array_record-00000-of-00002")
+    with pytest.raises(DataError, match=r"`out-train.array_record-00001-of-00002` is missing"):
+        read_folder(copy)
+    shutil.copy(other, train)
+    with pytest.raises(DataError, match="belongs to another data set"):
+        read_folder(copy)
+    with pytest.raises(DataError, match=r"no array_record files.*curvax convert"):
+        read_folder(tmp_path)
+    with pytest.raises(DataError, match="does not exist"):
+        read_folder(tmp_path / "nowhere")
+
+
+def test_a_missing_part_is_told(converted):
+    with pytest.raises(DataError, match=r"has the parts train, validation, and none.*`test`"):
+        read_folder(converted).part("test")
+
+
+def test_records_of_something_else_are_told(tmp_path):
+    writer = convert.ArrayRecordWriter(str(tmp_path / "x-train.array_record-00000-of-00001"))
+    for record in (b"text", b"\n\x00"):
+        writer.write(record)
+    writer.close()
+    shards = read_folder(tmp_path).part("train")
+    with pytest.raises(DataError, match=r"record 0 of \S+ cannot be used: it is no `tf.train"):
+        shards.read(0)
+    with pytest.raises(DataError, match="not one `image` and one `label`"):
+        shards.read(1)
+
+
+def test_numbers_run_through_the_files(tmp_path):
+    for number, count in enumerate((2, 3, 1)):
+        name = records.shard_name("x", "train", number, 3)
+        writer = convert.ArrayRecordWriter(str(tmp_path / name))
+        for i in range(count):
+            writer.write(convert.examples.encode(convert.examples.Example(b"", 10 * number + i)))
+        writer.close()
+    shards = Shards(sorted(tmp_path.iterdir()))
+    assert [shards.read(n).label for n in range(6)] == [0, 1, 10, 11, 12, 20]
+    assert shards.place(4) == f"record 2 of {tmp_path}/x-train.array_record-00001-of-00003"
+    np.testing.assert_equal(shards.size, 6)
