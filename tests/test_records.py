@@ -1,0 +1,313 @@
+"""Training on pictures in records: batches that any number of threads and processes share, faults
+that stop it with a word, and a run from folders of JPEGs to a resumed training."""
+
+import json
+import threading
+import time
+
+import numpy as np
+import photographs
+import pytest
+
+from curvax.training import compare, convert, data, examples, loop, material, pictures, records
+from curvax.training import tasks as training_tasks
+from curvax.training.archives import DataError
+from curvax.training.config import defaults
+from curvax.training.examples import Example
+from curvax.training.experiment import build
+
+SIDE = 16
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Records of 3 classes: 42 pictures to train on, 15 to test on."""
+    root = tmp_path_factory.mktemp("records")
+    photographs.write_class_folders(root / "train", 14)
+    photographs.write_class_folders(root / "val", 5, seed=1)
+    convert.convert(convert.find_parts(root), root / "made")
+    return root / "made"
+
+
+def make_config(path, **fields):
+    config = defaults(lr=1e-2)
+    config.model.name = "mixer_tiny"
+    config.model.options.update(
+        depth=1, scan=False, width=8, token_width=4, channel_width=8, patch=4
+    )
+    config.data.update(name="records", path=str(path), side=SIDE, threads=2)
+    config.optimizer = "sam_perturb(0.05) | adamw(cosine(lr))"
+    config.update(batch=8, epochs=2, log_every=1, checkpoint_every=3, hessian_examples=0)
+    return compare.variant(config, **fields)
+
+
+def load(path, **options):
+    config = make_config(path)
+    config.data.update(**options)
+    return pictures.load(config.data)
+
+
+def batches_of(split, shards=1, start=0, **options):
+    """The batches of every process, put together again, from the `start`-th on."""
+    parts = [data.batches(split, 8, shard=i, shards=shards, **options) for i in range(shards)]
+    for part in parts:
+        part.set_state({"next_index": start})
+    for each in zip(*parts):
+        yield {name: np.concatenate([batch[name] for batch in each]) for name in each[0]}
+
+
+def assert_same(batch, other):
+    assert batch.keys() == other.keys()
+    for name in batch:
+        np.testing.assert_array_equal(batch[name], other[name])
+
+
+def write_records(path, some, name="x-train.array_record-00000-of-00001"):
+    """A file of records beside one of a test part, and the names of three classes."""
+    path.mkdir(exist_ok=True)
+    for file in (name, name.replace("train", "validation")):
+        writer = convert.ArrayRecordWriter(str(path / file), "group_size:1")
+        for example in some:
+            writer.write(examples.encode(example))
+        writer.close()
+    (path / records.CLASSES).write_text("a\nb\nc\n")
+    return path
+
+
+def some_examples(count=16):
+    pieces = photographs.pieces(photographs.photographs()["bloom"], count, seed=0)
+    return [Example(photographs.jpeg(p), i % 3, f"p{i}.JPEG") for i, p in enumerate(pieces)]
+
+
+# Batches
+
+
+def test_batches_are_bytes_with_labels_and_know_their_classes(folder):
+    dataset = load(folder)
+    assert (dataset.train.size, dataset.test.size, dataset.classes) == (42, 15, 3)
+    assert list(dataset.names) == list(photographs.CLASSES)
+    batch = next(data.batches(dataset.train, 8))
+    assert batch["input"].shape == (8, SIDE, SIDE, 3)
+    assert batch["input"].dtype == np.uint8
+    assert batch["label"].dtype == np.int32
+    assert 60 < batch["input"].mean() < 200
+
+
+@pytest.mark.parametrize("shards", [2, 4])
+def test_the_union_of_the_processes_is_the_batch_of_one(folder, shards):
+    split = load(folder).train
+    for batch, other in zip(
+        batches_of(split, epochs=2, seed=3), batches_of(split, shards, epochs=2, seed=3)
+    ):
+        assert_same(batch, other)
+
+
+def test_threads_change_nothing(folder):
+    one, three = (load(folder, threads=n).train for n in (1, 3))
+    for batch, other in zip(batches_of(one, epochs=1), batches_of(three, epochs=1)):
+        assert_same(batch, other)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_resuming_in_the_middle_of_an_epoch_is_exact(folder, shards):
+    split = load(folder).train
+    straight = list(batches_of(split, epochs=3, seed=1))
+    assert len(straight) == 15
+    parts = [
+        data.batches(split, 8, epochs=3, seed=1, shard=i, shards=shards) for i in range(shards)
+    ]
+    for _ in range(7):  # into the second epoch, with two more batches under way
+        for part in parts:
+            next(part)
+    places = [json.loads(json.dumps(part.get_state())) for part in parts]
+    assert places == [{"next_index": 7}] * shards
+    resumed = batches_of(split, shards, start=7, epochs=3, seed=1)
+    for batch, other in zip(straight[7:], resumed, strict=True):
+        assert_same(batch, other)
+
+
+def test_every_example_comes_once_an_epoch_and_is_cropped_anew_in_the_next(folder):
+    split = load(folder).train
+    numbers = split.gather(np.arange(split.size))["input"]  # as in a test: names each example
+    assert len({image.tobytes() for image in numbers}) == split.size
+    first = split.gather(np.arange(4), (0, 0))["input"]
+    np.testing.assert_array_equal(first, split.gather(np.arange(4), (0, 0))["input"])
+    for draw in ((0, 1), (1, 0)):
+        assert not np.array_equal(first, split.gather(np.arange(4), draw)["input"])
+    counts = np.zeros(split.size, int)
+    whole = {image.tobytes(): i for i, image in enumerate(numbers)}
+    for batch in data.batches(split, 6, shuffle=False, epochs=1):
+        for image in batch["input"]:
+            counts[whole[image.tobytes()]] += 1
+    np.testing.assert_array_equal(counts, 1)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+@pytest.mark.parametrize("batch_size", [4, 12, 16])
+def test_a_test_shows_every_example_once_whatever_divides(folder, shards, batch_size):
+    split = load(folder).test
+    seen = []
+    for shard in range(shards):
+        for batch in data.batches(
+            split,
+            batch_size,
+            shuffle=False,
+            epochs=1,
+            drop_remainder=False,
+            shard=shard,
+            shards=shards,
+        ):
+            seen += [image.tobytes() for image in batch["input"][batch["mask"]]]
+    expected = [image.tobytes() for image in split.gather(np.arange(split.size))["input"]]
+    assert sorted(seen) == sorted(expected)
+    assert len(seen) == 15
+
+
+def test_a_part_of_the_records_is_the_beginning_of_a_fixed_order(folder):
+    split = load(folder).train
+    few, more = (data.take(split, count, seed=0) for count in (10, 20))
+    assert set(few.chosen) < set(more.chosen)
+    assert (few.size, more.size) == (10, 20)
+    # an example keeps its crops, whatever else is trained on
+    where = np.flatnonzero(split.chosen == few.chosen[3])
+    np.testing.assert_array_equal(
+        few.gather(np.array([3]), (0, 5))["input"], split.gather(where, (0, 5))["input"]
+    )
+
+
+def test_batches_are_made_ahead_while_one_is_trained_on(folder):
+    split, asked = load(folder).train, []
+
+    class Watched(pictures.Pictures):
+        def gather(self, rows, draw=None):
+            asked.append(threading.current_thread())
+            return super().gather(rows, draw)
+
+    batches = data.batches(Watched(*split), 8)
+    next(batches)
+    deadline = time.monotonic() + 20
+    while len(asked) < 1 + pictures.AHEAD and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(asked) == 1 + pictures.AHEAD
+    assert threading.current_thread() not in asked
+
+
+# Where they come from
+
+
+def test_a_folder_of_tfds_reads_too(tmp_path):
+    write_records(tmp_path, some_examples(), "imagenet2012-train.array_record-00000-of-00001")
+    (tmp_path / records.CLASSES).unlink()
+    with pytest.raises(DataError, match=r"does not tell its classes.*label.labels.txt"):
+        load(tmp_path)
+    label = {"pythonClassName": "ClassLabel", "classLabel": {"numClasses": "3"}}
+    features = {"featuresDict": {"features": {"image": {}, "label": label}}}
+    (tmp_path / "features.json").write_text(json.dumps(features))
+    dataset = load(tmp_path)
+    assert (dataset.train.size, dataset.test.size, dataset.classes) == (16, 16, 3)
+    np.testing.assert_array_equal(
+        next(data.batches(dataset.test, 4, shuffle=False))["label"], [0, 1, 2, 0]
+    )
+
+
+def test_another_number_of_classes_than_imagenets_is_refused(folder):
+    with pytest.raises(DataError, match=r"1000 classes, and \S+ tells of 3.*\"records\""):
+        load(folder, name="imagenet")
+
+
+def test_a_missing_path_is_told():
+    config = defaults()
+    config.data.name = "imagenet"
+    with pytest.raises(DataError, match=r"`imagenet` cannot be read.*`curvax convert"):
+        pictures.load(config.data)
+
+
+def test_label_noise_and_autoencoders_are_refused(folder):
+    config = make_config(folder)
+    config.data.noise = 0.2
+    with pytest.raises(DataError, match=r"`data.noise` replaces labels in memory"):
+        material.gather(config, training_tasks.build(config))
+    config = make_config(folder, task="autoencoder")
+    with pytest.raises(training_tasks.TaskError, match="images in memory"):
+        training_tasks.build(config).load(0)
+
+
+# Faults: told within a deadline, whatever the threads are at
+
+
+def first_error(batches, seconds=60):
+    """What the batches raise, from a thread so that a test of a hang ends."""
+    caught = []
+
+    def ask():
+        try:
+            for _ in batches:
+                pass
+        except DataError as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert not thread.is_alive()
+    return str(caught[0])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (
+            lambda e: e._replace(image=e.image[: len(e.image) // 2]),
+            "it cannot be decoded: image file is truncated",
+        ),
+        (lambda e: e._replace(image=b"GIF?"), "it cannot be decoded: no format"),
+        (lambda e: e._replace(label=3), "its label is 3 where there are 3 classes"),
+        (lambda e: e._replace(label=-1), "its label is -1"),
+    ],
+)
+def test_a_spoilt_record_is_told_with_its_place_and_name(tmp_path, spoil, words):
+    some = some_examples()
+    some[11] = spoil(some[11])
+    split = load(write_records(tmp_path, some)).train
+    told = first_error(data.batches(split, 4, epochs=1))
+    assert words in told
+    file = tmp_path / "x-train.array_record-00000-of-00001"
+    assert told.startswith(f"`p11.JPEG`, record 11 of {file}, cannot be used")
+    assert "`curvax convert`" in told
+
+
+# A run from folders to a resumed training
+
+
+def test_pictures_reach_the_model_as_numbers_between_minus_one_and_one(folder):
+    config = make_config(folder)
+    task = training_tasks.build(config)
+    batch = next(data.batches(task.load(0).test, 8, shuffle=False))
+    prepared = task.in_test(batch)
+    np.testing.assert_allclose(prepared["input"], batch["input"] / 127.5 - 1, atol=1e-6)
+    np.testing.assert_array_equal(np.argmax(prepared["label"], -1), batch["label"])
+    config.data.update(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 0.5))
+    scaled = training_tasks.build(config).in_test(batch)["input"]
+    np.testing.assert_allclose(scaled, batch["input"] / (255, 255, 127.5), atol=1e-6)
+    config.data.std = None
+    with pytest.raises(DataError, match="normalise together"):
+        training_tasks.build(config)
+
+
+def test_a_run_on_records_resumes_in_the_middle_of_an_epoch(folder, tmp_path):
+    config = make_config(folder)
+    config.data.augment = ["mixup()", "rand_augment(2, 10)"]
+    experiment = build(config)
+    whole = loop.fit(experiment, tmp_path / "whole")
+    assert whole.figures["steps"] == 10
+    assert whole.figures["train_examples"] == 42
+
+    def stop(step, figures):
+        if step == 4:  # of 5 in an epoch, a step after a checkpoint
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        loop.fit(experiment, tmp_path / "parted", stop)
+    parted = loop.fit(build(config), tmp_path / "parted")
+    assert parted.records == whole.records
+    assert parted.figures | {"seconds": 0} == whole.figures | {"seconds": 0}
