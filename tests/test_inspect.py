@@ -15,10 +15,10 @@ from jax.flatten_util import ravel_pytree
 
 import curvax
 from curvax import analysis, cli
-from curvax.inspection import measures, points, subjects, survey
+from curvax.inspection import measures, points, survey
 from curvax.inspection.budget import Budget, Price, Work
 from curvax.inspection.measures import RHO, Measure
-from curvax.training import commands
+from curvax.training import commands, subjects
 from curvax.training.config import defaults
 
 EXAMPLES = 32

@@ -21,10 +21,10 @@ from curvax.inspection.page import Content, page
 from curvax.inspection.pictures import Picture
 from curvax.inspection.points import Point, point
 from curvax.inspection.rates import peak_rate
-from curvax.inspection.subjects import Subject, load
 from curvax.inspection.survey import Omission, Report, Survey, survey
 from curvax.training import runs
 from curvax.training.config import numbers
+from curvax.training.subjects import Subject, load
 
 
 def inspect(folders: Sequence[Path], minutes: float, examples: int, root: Path) -> Path:

@@ -12,10 +12,10 @@ from curvax import Objective
 from curvax.analysis import top_eigenpairs
 from curvax.analysis.compiling import compiled_once
 from curvax.flax_bridge import Layout, layout
-from curvax.inspection.subjects import Subject
 from curvax.linalg import Eigenpairs
 from curvax.training import data
 from curvax.training.data import Examples
+from curvax.training.subjects import Subject
 from curvax.trees import Tree
 
 TOP = 5
