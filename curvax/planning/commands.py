@@ -1,0 +1,96 @@
+"""What `curvax plan` does, given a config: compile, read, say what helps, and keep it all."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from curvax.planning import plan, readings, topologies
+from curvax.planning.readings import Reading
+from curvax.planning.remedies import Changes, layouts, remedies
+from curvax.planning.topologies import Topology
+from curvax.training import compare, experiment, report, runs
+
+Read = Callable[[str, ConfigDict], Reading]
+
+
+def plan_for(
+    config: ConfigDict,
+    optimizers: Sequence[str],
+    topology: str,
+    *,
+    variants: bool = False,
+    cache: Path = readings.FOLDER,
+    root: Path = Path("runs"),
+) -> None:
+    """Compiles a step of each method for a topology; prints the plan and keeps it in a new folder.
+
+    Args:
+        optimizers: the methods' texts, the base first.
+        variants: compile each with the model's blocks scanned, unrolled and recomputed.
+        cache: where readings are kept for another time.
+
+    Raises:
+        ValueError: a field does not fit, or the topology is none.
+    """
+    console, machine = Console(), topologies.find(topology)
+    arms = _arms(config, optimizers, variants)
+    with _progress(console, machine, cache) as read:
+        found = {name: read(name, arm) for name, arm in arms.items()}
+        tried = {
+            name: _try(name, remedies(arms[name], len(machine.devices)), read)
+            for name, reading in found.items()
+            if not reading.fits
+        }
+    folder = runs.create(root, "plan", config)
+    runs.write_json(folder / "plan.json", plan.as_json(found, tried, machine))
+    table, words = plan.table(found, machine), plan.words(found, tried, machine)
+    runs.write_text(folder / "table.txt", f"{report.as_text(table)}\n{words}\n")
+    console.print(table)
+    console.print(f"{words}\nIn {folder}: plan.json, table.txt", markup=False, highlight=False)
+
+
+def _arms(config: ConfigDict, optimizers: Sequence[str], variants: bool) -> Changes:
+    arms = compare.arms(config, optimizers)
+    if not variants:
+        return arms
+    return {
+        f"{name}, {way}": changed
+        for name, arm in arms.items()
+        for way, changed in layouts(arm).items()
+    }
+
+
+def _try(name: str, changes: Changes, read: Read) -> dict[str, Reading]:
+    """The readings of an arm's changes, up to the first that fits."""
+    tried: dict[str, Reading] = {}
+    for change, config in changes.items():
+        tried[change] = read(f"{name} {change}", config)
+        if tried[change].fits:
+            break
+    return tried
+
+
+@contextmanager
+def _progress(console: Console, topology: Topology, cache: Path) -> Iterator[Read]:
+    """Yields `(name, config) -> reading`, each with a line that tells what it waits for."""
+    columns = (
+        SpinnerColumn(finished_text="✓"),
+        TextColumn("{task.description}", markup=False),
+        TextColumn("{task.fields[doing]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+
+        def read(name: str, config: ConfigDict) -> Reading:
+            task = progress.add_task(name, total=1, doing="building")
+            outline = experiment.outline(config, topology.devices)
+            told = lambda what: progress.update(task, doing=what)
+            reading = readings.read(outline, topology, cache, told)
+            progress.update(task, completed=1, doing="fits" if reading.fits else "does not fit")
+            return reading
+
+        yield read
