@@ -89,13 +89,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line.
 
     Returns:
-        0; 2 after an error, which is told in one paragraph; 130 after Ctrl-C.
+        0; 2 after an error, which is told in one paragraph; 130 after Ctrl-C, 143 after SIGTERM.
     """
     arguments, overrides = _parser().parse_known_args(argv)
     try:
+        _join(arguments)
         arguments.run(arguments, overrides)
     except KeyboardInterrupt:
         return _fail("stopped. `curvax resume FOLDER` goes on from the last checkpoint.", 130)
+    except InterruptedError as stopped:
+        return _fail(f"{stopped} `curvax resume FOLDER` goes on from there.", 143)
     except ModuleNotFoundError as error:
         return _fail(f"{error}. The command line needs an extra: pip install 'curvax[train]'", 2)
     except (ValueError, TypeError, OSError, ArithmeticError) as error:
@@ -133,6 +136,18 @@ class _Parser(argparse.ArgumentParser):
             "--runs", type=Path, default=Path("runs"), metavar="DIR", help="where run folders go"
         )
 
+    def joins_others(self) -> None:
+        """Options of a process among several."""
+        group = self.add_argument_group("several processes")
+        group.add_argument(
+            "--distributed",
+            action="store_true",
+            help="join the others by what a TPU pod, Slurm or MPI tells JAX",
+        )
+        group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+        group.add_argument("--processes", type=_positive, metavar="N", help="how many there are")
+        group.add_argument("--process", type=int, metavar="I", help="this one's number, from 0")
+
     def takes_methods(self) -> None:
         self.add_argument(
             "--optimizers",
@@ -153,6 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     _bench_options(add("bench", help="what a step costs", description=_BENCH, epilog=_FIELDS))
     resume = add("resume", help="go on with a run", description=_RESUME)
     resume.runs(_resume).add_argument("folder", type=Path, metavar="FOLDER")
+    resume.joins_others()
     _convert_options(add("convert", help="pictures to records", description=_CONVERT))
     configs = add("configs", help="what there is to run", description=_CONFIGS)
     configs.runs(_configs).add_argument("config", nargs="?", metavar="CONFIG")
@@ -161,11 +177,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train_options(train: _Parser) -> None:
     train.runs(_train).takes_a_config()
+    train.joins_others()
 
 
 def _compare_options(compare: _Parser) -> None:
     compare.runs(_compare).takes_a_config()
     compare.takes_methods()
+    compare.joins_others()
     compare.add_argument("--seeds", type=_positive, default=1, metavar="N", help="runs of each")
     either = compare.add_mutually_exclusive_group()
     either.add_argument(
@@ -216,6 +234,15 @@ def _convert_options(convert: _Parser) -> None:
     convert.add_argument(
         "--skip", action="store_true", help="leave out pictures that cannot be decoded"
     )
+
+
+def _join(arguments: argparse.Namespace) -> None:
+    """Makes this process one of several, where the options say so."""
+    given = [getattr(arguments, name, None) for name in ("coordinator", "processes", "process")]
+    if any(value is not None for value in given) or getattr(arguments, "distributed", False):
+        from curvax.training import processes
+
+        processes.join(*given)
 
 
 def _positive(text: str) -> int:

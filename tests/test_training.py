@@ -59,7 +59,7 @@ def reference(experiment, tmp_path_factory):
 
 
 def last_state(experiment, folder):
-    state, place = Checkpoints(folder / "checkpoints").restore(experiment.init())
+    state, place = Checkpoints(folder / "checkpoints").restore(experiment.shapes)
     return state, place
 
 

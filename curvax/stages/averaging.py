@@ -122,9 +122,9 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
 
 
 _NO_CURVATURE = (
-    "`per_group({m}, ...)` makes one group of all devices along {within}, which takes the stages of "
-    "SAM and GSAM, and one of these estimates curvature, which would be each device's own. Put the "
-    "estimator outside of `per_group`, or take groups that one device holds."
+    "`per_group({m}, ...)` makes one group of all devices along {within}. It takes the stages of "
+    "SAM and GSAM, and one of these estimates curvature, which would be each device's own. Put "
+    "the estimator outside of `per_group`, or take groups that one device holds."
 )
 
 

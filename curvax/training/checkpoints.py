@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from curvax.training import seals
+from curvax.training import processes, seals
+from curvax.training.experiment import Experiment
 from curvax.training.step import State
 
 _OWN_FILES = 2**18  # bytes; a checkpoint of a small model took 1.5e5 beside its arrays
@@ -24,8 +25,9 @@ class CheckpointError(OSError):
 class NoCheckpoints:
     """The checkpoints of a run that keeps none."""
 
-    def resume(self, state: State, batches: Any) -> tuple[State, Any]:
-        return state, batches
+    def resume(self, experiment: Experiment) -> tuple[State, Any]:
+        """State and batches to begin with."""
+        return experiment.init(), experiment.batches()
 
     def save(self, state: State, place: Any) -> None:
         pass
@@ -57,16 +59,18 @@ class Checkpoints(NoCheckpoints):
         with _silent_log():
             self._manager = ocp.CheckpointManager(self.folder, options=options)
 
-    def resume(self, state: State, batches: Any) -> tuple[State, Any]:
-        """State and batches as the newest checkpoint has them, or as given, which is then kept.
+    def resume(self, experiment: Experiment) -> tuple[State, Any]:
+        """State and batches as the newest checkpoint has them, or at the start, which is then kept.
 
         Raises:
             CheckpointError: as in `save` and `restore`.
         """
+        batches = experiment.batches()
         if self._manager.latest_step() is None:
+            state = experiment.init()
             self.save(state, batches.get_state())
         else:
-            state, place = self.restore(state)
+            state, place = self.restore(experiment.shapes)
             batches.set_state(place)
         return state, batches
 
@@ -84,7 +88,8 @@ class Checkpoints(NoCheckpoints):
             _check_room(self.folder, state)
             with _silent_log():
                 self._manager.save(step, args=items)
-            seals.seal(self.folder / str(step))
+            if processes.first():
+                seals.seal(self.folder / str(step))
         except Exception as error:
             for unfinished in self.folder.glob(f"{step}.*-tmp*"):
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -93,14 +98,15 @@ class Checkpoints(NoCheckpoints):
                 f"({_reason(error)}). {self.last_good(but=step)} Make room and resume the run."
             ) from error
 
-    def restore(self, template: State) -> tuple[State, Any]:
-        """The newest state, with the shapes and types of `template`, and the place in the data.
+    def restore(self, shapes: State) -> tuple[State, Any]:
+        """The newest state, of these shapes and laid out like them, and the place in the data.
+
+        It may have been written under another regime, on other devices or by other processes.
 
         Raises:
             CheckpointError: there is none, or it is damaged or of another model or optimiser.
         """
         step = self._manager.latest_step()
-        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(shapes), place=ocp.args.JsonRestore()
         )

@@ -4,15 +4,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from curvax.training import bench, compare, curves, progress, report, runs, sweep
+from curvax.training import bench, compare, curves, processes, progress, report, runs, sweep
 from curvax.training import config as configs
 from curvax.training.checkpoints import CheckpointError
 from curvax.training.compare import Arms, Outcomes
 from curvax.training.experiment import Experiment, build
+from curvax.training.notice import Stopped
 from curvax.training.tasks import Task
 
 _PLAN = "plan.json"
@@ -54,9 +56,12 @@ def methods(config: ConfigDict) -> list[str]:
 def start(config: ConfigDict, plan: Plan, root: Path) -> None:
     """Carries a plan out in a new run folder under `root`."""
     experiments = plan.prepare(config)
-    folder = runs.create(root, plan.command, config)
-    runs.write_json(folder / _PLAN, plan._asdict())
-    _carry_out(config, plan, experiments, folder)
+    name = ""
+    if processes.first():
+        folder = runs.create(root, plan.command, config)
+        runs.write_json(folder / _PLAN, plan._asdict())
+        name = str(folder)
+    _carry_out(config, plan, experiments, Path(processes.agreed(name)))
 
 
 def resume(folder: Path) -> None:
@@ -77,17 +82,20 @@ def read(folder: Path) -> tuple[ConfigDict, Plan]:
 def _carry_out(
     config: ConfigDict, plan: Plan, experiments: Mapping[str, Experiment], folder: Path
 ) -> None:
-    console = Console()
+    console = Console(quiet=not processes.first())
     _line(console, f"If this is interrupted: curvax resume {folder}")
     try:
         task = next(iter(experiments.values())).task
         with progress.bar(console, task.goal) as row:
             may_diverge = plan.command != "train"
             outcomes = compare.run(experiments, plan.seeds, folder, row, may_diverge=may_diverge)
-        table, words = _FINISH[plan.command](config, plan, task, outcomes, folder)
-        _publish(console, folder, table, words)
-    except CheckpointError:
+        if processes.first():
+            table, words = _FINISH[plan.command](config, plan, task, outcomes, folder)
+            _publish(console, folder, table, words)
+    except (CheckpointError, Stopped):
         raise
+    except jax.errors.JaxRuntimeError as error:
+        raise processes.lost(error, folder) from error
     except OSError as error:
         raise runs.RunError(
             f"The run folder {folder} could not be written ({error.strerror or error}). What is in "

@@ -1,6 +1,6 @@
 """What a trained state is worth: its scores, and the largest eigenvalue of its Hessian."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -58,23 +58,26 @@ def average(
     scores: Scores, state: State, split: Examples, size: int, regime: Jit
 ) -> dict[str, float]:
     """The scores on a split, computed `size` examples at a time, each example counted once."""
+    found = [
+        jax.device_get(scores(state.params, state.model_state, regime.place(chunk)))
+        for chunk in chunks(split, size, regime)
+    ]
+    counts = [one.pop(_COUNT) for one in found]
+    return {name: float(np.average([f[name] for f in found], weights=counts)) for name in found[0]}
+
+
+def chunks(split: Examples, size: int, regime: Jit) -> Iterator[dict[str, np.ndarray]]:
+    """This process's part of a split in order, about `size` examples at a time, with masks."""
     devices = regime.mesh.size
-    size = -(-min(size, split.size) // devices) * devices
-    chunks = data.batches(
+    return data.batches(
         split,
-        size,
+        -(-min(size, split.size) // devices) * devices,
         shuffle=False,
         epochs=1,
         drop_remainder=False,
         shard=jax.process_index(),
         shards=jax.process_count(),
     )
-    found = [
-        jax.device_get(scores(state.params, state.model_state, regime.place(chunk)))
-        for chunk in chunks
-    ]
-    counts = [one.pop(_COUNT) for one in found]
-    return {name: float(np.average([f[name] for f in found], weights=counts)) for name in found[0]}
 
 
 def make_largest_eigenvalue(clean: Clean) -> Curvature:

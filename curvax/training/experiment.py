@@ -52,6 +52,11 @@ class Experiment:
         """The state before the first step, on the devices."""
         return self.regime.create(self._init)
 
+    @property
+    def shapes(self) -> State:
+        """Those of the state, with its layout."""
+        return self.regime.laid_out(jax.eval_shape(self._init))
+
     def _init(self) -> State:
         example = jnp.asarray(self.material.example)
         return init(self.model, self.optimizer, example, self.config.seed)
@@ -173,12 +178,11 @@ def outline(config: ConfigDict, devices: Sequence[jax.Device]) -> Outline:
     start = lambda x: init(model, optimizer, x, config.seed)
     state = jax.eval_shape(start, example)
     step = make_step(model, optimizer, task, regime, state, config.microbatch)
-    laid_out = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     batch = {
         name: jax.ShapeDtypeStruct((config.batch, *x.shape), x.dtype, sharding=regime.split)
         for name, x in {"input": facts.input, "label": facts.label}.items()
     }
-    return Outline(step, jax.tree.map(laid_out, state, regime.layout(state)), batch)
+    return Outline(step, regime.laid_out(state), batch)
 
 
 def _layout(model: nn.Module, example: Any) -> Layout:

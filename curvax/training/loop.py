@@ -1,5 +1,6 @@
 """The loop of one run: steps, tests, a log, checkpoints, and a stop at NaN."""
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -9,9 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from curvax.training import runs
+from curvax.training import processes, runs
 from curvax.training.checkpoints import Checkpoints, NoCheckpoints
 from curvax.training.experiment import Experiment
+from curvax.training.notice import Notice, Stopped
 from curvax.training.runs import Outcome
 from curvax.training.step import Measured, State, watched_names
 
@@ -31,8 +33,11 @@ def fit(
     A resumed run takes the same steps on the same batches with the same keys as one that was never
     interrupted, bit for bit. A run that is done is read from its folder.
 
+    In a run of several processes the first one writes for all.
+
     Raises:
         NotFinite: the loss, a gradient or an update is NaN or infinite.
+        Stopped: the process was asked to terminate; the step it had come to is kept.
         CheckpointError: a checkpoint cannot be written or read.
     """
     if done := runs.outcome(folder):
@@ -41,16 +46,16 @@ def fit(
     checkpoints = (
         Checkpoints(folder / "checkpoints", experiment.config.keep) if folder else NoCheckpoints()
     )
-    state, batches = checkpoints.resume(experiment.init(), experiment.batches())
-    log = runs.Log(folder, since=int(state.step))
-    try:
-        state = _Trainer(experiment, log, checkpoints, report).run(state, batches)
-    finally:
-        log.close()
-        checkpoints.close()
+    with contextlib.closing(checkpoints), Notice() as notice:
+        state, batches = checkpoints.resume(experiment)
+        log = runs.Log(folder if processes.first() else None, since=int(state.step))
+        with contextlib.closing(log):
+            trainer = _Trainer(experiment, log, checkpoints, report, notice)
+            state = trainer.run(state, batches)
     figures = {"steps": experiment.steps, "seconds": time.perf_counter() - began}
     figures |= experiment.appraise(state)
-    runs.finish(folder, figures)
+    if processes.first():
+        runs.finish(folder, figures)
     return Outcome(figures, log.records)
 
 
@@ -60,6 +65,7 @@ class _Trainer:
     log: runs.Log
     checkpoints: NoCheckpoints
     report: Report
+    notice: Notice
     pending: list[Measured] = field(default_factory=list)
 
     def run(self, state: State, batches: Any) -> State:
@@ -72,7 +78,8 @@ class _Trainer:
             self.pending.append(measured)
             last = step == experiment.steps
             logs = step % config.log_every == 0
-            tests, saves = last or step % test_every == 0, last or step % save_every == 0
+            stops = self.notice.given(step) and not last
+            tests, saves = last or step % test_every == 0, last or step % save_every == 0 or stops
             if logs or tests or saves:
                 figures = self.settle(step, names)
                 if logs:
@@ -85,6 +92,9 @@ class _Trainer:
             if saves:
                 self.log.flush()
                 self.checkpoints.save(state, batches.get_state())
+            if stops:
+                good = self.checkpoints.last_good()
+                raise Stopped(f"the run was asked to terminate after step {step}. {good}")
         return state
 
     def settle(self, step: int, names: list[str]) -> dict[str, float]:

@@ -1,5 +1,7 @@
 """The processes of one run: who is first, and what all agree on. Mostly there is one."""
 
+from pathlib import Path
+
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
@@ -15,7 +17,19 @@ def join(coordinator: str | None, count: int | None, number: int | None) -> None
         coordinator: `host:port` of process 0. On TPU pods and under Slurm JAX knows all three.
         count: of the processes.
         number: of this one, from 0.
+
+    Raises:
+        ValueError: some of the three are given and others are not, or the number is out of range.
     """
+    given = (coordinator, count, number)
+    if any(x is None for x in given) and any(x is not None for x in given):
+        raise ValueError(
+            "A process is told all three of `--coordinator HOST:PORT`, `--processes N` and "
+            f"`--process I`, and got {coordinator}, {count} and {number}. Where TPU pods, Slurm or "
+            "MPI start the processes, `--distributed` alone will do."
+        )
+    if count is not None and number is not None and not 0 <= number < count:
+        raise ValueError(f"Processes are numbered from 0 to {count - 1}, and this is {number}.")
     jax.distributed.initialize(coordinator, count, number, heartbeat_timeout_seconds=HEARTBEAT)
 
 
@@ -33,3 +47,18 @@ def agreed(text: str) -> str:
     if first():
         padded[:] = np.frombuffer(text.encode(), np.uint8)
     return bytes(multihost_utils.broadcast_one_to_all(padded)).decode()
+
+
+class ProcessLost(ConnectionError):
+    """A run that cannot go on since one of its processes is gone."""
+
+
+def lost(error: Exception, folder: Path) -> Exception:
+    """What an error of the runtime means to a run of several processes; to one alone, itself."""
+    if jax.process_count() == 1:
+        return error
+    return ProcessLost(
+        f"process {jax.process_index()} of {jax.process_count()} lost another one in the middle of "
+        f"a step ({str(error).partition(chr(10))[0][:200]}). What was saved is whole: start all "
+        f"processes again with `curvax resume {folder}`."
+    )

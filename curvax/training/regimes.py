@@ -74,6 +74,11 @@ class Jit:
         axis = shape.index(max(fitting))
         return P(*[None] * axis, self.mesh.axis_names)
 
+    def laid_out(self, shapes: Tree) -> Tree:
+        """The shapes with their layout."""
+        struct = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        return jax.tree.map(struct, shapes, self.layout(shapes))
+
     def create(self, init: Callable[[], Tree]) -> Tree:
         """What `init` makes, made where it will lie."""
         return jax.jit(init, out_shardings=self.layout(jax.eval_shape(init)))()

@@ -65,7 +65,7 @@ def load(folders: Sequence[Path]) -> list[Subject]:
 def _newest(experiment: Experiment, folder: Path) -> State:
     checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
     try:
-        return checkpoints.restore(experiment.init())[0]
+        return checkpoints.restore(experiment.shapes)[0]
     finally:
         checkpoints.close()
 

@@ -1,0 +1,52 @@
+"""Notice to terminate, as schedulers give it before they take a machine away: SIGTERM."""
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+
+class Stopped(InterruptedError):
+    """A run that was asked to terminate and has kept where it was."""
+
+
+class Notice:
+    """Whether this run has been asked to terminate, from `with` on.
+
+    Several processes agree on the step after which they stop, by JAX's distributed runtime, which
+    listens for the signal itself; it may come to one of them alone.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._before: Any = None
+
+    def __enter__(self) -> "Notice":
+        if self._listens():
+            self._before = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._listens():
+            signal.signal(signal.SIGTERM, self._before)
+
+    def given(self, step: int) -> bool:
+        """Whether to stop after this step, the same answer in every process."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._asked
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+
+    def _listens(self) -> bool:
+        alone = jax.process_count() == 1
+        return alone and threading.current_thread() is threading.main_thread()
