@@ -103,7 +103,8 @@ def convert(
             pictures cannot be decoded, or the disk is full.
     """
     names = parts["train"].names
-    files = {part: listing.files(names) for part, listing in parts.items()}
+    numbers = {name: number for number, name in enumerate(names)}
+    files = {part: listing.files(numbers) for part, listing in parts.items()}
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} is there already. Give a new folder, or remove it.")
     with _draft(out, files) as draft:

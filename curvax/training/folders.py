@@ -1,6 +1,6 @@
 """A folder with one folder of pictures for each class ↦ its files and their labels."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,17 +44,16 @@ class ClassFolders(NamedTuple):
     pictures: list[tuple[str, Path]]  # the class and the file of each
     aside: list[Path]  # files that are no pictures by their names
 
-    def files(self, names: Sequence[str]) -> Files:
-        """The pictures, labelled by where their class stands in `names`.
+    def files(self, number: Mapping[str, int]) -> Files:
+        """The pictures, labelled by the number of their class.
 
         Raises:
-            DataError: a class that is not there.
+            DataError: a class that has none.
         """
-        number = {name: i for i, name in enumerate(names)}
         if unknown := [name for name in self.names if name not in number]:
             raise DataError(
-                f"{self.root} has the class folder `{unknown[0]}`, and none of the {len(names)} "
-                f"classes, {_few(names)}, is called so. Rename the folder, or move it away."
+                f"{self.root} has the class folder `{unknown[0]}`, and none of the {len(number)} "
+                f"classes, {_few(list(number))}, is called so. Rename the folder, or move it away."
             )
         labels = [number[name] for name, _ in self.pictures]
         return Files([path for _, path in self.pictures], labels)

@@ -1,5 +1,6 @@
 """The data of a run: a part of the training set, some of it held out, some of its labels wrong."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ class Material(NamedTuple):
     wrong: np.ndarray  # bool [N]: where noise replaced the label
     test: Examples  # or what was held out
     classes: int | None
+    names: Sequence[str] = ()  # of the classes, where they have any
 
     @property
     def example(self) -> np.ndarray:
@@ -36,7 +38,7 @@ def gather(config: ConfigDict, task: Task, hold_out: bool = False) -> Material:
     if hold_out:
         train, test = data.hold_out(train, seed=seed)
     train, wrong = _with_noise(train, dataset, config)
-    return Material(train, wrong, test, dataset.classes)
+    return Material(train, wrong, test, dataset.classes, dataset.names)
 
 
 def _with_noise(
