@@ -82,6 +82,19 @@ picture is decoded once, and those that cannot be are named.
   curvax train my_config --data.name=records --data.path=records/mine
 """
 
+_EVALUATE = """\
+Test the newest checkpoints of a run: how often the right class is named first, or is among the
+first five. Prints a table and keeps evaluate.json in the folder of the run.
+
+Without --data on the run's own test set. PATH is a folder of records or of class folders, named as
+the classes the run was trained on, some of them, or their numbers; or such folders in folders, as
+ImageNet-C has one for each corruption and strength.
+
+  curvax evaluate runs/imagenet-train-20260101-120000 --data imagenet-r
+  curvax evaluate runs/imagenet-train-20260101-120000 --data records/imagenet --labels real.json
+  curvax evaluate runs/digits-train-20260101-120000 --corruptions
+"""
+
 _CONFIGS = "List the configs, or print what one of them is: paper, command, expected result, cost."
 
 
@@ -169,6 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     resume = add("resume", help="go on with a run", description=_RESUME)
     resume.runs(_resume).add_argument("folder", type=Path, metavar="FOLDER")
     resume.joins_others()
+    _evaluate_options(add("evaluate", help="test on other data", description=_EVALUATE))
     _convert_options(add("convert", help="pictures to records", description=_CONVERT))
     configs = add("configs", help="what there is to run", description=_CONFIGS)
     configs.runs(_configs).add_argument("config", nargs="?", metavar="CONFIG")
@@ -222,6 +236,19 @@ def _bench_options(bench: _Parser) -> None:
     bench.takes_methods()
     bench.add_argument(
         "--pairs", type=_positive, default=30, metavar="N", help="readings of each clock"
+    )
+
+
+def _evaluate_options(evaluate: _Parser) -> None:
+    evaluate.runs(_evaluate).add_argument("folder", type=Path, metavar="RUN")
+    evaluate.add_argument("--data", type=Path, metavar="PATH", help="what to test on")
+    evaluate.add_argument(
+        "--labels", type=Path, metavar="FILE", help="ImageNet-ReaL's real.json, or one like it"
+    )
+    evaluate.add_argument(
+        "--corruptions",
+        action="store_true",
+        help="also the run's own test images under noise, blur, less contrast and pixelation",
     )
 
 
@@ -303,6 +330,15 @@ def _resume(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     if overrides:
         raise ValueError(f"A resumed run keeps its config, and got {' '.join(overrides)}.")
     commands.resume(arguments.folder)
+
+
+def _evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from curvax.training import examination
+
+    if overrides:
+        raise ValueError(f"`curvax evaluate` has no option {overrides[0]}.")
+    chosen = arguments.data, arguments.labels, arguments.corruptions
+    examination.command(arguments.folder, *chosen)
 
 
 def _convert(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:

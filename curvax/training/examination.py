@@ -1,0 +1,124 @@
+"""What `curvax evaluate` does: the newest checkpoints of a run on one or many test sets."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
+from rich.table import Table
+
+from curvax.training import benchmarks, label_sets, ranking, runs, subjects
+from curvax.training.benchmarks import Benchmark
+from curvax.training.experiment import Experiment
+from curvax.training.ranking import Found
+from curvax.training.subjects import Subject
+
+_FILE = "evaluate.json"
+
+Page = dict[str, Any]
+"""What evaluate.json holds: for each method the step and, by test set, what was found."""
+
+
+def command(folder: Path, path: Path | None, labels: Path | None, corruptions: bool) -> None:
+    """`curvax evaluate`: prints tables, and keeps the numbers in evaluate.json of the run's folder.
+
+    Args:
+        folder: of a run, an arm of it or a seed of that.
+        path: pictures or records to test on, rather than the run's own test set.
+        labels: sets of right labels, as ImageNet-ReaL's.
+        corruptions: also test on the run's own test images made worse.
+
+    Raises:
+        RunError: no run, no checkpoint, or one that names no classes.
+        DataError: there is nothing to test on.
+    """
+    console, page = Console(), {}
+    for subject in subjects.load([folder]):
+        _require_classes(subject)
+        found = _examine(subject, console, path, labels, corruptions)
+        page[subject.name] = _entry(subject, found)
+        console.print(*_tables(subject.name, found), sep="\n")
+    _keep(folder / _FILE, page)
+    console.print(f"In {folder / _FILE}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _require_classes(subject: Subject) -> None:
+    task = subject.experiment.config.task
+    if task != "images":
+        raise runs.RunError(
+            f"`curvax evaluate` tells how often the class is named rightly, and {subject.folder} "
+            f"is of the task `{task}`. `curvax inspect` takes runs of every task."
+        )
+
+
+def _examine(
+    subject: Subject, console: Console, path: Path | None, labels: Path | None, corruptions: bool
+) -> list[Found]:
+    """Every test set in turn, under a bar that names it."""
+    _, _, experiment, state = subject
+    ahead, found = ranking.make_ahead(experiment), []
+    with Progress(console=console, transient=True) as progress:
+        bar = progress.add_task("", total=None)
+        for benchmark in _benchmarks(experiment, path, labels, corruptions):
+            progress.update(bar, description=escape(f"{subject.name} on {benchmark.name}"))
+            found.append(ranking.rank(experiment, state, benchmark, ahead))
+    return found
+
+
+def _benchmarks(
+    experiment: Experiment, path: Path | None, labels: Path | None, corruptions: bool
+) -> Iterator[Benchmark]:
+    own = benchmarks.of_run(experiment)
+    for benchmark in [own] if path is None else benchmarks.of_path(path, experiment):
+        yield label_sets.with_labels(benchmark, labels) if labels else benchmark
+    if corruptions:
+        yield from benchmarks.corrupted(experiment)
+
+
+def _tables(name: str, found: Sequence[Found]) -> Iterator[Table]:
+    """One of the sets that stand alone, and one of corruptions by strength."""
+    if alone := [each for each in found if "/" not in each.name]:
+        yield _list(name, alone)
+    if together := [each for each in found if "/" in each.name]:
+        yield _grid(name, together)
+
+
+def _list(name: str, found: Sequence[Found]) -> Table:
+    table = Table(escape(name), "images", "classes", "top-1", "top-5")
+    for each in found:
+        scores = _percent(each.top1), _percent(each.top5)
+        table.add_row(escape(each.name), str(each.examples), str(each.classes), *scores)
+    return table
+
+
+def _grid(name: str, found: Sequence[Found]) -> Table:
+    """A row for each corruption, a column for each strength, then means."""
+    score = {each.name: each.top1 for each in found}
+    columns = sorted({each.name.rpartition("/")[2] for each in found})
+    table = Table(f"{escape(name)}, top-1", *map(escape, columns), ranking.MEAN)
+    for row, mean in ranking.means(found).items():
+        cells = (_percent(score.get(f"{row}/{column}")) for column in columns)
+        table.add_row(escape(row), *cells, _percent(mean.top1))
+    return table
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
+
+
+def _entry(subject: Subject, found: Sequence[Found]) -> Page:
+    every = [*found, *ranking.means(found).values()]
+    results = {each.name: each._asdict() for each in every}
+    return {"step": int(subject.state.step), "results": results}
+
+
+def _keep(path: Path, page: Page) -> None:
+    """Adds to what was found of the same step before."""
+    old = json.loads(path.read_text()) if path.exists() else {}
+    for name, entry in page.items():
+        if old.get(name, {}).get("step") == entry["step"]:
+            entry["results"] = old[name]["results"] | entry["results"]
+    runs.write_json(path, old | page)
