@@ -10,6 +10,8 @@ import optax
 
 import curvax
 from curvax import axes
+from curvax.signal import name_of, parts_of
+from curvax.signal import step as apply
 from curvax.training.augment import Batch
 from curvax.training.regimes import Jit
 from curvax.training.tasks import Task
@@ -109,12 +111,12 @@ def make_step(
             grads, grads, value=loss, aux=aux, perturbed=False,
             local=value_fn.local_axes(state.params),
         )  # fmt: skip
-        signal, opt_state = pipe.update(
-            signal, state.opt_state, state.params, value_fn=value_fn, value=loss
+        signal, opt_state, gradient = _through(
+            pipe, signal, state.opt_state, state.params, value_fn=value_fn, value=loss
         )
         _refuse_local(signal.local)
         params = optax.apply_updates(state.params, signal.updates)
-        watched = _finite((signal.value, signal.gradient, signal.updates))
+        watched = _finite((signal.value, gradient, signal.updates))
         # After the pipe: an estimator has put its own pass in the place of the caller's, which the
         # compiler then drops.
         (model_state, scores), loss, unsound = axes.mean(
@@ -125,6 +127,22 @@ def make_step(
         return state, Measured(figures, unsound == 0)
 
     return regime.map(prepare, core, shapes)
+
+
+def _through(
+    pipe: curvax.Stage, signal: curvax.Signal, state: Tree, params: Tree, **extra: Any
+) -> tuple[curvax.Signal, Tree, Tree]:
+    """What a pipe gives, its state, and the clean gradient before `pmean_updates` averages it.
+
+    Whether that is finite each device says of its own. Its mean would be sent for this alone.
+    """
+    gradient, states = None, []
+    for part, inner in zip(parts_of(pipe), state, strict=True):
+        if gradient is None and name_of(part) == "pmean_updates":
+            gradient = signal.gradient
+        signal, inner = apply(part, signal, inner, params, **extra)
+        states.append(inner)
+    return signal, tuple(states), signal.gradient if gradient is None else gradient
 
 
 def _keys(state: State) -> jax.Array:
