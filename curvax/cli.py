@@ -1,4 +1,4 @@
-"""The command line: training and comparing, looking at runs, making records, listing configs."""
+"""The command line: training, comparing, looking at runs, planning, making records."""
 
 import argparse
 import math
@@ -66,6 +66,20 @@ arms; or an arm in it; or a seed of an arm. The first is what the others are com
 _BENCH = """\
 Compile a training step of each method and report its FLOPs, temporary memory and time, also as
 ratios to the first method's. Clocks are read in turn in one process.
+"""
+
+_PLAN = """\
+Compile the very training step of each method for machines that are not at hand, and report what it
+needs of each device: memory, FLOPs, and what the devices send each other, also as ratios to the
+first method's. Loops count as often as they run. Nothing is trained, and no data is read.
+
+A TOPOLOGY is a TPU generation and its chips in each direction, as v3:4x8, v4:4x4x4, v5e:16x16,
+v5p:4x4x8 or v6e:16x16, which takes `pip install 'curvax[tpu]'` and no TPU; or cpu:8 for eight
+virtual CPU devices. Where a step does not fit, changes that may help are compiled too. A
+compilation takes minutes, and is kept for the next time.
+
+  curvax plan digits_vit --topology cpu:8
+  curvax plan imagenet_vit:b16 --topology v5e:16x16
 """
 
 _RESUME = """\
@@ -179,6 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _inspect_options(add("inspect", help="look at what runs came to", description=_INSPECT))
     _bench_options(add("bench", help="what a step costs", description=_BENCH, epilog=_FIELDS))
+    _plan_options(add("plan", help="what a pod will need", description=_PLAN, epilog=_FIELDS))
     resume = add("resume", help="go on with a run", description=_RESUME)
     resume.runs(_resume).add_argument("folder", type=Path, metavar="FOLDER")
     resume.joins_others()
@@ -252,6 +267,23 @@ def _evaluate_options(evaluate: _Parser) -> None:
     )
 
 
+def _plan_options(plan: _Parser) -> None:
+    plan.runs(_plan).takes_a_config()
+    plan.takes_methods()
+    plan.add_argument("--topology", required=True, help="what to compile for")
+    plan.add_argument(
+        "--variants",
+        action="store_true",
+        help="compile each also with the model's blocks scanned, unrolled and recomputed",
+    )
+    plan.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="of compilations, by default ~/.cache/curvax/plans",
+    )
+
+
 def _convert_options(convert: _Parser) -> None:
     convert.runs(_convert).add_argument("pictures", type=Path, metavar="PICTURES")
     convert.add_argument("out", type=Path, metavar="FOLDER", help="what is made; a new folder")
@@ -322,6 +354,16 @@ def _bench(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     config = commands.configure(arguments.config, overrides)
     methods = arguments.optimizers or commands.methods(config)
     commands.measure_costs(config, methods, arguments.pairs, arguments.runs)
+
+
+def _plan(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from curvax.planning import commands as planning
+    from curvax.training import commands
+
+    config = commands.configure(arguments.config, overrides)
+    methods = arguments.optimizers or commands.methods(config)
+    options = {"variants": arguments.variants, "cache": arguments.cache, "root": arguments.runs}
+    planning.plan_for(config, methods, arguments.topology, **options)
 
 
 def _resume(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:

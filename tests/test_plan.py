@@ -14,7 +14,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import curvax as cx
-from curvax.planning import collectives, hlo, topologies
+from curvax.planning import collectives, hlo, readings, topologies
+from curvax.training import experiment
+from curvax.training.config import defaults
 
 DEVICES, PER_DEVICE = 8, 4
 WEIGHTS = {"in": (64, 96), "hidden": (96, 96), "out": (96, 64)}
@@ -190,3 +192,31 @@ def test_too_few_cpu_devices_say_how_to_get_more():
 def test_a_shape_that_a_tpu_does_not_have_is_refused():
     with pytest.raises(topologies.TopologyError, match=r"libtpu refuses it: .*3x5"):
         topologies.find("v5e:3x5")
+
+
+def small(optimizer, regime="shard_map", **fields):
+    """A config of a small model on digits."""
+    config = defaults(rho=0.1, **fields)
+    config.model.update(name="mlp", options={"widths": [64]})
+    config.update(optimizer=optimizer, regime=regime, batch=DEVICES * PER_DEVICE)
+    return config
+
+
+TEXTS = {
+    "pmean_updates(axes) | adamw(1e-3)": 1,
+    "sam_perturb(rho) | pmean_updates(axes) | adamw(1e-3)": 1,
+    "sam_perturb(rho) | gsam_project(0.4) | pmean_updates(axes) | adamw(1e-3)": 1,
+    "per_group(2, sam_perturb(rho)) | pmean_updates(axes) | adamw(1e-3)": 1,
+    "adahessian(0.15, mean_over=axes)": 2,
+}
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_training_step_of_a_config_sends_no_more_than_its_method(text, tmp_path):
+    machine = find("cpu:8")
+    outline = experiment.outline(small(text), machine.devices)
+    reading = readings.read(outline, machine, tmp_path)
+    assert reading.sent / reading.parameters == pytest.approx(TEXTS[text], rel=0.01)
+    assert reading.memory.total == reading.needed
+    again = readings.read(outline, machine, tmp_path)
+    assert again == reading

@@ -23,7 +23,7 @@ def plan_for(
     topology: str,
     *,
     variants: bool = False,
-    cache: Path = readings.FOLDER,
+    cache: Path | None = None,
     root: Path = Path("runs"),
 ) -> None:
     """Compiles a step of each method for a topology; prints the plan and keeps it in a new folder.
@@ -31,14 +31,14 @@ def plan_for(
     Args:
         optimizers: the methods' texts, the base first.
         variants: compile each with the model's blocks scanned, unrolled and recomputed.
-        cache: where readings are kept for another time.
+        cache: where readings are kept for another time, by default `readings.FOLDER`.
 
     Raises:
         ValueError: a field does not fit, or the topology is none.
     """
     console, machine = Console(), topologies.find(topology)
     arms = _arms(config, optimizers, variants)
-    with _progress(console, machine, cache) as read:
+    with _progress(console, machine, cache or readings.FOLDER) as read:
         found = {name: read(name, arm) for name, arm in arms.items()}
         tried = {
             name: _try(name, remedies(arms[name], len(machine.devices)), read)
