@@ -1,0 +1,301 @@
+"""`curvax evaluate`: what a run is tested on, which classes are right, and that it counts."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import photographs
+import pytest
+import tiny_run
+
+from curvax import cli
+from curvax.training import benchmarks, convert, jpegs, label_sets, ranking, subjects
+from curvax.training.archives import DataError
+from curvax.training.corruptions import CORRUPTIONS
+from curvax.training.folders import listing
+
+NAMES = [f"n{number:02}" for number in range(12)]
+CONFIG = """
+from curvax.training.config import defaults
+
+def get_config():
+    config = defaults()
+    config.model.name = "mixer_tiny"
+    config.model.options.update(
+        depth=1, scan=False, width=8, token_width=4, channel_width=8, patch=4
+    )
+    config.data.update(name="records", side=16)
+    config.optimizer = "adamw(1e-2)"
+    config.update(batch=16, epochs=1, eval_batch=16, hessian_examples=0)
+    return config
+"""
+
+
+def write_pictures(root, count, names=NAMES, seed=0):
+    """Class folders of pieces of the photographs, of one every third class."""
+    images = list(photographs.photographs().values())
+    for name in names:
+        (root / name).mkdir(parents=True)
+        number = NAMES.index(name) if name in NAMES else int(name)
+        pieces = photographs.pieces(images[number % 3], count, 100 * seed + number)
+        for i, piece in enumerate(pieces):
+            (root / name / f"{name}_{i}.JPEG").write_bytes(photographs.jpeg(piece))
+    return root
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Pictures of 12 classes, `pictures/train` and `pictures/val`, their records and a run."""
+    place = tmp_path_factory.mktemp("place")
+    write_pictures(place / "pictures/train", 4)
+    write_pictures(place / "pictures/val", 3, seed=1)
+    assert cli.main(["convert", str(place / "pictures"), str(place / "records")]) == 0
+    (place / "small.py").write_text(CONFIG)
+    fields = [f"--data.path={place / 'records'}", f"--runs={place / 'runs'}"]
+    assert cli.main(["train", str(place / "small.py"), *fields]) == 0
+    return place
+
+
+@pytest.fixture(scope="module")
+def run(place):
+    return next((place / "runs").iterdir())
+
+
+@pytest.fixture(scope="module")
+def subject(run):
+    return subjects.load([run])[0]
+
+
+@pytest.fixture(scope="module")
+def ahead(subject):
+    return ranking.make_ahead(subject.experiment)
+
+
+def evaluate(run, *options):
+    """The results of the command, and what it exits with."""
+    code = cli.main(["evaluate", str(run), *map(str, options)])
+    kept = run / "evaluate.json"
+    page = json.loads(kept.read_text()) if kept.exists() else {}
+    return next(iter(page.values()))["results"] if code == 0 else code
+
+
+def logits_of(subject, root):
+    """Naively, one picture at a time: {file: logits of all classes}."""
+    model, state = subject.experiment.model, subject.state
+    found = {}
+    for _, path in listing(root).pictures:
+        pixels = jpegs.central_crop(path.read_bytes(), 16) / 127.5 - 1
+        variables = {"params": state.params, **state.model_state}
+        found[path] = np.asarray(model.apply(variables, pixels[None].astype(np.float32)))[0]
+    return found
+
+
+def shares(logits, right, among=None):
+    """(top-1, top-5) by sorting."""
+    kept = range(12) if among is None else among
+    hits = []
+    for path, scores in logits.items():
+        best = sorted(kept, key=lambda k: -scores[k])
+        hits.append([best[0] in right(path), bool(set(best[:5]) & set(right(path)))])
+    return tuple(np.mean(hits, axis=0))
+
+
+def own_class(path):
+    return {NAMES.index(path.parent.name)}
+
+
+# The run's own test set, and pictures from elsewhere
+
+
+def test_the_own_test_set_scores_as_at_the_end_of_the_run(run):
+    results = evaluate(run)
+    figures = json.loads(next(run.glob("*/seed0/results.json")).read_text())
+    assert results["test"]["examples"] == 36
+    assert results["test"]["classes"] == 12
+    assert results["test"]["top1"] == pytest.approx(figures["test_accuracy"])
+    assert results["test"]["top5"] == pytest.approx(figures["test_top5"])
+
+
+def test_class_folders_and_records_score_as_their_pictures_one_by_one(place, run, subject):
+    pictures = place / "pictures/val"
+    expected = shares(logits_of(subject, pictures), own_class)
+    folder, kept = (evaluate(run, "--data", p)[p.name] for p in (pictures, place / "records"))
+    for found in (folder, kept):
+        assert (found["top1"], found["top5"]) == pytest.approx(expected)
+        assert found["examples"] == 36
+
+
+def test_a_part_of_the_classes_is_chosen_from_alone(subject, ahead, tmp_path):
+    names = NAMES[2:9]
+    root = write_pictures(tmp_path / "r", 3, names, seed=2)
+    (root / "README.txt").write_text("about")
+    (benchmark,) = benchmarks.of_path(root, subject.experiment)
+    found = ranking.rank(subject.experiment, subject.state, benchmark, ahead)
+    logits = logits_of(subject, root)
+    assert found.classes == 7
+    assert (found.top1, found.top5) == pytest.approx(shares(logits, own_class, range(2, 9)))
+    assert shares(logits, own_class) != pytest.approx((found.top1, found.top5))
+
+
+def test_class_folders_may_be_named_by_numbers(subject, ahead, tmp_path):
+    numbers = [str(number) for number in range(12)]
+    root = write_pictures(tmp_path / "v2", 3, numbers, seed=3)
+    (benchmark,) = benchmarks.of_path(root, subject.experiment)
+    found = ranking.rank(subject.experiment, subject.state, benchmark, ahead)
+    expected = shares(logits_of(subject, root), lambda path: {int(path.parent.name)})
+    assert (found.top1, found.top5) == pytest.approx(expected)
+
+
+def test_records_of_some_classes_are_matched_by_their_names(place, run, subject, tmp_path):
+    names = NAMES[:1:-2]
+    root = write_pictures(tmp_path / "some", 2, names, seed=4)
+    parts = convert.find_parts(root)
+    convert.convert(parts, tmp_path / "other")
+    found = evaluate(run, "--data", tmp_path / "other")["other"]
+    among = [NAMES.index(name) for name in names]
+    assert found["classes"] == len(names)
+    expected = shares(logits_of(subject, root), own_class, among)
+    assert (found["top1"], found["top5"]) == pytest.approx(expected)
+
+
+def test_corruptions_in_folders_are_told_each_and_their_means(place, run, tmp_path, capsys):
+    pictures = place / "pictures/val"
+    for strength in ("1", "2"):
+        shutil.copytree(pictures, tmp_path / "c/fog" / strength)
+    write_pictures(tmp_path / "c/snow/1", 3, seed=5)
+    results = evaluate(run, "--data", tmp_path / "c")
+    printed = capsys.readouterr().out
+    one, two, snow = (results[name]["top1"] for name in ("fog/1", "fog/2", "snow/1"))
+    assert one == two == evaluate(run, "--data", pictures)["val"]["top1"]
+    assert results["fog"]["top1"] == pytest.approx(one)
+    assert results["mean"]["top1"] == pytest.approx((2 * one + snow) / 3)
+    assert all(word in printed for word in ("fog", "snow", "mean", f"{snow:.1%}"))
+
+
+def test_pictures_of_the_right_size_are_tested_as_they_are(subject, tmp_path):
+    (tmp_path / "exact/n00").mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    photographs.Image.fromarray(pixels).save(tmp_path / "exact/n00/x.png")
+    (benchmark,) = benchmarks.of_path(tmp_path / "exact", subject.experiment)
+    np.testing.assert_array_equal(benchmark.examples.gather(np.arange(1))["input"][0], pixels)
+
+
+# Sets of labels
+
+
+@pytest.fixture
+def validation(tmp_path):
+    """Pictures named as ImageNet's: 12 of one class folder each, numbers 1 to 12."""
+    root = write_pictures(tmp_path / "val", 1, seed=6)
+    for number, name in enumerate(NAMES, start=1):
+        (root / name / f"{name}_0.JPEG").rename(root / name / f"ILSVRC2012_val_{number:08}.JPEG")
+    return root
+
+
+def test_any_of_a_set_is_right_and_empty_sets_are_left_out(run, subject, validation, tmp_path):
+    rng = np.random.default_rng(0)
+    sets = [rng.choice(12, size, replace=False).tolist() for size in (1, 2, 3, 0, 1, 4) * 2]
+    (tmp_path / "real.json").write_text(json.dumps(sets))
+    number = lambda path: int(path.stem.rpartition("_")[2]) - 1
+    logits = logits_of(subject, validation)
+    kept = {path: scores for path, scores in logits.items() if sets[number(path)]}
+    expected = shares(kept, lambda path: set(sets[number(path)]))
+    results = evaluate(run, "--data", validation, "--labels", tmp_path / "real.json")
+    found = results["val, real.json"]
+    assert found["examples"] == 10
+    assert (found["top1"], found["top5"]) == pytest.approx(expected)
+    assert expected != pytest.approx(shares(logits, own_class))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[[1], [2]]", "has no number among the 2"),
+        ("[[1], [12]]", "lists of classes from 0 to 11"),
+        ('{"a": 1}', "lists of classes"),
+        ("[[1", "cannot be read"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(subject, validation, tmp_path, content, words):
+    (tmp_path / "real.json").write_text(content)
+    (benchmark,) = benchmarks.of_path(validation, subject.experiment)
+    with pytest.raises(DataError, match=words):
+        label_sets.with_labels(benchmark, tmp_path / "real.json")
+
+
+# Faults
+
+
+def test_classes_that_the_run_does_not_know_are_told(run, tmp_path, capsys):
+    write_pictures(tmp_path / "odd", 1, ["n03"])
+    (tmp_path / "odd/n03").rename(tmp_path / "odd/cat")
+    assert evaluate(run, "--data", tmp_path / "odd") == 2
+    told = capsys.readouterr().err
+    assert "has the class `cat`" in told
+    assert "12 others (`n00`, `n01`, `n02` …)" in told
+
+
+def test_a_damaged_picture_and_a_missing_folder_are_told(run, tmp_path, capsys):
+    root = write_pictures(tmp_path / "cut", 2)
+    (root / "n05/n05_1.JPEG").write_bytes(b"cut")
+    assert evaluate(run, "--data", root) == 2
+    assert f"the file {root}/n05/n05_1.JPEG, cannot be used" in capsys.readouterr().err
+    assert evaluate(run, "--data", tmp_path / "nowhere") == 2
+    assert "does not exist" in capsys.readouterr().err
+    assert evaluate(tmp_path) == 2
+    assert "holds no run" in capsys.readouterr().err
+
+
+# A run on images in memory
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    runs = tmp_path_factory.mktemp("digits")
+    arguments = ["train", tiny_run.__file__, f"--runs={runs}", "--epochs=1"]
+    assert cli.main([*arguments, "--data.noise=0", "--data.size=256", "--hessian_examples=0"]) == 0
+    return next(runs.iterdir())
+
+
+def test_digits_under_corruptions(digits, capsys):
+    results = evaluate(digits, "--corruptions")
+    printed = capsys.readouterr().out
+    names = {f"{name}/{strength}" for name in CORRUPTIONS for strength in range(1, 6)}
+    assert names | {"test", "mean", *CORRUPTIONS} == set(results)
+    assert all(results[name]["examples"] == 797 for name in names)
+    assert all(results[name]["top5"] is None for name in names)
+    assert results["mean"]["top1"] == pytest.approx(np.mean([results[n]["top1"] for n in names]))
+    assert all(name in printed for name in CORRUPTIONS)
+    page = json.loads((digits / "evaluate.json").read_text())
+    figures = json.loads(next(digits.glob("*/seed0/results.json")).read_text())
+    ((_, entry),) = page.items()
+    assert entry["step"] == figures["steps"]
+    assert entry["results"]["test"]["top1"] == pytest.approx(figures["test_accuracy"])
+
+
+def test_what_was_found_before_is_kept(digits):
+    before = evaluate(digits, "--corruptions")
+    assert evaluate(digits) == before
+
+
+def test_pictures_and_names_are_for_runs_on_pictures(digits, tmp_path, capsys):
+    root = write_pictures(tmp_path / "pictures", 1)
+    assert evaluate(digits, "--data", root) == 2
+    assert "trained on `digits`" in capsys.readouterr().err
+    (tmp_path / "real.json").write_text("[[1]]")
+    assert evaluate(digits, "--labels", tmp_path / "real.json") == 2
+    assert "go by the names of pictures" in capsys.readouterr().err
+
+
+def test_records_are_not_corrupted(run, capsys):
+    assert evaluate(run, "--corruptions") == 2
+    assert "ImageNet-C" in capsys.readouterr().err
+
+
+def test_a_broken_model_scores_nothing(subject, ahead):
+    state = subject.state._replace(
+        params=jax.tree.map(lambda x: np.full_like(x, np.nan), subject.state.params)
+    )
+    found = ranking.rank(subject.experiment, state, benchmarks.of_run(subject.experiment), ahead)
+    assert (found.top1, found.top5) == (0, 0)
