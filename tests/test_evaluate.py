@@ -1,5 +1,6 @@
 """`curvax evaluate`: what a run is tested on, which classes are right, and that it counts."""
 
+import functools
 import json
 import shutil
 
@@ -80,6 +81,11 @@ def evaluate(run, *options):
     return next(iter(page.values()))["results"] if code == 0 else code
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def apply(model, variables, images):
+    return model.apply(variables, images)
+
+
 def logits_of(subject, root):
     """Naively, one picture at a time: {file: logits of all classes}."""
     model, state = subject.experiment.model, subject.state
@@ -87,7 +93,7 @@ def logits_of(subject, root):
     for _, path in listing(root).pictures:
         pixels = jpegs.central_crop(path.read_bytes(), 16) / 127.5 - 1
         variables = {"params": state.params, **state.model_state}
-        found[path] = np.asarray(model.apply(variables, pixels[None].astype(np.float32)))[0]
+        found[path] = np.asarray(apply(model, variables, pixels[None].astype(np.float32)))[0]
     return found
 
 
