@@ -217,6 +217,7 @@ def test_the_training_step_of_a_config_sends_no_more_than_its_method(text, tmp_p
     outline = experiment.outline(small(text), machine.devices)
     reading = readings.read(outline, machine, tmp_path)
     assert reading.sent / reading.parameters == pytest.approx(TEXTS[text], rel=0.01)
+    assert reading.memory is not None
     assert reading.memory.total == reading.needed
     again = readings.read(outline, machine, tmp_path)
     assert again == reading

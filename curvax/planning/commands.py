@@ -12,7 +12,7 @@ from curvax.planning import plan, readings, topologies
 from curvax.planning.readings import Reading
 from curvax.planning.remedies import Changes, layouts, remedies
 from curvax.planning.topologies import Topology
-from curvax.training import compare, experiment, report, runs
+from curvax.training import compare, experiment, report, runs, sources
 
 Read = Callable[[str, ConfigDict], Reading]
 
@@ -74,6 +74,17 @@ def _try(name: str, changes: Changes, read: Read) -> dict[str, Reading]:
     return tried
 
 
+def _unread(config: ConfigDict) -> ConfigDict:
+    """The config with numbers in the place of the pixels' moments that data would be read for."""
+    given = config.task != "images" or config.data.mean is not None
+    if given or sources.find(config.data.name).moments is not None:
+        return config
+    changed = config.copy_and_resolve_references()
+    channels = sources.of(config.data).shape[-1]
+    changed.data.update(mean=(0.5,) * channels, std=(0.5,) * channels)
+    return changed
+
+
 @contextmanager
 def _progress(console: Console, topology: Topology, cache: Path) -> Iterator[Read]:
     """Yields `(name, config) -> reading`, each with a line that tells what it waits for."""
@@ -87,7 +98,7 @@ def _progress(console: Console, topology: Topology, cache: Path) -> Iterator[Rea
 
         def read(name: str, config: ConfigDict) -> Reading:
             task = progress.add_task(name, total=1, doing="building")
-            outline = experiment.outline(config, topology.devices)
+            outline = experiment.outline(_unread(config), topology.devices)
             told = lambda what: progress.update(task, doing=what)
             reading = readings.read(outline, topology, cache, told)
             progress.update(task, completed=1, doing="fits" if reading.fits else "does not fit")
