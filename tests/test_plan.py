@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import json
 import math
 from typing import Any, NamedTuple
 
@@ -14,7 +15,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import curvax as cx
-from curvax.planning import collectives, hlo, readings, topologies
+from curvax import cli
+from curvax.planning import collectives, hlo, readings, remedies, topologies
 from curvax.training import experiment
 from curvax.training.config import defaults
 
@@ -194,10 +196,12 @@ def test_a_shape_that_a_tpu_does_not_have_is_refused():
         topologies.find("v5e:3x5")
 
 
-def small(optimizer, regime="shard_map", **fields):
+def small(optimizer="adamw(1e-3)", regime="shard_map", model="mlp", **numbers):
     """A config of a small model on digits."""
-    config = defaults(rho=0.1, **fields)
-    config.model.update(name="mlp", options={"widths": [64]})
+    config = defaults(rho=0.1, **numbers)
+    config.model.name = model
+    if model == "mlp":
+        config.model.options.widths = [64]
     config.update(optimizer=optimizer, regime=regime, batch=DEVICES * PER_DEVICE)
     return config
 
@@ -221,3 +225,88 @@ def test_the_training_step_of_a_config_sends_no_more_than_its_method(text, tmp_p
     assert reading.memory.total == reading.needed
     again = readings.read(outline, machine, tmp_path)
     assert again == reading
+
+
+GROUPED = "per_group(2, sam_perturb(rho)) | pmean_updates(axes) | adamw(0.001)"
+
+
+def test_groups_are_taken_one_by_one_where_they_were_at_once():
+    changed = remedies.one_by_one(GROUPED)
+    assert changed == GROUPED.replace("(rho))", "(rho), sequential=True)")
+    assert not remedies.one_by_one(changed)
+    assert not remedies.one_by_one("sam_perturb(rho) | adamw(1e-3)")
+
+
+def test_remedies_are_what_a_config_admits():
+    found = remedies.remedies(small(GROUPED, m=2), DEVICES)
+    names = [change.partition("=")[0] for change in found]
+    assert names == ["--optimizer", "--microbatch", "--fsdp"]
+    assert found["--microbatch=1"].microbatch == 1
+    for changed in found.values():
+        experiment.outline(changed, find("cpu:8").devices)
+    assert "--model.options.remat=True" in remedies.remedies(small(model="vit_tiny"), DEVICES)
+
+
+WAYS = {
+    "mlp": ["as it is"],
+    "resnet8": ["as it is", "remat"],
+    "vit_tiny": ["scanned", "scanned, remat", "unrolled", "unrolled, remat"],
+}
+
+
+@pytest.mark.parametrize("model", WAYS)
+def test_blocks_can_be_compiled_in_as_many_ways_as_the_model_has(model):
+    ways = remedies.layouts(small(model=model))
+    assert list(ways) == WAYS[model]
+    for way, config in ways.items():
+        assert config.model.options.get("remat", False) == ("remat" in way)
+        assert config.model.options.get("scan", True) == ("unrolled" not in way)
+
+
+def plan(tmp_path, *arguments):
+    """What `curvax plan` left in its folder."""
+    places = [f"--runs={tmp_path / 'runs'}", f"--cache={tmp_path / 'cache'}"]
+    assert cli.main(["plan", *arguments, *places]) == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    return json.loads((folder / "plan.json").read_text()), (folder / "table.txt").read_text()
+
+
+TINY = ["digits", "--model.options.depth=1", "--model.options.width=16", "--regime=shard_map"]
+PAIR = ["--optimizers", "pmean_updates(axes) | sgd(0.1)", "sam(sgd(0.1), 0.1, mean_over=axes)"]
+
+
+def test_the_command_leaves_a_table_and_its_numbers(tmp_path, capsys):
+    found, table = plan(tmp_path, *TINY, "--topology=cpu:8", *PAIR)
+    base, sam = found["arms"].values()
+    assert found["devices"] == DEVICES
+    assert sam["figures"]["FLOPs × base"] == pytest.approx(sam["flops"] / base["flops"])
+    assert sam["figures"]["sent, × parameters"] == pytest.approx(1, abs=0.02)
+    assert "FLOPs × base" in table
+    assert "plan.json" in capsys.readouterr().out
+
+
+def test_where_a_step_does_not_fit_what_may_help_is_compiled(tmp_path, monkeypatch):
+    tight = topologies.Chip(memory=1, peak=1.0, example="none")
+    machine = topologies.Topology("cpu:8", find("cpu:8").devices, tight)
+    monkeypatch.setattr(topologies, "find", lambda name: machine)
+    found, table = plan(tmp_path, *TINY, "--topology=cpu:8", *PAIR[:2])
+    (tried,) = found["tried"].values()
+    expected = ["--model.options.remat=True", "--microbatch=4", "--fsdp=True --regime=jit"]
+    assert list(tried) == expected
+    assert "does not fit" in table
+    assert "Each of these fits" not in table
+
+
+def test_a_refusal_of_the_compiler_says_how_much_is_needed(monkeypatch, tmp_path):
+    words = "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (30.5G) exceeds"
+
+    def refuse(self, lowered):
+        raise jax.errors.JaxRuntimeError(words)
+
+    monkeypatch.setattr(topologies.Topology, "compile", refuse)
+    machine = find("cpu:8")
+    outline = experiment.outline(small(regime="jit"), machine.devices)
+    reading = readings.read(outline, machine, tmp_path)
+    assert not reading.fits
+    assert reading.needed == 30.5 * topologies.GIB
+    assert readings.read(outline, machine, tmp_path).needed == reading.needed

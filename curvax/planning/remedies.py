@@ -74,7 +74,8 @@ def _choices(config: ConfigDict, option: str) -> list[bool | None]:
 
 def _with_options(config: ConfigDict, **options: bool) -> ConfigDict:
     changed = config.copy_and_resolve_references()
-    changed.model.options.update(options)
+    with changed.model.options.unlocked():
+        changed.model.options.update(options)
     return changed
 
 
