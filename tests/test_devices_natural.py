@@ -219,14 +219,3 @@ def test_a_forgotten_mean_is_an_error(name):
     for regime in REGIMES:
         with pytest.raises(ValueError, match=match):
             run(regime, tx | cx.pmean_updates("batch"), CATEGORICAL, steps=1)
-
-
-def test_cg_on_devices_reduces_once_for_the_gradient_and_once_a_step():
-    tx = cx.natural_gradient(damping=1.0, solver=cx.cg(3), mean_over="batch")
-    step = lambda params, state, batch: one_step(tx, CATEGORICAL, params, state, batch)
-    mapped = jax.shard_map(step, mesh=mesh(), in_specs=(P(), P(), P("batch")), out_specs=(P(), P()))
-    params = net_params()
-    compiled = jax.jit(mapped).lower(params, tx.init(params), make_batch()).compile()
-    names = [line for line in str(compiled.as_text()).splitlines() if " all-reduce(" in line]
-    in_loop = [line for line in names if "while/body" in line]
-    assert (len(in_loop), len(names)) == (1, 2)
