@@ -29,7 +29,7 @@ def _stand_ins(monkeypatch):
         split = data.Split(np.zeros((count, *SHAPES[name]), np.float32), labels)
         return data.Dataset(split, split, classes)
 
-    monkeypatch.setattr(preparation, "load", load)
+    monkeypatch.setattr(preparation, "in_memory", load)
 
 
 @pytest.mark.parametrize("name", config.names())

@@ -35,11 +35,11 @@ def load(options: ConfigDict, seed: int) -> Dataset:
     """The data set of a config's `data`; errors as in `images.load` and `pictures.load`."""
     if sources.find(options.name).records:
         return pictures.load(options)
-    return _in_memory(options.name, options.path, seed)
+    return in_memory(options.name, options.path, seed)
 
 
 @functools.lru_cache(maxsize=4)
-def _in_memory(name: str, path: str | None, seed: int) -> Dataset:
+def in_memory(name: str, path: str | None, seed: int) -> Dataset:
     """`images.load`, the newest few kept."""
     return images.load(name, path=path, seed=seed)
 
@@ -95,6 +95,6 @@ def _normalise(config: ConfigDict) -> Transform:
 def _measured(name: str, path: str | None) -> tuple[np.ndarray, np.ndarray]:
     """Mean and deviation of each channel, of the training set as it is divided under seed 0, so
     that all seeds of a comparison share them."""
-    train = _in_memory(name, path, 0).train
+    train = in_memory(name, path, 0).train
     assert isinstance(train, Split)
     return images.moments(train.inputs)
