@@ -6,12 +6,16 @@ writes tests/evidence/scaling.md and tests/evidence/plans.md. A step of the latt
 minutes, a ResNet-152 for ten and more; readings are kept in ~/.cache/curvax/plans.
 """
 
+import functools
 import importlib.util
 
 import evidence_tables
+import jax
+import jax.numpy as jnp
 import pytest
+from test_hlo import LOOPS
 
-from curvax.planning import readings, topologies
+from curvax.planning import flops, hlo, readings, topologies
 from curvax.training import experiment
 from curvax.training.config import defaults
 
@@ -31,6 +35,36 @@ METHODS = {
     "GSAM": "sam_perturb(0.1) | gsam_project(0.4) | pmean_updates(axes) | adamw(1e-3)",
     "AdaHessian": "adahessian(0.15, mean_over=axes)",
 }
+
+
+WIDE = {
+    "gradient of matrix products": [(128, 1024), (5, 1024, 1024)],
+    "gradient of a scan in a scan": [(128, 1024), (5, 1024, 1024)],
+    "gradient of convolutions": [(4, 32, 32, 128), (5, 3, 3, 128, 128)],
+}
+
+
+def compiled(name, topology, unroll):
+    machine = topologies.find(topology)
+    sharding = jax.sharding.SingleDeviceSharding(machine.devices[0])
+    shapes = [jax.ShapeDtypeStruct(x, jnp.float32, sharding=sharding) for x in WIDE[name]]
+    step = jax.jit(functools.partial(LOOPS[name][0], unroll=unroll))
+    return machine.compile(step.lower(*shapes))
+
+
+# Convolutions are no case: the compiler puts them into other shapes, with other padding, in a loop.
+@pytest.mark.parametrize("name", list(WIDE)[:2])
+@pytest.mark.parametrize("topology", ["v3:2x2", "v5e:2x2"])
+def test_a_loop_counts_what_the_program_without_it_counts(name, topology):
+    found = [compiled(name, topology, unroll) for unroll in (1, 5)]
+    looped, expected = (flops.count(each, hlo.read(each)) for each in found)
+    assert looped == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_instructions_of_a_tpu_count_what_xla_counts(name):
+    found = compiled(name, "v5e:2x2", 5)
+    assert hlo.read(found).total(flops.of) == pytest.approx(found.cost_analysis()["flops"])
 
 
 def small_vit(text, devices):

@@ -18,9 +18,10 @@ from jax.experimental.compilation_cache import compilation_cache
 
 GIB = 2**30
 
-# Without these libtpu asks the network which machine it is on, and tells what it did not hear; the
-# type is any that it knows.
-_QUIET = {
+# Without these libtpu asks the network which machine it is on, tells what it did not hear, and
+# refuses to be loaded twice, as beside a training; the type is any that it knows.
+_ALONE = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -100,7 +101,7 @@ def find(name: str) -> Topology:
 
 
 def _tpu(name: str, chip: Chip) -> Sequence[Any]:
-    for variable, value in _QUIET.items():
+    for variable, value in _ALONE.items():
         os.environ.setdefault(variable, value)
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **chip.options)
