@@ -37,9 +37,9 @@ def _kind(instruction: Instruction) -> str:
 
 
 def _bytes(instruction: Instruction) -> float:
-    """The larger of what goes in and what comes out; a start gives back what went in, too."""
+    """The larger of what goes in and what comes out; most starts give back what went in, too."""
     given = sum(operand.bytes for operand in instruction.operands)
-    both = instruction.opcode in ("all-gather-start", "collective-permute-start")
+    both = instruction.opcode.endswith("-start") and instruction.opcode != "all-reduce-start"
     return max(given, instruction.bytes - given if both else instruction.bytes)
 
 
