@@ -79,15 +79,20 @@ def read(
     """
     told("tracing")
     lowered = outline.step.lower(outline.state, outline.batch)
-    file = folder / f"{_key(lowered, topology)}.json"
-    if file.exists():
-        return _from_json(json.loads(file.read_text()))
+    file = _file(folder, lowered, topology)
+    if reading := _kept(file):
+        return reading
     told("compiling")
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(outline.state.params))
     reading = _compile(lowered, size, topology)
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(reading.as_json()))
     return reading
+
+
+def recall(outline: Any, topology: Topology, folder: Path = FOLDER) -> Reading | None:
+    """The reading of a step if it was compiled before."""
+    return _kept(_file(folder, outline.step.lower(outline.state, outline.batch), topology))
 
 
 def _compile(lowered: Any, parameters: int, topology: Topology) -> Reading:
@@ -120,9 +125,10 @@ def _compile(lowered: Any, parameters: int, topology: Topology) -> Reading:
     )
 
 
-def _key(lowered: Any, topology: Topology) -> str:
+def _file(folder: Path, lowered: Any, topology: Topology) -> Path:
     found = {name: _version(name) for name in _COMPILERS}
-    return hashlib.sha256(f"{topology.name} {found} {lowered.as_text()}".encode()).hexdigest()
+    key = hashlib.sha256(f"{topology.name} {found} {lowered.as_text()}".encode()).hexdigest()
+    return folder / f"{key}.json"
 
 
 def _version(name: str) -> str:
@@ -132,7 +138,10 @@ def _version(name: str) -> str:
         return "none"
 
 
-def _from_json(fields: dict[str, Any]) -> Reading:
+def _kept(file: Path) -> Reading | None:
+    if not file.exists():
+        return None
+    fields = json.loads(file.read_text())
     memory = fields["memory"] and Memory(**fields["memory"])
     sent = {kind: Collective(**each) for kind, each in fields["collectives"].items()}
     return Reading(**{**fields, "memory": memory, "collectives": sent})
