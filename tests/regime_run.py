@@ -1,0 +1,51 @@
+"""Runs of seconds on eight devices: the smallest model with dropout and batch norm, any regime."""
+
+from typing import Any
+
+import jax
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from curvax import models
+from curvax.training.config import defaults
+
+DEVICES = 8
+GROUPS = "per_group(m, sam_perturb(rho) | gsam_project(0.2)) | pmean_updates(axes)"
+
+
+class Net(nn.Module):
+    """A hidden layer; norm and dropout act on groups of examples and are left out for the rest."""
+
+    classes: int
+    grouped: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        x = nn.Dense(16)(x.reshape(len(x), -1))
+        if self.grouped:
+            x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+        x = nn.tanh(x)
+        if self.grouped:
+            x = nn.Dropout(0.1)(x, deterministic=not train)
+        return nn.Dense(self.classes)(x)
+
+
+models.RECIPES["regime_net"] = Net, {}
+
+
+def get_config(regime: str = "jit") -> ConfigDict:
+    """The variant is a regime; `fsdp` is jit with divided parameters."""
+    config = defaults(lr=1e-2, rho=0.05, m=4)
+    config.name = "regime_run"
+    config.model.name = "regime_net"
+    config.data.update(size=128, noise=0.25, augment=["flip()"])
+    config.optimizer = f"{GROUPS} | clip_by_global_norm(1.0) | adamw(cosine(lr))"
+    config.base = "pmean_updates(axes) | adamw(cosine(lr))"
+    config.update(regime="jit" if regime == "fsdp" else regime, fsdp=regime == "fsdp")
+    config.update(batch=64, epochs=3, log_every=1, checkpoint_every=2, hessian_examples=0)
+    return config
+
+
+def changed(config: ConfigDict, **fields: Any) -> ConfigDict:
+    config.update(fields)
+    return config

@@ -1,0 +1,229 @@
+"""One training step under jit, FSDP, shard_map and pmap: the same numbers, layouts, checkpoints."""
+
+import jax
+import numpy as np
+import pytest
+import regime_run
+from regime_run import DEVICES, GROUPS, changed
+
+from curvax.training import loop, regimes
+from curvax.training.checkpoints import CheckpointError, Checkpoints
+from curvax.training.config import ConfigError, load
+from curvax.training.experiment import build, outline
+from curvax.training.loop import NotFinite
+from curvax.training.regimes import RegimeError
+
+REGIMES = ("jit", "fsdp", "shard_map", "pmap")
+AVERAGED = {"grouped": False}  # what whole batches of devices or of jit would not share
+METHODS = {
+    # SAM, GSAM, dropout and batch norm for each 4 of the 8 examples of a device.
+    "groups": ({"optimizer": f"{GROUPS} | sgd(lr)"}, {}),
+    "groups of two devices": ({"optimizer": f"{GROUPS} | sgd(lr)", "m": 16}, AVERAGED),
+    "AdaHessian": (
+        {
+            "optimizer": "hutchinson_diag(shards=8, mean_over=axes) | pmean_updates(axes) "
+            "| ema_rms(0.9) | ema(0.9) | scale_by_power(1.0, eps=1e-2) | scale_by_learning_rate(lr)"
+        },
+        AVERAGED,
+    ),
+    "natural gradient": (
+        {"optimizer": "natural_gradient(1.0, damping=1.0, solver=cg(3), mean_over=axes)"},
+        AVERAGED,
+    ),
+}
+pytestmark = pytest.mark.skipif(
+    jax.device_count() < DEVICES,
+    reason="needs XLA_FLAGS=--xla_force_host_platform_device_count=8 before jax is imported",
+)
+
+
+@pytest.fixture(autouse=True)
+def _as_users_have_it(single_precision):
+    pass
+
+
+def config_of(regime, method="groups", **fields):
+    settings, options = METHODS[method]
+    config = changed(regime_run.get_config(regime), **settings | fields)
+    config.model.options.update(options)
+    return config
+
+
+def stepped(experiment, count=2):
+    """The state after some steps, and what the last measured."""
+    state, batches = experiment.init(), experiment.batches()
+    for _ in range(count):
+        state, measured = experiment.step(state, experiment.regime.place(next(batches)))
+    return state, measured
+
+
+def assert_close(found, expected, **tolerance):
+    found, expected = jax.device_get((found, expected))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), found, expected)
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def alone(request):
+    """A method, and what two steps of it come to on one device."""
+    with jax.enable_x64(False):
+        state, measured = stepped(build(config_of("jit", request.param, devices=1)))
+        return request.param, jax.device_get((state.params, measured.figures))
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_every_regime_takes_the_same_steps(regime, alone):
+    method, (params, figures) = alone
+    config = config_of(regime, method)
+    if (regime, method) == ("pmap", "groups of two devices"):
+        with pytest.raises(ValueError, match="the last of the device axes"):
+            build(config)
+        return
+    experiment = build(config)
+    state, measured = stepped(experiment)
+    # AdaHessian's quotients turn a rounding of 1e-7 into some 1e-4 of a step of 1e-2.
+    assert_close(state.params, params, atol=1e-5, rtol=1e-4)
+    assert figures.keys() == measured.figures.keys()
+    for name in figures:
+        np.testing.assert_allclose(
+            measured.figures[name], figures[name], rtol=2e-3, atol=1e-5, err_msg=name
+        )
+    assert measured.finite.all()
+
+
+def test_fsdp_divides_parameters_and_moments():
+    experiment = build(config_of("fsdp"))
+    state = experiment.init()
+    whole = [x for x in jax.tree.leaves(state) if x.ndim and max(x.shape) % DEVICES == 0]
+    assert whole
+    for x in whole:
+        (shard, *_) = x.addressable_shards
+        assert shard.data.size * DEVICES == x.size
+    stepped_once, _ = experiment.step(state, experiment.regime.place(next(experiment.batches())))
+    kinds = lambda tree: [x.sharding.spec for x in jax.tree.leaves(tree)]
+    assert kinds(stepped_once) == kinds(experiment.shapes)
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_the_outline_of_a_step_is_the_step(regime):
+    config = config_of(regime, optimizer="sam_perturb(rho) | pmean_updates(axes) | sgd(lr)")
+    sketch = outline(config, jax.devices()[:DEVICES])
+    compiled = sketch.step.lower(sketch.state, sketch.batch).compile()
+    built = build(config)
+    batch = jax.eval_shape(built.regime.place, next(built.batches()))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), dict(batch)) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), sketch.batch
+    )
+    state = built.init()
+    found = compiled(state, jax.device_put(next(built.batches()), built.regime.split))
+    assert int(found[0].step) == 1
+
+
+@pytest.mark.parametrize("regime", ["shard_map", "pmap"])
+def test_updates_that_stay_local_are_an_error(regime):
+    with pytest.raises(ValueError, match=r"pmean_updates\(axes\)"):
+        build(config_of(regime, optimizer="sam_perturb(rho) | sgd(lr)"))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run of each regime, with all its checkpoints."""
+    folder = tmp_path_factory.mktemp("runs")
+    with jax.enable_x64(False):
+        for regime in REGIMES:
+            loop.fit(build(config_of(regime, keep=9)), folder / regime)
+    return folder
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_a_run_resumes_bit_for_bit_from_its_middle(regime, runs, tmp_path):
+    experiment = build(config_of(regime))
+    until = Checkpoints(runs / regime / "checkpoints", read_only=True)
+    end, _ = until.restore(experiment.shapes)
+    assert int(end.step) == experiment.steps
+    middle = tmp_path / "checkpoints"
+    (runs / regime / "checkpoints" / "2").rename(middle.parent / "2")
+    middle.mkdir()
+    (middle.parent / "2").rename(middle / "2")
+    loop.fit(experiment, tmp_path)
+    again, _ = Checkpoints(middle, read_only=True).restore(experiment.shapes)
+    same = lambda a, b: np.testing.assert_array_equal(_raw(a), _raw(b))
+    jax.tree.map(same, again, end)
+
+
+@pytest.mark.parametrize("regime", [*REGIMES, "one device"])
+def test_a_checkpoint_reads_under_any_regime(regime, runs):
+    written = build(config_of("fsdp"))
+    expected, place = Checkpoints(runs / "fsdp" / "checkpoints", read_only=True).restore(
+        written.shapes
+    )
+    reader = build(config_of("jit", devices=1) if regime == "one device" else config_of(regime))
+    found, found_place = Checkpoints(runs / "fsdp" / "checkpoints", read_only=True).restore(
+        reader.shapes
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(_raw(a), _raw(b)), found, expected)
+    assert found_place == place
+    layout = jax.tree.map(lambda x: x.sharding, found)
+    assert layout == reader.regime.layout(found)
+
+
+def _raw(x):
+    is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(x) if is_key else x)
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_a_nan_on_one_device_stops_all_at_its_step(regime, monkeypatch, tmp_path):
+    experiment = build(config_of(regime))
+    batches = experiment.batches
+
+    class Spoilt:
+        def __init__(self):
+            self.inner, self.count = batches(), 0
+
+        def __next__(self):
+            batch, self.count = next(self.inner), self.count + 1
+            if self.count == 3:
+                batch["input"][-1] = np.nan  # an example of the last device
+            return batch
+
+        def get_state(self):
+            return self.inner.get_state()
+
+    monkeypatch.setattr(type(experiment), "batches", lambda self: Spoilt())
+    with pytest.raises(NotFinite, match="step 3: the loss is NaN"):
+        loop.fit(experiment, tmp_path)
+    kept = Checkpoints(tmp_path / "checkpoints", read_only=True)
+    assert int(kept.restore(experiment.shapes)[0].step) == 2
+
+
+def test_errors_say_what_fits():
+    for fields, said in [
+        ({"batch": 68}, "do not go over 8 devices"),
+        ({"regime": "xmap"}, "`regime` is one of jit, shard_map, pmap"),
+        ({"devices": 9}, "takes the first of the 8"),
+        ({"m": 12}, "do not divide a batch of 64"),
+    ]:
+        with pytest.raises(RegimeError, match=said):
+            regimes.build(changed(regime_run.get_config("shard_map"), **fields))
+    with pytest.raises(RegimeError, match="`fsdp` lets the compiler divide"):
+        regimes.build(changed(regime_run.get_config("pmap"), fsdp=True))
+
+
+def test_a_config_takes_its_variant_after_a_colon():
+    loaded = load(f"{regime_run.__file__}:fsdp")
+    assert loaded.fsdp
+    assert loaded.name == "regime_run_fsdp"
+    with pytest.raises(ConfigError, match="There is no config"):
+        load("digitz:b16")
+
+
+def test_a_damaged_checkpoint_names_the_one_before(runs, tmp_path):
+    experiment = build(config_of("shard_map"))
+    loop.fit(build(config_of("shard_map", epochs=1)), tmp_path)
+    (largest,) = sorted(
+        (p for p in (tmp_path / "checkpoints" / "2").rglob("*") if p.is_file()),
+        key=lambda p: p.stat().st_size,
+    )[-1:]
+    largest.write_bytes(largest.read_bytes()[:-7])
+    with pytest.raises(CheckpointError, match="newest good checkpoint is that of step 0"):
+        Checkpoints(tmp_path / "checkpoints").restore(experiment.shapes)
