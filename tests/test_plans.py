@@ -8,6 +8,8 @@ minutes, a ResNet-152 for ten and more; readings are kept in ~/.cache/curvax/pla
 
 import functools
 import importlib.util
+import itertools
+import os
 
 import evidence_tables
 import jax
@@ -15,8 +17,9 @@ import jax.numpy as jnp
 import pytest
 from test_hlo import LOOPS
 
-from curvax.planning import flops, hlo, readings, topologies
+from curvax.planning import flops, hlo, readings, remedies, topologies
 from curvax.training import experiment
+from curvax.training.compare import variant
 from curvax.training.config import defaults
 
 pytestmark = [
@@ -29,12 +32,36 @@ pytestmark = [
 COMMAND = "python -m pytest tests/test_plans.py -m evidence"
 PER_DEVICE = 16
 SHAPES = {"2x4": 8, "4x8": 32, "8x16": 128, "16x16": 256}
-METHODS = {
-    "AdamW": "pmean_updates(axes) | adamw(1e-3)",
-    "SAM": "sam_perturb(0.1) | pmean_updates(axes) | adamw(1e-3)",
-    "GSAM": "sam_perturb(0.1) | gsam_project(0.4) | pmean_updates(axes) | adamw(1e-3)",
-    "AdaHessian": "adahessian(0.15, mean_over=axes)",
+
+
+PAPERS = {
+    "ViT-B/16": "vit_b16",
+    "ViT-S/16": "vit_s16",
+    "Mixer-B/16": "mixer_b16",
+    "ResNet-152": "resnet152",
 }
+TOPOLOGIES = ["v5e:16x16", "v3:4x8"]
+LAID_OUT = ("ViT-B/16", "v5e:16x16", "SAM")
+"""Compiled with the model's blocks in other ways too."""
+KEPT = os.environ.get("CURVAX_PLANS") == "kept"
+AVERAGED = "pmean_updates(axes) | "
+ADAMW = "clip_by_global_norm(1.0) | adamw(cosine(lr, warmup=10000), weight_decay=0.3)"
+SGD = "add_decayed_weights(1e-4) | sgd(cosine(lr), momentum=0.9)"
+ADAHESSIAN = "adahessian(cosine(lr, warmup=10000), weight_decay=0.3, mean_over=axes)"
+
+
+def methods(base, adahessian, of_groups="{}"):
+    """The texts of the methods over a base."""
+    sam, gsam = (
+        of_groups.format(text)
+        for text in ("sam_perturb(rho)", "sam_perturb(rho) | gsam_project(alpha)")
+    )
+    return {
+        "base": AVERAGED + base,
+        "SAM": f"{sam} | {AVERAGED}{base}",
+        "GSAM": f"{gsam} | {AVERAGED}{base}",
+        "AdaHessian": adahessian,
+    }
 
 
 WIDE = {
@@ -67,43 +94,124 @@ def test_instructions_of_a_tpu_count_what_xla_counts(name):
     assert hlo.read(found).total(flops.of) == pytest.approx(found.cost_analysis()["flops"])
 
 
-def small_vit(text, devices):
-    config = defaults()
-    config.model.update(name="vit_tiny", options={"patch": 4, "depth": 2, "dropout": 0.0})
-    config.data.update(name="cifar10", mean=(0.5,) * 3, std=(0.5,) * 3)
-    config.update(regime="shard_map", optimizer=text, batch=PER_DEVICE * devices)
+def config_of(name, batch, source, **options):
+    config = defaults(lr=3e-3, rho=0.2, alpha=0.6, m=128)
+    config.model.update(name=name, options=options)
+    config.data.update(name=source, mean=(0.5,) * 3, std=(0.5,) * 3)
+    config.update(regime="shard_map", batch=batch, epochs=300)
     return config
 
 
-def read(config, topology):
-    machine = topologies.find(topology)
+def small_vit(devices):
+    """Every device climbs on its own, however many there are."""
+    options = {"patch": 4, "depth": 2, "dropout": 0.0}
+    config = config_of("vit_tiny", PER_DEVICE * devices, "cifar10", **options)
+    return variant(config, m=PER_DEVICE)
+
+
+def paper(name):
+    """What a compilation sees of the papers' ImageNet runs: batch 4096, climbing by 128."""
+    if name.startswith("resnet"):
+        return config_of(name, 4096, "imagenet", dtype="bfloat16")
+    config = config_of(name, 4096, "imagenet", dtype="bfloat16", head_bias=-10.0, dropout=0.0)
+    config.loss = "sigmoid"
+    return config
+
+
+def read(config, machine):
     return readings.read(experiment.outline(config, machine.devices), machine)
 
 
 def test_a_device_does_the_same_whatever_their_number():
     rows = []
-    for name, text in METHODS.items():
-        found = {n: read(small_vit(text, n), f"v5e:{shape}") for shape, n in SHAPES.items()}
-        for devices, each in found.items():
-            sent = each.sent / each.parameters
-            times = sum(collective.times for collective in each.collectives.values())
-            megabytes = [1e-6 * each.memory.arguments, 1e-6 * each.memory.temporaries]
-            rows.append([name, devices, each.flops / 1e9, *megabytes, times, sent])
+    machines = {n: topologies.find(f"v5e:{shape}") for shape, n in SHAPES.items()}
+    for name, text in methods("adamw(lr)", "adahessian(0.15, mean_over=axes)").items():
+        found = {
+            n: read(variant(small_vit(n), optimizer=text), machine)
+            for n, machine in machines.items()
+        }
+        rows += [[name, n, *row(each)] for n, each in found.items()]
         base = found[8]
         for each in found.values():
             assert each.flops == pytest.approx(base.flops, rel=1e-3)
             assert each.sent == pytest.approx(base.sent, rel=1e-3)
             assert each.memory.arguments == base.memory.arguments
             assert each.memory.temporaries == pytest.approx(base.memory.temporaries, rel=0.02)
-            assert {k: c.times for k, c in each.collectives.items()} == {
-                k: c.times for k, c in base.collectives.items()
-            }
+            assert times(each) == times(base)
     evidence_tables.write(
         "scaling",
         "Weak scaling in the compiled program: what one device of a TPU v5e does in a step",
         f"Made by `{COMMAND} -k number`: a `vit_tiny` of two blocks on 32×32 images, "
-        f"{PER_DEVICE} examples on each device, regime `shard_map`. Collectives are all-reduces, "
-        "their bytes in units of the parameters.",
-        ["method", "devices", "GFLOP", "arguments, MB", "temporaries, MB", "collectives", "sent"],
+        f"{PER_DEVICE} examples on each device, regime `shard_map`, base AdamW. Collectives are "
+        "all-reduces, their bytes in units of the parameters.",
+        ["method", "devices", *HEAD],
         rows,
     )
+
+
+def paper_arms():
+    """(model, topology, method), machine, config."""
+    for topology, (model, name) in itertools.product(TOPOLOGIES, PAPERS.items()):
+        base, machine = SGD if model == "ResNet-152" else ADAMW, topologies.find(topology)
+        for method, text in methods(base, ADAHESSIAN, "per_group(m, {})").items():
+            config = variant(paper(name), optimizer=text)
+            yield (model, topology, method), machine, config
+            if (model, topology, method) == LAID_OUT:
+                ways = list(remedies.layouts(config).items())[1:]  # the first is the config's own
+                yield from (((model, topology, f"{method}, {w}"), machine, c) for w, c in ways)
+
+
+def until_it_fits(arm, machine, config):
+    """(arm, reading) of a config and, where it does not fit, of what may help."""
+    take = readings.recall if KEPT else readings.read
+    for change, changed in {"": config, **remedies.remedies(config, len(machine.devices))}.items():
+        reading = take(experiment.outline(changed, machine.devices), machine)
+        yield (*arm[:2], f"{arm[2]}, `{change}`" if change else arm[2]), reading
+        if reading is None or reading.fits:
+            break
+
+
+def test_the_papers_runs_fit():
+    rows, unfit = [], []
+    for arm, machine, config in paper_arms():
+        found = list(until_it_fits(arm, machine, config))
+        unfit += [] if found[-1][1] is None or found[-1][1].fits else [arm]
+        for each, reading in found:
+            if reading is None:
+                rows.append([*each, "not compiled"])
+            else:
+                share = f"{100 * reading.needed / machine.chip.memory:.0f} %"
+                rows.append([*each, share, *row(reading), f"{reading.seconds:.0f}"])
+    evidence_tables.write(
+        "plans",
+        "What one device needs for a step of the papers' ImageNet runs, by the TPU compiler",
+        f"Made by `{COMMAND} -k papers`, which compiles what `curvax plan` compiles: batch 4096, "
+        "224×224 images, activations in bf16, parameters in float32, groups of m = 128 examples "
+        f"on several devices, regime `shard_map`. The base is `{ADAMW}`, of ResNet-152 `{SGD}`. "
+        "Each trip of a loop counts; memory is that of the program that runs, the blocks of ViT "
+        "and Mixer in a scan unless the row says otherwise. Where a step does not fit, the next "
+        "rows have what `curvax plan` tries. Collectives are all-reduces, their bytes in units of "
+        "the parameters: groups that lie on several devices send two more than a device's own. "
+        "Seconds are of a machine with two cores, busy or not. `CURVAX_PLANS=kept` makes the "
+        "table of what was compiled before.",
+        ["model", "topology", "method", "of the HBM", *HEAD, "seconds to compile"],
+        rows,
+    )
+    assert not unfit
+
+
+HEAD = ["memory, MB", "arguments", "temporaries", "GFLOP", "collectives", "sent, × parameters"]
+
+
+def row(reading):
+    """What one device needs and does."""
+    if reading.memory is None:
+        return [f"{1e-6 * reading.needed:.4g}", "does not fit", "", "", "", ""]
+    megabytes = [reading.needed, reading.memory.arguments, reading.memory.temporaries]
+    sent = reading.sent / reading.parameters
+    numbers = [*(1e-6 * x for x in megabytes), reading.flops / 1e9, times(reading), sent]
+    return [f"{number:.4g}" for number in numbers]
+
+
+def times(reading):
+    return sum(each.times for each in reading.collectives.values())
