@@ -21,7 +21,7 @@ class Net(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        x = nn.Dense(16)(x.reshape(len(x), -1))
+        x = nn.Dense(16, use_bias=False)(x.reshape(len(x), -1))
         if self.grouped:
             x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
         x = nn.tanh(x)
@@ -39,10 +39,10 @@ def get_config(regime: str = "jit") -> ConfigDict:
     config.name = "regime_run"
     config.model.name = "regime_net"
     config.data.update(size=128, noise=0.25, augment=["flip()"])
-    config.optimizer = f"{GROUPS} | clip_by_global_norm(1.0) | adamw(cosine(lr))"
+    config.optimizer = f"{GROUPS} | clip_by_global_norm(1.0) | adamw(cosine(lr), eps=1e-3)"
     config.base = "pmean_updates(axes) | adamw(cosine(lr))"
     config.update(regime="jit" if regime == "fsdp" else regime, fsdp=regime == "fsdp")
-    config.update(batch=64, epochs=3, log_every=1, checkpoint_every=2, hessian_examples=0)
+    config.update(batch=64, epochs=5, log_every=1, checkpoint_every=2, hessian_examples=0)
     return config
 
 

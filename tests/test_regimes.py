@@ -1,5 +1,7 @@
 """One training step under jit, FSDP, shard_map and pmap: the same numbers, layouts, checkpoints."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from curvax.training.regimes import RegimeError
 
 REGIMES = ("jit", "fsdp", "shard_map", "pmap")
 AVERAGED = {"grouped": False}  # what whole batches of devices or of jit would not share
-METHODS = {
+METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     # SAM, GSAM, dropout and batch norm for each 4 of the 8 examples of a device.
     "groups": ({"optimizer": f"{GROUPS} | sgd(lr)"}, {}),
     "groups of two devices": ({"optimizer": f"{GROUPS} | sgd(lr)", "m": 16}, AVERAGED),
@@ -197,12 +199,13 @@ def test_a_nan_on_one_device_stops_all_at_its_step(regime, monkeypatch, tmp_path
 
 
 def test_errors_say_what_fits():
-    for fields, said in [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"batch": 68}, "do not go over 8 devices"),
         ({"regime": "xmap"}, "`regime` is one of jit, shard_map, pmap"),
         ({"devices": 9}, "takes the first of the 8"),
         ({"m": 12}, "do not divide a batch of 64"),
-    ]:
+    ]
+    for fields, said in cases:
         with pytest.raises(RegimeError, match=said):
             regimes.build(changed(regime_run.get_config("shard_map"), **fields))
     with pytest.raises(RegimeError, match="`fsdp` lets the compiler divide"):

@@ -1,0 +1,152 @@
+"""Two processes of four devices over loopback: the numbers of one, and what a fault looks like."""
+
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import regime_run
+
+from curvax.training import loop, processes
+from curvax.training.checkpoints import Checkpoints
+from curvax.training.experiment import build
+
+CONFIG = str(Path(regime_run.__file__))
+WORKER = str(Path(__file__).with_name("process_run.py"))
+LIMIT = 150  # seconds for anything here to end
+
+
+def start(count, *arguments):
+    """The processes of a run."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    begin = lambda number: subprocess.Popen(
+        [sys.executable, WORKER, str(port), str(count), str(number), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    return [begin(number) for number in range(count)]
+
+
+def ended(running):
+    """(exit status, output) of each."""
+    try:
+        said = [each.communicate(timeout=LIMIT)[0] for each in running]
+    finally:
+        for each in running:
+            each.kill()
+    return [(each.returncode, text) for each, text in zip(running, said)]
+
+
+def carried_out(count, *arguments):
+    """What the first process says of a run that goes well."""
+    results = ended(start(count, *arguments))
+    assert [status for status, _ in results] == [0] * count, results
+    return results[0][1]
+
+
+def only(folder, pattern):
+    (found,) = folder.glob(pattern)
+    return found
+
+
+def wait_for(path_of, running):
+    """Until a path is there."""
+    for _ in range(10 * LIMIT):
+        if any(path_of()):
+            return
+        assert all(each.poll() is None for each in running), ended(running)
+        time.sleep(0.1)
+    raise AssertionError("the run did not come that far")
+
+
+def end_of(folder, regime):
+    """The state that a run of any layout ended with, as one process reads it."""
+    with jax.enable_x64(False):
+        experiment = build(
+            regime_run.changed(regime_run.get_config(regime), devices=1, regime="jit")
+        )
+        kept = Checkpoints(only(folder, "*/*/seed0/checkpoints"), read_only=True)
+        state = kept.restore(experiment.shapes)[0]
+    return jax.device_get((state.step, state.params, state.model_state))
+
+
+@pytest.fixture(scope="module", params=["shard_map", "pmap", "fsdp"])
+def undisturbed(request, tmp_path_factory):
+    """A regime, and the folder of its run by two processes."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    carried_out(2, "train", f"{CONFIG}:{request.param}", "--runs", folder)
+    return request.param, folder
+
+
+def test_two_processes_come_to_what_one_comes_to(undisturbed, tmp_path):
+    regime, folder = undisturbed
+    alone = tmp_path / "run" / "0-arm" / "seed0"
+    alone.mkdir(parents=True)
+    with jax.enable_x64(False):
+        figures = loop.fit(build(regime_run.get_config(regime)), alone).figures
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4)
+    jax.tree.map(close, end_of(folder, regime), end_of(tmp_path, regime))
+    found = json.loads(only(folder, "*/*/seed0/results.json").read_text())
+    for name in ("test_loss", "train_loss", "train_examples", "steps"):
+        assert found[name] == pytest.approx(figures[name], rel=1e-3), name
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_kill_of_either_is_told_and_undone(killed, undisturbed, tmp_path):
+    regime, whole = undisturbed
+    if regime != "shard_map":
+        pytest.skip("the runtime that notices is the same in all regimes")
+    running = start(2, "train", f"{CONFIG}:{regime}", "--runs", tmp_path)
+    wait_for(lambda: tmp_path.glob("*/*/seed0/checkpoints/4.sha256"), running)
+    running[killed].kill()
+    began = time.monotonic()
+    results = ended(running)
+    assert time.monotonic() - began < 60
+    status, said = results[1 - killed]
+    assert status != 0
+    assert "another task died" in said or "lost another one" in said
+    assert not list(tmp_path.glob("*/*/seed0/results.json"))
+    carried_out(2, "resume", only(tmp_path, "regime_run*"))
+    same = lambda a, b: np.testing.assert_array_equal(a, b)
+    jax.tree.map(same, end_of(tmp_path, regime), end_of(whole, regime))
+
+
+def test_other_processes_may_go_on(undisturbed, tmp_path):
+    """Four, from the last checkpoint but one; sums in another order make the difference."""
+    regime, whole = undisturbed
+    shutil.copytree(only(whole, "regime_run*"), tmp_path / "run")
+    seed = only(tmp_path, "*/*/seed0")
+    (seed / "results.json").unlink()
+    shutil.rmtree(max((seed / "checkpoints").glob("[0-9]*/"), key=lambda path: int(path.name)))
+    carried_out(4, "resume", tmp_path / "run")
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4)
+    jax.tree.map(close, end_of(tmp_path, regime), end_of(whole, regime))
+
+
+def test_sigterm_to_one_saves_in_both(tmp_path):
+    running = start(2, "train", f"{CONFIG}:shard_map", "--runs", tmp_path)
+    wait_for(lambda: tmp_path.glob("*/*/seed0/checkpoints/4.sha256"), running)
+    running[1].send_signal(signal.SIGTERM)
+    for status, said in ended(running):
+        assert status == 143
+        assert "asked to terminate after step" in said
+    step = int(said.partition("after step ")[2].partition(".")[0])
+    steps = {int(path.name) for path in tmp_path.glob("*/*/seed0/checkpoints/[0-9]*/")}
+    assert step in steps
+
+
+def test_a_process_is_told_all_or_nothing():
+    with pytest.raises(ValueError, match="is told all three"):
+        processes.join("127.0.0.1:1", 2, None)
+    with pytest.raises(ValueError, match="numbered from 0 to 1"):
+        processes.join("127.0.0.1:1", 2, 2)
