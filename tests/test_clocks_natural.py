@@ -93,10 +93,15 @@ def in_a_loop(product, v, times):
 def seconds(programs, *args):
     """Seconds of each program, [rounds], all in turn; and what they return."""
     compiled = {name: jax.jit(f).lower(*args).compile() for name, f in programs.items()}
-    results = {name: jax.block_until_ready(f(*args)) for name, f in compiled.items()}
-    clocks = {name: np.empty(ROUNDS) for name in programs}
-    for turn in range(ROUNDS):
-        for name, f in compiled.items():
+    return in_turn(compiled, *args, rounds=ROUNDS)
+
+
+def in_turn(programs, *args, rounds):
+    """As `seconds`, of programs that are called as they are."""
+    results = {name: jax.block_until_ready(f(*args)) for name, f in programs.items()}
+    clocks = {name: np.empty(rounds) for name in programs}
+    for turn in range(rounds):
+        for name, f in programs.items():
             began = time.perf_counter()
             jax.block_until_ready(f(*args))
             clocks[name][turn] = time.perf_counter() - began

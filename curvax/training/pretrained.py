@@ -1,0 +1,184 @@
+"""Trained weights ↦ the start of another run: our own checkpoints, or published `.npz` files.
+
+The depth may be scanned in one and unrolled in the other. Where the classes differ the head starts
+anew; where the image has another size the positions are interpolated.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from scipy.ndimage import zoom
+
+from curvax.models import published
+from curvax.models.published import Arrays
+from curvax.training import seals
+from curvax.trees import Tree
+
+HEAD, REPRESENTATION, POSITIONS = "params/head/", "params/pre_logits/", "params/pos_embedding"
+_LAYER = re.compile(r"^(\w+/block)_(\d+)/")
+_STACKED = re.compile(r"^(\w+/block)/")
+_SHOWN = 8  # names in an error
+
+
+class PretrainedError(ValueError):
+    """Weights that cannot be read, or are those of another model."""
+
+
+def load(path: str | Path, model: nn.Module, variables: Tree) -> Tree:
+    """The variables with the values of a trained model in their places.
+
+    Args:
+        path: a published `.npz`, a run's folder or its `checkpoints`.
+        model: whose variables they are.
+        variables: as `model.init` gives them: shapes and dtypes, and the head that stays where the
+            classes differ. A representation layer (`pre_logits`) goes with the head that it fed.
+
+    Returns:
+        A tree like `variables`.
+
+    Raises:
+        PretrainedError: nothing there can be read, or it is another model's; the error names what
+            is missing, what is left over, and what has another shape.
+    """
+    wanted = flatten_dict(variables, sep="/")
+    found = _as_deep(_read(Path(path).expanduser()), wanted)
+    kept = {} if _same_head(found, wanted) else _below(HEAD, wanted)
+    if kept:
+        found = {k: v for k, v in found.items() if not k.startswith((HEAD, REPRESENTATION))}
+    if POSITIONS in found and POSITIONS in wanted:
+        found[POSITIONS] = resized(found[POSITIONS], wanted[POSITIONS].shape[1])
+    _require_same(path, model, found, {k: v for k, v in wanted.items() if k not in kept})
+    taken = {name: jnp.asarray(x, wanted[name].dtype) for name, x in found.items()}
+    filled: Tree = unflatten_dict({name: (taken | kept)[name] for name in wanted}, sep="/")
+    return filled
+
+
+def resized(positions: np.ndarray, count: int) -> np.ndarray:
+    """Embeddings of the places on a square grid, [1, N, width], on another of `count` places.
+
+    Bilinear, the corners staying where they are, as in the authors' code of Dosovitskiy et al.,
+    arXiv:2010.11929, section 3.2.
+
+    Raises:
+        PretrainedError: a number of places that fills no square.
+    """
+    old, new = math.isqrt(positions.shape[1]), math.isqrt(count)
+    if positions.shape[1] == count:
+        return positions
+    if old**2 != positions.shape[1] or new**2 != count:
+        raise PretrainedError(
+            f"Positions are interpolated from square to square, and {positions.shape[1]} places "
+            f"or {count} fill none. Take square images."
+        )
+    grid = positions.reshape(old, old, -1).astype(np.float32)
+    return zoom(grid, (new / old, new / old, 1), order=1).reshape(1, count, -1)
+
+
+def _read(path: Path) -> Arrays:
+    """Arrays with their collection before their names."""
+    if path.is_dir():
+        return _of_run(path)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, AttributeError, BadZipFile) as error:
+        raise PretrainedError(
+            f"`{path}` holds no weights ({error}). Give a published `.npz`, or the folder of a run."
+        ) from error
+    return {f"params/{name}": x for name, x in published.renamed(arrays).items()}
+
+
+def _of_run(folder: Path) -> Arrays:
+    """The newest checkpoint of a run of ours."""
+    state = _newest(folder) / "state"
+    try:
+        seals.check(state.parent)
+        handler = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+        described = handler.metadata(state).item_metadata
+        parts = {name: described[name] for name in ("params", "model_state")}
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), parts)
+        options = ocp.args.PyTreeRestore(parts, restore_args=as_numpy, partial_restore=True)
+        found = handler.restore(state, args=options)
+    except Exception as error:
+        raise PretrainedError(f"`{state}` cannot be read ({error}). Take another one.") from error
+    return flatten_dict({"params": found["params"], **found["model_state"]}, sep="/")
+
+
+def _newest(folder: Path) -> Path:
+    """The one checkpoint that a folder stands for."""
+    steps = [path.parent for path in sorted(folder.glob("**/state")) if path.parent.name.isdigit()]
+    runs = {step.parent for step in steps}
+    if len(runs) != 1:
+        places = ", ".join(sorted(str(run) for run in runs)) or "none"
+        raise PretrainedError(
+            f"A run has one folder of checkpoints, and in {folder} there are: {places}. Give the "
+            "folder of one run, such as RUN/0-sgd/seed0."
+        )
+    return max(steps, key=lambda step: int(step.name))
+
+
+def _as_deep(arrays: Arrays, wanted: Mapping[str, Any]) -> Arrays:
+    """The layers stacked, or not, as the model has them."""
+    unrolled: Arrays = {}
+    for name, x in arrays.items():
+        if _STACKED.match(name):
+            layers = {_STACKED.sub(rf"\1_{n}/", name): layer for n, layer in enumerate(x)}
+            unrolled.update(layers)
+        else:
+            unrolled[name] = x
+    return _stacked(unrolled) if any(map(_STACKED.match, wanted)) else unrolled
+
+
+def _stacked(arrays: Arrays) -> Arrays:
+    rest = {name: x for name, x in arrays.items() if not _LAYER.match(name)}
+    layers: dict[str, dict[int, np.ndarray]] = {}
+    for name, x in arrays.items():
+        if layer := _LAYER.match(name):
+            layers.setdefault(_LAYER.sub(r"\1/", name), {})[int(layer[2])] = x
+    return rest | {name: np.stack([of[n] for n in sorted(of)]) for name, of in layers.items()}
+
+
+def _below(prefix: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: x for name, x in arrays.items() if name.startswith(prefix)}
+
+
+def _same_head(found: Arrays, wanted: Mapping[str, Any]) -> bool:
+    shapes = lambda arrays: {name: x.shape for name, x in _below(HEAD, arrays).items()}
+    return shapes(found) == shapes(wanted)
+
+
+def _require_same(
+    path: str | Path, model: nn.Module, found: Arrays, wanted: Mapping[str, Any]
+) -> None:
+    lists = {
+        "it lacks": wanted.keys() - found.keys(),
+        "it has besides": found.keys() - wanted.keys(),
+        "other shapes have": {
+            f"{name} {found[name].shape} for {wanted[name].shape}"
+            for name in found.keys() & wanted.keys()
+            if found[name].shape != wanted[name].shape
+        },
+    }
+    if any(lists.values()):
+        said = "; ".join(f"{what} {_some(names)}" for what, names in lists.items() if names)
+        raise PretrainedError(
+            f"Weights are those of the model that takes them, `{type(model).__name__}`, and those "
+            f"of `{path}` are not: {said}. Set the model's options as theirs were: size, `depth`, "
+            "`patch`, `pool='token'` for a class token."
+        )
+
+
+def _some(names: Iterable[str]) -> str:
+    shown = sorted(names)
+    more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
+    return ", ".join(f"`{name}`" for name in shown[:_SHOWN]) + more
