@@ -29,7 +29,9 @@ fields:
 
   The optimiser's text is the method: parts joined by `|`, each a call of one of curvax's stages
   or methods or of an Optax transformation. `cosine`, `linear`, `constant` and `step_decay` stretch
-  over the run, and the config's top-level numbers, such as `rho`, are names the text may use.
+  over the run, and the config's top-level numbers, such as `rho`, are names the text may use. So
+  are `axes`, what `mean_over` and `pmean_updates` average over in any regime, `kernels`, the mask
+  of all kernels for a weight decay, and `layout`, which parameter is what, for `spatial_average`.
 
   CONFIG is a name that `curvax configs` lists, or a path to a .py file with a `get_config()`.
 """

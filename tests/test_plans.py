@@ -20,7 +20,7 @@ from test_hlo import LOOPS
 from curvax.planning import flops, hlo, readings, remedies, topologies
 from curvax.training import experiment
 from curvax.training.compare import variant
-from curvax.training.config import defaults
+from curvax.training.config import defaults, load
 
 pytestmark = [
     pytest.mark.evidence,
@@ -35,31 +35,24 @@ SHAPES = {"2x4": 8, "4x8": 32, "8x16": 128, "16x16": 256}
 
 
 PAPERS = {
-    "ViT-B/16": "vit_b16",
-    "ViT-S/16": "vit_s16",
-    "Mixer-B/16": "mixer_b16",
-    "ResNet-152": "resnet152",
+    "ViT-B/16": "imagenet_vit:b16",
+    "ViT-S/16": "imagenet_vit:s16",
+    "Mixer-B/16": "imagenet_mixer:b16",
+    "ResNet-152": "imagenet_resnet:152",
 }
 TOPOLOGIES = ["v5e:16x16", "v3:4x8"]
 LAID_OUT = ("ViT-B/16", "v5e:16x16", "SAM")
 """Compiled with the model's blocks in other ways too."""
 KEPT = os.environ.get("CURVAX_PLANS") == "kept"
 AVERAGED = "pmean_updates(axes) | "
-ADAMW = "clip_by_global_norm(1.0) | adamw(cosine(lr, warmup=10000), weight_decay=0.3)"
-SGD = "add_decayed_weights(1e-4) | sgd(cosine(lr), momentum=0.9)"
-ADAHESSIAN = "adahessian(cosine(lr, warmup=10000), weight_decay=0.3, mean_over=axes)"
 
 
-def methods(base, adahessian, of_groups="{}"):
+def methods(base, adahessian):
     """The texts of the methods over a base."""
-    sam, gsam = (
-        of_groups.format(text)
-        for text in ("sam_perturb(rho)", "sam_perturb(rho) | gsam_project(alpha)")
-    )
     return {
         "base": AVERAGED + base,
-        "SAM": f"{sam} | {AVERAGED}{base}",
-        "GSAM": f"{gsam} | {AVERAGED}{base}",
+        "SAM": f"sam_perturb(rho) | {AVERAGED}{base}",
+        "GSAM": f"sam_perturb(rho) | gsam_project(alpha) | {AVERAGED}{base}",
         "AdaHessian": adahessian,
     }
 
@@ -94,28 +87,24 @@ def test_instructions_of_a_tpu_count_what_xla_counts(name):
     assert hlo.read(found).total(flops.of) == pytest.approx(found.cost_analysis()["flops"])
 
 
-def config_of(name, batch, source, **options):
-    config = defaults(lr=3e-3, rho=0.2, alpha=0.6, m=128)
-    config.model.update(name=name, options=options)
-    config.data.update(name=source, mean=(0.5,) * 3, std=(0.5,) * 3)
-    config.update(regime="shard_map", batch=batch, epochs=300)
-    return config
-
-
 def small_vit(devices):
     """Every device climbs on its own, however many there are."""
-    options = {"patch": 4, "depth": 2, "dropout": 0.0}
-    config = config_of("vit_tiny", PER_DEVICE * devices, "cifar10", **options)
-    return variant(config, m=PER_DEVICE)
-
-
-def paper(name):
-    """What a compilation sees of the papers' ImageNet runs: batch 4096, climbing by 128."""
-    if name.startswith("resnet"):
-        return config_of(name, 4096, "imagenet", dtype="bfloat16")
-    config = config_of(name, 4096, "imagenet", dtype="bfloat16", head_bias=-10.0, dropout=0.0)
-    config.loss = "sigmoid"
+    config = defaults(lr=3e-3, rho=0.2, alpha=0.6)
+    config.model.update(name="vit_tiny", options={"patch": 4, "depth": 2, "dropout": 0.0})
+    config.data.update(name="cifar10", mean=(0.5,) * 3, std=(0.5,) * 3)
+    config.update(regime="shard_map", batch=PER_DEVICE * devices, epochs=300)
     return config
+
+
+def paper_methods(config):
+    """The texts of the methods of one of the papers' ImageNet configs, and AdaHessian's there."""
+    own = [config.optimizer, *config.others]
+    (gsam,) = (text for text in own if "gsam_project" in text)
+    (sam,) = (text for text in own if text != gsam)
+    rate = "linear(lr, warmup=10000, end=lr_min)" if "lr_min" in config else "cosine(lr)"
+    decay = "weight_decay=0.3, mask=kernels" if "lr_min" in config else "weight_decay=1e-4"
+    adahessian = f"adahessian({rate}, {decay}, mean_over=axes)"
+    return {"base": config.base, "SAM": sam, "GSAM": gsam, "AdaHessian": adahessian}
 
 
 def read(config, machine):
@@ -152,9 +141,9 @@ def test_a_device_does_the_same_whatever_their_number():
 def paper_arms():
     """(model, topology, method), machine, config."""
     for topology, (model, name) in itertools.product(TOPOLOGIES, PAPERS.items()):
-        base, machine = SGD if model == "ResNet-152" else ADAMW, topologies.find(topology)
-        for method, text in methods(base, ADAHESSIAN, "per_group(m, {})").items():
-            config = variant(paper(name), optimizer=text)
+        paper, machine = load(name), topologies.find(topology)
+        for method, text in paper_methods(paper).items():
+            config = variant(paper, optimizer=text)
             yield (model, topology, method), machine, config
             if (model, topology, method) == LAID_OUT:
                 ways = list(remedies.layouts(config).items())[1:]  # the first is the config's own
@@ -185,10 +174,11 @@ def test_the_papers_runs_fit():
     evidence_tables.write(
         "plans",
         "What one device needs for a step of the papers' ImageNet runs, by the TPU compiler",
-        f"Made by `{COMMAND} -k papers`, which compiles what `curvax plan` compiles: batch 4096, "
-        "224×224 images, activations in bf16, parameters in float32, groups of m = 128 examples "
-        f"on several devices, regime `shard_map`. The base is `{ADAMW}`, of ResNet-152 `{SGD}`. "
-        "Each trip of a loop counts; memory is that of the program that runs, the blocks of ViT "
+        f"Made by `{COMMAND} -k papers`, which compiles what `curvax plan` compiles of the configs "
+        f"{', '.join(f'`{name}`' for name in PAPERS.values())}: batch 4096, 224×224 images, "
+        "activations in bf16, parameters in float32, groups of m = 128 examples on several "
+        "devices, regime `shard_map`. The base is AdamW, of ResNet-152 SGD with momentum; "
+        "AdaHessian takes its place with the same schedule and decay. Each trip of a loop counts; memory is that of the program that runs, the blocks of ViT "
         "and Mixer in a scan unless the row says otherwise. Where a step does not fit, the next "
         "rows have what `curvax plan` tries. Collectives are all-reduces, their bytes in units of "
         "the parameters: groups that lie on several devices send two more than a device's own. "

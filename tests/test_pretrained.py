@@ -186,7 +186,9 @@ def test_the_stacked_layers_of_a_scanned_big_vision_model(tmp_path):
         )
         for name in names
     }
-    file = {f"params/{name}": x for name, x in (rest | stacked).items()} | {"opt/count": np.ones(())}
+    file = {f"params/{name}": x for name, x in (rest | stacked).items()} | {
+        "opt/count": np.ones(())
+    }
     for scan in (True, False):
         model = build("vit_tiny", CLASSES, **VIT, scan=scan)
         loaded = load(written(tmp_path, file), model, variables_of(model))
@@ -213,9 +215,7 @@ def test_with_other_classes_the_head_stays_new_and_its_representation_layer_goes
     jax.tree.map(
         np.testing.assert_array_equal, loaded["params"]["head"], variables["params"]["head"]
     )
-    np.testing.assert_array_equal(
-        loaded["params"]["embedding"]["kernel"], file["embedding/kernel"]
-    )
+    np.testing.assert_array_equal(loaded["params"]["embedding"]["kernel"], file["embedding/kernel"])
 
 
 def test_positions_are_interpolated_between_fixed_corners():

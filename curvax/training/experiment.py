@@ -19,6 +19,7 @@ from curvax.training.material import Material
 from curvax.training.regimes import Jit
 from curvax.training.step import State, init, make_step
 from curvax.training.tasks import Task
+from curvax.trees import Tree, map_with_path
 
 
 class ExperimentError(ValueError):
@@ -148,9 +149,15 @@ def _optimizer(
     config: ConfigDict, model: nn.Module, example: Any, regime: Jit, steps: int
 ) -> optax.GradientTransformationExtraArgs:
     """The method of a config's text, which may also name `layout`, what each parameter is for
-    `spatial_average`, and `axes`, the device axes to average over."""
-    names = {"layout": _layout(model, example), "axes": regime.axes}
+    `spatial_average`, `axes`, the device axes to average over, and `kernels`, the mask of all
+    parameters of that name, as for weight decay."""
+    names = {"layout": _layout(model, example), "axes": regime.axes, "kernels": _kernels}
     return recipe.parse(config.optimizer, steps=steps, names=configs.numbers(config) | names)
+
+
+def _kernels(params: Tree) -> Tree:
+    """Which leaves are kernels: True or False for each."""
+    return map_with_path(lambda path, leaf: path[-1] == "kernel", params)
 
 
 class Outline(NamedTuple):
