@@ -96,7 +96,7 @@ def get_config():
     config.task, config.data.name, config.model.name = "regression", "diabetes", "mlp"
     config.model.options.widths = (8,)
     config.update(base="adam(lr)", optimizer="gauss_newton(damping=1.0)", others=["sgd(lr)"])
-    config.update(beside=True, batch=354, epochs=2, log_every=1, hessian_examples=0)
+    config.update(beside=True, devices=1, batch=354, epochs=2, log_every=1, hessian_examples=0)
     return config
 """
 

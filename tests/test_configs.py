@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-from curvax.training import commands, compare, config, data, preparation
-from curvax.training.experiment import build
+from curvax import models, recipe
+from curvax.training import commands, compare, config, data, preparation, regimes, sources
+from curvax.training.experiment import build, outline
 
 SHAPES = {
     "digits": (8, 8, 1),
@@ -30,6 +32,14 @@ def _stand_ins(monkeypatch):
         return data.Dataset(split, split, classes)
 
     monkeypatch.setattr(preparation, "in_memory", load)
+    preparation._measured.cache_clear()
+    yield
+    preparation._measured.cache_clear()  # moments of the stand-ins are nobody else's
+
+
+def arms_of(loaded):
+    """The config of each method, the base first."""
+    return compare.arms(loaded, commands.methods(loaded))
 
 
 @pytest.mark.parametrize("name", config.names())
@@ -38,18 +48,49 @@ def test_a_config_opens_with_paper_command_result_and_cost(name):
     assert len(said.splitlines()[0]) <= 100
     for part in ("\nPaper: ", "\nCommand: curvax ", "\nExpected: ", "\nCost: "):
         assert part in said
-    assert name == "digits" or name in said.split()
+    assert name == "digits" or name in said.replace(":", " ").split()
 
 
 @pytest.mark.parametrize("name", config.names())
 def test_a_config_builds_with_its_method_and_its_base(name):
     loaded = config.load(name)
     assert loaded.is_locked
+    if sources.find(loaded.data.name).records:
+        for arm in arms_of(loaded).values():
+            outline(arm, jax.devices()[:1])
+        return
     loaded.devices = 1
-    methods = compare.arms(loaded, commands.methods(loaded))
-    for arm in methods.values():
+    for arm in arms_of(loaded).values():
         experiment = build(arm)
         assert experiment.steps == arm.epochs * (experiment.material.train.size // arm.batch)
+
+
+VARIANTS = {
+    "imagenet_resnet": ("50", "101", "152"),
+    "imagenet_vit": ("s32", "s16", "b32", "b16"),
+    "imagenet_mixer": ("s32", "s16", "s8", "b32", "b16"),
+}
+
+
+@pytest.mark.parametrize("name", [f"{n}:{v}" for n, found in VARIANTS.items() for v in found])
+def test_a_variant_differs_in_its_model_alone(name):
+    stem, _, size = name.partition(":")
+    loaded, plain = config.load(name), config.load(stem)
+    assert loaded.model.name.endswith(size)
+    models.build(loaded.model.name, 1000, **loaded.model.options)
+    loaded.name, loaded.model.name = plain.name, plain.model.name
+    assert loaded.to_dict() == plain.to_dict()
+
+
+def test_the_runs_on_imagenet_climb_by_128_whatever_the_devices():
+    for name in ("imagenet_resnet", "imagenet_vit", "imagenet_mixer"):
+        loaded = config.load(name)
+        assert (loaded.m, loaded.batch, loaded.regime) == (128, 4096, "shard_map")
+        for text in (loaded.optimizer, *loaded.others):
+            assert text.startswith("per_group(m, sam_perturb(")
+            assert text.endswith(f") | {loaded.base}")  # so the mean comes before the clipping
+        for devices, group in ((8, 1), (32, 1), (64, 2), (256, 8)):
+            assert regimes._devices_of_a_group(loaded, devices) == group
 
 
 def test_the_configs_of_the_papers_have_their_settings():
@@ -61,6 +102,27 @@ def test_the_configs_of_the_papers_have_their_settings():
     noise = config.load("cifar10_noise")
     assert (noise.model.name, noise.epochs, noise.rho) == ("resnet32", 200, 0.1)
     assert "adahessian(step_decay(0.15)" in config.load("cifar10_resnet20").optimizer
+    resnet = config.load("imagenet_resnet")
+    assert (resnet.lr, resnet.rho, resnet.epochs) == (1.0, 0.05, 100)
+    for part in ("add_decayed_weights(1e-4)", "sgd(cosine(lr), momentum=0.9)"):
+        assert part in resnet.base
+
+
+def test_gsams_radius_and_rate_are_those_of_big_vision():
+    """ρ follows the learning rate from 0.6 to 0.1, and is never negative while it warms up."""
+    vit = config.load("imagenet_vit")
+    steps, names = 300 * (1_281_167 // 4096), config.numbers(vit)
+    rate = recipe.read("linear(lr, warmup=10000, end=lr_min)", recipe.vocabulary(steps) | names)
+    inside = vit.optimizer.partition("sam_perturb(")[2].partition(") | gsam_project")[0]
+    rho = recipe.read(inside, recipe.vocabulary(steps) | names)
+    assert "adamw(linear(lr, warmup=10000, end=lr_min), weight_decay=0.3, mask=kernels)" in vit.base
+    for step in (0, 50, 5000, 10_000, 50_000, steps):
+        lr = 3e-3 * (step / 1e4 if step < 1e4 else 1 - 0.99 * (step - 1e4) / (steps - 1e4))
+        assert float(rate(step)) == pytest.approx(lr, rel=1e-4, abs=1e-9)
+        expected = max(0.0, 0.1 + 0.5 * (lr - 3e-5) / (3e-3 - 3e-5))
+        assert float(rho(step)) == pytest.approx(expected, rel=1e-4)
+    assert vit.model.options.head_bias == -10.0
+    assert (vit.alpha, vit.loss) == (0.6, "sigmoid")
 
 
 def test_an_installed_package_finds_the_configs_inside_itself(tmp_path, monkeypatch):

@@ -65,7 +65,8 @@ def test_solution_residual_and_steps_are_the_textbook_s(steps):
     matrix = definite()
     found = jitted(cg(steps, tol=0.0), matrix, B)
     wanted = textbook_iterates(steps, matrix, B)[-1]
-    assert_solves(found.x, wanted.x, 1e-11)
+    # The last step comes from a residual that is rounding to a good part.
+    assert_solves(found.x, wanted.x, 1e-11 if steps < SIZE else 1e-9)
     np.testing.assert_allclose(found.residual, relative_residual(matrix, found.x, B), atol=1e-12)
     assert found.steps == steps
 
@@ -167,7 +168,8 @@ def test_a_start_within_the_tolerance_is_kept():
     assert second.steps == 1
     assert second.reason == Reason.tolerance
     np.testing.assert_array_equal(vector_of(second.x), vector_of(first.x))
-    np.testing.assert_allclose(second.residual, first.residual, rtol=1e-5)
+    # Of what rounding leaves: x is known to 1e-16, and so is the residual.
+    np.testing.assert_allclose(second.residual, first.residual, rtol=1e-5, atol=1e-14)
 
 
 DIAGONAL = np.abs(numbers(5, SIZE)) + 0.1
