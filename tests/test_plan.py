@@ -235,6 +235,17 @@ def test_groups_are_taken_one_by_one_where_they_were_at_once():
     assert changed == GROUPED.replace("(rho))", "(rho), sequential=True)")
     assert not remedies.one_by_one(changed)
     assert not remedies.one_by_one("sam_perturb(rho) | adamw(1e-3)")
+    on_lines = "\n  " + GROUPED.replace(" | ", "\n  | ") + "\n"
+    assert remedies.one_by_one(on_lines) == changed
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 9, 12, 15])
+def test_micro_batches_divide_what_a_device_has(batch):
+    config = small()
+    config.batch = DEVICES * batch
+    found = [each for each in remedies.remedies(config, DEVICES).values() if each.microbatch]
+    assert [batch % each.microbatch for each in found] == [0] * (batch > 1)
+    assert all(each.microbatch < batch for each in found)
 
 
 def test_remedies_are_what_a_config_admits():
