@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -140,8 +141,11 @@ def build(config: ConfigDict, *, hold_out: bool = False) -> Experiment:
         evaluate.make_scores(clean, task),
         evaluate.make_largest_eigenvalue(clean),
     )
-    whole = data.batches(gathered.train, config.batch, seed=config.seed)
-    experiment.step.eval_shape(shapes, next(whole))
+    one = gathered.train.gather(np.arange(1))
+    batch = {
+        name: jax.ShapeDtypeStruct((config.batch, *x.shape[1:]), x.dtype) for name, x in one.items()
+    }
+    experiment.step.eval_shape(shapes, batch)
     return experiment
 
 
