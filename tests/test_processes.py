@@ -20,7 +20,7 @@ from curvax.training.experiment import build
 
 CONFIG = str(Path(regime_run.__file__))
 WORKER = str(Path(__file__).with_name("process_run.py"))
-LIMIT = 150  # seconds for anything here to end
+LIMIT = 300  # seconds for anything here to end, on machines that others keep busy
 
 
 def start(count, *arguments, worker=WORKER):
@@ -44,6 +44,7 @@ def ended(running):
     finally:
         for each in running:
             each.kill()
+            each.wait()
     return [(each.returncode, text) for each, text in zip(running, said)]
 
 

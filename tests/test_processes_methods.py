@@ -32,7 +32,7 @@ def natural(params, batch):
     fisher = sum(J.T @ J / PER_DEVICE for J in jacobians) / DEVICES
     residuals = [of(piece)(flat) - piece["y"] for piece in parts]
     gradient = sum(J.T @ r / PER_DEVICE for J, r in zip(jacobians, residuals)) / DEVICES
-    return unravel(np.linalg.solve(fisher + DAMPING * np.eye(len(flat)), gradient))
+    return unravel(jax.numpy.linalg.solve(fisher + DAMPING * np.eye(len(flat)), gradient))
 
 
 GRADIENTS = {
@@ -60,5 +60,6 @@ def test_two_processes_equal_the_loop_over_shards(name, found):
     assert np.abs(reference - problem.ravel(problem.make_params())).max() > 1e-2
     for regime in regimes_of(name):
         # g / |d| amplifies the rounding of a small d
-        close = dict(rtol=1e-10, atol=1e-12)
-        np.testing.assert_allclose(found[f"{name}, {regime}"], reference, err_msg=regime, **close)
+        np.testing.assert_allclose(
+            found[f"{name}, {regime}"], reference, rtol=1e-10, atol=1e-12, err_msg=regime
+        )
