@@ -442,6 +442,11 @@ def test_arms_differ_in_what_they_are_named_for():
     assert list(arms) == ["adamw", "adamw, 2 × epochs", *texts[1:]]
     assert [arm.epochs for arm in arms.values()] == [3, 6, 3, 3]
     assert [arm.optimizer for arm in arms.values()] == [texts[0], *texts]
+    groups = ["per_group(4, sam_perturb(0.1)) | sgd(1.0)", "per_group(4, sgd(0.1)) | sgd(1.0)"]
+    assert list(compare.arms(CONFIG, groups)) == [
+        "per_group(sam_perturb) | sgd",
+        "per_group(sgd) | sgd",
+    ]
 
 
 def test_a_grid_has_every_point_the_last_field_fastest():

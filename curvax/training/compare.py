@@ -69,9 +69,12 @@ def arms(config: ConfigDict, optimizers: Sequence[str], *, fair: bool = False) -
 
 
 def labels(optimizers: Sequence[str]) -> list[str]:
-    """Short names for the methods: their outlines, or the whole texts where outlines coincide."""
-    outlines = [outline(text) for text in optimizers]
-    return [o if outlines.count(o) == 1 else text for o, text in zip(outlines, optimizers)]
+    """Short names for the methods: their outlines, deeper ones where these coincide, or else the
+    whole texts."""
+    found = [outline(text) for text in optimizers]
+    for longer in ([outline(text, deep=True) for text in optimizers], optimizers):
+        found = [o if found.count(o) == 1 else long for o, long in zip(found, longer)]
+    return found
 
 
 def grid(methods: Arms, fields: Mapping[str, Sequence[str]]) -> Arms:
