@@ -24,9 +24,9 @@ class Material(NamedTuple):
     names: Sequence[str] = ()  # of the classes, where they have any
 
     @property
-    def example(self) -> np.ndarray:
-        """The first input, [1, ...], as a model reads it."""
-        return data.numbers(self.train.gather(np.arange(1))["input"])
+    def first(self) -> dict[str, np.ndarray]:
+        """A batch of the first training example."""
+        return self.train.gather(np.arange(1))
 
 
 def gather(config: ConfigDict, task: Task, hold_out: bool = False) -> Material:
