@@ -1,5 +1,6 @@
 """What `curvax train`, `compare`, `bench` and `resume` do, given a config."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -9,8 +10,9 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from curvax.training import bench, compare, curves, processes, progress, report, runs, sweep
+from curvax.training import bench, bootstrap, compare, curves, processes, progress, report, runs
 from curvax.training import config as configs
+from curvax.training import sweep
 from curvax.training.checkpoints import CheckpointError
 from curvax.training.compare import Arms, Outcomes
 from curvax.training.experiment import Experiment, build
@@ -40,7 +42,12 @@ class Plan(NamedTuple):
 
     def prepare(self, config: ConfigDict, *, begins: bool = True) -> dict[str, Experiment]:
         """Every arm made ready, and so checked before one begins."""
-        return {name: self.ready(arm, begins=begins) for name, arm in self.arms(config).items()}
+        arms = self.arms(config)
+        ready = {name: self.ready(arm, begins=begins) for name, arm in arms.items()}
+        for arm, seed in itertools.product(arms.values(), range(self.seeds)):
+            if arm.data.labels is not None:
+                bootstrap.find(arm, arm.seed + seed)
+        return ready
 
 
 def configure(name: str, assignments: Sequence[str]) -> ConfigDict:

@@ -116,6 +116,7 @@ class Experiment:
         figures |= {f"train_{name}": value for name, value in self.score(state, train).items()}
         figures["train_examples"] = train.size
         if wrong.any():
+            figures["wrong_labels"] = float(wrong.mean())
             figures["memorised"] = self.score(state, train.rows(wrong))["accuracy"]
         if count := min(self.config.hessian_examples, train.size):
             few = train.rows(slice(count))
