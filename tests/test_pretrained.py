@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from curvax.models import build
-from curvax.training import commands, config, experiment, pretrained
-from curvax.training.pretrained import PretrainedError, load
+from curvax.training import pretrained
+from curvax.training.pretrained import PretrainedError
 
 WIDTH, HEADS, DEPTH, HIDDEN, PATCH, SIDE, CLASSES = 8, 2, 2, 12, 4, 12, 5
 PLACES = (SIDE // PATCH) ** 2
@@ -148,6 +148,10 @@ def written(folder, arrays):
     return folder / "weights.npz"
 
 
+def load(path, model, variables, **options):
+    return pretrained.over(variables, pretrained.read(path, model, variables, **options))
+
+
 def variables_of(model, side=SIDE):
     x = jnp.zeros((1, side, side, 3))
     return jax.tree.map(lambda x: x.astype(float), jax.jit(model.init)(jax.random.key(9), x))
@@ -262,8 +266,8 @@ def test_a_shallower_model_names_the_layers_it_does_not_have(tmp_path):
 def test_what_holds_no_weights_is_told(tmp_path):
     model = build("vit_tiny", CLASSES, **VIT)
     (tmp_path / "text.npz").write_text("no weights")
-    for path in (tmp_path / "text.npz", tmp_path / "absent.npz"):
-        with pytest.raises(PretrainedError, match="holds no weights"):
-            load(path, model, variables_of(model))
+    for name, said in (("text.npz", "holds no weights"), ("absent.npz", "does not exist")):
+        with pytest.raises(PretrainedError, match=said):
+            load(tmp_path / name, model, variables_of(model))
     with pytest.raises(PretrainedError, match="there are: none"):
         load(tmp_path, model, variables_of(model))

@@ -109,7 +109,8 @@ def load(options: ConfigDict) -> Dataset:
             f"`{options.name}` has {source.classes} classes, and {options.path} tells of "
             f'{folder.classes}. Take `data.name` = "records" for pictures of your own.'
         )
-    form = Form(options.side, source.classes, tuple(options.area), options.threads)
+    side = source.shape[0]
+    form = Form(side, source.classes, tuple(options.area), options.threads)
     train, test = (whole(folder.part(*part), form) for part in (sources.TRAIN, sources.TEST))
     return Dataset(train, test, source.classes, folder.names)
 

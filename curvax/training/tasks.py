@@ -124,7 +124,7 @@ def _likelihood(config: ConfigDict, *fitting: str) -> Callable[..., Likelihood]:
 
 
 def _refuse_changes(config: ConfigDict) -> None:
-    for field in ("noise", "smoothing", "augment"):
+    for field in ("noise", "labels", "smoothing", "augment", "side"):
         if config.data[field]:
             raise TaskError(
                 f"`data.{field}` is for labelled images, and the task is `{config.task}`. Leave it "
