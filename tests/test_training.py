@@ -33,6 +33,7 @@ from curvax.training import (
     tasks,
 )
 from curvax.training.checkpoints import CheckpointError, Checkpoints
+from curvax.training.data import Split
 from curvax.training.experiment import build
 from curvax.training.statistics import summarise
 from curvax.training.step import watched_names
@@ -330,6 +331,7 @@ def test_held_out_examples_come_from_the_training_set_alone():
     assert rows(parted.train) | rows(parted.test) == rows(whole.train)
     assert not rows(parted.train) & rows(parted.test)
     assert parted.test.size == 6
+    assert isinstance(parted.test, Split)
     right = {i.tobytes(): label for i, label in zip(*images.load("digits").train)}
     assert all(right[i.tobytes()] == label for i, label in zip(*parted.test))
     assert np.mean(parted.wrong) == pytest.approx(0.25, abs=0.01)

@@ -47,7 +47,7 @@ def gather(config: ConfigDict, task: Task, hold_out: bool = False) -> Material:
 
 
 def _relabelled(
-    train: Examples, dataset: Dataset, config: ConfigDict
+    train: Examples, dataset: Dataset[Examples], config: ConfigDict
 ) -> tuple[Examples, np.ndarray]:
     """With wrong labels, or with those that a run predicts which was trained on wrong ones."""
     rate, predicted = config.data.noise, config.data.labels is not None

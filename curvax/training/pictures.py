@@ -97,7 +97,7 @@ class Pictures(NamedTuple):
             ) from error
 
 
-def load(options: ConfigDict) -> Dataset:
+def load(options: ConfigDict) -> Dataset[Pictures]:
     """The data set of a config's `data` whose examples are records.
 
     Raises:

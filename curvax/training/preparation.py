@@ -13,7 +13,7 @@ from curvax import recipe
 from curvax.training import augment, images, pictures, policies, sources
 from curvax.training.archives import DataError
 from curvax.training.augment import Batch, Transform
-from curvax.training.data import Dataset, Split
+from curvax.training.data import Dataset, Examples, Split
 
 Prepare = Callable[[Batch], Batch]
 
@@ -32,7 +32,7 @@ AUGMENTATIONS = {
 """What `data.augment` may name."""
 
 
-def load(options: ConfigDict, seed: int) -> Dataset:
+def load(options: ConfigDict, seed: int) -> Dataset[Examples]:
     """The data set of a config's `data`; errors as in `images.load` and `pictures.load`."""
     if sources.find(options.name).records:
         return pictures.load(options)
@@ -40,7 +40,7 @@ def load(options: ConfigDict, seed: int) -> Dataset:
 
 
 @functools.lru_cache(maxsize=4)
-def in_memory(name: str, path: str | None, seed: int) -> Dataset:
+def in_memory(name: str, path: str | None, seed: int) -> Dataset[Split]:
     """`images.load`, the newest few kept."""
     return images.load(name, path=path, seed=seed)
 
