@@ -3,12 +3,14 @@
 import functools
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import photographs
 import pytest
 import tiny_run
+from ml_collections import ConfigDict
 
 from curvax import cli
 from curvax.training import benchmarks, convert, jpegs, label_sets, ranking, subjects
@@ -231,6 +233,18 @@ def test_labels_that_do_not_fit_are_refused(subject, validation, tmp_path, conte
 
 
 # Faults
+
+
+@pytest.mark.parametrize(
+    "names, found", [("123", "012"), ("123", "0"), (["n00", "n01"], ["0", "n01"])]
+)
+def test_names_and_numbers_of_classes_are_not_mixed(names, found, tmp_path):
+    write_pictures(tmp_path, 1, list(found))
+    options = ConfigDict({"name": "records", "side": 8, "threads": None})
+    material = SimpleNamespace(names=list(names), classes=len(names))
+    trained = SimpleNamespace(config=ConfigDict({"data": options}), material=material)
+    with pytest.raises(DataError, match="has the class `0`"):
+        list(benchmarks.of_path(tmp_path, trained))
 
 
 def test_classes_that_the_run_does_not_know_are_told(run, tmp_path, capsys):

@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import json
 import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -235,6 +236,17 @@ def test_groups_are_taken_one_by_one_where_they_were_at_once():
     assert changed == GROUPED.replace("(rho))", "(rho), sequential=True)")
     assert not remedies.one_by_one(changed)
     assert not remedies.one_by_one("sam_perturb(rho) | adamw(1e-3)")
+    on_lines = "\n  " + GROUPED.replace(" | ", "\n  | ") + "\n"
+    assert remedies.one_by_one(on_lines) == changed
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 9, 12, 15])
+def test_micro_batches_divide_what_a_device_has(batch):
+    config = small()
+    config.batch = DEVICES * batch
+    found = [each for each in remedies.remedies(config, DEVICES).values() if each.microbatch]
+    assert [batch % each.microbatch for each in found] == [0] * (batch > 1)
+    assert all(each.microbatch < batch for each in found)
 
 
 def test_remedies_are_what_a_config_admits():
@@ -295,6 +307,22 @@ def test_where_a_step_does_not_fit_what_may_help_is_compiled(tmp_path, monkeypat
     assert list(tried) == expected
     assert "does not fit" in table
     assert "Each of these fits" not in table
+
+
+def test_a_reading_that_was_cut_short_is_read_anew(monkeypatch, tmp_path):
+    """A kill in the middle of writing leaves nothing under the reading's name."""
+    machine = find("cpu:8")
+    outline = experiment.outline(small("pmean_updates(axes) | sgd(0.1)"), machine.devices)
+    whole = Path.write_text
+
+    def cut(path, text, *options):
+        whole(path, text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "write_text", cut)
+        readings.read(outline, machine, tmp_path)
+    assert readings.read(outline, machine, tmp_path).flops > 0
 
 
 def test_a_refusal_of_the_compiler_says_how_much_is_needed(monkeypatch, tmp_path):

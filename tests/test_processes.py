@@ -23,13 +23,13 @@ WORKER = str(Path(__file__).with_name("process_run.py"))
 LIMIT = 150  # seconds for anything here to end
 
 
-def start(count, *arguments):
+def start(count, *arguments, worker=WORKER):
     """The processes of a run."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     begin = lambda number: subprocess.Popen(
-        [sys.executable, WORKER, str(port), str(count), str(number), *map(str, arguments)],
+        [sys.executable, worker, str(port), str(count), str(number), *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

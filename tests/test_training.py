@@ -35,6 +35,7 @@ from curvax.training import (
 from curvax.training.checkpoints import CheckpointError, Checkpoints
 from curvax.training.data import Split
 from curvax.training.experiment import build
+from curvax.training.notice import Stopped
 from curvax.training.statistics import summarise
 from curvax.training.step import watched_names
 
@@ -289,6 +290,26 @@ def test_tensorboard_is_told_every_step_and_what_to_forget(tmp_path):
 
 
 # Stopped.
+
+
+@pytest.mark.parametrize("at", [4, STEPS])
+def test_a_notice_to_terminate_saves_before_it_stops(at, experiment, reference, tmp_path):
+    """The next step is the last one; at the end of a run it is heeded before another begins."""
+    seen, before = [], signal.getsignal(signal.SIGTERM)
+
+    def send(step, figures):
+        seen.append(step)
+        if step == at:
+            assert signal.getsignal(signal.SIGTERM) is not before
+            signal.raise_signal(signal.SIGTERM)
+
+    last = min(at + 1, STEPS)
+    with pytest.raises(Stopped, match=f"after step {last}. .* that of step {last} in"):
+        loop.fit(experiment, tmp_path, send)
+    assert max(seen) == last
+    assert signal.getsignal(signal.SIGTERM) is before
+    loop.fit(experiment, tmp_path)
+    assert_same_run(experiment, tmp_path, reference)
 
 
 def test_an_infinite_update_stops_the_run_at_its_step(tmp_path):

@@ -19,6 +19,7 @@ import jax
 from curvax.planning import collectives, flops, hlo
 from curvax.planning.collectives import Collective
 from curvax.planning.topologies import GIB, Topology
+from curvax.training import runs
 
 FOLDER = Path("~/.cache/curvax/plans").expanduser()
 
@@ -86,7 +87,7 @@ def read(
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(outline.state.params))
     reading = _compile(lowered, size, topology)
     folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(reading.as_json()))
+    runs.write_text(file, json.dumps(reading.as_json()))
     return reading
 
 

@@ -38,7 +38,7 @@ def remedies(config: ConfigDict, devices: int) -> Changes:
 
 def one_by_one(text: str) -> str:
     """The optimiser's text with its groups in turn; "" where none are at once."""
-    tree = ast.parse(text, mode="eval")
+    tree = ast.parse(" ".join(text.split("\n")).strip(), mode="eval")
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     groups = [call for call in calls if _groups_at_once(call)]
     for call in groups:
@@ -80,7 +80,8 @@ def _with_options(config: ConfigDict, **options: bool) -> ConfigDict:
 
 
 def _microbatch(config: ConfigDict, devices: int) -> int:
-    """Half the examples that a device has in memory at once, 0 where that cannot be.
+    """Half the examples that a device has in memory at once, or the next part that divides them; 0
+    where that cannot be.
 
     Under `jit` a part of the batch would be a part of the devices.
     """
@@ -88,4 +89,5 @@ def _microbatch(config: ConfigDict, devices: int) -> int:
         return 0
     here = config.microbatch or config.batch // devices
     m = config.get("m") if "per_group" in config.optimizer else None
-    return math.gcd(here, m or here) // 2
+    whole = math.gcd(here, m or here)
+    return next((part for part in range(whole // 2, 0, -1) if whole % part == 0), 0)

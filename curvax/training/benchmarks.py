@@ -118,9 +118,13 @@ def _sets(root: Path, name: str = "") -> Iterator[tuple[str, folders.ClassFolder
 
 
 def _numbers(found: Sequence[str], names: Sequence[str], classes: int, path: Path) -> list[int]:
-    """Which of the run's classes these are: by name, or by number as ImageNet-V2 has them."""
-    place = {name: number for number, name in enumerate(names)}
-    place = {str(number): number for number in range(classes)} | place
+    """Which of the run's classes these are: all by name, or all by number as ImageNet-V2 has them.
+
+    Where classes are called by numbers themselves, `1` is the one of that name, not the second.
+    """
+    by_name = {name: number for number, name in enumerate(names)}
+    by_number = {str(number): number for number in range(classes)}
+    place = by_name if by_name.keys() & {*found, *by_number} else by_number
     if unknown := [name for name in found if name not in place]:
         known = ", ".join(f"`{name}`" for name in names[:3]) or f"0 to {classes - 1}"
         raise DataError(
