@@ -65,7 +65,8 @@ def test_the_labels_are_the_classes_that_the_run_of_the_seed_puts_first(first, h
         assert train.labels.dtype == np.int32
         if not hold_out:
             np.testing.assert_array_equal(wrong, expected != true_labels(seed))
-            assert wrong.any() and not wrong.all()
+            assert wrong.any()
+            assert not wrong.all()
         found[seed] = expected
     assert (found[0] != found[1]).any()
 

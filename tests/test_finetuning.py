@@ -15,7 +15,7 @@ from scipy.ndimage import map_coordinates
 from curvax import cli
 from curvax.training import augment, compare, loop, pretrained, subjects, tasks
 from curvax.training.checkpoints import Checkpoints
-from curvax.training.config import override
+from curvax.training.config import ConfigError, load, override
 from curvax.training.experiment import build, outline
 from curvax.training.pretrained import PretrainedError
 
@@ -250,9 +250,31 @@ def test_a_crop_that_has_the_side_is_not_resized_again():
     np.testing.assert_array_equal(sized, plain)
 
 
+@pytest.mark.parametrize("variant", ["cifar100-mixer_b16", "cifar10-resnet50", "cifar100"])
+def test_the_config_of_fine_tuning_takes_images_of_224_pixels(variant):
+    config = load(f"finetune:{variant}")
+    sketch = outline(config, jax.devices()[:1])
+    assert sketch.batch["input"].shape == (512, 32, 32, 3)
+    classes = 100 if "100" in variant else 10
+    assert sketch.state.params["head"]["kernel"].shape[-1] == classes
+    if variant == "cifar100":
+        assert sketch.state.params["pos_embedding"].shape == (1, 14 * 14, 768)
+        assert "cls" in sketch.state.params
+
+
+def test_fine_tuning_is_500_or_10_000_steps_on_its_data():
+    sizes = {"cifar10": 50_000, "cifar100": 50_000, "flowers": 1020, "pets": 3680}
+    for name, size in sizes.items():
+        config = load(f"finetune:{name}")
+        steps = 10_000 if "cifar" in name else 500
+        assert config.epochs * (size // config.batch) == pytest.approx(steps, rel=0.01)
+    with pytest.raises(ConfigError, match="one of cifar10, cifar100, flowers, pets"):
+        load("finetune:cars")
+
+
 def test_only_images_of_a_classifier_are_resized():
     fields = ["--task=autoencoder", "--data.side=12", "--data.noise=0", "--data.augment=[]"]
-    with pytest.raises(ValueError, match="`data.side` is for labelled images"):
+    with pytest.raises(ValueError, match=r"`data\.side` is for labelled images"):
         build(override(tiny_run.get_config(), fields))
 
 

@@ -10,9 +10,18 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from curvax.training import bench, bootstrap, compare, curves, processes, progress, report, runs
+from curvax.training import (
+    bench,
+    bootstrap,
+    compare,
+    curves,
+    processes,
+    progress,
+    report,
+    runs,
+    sweep,
+)
 from curvax.training import config as configs
-from curvax.training import sweep
 from curvax.training.checkpoints import CheckpointError
 from curvax.training.compare import Arms, Outcomes
 from curvax.training.experiment import Experiment, build

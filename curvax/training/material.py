@@ -56,8 +56,8 @@ def _relabelled(
     if not isinstance(train, Split):
         raise DataError(
             "`data.noise` and `data.labels` replace labels in memory, and those of "
-            f"`{config.data.name}` are in its records. Leave them out, or convert pictures in other "
-            "class folders."
+            f"`{config.data.name}` are in its records. Leave both out, or convert pictures in "
+            "other class folders."
         )
     if predicted:
         labels = bootstrap.predictions(config, train)

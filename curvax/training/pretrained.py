@@ -22,6 +22,7 @@ from scipy.ndimage import zoom
 from curvax.models import published
 from curvax.models.published import Arrays
 from curvax.training import seals
+from curvax.training.quiet import silent_log
 from curvax.trees import Tree
 
 HEAD, REPRESENTATION = "params/head/", "params/pre_logits/"
@@ -117,15 +118,21 @@ def _of_run(folder: Path) -> Arrays:
     state = _newest(folder) / "state"
     try:
         seals.check(state.parent)
-        handler = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-        described = handler.metadata(state).item_metadata
-        parts = {name: described[name] for name in ("params", "model_state")}
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), parts)
-        options = ocp.args.PyTreeRestore(parts, restore_args=as_numpy, partial_restore=True)
-        found = handler.restore(state, args=options)
+        with silent_log():
+            found = _restored(state)
     except Exception as error:
         raise PretrainedError(f"`{state}` cannot be read ({error}). Take another one.") from error
     return flatten_dict({"params": found["params"], **found["model_state"]}, sep="/")
+
+
+def _restored(state: Path) -> Tree:
+    """Parameters and model state as NumPy arrays, wherever they lay."""
+    handler = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    described = handler.metadata(state).item_metadata
+    parts = {name: described[name] for name in ("params", "model_state")}
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), parts)
+    options = ocp.args.PyTreeRestore(parts, restore_args=as_numpy, partial_restore=True)
+    return handler.restore(state, args=options)
 
 
 def _newest(folder: Path) -> Path:
