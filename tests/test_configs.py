@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from curvax import models, recipe
-from curvax.training import commands, compare, config, data, preparation, regimes, sources
+from curvax.training import commands, compare, config, data, preparation, regimes
 from curvax.training.experiment import build, outline
 
 SHAPES = {
