@@ -98,6 +98,18 @@ def test_pictures_that_cannot_be_decoded_can_be_left_out(own, tmp_path, capsys):
     assert collections.Counter(labels) == {0: 11, 1: 12, 2: 12}
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [([], "9 pictures cannot be decoded"), (["--skip"], "no picture of `validation`")],
+)
+def test_a_part_of_empty_files_is_told(own, tmp_path, capsys, options, words):
+    for path in (own / "val").rglob("*.JPEG"):
+        path.write_bytes(b"")
+    assert cli.main(["convert", str(own), str(tmp_path / "out"), *options]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_interrupted_conversion_leaves_nothing_that_looks_whole(source, tmp_path):
     def stop(count):
         raise KeyboardInterrupt

@@ -1,5 +1,6 @@
 """`curvax evaluate`: what a run is tested on, which classes are right, and that it counts."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -165,6 +166,28 @@ def test_records_of_some_classes_are_matched_by_their_names(place, run, subject,
     assert found["classes"] == len(names)
     expected = shares(logits_of(subject, root), own_class, among)
     assert (found["top1"], found["top5"]) == pytest.approx(expected)
+
+
+def test_records_of_numbers_are_matched_where_the_run_has_no_names(subject, tmp_path):
+    """As ImageNet-V2's, which in the order of their names are 0, 1, 10, 100."""
+    numbers = [str(number) for number in range(12)]
+    convert.convert(
+        convert.find_parts(write_pictures(tmp_path / "v2", 1, numbers)), tmp_path / "made"
+    )
+    material = subject.experiment.material
+    unnamed = dataclasses.replace(subject.experiment, material=material._replace(names=[]))
+    (benchmark,) = benchmarks.of_path(tmp_path / "made", unnamed)
+    for number in range(12):
+        example = benchmark.examples.store.read(number)
+        assert example.name == f"{example.label}_0.JPEG"
+
+
+def test_hidden_folders_are_passed_over(place, subject, tmp_path):
+    shutil.copytree(place / "pictures/val", tmp_path / "c/fog/1")
+    (tmp_path / "c/.cache/1").mkdir(parents=True)
+    (tmp_path / "c/fog/.git").mkdir()
+    found = [each.name for each in benchmarks.of_path(tmp_path / "c", subject.experiment)]
+    assert found == ["fog/1"]
 
 
 def test_corruptions_in_folders_are_told_each_and_their_means(place, run, tmp_path, capsys):

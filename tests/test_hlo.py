@@ -103,13 +103,14 @@ def test_a_batched_product_counts_two_for_each_term():
     assert hlo.read(program).total(flops.of) == 2 * 7 * 3 * 4 * 5
 
 
-def test_a_loop_that_may_end_early_counts_up_to_its_bound():
+@pytest.mark.parametrize(("compared", "trips"), [(jnp.less, 4), (jnp.less_equal, 5)])
+def test_a_loop_that_may_end_early_counts_up_to_its_bound(compared, trips):
     def f(x, w):
-        goes_on = lambda s: (s[0] < 9) & (jnp.sum(s[1]) < 1e30)
+        goes_on = lambda s: compared(s[0], 9) & (jnp.sum(s[1]) < 1e30)
         return lax.while_loop(goes_on, lambda s: (s[0] + 2, s[1] @ w), (1, x))[1]
 
     program = hlo.read(compiled(f, (32, WIDTH), (WIDTH, WIDTH)))
-    assert [program.trips(loop) for loop in program.loops()] == [4]
+    assert [program.trips(loop) for loop in program.loops()] == [trips]
 
 
 def test_of_a_conditional_the_dearer_branch_counts():

@@ -49,6 +49,7 @@ class Step(NamedTuple):
 
     program: hlo.Program
     sent: float  # bytes of all collectives, in units of the parameters
+    temporaries: float  # bytes of memory on a device, in units of the parameters
 
 
 find = functools.cache(topologies.find)
@@ -84,9 +85,10 @@ def compiled(tx, machine, regime="shard_map", groups=1):
     }
     state = laid_out((params, jax.eval_shape(tx.init, params)), P())
     lowered = jax.jit(step).lower(*state, laid_out(batch, split))
-    program = hlo.read(find(machine).compile(lowered))
+    made = find(machine).compile(lowered)
+    program, temporaries = hlo.read(made), made.memory_analysis().temp_size_in_bytes
     sent = sum(x.bytes for x in collectives.count(program).values())
-    return Step(program, sent / size(*WEIGHTS))
+    return Step(program, sent / size(*WEIGHTS), temporaries / size(*WEIGHTS))
 
 
 def size(*names):
@@ -117,6 +119,16 @@ NEARLY = functools.partial(pytest.approx, rel=2e-3)
 def test_a_method_sends_no_more_than_it_must(method, regime, machine):
     tx, times = METHODS[method]
     assert compiled(tx, machine, regime).sent == NEARLY(times)
+
+
+@MACHINES
+@pytest.mark.parametrize("regime", ["shard_map", "pmap"])
+def test_sam_keeps_one_copy_of_the_parameters_beside_the_gradients_own(regime, machine):
+    plain, sam = (
+        compiled(tx, machine, regime).temporaries
+        for tx in (cx.pmean_updates("batch") | SGD, METHODS["local SAM"][0])
+    )
+    assert sam <= plain + 1.01
 
 
 @MACHINES

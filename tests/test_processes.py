@@ -145,6 +145,17 @@ def test_sigterm_to_one_saves_in_both(tmp_path):
     assert step in steps
 
 
+def test_only_what_a_lost_process_causes_is_told_as_one(monkeypatch, tmp_path):
+    gone = jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllReduce failed: Connection closed by peer")
+    full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+    assert processes.lost(gone, tmp_path) is gone
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    told = processes.lost(gone, tmp_path)
+    assert "0 of 2 lost another one" in str(told)
+    assert f"curvax resume {tmp_path}" in str(told)
+    assert processes.lost(full, tmp_path) is full
+
+
 def test_a_process_is_told_all_or_nothing():
     with pytest.raises(ValueError, match="is told all three"):
         processes.join("127.0.0.1:1", 2, None)

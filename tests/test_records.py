@@ -294,6 +294,19 @@ def test_pictures_reach_the_model_as_numbers_between_minus_one_and_one(folder):
         training_tasks.build(config)
 
 
+def test_a_run_is_made_ready_from_one_picture(folder, monkeypatch):
+    """In each process of a pod: a batch of the whole is thousands."""
+    decode, decoded = pictures.Pictures._decode, set()
+
+    def counted(self, number, draw):
+        decoded.add(number)
+        return decode(self, number, draw)
+
+    monkeypatch.setattr(pictures.Pictures, "_decode", counted)
+    build(make_config(folder, optimizer="sgd(0.1)"))
+    assert decoded == {0}
+
+
 def test_a_run_on_records_resumes_in_the_middle_of_an_epoch(folder, tmp_path):
     config = make_config(folder)
     config.data.augment = ["mixup()", "rand_augment(2, 10)"]

@@ -100,6 +100,8 @@ def test_fsdp_divides_parameters_and_moments():
     for x in whole:
         (shard, *_) = x.addressable_shards
         assert shard.data.size * DEVICES == x.size
+        longest = max(n for n in x.shape if n % DEVICES == 0)
+        assert longest // DEVICES in shard.data.shape
     stepped_once, _ = experiment.step(state, experiment.regime.place(next(experiment.batches())))
     kinds = lambda tree: [x.sharding.spec for x in jax.tree.leaves(tree)]
     assert kinds(stepped_once) == kinds(experiment.shapes)
@@ -196,6 +198,12 @@ def test_a_nan_on_one_device_stops_all_at_its_step(regime, monkeypatch, tmp_path
         loop.fit(experiment, tmp_path)
     kept = Checkpoints(tmp_path / "checkpoints", read_only=True)
     assert int(kept.restore(experiment.shapes)[0].step) == 2
+
+
+def test_devices_lie_in_the_order_of_their_processes():
+    devices = jax.devices()[:DEVICES]
+    mesh = regimes.build(regime_run.get_config("shard_map"), devices[::-1]).mesh
+    assert mesh.devices.ravel().tolist() == devices
 
 
 def test_errors_say_what_fits():

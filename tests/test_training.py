@@ -360,11 +360,16 @@ def test_held_out_examples_come_from_the_training_set_alone():
 
 def test_scores_do_not_depend_on_the_chunks(experiment):
     state, test = experiment.init(), experiment.material.test
+    noise = curvax.gaussian_probe(jax.random.key(0), state.params)
+    moved = jax.tree.map(lambda p, z: p + 0.3 * z, state.params, noise)
+    state = state._replace(params=moved)  # a head of zeros scores every chunk alike
     whole, parts = (
         evaluate.average(experiment.scores, state, test, size, experiment.regime)
         for size in (test.size, 100)
     )
     assert whole == pytest.approx(parts, rel=1e-6)
+    few = experiment.score(state, test.rows(slice(100)))
+    assert abs(few["loss"] / whole["loss"] - 1) > 1e-3
 
 
 def test_the_largest_eigenvalue_is_the_dense_hessians():

@@ -101,7 +101,7 @@ def _of_records(path: Path, names: Sequence[str], form: Form) -> Benchmark:
     folder = records.read_folder(path)
     store: Store = folder.part(*sources.TEST, *sources.TRAIN)
     among = np.ones(form.classes, bool)
-    if names and folder.names and list(names) != folder.names:
+    if folder.names and list(names) != folder.names:
         numbers = _numbers(folder.names, names, form.classes, path)
         store, among = _Relabelled(store, numbers), np.isin(np.arange(form.classes), numbers)
     return Benchmark(path.name, pictures.whole(store, form), among)
@@ -109,7 +109,7 @@ def _of_records(path: Path, names: Sequence[str], form: Form) -> Benchmark:
 
 def _sets(root: Path, name: str = "") -> Iterator[tuple[str, folders.ClassFolders]]:
     """The folders of class folders at or below a folder, by their path from it."""
-    inside = sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
+    inside = [p for p in folders.visible(root) if p.is_dir()] if root.is_dir() else []
     if any(any(map(is_picture, folder.iterdir())) for folder in inside) or not inside:
         yield name, folders.listing(root)
         return

@@ -118,6 +118,11 @@ def convert(
                 f"{len(damaged)} pictures cannot be decoded, and nothing was kept. Replace or "
                 "remove them, or leave them out with `--skip`:\n" + "\n".join(_few(damaged))
             )
+        if empty := [part for part, (count, _) in counts.items() if not count]:
+            raise DataError(
+                f"There is no picture of `{empty[0]}` that can be decoded, and nothing was kept:\n"
+                + "\n".join(_few(damaged))
+            )
         (draft / records.CLASSES).write_text("".join(f"{name}\n" for name in names))
     aside = [path for listing in parts.values() for path in listing.aside]
     return Summary(out, len(names), counts, damaged, aside)
@@ -151,7 +156,7 @@ def _write(
     """Writes one part, and returns how many pictures in how many files."""
     order = stream(0, f"convert {part}").permutation(files.size)
     size = sum(path.stat().st_size for path in files.paths)
-    shards = np.array_split(order, min(files.size, -(-size // _SHARD)))
+    shards = np.array_split(order, min(files.size, 1 + size // _SHARD))
     written = 0
     with ThreadPoolExecutor() as pool:
         for number, rows in enumerate(shards):

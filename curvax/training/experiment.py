@@ -164,8 +164,11 @@ def build(config: ConfigDict, *, hold_out: bool = False, begins: bool = True) ->
         evaluate.make_scores(clean, task),
         evaluate.make_largest_eigenvalue(clean),
     )
-    whole = data.batches(gathered.train, config.batch, seed=config.seed)
-    experiment.step.eval_shape(shapes, next(whole))
+    batch = {
+        name: jax.ShapeDtypeStruct((config.batch, *x.shape[1:]), x.dtype)
+        for name, x in gathered.first.items()
+    }
+    experiment.step.eval_shape(shapes, batch)
     if begins:
         experiment.trained()
     return experiment

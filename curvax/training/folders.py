@@ -68,7 +68,7 @@ def listing(root: Path) -> ClassFolders:
     """
     if not root.is_dir():
         raise DataError(f"{root} is no folder of class folders: it does not exist.")
-    inside = list(_visible(root))
+    inside = list(visible(root))
     folders = [path for path in inside if path.is_dir()]
     if stray := [path for path in inside if is_picture(path)]:
         raise DataError(
@@ -81,7 +81,7 @@ def listing(root: Path) -> ClassFolders:
             f"{root} holds no class folders. Put the pictures of each class into a folder of its "
             "own, as ROOT/CLASS/picture.jpg, and give ROOT."
         )
-    content = {folder.name: list(_visible(folder)) for folder in folders}
+    content = {folder.name: list(visible(folder)) for folder in folders}
     pictures = [(name, path) for name, paths in content.items() for path in paths]
     kept = [(name, path) for name, path in pictures if is_picture(path)]
     if empty := sorted(set(content) - {name for name, _ in kept}):
@@ -99,7 +99,8 @@ def is_picture(path: Path) -> bool:
     return path.suffix.lower() in _SUFFIXES and path.is_file()
 
 
-def _visible(folder: Path) -> Iterator[Path]:
+def visible(folder: Path) -> Iterator[Path]:
+    """What is in a folder, sorted, but what begins with a dot."""
     return (path for path in sorted(folder.iterdir()) if not path.name.startswith("."))
 
 

@@ -54,8 +54,11 @@ class ProcessLost(ConnectionError):
 
 
 def lost(error: Exception, folder: Path) -> Exception:
-    """What an error of the runtime means to a run of several processes; to one alone, itself."""
-    if jax.process_count() == 1:
+    """What an error of the runtime means to a run of several processes.
+
+    To one alone it is itself, and so is a want of memory, which all meet.
+    """
+    if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
         return error
     return ProcessLost(
         f"process {jax.process_index()} of {jax.process_count()} lost another one in the middle of "
