@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -39,19 +40,26 @@ def config_of(labels, **fields):
     return compare.variant(config, eval_batch=24, **fields)
 
 
+def split_of(experiment) -> Any:
+    """Its training set, which is in memory."""
+    return experiment.material.train
+
+
 def true_labels(seed):
     """The training set's own, in its order: what `take` keeps for a seed and no noise changes."""
     config = tiny_run.get_config()
     config.data.noise = 0.0
-    return build(compare.variant(config, seed=seed)).material.train.labels
+    return split_of(build(compare.variant(config, seed=seed))).labels
 
 
 def predicted(folder, seed, inputs):
     """By the run's model on normalised images."""
     (subject,) = subjects.load([folder / "0-adamw" / f"seed{seed}"])
-    mean, std = images.moments(images.load("digits", seed=0).train.inputs)
+    of_all: Any = images.load("digits", seed=0).train
+    mean, std = images.moments(of_all.inputs)
     x = images.normalise(inputs, mean, std)
-    return np.argmax(subject.experiment.model.apply({"params": subject.state.params}, x), -1)
+    logits: Any = subject.experiment.model.apply({"params": subject.state.params}, x)
+    return np.argmax(logits, -1)
 
 
 @pytest.mark.parametrize("hold_out", [False, True])
@@ -59,7 +67,8 @@ def test_the_labels_are_the_classes_that_the_run_of_the_seed_puts_first(first, h
     experiment = build(config_of(first), hold_out=hold_out)
     found = {}
     for seed in (0, 1):
-        train, wrong, *_ = experiment.reseeded(seed).material
+        ours = experiment.reseeded(seed)
+        train, wrong = split_of(ours), ours.material.wrong
         expected = predicted(first, seed, train.inputs)
         np.testing.assert_array_equal(train.labels, expected)
         assert train.labels.dtype == np.int32

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -155,7 +156,7 @@ def test_every_regime_begins_with_weights_and_statistics_where_its_state_lies(re
 def mixer_file(folder, classes, places=16, seed=0):
     """Weights of the tiny run's model under the names of its authors."""
     width, hidden = 8, {"token": 4, "channel": 8}
-    block = {f"LayerNorm_{n}/{x}": (width,) for n in (0, 1) for x in ("scale", "bias")}
+    block: Any = {f"LayerNorm_{n}/{x}": (width,) for n in (0, 1) for x in ("scale", "bias")}
     for kind, inputs in (("token", places), ("channel", width)):
         for n, (rows, columns) in enumerate([(inputs, hidden[kind]), (hidden[kind], inputs)]):
             block |= {f"{kind}_mixing/Dense_{n}/kernel": (rows, columns)}
@@ -165,7 +166,7 @@ def mixer_file(folder, classes, places=16, seed=0):
     shapes |= {f"pre_head_layer_norm/{x}": (width,) for x in ("scale", "bias")}
     shapes |= {"head/kernel": (width, classes), "head/bias": (classes,)}
     rng = np.random.default_rng(seed)
-    arrays = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    arrays: Any = {k: rng.standard_normal(x).astype(np.float32) for k, x in shapes.items()}
     np.savez(folder / "mixer.npz", **arrays)
     return folder / "mixer.npz", arrays
 

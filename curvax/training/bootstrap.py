@@ -71,7 +71,8 @@ def _predictor(first: ConfigDict, folder: Path, train: Split) -> Any:
 
     @jax.jit
     def predict(variables: Any, batch: Any) -> jax.Array:
-        return jnp.argmax(model.apply(variables, task.in_test(batch)["input"]), -1)
+        logits: Any = model.apply(variables, task.in_test(batch)["input"])
+        return jnp.argmax(logits, -1)
 
     return lambda batch: predict(variables, batch)
 

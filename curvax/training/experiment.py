@@ -1,7 +1,7 @@
 """A config made ready to run: task, model, optimiser, data, and the compiled functions."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -13,7 +13,6 @@ from curvax import models, recipe
 from curvax.flax_bridge import Layout, layout
 from curvax.training import config as configs
 from curvax.training import data, evaluate, material, pretrained, regimes, tasks
-from curvax.training.augment import Batch
 from curvax.training.data import Examples
 from curvax.training.material import Material
 from curvax.training.regimes import Jit
@@ -174,7 +173,7 @@ def build(config: ConfigDict, *, hold_out: bool = False, begins: bool = True) ->
     return experiment
 
 
-def _as_taken(task: Task, batch: Batch) -> jax.ShapeDtypeStruct:
+def _as_taken(task: Task, batch: Mapping[str, Any]) -> jax.ShapeDtypeStruct:
     """Inputs of a batch as the model takes them, which may have another size and dtype."""
     return jax.eval_shape(task.in_test, batch)["input"]
 
