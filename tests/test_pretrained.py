@@ -200,6 +200,22 @@ def test_the_stacked_layers_of_a_scanned_big_vision_model(tmp_path):
         np.testing.assert_allclose(logits(model, loaded), expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("root", ["", "params/", "opt/target/"])
+def test_big_visions_older_files_have_the_positions_elsewhere_and_the_tokens_among_them(
+    root, tmp_path
+):
+    file = vision_transformer()
+    positions = file.pop("Transformer/posembed_input/pos_embedding")
+    older = {f"{root}{name}": x for name, x in file.items()}
+    older[f"{root}Transformer/pos_embedding"] = positions
+    model = build("vit_tiny", CLASSES, **VIT, pool="token")
+    loaded = load(written(tmp_path, older), model, variables_of(model))
+    file["Transformer/posembed_input/pos_embedding"] = positions
+    np.testing.assert_allclose(
+        logits(model, loaded), logits_of_vit(file, IMAGES), rtol=1e-9, atol=1e-9
+    )
+
+
 def test_bfloat16_as_numpy_writes_it(tmp_path):
     model = build("vit_tiny", CLASSES, **VIT)
     half = {name: x.astype(ml_dtypes.bfloat16) for name, x in big_vision().items()}
@@ -220,6 +236,19 @@ def test_with_other_classes_the_head_stays_new_and_its_representation_layer_goes
         np.testing.assert_array_equal, loaded["params"]["head"], variables["params"]["head"]
     )
     np.testing.assert_array_equal(loaded["params"]["embedding"]["kernel"], file["embedding/kernel"])
+
+
+def test_a_head_that_fits_stays_out_when_it_is_to_be_new(tmp_path):
+    model = build("vit_tiny", CLASSES, **VIT)
+    variables = variables_of(model)
+    file = written(tmp_path, big_vision() | drawn(dense("pre_logits", WIDTH, WIDTH)))
+    with pytest.raises(PretrainedError, match="`new_head` where the head alone differs"):
+        load(file, model, variables)
+    loaded = load(file, model, variables, new_head=True)
+    assert not np.any(loaded["params"]["head"]["kernel"])
+    assert np.any(
+        loaded["params"]["embedding"]["kernel"] != variables["params"]["embedding"]["kernel"]
+    )
 
 
 def test_positions_are_interpolated_between_fixed_corners():

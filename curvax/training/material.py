@@ -55,9 +55,9 @@ def _relabelled(
         return train, np.zeros(train.size, bool)
     if not isinstance(train, Split):
         raise DataError(
-            "`data.noise` and `data.labels` replace labels in memory, and those of "
-            f"`{config.data.name}` are in its records. Leave both out, or convert pictures in "
-            "other class folders."
+            f"`data.{'labels' if predicted else 'noise'}` replaces labels in memory, and those of "
+            f"`{config.data.name}` are in its records. Leave it out, or convert pictures in other "
+            "class folders."
         )
     if predicted:
         labels = bootstrap.predictions(config, train)

@@ -54,7 +54,7 @@ def read(path: str | Path, model: nn.Module, variables: Tree, *, new_head: bool 
             is missing, what is left over, and what has another shape.
     """
     wanted = flatten_dict(variables, sep="/")
-    found = _as_deep(_arrays(Path(path).expanduser()), wanted)
+    found = _as_deep(arrays(Path(path).expanduser()), wanted)
     if new_head or not _same_head(found, wanted):
         found = {k: v for k, v in found.items() if not k.startswith((HEAD, REPRESENTATION))}
         wanted = {k: v for k, v in wanted.items() if not k.startswith(HEAD)}
@@ -94,8 +94,12 @@ def resized(positions: np.ndarray, count: int) -> np.ndarray:
     return zoom(grid, (new / old, new / old, 1), order=1).reshape(1, count, -1)
 
 
-def _arrays(path: Path) -> Arrays:
-    """Arrays with their collection before their names."""
+def arrays(path: Path) -> Arrays:
+    """All arrays of a file or of a run's newest checkpoint, their collection before their names.
+
+    Raises:
+        PretrainedError: nothing there can be read.
+    """
     if not path.exists():
         raise PretrainedError(
             f"`{path}` does not exist, and trained weights are to be read from it. Put it back, or "
