@@ -1,6 +1,7 @@
 """The methods that two processes step with, and how: a module that both ends of the test import."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -67,7 +68,7 @@ def stepped(name, regime, steps=2):
     else:
         axes, shape = (AXES, GRIDS[name]) if name in GRIDS else ((AXIS,), (DEVICES,))
         mesh = jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * len(axes))
-        specs = dict(in_specs=(P(), P(), P(axes)), out_specs=P())
+        specs: Any = dict(in_specs=(P(), P(), P(axes)), out_specs=P())
         mapped = jax.jit(jax.shard_map(step, mesh=mesh, **specs))
         state = jax.jit(METHODS[name].init, out_shardings=NamedSharding(mesh, P()))(params)
     for _ in range(steps):

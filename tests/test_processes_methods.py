@@ -1,6 +1,7 @@
 """Every method on two processes of four devices equals a float64 loop over the shards."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,7 +33,7 @@ def natural(params, batch):
     fisher = sum(J.T @ J / PER_DEVICE for J in jacobians) / DEVICES
     residuals = [of(piece)(flat) - piece["y"] for piece in parts]
     gradient = sum(J.T @ r / PER_DEVICE for J, r in zip(jacobians, residuals)) / DEVICES
-    return unravel(np.linalg.solve(fisher + DAMPING * np.eye(len(flat)), gradient))
+    return unravel(jax.numpy.linalg.solve(fisher + DAMPING * np.eye(len(flat)), gradient))
 
 
 GRADIENTS = {
@@ -60,5 +61,5 @@ def test_two_processes_equal_the_loop_over_shards(name, found):
     assert np.abs(reference - problem.ravel(problem.make_params())).max() > 1e-2
     for regime in regimes_of(name):
         # g / |d| amplifies the rounding of a small d
-        close = dict(rtol=1e-10, atol=1e-12)
+        close: Any = dict(rtol=1e-10, atol=1e-12)
         np.testing.assert_allclose(found[f"{name}, {regime}"], reference, err_msg=regime, **close)
