@@ -121,6 +121,19 @@ def test_a_kill_of_either_is_told_and_undone(killed, undisturbed, tmp_path):
     jax.tree.map(same, end_of(tmp_path, regime), end_of(whole, regime))
 
 
+@pytest.mark.parametrize("spoilt", [0, 1])
+def test_an_error_of_one_alone_ends_all(spoilt, monkeypatch, tmp_path):
+    monkeypatch.setenv("SPOILT", str(spoilt))
+    results = ended(start(2, "train", f"{CONFIG}:shard_map", "--runs", tmp_path))
+    status, said = results[spoilt]
+    assert status == 2
+    assert "curvax: an image of this process is damaged" in said
+    status, said = results[1 - spoilt]
+    assert status != 0
+    assert "another task died" in said or "lost another one" in said
+    assert not list(tmp_path.glob("*/*/seed0/results.json"))
+
+
 def test_two_processes_begin_with_weights_and_predicted_labels(undisturbed, tmp_path):
     """A run that stands still ends with the weights of the first, and has its labels."""
     regime, whole = undisturbed
