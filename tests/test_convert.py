@@ -229,6 +229,7 @@ def test_missing_and_foreign_files_of_records_are_told(copy, tmp_path):
 @pytest.mark.parametrize("features", [{"objects": {}}, {"label": {"tensor": {}}}])
 def test_records_without_classes_are_told(features, copy):
     told = {"featuresDict": {"features": features}}
+    (copy / records.CLASSES).unlink()
     (copy / "features.json").write_text(json.dumps(told))
     with pytest.raises(DataError, match="no feature `label` with classes"):
         read_folder(copy)
