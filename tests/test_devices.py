@@ -343,6 +343,20 @@ def test_several_shards_on_a_device_are_those_of_one_device_alone(regime):
 
 
 @pytest.mark.parametrize("regime", REGIMES)
+def test_groups_draw_their_own_probes_whatever_device_has_them(regime):
+    params, batch = make_params(), make_batch()
+    tx = (
+        cx.per_group(2, cx.hutchinson_diag(jax.random.key(3), mean_over="batch"))
+        | cx.pmean_updates("batch")
+        | cx.scale_by_power(1.0, eps=1e-4)
+        | optax.sgd(0.1)
+    )
+    found, _ = run(regime, tx, params, batch)
+    alone, _ = one_step(tx, *one_step(tx, params, tx.init(params), batch), batch)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-12), found, alone)
+
+
+@pytest.mark.parametrize("regime", REGIMES)
 def test_every_keeps_and_averages_inside(regime):
     params, batch = make_params(), make_batch()
     tx = cx.every(2, cx.hutchinson_diag(mean_over="batch"))

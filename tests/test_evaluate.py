@@ -31,7 +31,7 @@ def get_config():
     )
     config.data.update(name="records", side=16)
     config.optimizer = "adamw(1e-2)"
-    config.update(batch=16, epochs=1, eval_batch=16, hessian_examples=0)
+    config.update(batch=16, epochs=1, eval_batch=8, hessian_examples=0)
     return config
 """
 

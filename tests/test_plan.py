@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 import curvax as cx
 from curvax import cli
 from curvax.planning import collectives, hlo, readings, remedies, topologies
+from curvax.planning import plan as plans
 from curvax.training import experiment
 from curvax.training.config import defaults
 
@@ -335,6 +336,45 @@ def test_a_reading_that_was_cut_short_is_read_anew(monkeypatch, tmp_path):
         patch.setattr(Path, "write_text", cut)
         readings.read(outline, machine, tmp_path)
     assert readings.read(outline, machine, tmp_path).flops > 0
+
+
+def test_the_figures_of_a_plan_are_those_of_a_device_beside_the_base():
+    topology = topologies.Topology(
+        "v", range(4), topologies.Chip(memory=4000, peak=1e6, example="")
+    )
+    counted = ("all-reduce", 3, 600), ("all-gather", 1, 200)
+    sends = {kind: collectives.Collective(times, size) for kind, times, size in counted}
+    base, reading = (
+        readings.Reading(400, memory.total, True, memory, flops, sent)
+        for memory, flops, sent in (
+            (readings.Memory(500, 300, 200, 40, 10), 2e3, {"all-reduce": sends["all-reduce"]}),
+            (readings.Memory(900, 700, 600, 200, 100), 5e3, sends),
+        )
+    )
+    assert (base.needed, reading.needed) == (650, 1300)
+    found = plans.figures(reading, base, topology)
+    assert found == pytest.approx(
+        {
+            "memory, MB": 1300e-6,
+            "% of the HBM": 32.5,
+            "memory × base": 2,
+            "  arguments, MB": 900e-6,
+            "  outputs, MB": 700e-6,
+            "  aliased, MB": 600e-6,
+            "  temporaries, MB": 200e-6,
+            "  code, MB": 100e-6,
+            "GFLOP": 5e-6,
+            "GFLOP on all devices": 20e-6,
+            "FLOPs × base": 2.5,
+            "ms at the peak of bf16": 5,
+            "all-reduce, times": 3,
+            "all-reduce, MB": 600e-6,
+            "all-gather, times": 1,
+            "all-gather, MB": 200e-6,
+            "sent, × parameters": 2,
+            "sent × base": 4 / 3,
+        }
+    )
 
 
 def test_a_refusal_of_the_compiler_says_how_much_is_needed(monkeypatch, tmp_path):
