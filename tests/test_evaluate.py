@@ -5,6 +5,7 @@ import functools
 import json
 import shutil
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -177,8 +178,9 @@ def test_records_of_numbers_are_matched_where_the_run_has_no_names(subject, tmp_
     material = subject.experiment.material
     unnamed = dataclasses.replace(subject.experiment, material=material._replace(names=[]))
     (benchmark,) = benchmarks.of_path(tmp_path / "made", unnamed)
+    pictures: Any = benchmark.examples
     for number in range(12):
-        example = benchmark.examples.store.read(number)
+        example = pictures.store.read(number)
         assert example.name == f"{example.label}_0.JPEG"
 
 
@@ -259,13 +261,13 @@ def test_labels_that_do_not_fit_are_refused(subject, validation, tmp_path, conte
 
 
 @pytest.mark.parametrize(
-    "names, found", [("123", "012"), ("123", "0"), (["n00", "n01"], ["0", "n01"])]
+    ("names", "found"), [("123", "012"), ("123", "0"), (["n00", "n01"], ["0", "n01"])]
 )
 def test_names_and_numbers_of_classes_are_not_mixed(names, found, tmp_path):
     write_pictures(tmp_path, 1, list(found))
     options = ConfigDict({"name": "records", "side": 8, "threads": None})
     material = SimpleNamespace(names=list(names), classes=len(names))
-    trained = SimpleNamespace(config=ConfigDict({"data": options}), material=material)
+    trained: Any = SimpleNamespace(config=ConfigDict({"data": options}), material=material)
     with pytest.raises(DataError, match="has the class `0`"):
         list(benchmarks.of_path(tmp_path, trained))
 
