@@ -1,9 +1,11 @@
 """The command line: training, comparing, looking at runs, planning, making records."""
 
 import argparse
+import contextlib
 import math
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +113,7 @@ ImageNet-C has one for each corruption and strength.
   curvax evaluate runs/digits-train-20260101-120000 --corruptions
 """
 
+_STOPPED = "stopped. `curvax resume FOLDER` goes on from the last checkpoint."
 _CONFIGS = "List the configs, or print what one of them is: paper, command, expected result, cost."
 
 
@@ -119,13 +122,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0; 2 after an error, which is told in one paragraph; 130 after Ctrl-C, 143 after SIGTERM.
+        One of several processes that fails alone ends here, so that the others notice.
     """
     arguments, overrides = _parser().parse_known_args(argv)
     try:
-        _join(arguments)
-        arguments.run(arguments, overrides)
+        joined = _join(arguments)
+        with _alone() if joined else contextlib.nullcontext():
+            arguments.run(arguments, overrides)
     except KeyboardInterrupt:
-        return _fail("stopped. `curvax resume FOLDER` goes on from the last checkpoint.", 130)
+        return _fail(_STOPPED, 130)
     except InterruptedError as stopped:
         return _fail(f"{stopped} `curvax resume FOLDER` goes on from there.", 143)
     except ModuleNotFoundError as error:
@@ -135,6 +140,28 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(str(error), 2)
     return 0
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Ends a process of several on an error that may be its own alone, once it is told.
+
+    JAX's runtime would let it wait for the others at its end, and they wait for it in their step.
+    What all meet together, a run that was stopped or is not finite, goes on to `main`.
+    """
+    from curvax.training import processes
+
+    try:
+        yield
+    except (InterruptedError, ArithmeticError, ModuleNotFoundError):
+        raise
+    except (ValueError, TypeError, OSError) as error:
+        processes.leave(_fail(str(error), 2))
+    except KeyboardInterrupt:
+        processes.leave(_fail(_STOPPED, 130))
+    except BaseException:
+        traceback.print_exc()
+        processes.leave(1)
 
 
 def _fail(message: str, code: int) -> int:
@@ -297,13 +324,15 @@ def _convert_options(convert: _Parser) -> None:
     )
 
 
-def _join(arguments: argparse.Namespace) -> None:
-    """Makes this process one of several, where the options say so."""
+def _join(arguments: argparse.Namespace) -> bool:
+    """Whether the options make this process one of several, which it is from here on."""
     given = [getattr(arguments, name, None) for name in ("coordinator", "processes", "process")]
     if any(value is not None for value in given) or getattr(arguments, "distributed", False):
         from curvax.training import processes
 
         processes.join(*given)
+        return True
+    return False
 
 
 def _positive(text: str) -> int:

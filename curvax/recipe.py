@@ -191,12 +191,26 @@ class _Reader:
         return f"    {line}\n    {' ' * len(before.rpartition(chr(10))[2])}^"
 
 
-def outline(text: str) -> str:
-    """The names of a method's parts: `sam_perturb(0.2) | adamw(1e-3)` ↦ `sam_perturb | adamw`."""
+def outline(text: str, *, deep: bool = False) -> str:
+    """The names of a method's parts: `sam_perturb(0.2) | adamw(1e-3)` ↦ `sam_perturb | adamw`.
+
+    Args:
+        deep: with those of the calls inside, as `per_group(sam_perturb) | adamw(cosine)`.
+    """
     calls = _operands(_Reader(text, {}).tree())
-    return " | ".join(
-        ast.unparse(call.func if isinstance(call, ast.Call) else call) for call in calls
-    )
+    return " | ".join(_name(call, deep=deep) for call in calls)
+
+
+def _name(node: ast.expr, *, deep: bool) -> str:
+    if not isinstance(node, ast.Call):
+        return ast.unparse(node)
+    name = ast.unparse(node.func)
+    arguments = [*node.args, *(keyword.value for keyword in node.keywords)]
+    inside = [each for each in arguments if isinstance(each, ast.Call | ast.BinOp)]
+    if not (deep and inside):
+        return name
+    pipes = (" | ".join(_name(part, deep=True) for part in _operands(each)) for each in inside)
+    return f"{name}({', '.join(pipes)})"
 
 
 def _operands(node: ast.expr) -> list[ast.expr]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from curvax import models, recipe
-from curvax.training import commands, compare, config, data, preparation, regimes, sources
+from curvax.training import commands, compare, config, data, preparation, regimes
 from curvax.training.experiment import build, outline
 
 SHAPES = {
@@ -16,6 +16,7 @@ SHAPES = {
     "fashion_mnist": (28, 28, 1),
     "cifar10": (32, 32, 3),
     "cifar100": (32, 32, 3),
+    "svhn_extra": (32, 32, 3),
 }
 
 
@@ -55,7 +56,7 @@ def test_a_config_opens_with_paper_command_result_and_cost(name):
 def test_a_config_builds_with_its_method_and_its_base(name):
     loaded = config.load(name)
     assert loaded.is_locked
-    if sources.find(loaded.data.name).records:
+    if loaded.data.name == "imagenet" or loaded.start:  # what is not here
         for arm in arms_of(loaded).values():
             outline(arm, jax.devices()[:1])
         return

@@ -1,6 +1,8 @@
 """Class folders to array_record files: what is written, in which order, and what stops it."""
 
 import collections
+import json
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -9,7 +11,7 @@ import photographs
 import pytest
 
 from curvax import cli
-from curvax.training import convert, folders, records
+from curvax.training import convert, examples, folders, records
 from curvax.training.archives import DataError
 from curvax.training.convert import find_parts
 from curvax.training.records import Shards, read_folder
@@ -222,6 +224,22 @@ def test_missing_and_foreign_files_of_records_are_told(copy, tmp_path):
         read_folder(tmp_path)
     with pytest.raises(DataError, match="does not exist"):
         read_folder(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("features", [{"objects": {}}, {"label": {"tensor": {}}}])
+def test_records_without_classes_are_told(features, copy):
+    told = {"featuresDict": {"features": features}}
+    (copy / records.CLASSES).unlink()
+    (copy / "features.json").write_text(json.dumps(told))
+    with pytest.raises(DataError, match="no feature `label` with classes"):
+        read_folder(copy)
+
+
+def test_names_that_are_no_text_are_kept():
+    name = os.fsdecode(b"caf\xe9.jpg")
+    record = examples.encode(examples.Example(b"", 0, name))
+    assert b"caf\xe9.jpg" in record
+    assert examples.decode(record).name == "caf\ufffd.jpg"
 
 
 def test_a_missing_part_is_told(converted):

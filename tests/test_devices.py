@@ -352,8 +352,8 @@ def test_groups_draw_their_own_probes_whatever_device_has_them(regime):
         | optax.sgd(0.1)
     )
     found, _ = run(regime, tx, params, batch)
-    middle, state = one_step(tx, params, tx.init(params), batch)
-    alone, _ = one_step(tx, middle, state, batch)
+    alone, state = one_step(tx, params, tx.init(params), batch)
+    alone, _ = one_step(tx, alone, state, batch)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-12), found, alone)
 
 

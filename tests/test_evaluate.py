@@ -19,7 +19,6 @@ from curvax.training import benchmarks, convert, jpegs, label_sets, ranking, sub
 from curvax.training.archives import DataError
 from curvax.training.corruptions import CORRUPTIONS
 from curvax.training.folders import listing
-from curvax.training.pictures import Pictures
 
 NAMES = [f"n{number:02}" for number in range(12)]
 CONFIG = """
@@ -179,9 +178,9 @@ def test_records_of_numbers_are_matched_where_the_run_has_no_names(subject, tmp_
     material = subject.experiment.material
     unnamed = dataclasses.replace(subject.experiment, material=material._replace(names=[]))
     (benchmark,) = benchmarks.of_path(tmp_path / "made", unnamed)
-    assert isinstance(benchmark.examples, Pictures)
+    pictures: Any = benchmark.examples
     for number in range(12):
-        example = benchmark.examples.store.read(number)
+        example = pictures.store.read(number)
         assert example.name == f"{example.label}_0.JPEG"
 
 

@@ -77,7 +77,7 @@ def sam(run):
     (subject,) = subjects.load([run / "1-sam_perturb-adam" / "seed0"])
     experiment = subject.experiment
     few = experiment.material.train.rows(slice(EXAMPLES))
-    whole = {"input": jnp.asarray(few.inputs), "label": jnp.asarray(few.labels)}
+    whole = jax.tree.map(jnp.asarray, few.gather(np.arange(EXAMPLES)))
     batch = experiment.task.in_test(whole)
     predict = lambda params, batch: experiment.model.apply({"params": params}, batch["input"])
     objective = curvax.Objective(curvax.categorical("label"), batch, model=predict)

@@ -1,5 +1,7 @@
 """Weights in the published formats and our own: the loaded model computes what the file's would."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -7,8 +9,8 @@ import numpy as np
 import pytest
 
 from curvax.models import build
-from curvax.training import commands, config, experiment, pretrained
-from curvax.training.pretrained import PretrainedError, load
+from curvax.training import pretrained
+from curvax.training.pretrained import PretrainedError
 
 WIDTH, HEADS, DEPTH, HIDDEN, PATCH, SIDE, CLASSES = 8, 2, 2, 12, 4, 12, 5
 PLACES = (SIDE // PATCH) ** 2
@@ -148,6 +150,10 @@ def written(folder, arrays):
     return folder / "weights.npz"
 
 
+def load(path, model, variables, **options):
+    return pretrained.over(variables, pretrained.read(path, model, variables, **options))
+
+
 def variables_of(model, side=SIDE):
     x = jnp.zeros((1, side, side, 3))
     return jax.tree.map(lambda x: x.astype(float), jax.jit(model.init)(jax.random.key(9), x))
@@ -157,7 +163,7 @@ def logits(model, variables):
     return np.asarray(jax.jit(model.apply)(variables, jnp.asarray(IMAGES)))
 
 
-CASES = {
+CASES: dict[str, tuple[Any, str, Any]] = {
     "vision_transformer, class token": (vision_transformer(), "vit_tiny", VIT | {"pool": "token"}),
     "vision_transformer, mean": (vision_transformer(token=False), "vit_tiny", VIT),
     "big_vision, class token": (big_vision(token=True), "vit_tiny", VIT | {"pool": "token"}),
@@ -196,6 +202,22 @@ def test_the_stacked_layers_of_a_scanned_big_vision_model(tmp_path):
         np.testing.assert_allclose(logits(model, loaded), expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("root", ["", "params/", "opt/target/"])
+def test_big_visions_older_files_have_the_positions_elsewhere_and_the_tokens_among_them(
+    root, tmp_path
+):
+    file = vision_transformer()
+    positions = file.pop("Transformer/posembed_input/pos_embedding")
+    older = {f"{root}{name}": x for name, x in file.items()}
+    older[f"{root}Transformer/pos_embedding"] = positions
+    model = build("vit_tiny", CLASSES, **VIT, pool="token")
+    loaded = load(written(tmp_path, older), model, variables_of(model))
+    file["Transformer/posembed_input/pos_embedding"] = positions
+    np.testing.assert_allclose(
+        logits(model, loaded), logits_of_vit(file, IMAGES), rtol=1e-9, atol=1e-9
+    )
+
+
 def test_bfloat16_as_numpy_writes_it(tmp_path):
     model = build("vit_tiny", CLASSES, **VIT)
     half = {name: x.astype(ml_dtypes.bfloat16) for name, x in big_vision().items()}
@@ -216,6 +238,19 @@ def test_with_other_classes_the_head_stays_new_and_its_representation_layer_goes
         np.testing.assert_array_equal, loaded["params"]["head"], variables["params"]["head"]
     )
     np.testing.assert_array_equal(loaded["params"]["embedding"]["kernel"], file["embedding/kernel"])
+
+
+def test_a_head_that_fits_stays_out_when_it_is_to_be_new(tmp_path):
+    model = build("vit_tiny", CLASSES, **VIT)
+    variables = variables_of(model)
+    file = written(tmp_path, big_vision() | drawn(dense("pre_logits", WIDTH, WIDTH)))
+    with pytest.raises(PretrainedError, match="`new_head` where the head alone differs"):
+        load(file, model, variables)
+    loaded = load(file, model, variables, new_head=True)
+    assert not np.any(loaded["params"]["head"]["kernel"])
+    assert np.any(
+        loaded["params"]["embedding"]["kernel"] != variables["params"]["embedding"]["kernel"]
+    )
 
 
 def test_positions_are_interpolated_between_fixed_corners():
@@ -262,8 +297,8 @@ def test_a_shallower_model_names_the_layers_it_does_not_have(tmp_path):
 def test_what_holds_no_weights_is_told(tmp_path):
     model = build("vit_tiny", CLASSES, **VIT)
     (tmp_path / "text.npz").write_text("no weights")
-    for path in (tmp_path / "text.npz", tmp_path / "absent.npz"):
-        with pytest.raises(PretrainedError, match="holds no weights"):
-            load(path, model, variables_of(model))
+    for name, said in (("text.npz", "holds no weights"), ("absent.npz", "does not exist")):
+        with pytest.raises(PretrainedError, match=said):
+            load(tmp_path / name, model, variables_of(model))
     with pytest.raises(PretrainedError, match="there are: none"):
         load(tmp_path, model, variables_of(model))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import regime_run
 
-from curvax.training import loop, processes
+from curvax.training import loop, pretrained, processes
 from curvax.training.checkpoints import Checkpoints
 from curvax.training.experiment import build
 
@@ -120,6 +120,37 @@ def test_a_kill_of_either_is_told_and_undone(killed, undisturbed, tmp_path):
     carried_out(2, "resume", only(tmp_path, "regime_run*"))
     same = lambda a, b: np.testing.assert_array_equal(a, b)
     jax.tree.map(same, end_of(tmp_path, regime), end_of(whole, regime))
+
+
+@pytest.mark.parametrize("spoilt", [0, 1])
+def test_an_error_of_one_alone_ends_all(spoilt, monkeypatch, tmp_path):
+    monkeypatch.setenv("SPOILT", str(spoilt))
+    results = ended(start(2, "train", f"{CONFIG}:shard_map", "--runs", tmp_path))
+    status, said = results[spoilt]
+    assert status == 2
+    assert "curvax: an image of this process is damaged" in said
+    status, said = results[1 - spoilt]
+    assert status != 0
+    assert "another task died" in said or "lost another one" in said
+    assert not list(tmp_path.glob("*/*/seed0/results.json"))
+
+
+def test_two_processes_begin_with_weights_and_predicted_labels(undisturbed, tmp_path):
+    """A run that stands still ends with the weights of the first, and has its labels."""
+    regime, whole = undisturbed
+    first = only(whole, "*/*/seed0")
+    still = ["--optimizer=pmean_updates(axes) | sgd(0.0)", "--epochs=1"]
+    taken = [f"--start={first}", f"--data.labels={first}"]
+    carried_out(2, "train", f"{CONFIG}:{regime}", *still, *taken, "--runs", tmp_path)
+    found, expected = (pretrained.arrays(only(folder, "*/*/seed0")) for folder in (tmp_path, whole))
+    for name, x in expected.items():
+        if name.startswith("params/"):
+            np.testing.assert_array_equal(found[name], x)
+    config = regime_run.get_config(regime)
+    config.data.labels = str(first)
+    wrong = build(config).material.wrong.mean()
+    results = json.loads(only(tmp_path, "*/*/seed0/results.json").read_text())
+    assert results["wrong_labels"] == pytest.approx(wrong)
 
 
 def test_other_processes_may_go_on(undisturbed, tmp_path):

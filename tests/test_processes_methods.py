@@ -1,6 +1,7 @@
 """Every method on two processes of four devices equals a float64 loop over the shards."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -60,6 +61,5 @@ def test_two_processes_equal_the_loop_over_shards(name, found):
     assert np.abs(reference - problem.ravel(problem.make_params())).max() > 1e-2
     for regime in regimes_of(name):
         # g / |d| amplifies the rounding of a small d
-        np.testing.assert_allclose(
-            found[f"{name}, {regime}"], reference, rtol=1e-10, atol=1e-12, err_msg=regime
-        )
+        close: Any = dict(rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(found[f"{name}, {regime}"], reference, err_msg=regime, **close)

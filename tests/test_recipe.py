@@ -205,3 +205,11 @@ def test_cosine_and_linear_reach_peak_and_end():
 def test_an_outline_names_the_parts():
     text = "sam_perturb(0.2) | gsam_project(0.4)\n | adamw(cosine(1e-3))"
     assert outline(text) == "sam_perturb | gsam_project | adamw"
+
+
+def test_a_deep_outline_names_what_the_parts_hold():
+    text = (
+        "per_group(m, sam_perturb(rho_like(linear(lr), 1.0)) | gsam_project(0.1)) | sgd(cosine(1))"
+    )
+    found = outline(text, deep=True)
+    assert found == "per_group(sam_perturb(rho_like(linear)) | gsam_project) | sgd(cosine)"

@@ -33,6 +33,7 @@ from curvax.training import (
     tasks,
 )
 from curvax.training.checkpoints import CheckpointError, Checkpoints
+from curvax.training.data import Split
 from curvax.training.experiment import build
 from curvax.training.notice import Stopped
 from curvax.training.statistics import summarise
@@ -351,6 +352,7 @@ def test_held_out_examples_come_from_the_training_set_alone():
     assert rows(parted.train) | rows(parted.test) == rows(whole.train)
     assert not rows(parted.train) & rows(parted.test)
     assert parted.test.size == 6
+    assert isinstance(parted.test, Split)
     right = {i.tobytes(): label for i, label in zip(*images.load("digits").train)}
     assert all(right[i.tobytes()] == label for i, label in zip(*parted.test))
     assert np.mean(parted.wrong) == pytest.approx(0.25, abs=0.01)
@@ -468,6 +470,11 @@ def test_arms_differ_in_what_they_are_named_for():
     assert list(arms) == ["adamw", "adamw, 2 × epochs", *texts[1:]]
     assert [arm.epochs for arm in arms.values()] == [3, 6, 3, 3]
     assert [arm.optimizer for arm in arms.values()] == [texts[0], *texts]
+    groups = ["per_group(4, sam_perturb(0.1)) | sgd(1.0)", "per_group(4, sgd(0.1)) | sgd(1.0)"]
+    assert list(compare.arms(CONFIG, groups)) == [
+        "per_group(sam_perturb) | sgd",
+        "per_group(sgd) | sgd",
+    ]
 
 
 def test_a_grid_has_every_point_the_last_field_fastest():

@@ -107,7 +107,7 @@ def _about(subject: Subject, point: Point, rate: float | None) -> dict[str, str]
         "method": f"`{config.optimizer}`",
         "learning rate at its peak": "not read" if rate is None else f"{rate:g}",
         "model": f"{config.model.name}, {point.size:,} parameters",
-        "wrong labels": f"{config.data.noise:.0%}",
+        "wrong labels": f"{experiment.material.wrong.mean():.0%}",
         "seed": str(config.seed),
         "step": f"{int(subject.state.step)} of {experiment.steps}",
         **{f"{name} {goal.title}": form(split) for name, split in scores.items()},

@@ -81,12 +81,11 @@ def point(subject: Subject, examples: int) -> Point:
     """The loss on the first examples of the training set, and of the test set, at a state."""
     experiment, state = subject.experiment, subject.state
     variables = {"params": state.params, **state.model_state}
-    example = jnp.asarray(experiment.material.example)
     return Point(
         _objective(subject, experiment.material.train, examples),
         _objective(subject, experiment.material.test, examples),
         state.params,
-        layout(experiment.model, variables, example),
+        layout(experiment.model, variables, experiment.example),
     )
 
 

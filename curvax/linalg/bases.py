@@ -1,6 +1,7 @@
 """Several vectors as one tree, stacked along a new first axis: coefficients and combinations.
 
-Both are sums of products, which XLA fuses: a `dot_general` copies the basis into another layout.
+Both are products of a matrix and a vector for each leaf, and of a sharded leaf sums of products,
+which no mesh refuses. A loop copies its basis where it writes a vector before it multiplies.
 """
 
 import jax
@@ -13,16 +14,27 @@ from curvax.trees import Tree
 
 def coefficients(basis: Tree, v: Tree) -> jax.Array:
     """<bᵢ, v> for each vector of the basis, [m]."""
-    sums = lambda b, x: jnp.sum(b * trees.widen(x)[None], axis=range(1, b.ndim))
-    return sum(jax.tree.leaves(jax.tree.map(sums, basis, v)), jnp.zeros((), jnp.float32))
+
+    def inner(b: jax.Array, x: jax.Array) -> jax.Array:
+        x = trees.widen(x)
+        if trees.is_sharded(b) or trees.is_sharded(x):
+            return jnp.sum(b * x[None], axis=range(1, b.ndim))
+        return jnp.tensordot(b, x, axes=x.ndim, precision="highest")
+
+    return sum(jax.tree.leaves(jax.tree.map(inner, basis, v)), jnp.zeros((), jnp.float32))
 
 
 def combination(weights: jax.Array, basis: Tree) -> Tree:
     """Σᵢ wᵢ bᵢ, or for weights [n, m] a new basis of n such sums, one after the other."""
     if weights.ndim > 1:
         return lax.map(lambda w: combination(w, basis), weights)
-    along = lambda b: weights.reshape(-1, *[1] * (b.ndim - 1))
-    return jax.tree.map(lambda b: jnp.sum(along(b) * b, axis=0).astype(b.dtype), basis)
+
+    def sums(b: jax.Array) -> jax.Array:
+        if trees.is_sharded(b):
+            return jnp.sum(weights.reshape(-1, *[1] * (b.ndim - 1)) * b, axis=0)
+        return jnp.tensordot(weights, b, axes=1, precision="highest")
+
+    return jax.tree.map(lambda b: sums(b).astype(b.dtype), basis)
 
 
 def row(basis: Tree, i: jax.Array | int) -> Tree:

@@ -59,13 +59,16 @@ def _orthogonalised(product: Product, v0: Tree, k: int) -> Lanczos:
 
     def body(carry: Any, i: jax.Array) -> Any:
         basis, v = carry
-        basis = bases.with_row(basis, i, v)
         w, parts = bases.orthogonal(apply(v), basis)
         beta, v = normalised(w, scale=jnp.linalg.norm(parts))
-        return (basis, v), (parts[i], beta)
+        # The vector beyond the last has no row: the last is written again.
+        last = bases.row(basis, k - 1)
+        new = jax.tree.map(lambda x, old: jnp.where(i + 1 < k, x, old), v, last)
+        return (bases.with_row(basis, i + 1, new), v), (parts[i], beta)
 
     _, start = normalised(trees.wide(v0))
-    carry = axes.carried((bases.empty(k, start), start), lambda carry: body(carry, jnp.int32(0))[0])
+    first = bases.with_row(bases.empty(k, start), 0, start)
+    carry = axes.carried((first, start), lambda carry: body(carry, jnp.int32(0))[0])
     (basis, _), (alpha, beta) = lax.scan(body, carry, jnp.arange(k))
     return Lanczos(alpha, beta[:-1], basis, beta[-1])
 

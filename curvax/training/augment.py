@@ -164,6 +164,25 @@ def _mixed(x: jax.Array, weight: jax.Array) -> jax.Array:
     return weight * x + (1 - weight) * jnp.roll(x, 1, axis=0)
 
 
+def resize(side: int) -> Transform:
+    """Images of `side` × `side` pixels, bilinearly; those that shrink are smoothed.
+
+    Raises:
+        ValueError: `side` is below 1.
+    """
+    if side < 1:
+        raise ValueError(f"`resize` takes the side of its images in pixels, and got {side}.")
+
+    def transform(key: jax.Array, batch: Batch) -> Batch:
+        count, height, width, channels = batch["input"].shape
+        if (height, width) == (side, side):
+            return batch
+        shape = (count, side, side, channels)
+        return batch | {"input": jax.image.resize(batch["input"], shape, "linear")}
+
+    return transform
+
+
 _ATTEMPTS = 10  # boxes drawn at once, as torchvision; of a square image none fits once in 10⁸
 
 

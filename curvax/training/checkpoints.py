@@ -1,10 +1,7 @@
 """Checkpoints of a run: state and place in the data, written whole or not at all, by Orbax."""
 
-import contextlib
-import logging
 import shutil
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ import orbax.checkpoint as ocp
 
 from curvax.training import processes, seals
 from curvax.training.experiment import Experiment
+from curvax.training.quiet import silent_log
 from curvax.training.step import State
 
 _OWN_FILES = 2**18  # bytes; a checkpoint of a small model took 1.5e5 beside its arrays
@@ -56,7 +54,7 @@ class Checkpoints(NoCheckpoints):
             create=not read_only,
             read_only=read_only,
         )
-        with _silent_log():
+        with silent_log():
             self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def resume(self, experiment: Experiment) -> tuple[State, Any]:
@@ -86,7 +84,7 @@ class Checkpoints(NoCheckpoints):
         )
         try:
             _check_room(self.folder, state)
-            with _silent_log():
+            with silent_log():
                 self._manager.save(step, args=items)
             if processes.first():
                 seals.seal(self.folder / str(step))
@@ -112,7 +110,7 @@ class Checkpoints(NoCheckpoints):
         )
         try:
             seals.check(self.folder / str(step))  # Orbax's reading threads stop noisily
-            with _silent_log():
+            with silent_log():
                 restored = self._manager.restore(step, args=items)
         except Exception as error:
             raise CheckpointError(
@@ -143,18 +141,6 @@ def _check_room(folder: Path, state: State) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(f"the disk is full: it needs {needed} bytes and {free} are free")
-
-
-@contextlib.contextmanager
-def _silent_log() -> Iterator[None]:
-    """Keeps Orbax from logging the errors that are raised here anyway."""
-    log = logging.getLogger("absl")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 def _reason(error: Exception) -> str:

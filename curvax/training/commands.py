@@ -1,5 +1,6 @@
 """What `curvax train`, `compare`, `bench` and `resume` do, given a config."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +10,17 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from curvax.training import bench, compare, curves, processes, progress, report, runs, sweep
+from curvax.training import (
+    bench,
+    bootstrap,
+    compare,
+    curves,
+    processes,
+    progress,
+    report,
+    runs,
+    sweep,
+)
 from curvax.training import config as configs
 from curvax.training.checkpoints import CheckpointError
 from curvax.training.compare import Arms, Outcomes
@@ -34,13 +45,18 @@ class Plan(NamedTuple):
         arms = compare.arms(config, self.optimizers, fair=self.fair)
         return compare.grid(arms, self.fields) if self.fields else arms
 
-    def ready(self, arm: ConfigDict) -> Experiment:
+    def ready(self, arm: ConfigDict, *, begins: bool = False) -> Experiment:
         """One arm made ready; a sweep's arms are scored on what they held out."""
-        return build(arm, hold_out=bool(self.fields))
+        return build(arm, hold_out=bool(self.fields), begins=begins)
 
-    def prepare(self, config: ConfigDict) -> dict[str, Experiment]:
+    def prepare(self, config: ConfigDict, *, begins: bool = True) -> dict[str, Experiment]:
         """Every arm made ready, and so checked before one begins."""
-        return {name: self.ready(arm) for name, arm in self.arms(config).items()}
+        arms = self.arms(config)
+        ready = {name: self.ready(arm, begins=begins) for name, arm in arms.items()}
+        for arm, seed in itertools.product(arms.values(), range(self.seeds)):
+            if arm.data.labels is not None:
+                bootstrap.find(arm, arm.seed + seed)
+        return ready
 
 
 def configure(name: str, assignments: Sequence[str]) -> ConfigDict:
@@ -65,9 +81,15 @@ def start(config: ConfigDict, plan: Plan, root: Path) -> None:
 
 
 def resume(folder: Path) -> None:
-    """Goes on with what was begun in a run folder; errors as in `read`."""
+    """Goes on with what was begun in a run folder; errors as in `read`.
+
+    Weights to begin with are looked for where a run has not begun.
+    """
     config, plan = read(folder)
-    _carry_out(config, plan, plan.prepare(config), folder)
+    experiments = plan.prepare(config, begins=False)
+    for experiment in compare.not_begun(experiments, plan.seeds, folder):
+        experiment.trained()
+    _carry_out(config, plan, experiments, folder)
 
 
 def read(folder: Path) -> tuple[ConfigDict, Plan]:

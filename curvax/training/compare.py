@@ -7,7 +7,7 @@ own, so that what was stopped goes on where it was.
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,9 +69,12 @@ def arms(config: ConfigDict, optimizers: Sequence[str], *, fair: bool = False) -
 
 
 def labels(optimizers: Sequence[str]) -> list[str]:
-    """Short names for the methods: their outlines, or the whole texts where outlines coincide."""
-    outlines = [outline(text) for text in optimizers]
-    return [o if outlines.count(o) == 1 else text for o, text in zip(outlines, optimizers)]
+    """Short names for the methods: their outlines, deeper ones where these coincide, or else the
+    whole texts."""
+    found = [outline(text) for text in optimizers]
+    for longer in ([outline(text, deep=True) for text in optimizers], optimizers):
+        found = [o if found.count(o) == 1 else long for o, long in zip(found, longer)]
+    return found
 
 
 def grid(methods: Arms, fields: Mapping[str, Sequence[str]]) -> Arms:
@@ -109,20 +112,37 @@ def run(
         NotFinite: a run met a NaN, without `may_diverge`.
     """
     outcomes: dict[str, list[Outcome]] = {name: [] for name in experiments}
+    for name, seed, place in places(experiments, seeds, folder):
+        experiment = experiments[name]
+        place.mkdir(parents=True, exist_ok=True)
+        report = row(f"{name}, seed {seed}", experiment.steps)
+        try:
+            outcomes[name].append(fit(experiment.reseeded(seed), place, report))
+        except NotFinite:
+            if not may_diverge:
+                raise
+            outcomes[name].append(Outcome({}, []))
+    return outcomes
+
+
+def places(
+    experiments: Mapping[str, Experiment], seeds: int, folder: Path
+) -> Iterator[tuple[str, int, Path]]:
+    """The name, the seed and the folder of every run, in their order."""
     for number, (name, experiment) in enumerate(experiments.items()):
         slug = re.sub(r"\W+", "-", name).strip("-")[:60]
         first = experiment.config.seed
         for seed in range(first, first + seeds):
-            place = folder / f"{number}-{slug}" / f"seed{seed}"
-            place.mkdir(parents=True, exist_ok=True)
-            report = row(f"{name}, seed {seed}", experiment.steps)
-            try:
-                outcomes[name].append(fit(experiment.reseeded(seed), place, report))
-            except NotFinite:
-                if not may_diverge:
-                    raise
-                outcomes[name].append(Outcome({}, []))
-    return outcomes
+            yield name, seed, folder / f"{number}-{slug}" / f"seed{seed}"
+
+
+def not_begun(
+    experiments: Mapping[str, Experiment], seeds: int, folder: Path
+) -> Iterator[Experiment]:
+    """The arms of runs that have no checkpoint yet."""
+    for name, _, place in places(experiments, seeds, folder):
+        if not any((place / "checkpoints").glob("[0-9]*/")):
+            yield experiments[name]
 
 
 def with_better_base(outcomes: Outcomes, goal: Goal) -> dict[str, Sequence[Outcome]]:

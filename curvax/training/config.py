@@ -39,10 +39,12 @@ def defaults(**numbers: float) -> ConfigDict:
             "path": placeholder(str),  # folder or archive of data that is not embedded
             "size": placeholder(int),  # training examples used, all by default
             "noise": 0.0,  # fraction of the training labels replaced by a wrong one
+            "labels": placeholder(str),  # run whose predictions replace the training labels
             "smoothing": 0.0,  # of the training labels
             "augment": [],  # transforms in order, each as text
             "length": 64,  # bytes in a window of text
-            "side": 224,  # pixels of an image made of a picture in records
+            "side": placeholder(int),  # pixels of an image, 224 of one made of a picture in ...
+            # ... records by default; images in memory keep their size unless it is given
             "area": (0.05, 1.0),  # of such a picture that a training crop takes, least and greatest
             "threads": placeholder(int),  # that decode pictures, one for each core by default
             "mean": placeholder(tuple),  # that normalises images, a number for each channel in ...
@@ -53,6 +55,8 @@ def defaults(**numbers: float) -> ConfigDict:
         "others": [],  # further methods, each as text, that they take in too
         "beside": False,  # whether `train` trains the base and the others too
         "loss": placeholder(str),  # the task's own by default; of images "softmax" or "sigmoid"
+        "start": placeholder(str),  # trained weights to begin with: a run's folder, or a ...
+        "new_head": False,  # ... published .npz; whether their head stays out although it fits
         "epochs": 60,
         "batch": 64,
         "microbatch": placeholder(int),  # examples in memory at once, the whole batch by default

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, Self, TypeVar
+from typing import Generic, NamedTuple, Protocol, Self, TypeVar
 
 import grain
 import numpy as np
@@ -88,11 +88,14 @@ class Split(NamedTuple):
         return {"input": numbers(self.inputs[rows]), "label": numbers(self.labels[rows])}
 
 
-class Dataset(NamedTuple):
+Kind = TypeVar("Kind", bound=Examples, covariant=True)
+
+
+class Dataset(NamedTuple, Generic[Kind]):
     """What a model is trained on, and what it is tested on."""
 
-    train: Examples
-    test: Examples
+    train: Kind
+    test: Kind
     classes: int | None = None  # logits or targets of a model; None where its outputs are inputs
     names: Sequence[str] = ()  # of the classes, where they have any
 

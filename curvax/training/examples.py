@@ -9,6 +9,7 @@ The names of the features are those of the `imagenet2012` that tensorflow-datase
 the encoded picture; "label", an integer; "file_name".
 """
 
+import os
 from typing import Any, NamedTuple
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
@@ -68,7 +69,7 @@ def encode(example: Example) -> bytes:
     feature = message.features.feature
     feature["image"].bytes_list.value.append(example.image)
     feature["label"].int64_list.value.append(example.label)
-    feature["file_name"].bytes_list.value.append(example.name.encode())
+    feature["file_name"].bytes_list.value.append(os.fsencode(example.name))
     return message.SerializeToString(deterministic=True)
 
 

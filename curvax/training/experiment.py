@@ -1,20 +1,18 @@
 """A config made ready to run: task, model, optimiser, data, and the compiled functions."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 from ml_collections import ConfigDict
 
 from curvax import models, recipe
 from curvax.flax_bridge import Layout, layout
 from curvax.training import config as configs
-from curvax.training import data, evaluate, material, regimes, tasks
+from curvax.training import data, evaluate, material, pretrained, regimes, tasks
 from curvax.training.data import Examples
 from curvax.training.material import Material
 from curvax.training.regimes import Jit
@@ -50,18 +48,39 @@ class Experiment:
     def steps(self) -> int:
         return self.config.epochs * self.steps_per_epoch
 
+    @property
+    def example(self) -> jax.ShapeDtypeStruct:
+        """Of an input, [1, ...], as the model takes it."""
+        return _as_taken(self.task, self.material.first)
+
     def init(self) -> State:
-        """The state before the first step, on the devices."""
-        return self.regime.create(self._init)
+        """The state before the first step, on the devices: drawn, and trained where `start` says.
+
+        Raises:
+            PretrainedError: as in `trained`.
+        """
+        return self.regime.create(self._init, self.regime.lay(self.trained()))
 
     @property
     def shapes(self) -> State:
         """Those of the state, with its layout."""
-        return self.regime.laid_out(jax.eval_shape(self._init))
+        return self.regime.laid_out(jax.eval_shape(self._init, {}))
 
-    def _init(self) -> State:
-        example = jnp.asarray(self.material.example)
-        return init(self.model, self.optimizer, example, self.config.seed)
+    def trained(self) -> Tree:
+        """The variables that `start` gives, as NumPy arrays, or none of them.
+
+        Raises:
+            PretrainedError: they cannot be read, or are those of another model.
+        """
+        path, new_head = self.config.start, self.config.new_head
+        if path is None:
+            return {}
+        shapes = jax.eval_shape(self._init, {})
+        variables = {"params": shapes.params, **shapes.model_state}
+        return pretrained.read(path, self.model, variables, new_head=new_head)
+
+    def _init(self, trained: Tree) -> State:
+        return init(self.model, self.optimizer, self.example, self.config.seed, trained)
 
     def batches(self) -> Any:
         """This process's part of shuffled training batches without end, whose place can be kept
@@ -96,6 +115,7 @@ class Experiment:
         figures |= {f"train_{name}": value for name, value in self.score(state, train).items()}
         figures["train_examples"] = train.size
         if wrong.any():
+            figures["wrong_labels"] = float(wrong.mean())
             figures["memorised"] = self.score(state, train.rows(wrong))["accuracy"]
         if count := min(self.config.hessian_examples, train.size):
             few = train.rows(slice(count))
@@ -105,11 +125,13 @@ class Experiment:
         return figures
 
 
-def build(config: ConfigDict, *, hold_out: bool = False) -> Experiment:
+def build(config: ConfigDict, *, hold_out: bool = False, begins: bool = True) -> Experiment:
     """Makes a config ready to run, and traces one step of it, so that what is wrong shows here.
 
     Args:
         hold_out: keep 10 % of the training set out of training and score on it, not on test.
+        begins: whether its training begins, with the weights of `start`, which are looked at then;
+            checkpoints do not need them.
 
     Raises:
         ValueError: a field does not fit.
@@ -125,9 +147,9 @@ def build(config: ConfigDict, *, hold_out: bool = False) -> Experiment:
         )
     regime = regimes.build(config)
     model = models.build(config.model.name, gathered.classes, **config.model.options)
-    optimizer = _optimizer(config, model, gathered.example, regime, steps)
-    start = lambda: init(model, optimizer, jnp.asarray(gathered.example), config.seed)
-    shapes = jax.eval_shape(start)
+    example = _as_taken(task, gathered.first)
+    optimizer = _optimizer(config, model, example, regime, steps)
+    shapes = jax.eval_shape(lambda: init(model, optimizer, example, config.seed, {}))
     clean = evaluate.make_clean(model, task)
     experiment = Experiment(
         config,
@@ -141,16 +163,27 @@ def build(config: ConfigDict, *, hold_out: bool = False) -> Experiment:
         evaluate.make_scores(clean, task),
         evaluate.make_largest_eigenvalue(clean),
     )
-    one = gathered.train.gather(np.arange(1))
     batch = {
-        name: jax.ShapeDtypeStruct((config.batch, *x.shape[1:]), x.dtype) for name, x in one.items()
+        name: jax.ShapeDtypeStruct((config.batch, *x.shape[1:]), x.dtype)
+        for name, x in gathered.first.items()
     }
     experiment.step.eval_shape(shapes, batch)
+    if begins:
+        experiment.trained()
     return experiment
 
 
+def _as_taken(task: Task, batch: Mapping[str, Any]) -> jax.ShapeDtypeStruct:
+    """Inputs of a batch as the model takes them, which may have another size and dtype."""
+    return jax.eval_shape(task.in_test, batch)["input"]
+
+
 def _optimizer(
-    config: ConfigDict, model: nn.Module, example: Any, regime: Jit, steps: int
+    config: ConfigDict,
+    model: nn.Module,
+    example: jax.ShapeDtypeStruct,
+    regime: Jit,
+    steps: int,
 ) -> optax.GradientTransformationExtraArgs:
     """The method of a config's text, which may also name `layout`, what each parameter is for
     `spatial_average`, `axes`, the device axes to average over, and `kernels`, the mask of all
@@ -182,20 +215,19 @@ def outline(config: ConfigDict, devices: Sequence[jax.Device]) -> Outline:
     task, facts = tasks.build(config), material.foretell(config)
     regime = regimes.build(config, devices)
     model = models.build(config.model.name, facts.classes, **config.model.options)
-    example = jax.ShapeDtypeStruct((1, *facts.input.shape), jnp.float32)
-    optimizer = _optimizer(
-        config, model, example, regime, config.epochs * (facts.size // config.batch)
-    )
-    start = lambda x: init(model, optimizer, x, config.seed)
-    state = jax.eval_shape(start, example)
-    step = make_step(model, optimizer, task, regime, state, config.microbatch)
     batch = {
         name: jax.ShapeDtypeStruct((config.batch, *x.shape), x.dtype, sharding=regime.split)
         for name, x in {"input": facts.input, "label": facts.label}.items()
     }
+    taken = _as_taken(task, batch)
+    example = jax.ShapeDtypeStruct((1, *taken.shape[1:]), taken.dtype)
+    optimizer = _optimizer(
+        config, model, example, regime, config.epochs * (facts.size // config.batch)
+    )
+    state = jax.eval_shape(lambda: init(model, optimizer, example, config.seed, {}))
+    step = make_step(model, optimizer, task, regime, state, config.microbatch)
     return Outline(step, regime.laid_out(state), batch)
 
 
-def _layout(model: nn.Module, example: Any) -> Layout:
-    start = jax.eval_shape(jnp.asarray, example)
-    return layout(model, jax.eval_shape(model.init, jax.random.key(0), start), start)
+def _layout(model: nn.Module, example: jax.ShapeDtypeStruct) -> Layout:
+    return layout(model, jax.eval_shape(model.init, jax.random.key(0), example), example)

@@ -10,7 +10,7 @@ from curvax.training.archives import DataError
 from curvax.training.data import Dataset, Split
 
 
-def load(name: str, *, path: str | Path | None = None, seed: int = 0) -> Dataset:
+def load(name: str, *, path: str | Path | None = None, seed: int = 0) -> Dataset[Split]:
     """The data set of that name.
 
     `digits` (1000 + 797 images of 8×8×1) and `mnist` (4000 + 1000 of 28×28×1) come with

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from curvax.training import data, images, sources, tasks
+from curvax.training import bootstrap, data, images, sources, tasks
 from curvax.training.archives import DataError
 from curvax.training.data import Dataset, Examples, Split
 from curvax.training.tasks import Task
@@ -18,42 +18,52 @@ class Material(NamedTuple):
     """The data of a run."""
 
     train: Examples  # with the labels that it trains on
-    wrong: np.ndarray  # bool [N]: where noise replaced the label
+    wrong: np.ndarray  # bool [N]: where these are not the labels that came with them
     test: Examples  # or what was held out
     classes: int | None
     names: Sequence[str] = ()  # of the classes, where they have any
 
     @property
-    def example(self) -> np.ndarray:
-        """The first input, [1, ...], as a model reads it."""
-        return data.numbers(self.train.gather(np.arange(1))["input"])
+    def first(self) -> dict[str, np.ndarray]:
+        """A batch of the first training example."""
+        return self.train.gather(np.arange(1))
 
 
 def gather(config: ConfigDict, task: Task, hold_out: bool = False) -> Material:
-    """The data of a config: a part of the training set, some of it held out, some labels wrong."""
+    """The data of a config: a part of the training set, some of it held out, some labels wrong.
+
+    Raises:
+        DataError: it cannot be read, or does not fit.
+        BootstrapError, PretrainedError: the run that predicts its labels cannot be had.
+    """
     seed, dataset = config.seed, task.load(config.seed)
     train, test = dataset.train, dataset.test
     if config.data.size is not None:
         train = data.take(train, config.data.size, seed=seed)
     if hold_out:
         train, test = data.hold_out(train, seed=seed)
-    train, wrong = _with_noise(train, dataset, config)
+    train, wrong = _relabelled(train, dataset, config)
     return Material(train, wrong, test, dataset.classes, dataset.names)
 
 
-def _with_noise(
-    train: Examples, dataset: Dataset, config: ConfigDict
+def _relabelled(
+    train: Examples, dataset: Dataset[Examples], config: ConfigDict
 ) -> tuple[Examples, np.ndarray]:
-    if not config.data.noise or dataset.classes is None:
+    """With wrong labels, or with those that a run predicts which was trained on wrong ones."""
+    rate, predicted = config.data.noise, config.data.labels is not None
+    if not (rate or predicted) or dataset.classes is None:
         return train, np.zeros(train.size, bool)
     if not isinstance(train, Split):
         raise DataError(
-            f"`data.noise` replaces labels in memory, and those of `{config.data.name}` are in its "
-            "records. Leave it at 0, or convert pictures in the wrong class folders."
+            f"`data.{'labels' if predicted else 'noise'}` replaces labels in memory, and those of "
+            f"`{config.data.name}` are in its records. Leave it out, or convert pictures in other "
+            "class folders."
         )
-    seed, rate = config.seed, config.data.noise
-    noisy = images.flip_labels(train.labels, rate, dataset.classes, seed=seed)
-    return train._replace(labels=noisy), noisy != train.labels
+    if predicted:
+        labels = bootstrap.predictions(config, train)
+    else:
+        labels = images.flip_labels(train.labels, rate, dataset.classes, seed=config.seed)
+    return train._replace(labels=labels), labels != train.labels
 
 
 class Facts(NamedTuple):

@@ -97,7 +97,7 @@ class Pictures(NamedTuple):
             ) from error
 
 
-def load(options: ConfigDict) -> Dataset:
+def load(options: ConfigDict) -> Dataset[Pictures]:
     """The data set of a config's `data` whose examples are records.
 
     Raises:
@@ -109,7 +109,8 @@ def load(options: ConfigDict) -> Dataset:
             f"`{options.name}` has {source.classes} classes, and {options.path} tells of "
             f'{folder.classes}. Take `data.name` = "records" for pictures of your own.'
         )
-    form = Form(options.side, source.classes, tuple(options.area), options.threads)
+    side = source.shape[0]
+    form = Form(side, source.classes, tuple(options.area), options.threads)
     train, test = (whole(folder.part(*part), form) for part in (sources.TRAIN, sources.TEST))
     return Dataset(train, test, source.classes, folder.names)
 

@@ -1,4 +1,5 @@
-"""Images of a config, and what happens to a batch of them: augmented in training, normalised."""
+"""Images of a config, and what happens to a batch of them: augmented in training, normalised,
+resized."""
 
 import functools
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from curvax import recipe
 from curvax.training import augment, images, pictures, policies, sources
 from curvax.training.archives import DataError
 from curvax.training.augment import Batch, Transform
-from curvax.training.data import Dataset, Split
+from curvax.training.data import Dataset, Examples, Split
 
 Prepare = Callable[[Batch], Batch]
 
@@ -31,7 +32,7 @@ AUGMENTATIONS = {
 """What `data.augment` may name."""
 
 
-def load(options: ConfigDict, seed: int) -> Dataset:
+def load(options: ConfigDict, seed: int) -> Dataset[Examples]:
     """The data set of a config's `data`; errors as in `images.load` and `pictures.load`."""
     if sources.find(options.name).records:
         return pictures.load(options)
@@ -39,7 +40,7 @@ def load(options: ConfigDict, seed: int) -> Dataset:
 
 
 @functools.lru_cache(maxsize=4)
-def in_memory(name: str, path: str | None, seed: int) -> Dataset:
+def in_memory(name: str, path: str | None, seed: int) -> Dataset[Split]:
     """`images.load`, the newest few kept."""
     return images.load(name, path=path, seed=seed)
 
@@ -47,7 +48,8 @@ def in_memory(name: str, path: str | None, seed: int) -> Dataset:
 def in_training(config: ConfigDict) -> Transform:
     """What happens to a training batch: labels become rows, then come the config's augmentations.
 
-    `normalise()` may stand among them; it comes last where it does not.
+    `normalise()` may stand among them; it comes after them where it does not. The size that
+    `data.side` says comes last, and does nothing where they gave it, as `inception_crop` may.
 
     Raises:
         RecipeError: a text of `data.augment` cannot be read.
@@ -58,13 +60,18 @@ def in_training(config: ConfigDict) -> Transform:
     if not any("normalise" in text for text in texts):
         texts.append("normalise()")
     changes = [recipe.read(text, names) for text in texts]
-    return augment.compose(_rows(config, config.data.smoothing), *changes)
+    return augment.compose(_rows(config, config.data.smoothing), *changes, *_resize(config))
 
 
 def in_test(config: ConfigDict) -> Prepare:
-    """What happens to any other batch: labels become rows, images are normalised."""
-    both = augment.compose(_rows(config, 0.0), _normalise(config))
-    return functools.partial(both, jax.random.key(0))  # nothing is drawn
+    """What happens to any other batch: labels become rows, images are normalised and resized."""
+    changes = augment.compose(_rows(config, 0.0), _normalise(config), *_resize(config))
+    return functools.partial(changes, jax.random.key(0))  # nothing is drawn
+
+
+def _resize(config: ConfigDict) -> list[Transform]:
+    side = config.data.side
+    return [] if side is None else [augment.resize(side)]
 
 
 def _rows(config: ConfigDict, smoothing: float) -> Transform:

@@ -1,7 +1,8 @@
 """Trained weights ↦ the start of another run: our own checkpoints, or published `.npz` files.
 
 The depth may be scanned in one and unrolled in the other. Where the classes differ the head starts
-anew; where the image has another size the positions are interpolated.
+anew, as the model's own does: from zeros in ViT and Mixer, as in the authors' fine-tuning, drawn in
+ResNets. Where the image has another size the positions are interpolated.
 """
 
 import math
@@ -13,7 +14,6 @@ from zipfile import BadZipFile
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -22,9 +22,11 @@ from scipy.ndimage import zoom
 from curvax.models import published
 from curvax.models.published import Arrays
 from curvax.training import seals
+from curvax.training.quiet import silent_log
 from curvax.trees import Tree
 
-HEAD, REPRESENTATION, POSITIONS = "params/head/", "params/pre_logits/", "params/pos_embedding"
+HEAD, REPRESENTATION = "params/head/", "params/pre_logits/"
+POSITIONS = f"params/{published.POSITIONS}"
 _LAYER = re.compile(r"^(\w+/block)_(\d+)/")
 _STACKED = re.compile(r"^(\w+/block)/")
 _SHOWN = 8  # names in an error
@@ -34,33 +36,41 @@ class PretrainedError(ValueError):
     """Weights that cannot be read, or are those of another model."""
 
 
-def load(path: str | Path, model: nn.Module, variables: Tree) -> Tree:
-    """The variables with the values of a trained model in their places.
+def read(path: str | Path, model: nn.Module, variables: Tree, *, new_head: bool = False) -> Tree:
+    """The values of a trained model for these variables, all or all but the head's.
 
     Args:
         path: a published `.npz`, a run's folder or its `checkpoints`.
         model: whose variables they are.
-        variables: as `model.init` gives them: shapes and dtypes, and the head that stays where the
-            classes differ. A representation layer (`pre_logits`) goes with the head that it fed.
+        variables: what `model.init` gives, or the shapes and dtypes of it.
+        new_head: leave the head out although it fits, for other classes of the same number. A
+            representation layer (`pre_logits`) goes with the head that it fed.
 
     Returns:
-        A tree like `variables`.
+        NumPy arrays under the names of `variables`.
 
     Raises:
         PretrainedError: nothing there can be read, or it is another model's; the error names what
             is missing, what is left over, and what has another shape.
     """
     wanted = flatten_dict(variables, sep="/")
-    found = _as_deep(_read(Path(path).expanduser()), wanted)
-    kept = {} if _same_head(found, wanted) else _below(HEAD, wanted)
-    if kept:
+    found = _as_deep(arrays(Path(path).expanduser()), wanted)
+    if new_head or not _same_head(found, wanted):
         found = {k: v for k, v in found.items() if not k.startswith((HEAD, REPRESENTATION))}
+        wanted = {k: v for k, v in wanted.items() if not k.startswith(HEAD)}
     if POSITIONS in found and POSITIONS in wanted:
         found[POSITIONS] = resized(found[POSITIONS], wanted[POSITIONS].shape[1])
-    _require_same(path, model, found, {k: v for k, v in wanted.items() if k not in kept})
-    taken = {name: jnp.asarray(x, wanted[name].dtype) for name, x in found.items()}
-    filled: Tree = unflatten_dict({name: (taken | kept)[name] for name in wanted}, sep="/")
-    return filled
+    _require_same(path, model, found, wanted)
+    typed = {name: np.asarray(found[name]).astype(x.dtype) for name, x in wanted.items()}
+    tree: Tree = unflatten_dict(typed, sep="/")
+    return tree
+
+
+def over(variables: Tree, trained: Tree) -> Tree:
+    """The variables, those that `read` found with its values."""
+    whole = flatten_dict(variables, keep_empty_nodes=True) | flatten_dict(trained)
+    tree: Tree = unflatten_dict(whole)
+    return tree
 
 
 def resized(positions: np.ndarray, count: int) -> np.ndarray:
@@ -84,8 +94,17 @@ def resized(positions: np.ndarray, count: int) -> np.ndarray:
     return zoom(grid, (new / old, new / old, 1), order=1).reshape(1, count, -1)
 
 
-def _read(path: Path) -> Arrays:
-    """Arrays with their collection before their names."""
+def arrays(path: Path) -> Arrays:
+    """All arrays of a file or of a run's newest checkpoint, their collection before their names.
+
+    Raises:
+        PretrainedError: nothing there can be read.
+    """
+    if not path.exists():
+        raise PretrainedError(
+            f"`{path}` does not exist, and trained weights are to be read from it. Put it back, or "
+            "give a published `.npz` or the folder of a run."
+        )
     if path.is_dir():
         return _of_run(path)
     try:
@@ -103,15 +122,21 @@ def _of_run(folder: Path) -> Arrays:
     state = _newest(folder) / "state"
     try:
         seals.check(state.parent)
-        handler = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-        described = handler.metadata(state).item_metadata
-        parts = {name: described[name] for name in ("params", "model_state")}
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), parts)
-        options = ocp.args.PyTreeRestore(parts, restore_args=as_numpy, partial_restore=True)
-        found = handler.restore(state, args=options)
+        with silent_log():
+            found = _restored(state)
     except Exception as error:
         raise PretrainedError(f"`{state}` cannot be read ({error}). Take another one.") from error
     return flatten_dict({"params": found["params"], **found["model_state"]}, sep="/")
+
+
+def _restored(state: Path) -> Tree:
+    """Parameters and model state as NumPy arrays, wherever they lay."""
+    handler = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    described = handler.metadata(state).item_metadata
+    parts = {name: described[name] for name in ("params", "model_state")}
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), parts)
+    options = ocp.args.PyTreeRestore(parts, restore_args=as_numpy, partial_restore=True)
+    return handler.restore(state, args=options)
 
 
 def _newest(folder: Path) -> Path:
@@ -148,13 +173,9 @@ def _stacked(arrays: Arrays) -> Arrays:
     return rest | {name: np.stack([of[n] for n in sorted(of)]) for name, of in layers.items()}
 
 
-def _below(prefix: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: x for name, x in arrays.items() if name.startswith(prefix)}
-
-
 def _same_head(found: Arrays, wanted: Mapping[str, Any]) -> bool:
-    shapes = lambda arrays: {name: x.shape for name, x in _below(HEAD, arrays).items()}
-    return shapes(found) == shapes(wanted)
+    of_head = lambda arrays: {k: x.shape for k, x in arrays.items() if k.startswith(HEAD)}
+    return of_head(found) == of_head(wanted)
 
 
 def _require_same(
@@ -174,7 +195,7 @@ def _require_same(
         raise PretrainedError(
             f"Weights are those of the model that takes them, `{type(model).__name__}`, and those "
             f"of `{path}` are not: {said}. Set the model's options as theirs were: size, `depth`, "
-            "`patch`, `pool='token'` for a class token."
+            "`patch`, `pool='token'` for a class token; `new_head` where the head alone differs."
         )
 
 

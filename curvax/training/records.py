@@ -138,12 +138,22 @@ def _names(folder: Path) -> list[str]:
 
 
 def _told_classes(folder: Path) -> int | None:
-    """As tensorflow-datasets tells it of its feature "label"."""
+    """As tensorflow-datasets tells it of its feature "label".
+
+    Raises:
+        DataError: it has no such feature, or no classes in it.
+    """
     file = folder / "features.json"
     if not file.exists():
         return None
-    features = json.loads(file.read_text())["featuresDict"]["features"]
-    return int(features["label"]["classLabel"]["numClasses"])
+    try:
+        features = json.loads(file.read_text())["featuresDict"]["features"]
+        return int(features["label"]["classLabel"]["numClasses"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"Pictures in records have one class each, and {file} tells of no feature `label` with "
+            "classes. Take a data set of that kind."
+        ) from error
 
 
 def _count(path: Path) -> int:

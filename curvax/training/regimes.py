@@ -79,9 +79,15 @@ class Jit:
         struct = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
         return jax.tree.map(struct, shapes, self.layout(shapes))
 
-    def create(self, init: Callable[[], Tree]) -> Tree:
+    def lay(self, arrays: Tree) -> Tree:
+        """NumPy arrays that every process has, laid out like a state of their shapes."""
+        lay = lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+        return jax.tree.map(lay, arrays, self.layout(arrays))
+
+    def create(self, init: Callable[..., Tree], *arguments: Tree) -> Tree:
         """What `init` makes, made where it will lie."""
-        return jax.jit(init, out_shardings=self.layout(jax.eval_shape(init)))()
+        shapes = jax.eval_shape(init, *arguments)
+        return jax.jit(init, out_shardings=self.layout(shapes))(*arguments)
 
     def place(self, batch: Tree) -> Tree:
         """This process's part of a batch as a part of the global one."""

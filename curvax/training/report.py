@@ -109,7 +109,8 @@ def verdict(config: ConfigDict, task: Task, outcomes: Outcomes) -> str:
 
 
 def _setting(config: ConfigDict, task: Task, figures: Figures) -> str:
-    noise = f", {config.data.noise:.0%} of them wrongly labelled" if config.data.noise else ""
+    wrong = figures.get("wrong_labels")
+    noise = f", {wrong:.0%} of them wrongly labelled" if wrong else ""
     examples = f"{int(figures['train_examples'])} {task.examples} of {config.data.name}"
     return f"The methods trained on the same {examples}{noise}."
 

@@ -13,6 +13,9 @@ from sklearn.datasets import load_digits
 from curvax.training import archives, records
 from curvax.training.archives import Arrays, DataError
 
+SIDE = 224
+"""Pixels of an image made of a picture, unless a config says otherwise."""
+
 Moments = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and deviation of each channel, in units of [0, 1]."""
 
@@ -21,7 +24,7 @@ class Source(NamedTuple):
     """Where a data set comes from, and what is known of it unread."""
 
     classes: int
-    shape: tuple[int, int, int] = (0, 0, 0)  # [H, W, C] of an image
+    shape: tuple[int, int, int] = (0, 0, 0)  # [H, W, C] of an image in a batch
     train: int = 0  # examples, as they come without a path if they do
     test: int = 0
     embedded: Callable[[], Arrays] | None = None  # without a path: one part, to be divided
@@ -46,7 +49,8 @@ def of(options: ConfigDict) -> Source:
     source = find(options.name)
     if not source.records:
         return source
-    source = source._replace(shape=(options.side, options.side, 3))
+    side = options.side or SIDE
+    source = source._replace(shape=(side, side, 3))
     if source.classes:
         return source
     folder = records.read_folder(records_folder(options))

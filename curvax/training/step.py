@@ -12,6 +12,7 @@ import curvax
 from curvax import axes
 from curvax.signal import name_of, parts_of
 from curvax.signal import step as apply
+from curvax.training import pretrained
 from curvax.training.augment import Batch
 from curvax.training.regimes import Jit
 from curvax.training.tasks import Task
@@ -36,11 +37,20 @@ class Measured(NamedTuple):
 
 
 def init(
-    model: nn.Module, optimizer: optax.GradientTransformation, example: jax.Array, seed: int
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    example: jax.ShapeDtypeStruct,
+    seed: int,
+    trained: Tree,
 ) -> State:
-    """The state before the first step, for inputs shaped like `example` [1, ...]."""
+    """The state before the first step, for inputs shaped like `example` [1, ...].
+
+    Args:
+        trained: variables, or some of them, that stand in the place of drawn ones.
+    """
     of_params, of_steps = jax.random.split(jax.random.key(seed))
-    variables = dict(_variables(model, of_params, example))
+    drawn = _variables(model, of_params, jnp.zeros(example.shape, example.dtype))
+    variables = pretrained.over(drawn, trained)
     params = variables.pop("params")
     opt_state = curvax.pipe(optimizer).init(params)
     return State(jnp.zeros((), jnp.int32), params, variables, opt_state, of_steps)

@@ -10,7 +10,7 @@ from curvax.training.data import Dataset, Split
 TEST = 88  # of 442 rows, a fifth
 
 
-def load(name: str, *, path: str | None = None, seed: int = 0) -> Dataset:
+def load(name: str, *, path: str | None = None, seed: int = 0) -> Dataset[Split]:
     """The table of that name; features [N, D] and targets [N, 1] in units of their deviation.
 
     `diabetes` (354 + 88 patients, 10 features; the target is the progression of the disease after a

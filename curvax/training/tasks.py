@@ -33,7 +33,7 @@ class Task(NamedTuple):
     """What the model of one config is asked for."""
 
     examples: str  # what they are called
-    load: Callable[[int], Dataset]  # by seed
+    load: Callable[[int], Dataset[Examples]]  # by seed
     likelihood: Callable[..., Likelihood]  # f(targets, mask=None)
     scores: Mapping[str, Metric]  # beside the loss
     goal: Goal
@@ -72,7 +72,7 @@ def _images(config: ConfigDict) -> Task:
 def _autoencoder(config: ConfigDict) -> Task:
     options = config.data
 
-    def load(seed: int) -> Dataset:
+    def load(seed: int) -> Dataset[Split]:
         images = preparation.load(options, seed)
         train, test = (_own_targets(part) for part in (images.train, images.test))
         return Dataset(train, test)
@@ -124,7 +124,7 @@ def _likelihood(config: ConfigDict, *fitting: str) -> Callable[..., Likelihood]:
 
 
 def _refuse_changes(config: ConfigDict) -> None:
-    for field in ("noise", "smoothing", "augment"):
+    for field in ("noise", "labels", "smoothing", "augment", "side"):
         if config.data[field]:
             raise TaskError(
                 f"`data.{field}` is for labelled images, and the task is `{config.task}`. Leave it "

@@ -14,7 +14,9 @@ BYTES = 256
 TEST = 0.1  # of the windows
 
 
-def load(name: str, *, path: str | Path | None = None, length: int = 64, seed: int = 0) -> Dataset:
+def load(
+    name: str, *, path: str | Path | None = None, length: int = 64, seed: int = 0
+) -> Dataset[Split]:
     """The text of that name, in windows of `length` bytes and the byte that follows each.
 
     `pydoc` is Python's own reference, 466 kB of English that come with it and differ between its

@@ -1,0 +1,138 @@
+"""Labels that a run predicts: its newest state's classes, seed by seed, and runs that cannot."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import tiny_run
+
+from curvax import cli
+from curvax.training import compare, images, subjects
+from curvax.training.bootstrap import BootstrapError
+from curvax.training.config import override
+from curvax.training.experiment import build
+
+TINY = str(Path(tiny_run.__file__))
+FEW = ("--epochs=2", "--hessian_examples=0")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _as_users_have_it():
+    with jax.enable_x64(False):
+        yield
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """A run of one method over two seeds."""
+    root = tmp_path_factory.mktemp("first")
+    methods = ("--optimizers", "adamw(cosine(lr))", "--seeds=2")
+    assert cli.main(["compare", TINY, *methods, *FEW, f"--runs={root}"]) == 0
+    (folder,) = root.iterdir()
+    return folder
+
+
+def config_of(labels, **fields):
+    config = override(tiny_run.get_config(), [f"--data.labels={labels}"])
+    return compare.variant(config, eval_batch=24, **fields)
+
+
+def split_of(experiment) -> Any:
+    """Its training set, which is in memory."""
+    return experiment.material.train
+
+
+def true_labels(seed):
+    """The training set's own, in its order: what `take` keeps for a seed and no noise changes."""
+    config = tiny_run.get_config()
+    config.data.noise = 0.0
+    return split_of(build(compare.variant(config, seed=seed))).labels
+
+
+def predicted(folder, seed, inputs):
+    """By the run's model on normalised images."""
+    (subject,) = subjects.load([folder / "0-adamw" / f"seed{seed}"])
+    of_all: Any = images.load("digits", seed=0).train
+    mean, std = images.moments(of_all.inputs)
+    x = images.normalise(inputs, mean, std)
+    logits: Any = subject.experiment.model.apply({"params": subject.state.params}, x)
+    return np.argmax(logits, -1)
+
+
+@pytest.mark.parametrize("hold_out", [False, True])
+def test_the_labels_are_the_classes_that_the_run_of_the_seed_puts_first(first, hold_out):
+    experiment = build(config_of(first), hold_out=hold_out)
+    found = {}
+    for seed in (0, 1):
+        ours = experiment.reseeded(seed)
+        train, wrong = split_of(ours), ours.material.wrong
+        expected = predicted(first, seed, train.inputs)
+        np.testing.assert_array_equal(train.labels, expected)
+        assert train.labels.dtype == np.int32
+        if not hold_out:
+            np.testing.assert_array_equal(wrong, expected != true_labels(seed))
+            assert wrong.any()
+            assert not wrong.all()
+        found[seed] = expected
+    assert (found[0] != found[1]).any()
+
+
+def test_a_run_on_predicted_labels_trains_and_says_how_many_are_wrong(first, tmp_path, capsys):
+    arguments = ["train", TINY, f"--data.labels={first}", "--beside=true", *FEW]
+    assert cli.main([*arguments, f"--runs={tmp_path}"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    wrong = build(config_of(first)).material.wrong
+    assert f"64 images of digits, {wrong.mean():.0%} of them wrongly labelled" in said
+    assert "of the wrong labels" in said
+    (folder,) = tmp_path.iterdir()
+    assert cli.main(["resume", str(folder)]) == 0
+
+
+def complaint(capsys, *arguments):
+    assert cli.main(list(arguments)) == 2
+    return capsys.readouterr().err
+
+
+def test_what_cannot_predict_the_labels_is_refused_before_a_folder_is_made(first, tmp_path, capsys):
+    arguments = ("train", TINY, *FEW, f"--runs={tmp_path / 'runs'}")
+    refused = {
+        (f"--data.labels={first}", "--data.noise=0.5"): "`data.noise` of",
+        (f"--data.labels={first}", "--data.size=32"): "is `64` where here it is `32`",
+        (f"--data.labels={first}", "--seed=5"): "predicted by a run of seed 5, and",
+        (f"--data.labels={first}/0-adamw/seed1",): "is of seed1",
+        (f"--data.labels={tmp_path / 'gone'}",): "gone does not exist",
+        (f"--data.labels={tmp_path}",): "has these: none",
+        (f"--data.labels={first}", "--task=autoencoder"): "`data.noise` is for labelled images",
+    }
+    for options, said in refused.items():
+        assert said in complaint(capsys, *arguments, *options)
+    seeds = ("compare", TINY, "--seeds=3", *arguments[2:], f"--data.labels={first}")
+    assert "of seed0, seed1" in complaint(capsys, *seeds)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_that_is_not_done_or_has_several_methods_or_is_a_sweep_is_refused(first, tmp_path):
+    copy = shutil.copytree(first, tmp_path / "copy")
+    (copy / "0-adamw/seed0/results.json").unlink()
+    with pytest.raises(BootstrapError, match="curvax resume"):
+        build(config_of(copy))
+    build(config_of(f"{first}/0-adamw/seed0"))
+    shutil.copytree(copy / "0-adamw", copy / "1-sgd")
+    with pytest.raises(BootstrapError, match="0-adamw, 1-sgd"):
+        build(config_of(copy))
+    plan = copy / "plan.json"
+    plan.write_text(plan.read_text().replace('"fields": {}', '"fields": {"lr": ["1"]}'))
+    with pytest.raises(BootstrapError, match="is a sweep"):
+        build(config_of(copy / "1-sgd"))
+
+
+def test_without_the_first_run_a_resumed_one_says_so(first, tmp_path, capsys):
+    copy = shutil.copytree(first, tmp_path / "copy")
+    arguments = ["train", TINY, f"--data.labels={copy}", *FEW, f"--runs={tmp_path / 'runs'}"]
+    assert cli.main(arguments) == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    copy.rename(tmp_path / "moved")
+    assert "also to resume" in complaint(capsys, "resume", str(folder))
