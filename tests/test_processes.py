@@ -1,6 +1,7 @@
 """Two processes of four devices over loopback: the numbers of one, and what a fault looks like."""
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import regime_run
 
+import curvax
 from curvax.training import loop, pretrained, processes
 from curvax.training.checkpoints import Checkpoints
 from curvax.training.experiment import build
@@ -24,7 +26,7 @@ LIMIT = 300  # seconds for anything here to end, on machines that others keep bu
 
 
 def start(count, *arguments, worker=WORKER):
-    """The processes of a run."""
+    """The processes of a run, by the code that is tested, whichever is installed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -33,6 +35,7 @@ def start(count, *arguments, worker=WORKER):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(curvax.__file__).parents[1])},
     )
     return [begin(number) for number in range(count)]
 
