@@ -1,5 +1,7 @@
 """Weights in the published formats and our own: the loaded model computes what the file's would."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -161,7 +163,7 @@ def logits(model, variables):
     return np.asarray(jax.jit(model.apply)(variables, jnp.asarray(IMAGES)))
 
 
-CASES = {
+CASES: dict[str, Any] = {
     "vision_transformer, class token": (vision_transformer(), "vit_tiny", VIT | {"pool": "token"}),
     "vision_transformer, mean": (vision_transformer(token=False), "vit_tiny", VIT),
     "big_vision, class token": (big_vision(token=True), "vit_tiny", VIT | {"pool": "token"}),
