@@ -228,6 +228,7 @@ def test_label_noise_and_autoencoders_are_refused(folder):
     with pytest.raises(DataError, match=r"`data.noise` replaces labels in memory"):
         material.gather(config, training_tasks.build(config))
     config = make_config(folder, task="autoencoder")
+    config.data.side = None
     with pytest.raises(training_tasks.TaskError, match="images in memory"):
         training_tasks.build(config).load(0)
 
