@@ -342,6 +342,17 @@ def test_every_watched_flag_has_a_name(experiment):
     assert names[-1] == "the update of `norm/scale`"
 
 
+def test_fields_that_came_after_a_run_have_their_defaults(tmp_path):
+    folder = runs.create(tmp_path, "train", CONFIG)
+    file = folder / "config.json"
+    old = json.loads(file.read_text())
+    del old["start"], old["data"]["labels"], old["data"]["side"]
+    file.write_text(json.dumps(old))
+    read = runs.read_config(folder)
+    assert (read.start, read.data.labels, read.data.side) == (None, None, None)
+    assert (read.batch, read.data.noise) == (CONFIG.batch, CONFIG.data.noise)
+
+
 # Data and scores.
 
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from curvax.training import config as configs
 from curvax.training.events import Events
 
 Record = dict[str, float]
@@ -95,12 +96,13 @@ def finish(folder: Path | None, figures: Mapping[str, float]) -> None:
 
 
 def read_config(folder: Path) -> ConfigDict:
-    """The config of a run.
+    """The config of a run; fields that came after it have their defaults.
 
     Raises:
         RunError: the folder holds no run.
     """
-    return ConfigDict(read_json(folder / _CONFIG)).lock()
+    read, known = read_json(folder / _CONFIG), configs.defaults().to_dict()
+    return ConfigDict({**known, **read, "data": {**known["data"], **read["data"]}}).lock()
 
 
 def read_json(path: Path) -> Any:
