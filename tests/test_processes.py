@@ -105,6 +105,17 @@ def test_two_processes_come_to_what_one_comes_to(undisturbed, tmp_path):
         assert found[name] == pytest.approx(figures[name], rel=1e-3), name
 
 
+def assert_told(status, said):
+    """A survivor ends, and its log says how to go on.
+
+    Whether JAX or we come to say why is a race with Gloo, which aborts in a thread of its own: it
+    did before them in 2 of 10 kills of process 0.
+    """
+    assert status != 0
+    assert "curvax resume " in said
+    assert any(cause in said for cause in ("another task died", "lost another one", "gloo::"))
+
+
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_kill_of_either_is_told_and_undone(killed, undisturbed, tmp_path):
     regime, whole = undisturbed
@@ -116,9 +127,7 @@ def test_a_kill_of_either_is_told_and_undone(killed, undisturbed, tmp_path):
     began = time.monotonic()
     results = ended(running)
     assert time.monotonic() - began < 60
-    status, said = results[1 - killed]
-    assert status != 0
-    assert "another task died" in said or "lost another one" in said
+    assert_told(*results[1 - killed])
     assert not list(tmp_path.glob("*/*/seed0/results.json"))
     carried_out(2, "resume", only(tmp_path, "regime_run*"))
     same = lambda a, b: np.testing.assert_array_equal(a, b)
@@ -132,9 +141,7 @@ def test_an_error_of_one_alone_ends_all(spoilt, monkeypatch, tmp_path):
     status, said = results[spoilt]
     assert status == 2
     assert "curvax: an image of this process is damaged" in said
-    status, said = results[1 - spoilt]
-    assert status != 0
-    assert "another task died" in said or "lost another one" in said
+    assert_told(*results[1 - spoilt])
     assert not list(tmp_path.glob("*/*/seed0/results.json"))
 
 

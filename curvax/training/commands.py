@@ -1,6 +1,7 @@
 """What `curvax train`, `compare`, `bench` and `resume` do, given a config."""
 
 import itertools
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -106,6 +107,8 @@ def _carry_out(
 ) -> None:
     console = Console(quiet=not processes.first())
     _line(console, f"If this is interrupted: curvax resume {folder}")
+    if not processes.first():
+        print(processes.way_back(folder), file=sys.stderr, flush=True)
     try:
         task = next(iter(experiments.values())).task
         with progress.bar(console, task.goal) as row:

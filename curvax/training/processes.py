@@ -59,6 +59,18 @@ def agreed(text: str) -> str:
     return bytes(multihost_utils.broadcast_one_to_all(padded)).decode()
 
 
+def way_back(folder: Path) -> str:
+    """What a process that is not the first says when it begins.
+
+    Between CPUs the library that sends (Gloo) may abort this process as soon as another dies, in a
+    thread of its own, before anybody can say what happened.
+    """
+    return (
+        f"Process {jax.process_index()} of {jax.process_count()}. If it ends early, another one was "
+        f"lost: start all again with `curvax resume {folder}`."
+    )
+
+
 class ProcessLost(ConnectionError):
     """A run that cannot go on since one of its processes is gone."""
 
