@@ -66,8 +66,8 @@ def way_back(folder: Path) -> str:
     thread of its own, before anybody can say what happened.
     """
     return (
-        f"Process {jax.process_index()} of {jax.process_count()}. If it ends early, another one was "
-        f"lost: start all again with `curvax resume {folder}`."
+        f"Process {jax.process_index()} of {jax.process_count()}. If it ends early, another one "
+        f"was lost: start all again with `curvax resume {folder}`."
     )
 
 
