@@ -20,6 +20,7 @@ from curvax.linalg import (
     materialize,
     power_iteration,
     rademacher,
+    restarted,
     spectral_density,
 )
 
@@ -167,6 +168,43 @@ def test_eigenvalues_come_with_their_multiplicity():
     assert found.converged.all()
     alone = eigenpairs(lambda v: 3.0 * v, jnp.ones(1))
     assert (float(alone.values[0]), abs(float(alone.vectors[0, 0]))) == (3.0, 1.0)
+
+
+def many_leaves(count=12):
+    """A product on a tree of so many leaves, not diagonal, and a start vector."""
+    scales = {f"w{n}": jnp.arange(1.0, 5.0) + n for n in range(count)}
+
+    def product(v):
+        total = sum(jnp.sum(x) for x in v.values())
+        return {name: scales[name] * x + 0.1 * total for name, x in v.items()}
+
+    return product, gaussian_probe(jax.random.key(10), scales)
+
+
+def test_a_small_vector_of_many_leaves_is_searched_as_one_array(monkeypatch):
+    """The same pairs leaf by leaf, from a longer program."""
+    product, v0 = many_leaves()
+    search = lambda v: eigenpairs(product, v, 3, end="largest", tol=1e-10, subspace=10)
+    joined = jax.jit(search).lower(v0)
+    monkeypatch.setattr(restarted, "JOINED", 0)
+    apart = jax.jit(lambda v: search(v)).lower(v0)
+    lines = lambda lowered: len(lowered.as_text().splitlines())
+    assert lines(apart) > 1.5 * lines(joined)
+    found, expected = joined.compile()(v0), apart.compile()(v0)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    assert int(found.products) == int(expected.products)
+    np.testing.assert_allclose(found.values, expected.values, rtol=1e-12)
+    overlap = [np.asarray(found.vectors[n]) @ np.asarray(expected.vectors[n]).T for n in v0]
+    np.testing.assert_allclose(np.abs(sum(overlap)), np.eye(3), atol=1e-9)  # signs are free
+    assert found.converged.all()
+
+
+def test_leaves_that_differ_in_dtype_are_searched_apart():
+    scales = {"a": jnp.arange(1.0, 5.0), "b": jnp.arange(5.0, 8.0, dtype=jnp.float32)}
+    product = lambda v: jax.tree.map(jnp.multiply, scales, v)
+    found = eigenpairs(product, jax.tree.map(jnp.ones_like, scales), 7)
+    assert {k: x.dtype for k, x in found.vectors.items()} == {"a": jnp.float64, "b": jnp.float32}
+    np.testing.assert_allclose(np.sort(found.values), np.arange(1, 8), rtol=1e-6)
 
 
 def test_ten_pairs_of_ten_thousand_dimensions():

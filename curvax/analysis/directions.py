@@ -42,8 +42,13 @@ def random_directions(params: Tree, k: int = 2, *, key: jax.Array | int = 0) -> 
         TypeError, ValueError: k is no positive integer.
     """
     checks.check_count("random_directions", k=k)
+    return _gaussian(jax.random.split(as_key(key), k), params)
+
+
+@jax.jit
+def _gaussian(keys: jax.Array, params: Tree) -> Tree:
     wide = trees.wide(params)
-    return jax.vmap(lambda one: gaussian_probe(one, wide))(jax.random.split(as_key(key), k))
+    return jax.vmap(lambda key: gaussian_probe(key, wide))(keys)
 
 
 def trajectory_directions(path: Sequence[Tree], k: int = 2) -> Trajectory:

@@ -1,5 +1,6 @@
 """A direction and parameters ↦ the direction in units of each filter of the parameters."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -52,18 +53,26 @@ def filter_normalised(
     """
     stack, _ = stack_of(direction, params, "filter_normalised")
     facts = _by_names(params) if layout is None else layout
+    paths = [(trees.names(path), jnp.ndim(x)) for path, x in jax.tree.leaves_with_path(params)]
+    inside = tuple(_inside(facts[path], rank, biases) for path, rank in paths)
+    found = _scaled(stack, params, inside=inside)
+    single = jnp.ndim(jax.tree.leaves(direction)[0]) == jnp.ndim(jax.tree.leaves(params)[0])
+    return bases.row(found, 0) if single else found
 
-    def scaled(path: Path, x: jax.Array, d: jax.Array) -> jax.Array:
-        inside = _inside(facts[path], x.ndim, biases)
-        if inside is None:
+
+@functools.partial(jax.jit, static_argnames="inside")
+def _scaled(stack: Tree, params: Tree, *, inside: tuple[tuple[int, ...] | None, ...]) -> Tree:
+    """Each vector of a stack with the lengths of the parameters over the axes inside a filter."""
+
+    def scaled(d: jax.Array, x: jax.Array, axes: tuple[int, ...] | None) -> jax.Array:
+        if axes is None:
             return jnp.zeros_like(d)
-        length = lambda y: jnp.sqrt(jnp.sum(y**2, axis=inside, keepdims=True))
+        length = lambda y: jnp.sqrt(jnp.sum(y**2, axis=axes, keepdims=True))
         wanted = length(trees.widen(x))
         return jax.vmap(lambda one: one * trees.ratio(wanted, length(one)))(d)
 
-    found = trees.map_with_path(scaled, params, stack)
-    single = jnp.ndim(jax.tree.leaves(direction)[0]) == jnp.ndim(jax.tree.leaves(params)[0])
-    return bases.row(found, 0) if single else found
+    leaves, structure = jax.tree.flatten(stack)
+    return jax.tree.unflatten(structure, map(scaled, leaves, jax.tree.leaves(params), inside))
 
 
 def _inside(facts: Any, rank: int, biases: bool) -> tuple[int, ...] | None:

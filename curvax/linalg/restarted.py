@@ -11,6 +11,7 @@ from curvax import axes, checks, trees
 from curvax.linalg import bases
 from curvax.linalg.probes import gaussian_probe
 from curvax.linalg.tridiagonal import normalised, widened
+from curvax.linalg.vectors import ravel, unravel
 from curvax.trees import Tree
 
 Product = Callable[[Tree], Tree]
@@ -21,6 +22,10 @@ ENDS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "smallest": lambda values: -values,
 }
 """Which end of the spectrum: what is wanted most has the largest key."""
+
+JOINED = 1_000_000
+"""Numbers up to which a vector of many leaves is searched as one array: every loop would have
+instructions for every leaf, which take longer to compile than so few numbers to copy."""
 
 
 class Eigenpairs(NamedTuple):
@@ -82,16 +87,36 @@ def eigenpairs(
     """
     size = sum(x.size for x in jax.tree.leaves(v0))
     m = _checked(k, size, end, max_products, subspace)
-    start = bases.with_row(bases.empty(m + 1, v0), 0, normalised(trees.wide(v0))[1])
+    search = dict(k=k, m=m, end=end, tol=tol, max_products=max_products)
+    apply, start = widened(product, v0), trees.wide(v0)
+    if not _joinable(start, size):
+        return _searched(apply, start, **search)
+    apart = lambda u: unravel(u, start)
+    found = _searched(lambda u: ravel(apply(apart(u))), ravel(start), **search)
+    return found._replace(vectors=jax.vmap(apart)(found.vectors))
+
+
+def _joinable(v: Tree, size: int) -> bool:
+    """Whether a vector is small, and its leaves alike in dtype and in what devices have of them."""
+    leaves = jax.tree.leaves(v)
+    alike = len({x.dtype for x in leaves}) == 1 and not any(map(trees.is_sharded, leaves))
+    return len(leaves) > 1 and size <= JOINED and alike and not axes.manual()
+
+
+def _searched(
+    apply: Product, v0: Tree, *, k: int, m: int, end: str, tol: float, max_products: int
+) -> Eigenpairs:
+    size = sum(x.size for x in jax.tree.leaves(v0))
+    start = bases.with_row(bases.empty(m + 1, v0), 0, normalised(v0)[1])
     matrix = jnp.zeros((m, m), jnp.result_type(*jax.tree.leaves(start)))
     scale = jnp.zeros((), matrix.dtype)
     search = _Search(start, matrix, jnp.int32(0), jnp.int32(0), scale, jnp.bool_(False))
     # A subspace that is everything needs no restart, and all of it may be asked for.
     keep = m if m == size else min(k + max(1, (m - k) // 3), m - 1)
-    turn = lambda s: _restarted(*_extended(product, v0, s, m), k=k, keep=keep, end=end, tol=tol)
+    turn = lambda s: _restarted(*_extended(apply, v0, s, m), k=k, keep=keep, end=end, tol=tol)
     within = lambda s: (s.products == 0) | (s.products + m - s.kept <= max_products)
     search = lax.while_loop(lambda s: ~s.settled & within(s), turn, axes.carried(search, turn))
-    return _measured(product, v0, search, k, tol)
+    return _measured(apply, search, k, tol)
 
 
 def _checked(k: Any, size: int, end: str, max_products: Any, subspace: Any) -> int:
@@ -115,10 +140,8 @@ def _checked(k: Any, size: int, end: str, max_products: Any, subspace: Any) -> i
     return m
 
 
-def _extended(product: Product, v0: Tree, search: _Search, m: int) -> tuple[_Search, jax.Array]:
+def _extended(apply: Product, v0: Tree, search: _Search, m: int) -> tuple[_Search, jax.Array]:
     """The search with its basis filled up by Lanczos, and the coupling to the vector beyond."""
-
-    apply = widened(product, v0)
 
     def body(i: jax.Array, carry: Any) -> Any:
         basis, matrix, _ = carry
@@ -137,7 +160,7 @@ def _extended(product: Product, v0: Tree, search: _Search, m: int) -> tuple[_Sea
 
 def _fresh(i: jax.Array, basis: Tree, v0: Tree) -> Tree:
     """A random vector orthogonal to the basis; 0 where that is everything."""
-    draw = gaussian_probe(jax.random.fold_in(jax.random.key(0), i), trees.wide(v0))
+    draw = gaussian_probe(jax.random.fold_in(jax.random.key(0), i), v0)
     w, parts = bases.orthogonal(draw, basis)
     return normalised(w, scale=jnp.linalg.norm(parts))[1]
 
@@ -165,10 +188,8 @@ def _restarted(
     )
 
 
-def _measured(product: Product, v0: Tree, search: _Search, k: int, tol: float) -> Eigenpairs:
+def _measured(apply: Product, search: _Search, k: int, tol: float) -> Eigenpairs:
     """Values and residuals from a product with each vector."""
-
-    apply = widened(product, v0)
 
     def measure(v: Tree) -> tuple[jax.Array, jax.Array]:
         cv = apply(v)
