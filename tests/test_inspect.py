@@ -19,6 +19,7 @@ from curvax.inspection import measures, points, survey
 from curvax.inspection.budget import Budget, Price, Work
 from curvax.inspection.measures import RHO, Measure
 from curvax.training import commands, subjects
+from curvax.training.checkpoints import Checkpoints
 from curvax.training.config import defaults
 
 EXAMPLES = 32
@@ -207,6 +208,11 @@ def test_a_folder_stands_for_its_first_seeds_an_arm_for_its_first(run):
     assert names(arm, run) == names(run)
     assert names(arm / "seed1", arm) == ["adam, seed 1", "adam, seed 0"]
     assert [int(s.state.step) for s in subjects.load([arm])] == [4]
+
+
+def test_checkpoints_are_read_in_silence(run, caplog):
+    Checkpoints(run / "0-adam" / "seed0" / "checkpoints", read_only=True)
+    assert not caplog.messages
 
 
 def complaint(capsys, *folders):

@@ -47,14 +47,14 @@ class Checkpoints(NoCheckpoints):
 
     def __init__(self, folder: Path, keep: int = 2, *, read_only: bool = False):
         self.folder = folder.absolute()
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
-            enable_async_checkpointing=False,
-            cleanup_tmp_directories=not read_only,
-            create=not read_only,
-            read_only=read_only,
-        )
         with silent_log():
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                enable_async_checkpointing=False,
+                cleanup_tmp_directories=not read_only,
+                create=not read_only,
+                read_only=read_only,
+            )
             self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def resume(self, experiment: Experiment) -> tuple[State, Any]:
