@@ -202,11 +202,16 @@ HEAD = ["memory, MB", "arguments", "temporaries", "GFLOP", "collectives", "sent,
 def row(reading):
     """What one device needs and does."""
     if reading.memory is None:
-        return [f"{1e-6 * reading.needed:.4g}", "does not fit", "", "", "", ""]
+        return [digits(1e-6 * reading.needed), "does not fit", "", "", "", ""]
     megabytes = [reading.needed, reading.memory.arguments, reading.memory.temporaries]
     sent = reading.sent / reading.parameters
     numbers = [*(1e-6 * x for x in megabytes), reading.flops / 1e9, times(reading), sent]
-    return [f"{number:.4g}" for number in numbers]
+    return [digits(number) for number in numbers]
+
+
+def digits(number):
+    """Four of them, without an exponent."""
+    return f"{float(f'{number:.4g}'):g}"
 
 
 def times(reading):
