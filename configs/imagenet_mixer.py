@@ -12,8 +12,8 @@ Expected: top-1 accuracies of S/32, S/16, S/8, B/32 and B/16 in GSAM's Table 1: 
 70.2, 62.5 and 66.4, SAM 66.7, 72.9, 75.9, 72.4 and 77.4, GSAM 68.6, 75.0, 76.8, 73.6 and 77.8 %.
 Not run here.
 
-Cost: tests/evidence/plans.md has what a device of two TPU topologies needs for a step of B/16; an
-epoch has 312 steps.
+Cost: tests/evidence/plans.md has what a device of two TPU topologies needs for a step of B/16;
+AdaHessian needs --model.options.remat=True on v3:4x8. An epoch has 312 steps.
 """
 
 from ml_collections import ConfigDict
