@@ -199,7 +199,7 @@ def test_a_small_vector_of_many_leaves_is_searched_as_one_array(monkeypatch):
     assert found.converged.all()
 
 
-def test_leaves_that_differ_in_dtype_are_searched_apart():
+def test_vectors_have_the_dtypes_of_their_leaves():
     scales = {"a": jnp.arange(1.0, 5.0), "b": jnp.arange(5.0, 8.0, dtype=jnp.float32)}
     product = lambda v: jax.tree.map(jnp.multiply, scales, v)
     found = eigenpairs(product, jax.tree.map(jnp.ones_like, scales), 7)

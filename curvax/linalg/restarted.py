@@ -97,10 +97,10 @@ def eigenpairs(
 
 
 def _joinable(v: Tree, size: int) -> bool:
-    """Whether a vector is small, and its leaves alike in dtype and in what devices have of them."""
+    """Whether a vector is small, in several leaves, and not divided among devices."""
     leaves = jax.tree.leaves(v)
-    alike = len({x.dtype for x in leaves}) == 1 and not any(map(trees.is_sharded, leaves))
-    return len(leaves) > 1 and size <= JOINED and alike and not axes.manual()
+    divided = axes.manual() or any(map(trees.is_sharded, leaves))
+    return len(leaves) > 1 and size <= JOINED and not divided
 
 
 def _searched(
