@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -174,6 +175,14 @@ def test_what_does_not_fit_is_left_out_and_named_and_the_smaller_goes_on(monkeyp
     assert "16 s" in omission.reason
     assert "4 s of the budget of 10 s" in omission.reason
     assert found.seconds == 8
+
+
+def test_what_needs_eigenpairs_is_priced_with_them_until_they_are_there():
+    work = {measure.name: measure.work for measure in measures.MEASURES}
+    bare, searched = SimpleNamespace(), SimpleNamespace(pairs="found")
+    search = work["eigenpairs"](bare).gradients
+    for name in ("eigenpairs", "alignment", "landscape"):
+        assert work[name](bare).gradients - work[name](searched).gradients == search > 0
 
 
 def test_estimates_learn_from_what_was_spent(monkeypatch):

@@ -53,8 +53,8 @@ def found():
                 "sam": SimpleNamespace(active={"mlp/gelu": 0.2, "mlp/gelu_1": 0.39}),
             },
             "random_sharpness": {
-                "sgd": SimpleNamespace(value=np.float32(0.2)),
-                "sam": SimpleNamespace(value=np.float32(-0.01)),
+                "sgd": SimpleNamespace(value=np.float32(0.2), standard_error=np.float32(0.01)),
+                "sam": SimpleNamespace(value=np.float32(-0.01), standard_error=np.float32(0.004)),
             },
         }
     )
@@ -162,6 +162,9 @@ def test_a_listing_of_three():
         ("hutchinson_diag() | scale_by_power(1.0) | scale_by_learning_rate(0.15)", 0.15),
         ("adam(step_decay(3e-2, [0.5]))", 3e-2),
         ("sgd(warmup_cosine_decay_schedule(0.0, 1.0, 5, 10))", None),
+        ("adamw(cosine(lr)) | add_decayed_weights(1e-4)", 1e-3),
+        ("sgd(0.1) | clip_by_global_norm(1.0) | ema_rms(0.9)", 0.1),
+        ("clip_by_global_norm(1.0)", None),
         ("gsam(sgd(0.1), 0.05, 0.2)", None),
         ("levenberg_marquardt(gauss_newton_matvec() | damp())", None),
     ],

@@ -48,7 +48,8 @@ def block_eigenvalues(
     """λ_max of the diagonal block of the curvature that belongs to each block of the network.
 
     The loss is linearised once and `chunk` blocks are searched at a time, by Lanczos on masked
-    vectors, whose products are one batched product. Chen, Hsieh & Gong, arXiv:2106.01548, Table 3.
+    vectors, whose products are one batched product; over a `Sweep` one block after another. Chen,
+    Hsieh & Gong, arXiv:2106.01548, Table 3.
 
     Args:
         objective: an `Objective`, a `Sweep`, or a callable `params -> scalar`.

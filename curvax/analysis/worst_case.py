@@ -68,9 +68,10 @@ def sharpness(
 
         max_{‖ε‖_p <= ρ} L(θ + ε) - L(θ)
 
-    It costs a gradient for each step and a forward pass. Parameters in half precision are widened
-    to float32 first: a small perturbation would be lost in their rounding. Foret et al., SAM,
-    arXiv:2010.01412, eq. 1; the steps are those of `sam_perturb`.
+    It costs a gradient for each step and a forward pass (over a `Sweep` a gradient in its place).
+    Parameters in half precision are widened to float32 first: a small perturbation would be lost in
+    their rounding. Foret et al., SAM, arXiv:2010.01412, eq. 1; the steps are those of
+    `sam_perturb`.
 
     Args:
         objective: an `Objective`, a `Sweep` over a loader, or a callable `params -> scalar`.
@@ -152,9 +153,9 @@ def surrogate_gap(
         h = L(θ + ρ ∇L/‖∇L‖) - L(θ),   σ_max ≈ 2h/ρ²
 
     The estimate holds at a minimum; elsewhere h contains ρ‖∇L‖, and the corrected one stands
-    beside it. It costs a gradient and a forward pass. For h over a whole training set pass
-    `Objective(loss, all_examples, microbatch=n)`, or a `Sweep`. Zhuang et al., GSAM,
-    arXiv:2203.08065, eq. 4 and Lemma 3.3.
+    beside it. It costs a gradient and a forward pass (over a `Sweep` two gradients). For h over a
+    whole training set pass `Objective(loss, all_examples, microbatch=n)`, or a `Sweep`. Zhuang et
+    al., GSAM, arXiv:2203.08065, eq. 4 and Lemma 3.3.
 
     Args:
         objective: an `Objective`, a `Sweep` over a loader, or a callable `params -> scalar`.

@@ -134,14 +134,18 @@ def _average(found: Survey) -> Lines:
     results = found.of("random_sharpness")
     if not results:
         return
-    falls = [run for run, r in results.items() if r.value < 0]
     values = {run: float(r.value) for run, r in results.items()}
-    end = (
-        f"it falls in {named(falls)}, where the condition of SAM's Theorem 2 does not hold"
-        if falls
-        else "the condition of SAM's Theorem 2 holds there"
-    )
+    unclear = [run for run, r in results.items() if abs(r.value) <= 2 * r.standard_error]
+    falls = [run for run in results if values[run] < 0 and run not in unclear]
+    ends = []
+    if falls:
+        ends += [
+            f"it falls in {named(falls)}, where the condition of SAM's Theorem 2 does not hold"
+        ]
+    if unclear:
+        ends += [f"in {named(unclear)} that is within two standard errors of nothing"]
     told = listing(values, "{:+.2g}")
+    end = ", and ".join(ends) or "the condition of SAM's Theorem 2 holds there"
     yield f"Under random perturbations the test loss changes by {told}; {end}."
 
 

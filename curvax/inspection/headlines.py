@@ -33,7 +33,9 @@ class _Row(NamedTuple):
 _ROWS = (
     _Row("loss", "surrogate_gap", "training loss L", "{:.3g}", lambda r: r[RHO].loss),
     _Row("largest", "eigenpairs", "λ_max of the Hessian", "{:.3g}", lambda r: r.values[0]),
-    _Row("smallest", "spectrum", "most negative eigenvalue", "{:.3g}", lambda r: r.smallest),
+    _Row(
+        "smallest", "spectrum", "lowest eigenvalue seen by Lanczos", "{:.3g}", lambda r: r.smallest
+    ),
     _Row("bulk_ratio", "eigenpairs", "λ₁/λ₅", "{:.2f}", lambda r: _bulk_ratio(r.values)),
     _Row("trace", "trace", "trace of the Hessian", "{:.3g}", lambda r: r.mean),
     _Row(

@@ -2,7 +2,7 @@
 
     ax = plotting.block_eigenvalues({"SGD": block_eigenvalues(...), "SAM": block_eigenvalues(...)})
 
-Each function takes what the function of its name in `curvax.analysis` returns. It draws on `ax`
+Where `curvax.analysis` has a function of the same name it makes what is drawn. Each draws on `ax`
 where one is given, else on new axes of pyplot, returns the axes, and leaves all settings alone.
 This package needs matplotlib, which the `plot` extra brings.
 """
