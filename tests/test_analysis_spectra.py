@@ -508,3 +508,23 @@ def test_a_sweep_refuses_what_it_cannot_go_through():
         Sweep(net_loss, loader_of(4, 4), key=jnp.zeros(2, jnp.uint32))
     with pytest.raises(TypeError, match="on the host"):
         jax.jit(Sweep(net_loss, loader_of(4, 4)))(net_params())
+
+
+def test_a_quadratic_loss_of_ten_thousand_dimensions():
+    """A planted spectrum, in a basis that no axis belongs to: pairs, and the density by its error."""
+    values = jnp.concatenate([jnp.linspace(-1, 1, 9_990), jnp.arange(10) + 2.0])
+    u = jax.random.normal(jax.random.key(6), (10_000,))
+    reflect = lambda v: v - 2 * u * (u @ v) / (u @ u)
+    loss = lambda x: 0.5 * jnp.sum(values * reflect(x) ** 2)
+    pairs = top_eigenpairs(loss, jnp.zeros(10_000), 10, tol=1e-7)
+    np.testing.assert_allclose(pairs.values, np.arange(11.0, 1.0, -1), rtol=1e-6)
+    assert pairs.converged.all()
+    spectrum = hessian_spectrum(loss, jnp.zeros(10_000), probes=24, steps=80)
+    grid, width = np.linspace(-1.5, 12, 200), 0.2
+    mean, error = spectrum.density.smoothed(grid, width)
+    bells = np.exp(-0.5 * ((grid[:, None] - np.asarray(values)) / width) ** 2)
+    exact = bells.mean(axis=1) / (width * np.sqrt(2 * np.pi))
+    assert np.abs((np.asarray(mean) - exact) / (np.asarray(error) + 1e-9)).max() < 5
+    assert np.asarray(error).max() < 0.01 * exact.max()
+    assert float(spectrum.largest) == pytest.approx(11, rel=1e-9)
+    assert float(spectrum.bulk_ratio) == pytest.approx(11 / 7, rel=1e-6)
