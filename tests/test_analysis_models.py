@@ -24,19 +24,36 @@ def gradient(objective, params):
     return objective.value_and_grad(params)[1]
 
 
+def waves(params):
+    """Two trees made of the parameters number by number, in whatever order they are."""
+    return jax.tree.map(lambda x: jnp.stack([jnp.sin(9 * x), jnp.cos(9 * x)]), params)
+
+
+def block_values(objective, params):
+    found = analysis.block_eigenvalues(objective, params, ["hidden", "out"])
+    return [found[name].value for name in ("hidden", "out")]
+
+
 MEASURES = {
     "sharpness": lambda o, p: analysis.sharpness(o, p, 0.2, steps=2),
     "m_sharpness": lambda o, p: analysis.m_sharpness(o, p, 0.2, 2, chunk=4),
     "surrogate_gap": lambda o, p: analysis.surrogate_gap(o, p, 0.2),
-    "random_sharpness": lambda o, p: analysis.random_sharpness(
-        o, p, 0.2, probes=jax.tree.map(lambda x: jnp.stack([jnp.sin(x), jnp.cos(x)]), p)
-    ),
+    "random_sharpness": lambda o, p: analysis.random_sharpness(o, p, 0.2, probes=waves(p)),
     "ntk": lambda o, p: analysis.ntk(o, p, form="trace", chunk=4),
     "fisher_kl": lambda o, p: analysis.fisher_kl(o, p, jax.tree.map(jnp.sin, p)),
     "landscape": lambda o, p: analysis.landscape(o, p, gradient(o, p), points=3).losses,
     "gradient_angle": lambda o, p: analysis.gradient_angle(o, p, 0.2),
     "alignment": lambda o, p: analysis.alignment(gradient(o, p), p).share,
+    "top_eigenpairs": lambda o, p: analysis.top_eigenpairs(o, p, 3).values,
+    "block_eigenvalues": block_values,
+    "hessian_spectrum": lambda o, p: analysis.hessian_spectrum(o, p, probes=waves(p), steps=6)[1:],
+    "curvature_trace": lambda o, p: analysis.curvature_trace(o, p, probes=waves(p)).mean,
+    "ntk_condition_number": lambda o, p: analysis.ntk_condition_number(o, p).value,
 }
+
+
+ELSEWHERE = ("m_sharpness", "ntk", "ntk_condition_number", "block_eigenvalues", "top_eigenpairs")
+"""Those that no `Sweep` has, and those that are tested over one where they are."""
 
 
 def plain(batch):
@@ -130,7 +147,7 @@ def test_over_a_loader_every_measure_is_that_of_the_whole_set():
     loader = [jax.tree.map(lambda x, r=r: x[r], objective.batch) for r in (slice(8), slice(8, 10))]
     sweep = analysis.Sweep(LABEL, loader, model=net)
     for name, measure in MEASURES.items():
-        if name not in ("m_sharpness", "ntk"):
+        if name not in ELSEWHERE:
             found, expected = measure(sweep, params), measure(objective, params)
             np.testing.assert_allclose(flat(found), flat(expected), rtol=1e-9, err_msg=name)
     model = lambda params, batch: jax.nn.relu(net(params, batch))

@@ -511,7 +511,7 @@ def test_a_sweep_refuses_what_it_cannot_go_through():
 
 
 def test_a_quadratic_loss_of_ten_thousand_dimensions():
-    """A planted spectrum, in a basis that no axis belongs to: pairs, and the density by its error."""
+    """A planted spectrum in a basis of no axis: its pairs, and its density within the error."""
     values = jnp.concatenate([jnp.linspace(-1, 1, 9_990), jnp.arange(10) + 2.0])
     u = jax.random.normal(jax.random.key(6), (10_000,))
     reflect = lambda v: v - 2 * u * (u @ v) / (u @ u)
