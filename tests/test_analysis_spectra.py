@@ -520,9 +520,9 @@ def test_a_quadratic_loss_of_ten_thousand_dimensions():
     np.testing.assert_allclose(pairs.values, np.arange(11.0, 1.0, -1), rtol=1e-6)
     assert pairs.converged.all()
     spectrum = hessian_spectrum(loss, jnp.zeros(10_000), probes=24, steps=80)
-    grid, width = np.linspace(-1.5, 12, 200), 0.2
+    grid, width = jnp.linspace(-1.5, 12, 200), 0.2
     mean, error = spectrum.density.smoothed(grid, width)
-    bells = np.exp(-0.5 * ((grid[:, None] - np.asarray(values)) / width) ** 2)
+    bells = np.exp(-0.5 * ((grid[:, None] - values[None]) / width) ** 2)
     exact = bells.mean(axis=1) / (width * np.sqrt(2 * np.pi))
     assert np.abs((np.asarray(mean) - exact) / (np.asarray(error) + 1e-9)).max() < 5
     assert np.asarray(error).max() < 0.01 * exact.max()

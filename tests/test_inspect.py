@@ -179,7 +179,8 @@ def test_what_does_not_fit_is_left_out_and_named_and_the_smaller_goes_on(monkeyp
 
 def test_what_needs_eigenpairs_is_priced_with_them_until_they_are_there():
     work = {measure.name: measure.work for measure in measures.MEASURES}
-    bare, searched = SimpleNamespace(), SimpleNamespace(pairs="found")
+    bare: Any = SimpleNamespace()
+    searched: Any = SimpleNamespace(pairs="found")
     search = work["eigenpairs"](bare).gradients
     for name in ("eigenpairs", "alignment", "landscape"):
         assert work[name](bare).gradients - work[name](searched).gradients == search > 0

@@ -3,6 +3,7 @@
 import ast
 import inspect
 from collections.abc import Mapping
+from typing import TypeGuard
 
 from curvax.recipe import vocabulary
 
@@ -29,7 +30,7 @@ def peak_rate(text: str, names: Mapping[str, float]) -> float | None:
     return _rate(_first(last), names) if _takes_a_rate(last) else None
 
 
-def _takes_a_rate(node: ast.expr) -> bool:
+def _takes_a_rate(node: ast.expr) -> TypeGuard[ast.Call]:
     match node:
         case ast.Call(func=ast.Name(id=name)):
             parameters = inspect.signature(vocabulary().get(name, dict)).parameters

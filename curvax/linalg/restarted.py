@@ -1,5 +1,6 @@
 """A symmetric product ↦ its extreme eigenpairs, by Lanczos with thick restarts."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -87,12 +88,12 @@ def eigenpairs(
     """
     size = sum(x.size for x in jax.tree.leaves(v0))
     m = _checked(k, size, end, max_products, subspace)
-    search = dict(k=k, m=m, end=end, tol=tol, max_products=max_products)
+    search = functools.partial(_searched, k=k, m=m, end=end, tol=tol, max_products=max_products)
     apply, start = widened(product, v0), trees.wide(v0)
     if not _joinable(start, size):
-        return _searched(apply, start, **search)
+        return search(apply, start)
     apart = lambda u: unravel(u, start)
-    found = _searched(lambda u: ravel(apply(apart(u))), ravel(start), **search)
+    found = search(lambda u: ravel(apply(apart(u))), ravel(start))
     return found._replace(vectors=jax.vmap(apart)(found.vectors))
 
 
