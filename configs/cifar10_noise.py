@@ -1,8 +1,10 @@
 """SAM beside SGD under label noise: ResNet-32 on CIFAR-10, 40 % of the training labels wrong.
 
 Paper: Foret et al., SAM, arXiv:2010.01412, section 3.3 and Table 4: model, epochs and ρ. All else
-as in its code for WRN-28-10, since the text does not say. The baseline with mixup is
---base="..." --data.augment="['shift_crop(4)','flip()','mixup(1.0, 8)']", α of 1, 8, 16 or 32.
+as in its code for WRN-28-10, since the text does not say, but for the decay, which is added after
+the ascent here and is a part of the loss there, and m, which is the whole batch. The baseline with
+mixup is --base="..." --data.augment="['shift_crop(4)','flip()','mixup(1.0, 8)']", α of 1, 8, 16
+or 32.
 
 Command: curvax compare cifar10_noise --seeds 5 --fair --data.path=cifar-10-python.tar.gz
          (and with --data.noise=0.2, 0.6, and 0.8, the last with --rho=0.05; bootstrapped, that is

@@ -1,8 +1,9 @@
 """AdaHessian beside SGD: ResNet-20 on CIFAR-10.
 
-Paper: Yao et al., AdaHessian, arXiv:2006.00719, Table 2, with its learning rate, eps and betas;
-weight decay is divided by the learning rate, as the authors' script does. Batch, epochs, decay,
-schedule and augmentation are not in its text and chosen here.
+Paper: Yao et al., AdaHessian, arXiv:2006.00719, Table 2; learning rate, eps, betas and a weight
+decay that is divided by the learning rate are those of the authors' code
+(amirgholami/adahessian). Batch, epochs, decay, schedule and augmentation are not in its text and
+chosen here.
 
 Command: curvax compare cifar10_resnet20 --seeds 5 --data.path=cifar-10-python.tar.gz
          (and with --model.name=resnet32)

@@ -4,7 +4,8 @@ Paper: Foret et al., SAM, arXiv:2010.01412, section 3.1 and Table 2: batch 4096,
 along a cosine, momentum 0.9, weight decay 1e-4, ρ = 0.05, 100, 200 or 400 epochs, on 32 cores, each
 of which perturbs on its own 128 examples (m). GSAM on ResNets is in Table 1 of Zhuang et al., GSAM,
 arXiv:2203.08065. Not in the texts and chosen here: no warm-up, crops of 8 to 100 % of the area and
-flips, activations in bf16, decay of all parameters, GSAM's α, and its ρ, held at SAM's.
+flips, activations in bf16, decay of all parameters and after the ascent, GSAM's α, and its ρ, held
+at SAM's.
 
 Command: curvax compare imagenet_resnet:50 --data.path=records/imagenet
          (imagenet_resnet:101 and :152; --epochs=200 and 400; on a pod with --distributed)

@@ -93,8 +93,7 @@ def tensorflow(folder, threads):
         )
         window = tf.concat([corner[:2], size[:2]], axis=0)
         image = tf.image.decode_and_crop_jpeg(content, window, channels=3)
-        image = tf.image.random_flip_left_right(tf.image.resize(image, (SIDE, SIDE)))
-        return tf.cast(image, tf.uint8)
+        return tf.cast(tf.image.resize(image, (SIDE, SIDE)), tf.uint8)
 
     dataset = tf.data.Dataset.from_tensor_slices(contents).shuffle(IMAGES).repeat(EPOCHS)
     options = tf.data.Options()
@@ -121,7 +120,7 @@ def test_speed_of_the_input(folder):
         "JPEGs of 500×375 to training batches of 224×224",
         "Made by `python -m pytest tests/test_input_speed.py -m evidence` on "
         f"{cores} cores that others used too: images a second of a core's own time, and of the "
-        "clock. Random crops of 5 to 100 % of the area, resized and flipped, bytes to the batch. "
+        "clock. Random crops of 5 to 100 % of the area, resized, bytes to the batch. "
         "curvax resizes with a filter that covers what a pixel covers, tf.data picks between "
         "neighbours and decodes the crop alone. A chip that trains on N images a second needs N "
         "divided by the first number in cores.",

@@ -253,6 +253,13 @@ def test_groups_are_taken_one_by_one_where_they_were_at_once():
     assert remedies.one_by_one(on_lines) == changed
 
 
+def test_groups_that_fill_a_device_have_no_turns_to_take():
+    text = GROUPED.replace("(2,", "(m,")
+    for m, turns in ((PER_DEVICE // 2, True), (PER_DEVICE, False), (2 * PER_DEVICE, False)):
+        found = remedies.remedies(small(text, m=m), DEVICES)
+        assert any("sequential" in change for change in found) == turns
+
+
 @pytest.mark.parametrize("batch", [1, 2, 3, 9, 12, 15])
 def test_micro_batches_divide_what_a_device_has(batch):
     config = small()

@@ -28,6 +28,7 @@ from curvax.training import (
     images,
     loop,
     material,
+    notice,
     report,
     runs,
     tasks,
@@ -310,6 +311,25 @@ def test_a_notice_to_terminate_saves_before_it_stops(at, experiment, reference, 
     assert signal.getsignal(signal.SIGTERM) is before
     loop.fit(experiment, tmp_path)
     assert_same_run(experiment, tmp_path, reference)
+
+
+def test_a_notice_between_two_runs_of_several_processes_stops_the_second(monkeypatch):
+    """The runtime stops all of them at the number after the last that any has reached."""
+    asked: list[int] = []
+    due = -1
+
+    def reached(number):
+        asked.append(number)
+        return number == due
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(notice.multihost_utils, "reached_preemption_sync_point", reached)
+    with notice.Notice() as first:
+        assert not any(first.given() for _ in range(3))
+    due = asked[-1] + 1
+    with notice.Notice() as second:
+        assert second.given()
+    assert asked == list(range(asked[0], asked[0] + 4))
 
 
 def test_an_infinite_update_stops_the_run_at_its_step(tmp_path):

@@ -25,7 +25,9 @@ def remedies(config: ConfigDict, devices: int) -> Changes:
         devices: that its batch is divided over.
     """
     found = {}
-    if text := one_by_one(config.optimizer):
+    here = config.batch // devices
+    several = config.get("m", 0) < here  # groups on a device, else there is no turn to take
+    if several and (text := one_by_one(config.optimizer)):
         found[f'--optimizer="{text}"'] = variant(config, optimizer=text)
     if True in _choices(config, "remat") and not config.model.options.get("remat"):
         found["--model.options.remat=True"] = _with_options(config, remat=True)

@@ -41,7 +41,7 @@ def defaults(**numbers: float) -> ConfigDict:
             "noise": 0.0,  # fraction of the training labels replaced by a wrong one
             "labels": placeholder(str),  # run whose predictions replace the training labels
             "smoothing": 0.0,  # of the training labels
-            "augment": [],  # transforms in order, each as text
+            "augment": [],  # transforms in order, each as text; nothing is mirrored without flip()
             "length": 64,  # bytes in a window of text
             "side": placeholder(int),  # pixels of an image, 224 of one made of a picture in ...
             # ... records by default; images in memory keep their size unless it is given

@@ -26,10 +26,10 @@ _ATTEMPTS = 10  # boxes drawn at once, as `augment.inception_crop`
 def random_crop(
     content: bytes, side: int, area: tuple[float, float], rng: np.random.Generator
 ) -> np.ndarray:
-    """A box of random area, shape and place, resized, and mirrored every second time.
+    """A box of random area, shape and place, resized.
 
-    Szegedy et al., arXiv:1409.4842, section 6; as `augment.inception_crop` and `augment.flip` do it
-    on the device.
+    Szegedy et al., arXiv:1409.4842, section 6; as `augment.inception_crop` does it on the device,
+    where `augment.flip` mirrors.
 
     Args:
         area: the least and greatest share of the picture, uniform between.
@@ -38,8 +38,7 @@ def random_crop(
         DataError: the content is no picture, or is damaged.
     """
     with _opened(content) as image:
-        pixels = _resized(image, side, _random_box(rng, *image.size, area))
-    return pixels[:, ::-1] if rng.random() < 0.5 else pixels
+        return _resized(image, side, _random_box(rng, *image.size, area))
 
 
 def central_crop(content: bytes, side: int) -> np.ndarray:

@@ -78,7 +78,7 @@ class _Trainer:
             self.pending.append(measured)
             last = step == experiment.steps
             logs = step % config.log_every == 0
-            stops = self.notice.given(step)
+            stops = self.notice.given()
             tests, saves = last or step % test_every == 0, last or step % save_every == 0 or stops
             if logs or tests or saves:
                 figures = self.settle(step, names)
@@ -92,7 +92,7 @@ class _Trainer:
             if saves:
                 self.log.flush()
                 self.checkpoints.save(state, batches.get_state())
-            if stops or (last and self.notice.given(step + 1)):  # it may have come in the test
+            if stops or (last and self.notice.given()):  # it may have come in the test
                 good = self.checkpoints.last_good()
                 raise Stopped(f"the run was asked to terminate after step {step}. {good}")
         return state

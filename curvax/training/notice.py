@@ -1,5 +1,6 @@
 """Notice to terminate, as schedulers give it before they take a machine away: SIGTERM."""
 
+import itertools
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -7,6 +8,10 @@ from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+
+_POINTS = itertools.count()
+"""Numbers of the points at which all processes may stop, on from run to run: the runtime stops them
+at one number, the first that none has reached, which may be in the next run."""
 
 
 class Stopped(InterruptedError):
@@ -38,10 +43,10 @@ class Notice:
         if self._listens():
             signal.signal(signal.SIGTERM, self._before)
 
-    def given(self, step: int) -> bool:
-        """Whether to stop after this step, the same answer in every process."""
+    def given(self) -> bool:
+        """Whether to stop now, the same answer in every process, as all of them ask as often."""
         if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
+            return multihost_utils.reached_preemption_sync_point(next(_POINTS))
         return self._asked
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
