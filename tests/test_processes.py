@@ -12,11 +12,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import photographs
 import pytest
 import regime_run
 
 import curvax
-from curvax.training import loop, pretrained, processes
+from curvax.training import convert, loop, pretrained, processes
 from curvax.training.checkpoints import Checkpoints
 from curvax.training.experiment import build
 
@@ -173,6 +174,39 @@ def test_other_processes_may_go_on(undisturbed, tmp_path):
     carried_out(4, "resume", tmp_path / "run")
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4)
     jax.tree.map(close, end_of(tmp_path, regime), end_of(whole, regime))
+
+
+def weights(folder):
+    """Of the newest checkpoint, by name."""
+    return pretrained.arrays(only(folder, "*/*/seed0"))
+
+
+@pytest.mark.parametrize(("count", "close"), [(2, 0.0), (4, 2e-4)])
+def test_processes_read_records_and_go_on_in_the_middle_of_an_epoch(count, close, records):
+    """From step 14 of epochs of 3."""
+    whole, root = records
+    shutil.copytree(whole, root / f"by {count}")
+    seed = only(root / f"by {count}", "*/*/seed0")
+    (seed / "results.json").unlink()
+    shutil.rmtree(seed / "checkpoints" / "15")
+    carried_out(count, "resume", only(root / f"by {count}", "*"))
+    found, expected = weights(root / f"by {count}"), weights(whole)
+    assert found.keys() == expected.keys()
+    for name, x in expected.items():
+        np.testing.assert_allclose(found[name], x, rtol=10 * close, atol=close, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """The folder of a run by two processes on pictures in records, and that of its data."""
+    root = tmp_path_factory.mktemp("records")
+    photographs.write_class_folders(root / "train", 64)
+    photographs.write_class_folders(root / "val", 5, seed=1)
+    convert.convert(convert.find_parts(root), root / "made")
+    pictures = ["--data.name=records", f"--data.path={root / 'made'}", "--data.side=8"]
+    pictures += ["--data.size=192", "--data.noise=0.0"]
+    carried_out(2, "train", f"{CONFIG}:shard_map", *pictures, "--runs", root / "whole")
+    return root / "whole", root
 
 
 def test_sigterm_to_one_saves_in_both(tmp_path):

@@ -12,6 +12,7 @@ import pytest
 from curvax.training import compare, convert, data, examples, loop, material, pictures, records
 from curvax.training import tasks as training_tasks
 from curvax.training.archives import DataError
+from curvax.training.checkpoints import Checkpoints
 from curvax.training.config import defaults
 from curvax.training.examples import Example
 from curvax.training.experiment import build
@@ -325,3 +326,19 @@ def test_a_run_on_records_resumes_in_the_middle_of_an_epoch(folder, tmp_path):
     parted = loop.fit(build(config), tmp_path / "parted")
     assert parted.records == whole.records
     assert parted.figures | {"seconds": 0} == whole.figures | {"seconds": 0}
+
+
+def test_a_run_that_meets_a_spoilt_record_goes_on_once_it_is_mended(tmp_path):
+    some = some_examples(32)
+    spoilt = [*some]
+    spoilt[11] = some[11]._replace(image=some[11].image[:100])
+    config = make_config(write_records(tmp_path / "records", some), checkpoint_every=1)
+    whole = loop.fit(build(config), tmp_path / "whole")
+    write_records(tmp_path / "records", spoilt)
+    with pytest.raises(DataError, match=r"`p11.JPEG`, record 11 .* cannot be used"):
+        loop.fit(build(config), tmp_path / "parted")
+    kept = Checkpoints(tmp_path / "parted" / "checkpoints", read_only=True)
+    assert 0 < kept._manager.latest_step() < whole.figures["steps"]
+    write_records(tmp_path / "records", some)
+    mended = loop.fit(build(config), tmp_path / "parted")
+    assert mended.records == whole.records
