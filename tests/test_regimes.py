@@ -1,5 +1,6 @@
 """One training step under jit, FSDP, shard_map and pmap: the same numbers, layouts, checkpoints."""
 
+import shutil
 from typing import Any
 
 import jax
@@ -168,6 +169,18 @@ def test_a_checkpoint_reads_under_any_regime(regime, runs):
     assert found_place == place
     layout = jax.tree.map(lambda x: x.sharding, found)
     assert layout == reader.regime.layout(found)
+
+
+@pytest.mark.parametrize("regime", ["shard_map", "pmap", "one device"])
+def test_a_run_goes_on_under_another_regime(regime, runs, tmp_path):
+    """To the end, from step 4 of a run with divided parameters: what that run came to."""
+    shutil.copytree(runs / "fsdp" / "checkpoints" / "4", tmp_path / "checkpoints" / "4")
+    reader = build(config_of("jit", devices=1) if regime == "one device" else config_of(regime))
+    loop.fit(reader, tmp_path)
+    end = lambda folder: Checkpoints(folder / "checkpoints", read_only=True).restore(reader.shapes)
+    (found, place), (expected, expected_place) = end(tmp_path), end(runs / "fsdp")
+    assert (int(found.step), place) == (reader.steps, expected_place)
+    assert_close(found.params, expected.params, atol=1e-5, rtol=1e-4)
 
 
 def _raw(x):
