@@ -148,6 +148,15 @@ def test_thousands_are_written_out():
     )
 
 
+def test_a_change_within_its_error_is_none(found):
+    found.results["random_sharpness"]["sam"].standard_error = np.float32(0.006)
+    told = next(each for each in findings(found) if "random perturbations" in each)
+    assert told.endswith("in `sam` that is within two standard errors of nothing.")
+    found.results["random_sharpness"]["sam"].value = np.float32(0.1)
+    told = next(each for each in findings(found) if "random perturbations" in each)
+    assert told.endswith("the condition of SAM's Theorem 2 holds there.")
+
+
 def test_a_listing_of_three():
     assert listing({"a": 1.0, "b": 3.0, "c": 1.0}, "{:g}") == (
         "1 in `a`, 3 in `b` (3.0 times larger) and 1 in `c` (about the same)"

@@ -105,8 +105,8 @@ def _searched(
         # Where Lanczos has exhausted a small block it goes on outside of it, and must find nothing
         # there: a multiple of the identity by a number within the block's own range.
         level = trees.ratio(trees.dot(v, product(v)), trees.dot(v, v))
-        outside = lambda m, cu, u: m * cu + level * (1 - m) * u
-        block = lambda u: jax.tree.map(outside, mask, product(inside(u)), u)
+        whole = lambda m, cu, u: m * cu + level * (1 - m) * u
+        block = lambda u: jax.tree.map(whole, mask, product(inside(u)), u)
         pairs = eigenpairs(block, v, **options)
         return BlockEigenvalue(pairs.values[0], pairs.residuals[0], pairs.converged[0])
 
