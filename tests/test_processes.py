@@ -167,6 +167,8 @@ def test_two_processes_begin_with_weights_and_predicted_labels(undisturbed, tmp_
 def test_other_processes_may_go_on(undisturbed, tmp_path):
     """Four, from the last checkpoint but one; sums in another order make the difference."""
     regime, whole = undisturbed
+    if regime == "pmap":
+        pytest.skip("its checkpoints and what reads them are those of shard_map")
     shutil.copytree(only(whole, "regime_run*"), tmp_path / "run")
     seed = only(tmp_path, "*/*/seed0")
     (seed / "results.json").unlink()
