@@ -197,8 +197,12 @@ def outline(text: str, *, deep: bool = False) -> str:
     Args:
         deep: with those of the calls inside, as `per_group(sam_perturb) | adamw(cosine)`.
     """
-    calls = _operands(_Reader(text, {}).tree())
-    return " | ".join(_name(call, deep=deep) for call in calls)
+    return " | ".join(_name(part, deep=deep) for part in parts(text))
+
+
+def parts(text: str) -> list[ast.expr]:
+    """The parts of a method's text, as they are written."""
+    return _operands(_Reader(text, {}).tree())
 
 
 def _name(node: ast.expr, *, deep: bool) -> str:

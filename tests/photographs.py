@@ -34,6 +34,13 @@ def pieces(image: Image.Image, count: int, seed: int) -> list[Image.Image]:
     return [image.crop((*corner, *(corner + size))) for corner, size in zip(corners, sizes)]
 
 
+def write_parts(root: Path, train: int, test: int) -> Path:
+    """Class folders in root/train and root/val, so many pictures of each class."""
+    write_class_folders(root / "train", train)
+    write_class_folders(root / "val", test, seed=1)
+    return root
+
+
 def write_class_folders(root: Path, count: int, seed: int = 0, names=CLASSES) -> Path:
     """root/CLASS/CLASS_0.JPEG and so on, `count` of each class."""
     for name, image in photographs().items():

@@ -47,6 +47,14 @@ def flat(tree: Any) -> np.ndarray:
     return np.asarray(ravel_pytree(tree)[0])
 
 
+def large_spectrum() -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+    """10⁴ eigenvalues, ten of them above the bulk in [-1, 1] at 2 to 11, and a reflection of the
+    axes on vectors of that size, after which they belong to no axis."""
+    values = jnp.concatenate([jnp.linspace(-1, 1, 9_990), jnp.arange(10) + 2.0])
+    u = jax.random.normal(jax.random.key(6), values.shape)
+    return values, lambda v: v - 2 * u * (u @ v) / (u @ u)
+
+
 def dense_hessian(f: Callable[[Any], jax.Array], params: Any) -> np.ndarray:
     """∇²f as a matrix, by a way that no code of curvax takes: forward over forward."""
     x, unravel = ravel_pytree(params)

@@ -14,7 +14,16 @@ from flax import nnx
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from small_problems import dense_hessian, flat, net, net_batch, net_loss, net_params, quick_jit
+from small_problems import (
+    dense_hessian,
+    flat,
+    large_spectrum,
+    net,
+    net_batch,
+    net_loss,
+    net_params,
+    quick_jit,
+)
 from test_curvature import net_objective, read
 from test_devices import DEVICES, REGIMES, mesh, shards
 from trajectories import recorded
@@ -512,9 +521,7 @@ def test_a_sweep_refuses_what_it_cannot_go_through():
 
 def test_a_quadratic_loss_of_ten_thousand_dimensions():
     """A planted spectrum in a basis of no axis: its pairs, and its density within the error."""
-    values = jnp.concatenate([jnp.linspace(-1, 1, 9_990), jnp.arange(10) + 2.0])
-    u = jax.random.normal(jax.random.key(6), (10_000,))
-    reflect = lambda v: v - 2 * u * (u @ v) / (u @ u)
+    values, reflect = large_spectrum()
     loss = lambda x: 0.5 * jnp.sum(values * reflect(x) ** 2)
     pairs = top_eigenpairs(loss, jnp.zeros(10_000), 10, tol=1e-7)
     np.testing.assert_allclose(pairs.values, np.arange(11.0, 1.0, -1), rtol=1e-6)

@@ -20,10 +20,7 @@ from curvax.training.records import Shards, read_folder
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """A folder as ImageNet's: `train` with 12 pictures of each class, `val` with 3."""
-    root = tmp_path_factory.mktemp("pictures")
-    photographs.write_class_folders(root / "train", 12)
-    photographs.write_class_folders(root / "val", 3, seed=1)
-    return root
+    return photographs.write_parts(tmp_path_factory.mktemp("pictures"), 12, 3)
 
 
 @pytest.fixture

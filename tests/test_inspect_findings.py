@@ -174,6 +174,7 @@ def test_a_listing_of_three():
         ("adamw(cosine(lr)) | add_decayed_weights(1e-4)", 1e-3),
         ("sgd(0.1) | clip_by_global_norm(1.0) | ema_rms(0.9)", 0.1),
         ("clip_by_global_norm(1.0)", None),
+        ("unheard_of(1.0)", None),
         ("gsam(sgd(0.1), 0.05, 0.2)", None),
         ("levenberg_marquardt(gauss_newton_matvec() | damp())", None),
     ],

@@ -85,6 +85,22 @@ def end_of(folder, regime):
     return jax.device_get((state.step, state.params, state.model_state))
 
 
+def weights(folder):
+    """Of the newest checkpoint of the run there, by name."""
+    return pretrained.arrays(only(folder, "*/*/seed0"))
+
+
+def cut_short(whole, folder, at=None):
+    """A copy of the run in `whole`, as it was at its last checkpoint but one, that of step `at`."""
+    run = shutil.copytree(only(whole, "regime_run*"), folder / "run")
+    seed = only(run, "*/seed0")
+    (seed / "results.json").unlink()
+    *_, before, last = sorted((seed / "checkpoints").glob("[0-9]*/"), key=lambda p: int(p.name))
+    assert at is None or before.name == str(at)
+    shutil.rmtree(last)
+    return run
+
+
 @pytest.fixture(scope="module", params=["shard_map", "pmap", "fsdp"])
 def undisturbed(request, tmp_path_factory):
     """A regime, and the folder of its run by two processes."""
@@ -153,7 +169,7 @@ def test_two_processes_begin_with_weights_and_predicted_labels(undisturbed, tmp_
     still = ["--optimizer=pmean_updates(axes) | sgd(0.0)", "--epochs=1"]
     taken = [f"--start={first}", f"--data.labels={first}"]
     carried_out(2, "train", f"{CONFIG}:{regime}", *still, *taken, "--runs", tmp_path)
-    found, expected = (pretrained.arrays(only(folder, "*/*/seed0")) for folder in (tmp_path, whole))
+    found, expected = weights(tmp_path), weights(whole)
     for name, x in expected.items():
         if name.startswith("params/"):
             np.testing.assert_array_equal(found[name], x)
@@ -167,32 +183,18 @@ def test_two_processes_begin_with_weights_and_predicted_labels(undisturbed, tmp_
 def test_other_processes_may_go_on(undisturbed, tmp_path):
     """Four, from the last checkpoint but one; sums in another order make the difference."""
     regime, whole = undisturbed
-    if regime == "pmap":
-        pytest.skip("its checkpoints and what reads them are those of shard_map")
-    shutil.copytree(only(whole, "regime_run*"), tmp_path / "run")
-    seed = only(tmp_path, "*/*/seed0")
-    (seed / "results.json").unlink()
-    shutil.rmtree(max((seed / "checkpoints").glob("[0-9]*/"), key=lambda path: int(path.name)))
-    carried_out(4, "resume", tmp_path / "run")
+    carried_out(4, "resume", cut_short(whole, tmp_path))
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4)
     jax.tree.map(close, end_of(tmp_path, regime), end_of(whole, regime))
-
-
-def weights(folder):
-    """Of the newest checkpoint, by name."""
-    return pretrained.arrays(only(folder, "*/*/seed0"))
 
 
 @pytest.mark.parametrize(("count", "close"), [(2, 0.0), (4, 2e-4)])
 def test_processes_read_records_and_go_on_in_the_middle_of_an_epoch(count, close, records):
     """From step 14 of epochs of 3."""
     whole, root = records
-    shutil.copytree(whole, root / f"by {count}")
-    seed = only(root / f"by {count}", "*/*/seed0")
-    (seed / "results.json").unlink()
-    shutil.rmtree(seed / "checkpoints" / "15")
-    carried_out(count, "resume", only(root / f"by {count}", "*"))
-    found, expected = weights(root / f"by {count}"), weights(whole)
+    parted = root / f"by {count}"
+    carried_out(count, "resume", cut_short(whole, parted, at=14))
+    found, expected = weights(parted), weights(whole)
     assert found.keys() == expected.keys()
     for name, x in expected.items():
         np.testing.assert_allclose(found[name], x, rtol=10 * close, atol=close, err_msg=name)
@@ -201,9 +203,7 @@ def test_processes_read_records_and_go_on_in_the_middle_of_an_epoch(count, close
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
     """The folder of a run by two processes on pictures in records, and that of its data."""
-    root = tmp_path_factory.mktemp("records")
-    photographs.write_class_folders(root / "train", 64)
-    photographs.write_class_folders(root / "val", 5, seed=1)
+    root = photographs.write_parts(tmp_path_factory.mktemp("records"), 64, 5)
     convert.convert(convert.find_parts(root), root / "made")
     pictures = ["--data.name=records", f"--data.path={root / 'made'}", "--data.side=8"]
     pictures += ["--data.size=192", "--data.noise=0.0"]

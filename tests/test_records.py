@@ -23,9 +23,7 @@ SIDE = 16
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Records of 3 classes: 42 pictures to train on, 15 to test on."""
-    root = tmp_path_factory.mktemp("records")
-    photographs.write_class_folders(root / "train", 14)
-    photographs.write_class_folders(root / "val", 5, seed=1)
+    root = photographs.write_parts(tmp_path_factory.mktemp("records"), 14, 5)
     convert.convert(convert.find_parts(root), root / "made")
     return root / "made"
 
@@ -333,12 +331,13 @@ def test_a_run_that_meets_a_spoilt_record_goes_on_once_it_is_mended(tmp_path):
     spoilt = [*some]
     spoilt[11] = some[11]._replace(image=some[11].image[:100])
     config = make_config(write_records(tmp_path / "records", some), checkpoint_every=1)
-    whole = loop.fit(build(config), tmp_path / "whole")
+    experiment = build(config)
+    whole = loop.fit(experiment, tmp_path / "whole")
     write_records(tmp_path / "records", spoilt)
     with pytest.raises(DataError, match=r"`p11.JPEG`, record 11 .* cannot be used"):
         loop.fit(build(config), tmp_path / "parted")
     kept = Checkpoints(tmp_path / "parted" / "checkpoints", read_only=True)
-    assert 0 < kept._manager.latest_step() < whole.figures["steps"]
+    assert 0 < int(kept.restore(experiment.shapes)[0].step) < whole.figures["steps"]
     write_records(tmp_path / "records", some)
     mended = loop.fit(build(config), tmp_path / "parted")
     assert mended.records == whole.records

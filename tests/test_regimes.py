@@ -52,6 +52,11 @@ def config_of(regime, method="groups", **fields):
     return config
 
 
+def reader_of(regime):
+    """The experiment of a regime, or on one device alone."""
+    return build(config_of("jit", devices=1) if regime == "one device" else config_of(regime))
+
+
 def stepped(experiment, count=2):
     """The state after some steps, and what the last measured."""
     state, batches = experiment.init(), experiment.batches()
@@ -161,7 +166,7 @@ def test_a_checkpoint_reads_under_any_regime(regime, runs):
     expected, place = Checkpoints(runs / "fsdp" / "checkpoints", read_only=True).restore(
         written.shapes
     )
-    reader = build(config_of("jit", devices=1) if regime == "one device" else config_of(regime))
+    reader = reader_of(regime)
     found, found_place = Checkpoints(runs / "fsdp" / "checkpoints", read_only=True).restore(
         reader.shapes
     )
@@ -175,7 +180,7 @@ def test_a_checkpoint_reads_under_any_regime(regime, runs):
 def test_a_run_goes_on_under_another_regime(regime, runs, tmp_path):
     """To the end, from step 4 of a run with divided parameters: what that run came to."""
     shutil.copytree(runs / "fsdp" / "checkpoints" / "4", tmp_path / "checkpoints" / "4")
-    reader = build(config_of("jit", devices=1) if regime == "one device" else config_of(regime))
+    reader = reader_of(regime)
     loop.fit(reader, tmp_path)
     end = lambda folder: Checkpoints(folder / "checkpoints", read_only=True).restore(reader.shapes)
     (found, place), (expected, expected_place) = end(tmp_path), end(runs / "fsdp")

@@ -9,7 +9,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from small_problems import flat, quick_jit
+from small_problems import flat, large_spectrum, quick_jit
 from trajectories import FOLDER, recorded
 
 from curvax.linalg import (
@@ -209,12 +209,9 @@ def test_vectors_have_the_dtypes_of_their_leaves():
 
 def test_ten_pairs_of_ten_thousand_dimensions():
     """A planted spectrum, diagonal but for a reflection, with true residuals."""
-    size = 10_000
-    values = jnp.concatenate([jnp.linspace(-1, 1, size - 10), jnp.arange(10) + 2.0])
-    u = jax.random.normal(jax.random.key(6), (size,))
-    reflect = lambda v: v - 2 * u * (u @ v) / (u @ u)
+    values, reflect = large_spectrum()
     product = lambda v: reflect(values * reflect(v))
-    v0 = jax.random.normal(jax.random.key(7), (size,))
+    v0 = jax.random.normal(jax.random.key(7), values.shape)
     found = jax.jit(lambda v: eigenpairs(product, v, 10, tol=1e-7))(v0)
     np.testing.assert_allclose(found.values, np.arange(11.0, 1.0, -1), rtol=1e-6)
     true = np.linalg.norm(

@@ -214,19 +214,14 @@ def _kernel_work(point: Point) -> Work:
     return Work(4, 10 * _kernel_examples(point) * point.outputs / point.objective.size)
 
 
-def _pairs_work(point: Point) -> Work:
-    """Nothing more where the point has them already."""
-    return Work(0, 0) if "pairs" in vars(point) else Work(10, 76)
+def _with_pairs(compilations: float, gradients: float) -> Callable[[Point], Work]:
+    """Of what needs the eigenpairs, for which a point is searched once."""
 
+    def work(point: Point) -> Work:
+        search = Work(0, 0) if "pairs" in vars(point) else Work(10, 76)
+        return Work(compilations + search.compilations, gradients + search.gradients)
 
-def _landscape_work(point: Point) -> Work:
-    before = _pairs_work(point)
-    return Work(18 + before.compilations, 85 + before.gradients)
-
-
-def _alignment_work(point: Point) -> Work:
-    before = _pairs_work(point)
-    return Work(1 + before.compilations, 1 + before.gradients)
+    return work
 
 
 def _blocks_work(point: Point) -> Work:
@@ -234,16 +229,16 @@ def _blocks_work(point: Point) -> Work:
 
 
 MEASURES = (
-    Measure("eigenpairs", "top eigenpairs", eigenpairs, _pairs_work),
+    Measure("eigenpairs", "top eigenpairs", eigenpairs, _with_pairs(0, 0)),
     Measure("surrogate_gap", "surrogate gap", surrogate_gap, _each(4, 16)),
     Measure("sharpness", "sharpness", sharpness, _each(9, 26)),
     Measure("inside", "activations", inside, _each(1, 1)),
     Measure("weights", "weight norms", weights, _each(1, 1)),
     Measure("blocks", "eigenvalues by block", blocks, _blocks_work),
-    Measure("alignment", "alignment of the gradient", alignment, _alignment_work),
+    Measure("alignment", "alignment of the gradient", alignment, _with_pairs(1, 1)),
     Measure("attention", "attention maps", attention, _each(1, 1), _has_no_attention),
     Measure("perceptron", "factors of the blocks", perceptron, _each(8, 8), _is_no_perceptron),
-    Measure("landscape", "landscapes", landscape, _landscape_work),
+    Measure("landscape", "landscapes", landscape, _with_pairs(18, 85)),
     Measure("trace", "trace", trace, _each(5, 12)),
     Measure("gradient_angle", "turn of the gradient", gradient_angle, _each(3, 8)),
     Measure("random_sharpness", "random sharpness", random_sharpness, _each(4, 3)),

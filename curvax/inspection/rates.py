@@ -3,9 +3,9 @@
 import ast
 import inspect
 from collections.abc import Mapping
-from typing import TypeGuard
+from typing import Any
 
-from curvax.recipe import vocabulary
+from curvax.recipe import parts, vocabulary
 
 _STRETCHED = ("cosine", "linear", "constant", "step_decay")
 """Schedules whose first argument is their peak."""
@@ -23,19 +23,19 @@ def peak_rate(text: str, names: Mapping[str, float]) -> float | None:
     Returns:
         None where there is no such part, or its rate is no number and no schedule of the run.
     """
-    node = ast.parse(text.strip().replace("\n", " "), mode="eval").body
-    while isinstance(node, ast.BinOp) and not _takes_a_rate(node.right):
-        node = node.left
-    last = node.right if isinstance(node, ast.BinOp) else node
-    return _rate(_first(last), names) if _takes_a_rate(last) else None
+    known = vocabulary()
+    for part in reversed(parts(text)):
+        match part:
+            case ast.Call(func=ast.Name(id=name)) if _takes_a_rate(known.get(name)):
+                return _rate(_first(part), names)
+    return None
 
 
-def _takes_a_rate(node: ast.expr) -> TypeGuard[ast.Call]:
-    match node:
-        case ast.Call(func=ast.Name(id=name)):
-            parameters = inspect.signature(vocabulary().get(name, dict)).parameters
-            return next(iter(parameters), None) == "learning_rate"
-    return False
+def _takes_a_rate(factory: Any) -> bool:
+    """Whether a learning rate is its first argument."""
+    if not inspect.isfunction(factory):
+        return False
+    return next(iter(inspect.signature(factory).parameters), None) == "learning_rate"
 
 
 def _rate(node: ast.expr | None, names: Mapping[str, float]) -> float | None:
