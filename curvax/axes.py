@@ -6,15 +6,34 @@ what is not bound is left alone.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from curvax.trees import Tree, is_float, ratio, widen
 
 AxisNames = str | tuple[str, ...] | None
+
+
+class Neighbours(NamedTuple):
+    """Each `size` devices in a row along an axis, where no axis of a mesh holds just them.
+
+    Only where types do not tell what varies, as under pmap: no type says "alike in each row".
+    """
+
+    axis: str
+    size: int
+
+    def reduce(self, reduction: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
+        rows = np.arange(lax.axis_size(self.axis)).reshape(-1, self.size).tolist()
+        return reduction(x, self.axis, axis_index_groups=rows)
+
+
+Along = str | Neighbours
+"""What a mean is taken along."""
 
 
 def as_tuple(axes: AxisNames) -> tuple[str, ...]:
@@ -91,7 +110,7 @@ def _is_bound(axis: str) -> bool:
     return True
 
 
-def mean(tree: Tree, axes: tuple[str, ...], weight: jax.Array | None = None) -> Tree:
+def mean(tree: Tree, axes: tuple[Along, ...], weight: jax.Array | None = None) -> Tree:
     """The mean over bound axes of every floating leaf, weighted by each device's `weight`.
 
     What is known not to vary over an axis is its own mean and costs nothing, and counts by the
@@ -106,13 +125,28 @@ def mean(tree: Tree, axes: tuple[str, ...], weight: jax.Array | None = None) -> 
         if not over or not is_float(x):
             return x
         if weight is None:
-            return lax.pmean(x, over)
+            return _reduced(lax.pmean, x, over)
         alike = tuple(a for a in axes if a not in over and a in varying(weight))
         w = vary(lax.psum(widen(weight), alike) if alike else widen(weight), over)
         weighed = jnp.where(w == 0, 0, w * widen(x))
-        return ratio(lax.psum(weighed, over), lax.psum(w, over)).astype(x.dtype)
+        return ratio(total(weighed, over), total(w, over)).astype(x.dtype)
 
     return jax.tree.map(average, tree)
+
+
+def total(x: jax.Array, over: tuple[Along, ...]) -> jax.Array:
+    """The sum over bound axes, of one array."""
+    return _reduced(lax.psum, x, over)
+
+
+def _reduced(
+    reduction: Callable[..., jax.Array], x: jax.Array, over: tuple[Along, ...]
+) -> jax.Array:
+    names = tuple(a for a in over if isinstance(a, str))
+    x = reduction(x, names) if names else x
+    for part in over:
+        x = part.reduce(reduction, x) if isinstance(part, Neighbours) else x
+    return x
 
 
 def mean_over_visible(tree: Tree) -> Tree:
@@ -121,16 +155,32 @@ def mean_over_visible(tree: Tree) -> Tree:
     return mean(tree, tuple(a for a in manual() if a in axes)) if axes else tree
 
 
-def index_and_size(axes: tuple[str, ...]) -> tuple[jax.Array | int, int]:
+def index_and_size(over: tuple[Along, ...]) -> tuple[jax.Array | int, int]:
     """This device's number along the axes, first axis slowest, and how many there are."""
-    return (lax.axis_index(axes), lax.axis_size(axes)) if axes else (0, 1)
+    index, size = 0, 1
+    for part in over:
+        row = isinstance(part, Neighbours)
+        here = lax.axis_index(part.axis) % part.size if row else lax.axis_index(part)
+        count = part.size if row else lax.axis_size(part)
+        index, size = index * count + here, size * count
+    return index, size
 
 
-def last_of_size(size: int) -> tuple[str, ...] | None:
-    """The last manual axes, whose devices are neighbours, that hold `size` devices together."""
+def last_of_size(size: int) -> tuple[Along, ...] | None:
+    """Along what `size` neighbouring devices lie: the last manual axes that hold just them, or,
+    where types do not tell, a row of the last axis."""
     names = manual()
     tails = (names[start:] for start in reversed(range(len(names))))
-    return next((tail for tail in tails if lax.axis_size(tail) == size), None)
+    found = next((tail for tail in tails if lax.axis_size(tail) == size), None)
+    if found is None and names and not tracked() and lax.axis_size(names[-1]) % size == 0:
+        return (Neighbours(names[-1], size),)
+    return found
+
+
+def outside(along: tuple[Along, ...], names: tuple[str, ...]) -> tuple[Along, ...]:
+    """What does not lie along any of the named axes."""
+    axis = lambda part: part.axis if isinstance(part, Neighbours) else part
+    return tuple(part for part in along if axis(part) not in names)
 
 
 def cond(predicate: Any, f: Any, g: Any) -> Tree:

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from curvax import axes, trees
 from curvax.trees import Tree
@@ -34,7 +33,7 @@ class Product:
     curvature: Callable[[Tree], Tree]
     root: Root | None = None
     damping: Any = None
-    over: tuple[str, ...] = ()
+    over: tuple[axes.Along, ...] = ()
 
     def __call__(self, v: Tree) -> Tree:
         cv = self.curvature(v)
@@ -45,7 +44,7 @@ class Product:
         total = damping if self.damping is None else self.damping + damping
         return dataclasses.replace(self, damping=total)
 
-    def averaged(self, over: tuple[str, ...], weight: jax.Array | None = None) -> "Product":
+    def averaged(self, over: tuple[axes.Along, ...], weight: jax.Array | None = None) -> "Product":
         """The mean of every device's C over bound axes, by weight; its rows are those of all."""
         if not over:
             return self
@@ -71,26 +70,26 @@ def as_product(matvec: Callable[[Tree], Tree]) -> Product:
     return matvec if isinstance(matvec, Product) else Product(matvec)
 
 
-def _gathered(root: Root, over: tuple[str, ...], weight: jax.Array | None) -> Root:
+def _gathered(root: Root, over: tuple[axes.Along, ...], weight: jax.Array | None) -> Root:
     """The rows of all devices along a new first axis: Σ_d w_d R_dᵀR_d, Σ w_d = 1."""
     number, devices = axes.index_and_size(over)
     share = jnp.ones(()) / devices
     if weight is not None:
         w = axes.vary(weight, over)
-        share = trees.ratio(w, lax.psum(w, over))
+        share = trees.ratio(w, axes.total(w, over))
     scale = jnp.sqrt(share)
 
     def forward(v: Tree) -> Tree:
         def place(x: jax.Array) -> jax.Array:
             own = (scale * trees.widen(x)).astype(x.dtype)
             empty = axes.vary(jnp.zeros((devices, *x.shape), x.dtype), over)
-            return lax.psum(empty.at[number].set(own), over)
+            return axes.total(empty.at[number].set(own), over)
 
         return jax.tree.map(place, root.forward(v))
 
     def transpose(u: Tree) -> Tree:
         own = jax.tree.map(lambda x: axes.vary(x, over)[number], u)
-        return jax.tree.map(lambda x: lax.psum(x, over), root.transpose(trees.scale(scale, own)))
+        return jax.tree.map(lambda x: axes.total(x, over), root.transpose(trees.scale(scale, own)))
 
     rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct((devices, *x.shape), x.dtype), root.rows)
     return Root(forward, transpose, rows)

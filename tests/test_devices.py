@@ -12,6 +12,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import curvax as cx
+from curvax.linalg.ascent import random_direction
 from curvax.planning import collectives, hlo
 
 DEVICES, PER_DEVICE, FEATURES, HIDDEN = 8, 4, 5, 3
@@ -44,8 +45,12 @@ def loss(params, batch):
     return jnp.mean((hidden @ params["w2"] - batch["y"]) ** 2)
 
 
-def one_step(tx, params, state, batch, **options):
-    objective = cx.Objective(loss, batch, **options)
+def predict(params, batch):
+    return jnp.tanh(batch["x"] @ params["w1"] + params["b1"][None]) @ params["w2"]
+
+
+def one_step(tx, params, state, batch, of=loss, **options):
+    objective = cx.Objective(of, batch, **options)
     value, grads = objective.value_and_grad(params)
     updates, state = tx.update(grads, state, params, value_fn=objective, value=value)
     return optax.apply_updates(params, updates), state
@@ -200,44 +205,70 @@ def test_groups_of_a_sharded_batch_cost_one_reduction(kind, case):
     assert gathered[1] < params["w1"].nbytes < batch["y"].nbytes
 
 
-def on_groups_of_two(tx, params, batch, *, checked, **options):
-    """One step on a mesh whose last axis holds the two devices of a group."""
-    grid = jax.make_mesh((DEVICES // 2, 2), ("batch", "group"), axis_types=(AxisType.Auto,) * 2)
-    step = jax.shard_map(
-        partial(one_step, tx, **options),
-        mesh=grid,
-        in_specs=(P(), P(), P(("batch", "group"))),
+# A mesh whose last axis holds the devices of a group, or one axis along which they lie in a row.
+GROUPED = ("grid", "grid unchecked", "row unchecked", "pmap")
+
+
+def over_all(regime):
+    return ("batch", "group") if regime.startswith("grid") else "batch"
+
+
+def on_groups_of_two(regime, step, params, state, batch):
+    """One step of eight devices, two of which make a group."""
+    if regime == "pmap":
+        mapped = jax.pmap(step, axis_name="batch", in_axes=(None, None, 0), out_axes=None)
+        return mapped(params, state, shards(batch))
+    grid = regime.startswith("grid")
+    names, shape = (("batch", "group"), (4, 2)) if grid else (("batch",), (8,))
+    mapped = jax.shard_map(
+        step,
+        mesh=jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names)),
+        in_specs=(P(), P(), P(names)),
         out_specs=P(),
-        check_vma=checked,
+        check_vma=not regime.endswith("unchecked"),
     )
-    return jax.jit(step)(params, tx.init(params), batch)
+    return jax.jit(mapped)(params, state, batch)
 
 
-@pytest.mark.parametrize("checked", [True, False])
-@pytest.mark.parametrize("projects", [True, False])
-def test_a_group_may_span_devices(checked, projects):
-    stages = cx.sam_perturb(0.3) | cx.gsam_project(0.4) if projects else cx.sam_perturb(0.3)
-    tx = (
-        cx.per_group(2 * PER_DEVICE, stages)
-        | cx.pmean_updates(("batch", "group"))
-        | optax.sgd(0.1, momentum=0.9)
-    )
+STAGES = {
+    "SAM": cx.sam_perturb(0.3),
+    "GSAM": cx.sam_perturb(0.3) | cx.gsam_project(0.4),
+    "SAM, second order": cx.sam_perturb(0.3, second_order=True),
+    "random directions": cx.sam_perturb(0.3, ascent=random_direction(5)),
+    "Fisher ascent": cx.sam_perturb(0.3, ascent=cx.fisher_ascent(0.1, solver=cx.cg(40, tol=1e-15))),
+    "Fisher ascent, dense": cx.sam_perturb(0.3, ascent=cx.fisher_ascent(0.1, solver=cx.dense())),
+    "Fisher ascent, by rows": cx.sam_perturb(
+        0.3, ascent=cx.fisher_ascent(0.1, solver=cx.row_space())
+    ),
+}
+LOOPS = {"SAM": sam_of, "GSAM": gsam_of}
+
+
+@pytest.mark.parametrize("regime", GROUPED)
+@pytest.mark.parametrize("name", STAGES)
+def test_a_group_may_span_devices(name, regime):
+    stages = cx.per_group(2 * PER_DEVICE, STAGES[name])
+    tx = stages | cx.pmean_updates(over_all(regime)) | optax.sgd(0.1, momentum=0.9)
     params, batch = make_params(), make_batch()
-    found, state = on_groups_of_two(tx, params, batch, checked=checked)
-    reference = local(gsam_of if projects else sam_of, DEVICES // 2)
-    expected = sgd_over(lambda p: reference(p, batch), params, steps=1)
-    jax.tree.map(partial(np.testing.assert_allclose, **TOLERANCE), found, expected)
+    state = tx.init(params)
+    halves = dict(of=cx.gaussian("y"), model=predict) if "Fisher" in name else {}
+    step = partial(one_step, tx, **halves)
+    found, state_found = on_groups_of_two(regime, step, params, state, batch)
     # Under jit the groups are cut from the whole batch: the same figures too.
-    alone, state_alone = one_step(tx, params, tx.init(params), batch)
-    jax.tree.map(partial(np.testing.assert_allclose, **TOLERANCE), found, alone)
-    figures, others = cx.diagnostics(state), cx.diagnostics(state_alone)
+    alone, state_alone = step(params, state, batch)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-12), found, alone)
+    figures, others = cx.diagnostics(state_found), cx.diagnostics(state_alone)
     assert figures.keys() == others.keys()
-    for name in figures:
-        np.testing.assert_allclose(figures[name], others[name], rtol=1e-6, err_msg=name)
+    for figure in figures:
+        np.testing.assert_allclose(figures[figure], others[figure], rtol=1e-6, err_msg=figure)
+    if name in LOOPS:
+        reference = local(LOOPS[name], DEVICES // 2)
+        expected = sgd_over(lambda p: reference(p, batch), params, steps=1)
+        jax.tree.map(partial(np.testing.assert_allclose, **TOLERANCE), found, expected)
 
 
-@pytest.mark.parametrize("checked", [True, False])
-def test_a_group_of_devices_weighs_what_its_examples_weigh(checked):
+@pytest.mark.parametrize("regime", GROUPED)
+def test_a_group_of_devices_weighs_what_its_examples_weigh(regime):
     def weighted(params, batch):
         hidden = jnp.tanh(batch["x"] @ params["w1"] + params["b1"][None])
         errors = (hidden @ params["w2"] - batch["y"]) ** 2
@@ -249,27 +280,28 @@ def test_a_group_of_devices_weighs_what_its_examples_weigh(checked):
         updates, _ = tx.update(grads, state, params, value_fn=objective, value=value)
         return updates
 
-    axes = ("batch", "group")
-    tx = cx.per_group(2 * PER_DEVICE, cx.sam_perturb(0.3)) | cx.pmean_updates(axes)
+    stages = cx.per_group(2 * PER_DEVICE, cx.sam_perturb(0.3))
+    tx = stages | cx.pmean_updates(over_all(regime))
     params, batch = make_params(), make_batch()
     batch["w"] = 0.5 + jax.random.uniform(jax.random.key(7), batch["y"].shape)
-    grid = jax.make_mesh((DEVICES // 2, 2), axes, axis_types=(AxisType.Auto,) * 2)
-    specs = dict(in_specs=(P(), P(), P(axes)), out_specs=P(), check_vma=checked)
-    found = jax.jit(jax.shard_map(step, mesh=grid, **specs))(params, tx.init(params), batch)
+    found = on_groups_of_two(regime, step, params, tx.init(params), batch)
     expected = step(params, tx.init(params), batch)
     jax.tree.map(partial(np.testing.assert_allclose, **TOLERANCE), found, expected)
 
 
-def test_a_group_that_no_axes_hold_is_an_error():
-    tx = cx.per_group(2 * PER_DEVICE, cx.sam_perturb(0.3)) | cx.pmean_updates("batch")
+@pytest.mark.parametrize(("regime", "m"), [("shard_map", 2), ("pmap", 3)])
+def test_a_group_that_no_axes_hold_is_an_error(regime, m):
+    tx = cx.per_group(m * PER_DEVICE, cx.sam_perturb(0.3)) | cx.pmean_updates("batch")
     with pytest.raises(ValueError, match="the last of the device axes"):
-        run("shard_map", tx, make_params(), make_batch(), steps=1)
+        run(regime, tx, make_params(), make_batch(), steps=1)
 
 
-def test_no_curvature_is_estimated_in_a_group_of_devices():
+@pytest.mark.parametrize("regime", ["grid", "pmap"])
+def test_no_curvature_is_estimated_in_a_group_of_devices(regime):
     tx = cx.per_group(2 * PER_DEVICE, cx.hutchinson_diag(mean_over="batch"))
+    params = make_params()
     with pytest.raises(ValueError, match="one of these estimates curvature"):
-        on_groups_of_two(tx, make_params(), make_batch(), checked=True)
+        on_groups_of_two(regime, partial(one_step, tx), params, tx.init(params), make_batch())
 
 
 def adahessian_loop(params, batch, key, *, shared, steps=2, lr=0.1, b1=0.9, b2=0.99, eps=1e-4):

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import evidence_tables
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,31 +66,39 @@ def mesh_of(machine, groups):
 
 
 def compiled(tx, machine, regime="shard_map", groups=1):
-    """The step of a method under a regime; `pmap` is a `shard_map` that checks no types."""
+    """The step of a method under a regime."""
     mesh = mesh_of(machine, groups)
     split = P(mesh.axis_names)
     step = functools.partial(one_step, tx)
-    if regime != "jit":
-        specs: Any = dict(in_specs=(P(), P(), split), out_specs=P())
-        step = jax.shard_map(step, mesh=mesh, check_vma=regime == "shard_map", **specs)
-
-    def laid_out(tree, spec):
-        sharding = NamedSharding(mesh, spec)
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
-        )
-
     params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in WEIGHTS.items()}
+    shape = (DEVICES, PER_DEVICE) if regime == "pmap" else (DEVICES * PER_DEVICE,)
     batch = {
-        "x": jax.ShapeDtypeStruct((DEVICES * PER_DEVICE, 64), jnp.float32),
-        "y": jax.ShapeDtypeStruct((DEVICES * PER_DEVICE,), jnp.int32),
+        "x": jax.ShapeDtypeStruct((*shape, 64), jnp.float32),
+        "y": jax.ShapeDtypeStruct(shape, jnp.int32),
     }
-    state = laid_out((params, jax.eval_shape(tx.init, params)), P())
-    lowered = jax.jit(step).lower(*state, laid_out(batch, split))
-    made = find(machine).compile(lowered)
+    state = params, jax.eval_shape(tx.init, params)
+    if regime == "pmap":
+        mapped = jax.pmap(
+            step,
+            axis_name="batch",
+            in_axes=(None, None, 0),
+            out_axes=None,
+            devices=list(mesh.devices.flat),
+        )
+    else:
+        if regime == "shard_map":
+            step = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(), split), out_specs=P())
+        mapped = jax.jit(step)
+        state, batch = laid_out(mesh, state, P()), laid_out(mesh, batch, split)
+    made = find(machine).compile(mapped.lower(*state, batch))
     program, temporaries = hlo.read(made), made.memory_analysis().temp_size_in_bytes
     sent = sum(x.bytes for x in collectives.count(program).values())
     return Step(program, sent / size(*WEIGHTS), temporaries / size(*WEIGHTS))
+
+
+def laid_out(mesh, tree, spec):
+    struct = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, spec))
+    return jax.tree.map(lambda x: struct(x.shape, x.dtype), tree)
 
 
 def size(*names):
@@ -176,14 +185,70 @@ def test_under_jit_too(m, machine):
     assert compiled(tx, machine, "jit").sent == NEARLY(1)
 
 
-@MACHINES
-def test_groups_of_devices_send_three_times(machine):
-    # The ascent's gradient within a group, the second gradient within it, and then over all.
-    over = ("batch", "group")
+ACROSS = {
+    "shard_map": (("batch", "group"), 2),
+    "pmap": ("batch", 1),
+    "jit": ((), 1),
+}
+"""How a regime averages over all devices where two make a group, and how many along its axis."""
+
+
+def group_of_two(regime):
+    over, groups = ACROSS[regime]
     tx = cx.per_group(2 * PER_DEVICE, cx.sam_perturb(0.1)) | cx.pmean_updates(over) | SGD
-    assert compiled(tx, machine, groups=2).sent == NEARLY(3)
-    alone = cx.per_group(2 * PER_DEVICE, cx.sam_perturb(0.1)) | SGD
-    assert compiled(alone, machine, "jit").sent == NEARLY(3)
+    return tx, groups
+
+
+@MACHINES
+@pytest.mark.parametrize("regime", ACROSS)
+def test_groups_of_devices_send_three_times(regime, machine):
+    # The ascent's gradient within a group, the second gradient within it, and then over all.
+    tx, groups = group_of_two(regime)
+    assert compiled(tx, machine, regime, groups).sent == NEARLY(3)
+
+
+TABLE = ("cpu:8", "v3:2x2", "v4:2x2x2", "v5e:2x4", "v5p:2x2x2", "v6e:2x4")
+COMMAND = "python -m pytest tests/test_plan.py -m evidence"
+
+
+@pytest.mark.evidence
+@NO_LIBTPU
+def test_what_is_sent_on_every_generation():
+    under = lambda tx, regime: lambda machine: compiled(tx, machine, regime)
+    rows = [
+        (method, regime, under(tx, regime), times)
+        for method, (tx, times) in METHODS.items()
+        for regime in ("shard_map", "pmap")
+    ]
+    for m, which in ((PER_DEVICE // 2, "half a device"), (PER_DEVICE, "one device")):
+        tx = cx.per_group(m, cx.sam_perturb(0.1))
+        mapped = tx | cx.pmean_updates("batch") | SGD
+        rows += [(f"groups of {which}", "shard_map", under(mapped, "shard_map"), 1)]
+        rows += [(f"groups of {which}", "jit", under(tx | SGD, "jit"), 1)]
+    for regime in ACROSS:
+        tx, groups = group_of_two(regime)
+        across = functools.partial(compiled, tx, regime=regime, groups=groups)
+        rows.append(("groups of two devices", regime, across, 3))
+    rows += [("SAM, the whole batch's", "jit", under(cx.sam(SGD, 0.1), "jit"), 2)]
+    rows += [("AdaHessian", "jit", under(cx.adahessian(0.1), "jit"), None)]
+    table = []
+    for method, regime, step, times in rows:
+        found = [step(machine).sent for machine in TABLE]
+        table.append([method, regime, *found])
+        if times is not None:
+            assert found == [NEARLY(times)] * len(found), (method, regime)
+        else:
+            assert all(2 * 0.998 < sent < 3 for sent in found)
+    evidence_tables.write(
+        "collectives",
+        "What a step sends over eight devices, in units of the parameters",
+        f"Made by `{COMMAND} -k generation`: bytes of all collectives in the compiled step of a "
+        f"perceptron of three layers, those of a loop times its trips; {CG_STEPS} steps of "
+        "conjugate gradients; the rest over a whole number are figures. A group's ascent is "
+        "averaged within it.",
+        ["method", "regime", *TABLE],
+        table,
+    )
 
 
 @pytest.mark.parametrize("name", ["v5e", "v9:4x4", "cpu:0", "cpu", "v5e:16by16"])

@@ -82,10 +82,6 @@ def alone(request):
 def test_every_regime_takes_the_same_steps(regime, alone):
     method, (params, figures) = alone
     config = config_of(regime, method)
-    if (regime, method) == ("pmap", "groups of two devices"):
-        with pytest.raises(ValueError, match="the last of the device axes"):
-            build(config)
-        return
     experiment = build(config)
     state, measured = stepped(experiment)
     # AdaHessian's quotients turn a rounding of 1e-7 into some 1e-4 of a step of 1e-2.
@@ -117,15 +113,11 @@ def test_fsdp_divides_parameters_and_moments():
 def test_the_outline_of_a_step_is_the_step(regime):
     config = config_of(regime, optimizer="sam_perturb(rho) | pmean_updates(axes) | sgd(lr)")
     sketch = outline(config, jax.devices()[:DEVICES])
-    compiled = sketch.step.lower(sketch.state, sketch.batch).compile()
+    planned = sketch.step.lower(sketch.state, sketch.batch)
     built = build(config)
-    batch = jax.eval_shape(built.regime.place, next(built.batches()))
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), dict(batch)) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), sketch.batch
-    )
-    state = built.init()
-    found = compiled(state, jax.device_put(next(built.batches()), built.regime.split))
-    assert int(found[0].step) == 1
+    state, batch = built.init(), built.regime.place(next(built.batches()))
+    assert planned.as_text() == built.step.lower(state, batch).as_text()
+    assert planned.compile().memory_analysis().alias_size_in_bytes > 0
 
 
 @pytest.mark.parametrize("regime", ["shard_map", "pmap"])

@@ -8,6 +8,7 @@ batch behind it can be swapped (`on`), cut into groups (`groups`) or walked thro
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -67,7 +68,7 @@ class Objective:
         self._memory = Memory()
         self._local: dict[Any, frozenset[str]] = {}
         self._part: tuple[Any, int] = (0, 1)
-        self._together: tuple[str, ...] = ()
+        self.joined: tuple[axes.Along, ...] = ()
         validation.check_halves(loss, batch, model)
         validation.check_options(batch, model, key, microbatch, weight)
         if microbatch is not None:
@@ -106,12 +107,13 @@ class Objective:
             piece.microbatch = None
         return piece
 
-    def together(self, over: tuple[str, ...]) -> Objective:
-        """The mean of this loss over bound device axes, whose devices so make one group.
+    def together(self, over: tuple[axes.Along, ...]) -> Objective:
+        """The mean of this loss along bound device axes, whose devices so make one group.
 
-        Value and gradient are the group's; products and single examples stay each device's own.
+        Value, gradient and Hessian are the group's; other products and single examples stay each
+        device's own.
         """
-        return self._changed(_together=(*self._together, *over)) if over else self
+        return self._changed(joined=(*self.joined, *over)) if over else self
 
     def _changed(self, **fields: Any) -> Objective:
         """A copy that remembers nothing."""
@@ -167,9 +169,9 @@ class Objective:
                 jax.checkpoint(part.evaluate)(params) if self.microbatch else part.evaluate(params)
             )
         )
-        return axes.mean(value, self._together, self.batch_weight())
+        return axes.mean(value, self.joined, self.batch_weight())
 
-    def mean(self, params: Tree, over: tuple[str, ...]) -> jax.Array:
+    def mean(self, params: Tree, over: tuple[axes.Along, ...]) -> jax.Array:
         """L(θ), the mean over bound device axes, at a precision at which differences count."""
         with jax.default_matmul_precision("highest"):
             return axes.mean(self(params), over, self.batch_weight())
@@ -186,9 +188,9 @@ class Objective:
 
     def value_aux_and_grad(self, params: Tree) -> tuple[tuple[jax.Array, Any], Tree]:
         """((L(θ), aux), ∇L(θ)), where aux is None without `has_aux`."""
-        own = axes.vary(params, self.local_axes(params) | set(self._together))
+        own = axes.vary(params, self.local_axes(params) | set(self.joined))
         out = self.average(lambda part: jax.value_and_grad(part.evaluate, has_aux=True)(own))
-        return axes.mean(out, self._together, self.batch_weight())
+        return axes.mean(out, self.joined, self.batch_weight())
 
     def evaluate(self, params: Tree) -> tuple[jax.Array, Any]:
         """(L(θ), aux) of the whole batch in one piece."""
@@ -249,7 +251,7 @@ class Objective:
     def example_keys(self, key: jax.Array) -> jax.Array:
         """A key for each example, [n]: `key` folded with the example's number in the global batch,
         so that draws are the same on any number of devices and in micro-batches of any size."""
-        number, _ = self.shard_number(self._batch_axes())
+        number, _ = self._piece_number(self._batch_axes())
         first = number * self.size
         fold = lambda i, _: (jax.random.fold_in(key, first + i), None)
         return accumulation.stack_over_vmap(fold, self.groups(1), self.size)[0]
@@ -264,7 +266,7 @@ class Objective:
             return frozenset()
         kind = (axes.manual(), *map(jax.typeof, jax.tree.leaves(params)))
         if kind not in self._local:
-            self._local[kind] = self._traced_axes(params) - set(self._together)
+            self._local[kind] = self._traced_axes(params) - set(self.joined)
         return self._local[kind]
 
     def _traced_axes(self, params: Tree) -> frozenset[str]:
@@ -279,7 +281,15 @@ class Objective:
         return self._memory.find(params, updates)
 
     def shard_number(self, local: frozenset[str]) -> tuple[Any, int]:
-        """(i, n): this batch is the i-th of n contiguous pieces of the global batch."""
+        """(i, n): what this loss is the mean over is the i-th of n contiguous pieces of the global
+        batch."""
+        number, count = self._piece_number(local)
+        rows = (part for part in self.joined if isinstance(part, axes.Neighbours))
+        together = math.prod(row.size for row in rows)
+        return number // together, count // together
+
+    def _piece_number(self, local: frozenset[str]) -> tuple[Any, int]:
+        """The same of this device's batch, which may be a part of a group."""
         device, devices = axes.index_and_size(tuple(a for a in axes.manual() if a in local))
         part, parts = self._part
         return device * parts + part, devices * parts
@@ -292,5 +302,5 @@ class Objective:
         """The key of this pass, if there is one."""
         if self.key is None:
             return ()
-        number, count = self.shard_number(self._batch_axes())
+        number, count = self._piece_number(self._batch_axes())
         return (jax.random.fold_in(self.key, number) if count > 1 else self.key,)

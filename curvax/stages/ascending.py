@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from curvax import checks, trees
+from curvax import axes, checks, trees
 from curvax.linalg import Solver, cg
 from curvax.linalg.ascent import MetricAscent
 from curvax.linalg.solvers import check_solver
@@ -41,7 +41,8 @@ def fisher_ascent(damping: Any = 1e-3, *, solver: Solver = TEN_STEPS) -> MetricA
         masked: Callable[[Tree], Tree],
         sync: tuple[str, ...],
     ) -> Tree:
-        fisher = fvp(objective, params).averaged(sync, objective.batch_weight())
+        over = (*axes.outside(objective.joined, sync), *sync)
+        fisher = fvp(objective, params).averaged(over, objective.batch_weight())
         product = fisher.within(masked, masked).damped(damping)
         x = solver(product, g).x
         length = jnp.sqrt(jnp.maximum(trees.dot(x, product(x)), 0))

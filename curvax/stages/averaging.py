@@ -71,8 +71,9 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
 
     Args:
         m: examples in a group; divides the batch. Under device axes it divides the batch of each
-            device, or is that of all devices along the last axes (`jax.make_mesh((4, 2), ("batch",
-            "group"))`): the ascent then starts from the mean gradient of the group.
+            device, or is that of neighbouring devices: all along the last axes of a mesh
+            (`jax.make_mesh((4, 2), ("batch", "group"))`), or, under `pmap`, so many in a row. The
+            ascent then starts from the mean gradient of the group.
         stages: a stage, a pipe, or a plain transformation.
         sequential: one group at a time, in the memory of one, instead of all at once.
 
@@ -81,7 +82,7 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
 
     Raises:
         ValueError, TypeError: m < 1, or traced; at update, one that does not divide the batch, or
-            spans devices that no mesh axes hold, or spans several and estimates curvature.
+            spans devices that no axes hold, or spans several and estimates curvature.
     """
     checks.check_count("per_group", m=m)
     inner = pipe(stages)
@@ -108,7 +109,7 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
             start = _map_keys(lambda key: jax.random.fold_in(key, first * count + i), state)
             out, new = inner.update(given, start, params, value_fn=group, **extra)
             if within and not (out.diagonal is None and out.matvec is None):
-                raise ValueError(_NO_CURVATURE.format(m=m, within=within))
+                raise ValueError(_NO_CURVATURE.format(m=m))
             # Keys and axis names do not average; both are put back below.
             kept = out._replace(matvec=None, local=None), _map_keys(lambda key: False, new)
             return kept, group.batch_weight()
@@ -122,17 +123,17 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
 
 
 _NO_CURVATURE = (
-    "`per_group({m}, ...)` makes one group of all devices along {within}. It takes the stages of "
-    "SAM and GSAM, and one of these estimates curvature, which would be each device's own. Put "
-    "the estimator outside of `per_group`, or take groups that one device holds."
+    "`per_group({m}, ...)` makes one group of several devices. It takes the stages of SAM and "
+    "GSAM, and one of these estimates curvature, which would be each device's own. Put the "
+    "estimator outside of `per_group`, or take groups that one device holds."
 )
 
 
-def _devices_of_a_group(m: int, size: int) -> tuple[str, ...]:
-    """The device axes along which a group lies that is larger than a device's `size` examples.
+def _devices_of_a_group(m: int, size: int) -> tuple[axes.Along, ...]:
+    """Along what the devices lie that share a group larger than a device's `size` examples.
 
     Raises:
-        ValueError: no axes hold just the devices of a group.
+        ValueError: no axes, and no part of one, hold just the devices of a group.
     """
     if m <= size or not axes.manual():
         return ()

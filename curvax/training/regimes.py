@@ -111,8 +111,6 @@ class Jit:
 class ShardMap(Jit):
     """One program for each device, over its contiguous part of the batch."""
 
-    checked = True  # whether types tell what varies over devices
-
     @property
     def axes(self) -> tuple[str, ...]:
         return self.mesh.axis_names
@@ -123,43 +121,54 @@ class ShardMap(Jit):
             mesh=self.mesh,
             in_specs=(P(), P(self.axes)),
             out_specs=P(),
-            check_vma=self.checked,
         )
 
 
 class Pmap(ShardMap):
     """The same by `jax.pmap`, whose arrays are each process's own."""
 
-    checked = False
-
     def map(self, prepare: Prepare, core: Core, shapes: Tree) -> "_Pmapped":
-        return _Pmapped(self, prepare, core, super().map(prepare, core, shapes))
+        return _Pmapped(self, prepare, core)
 
 
 class _Pmapped:
-    """A step in two programs: pmap cannot be a part of one that sees the whole batch.
+    """A step in two programs: pmap cannot be a part of one that sees the whole batch."""
 
-    What is asked of it before it runs, its twin answers: pmap is that shard_map to the compiler.
-    """
-
-    def __init__(self, regime: Pmap, prepare: Prepare, core: Core, twin: Any):
-        self._mesh, self.lower, self.eval_shape = regime.mesh, twin.lower, twin.eval_shape
+    def __init__(self, regime: Pmap, prepare: Prepare, core: Core):
+        self._mesh = regime.mesh
         self._prepare = jax.jit(prepare, out_shardings=regime.split)
         self._core = jax.pmap(
-            core, axis_name=BATCH, in_axes=(None, 0), out_axes=None, donate_argnums=0
+            core,
+            axis_name=BATCH,
+            in_axes=(None, 0),
+            out_axes=None,
+            donate_argnums=0,
+            devices=list(regime.mesh.devices.flat),
         )
 
     def __call__(self, state: Tree, batch: Tree) -> tuple[Tree, Tree]:
         prepared = self._prepare(state, batch)
         if jax.process_count() == 1:
-            return self._core(state, self._stacked(prepared))
+            return self._core(state, self._stacked(prepared, self._mesh.size))
         local = multihost_utils.global_array_to_host_local_array(prepared, self._mesh, P(BATCH))
-        state, measured = self._core(state, self._stacked(local))
+        state, measured = self._core(state, self._stacked(local, self._mesh.local_mesh.size))
         return _as_global(state, self._mesh), measured
 
-    def _stacked(self, batch: Tree) -> Tree:
-        """Leaves [n, ...] as [devices, n / devices, ...]."""
-        count = self._mesh.local_mesh.size
+    def lower(self, state: Tree, batch: Tree) -> Any:
+        """The mapped program, which is all but the draws of a batch."""
+        return self._core.lower(*self._shapes(state, batch))
+
+    def eval_shape(self, state: Tree, batch: Tree) -> Any:
+        return jax.eval_shape(self._core, *self._shapes(state, batch))
+
+    def _shapes(self, state: Tree, batch: Tree) -> tuple[Tree, Tree]:
+        prepared = jax.eval_shape(self._prepare, state, batch)
+        struct = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+        stacked = jax.eval_shape(lambda x: self._stacked(x, self._mesh.size), prepared)
+        return jax.tree.map(struct, (state, stacked))
+
+    def _stacked(self, batch: Tree, count: int) -> Tree:
+        """Leaves [n, ...] as [count, n / count, ...], one for each device."""
         return jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
 
 
@@ -181,7 +190,8 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ji
 
     Neighbouring devices belong to one process, so that its part of a batch is contiguous. Under
     `shard_map` a top-level number `m` above the examples of a device gives the mesh a second axis,
-    "group", along which lie the devices that share a group of `per_group(m, ...)`.
+    "group", along which lie the devices that share a group of `per_group(m, ...)`; `pmap` has one
+    axis, along which they lie in a row.
 
     Raises:
         RegimeError: an unknown regime, options that do not go together, or devices that do not
@@ -200,7 +210,8 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ji
         )
     names: tuple[str, ...] = (BATCH,)
     shape: tuple[int, ...] = (len(found),)
-    if config.regime == "shard_map" and (together := _devices_of_a_group(config, len(found))) > 1:
+    together = 1 if config.regime == "jit" else _devices_of_a_group(config, len(found))
+    if config.regime == "shard_map" and together > 1:
         names, shape = (BATCH, GROUP), (len(found) // together, together)
     mesh = Mesh(np.array(found).reshape(shape), names)
     return REGIMES[config.regime](mesh, config.fsdp)
