@@ -2,9 +2,9 @@
 
 Paper: Foret et al., SAM, arXiv:2010.01412, section 3.1 and Table 1, with the settings of its code:
 batch 256, learning rate 0.1, weight decay 5e-4 on every parameter, clipping at 5, 200 epochs. The
-decay is not part of the ascent here, and in the authors' code it is. ρ = 0.1 is chosen here
-(the text tunes it without giving it). Perturbing per
-device, on 8 of them, is `per_group(32, sam_perturb(rho)) | ...` in the optimiser's text.
+decay is not part of the ascent here, and in the authors' code it is. ρ = 0.1 is chosen here (the
+text tunes it without giving it), and m, the whole batch as on one accelerator, on any number of
+them; the authors' code perturbs on each device's own part, which is --m=32 for eight.
 
 Command: curvax compare cifar100_wrn --seeds 5 --fair --data.path=cifar-100-python.tar.gz
          (with cutout: --data.augment="['shift_crop(4)','flip()','normalise()','cutout(16)']")
@@ -21,12 +21,13 @@ from curvax.training.config import defaults
 
 
 def get_config() -> ConfigDict:
-    config = defaults(rho=0.1)
+    config = defaults(rho=0.1, m=256)
     config.model.name = "wrn28_10"
     config.data.update(name="cifar100", augment=["shift_crop(4)", "flip()"])
     config.base = (
-        "clip_by_global_norm(5.0) | add_decayed_weights(5e-4) | sgd(cosine(0.1), momentum=0.9)"
+        "pmean_updates(axes) | clip_by_global_norm(5.0) | add_decayed_weights(5e-4)"
+        " | sgd(cosine(0.1), momentum=0.9)"
     )
-    config.optimizer = f"sam_perturb(rho) | {config.base}"
+    config.optimizer = f"per_group(m, sam_perturb(rho)) | {config.base}"
     config.update(epochs=200, batch=256, log_every=50)
     return config

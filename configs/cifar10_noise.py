@@ -27,12 +27,13 @@ from curvax.training.config import defaults
 
 
 def get_config() -> ConfigDict:
-    config = defaults(rho=0.1)
+    config = defaults(rho=0.1, m=256)
     config.model.name = "resnet32"
     config.data.update(name="cifar10", noise=0.4, augment=["shift_crop(4)", "flip()"])
     config.base = (
-        "clip_by_global_norm(5.0) | add_decayed_weights(5e-4) | sgd(cosine(0.1), momentum=0.9)"
+        "pmean_updates(axes) | clip_by_global_norm(5.0) | add_decayed_weights(5e-4)"
+        " | sgd(cosine(0.1), momentum=0.9)"
     )
-    config.optimizer = f"sam_perturb(rho) | {config.base}"
+    config.optimizer = f"per_group(m, sam_perturb(rho)) | {config.base}"
     config.update(epochs=200, batch=256, log_every=50)
     return config

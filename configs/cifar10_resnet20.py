@@ -23,7 +23,11 @@ def get_config() -> ConfigDict:
     config = defaults()
     config.model.name = "resnet20"
     config.data.update(name="cifar10", augment=["shift_crop(4, 'constant')", "flip()"])
-    config.optimizer = "adahessian(step_decay(0.15), weight_decay=3.3e-3)"  # 5e-4 / 0.15
-    config.base = "add_decayed_weights(5e-4) | sgd(step_decay(0.1), momentum=0.9)"
+    config.optimizer = (
+        "adahessian(step_decay(0.15), weight_decay=3.3e-3, mean_over=axes)"  # 5e-4 / 0.15
+    )
+    config.base = (
+        "pmean_updates(axes) | add_decayed_weights(5e-4) | sgd(step_decay(0.1), momentum=0.9)"
+    )
     config.update(epochs=160, batch=256, log_every=50)
     return config

@@ -2,7 +2,7 @@
 
 Paper: Foret et al., SAM, arXiv:2010.01412, appendix B.1 and Table 5, batch 256 of appendix C.1. Its
 learning rate, decay and ρ are in Table 7, whose values we did not have; they, the epochs, the crops
-and flips that it calls basic, and the size of cutout are chosen here, as for CIFAR-10. The images
+and flips that it calls basic, the size of cutout and m are chosen here, as for CIFAR-10. The images
 are read from the IDX files of Debian's package dataset-fashion-mnist, or from --data.path=FOLDER.
 
 Command: curvax compare fashion_wrn --seeds 5 --fair
@@ -20,12 +20,13 @@ from curvax.training.config import defaults
 
 
 def get_config() -> ConfigDict:
-    config = defaults(rho=0.05)
+    config = defaults(rho=0.05, m=256)
     config.model.name = "wrn28_10"
     config.data.update(name="fashion_mnist", augment=["shift_crop(4)", "flip()"])
     config.base = (
-        "clip_by_global_norm(5.0) | add_decayed_weights(5e-4) | sgd(cosine(0.1), momentum=0.9)"
+        "pmean_updates(axes) | clip_by_global_norm(5.0) | add_decayed_weights(5e-4)"
+        " | sgd(cosine(0.1), momentum=0.9)"
     )
-    config.optimizer = f"sam_perturb(rho) | {config.base}"
+    config.optimizer = f"per_group(m, sam_perturb(rho)) | {config.base}"
     config.update(epochs=200, batch=256, log_every=50)
     return config

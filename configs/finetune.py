@@ -42,7 +42,7 @@ def get_config(variant: str = "cifar10") -> ConfigDict:
     if name not in EPOCHS:
         raise ConfigError(f"`finetune` is on one of {', '.join(EPOCHS)}, and was on `{name}`.")
     in_memory = name.startswith("cifar")
-    config = defaults(lr=0.01, rho=0.05, warmup=500 if in_memory else 100)
+    config = defaults(lr=0.01, rho=0.05, m=512, warmup=500 if in_memory else 100)
     config.model.name = model or "vit_b16"
     config.model.options.dtype = "bfloat16"
     if config.model.name.startswith("vit"):
@@ -51,8 +51,11 @@ def get_config(variant: str = "cifar10") -> ConfigDict:
     config.data.update(name=name if in_memory else "records", side=SIDE, augment=[*crop, "flip()"])
     config.data.update(mean=(0.5,) * 3, std=(0.5,) * 3)  # as the published weights take images
     config.start = "ViT-B_16.npz"
-    config.base = "clip_by_global_norm(1.0) | sgd(cosine(lr, warmup=warmup), momentum=0.9)"
-    config.optimizer = f"sam_perturb(rho) | {config.base}"
+    config.base = (
+        "pmean_updates(axes) | clip_by_global_norm(1.0)"
+        " | sgd(cosine(lr, warmup=warmup), momentum=0.9)"
+    )
+    config.optimizer = f"per_group(m, sam_perturb(rho)) | {config.base}"
     config.update(epochs=EPOCHS[name], batch=512, hessian_examples=0)
     config.update(test_every=5 if in_memory else 20)
     return config

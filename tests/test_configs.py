@@ -83,15 +83,35 @@ def test_a_variant_differs_in_its_model_alone(name):
     assert loaded.to_dict() == plain.to_dict()
 
 
-def test_the_runs_on_imagenet_climb_by_128_whatever_the_devices():
-    for name in ("imagenet_resnet", "imagenet_vit", "imagenet_mixer"):
-        loaded = config.load(name)
-        assert (loaded.m, loaded.batch, loaded.regime) == (128, 4096, "shard_map")
-        for text in (loaded.optimizer, *loaded.others):
-            assert text.startswith("per_group(m, sam_perturb(")
-            assert text.endswith(f") | {loaded.base}")  # so the mean comes before the clipping
-        for devices, group in ((8, 1), (32, 1), (64, 2), (256, 8)):
-            assert regimes._devices_of_a_group(loaded, devices) == group
+ON_IMAGENET = ("imagenet_resnet", "imagenet_vit", "imagenet_mixer")
+ON_CIFAR = ("cifar10_wrn", "cifar100_wrn", "cifar10_noise", "fashion_wrn", "svhn_wrn")
+GROUPS = {name: 128 for name in ON_IMAGENET} | {name: 256 for name in ON_CIFAR} | {"finetune": 512}
+ADAHESSIAN = ("imagenet_adahessian", "cifar10_resnet20")
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_the_papers_runs_climb_by_as_many_examples_whatever_the_devices(name):
+    loaded = config.load(name)
+    assert loaded.m == GROUPS[name]
+    for text in (loaded.optimizer, *loaded.others):
+        assert text.startswith("per_group(m, sam_perturb(")
+        assert text.endswith(f") | {loaded.base}")  # so the mean comes before the clipping
+    here = loaded.batch // 64
+    assert regimes._devices_of_a_group(loaded, 64) == max(1, loaded.m // here)
+    assert (name in ON_IMAGENET) == (loaded.batch == 4096) == (loaded.regime == "shard_map")
+
+
+@pytest.mark.parametrize("regime", ["jit", "shard_map", "pmap"])
+@pytest.mark.parametrize("name", [*GROUPS, *ADAHESSIAN])
+def test_the_papers_methods_go_in_every_regime(name, regime):
+    loaded = config.load(name)
+    with loaded.unlocked():
+        loaded.model = {"name": "mlp", "options": {"widths": [4]}}  # the methods, in a second
+    loaded.update(regime=regime, start=None)
+    for arm in arms_of(loaded).values():
+        sketch = outline(arm, jax.devices()[:8])
+        state, _ = sketch.step.eval_shape(sketch.state, sketch.batch)
+        assert state.params.keys() == sketch.state.params.keys()
 
 
 def test_the_configs_of_the_papers_have_their_settings():
