@@ -1,7 +1,8 @@
 """One of several processes: `process_run.py PORT COUNT NUMBER ARGUMENTS...`, arguments of `curvax`.
 
 Devices are divided among the processes. A lost one is noticed sooner than users would want. The
-process whose number is in `SPOILT` comes to an image that it cannot use.
+process whose number is in `SPOILT` comes to an image that it cannot use, that in `POISONED` to one
+that is not a number.
 """
 
 import itertools
@@ -12,26 +13,37 @@ PORT, COUNT, NUMBER, *ARGUMENTS = sys.argv[1:]
 os.environ["JAX_PLATFORMS"], os.environ["JAX_ENABLE_X64"] = "cpu", "0"
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={8 // int(COUNT)}"
 
+import numpy as np  # noqa: E402
 import regime_run  # noqa: E402, F401  (its model is found by name)
 
 from curvax import cli  # noqa: E402
 from curvax.training import data, processes  # noqa: E402
 
 
-def spoil() -> None:
+def at_the_seventh(change) -> None:
+    """Changes this process's part of the seventh training batch."""
     gather, calls = data.Split.gather, itertools.count()
 
-    def spoilt(self, rows, draw=None):
-        if next(calls) == 6:
-            raise data.DataError("an image of this process is damaged")
-        return gather(self, rows, draw)
+    def changed(self, rows, draw=None):
+        found = gather(self, rows, draw)
+        return change(found) if draw is not None and next(calls) == 6 else found
 
-    data.Split.gather = spoilt  # type: ignore[method-assign]
+    data.Split.gather = changed  # type: ignore[method-assign]
+
+
+def spoil(batch):
+    raise data.DataError("an image of this process is damaged")
+
+
+def poison(batch):
+    batch["input"][-1] = np.nan
+    return batch
 
 
 if __name__ == "__main__":
     processes.HEARTBEAT = 10
-    if os.environ.get("SPOILT") == NUMBER:
-        spoil()
+    for name, change in {"SPOILT": spoil, "POISONED": poison}.items():
+        if os.environ.get(name) == NUMBER:
+            at_the_seventh(change)
     joining = ["--coordinator", f"127.0.0.1:{PORT}", "--processes", COUNT, "--process", NUMBER]
     sys.exit(cli.main([*ARGUMENTS, *joining]))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -160,6 +161,19 @@ def test_an_error_of_one_alone_ends_all(spoilt, monkeypatch, tmp_path):
     assert "curvax: an image of this process is damaged" in said
     assert_told(*results[1 - spoilt])
     assert not list(tmp_path.glob("*/*/seed0/results.json"))
+
+
+def test_a_nan_in_one_process_stops_both_at_its_step(monkeypatch, tmp_path):
+    monkeypatch.setenv("POISONED", "1")
+    said = []
+    for status, text in ended(start(2, "train", f"{CONFIG}:shard_map", "--runs", tmp_path)):
+        assert status not in (0, None)
+        said.append(re.search(r"step (\d+): the loss is NaN", text))
+    assert all(said), "each process says at which step"
+    (step,) = {int(found[1]) for found in said}
+    assert step > 2
+    kept = only(tmp_path, "*/*/seed0/checkpoints").glob("[0-9]*/")
+    assert max(int(path.name) for path in kept) == step - 1
 
 
 def test_two_processes_begin_with_weights_and_predicted_labels(undisturbed, tmp_path):
