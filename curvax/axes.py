@@ -157,11 +157,13 @@ def mean_over_visible(tree: Tree) -> Tree:
 
 def index_and_size(over: tuple[Along, ...]) -> tuple[jax.Array | int, int]:
     """This device's number along the axes, first axis slowest, and how many there are."""
-    index, size = 0, 1
+    index: jax.Array | int = 0
+    size = 1
     for part in over:
-        row = isinstance(part, Neighbours)
-        here = lax.axis_index(part.axis) % part.size if row else lax.axis_index(part)
-        count = part.size if row else lax.axis_size(part)
+        if isinstance(part, Neighbours):
+            here, count = lax.axis_index(part.axis) % part.size, part.size
+        else:
+            here, count = lax.axis_index(part), lax.axis_size(part)
         index, size = index * count + here, size * count
     return index, size
 

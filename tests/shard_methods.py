@@ -1,5 +1,6 @@
 """The methods that two processes step with, and how: a module that both ends of the test import."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,59 +19,54 @@ AXIS, AXES = "batch", ("batch", "group")
 SAM, GSAM = cx.sam_perturb(0.3), cx.sam_perturb(0.3) | cx.gsam_project(0.4)
 
 
-def grouped(m, stages, axes=AXIS):
-    return cx.per_group(m, stages) | cx.pmean_updates(axes) | optax.sgd(LR)
+def grouped(m, stages):
+    return lambda axes: cx.per_group(m, stages) | cx.pmean_updates(axes) | optax.sgd(LR)
 
 
-METHODS = {
-    "SAM": cx.sam(optax.sgd(LR), 0.3, mean_over=AXIS),
-    "SAM, synced": cx.sam(optax.sgd(LR), 0.3, sync_over=AXIS, mean_over=AXIS),
-    "GSAM": cx.gsam(optax.sgd(LR), 0.3, 0.4, mean_over=AXIS),
+METHODS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
+    "SAM": lambda axes: cx.sam(optax.sgd(LR), 0.3, mean_over=axes),
+    "SAM, synced": lambda axes: cx.sam(optax.sgd(LR), 0.3, sync_over=axes, mean_over=axes),
+    "GSAM": lambda axes: cx.gsam(optax.sgd(LR), 0.3, 0.4, mean_over=axes),
     "groups of half a device": grouped(PER_DEVICE // 2, GSAM),
-    "groups of two devices": grouped(2 * PER_DEVICE, SAM, AXES),
-    "groups of eight devices": grouped(DEVICES * PER_DEVICE, GSAM, AXES),
-    "AdaHessian": cx.adahessian(LR, b2=0.99, key=KEY, mean_over=AXIS),
-    "AdaHessian, a probe for each device": problem.by_shard(KEY),
-    "natural gradient": cx.natural_gradient(
-        LR, damping=DAMPING, solver=cx.cg(60, tol=1e-15), mean_over=AXIS
+    "groups of two devices": grouped(2 * PER_DEVICE, SAM),
+    "groups of eight devices": grouped(DEVICES * PER_DEVICE, GSAM),
+    "AdaHessian": lambda axes: cx.adahessian(LR, b2=0.99, key=KEY, mean_over=axes),
+    "AdaHessian, a probe for each device": lambda axes: problem.by_shard(KEY),
+    "natural gradient": lambda axes: cx.natural_gradient(
+        LR, damping=DAMPING, solver=cx.cg(60, tol=1e-15), mean_over=axes
     ),
 }
+"""The methods by what they average over."""
 GRIDS = {"groups of two devices": (4, 2), "groups of eight devices": (1, 8)}
 """Meshes whose last axis holds the devices of a group."""
+REGIMES = ("shard_map", "pmap")
 
 
-def regimes_of(name):
-    return ("shard_map",) if name in GRIDS else ("shard_map", "pmap")
-
-
-def predict(params, batch):
-    return jax.numpy.tanh(batch["x"] @ params["w1"] + params["b1"][None]) @ params["w2"]
-
-
-def one_step(name, params, state, batch):
-    if name != "natural gradient":
-        return problem.one_step(METHODS[name], params, state, batch)
-    objective = cx.Objective(cx.gaussian("y"), batch, model=predict)
-    _, grads = objective.value_and_grad(params)
-    updates, state = METHODS[name].update(grads, state, params, value_fn=objective)
-    return optax.apply_updates(params, updates), state
+def step_of(name, axes):
+    """The method's initial state and its step."""
+    tx = METHODS[name](axes)
+    halves: Any = {}
+    if name == "natural gradient":
+        halves = dict(of=cx.gaussian("y"), model=problem.predict)
+    return tx.init, partial(problem.one_step, tx, **halves)
 
 
 def stepped(name, regime, steps=2):
     """What two steps of a method make of the parameters, as one vector."""
     params, batch = jax.tree.map(np.asarray, (problem.make_params(), problem.make_batch()))
-    step = partial(one_step, name)
+    gridded = name in GRIDS and regime == "shard_map"
+    axes, shape = (AXES, GRIDS[name]) if gridded else ((AXIS,), (DEVICES,))
+    init, step = step_of(name, axes)
     if regime == "pmap":
         mapped = jax.pmap(step, axis_name=AXIS, in_axes=(None, None, 0), out_axes=None)
-        state, count = METHODS[name].init(params), jax.local_device_count()
+        state, count = init(params), jax.local_device_count()
         first = count * jax.process_index()
         batch = jax.tree.map(lambda x: x[first : first + count], problem.shards(batch))
     else:
-        axes, shape = (AXES, GRIDS[name]) if name in GRIDS else ((AXIS,), (DEVICES,))
         mesh = jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * len(axes))
         specs: Any = dict(in_specs=(P(), P(), P(axes)), out_specs=P())
         mapped = jax.jit(jax.shard_map(step, mesh=mesh, **specs))
-        state = jax.jit(METHODS[name].init, out_shardings=NamedSharding(mesh, P()))(params)
+        state = jax.jit(init, out_shardings=NamedSharding(mesh, P()))(params)
     for _ in range(steps):
         params, state = mapped(params, state, batch)
     return np.asarray(problem.ravel(jax.device_get(params)))

@@ -25,7 +25,7 @@ def main() -> None:
     found = {
         f"{name}, {regime}": methods.stepped(name, regime)
         for name in methods.METHODS
-        for regime in methods.regimes_of(name)
+        for regime in methods.REGIMES
     }
     if jax.process_index() == 0:
         np.savez(FILE, **found)

@@ -85,7 +85,7 @@ def test_a_variant_differs_in_its_model_alone(name):
 
 ON_IMAGENET = ("imagenet_resnet", "imagenet_vit", "imagenet_mixer")
 ON_CIFAR = ("cifar10_wrn", "cifar100_wrn", "cifar10_noise", "fashion_wrn", "svhn_wrn")
-GROUPS = {name: 128 for name in ON_IMAGENET} | {name: 256 for name in ON_CIFAR} | {"finetune": 512}
+GROUPS = dict.fromkeys(ON_IMAGENET, 128) | dict.fromkeys(ON_CIFAR, 256) | {"finetune": 512}
 ADAHESSIAN = ("imagenet_adahessian", "cifar10_resnet20")
 
 

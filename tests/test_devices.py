@@ -1,6 +1,7 @@
 """Under pmap and shard_map on eight devices every method equals a float64 loop over the shards."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -251,8 +252,8 @@ def test_a_group_may_span_devices(name, regime):
     tx = stages | cx.pmean_updates(over_all(regime)) | optax.sgd(0.1, momentum=0.9)
     params, batch = make_params(), make_batch()
     state = tx.init(params)
-    halves = dict(of=cx.gaussian("y"), model=predict) if "Fisher" in name else {}
-    step = partial(one_step, tx, **halves)
+    halves: Any = dict(of=cx.gaussian("y"), model=predict) if "Fisher" in name else {}
+    step: Any = partial(one_step, tx, **halves)
     found, state_found = on_groups_of_two(regime, step, params, state, batch)
     # Under jit the groups are cut from the whole batch: the same figures too.
     alone, state_alone = step(params, state, batch)

@@ -13,9 +13,10 @@ import photographs
 import pytest
 import tiny_run
 from ml_collections import ConfigDict
+from test_data import write_idx
 
 from curvax import cli
-from curvax.training import benchmarks, convert, jpegs, label_sets, ranking, subjects
+from curvax.training import benchmarks, convert, images, jpegs, label_sets, ranking, subjects
 from curvax.training.archives import DataError
 from curvax.training.corruptions import CORRUPTIONS
 from curvax.training.folders import listing
@@ -317,6 +318,25 @@ def test_digits_under_corruptions(digits, capsys):
     ((_, entry),) = page.items()
     assert entry["step"] == figures["steps"]
     assert entry["results"]["test"]["top1"] == pytest.approx(figures["test_accuracy"])
+
+
+def test_fashion_mnist_under_corruptions(tmp_path):
+    """Some of its images, as Debian installs them."""
+    try:
+        whole = images.load("fashion_mnist")
+    except DataError:
+        pytest.skip("Fashion-MNIST is not installed: apt-get install dataset-fashion-mnist")
+    for kind, split, count in (("train", whole.train, 64), ("t10k", whole.test, 300)):
+        write_idx(tmp_path, kind, split.inputs[:count, ..., 0], split.labels[:count])
+    fields = ["--data.name=fashion_mnist", f"--data.path={tmp_path}", "--data.size=64"]
+    arguments = ["train", tiny_run.__file__, f"--runs={tmp_path / 'runs'}", "--epochs=1", *fields]
+    plain = ["--data.noise=0", "--hessian_examples=0", "--optimizer=sgd(0.1)"]
+    assert cli.main([*arguments, *plain]) == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    results = evaluate(run, "--corruptions")
+    names = {f"{name}/{strength}" for name in CORRUPTIONS for strength in range(1, 6)}
+    assert names | {"test", "mean", *CORRUPTIONS} == set(results)
+    assert all(results[name]["examples"] == 300 for name in names)
 
 
 def test_what_was_found_before_is_kept(digits):

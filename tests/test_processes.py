@@ -165,12 +165,12 @@ def test_an_error_of_one_alone_ends_all(spoilt, monkeypatch, tmp_path):
 
 def test_a_nan_in_one_process_stops_both_at_its_step(monkeypatch, tmp_path):
     monkeypatch.setenv("POISONED", "1")
-    said = []
+    said: list[list[str]] = []
     for status, text in ended(start(2, "train", f"{CONFIG}:shard_map", "--runs", tmp_path)):
         assert status not in (0, None)
-        said.append(re.search(r"step (\d+): the loss is NaN", text))
+        said.append(re.findall(r"step (\d+): the loss is NaN", text))
     assert all(said), "each process says at which step"
-    (step,) = {int(found[1]) for found in said}
+    (step,) = {int(number) for found in said for number in found}
     assert step > 2
     kept = only(tmp_path, "*/*/seed0/checkpoints").glob("[0-9]*/")
     assert max(int(path.name) for path in kept) == step - 1

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import test_devices as problem
 from jax.flatten_util import ravel_pytree
-from shard_methods import DAMPING, KEY, LR, METHODS, predict, regimes_of
+from shard_methods import DAMPING, KEY, LR, METHODS, REGIMES
 from test_devices import DEVICES, PER_DEVICE
 from test_processes import ended, start
 
@@ -28,7 +28,7 @@ def natural(params, batch):
     """(F + λ)⁻¹ g from the Jacobian of each shard, F = 1/N Σ JᵀJ of a Gaussian of variance 1."""
     flat, unravel = ravel_pytree(params)
     parts = problem.pieces(batch)
-    of = lambda piece: lambda x: predict(unravel(x), piece)
+    of = lambda piece: lambda x: problem.predict(unravel(x), piece)
     jacobians = [jax.jacfwd(of(piece))(flat) for piece in parts]
     fisher = sum(J.T @ J / PER_DEVICE for J in jacobians) / DEVICES
     residuals = [of(piece)(flat) - piece["y"] for piece in parts]
@@ -59,7 +59,7 @@ def expected(name):
 def test_two_processes_equal_the_loop_over_shards(name, found):
     reference = problem.ravel(expected(name))
     assert np.abs(reference - problem.ravel(problem.make_params())).max() > 1e-2
-    for regime in regimes_of(name):
+    for regime in REGIMES:
         # g / |d| amplifies the rounding of a small d
         close: Any = dict(rtol=1e-10, atol=1e-12)
         np.testing.assert_allclose(found[f"{name}, {regime}"], reference, err_msg=regime, **close)

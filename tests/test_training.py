@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -38,7 +39,7 @@ from curvax.training.data import Split
 from curvax.training.experiment import build
 from curvax.training.notice import Stopped
 from curvax.training.statistics import summarise
-from curvax.training.step import watched_names
+from curvax.training.step import objective, watched_names
 
 CONFIG = tiny_run.get_config()
 STEPS = 12  # 3 epochs of 64 examples in batches of 16
@@ -131,6 +132,34 @@ def test_batch_statistics_and_figures_are_those_of_the_clean_pass():
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
     assert measured.figures["loss"] == pytest.approx(float(loss), rel=1e-5)
     assert measured.figures["perturbed_loss"] > 1.01 * loss
+
+
+def test_perturbations_are_float32_where_activations_are_bfloat16():
+    """In bfloat16 ε of a hundredth of a parameter's size is rounded to a third of its digits."""
+    config = changed(optimizer="sam_perturb(1e-3) | sgd(0.1)")
+    config.model.options.dtype = "bfloat16"
+    experiment = build(config)
+    seen = []
+
+    def apply(variables, x, **options):
+        seen.extend(jax.tree.leaves(variables["params"]))
+        return experiment.model.apply(variables, x, **options)
+
+    model: Any = SimpleNamespace(apply=apply)
+
+    def updates(params, batch, key):
+        numbers = experiment.task.in_training(key, batch)
+        value_fn = objective(model, experiment.task, {}, numbers, key)
+        _, grads = value_fn.value_and_grad(params)
+        tx = curvax.sam_perturb(1e-3)
+        return tx.update(grads, tx.init(params), params, value_fn=value_fn)[0]
+
+    params, key = experiment.init().params, jax.random.key(0)
+    found = jax.eval_shape(updates, params, next(experiment.batches()), key)
+    assert len(seen) >= 2 * len(jax.tree.leaves(params))  # the gradient's pass and SAM's
+    assert {x.dtype for x in (*seen, *jax.tree.leaves(found))} == {jnp.dtype(jnp.float32)}
+    program = str(jax.make_jaxpr(updates)(params, next(experiment.batches()), key))
+    assert "bf16[" in program
 
 
 def test_micro_batches_change_nothing_but_rounding():

@@ -147,11 +147,11 @@ class _Pmapped:
         )
 
     def __call__(self, state: Tree, batch: Tree) -> tuple[Tree, Tree]:
-        prepared = self._prepare(state, batch)
+        batch = self._prepare(state, batch)
         if jax.process_count() == 1:
-            return self._core(state, self._stacked(prepared, self._mesh.size))
-        local = multihost_utils.global_array_to_host_local_array(prepared, self._mesh, P(BATCH))
-        state, measured = self._core(state, self._stacked(local, self._mesh.local_mesh.size))
+            return self._core(state, self._stacked(batch))
+        batch = multihost_utils.global_array_to_host_local_array(batch, self._mesh, P(BATCH))
+        state, measured = self._core(state, self._stacked(batch))
         return _as_global(state, self._mesh), measured
 
     def lower(self, state: Tree, batch: Tree) -> Any:
@@ -162,14 +162,22 @@ class _Pmapped:
         return jax.eval_shape(self._core, *self._shapes(state, batch))
 
     def _shapes(self, state: Tree, batch: Tree) -> tuple[Tree, Tree]:
-        prepared = jax.eval_shape(self._prepare, state, batch)
-        struct = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
-        stacked = jax.eval_shape(lambda x: self._stacked(x, self._mesh.size), prepared)
-        return jax.tree.map(struct, (state, stacked))
+        def part(x: Any) -> jax.ShapeDtypeStruct:
+            shape = (self._here, x.shape[0] // self._mesh.size, *x.shape[1:])
+            return jax.ShapeDtypeStruct(shape, x.dtype)
 
-    def _stacked(self, batch: Tree, count: int) -> Tree:
-        """Leaves [n, ...] as [count, n / count, ...], one for each device."""
-        return jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
+        bare = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+        whole = jax.eval_shape(self._prepare, state, batch)
+        return jax.tree.map(bare, state), jax.tree.map(part, whole)
+
+    def _stacked(self, batch: Tree) -> Tree:
+        """A process's part [n, ...] as [devices, n / devices, ...]."""
+        return jax.tree.map(lambda x: x.reshape(self._here, -1, *x.shape[1:]), batch)
+
+    @property
+    def _here(self) -> int:
+        """The devices of a process, which all have as many."""
+        return self._mesh.size // jax.process_count()
 
 
 def _as_global(tree: Tree, mesh: Mesh) -> Tree:
