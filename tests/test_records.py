@@ -4,6 +4,8 @@ that stop it with a word, and a run from folders of JPEGs to a resumed training.
 import json
 import threading
 import time
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import photographs
@@ -207,6 +209,46 @@ def test_a_folder_of_tfds_reads_too(tmp_path):
     np.testing.assert_array_equal(
         next(data.batches(dataset.test, 4, shuffle=False))["label"], [0, 1, 2, 0]
     )
+
+
+def test_what_tfds_itself_wrote_reads_as_it_reads_it(tmp_path):
+    why = "pip install tensorflow-datasets tensorflow-cpu"
+    tfds: Any = pytest.importorskip("tensorflow_datasets", reason=why)
+    pytest.importorskip("tensorflow", reason=why)
+    root = photographs.write_parts(tmp_path / "pictures", 6, 3)
+
+    base: Any = tfds.core.GeneratorBasedBuilder
+
+    class Small(base):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            kinds = {
+                "image": tfds.features.Image(encoding_format="jpeg"),
+                "label": tfds.features.ClassLabel(names=sorted(photographs.CLASSES)),
+                "file_name": tfds.features.Text(),
+            }
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(kinds))
+
+        def _split_generators(self, dl_manager):
+            return {part: self._generate_examples(root / part) for part in ("train", "val")}
+
+        def _generate_examples(self, folder):
+            for file in sorted(folder.glob("*/*")):
+                fields = {"image": str(file), "label": file.parent.name, "file_name": file.name}
+                yield f"{file.parent.name}/{file.name}", fields
+
+    builder = Small(data_dir=tmp_path / "tfds", file_format="array_record")
+    builder.download_and_prepare()
+    folder = records.read_folder(Path(builder.data_dir))
+    assert (folder.names, folder.classes) == (sorted(photographs.CLASSES), 3)
+    for part, count in (("train", 18), ("val", 9)):
+        ours = folder.part(part)
+        theirs = builder.as_data_source(split=part, decoders={"image": tfds.decode.SkipDecoding()})
+        assert ours.size == len(theirs) == count
+        for number, each in enumerate(theirs):
+            expected = Example(each["image"], each["label"], each["file_name"].decode())
+            assert ours.read(number) == expected
 
 
 def test_another_number_of_classes_than_imagenets_is_refused(folder):
