@@ -134,11 +134,14 @@ def assert_told(status, said):
     assert any(cause in said for cause in ("another task died", "lost another one", "gloo::"))
 
 
+# What does not know of regimes: the runtime that notices a loss, weights and labels.
+IN_ONE_REGIME = pytest.mark.parametrize("undisturbed", ["shard_map"], indirect=True)
+
+
+@IN_ONE_REGIME
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_kill_of_either_is_told_and_undone(killed, undisturbed, tmp_path):
     regime, whole = undisturbed
-    if regime != "shard_map":
-        pytest.skip("the runtime that notices is the same in all regimes")
     running = start(2, "train", f"{CONFIG}:{regime}", "--runs", tmp_path)
     wait_for(lambda: tmp_path.glob("*/*/seed0/checkpoints/4.sha256"), running)
     running[killed].kill()
@@ -176,6 +179,7 @@ def test_a_nan_in_one_process_stops_both_at_its_step(monkeypatch, tmp_path):
     assert max(int(path.name) for path in kept) == step - 1
 
 
+@IN_ONE_REGIME
 def test_two_processes_begin_with_weights_and_predicted_labels(undisturbed, tmp_path):
     """A run that stands still ends with the weights of the first, and has its labels."""
     regime, whole = undisturbed
