@@ -1,6 +1,6 @@
 """One of several processes: `process_run.py PORT COUNT NUMBER ARGUMENTS...`, arguments of `curvax`.
 
-Devices are divided among the processes. A lost one is noticed sooner than users would want. The
+Devices are divided among the processes, and compilations are quick. A lost one is noticed sooner than users would want. The
 process whose number is in `SPOILT` comes to an image that it cannot use, that in `POISONED` to one
 that is not a number.
 """
@@ -11,7 +11,9 @@ import sys
 
 PORT, COUNT, NUMBER, *ARGUMENTS = sys.argv[1:]
 os.environ["JAX_PLATFORMS"], os.environ["JAX_ENABLE_X64"] = "cpu", "0"
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={8 // int(COUNT)}"
+os.environ["XLA_FLAGS"] = (
+    f"--xla_force_host_platform_device_count={8 // int(COUNT)} --xla_backend_optimization_level=0"
+)
 
 import numpy as np  # noqa: E402
 import regime_run  # noqa: E402, F401  (its model is found by name)
