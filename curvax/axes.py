@@ -170,12 +170,13 @@ def index_and_size(over: tuple[Along, ...]) -> tuple[jax.Array | int, int]:
 
 def last_of_size(size: int) -> tuple[Along, ...] | None:
     """Along what `size` neighbouring devices lie: the last manual axes that hold just them, or,
-    where types do not tell, a row of the last axis."""
+    where types do not tell, a row of the only one (of several the batch may not lie along the
+    last)."""
     names = manual()
     tails = (names[start:] for start in reversed(range(len(names))))
     found = next((tail for tail in tails if lax.axis_size(tail) == size), None)
-    if found is None and names and not tracked() and lax.axis_size(names[-1]) % size == 0:
-        return (Neighbours(names[-1], size),)
+    if found is None and len(names) == 1 and not tracked() and lax.axis_size(names[0]) % size == 0:
+        return (Neighbours(names[0], size),)
     return found
 
 
