@@ -96,8 +96,11 @@ def test_the_papers_runs_climb_by_as_many_examples_whatever_the_devices(name):
     for text in (loaded.optimizer, *loaded.others):
         assert text.startswith("per_group(m, sam_perturb(")
         assert text.endswith(f") | {loaded.base}")  # so the mean comes before the clipping
-    here = loaded.batch // 64
-    assert regimes._devices_of_a_group(loaded, 64) == max(1, loaded.m // here)
+    together = {each: regimes._devices_of_a_group(loaded, each) for each in (8, 32, 64, 256)}
+    if name in ON_IMAGENET:
+        assert together == {8: 1, 32: 1, 64: 2, 256: 8}
+    else:  # the whole batch
+        assert together == {each: each for each in together}
     assert (name in ON_IMAGENET) == (loaded.batch == 4096) == (loaded.regime == "shard_map")
 
 

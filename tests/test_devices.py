@@ -257,7 +257,7 @@ def test_a_group_may_span_devices(name, regime):
     found, state_found = on_groups_of_two(regime, step, params, state, batch)
     # Under jit the groups are cut from the whole batch: the same figures too.
     alone, state_alone = step(params, state, batch)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-12), found, alone)
+    jax.tree.map(partial(np.testing.assert_allclose, **TOLERANCE), found, alone)
     figures, others = cx.diagnostics(state_found), cx.diagnostics(state_alone)
     assert figures.keys() == others.keys()
     for figure in figures:
@@ -372,7 +372,7 @@ def test_several_shards_on_a_device_are_those_of_one_device_alone(regime):
     tx = by_shard(jax.random.key(3), shards=2 * DEVICES)
     found, _ = run(regime, tx, params, batch, steps=1)
     alone, _ = one_step(tx, params, tx.init(params), batch)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-12), found, alone)
+    jax.tree.map(partial(np.testing.assert_allclose, **TOLERANCE), found, alone)
 
 
 @pytest.mark.parametrize("regime", REGIMES)
@@ -387,7 +387,7 @@ def test_groups_draw_their_own_probes_whatever_device_has_them(regime):
     found, _ = run(regime, tx, params, batch)
     alone, state = one_step(tx, params, tx.init(params), batch)
     alone, _ = one_step(tx, alone, state, batch)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-12), found, alone)
+    jax.tree.map(partial(np.testing.assert_allclose, **TOLERANCE), found, alone)
 
 
 @pytest.mark.parametrize("regime", REGIMES)

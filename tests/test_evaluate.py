@@ -304,14 +304,16 @@ def digits(tmp_path_factory):
     return next(runs.iterdir())
 
 
+UNDER = {f"{name}/{strength}" for name in CORRUPTIONS for strength in range(1, 6)}
+
+
 def test_digits_under_corruptions(digits, capsys):
     results = evaluate(digits, "--corruptions")
     printed = capsys.readouterr().out
-    names = {f"{name}/{strength}" for name in CORRUPTIONS for strength in range(1, 6)}
-    assert names | {"test", "mean", *CORRUPTIONS} == set(results)
-    assert all(results[name]["examples"] == 797 for name in names)
-    assert all(results[name]["top5"] is None for name in names)
-    assert results["mean"]["top1"] == pytest.approx(np.mean([results[n]["top1"] for n in names]))
+    assert UNDER | {"test", "mean", *CORRUPTIONS} == set(results)
+    assert all(results[name]["examples"] == 797 for name in UNDER)
+    assert all(results[name]["top5"] is None for name in UNDER)
+    assert results["mean"]["top1"] == pytest.approx(np.mean([results[n]["top1"] for n in UNDER]))
     assert all(name in printed for name in CORRUPTIONS)
     page = json.loads((digits / "evaluate.json").read_text())
     figures = json.loads(next(digits.glob("*/seed0/results.json")).read_text())
@@ -334,9 +336,8 @@ def test_fashion_mnist_under_corruptions(tmp_path):
     assert cli.main([*arguments, *plain]) == 0
     (run,) = (tmp_path / "runs").iterdir()
     results = evaluate(run, "--corruptions")
-    names = {f"{name}/{strength}" for name in CORRUPTIONS for strength in range(1, 6)}
-    assert names | {"test", "mean", *CORRUPTIONS} == set(results)
-    assert all(results[name]["examples"] == 300 for name in names)
+    assert UNDER | {"test", "mean", *CORRUPTIONS} == set(results)
+    assert all(results[name]["examples"] == 300 for name in UNDER)
 
 
 def test_what_was_found_before_is_kept(digits):

@@ -118,6 +118,10 @@ def test_the_outline_of_a_step_is_the_step(regime):
     state, batch = built.init(), built.regime.place(next(built.batches()))
     assert planned.as_text() == built.step.lower(state, batch).as_text()
     assert planned.compile().memory_analysis().alias_size_in_bytes > 0
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), dict(batch)) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), sketch.batch
+    )
+    assert int(sketch.step(state, batch)[0].step) == 1
 
 
 @pytest.mark.parametrize("regime", ["shard_map", "pmap"])

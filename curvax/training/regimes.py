@@ -166,9 +166,8 @@ class _Pmapped:
             shape = (self._here, x.shape[0] // self._mesh.size, *x.shape[1:])
             return jax.ShapeDtypeStruct(shape, x.dtype)
 
-        bare = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
         whole = jax.eval_shape(self._prepare, state, batch)
-        return jax.tree.map(bare, state), jax.tree.map(part, whole)
+        return state, jax.tree.map(part, whole)
 
     def _stacked(self, batch: Tree) -> Tree:
         """A process's part [n, ...] as [devices, n / devices, ...]."""
