@@ -3,9 +3,8 @@
 Paper: Foret et al., SAM, arXiv:2010.01412, section 3.1 and Table 1, with the settings of its code:
 batch 256, learning rate 0.1, weight decay 5e-4 on every parameter, clipping at 5, 200 epochs. The
 decay is not part of the ascent here, and in the authors' code it is. ρ is its default. m, the whole
-batch, is chosen here, on any number of devices, though batch norm takes each one's own statistics
-under shard_map and pmap; the authors' code perturbs on each device's own part, which is --m=32 for
-eight.
+batch, is chosen here, on any number of devices; the authors' code perturbs on each device's own
+part, which is --m=32 for eight.
 
 Command: curvax compare cifar10_wrn --seeds 5 --fair --data.path=cifar-10-python.tar.gz
          (with cutout: --data.augment="['shift_crop(4)','flip()','normalise()','cutout(16)']")

@@ -56,8 +56,8 @@ def mean_over_scan(
         sums = [s + weighed(w, y).astype(s.dtype) for s, y in zip(sums, _where(x, floats, True))]
         return (sums, weight + w), _where(x, floats, False)
 
-    start = [_zeros(leaf) for leaf in _where(leaves, floats, True)]
-    weight = jnp.zeros((), jnp.float32) if weighted is None else _zeros(weighted)
+    start = [_zeros(leaf, leaf, weighted) for leaf in _where(leaves, floats, True)]
+    weight = jnp.zeros((), jnp.float32) if weighted is None else _zeros(weighted, weighted)
     (sums, weight), others = lax.scan(body, (start, weight), (number, pieces))
     means = iter(
         ratio(s, weight).astype(leaf.dtype) for s, leaf in zip(sums, _where(leaves, floats, True))
@@ -72,9 +72,10 @@ def _where(leaves: list[Any], flags: list[bool], value: bool) -> list[Any]:
     return [leaf for leaf, flag in zip(leaves, flags) if flag is value]
 
 
-def _zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+def _zeros(leaf: jax.ShapeDtypeStruct, *like: jax.ShapeDtypeStruct | None) -> jax.Array:
+    """Zeros to add leaves to, varying over the axes of all that they are made `like`."""
     zeros = jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32))
-    return axes.vary(zeros, axes.varying_of(leaf))
+    return axes.vary(zeros, frozenset().union(*map(axes.varying_of, like)))
 
 
 def mean_over_vmap(

@@ -27,9 +27,13 @@ class Neighbours(NamedTuple):
     axis: str
     size: int
 
+    @property
+    def rows(self) -> list[list[int]]:
+        """The devices of each row, by their number along the axis, which is bound."""
+        return np.arange(lax.axis_size(self.axis)).reshape(-1, self.size).tolist()
+
     def reduce(self, reduction: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
-        rows = np.arange(lax.axis_size(self.axis)).reshape(-1, self.size).tolist()
-        return reduction(x, self.axis, axis_index_groups=rows)
+        return reduction(x, self.axis, axis_index_groups=self.rows)
 
 
 Along = str | Neighbours
@@ -168,11 +172,9 @@ def index_and_size(over: tuple[Along, ...]) -> tuple[jax.Array | int, int]:
     return index, size
 
 
-def last_of_size(size: int) -> tuple[Along, ...] | None:
-    """Along what `size` neighbouring devices lie: the last manual axes that hold just them, or,
-    where types do not tell, a row of the only one (of several the batch may not lie along the
-    last)."""
-    names = manual()
+def last_of_size(size: int, names: tuple[str, ...]) -> tuple[Along, ...] | None:
+    """Along what `size` neighbouring devices lie: the last of these axes that hold just them, or,
+    where types do not tell, a row of the only one."""
     tails = (names[start:] for start in reversed(range(len(names))))
     found = next((tail for tail in tails if lax.axis_size(tail) == size), None)
     if found is None and len(names) == 1 and not tracked() and lax.axis_size(names[0]) % size == 0:

@@ -205,6 +205,12 @@ def parts(text: str) -> list[ast.expr]:
     return _operands(_Reader(text, {}).tree())
 
 
+def named(text: str) -> frozenset[str]:
+    """All names in a method's text, those that it calls and those that it hands on."""
+    nodes = ast.walk(_Reader(text, {}).tree())
+    return frozenset(node.id for node in nodes if isinstance(node, ast.Name))
+
+
 def _name(node: ast.expr, *, deep: bool) -> str:
     if not isinstance(node, ast.Call):
         return ast.unparse(node)

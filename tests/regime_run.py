@@ -7,6 +7,8 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from curvax import models
+from curvax.axes import Along
+from curvax.models.convnets import synced
 from curvax.training.config import defaults
 
 DEVICES = 8
@@ -17,16 +19,18 @@ class Net(nn.Module):
     """A hidden layer; norm and dropout act on groups of examples and are left out for the rest."""
 
     classes: int
-    grouped: bool = True
+    norm: bool = True
+    dropout: float = 0.1
+    sync_over: Along | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         x = nn.Dense(16, use_bias=False)(x.reshape(len(x), -1))
-        if self.grouped:
-            x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+        if self.norm:
+            over = synced(self.sync_over if train else None)
+            x = nn.BatchNorm(use_running_average=not train, momentum=0.9, **over)(x)
         x = nn.tanh(x)
-        if self.grouped:
-            x = nn.Dropout(0.1)(x, deterministic=not train)
+        x = nn.Dropout(self.dropout)(x, deterministic=not train)
         return nn.Dense(self.classes)(x)
 
 

@@ -6,6 +6,8 @@ from scipy.ndimage import convolve1d
 
 from curvax.training import corruptions
 from curvax.training.corruptions import CORRUPTIONS, STRENGTHS, corrupt
+from curvax.training.data import numbers
+from curvax.training.images import load
 
 
 def make_images(side=32, channels=3, count=4):
@@ -17,7 +19,7 @@ def distance(images, name, strength):
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
-@pytest.mark.parametrize(("side", "channels"), [(32, 3), (28, 1)])
+@pytest.mark.parametrize(("side", "channels"), [(32, 3), (28, 1), (20, 1), (16, 3), (8, 1)])
 def test_each_strength_is_further_from_the_image(name, side, channels):
     images = make_images(side, channels)
     distances = [distance(images, name, strength) for strength in STRENGTHS]
@@ -55,12 +57,22 @@ def test_blur_is_the_gaussian_of_its_deviation():
     np.testing.assert_allclose(blurred, images, atol=1e-12)
 
 
-def test_blur_is_scaled_to_the_side_of_the_images():
-    point = np.zeros((1, 65, 65, 1))
-    point[0, 32, 32] = 1
+@pytest.mark.parametrize(("side", "deviation"), [(65, 65 / 32), (15, 1.0)])
+def test_blur_is_scaled_to_the_side_of_larger_images(side, deviation):
+    point = np.zeros((1, side, side, 1))
+    point[0, side // 2, side // 2] = 1
     spread = corruptions.gaussian_blur(point, 1.0)[0, :, :, 0].sum(0)
-    place = np.arange(65) - 32
-    assert np.sum(spread * place**2) == pytest.approx((65 / 32) ** 2, rel=0.01)
+    place = np.arange(side) - side // 2
+    assert np.sum(spread * place**2) == pytest.approx(deviation**2, rel=0.01)
+
+
+def test_corruptions_show_on_the_smallest_images():
+    """The 8×8 digits, and in order on them as they are."""
+    images = load("digits").test.inputs
+    for name in CORRUPTIONS:
+        distances = [distance(numbers(images), name, strength) for strength in STRENGTHS]
+        assert distances == sorted(set(distances))
+        assert distances[0] > 0.01
 
 
 def test_contrast_keeps_means_and_a_share_of_the_rest():

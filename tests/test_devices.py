@@ -185,6 +185,40 @@ def test_second_order_terms_equal_autodiff_through_the_ascent(regime, synced_asc
     jax.tree.map(partial(np.testing.assert_allclose, **TOLERANCE), found, expected)
 
 
+@pytest.mark.parametrize("regime", REGIMES)
+def test_devices_that_climb_together_draw_one_direction(regime):
+    rule = random_direction(5)
+    tx = cx.sam(optax.sgd(0.1), 0.3, ascent=rule, sync_over="batch", mean_over="batch")
+    params, batch = make_params(), make_batch()
+    found, _ = run(regime, tx, params, batch)
+    alone, state = params, tx.init(params)
+    for _ in range(2):
+        alone, state = one_step(tx, alone, state, batch)
+    jax.tree.map(partial(np.testing.assert_allclose, **TOLERANCE), found, alone)
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_what_looksam_keeps_counts_devices_by_weight(regime):
+    def weighted(params, batch):
+        errors = (predict(params, batch) - batch["y"]) ** 2
+        return jnp.sum(batch["w"] * errors) / jnp.sum(batch["w"])
+
+    options: Any = dict(of=weighted, weight="w")
+    params, batch = make_params(), make_batch()
+    batch["w"] = 0.5 + 3 * jax.random.uniform(jax.random.key(7), batch["y"].shape)
+    tx = cx.sam_perturb(0.3, every=2) | cx.keep_orthogonal(mean_over="batch")
+    found, _ = run(
+        regime, tx | cx.pmean_updates("batch") | optax.sgd(0.1), params, batch, **options
+    )
+    # Under jit the groups of a device's examples, whose weights `per_group` heeds.
+    grouped = cx.per_group(PER_DEVICE, cx.sam_perturb(0.3, every=2) | cx.keep_orthogonal())
+    tx = grouped | optax.sgd(0.1)
+    alone, state = params, tx.init(params)
+    for _ in range(2):
+        alone, state = one_step(tx, alone, state, batch, **options)
+    jax.tree.map(partial(np.testing.assert_allclose, **TOLERANCE), found, alone)
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("case", ["groups", "shards"])
 def test_groups_of_a_sharded_batch_cost_one_reduction(kind, case):
@@ -204,105 +238,6 @@ def test_groups_of_a_sharded_batch_cost_one_reduction(kind, case):
     # Counts are gathered to take the last; the batch and the parameters are not.
     gathered = collectives.count(hlo.read(compiled)).get("all-gather", (0, 0))
     assert gathered[1] < params["w1"].nbytes < batch["y"].nbytes
-
-
-# A mesh whose last axis holds the devices of a group, or one axis along which they lie in a row.
-GROUPED = ("grid", "grid unchecked", "row unchecked", "pmap")
-
-
-def over_all(regime):
-    return ("batch", "group") if regime.startswith("grid") else "batch"
-
-
-def on_groups_of_two(regime, step, params, state, batch):
-    """One step of eight devices, two of which make a group."""
-    if regime == "pmap":
-        mapped = jax.pmap(step, axis_name="batch", in_axes=(None, None, 0), out_axes=None)
-        return mapped(params, state, shards(batch))
-    grid = regime.startswith("grid")
-    names, shape = (("batch", "group"), (4, 2)) if grid else (("batch",), (8,))
-    mapped = jax.shard_map(
-        step,
-        mesh=jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names)),
-        in_specs=(P(), P(), P(names)),
-        out_specs=P(),
-        check_vma=not regime.endswith("unchecked"),
-    )
-    return jax.jit(mapped)(params, state, batch)
-
-
-STAGES = {
-    "SAM": cx.sam_perturb(0.3),
-    "GSAM": cx.sam_perturb(0.3) | cx.gsam_project(0.4),
-    "SAM, second order": cx.sam_perturb(0.3, second_order=True),
-    "random directions": cx.sam_perturb(0.3, ascent=random_direction(5)),
-    "Fisher ascent": cx.sam_perturb(0.3, ascent=cx.fisher_ascent(0.1, solver=cx.cg(40, tol=1e-15))),
-    "Fisher ascent, dense": cx.sam_perturb(0.3, ascent=cx.fisher_ascent(0.1, solver=cx.dense())),
-    "Fisher ascent, by rows": cx.sam_perturb(
-        0.3, ascent=cx.fisher_ascent(0.1, solver=cx.row_space())
-    ),
-}
-LOOPS = {"SAM": sam_of, "GSAM": gsam_of}
-
-
-@pytest.mark.parametrize("regime", GROUPED)
-@pytest.mark.parametrize("name", STAGES)
-def test_a_group_may_span_devices(name, regime):
-    stages = cx.per_group(2 * PER_DEVICE, STAGES[name])
-    tx = stages | cx.pmean_updates(over_all(regime)) | optax.sgd(0.1, momentum=0.9)
-    params, batch = make_params(), make_batch()
-    state = tx.init(params)
-    halves: Any = dict(of=cx.gaussian("y"), model=predict) if "Fisher" in name else {}
-    step: Any = partial(one_step, tx, **halves)
-    found, state_found = on_groups_of_two(regime, step, params, state, batch)
-    # Under jit the groups are cut from the whole batch: the same figures too.
-    alone, state_alone = step(params, state, batch)
-    jax.tree.map(partial(np.testing.assert_allclose, **TOLERANCE), found, alone)
-    figures, others = cx.diagnostics(state_found), cx.diagnostics(state_alone)
-    assert figures.keys() == others.keys()
-    for figure in figures:
-        np.testing.assert_allclose(figures[figure], others[figure], rtol=1e-6, err_msg=figure)
-    if name in LOOPS:
-        reference = local(LOOPS[name], DEVICES // 2)
-        expected = sgd_over(lambda p: reference(p, batch), params, steps=1)
-        jax.tree.map(partial(np.testing.assert_allclose, **TOLERANCE), found, expected)
-
-
-@pytest.mark.parametrize("regime", GROUPED)
-def test_a_group_of_devices_weighs_what_its_examples_weigh(regime):
-    def weighted(params, batch):
-        hidden = jnp.tanh(batch["x"] @ params["w1"] + params["b1"][None])
-        errors = (hidden @ params["w2"] - batch["y"]) ** 2
-        return jnp.sum(batch["w"] * errors) / jnp.sum(batch["w"])
-
-    def step(params, state, batch):
-        objective = cx.Objective(weighted, batch, weight="w")
-        value, grads = objective.value_and_grad(params)
-        updates, _ = tx.update(grads, state, params, value_fn=objective, value=value)
-        return updates
-
-    stages = cx.per_group(2 * PER_DEVICE, cx.sam_perturb(0.3))
-    tx = stages | cx.pmean_updates(over_all(regime))
-    params, batch = make_params(), make_batch()
-    batch["w"] = 0.5 + jax.random.uniform(jax.random.key(7), batch["y"].shape)
-    found = on_groups_of_two(regime, step, params, tx.init(params), batch)
-    expected = step(params, tx.init(params), batch)
-    jax.tree.map(partial(np.testing.assert_allclose, **TOLERANCE), found, expected)
-
-
-@pytest.mark.parametrize(("regime", "m"), [("shard_map", 2), ("pmap", 3)])
-def test_a_group_that_no_axes_hold_is_an_error(regime, m):
-    tx = cx.per_group(m * PER_DEVICE, cx.sam_perturb(0.3)) | cx.pmean_updates("batch")
-    with pytest.raises(ValueError, match="the last of the device axes"):
-        run(regime, tx, make_params(), make_batch(), steps=1)
-
-
-@pytest.mark.parametrize("regime", ["grid", "pmap"])
-def test_no_curvature_is_estimated_in_a_group_of_devices(regime):
-    tx = cx.per_group(2 * PER_DEVICE, cx.hutchinson_diag(mean_over="batch"))
-    params = make_params()
-    with pytest.raises(ValueError, match="one of these estimates curvature"):
-        on_groups_of_two(regime, partial(one_step, tx), params, tx.init(params), make_batch())
 
 
 def adahessian_loop(params, batch, key, *, shared, steps=2, lr=0.1, b1=0.9, b2=0.99, eps=1e-4):

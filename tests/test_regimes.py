@@ -17,11 +17,12 @@ from curvax.training.loop import NotFinite
 from curvax.training.regimes import RegimeError
 
 REGIMES = ("jit", "fsdp", "shard_map", "pmap")
-AVERAGED = {"grouped": False}  # what whole batches of devices or of jit would not share
+DRY = {"dropout": 0.0}  # which draws for each device anew
+AVERAGED = DRY | {"norm": False}  # what whole batches of devices or of jit would not share
 METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     # SAM, GSAM, dropout and batch norm for each 4 of the 8 examples of a device.
     "groups": ({"optimizer": f"{GROUPS} | sgd(lr)"}, {}),
-    "groups of two devices": ({"optimizer": f"{GROUPS} | sgd(lr)", "m": 16}, AVERAGED),
+    "groups of two devices": ({"optimizer": f"{GROUPS} | sgd(lr)", "m": 16}, DRY),
     "AdaHessian": (
         {
             "optimizer": "hutchinson_diag(shards=8, mean_over=axes) | pmean_updates(axes) "
@@ -225,13 +226,22 @@ def test_errors_say_what_fits():
         ({"batch": 68}, "do not go over 8 devices"),
         ({"regime": "xmap"}, "`regime` is one of jit, shard_map, pmap"),
         ({"devices": 9}, "takes the first of the 8"),
-        ({"m": 12}, "do not divide a batch of 64"),
+        ({"m": 12}, "do not divide a batch of 64 over 8 devices .* goes `--m=4`"),
+        ({"m": 32, "batch": 48}, "with `--batch=48` goes `--m=6`"),
+        ({"m": 128}, "with `--batch=64` goes `--m=64`"),
+        ({"m": 128, "regime": "jit"}, "a batch of 64. The two .* goes `--m=64`"),
     ]
     for fields, said in cases:
         with pytest.raises(RegimeError, match=said):
             regimes.build(changed(regime_run.get_config("shard_map"), **fields))
     with pytest.raises(RegimeError, match="`fsdp` lets the compiler divide"):
         regimes.build(changed(regime_run.get_config("pmap"), fsdp=True))
+
+
+@pytest.mark.parametrize("regime", ["jit", "shard_map", "pmap"])
+def test_methods_without_groups_take_any_batch(regime):
+    config = changed(regime_run.get_config(regime), m=128, optimizer="sgd(lr)")
+    assert regimes.build(config).group is None
 
 
 def test_a_config_takes_its_variant_after_a_colon():

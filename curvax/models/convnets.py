@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from curvax.axes import Along, Neighbours
 from curvax.models.layers import classify, require_choice
 
 NORMS = ("batch", "group", "none")
@@ -23,7 +24,7 @@ class Style:
     norm: str
     residual: bool
     dtype: Any
-    sync_over: str | None
+    sync_over: Along | None
 
     def conv(
         self, channels: int, window: int = 3, stride: int = 1, *, name: str, closes: bool = False
@@ -52,13 +53,20 @@ class Style:
                 use_running_average=not train,
                 momentum=0.9,
                 dtype=self.dtype,
-                axis_name=self.sync_over if train else None,
                 name=name,
+                **synced(self.sync_over if train else None),
             )(x)
         if self.norm == "group":
             size = gcd(x.shape[-1], GROUP_SIZE)
             return nn.GroupNorm(None, size, dtype=self.dtype, name=name)(x)
         return x
+
+
+def synced(over: Along | None) -> dict[str, Any]:
+    """What `nn.BatchNorm` is told to take its statistics over devices."""
+    if isinstance(over, Neighbours):
+        return {"axis_name": over.axis, "axis_index_groups": over.rows}
+    return {"axis_name": over}
 
 
 class ConvNet(nn.Module, kw_only=True):
@@ -70,7 +78,8 @@ class ConvNet(nn.Module, kw_only=True):
         residual: whether the shortcuts are there; the papers' landscapes are of nets without.
         remat: whether blocks are recomputed in the backward pass.
         dtype: of activations; inferred from inputs and parameters where None.
-        sync_over: device axis over which batch norm takes its statistics in training.
+        sync_over: device axis over which batch norm takes its statistics in training, or
+            `curvax.axes.Neighbours`, devices in a row along one.
         head_bias: initial bias of the logits; -10 suits a sigmoid loss over many classes.
     """
 
@@ -79,7 +88,7 @@ class ConvNet(nn.Module, kw_only=True):
     residual: bool = True
     remat: bool = False
     dtype: Any = None
-    sync_over: str | None = None
+    sync_over: Along | None = None
     head_bias: float = 0.0
 
     def __post_init__(self) -> None:

@@ -6,14 +6,17 @@ from curvax.objective.requirements import (
     require_batch,
     require_likelihood,
     require_model,
+    weight_of,
 )
-from curvax.objective.validation import check_key
+from curvax.objective.validation import check_key, refuse_joined
 
 __all__ = [
     "Objective",
     "as_objective",
     "check_key",
+    "refuse_joined",
     "require_batch",
     "require_likelihood",
     "require_model",
+    "weight_of",
 ]

@@ -110,10 +110,18 @@ class Objective:
     def together(self, over: tuple[axes.Along, ...]) -> Objective:
         """The mean of this loss along bound device axes, whose devices so make one group.
 
-        Value, gradient and Hessian are the group's; other products and single examples stay each
-        device's own.
+        Value, gradient, Hessian and weight are the group's. What looks into the batch is refused:
+        the examples, the outputs and the parts that a device sees are its own.
         """
-        return self._changed(joined=(*self.joined, *over)) if over else self
+        return self._changed(joined=over) if over else self
+
+    def apart(self) -> Objective:
+        """This device's own loss, where it is a part of a group."""
+        return self._changed(joined=()) if self.joined else self
+
+    def group_mean(self, tree: Tree) -> Tree:
+        """The mean over the devices of a group, by weight, of what each found in its own loss."""
+        return axes.mean(tree, self.joined, self.apart().batch_weight())
 
     def _changed(self, **fields: Any) -> Objective:
         """A copy that remembers nothing."""
@@ -122,19 +130,21 @@ class Objective:
         vars(other).update(fields)
         return other
 
-    def groups(self, m: int) -> Tree:
-        """The batch in contiguous groups of m examples.
+    def groups(self, m: int, where: str = "`groups(m)`") -> Tree:
+        """The batch in contiguous groups of m examples; errors say `where`.
 
         Returns:
             The batch's tree, leaves [n, ...] as [n/m, m, ...]; `on(group)` is the loss on one.
 
         Raises:
-            ValueError: m does not divide the batch.
+            ValueError: m does not divide the batch, or that is a part of a group.
         """
-        return accumulation.split(self.batch, self.size, m, "`groups(m)`")
+        validation.refuse_joined(self.joined)
+        return accumulation.split(self.batch, self.size, m, where)
 
     def first(self, fraction: float) -> Objective:
         """The same loss on the first `fraction` of the batch (at least one example)."""
+        validation.refuse_joined(self.joined)
         count = max(1, round(fraction * self.size))
         batch = jax.tree.map(lambda x: x[:count], self.batch)
         if not self.microbatch or self.microbatch >= count:
@@ -150,7 +160,13 @@ class Objective:
         return self._changed(**{half: lambda params, *rest: inner(f(params), *rest)})
 
     def batch_weight(self) -> jax.Array | None:
-        """The weight of this batch in a mean of means, or None where all count alike."""
+        """The weight of this loss in a mean of means, or None where all count alike."""
+        own = self._own_weight()
+        if own is None or not self.joined:
+            return own
+        return axes.total(axes.vary(own, self.joined), self.joined)
+
+    def _own_weight(self) -> jax.Array | None:
         if self.weight is None:
             if isinstance(self.loss, Likelihood) and self.loss.weighted:
                 return self.loss.total_weight(self.batch)
@@ -164,12 +180,12 @@ class Objective:
     def __call__(self, params: Tree) -> jax.Array:
         """L(θ), a scalar in float32 or wider. Safe for anybody's autodiff: the micro-batches are
         scanned with checkpointed bodies."""
-        value, _ = self.average(
+        value, _ = self.apart().average(
             lambda part: (
                 jax.checkpoint(part.evaluate)(params) if self.microbatch else part.evaluate(params)
             )
         )
-        return axes.mean(value, self.joined, self.batch_weight())
+        return self.group_mean(value)
 
     def mean(self, params: Tree, over: tuple[axes.Along, ...]) -> jax.Array:
         """L(θ), the mean over bound device axes, at a precision at which differences count."""
@@ -188,9 +204,10 @@ class Objective:
 
     def value_aux_and_grad(self, params: Tree) -> tuple[tuple[jax.Array, Any], Tree]:
         """((L(θ), aux), ∇L(θ)), where aux is None without `has_aux`."""
-        own = axes.vary(params, self.local_axes(params) | set(self.joined))
-        out = self.average(lambda part: jax.value_and_grad(part.evaluate, has_aux=True)(own))
-        return axes.mean(out, self.joined, self.batch_weight())
+        here = axes.vary(params, self.local_axes(params) | set(self.joined))
+        own = self.apart()
+        out = own.average(lambda part: jax.value_and_grad(part.evaluate, has_aux=True)(here))
+        return self.group_mean(out)
 
     def evaluate(self, params: Tree) -> tuple[jax.Array, Any]:
         """(L(θ), aux) of the whole batch in one piece."""
@@ -204,6 +221,7 @@ class Objective:
 
     def outputs(self, params: Tree) -> tuple[Tree, Any]:
         """(z, aux): what the model, the first half of the loss, returns for the whole batch."""
+        validation.refuse_joined(self.joined)
         assert self.model is not None
         out = self.model(params, self.batch, *self._keys())
         return validation.pair(out, "model") if self.has_aux else (out, None)
@@ -220,7 +238,11 @@ class Objective:
         Args:
             f: `f(part, *beside)`.
             beside: trees with a leading axis of examples, cut like the batch.
+
+        Raises:
+            ValueError: the batch is a device's part of a group.
         """
+        validation.refuse_joined(self.joined)
         if not self.microbatch or self.microbatch == self.size:
             return f(self, *beside)
         count = self.size // self.microbatch
@@ -251,7 +273,7 @@ class Objective:
     def example_keys(self, key: jax.Array) -> jax.Array:
         """A key for each example, [n]: `key` folded with the example's number in the global batch,
         so that draws are the same on any number of devices and in micro-batches of any size."""
-        number, _ = self._piece_number(self._batch_axes())
+        number, _ = self._piece_number(self.batch_axes())
         first = number * self.size
         fold = lambda i, _: (jax.random.fold_in(key, first + i), None)
         return accumulation.stack_over_vmap(fold, self.groups(1), self.size)[0]
@@ -270,7 +292,8 @@ class Objective:
         return self._local[kind]
 
     def _traced_axes(self, params: Tree) -> frozenset[str]:
-        traced = jax.make_jaxpr(lambda p: self.average(lambda part: part.evaluate(p))[0])(params)
+        own = self.apart()
+        traced = jax.make_jaxpr(lambda p: own.average(lambda part: part.evaluate(p))[0])(params)
         typed = axes.tracked()
         suspects = axes.varying(self.batch) if typed and self.batch is not None else axes.manual()
         reductions.refuse_reduced_output(traced, tuple(suspects))
@@ -285,7 +308,7 @@ class Objective:
         batch."""
         number, count = self._piece_number(local)
         rows = (part for part in self.joined if isinstance(part, axes.Neighbours))
-        together = math.prod(row.size for row in rows)
+        together = math.prod(row.size for row in rows if row.axis in local)
         return number // together, count // together
 
     def _piece_number(self, local: frozenset[str]) -> tuple[Any, int]:
@@ -294,7 +317,7 @@ class Objective:
         part, parts = self._part
         return device * parts + part, devices * parts
 
-    def _batch_axes(self) -> frozenset[str]:
+    def batch_axes(self) -> frozenset[str]:
         """The device axes over which the batch is each device's own."""
         return axes.varying(self.batch) if axes.tracked() else frozenset(axes.manual())
 
@@ -302,5 +325,5 @@ class Objective:
         """The key of this pass, if there is one."""
         if self.key is None:
             return ()
-        number, count = self._piece_number(self._batch_axes())
+        number, count = self._piece_number(self.batch_axes())
         return (jax.random.fold_in(self.key, number) if count > 1 else self.key,)

@@ -63,6 +63,21 @@ def check_key(key: Any, where: str) -> None:
         )
 
 
+def refuse_joined(joined: tuple[Any, ...]) -> None:
+    """Refuses a look into a batch that is a device's part of a group.
+
+    Raises:
+        ValueError: it is.
+    """
+    if joined:
+        raise ValueError(
+            "`per_group` makes one group of several devices here, of which each sees its own part: "
+            "known are the group's loss, gradient and Hessian products. A stage within it looks "
+            "further, at outputs, single examples or parts of the batch. Put it outside of "
+            "`per_group`, or take groups that one device holds."
+        )
+
+
 def pair(out: Any, half: str) -> tuple[Any, Any]:
     """(value, aux), as a loss or a model with an aux returns them.
 

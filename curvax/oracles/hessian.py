@@ -74,15 +74,22 @@ def linearized_gradient(
     objective: Objective, params: Tree, *, mode: str = "auto"
 ) -> tuple[LossAndGradient, Matvec]:
     """(((L, aux), ∇L), v ↦ H v) at `params`, one linearisation for all."""
-    params, local = localized(objective, params)
+    own = objective.apart()
+    out, product = _own_linearized(own, *localized(own, params), mode)
+    return objective.group_mean(out), lambda v: objective.group_mean(product(v))
+
+
+def _own_linearized(
+    own: Objective, params: Tree, local: frozenset[str], mode: str
+) -> tuple[LossAndGradient, Matvec]:
     if mode == "finite-differences":
-        return objective.value_aux_and_grad(params), _differences(objective, params)
-    if objective.microbatch:
-        product = lambda v: gradient_and_product(objective, params, v, mode=mode)[1]
-        return objective.value_aux_and_grad(params), product
-    forward = lambda: _forward_linearized(objective, params)
-    reverse = lambda: _reverse_linearized(objective, params)
-    out, product = _by_mode(mode, objective, params, forward, reverse)
+        return own.value_aux_and_grad(params), _differences(own, params)
+    if own.microbatch:
+        product = lambda v: gradient_and_product(own, params, v, mode=mode)[1]
+        return own.value_aux_and_grad(params), product
+    forward = lambda: _forward_linearized(own, params)
+    reverse = lambda: _reverse_linearized(own, params)
+    out, product = _by_mode(mode, own, params, forward, reverse)
     return out, lambda v: product(tangent(v, params, local))
 
 
@@ -90,10 +97,14 @@ def gradient_and_product(
     objective: Objective, params: Tree, v: Tree, *, mode: str = "auto"
 ) -> tuple[LossAndGradient, Tree]:
     """(((L, aux), ∇L), H v) in one pass: the gradient shares its backward pass with the product."""
-    params, local = localized(objective, params)
-    v = tangent(v, params, local)
+    own = objective.apart()
+    params, local = localized(own, params)
+    return objective.group_mean(_own_product(own, params, tangent(v, params, local), mode))
+
+
+def _own_product(own: Objective, params: Tree, v: Tree, mode: str) -> tuple[LossAndGradient, Tree]:
     if mode == "finite-differences":
-        return objective.value_aux_and_grad(params), _differences(objective, params)(v)
+        return own.value_aux_and_grad(params), _differences(own, params)(v)
 
     def forward(part: Objective) -> tuple[LossAndGradient, Tree]:
         grads, product, loss = jax.jvp(_gradient_of(part), (params,), (v,), has_aux=True)
@@ -103,13 +114,7 @@ def gradient_and_product(
         out, product = _reverse_linearized(part, params)
         return out, product(v)
 
-    return _by_mode(
-        mode,
-        objective,
-        params,
-        lambda: objective.average(forward),
-        lambda: objective.average(reverse),
-    )
+    return _by_mode(mode, own, params, lambda: own.average(forward), lambda: own.average(reverse))
 
 
 def _gradient_of(objective: Objective) -> Callable[[Tree], tuple[Tree, tuple[jax.Array, Any]]]:

@@ -48,9 +48,9 @@ def linearized(f: Callable[[Tree], tuple[Tree, Any]], params: Tree, local: Any =
     return Linearized(value, aux, lambda v: jvp(tangent(v, params, local)), pull)
 
 
-def localized(objective: Objective, params: Tree) -> tuple[Tree, frozenset[Any]]:
+def localized(objective: Objective, params: Tree) -> tuple[Tree, frozenset[str]]:
     """The parameters typed as varying over the device axes of the batch, and those axes."""
-    local = objective.local_axes(params) | set(objective.joined)
+    local = objective.local_axes(params)
     return axes.vary(params, local), local
 
 

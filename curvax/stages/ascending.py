@@ -42,7 +42,8 @@ def fisher_ascent(damping: Any = 1e-3, *, solver: Solver = TEN_STEPS) -> MetricA
         sync: tuple[str, ...],
     ) -> Tree:
         over = (*axes.outside(objective.joined, sync), *sync)
-        fisher = fvp(objective, params).averaged(over, objective.batch_weight())
+        own = objective.apart()
+        fisher = fvp(own, params).averaged(over, own.batch_weight())
         product = fisher.within(masked, masked).damped(damping)
         x = solver(product, g).x
         length = jnp.sqrt(jnp.maximum(trees.dot(x, product(x)), 0))

@@ -9,7 +9,7 @@ import optax
 
 from curvax import accumulation, axes, checks
 from curvax.axes import AxisNames
-from curvax.objective import as_objective, require_batch
+from curvax.objective import Objective, as_objective, require_batch, weight_of
 from curvax.signal import Signal, Stage, pipe, stage
 from curvax.trees import Tree
 
@@ -37,12 +37,11 @@ def pmean_updates(axis_name: AxisNames) -> Stage:
         signal: Signal, state: Any, params: Tree, *, value_fn: Any = None, **extra: Any
     ) -> Any:
         del extra
-        objective = None if value_fn is None else as_objective(value_fn, "pmean_updates")
         local = signal.local
-        if axis_name is None and objective is not None:
-            local = local | objective.local_axes(params)
+        if axis_name is None and value_fn is not None:
+            local = local | as_objective(value_fn, "pmean_updates").local_axes(params)
         over = checks.averaged_axes(axis_name, local, stage="pmean_updates", partly=True)
-        weight = None if objective is None else objective.batch_weight()
+        weight = weight_of(value_fn, "pmean_updates")
         mean = lambda tree: axes.mean(tree, over, weight)
         same = signal.gradient is signal.updates
         updates = mean(signal.updates)
@@ -71,9 +70,10 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
 
     Args:
         m: examples in a group; divides the batch. Under device axes it divides the batch of each
-            device, or is that of neighbouring devices: all along the last axes of a mesh
+            device, or is that of neighbouring devices: all along the last axes that split the batch
             (`jax.make_mesh((4, 2), ("batch", "group"))`), or, under `pmap`, so many in a row. The
-            ascent then starts from the mean gradient of the group.
+            ascent then starts from the mean gradient of the group. With `check_vma=False`, which
+            hides what splits the batch, every axis of the mesh counts as doing so.
         stages: a stage, a pipe, or a plain transformation.
         sequential: one group at a time, in the memory of one, instead of all at once.
 
@@ -82,7 +82,7 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
 
     Raises:
         ValueError, TypeError: m < 1, or traced; at update, one that does not divide the batch, or
-            spans devices that no axes hold, or spans several and estimates curvature.
+            spans devices that no axes hold, or stages that look into a group of several.
     """
     checks.check_count("per_group", m=m)
     inner = pipe(stages)
@@ -92,11 +92,11 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
         signal: Signal, state: Any, params: Tree, *, value_fn: Any = None, **extra: Any
     ) -> tuple[Signal, Any]:
         objective = require_batch(as_objective(value_fn, "per_group", params), "per_group")
-        within = _devices_of_a_group(m, objective.size)
+        within = _devices_of_a_group(m, objective)
+        here = objective.size if within else m
+        groups = objective.groups(here, f"`per_group({m}, ...)`")
         objective = objective.together(within)
         local = objective.local_axes(params)
-        here = objective.size if within else m
-        groups = accumulation.split(objective.batch, objective.size, here, f"`per_group({m}, ...)`")
         count = objective.size // here
         first, shards = objective.shard_number(local)
         # The caller's loss and gradient are those of the whole batch.
@@ -108,11 +108,12 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
             given = Signal(gradient, gradient, value=value, aux=aux, local=local)
             start = _map_keys(lambda key: jax.random.fold_in(key, first * count + i), state)
             out, new = inner.update(given, start, params, value_fn=group, **extra)
-            if within and not (out.diagonal is None and out.matvec is None):
-                raise ValueError(_NO_CURVATURE.format(m=m))
+            weight = group.batch_weight()
+            if local and out.diagonal is not None and weight is not None:
+                raise ValueError(_WEIGHED_DIAGONAL.format(m=m))
             # Keys and axis names do not average; both are put back below.
             kept = out._replace(matvec=None, local=None), _map_keys(lambda key: False, new)
-            return kept, group.batch_weight()
+            return kept, weight
 
         out, new = over_groups(one, groups, count)
         new = jax.tree.map(lambda x, old: _settled(x, old, objective, local), new, state)
@@ -122,26 +123,28 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
     return stage(inner.init, rule)
 
 
-_NO_CURVATURE = (
-    "`per_group({m}, ...)` makes one group of several devices. It takes the stages of SAM and "
-    "GSAM, and one of these estimates curvature, which would be each device's own. Put the "
-    "estimator outside of `per_group`, or take groups that one device holds."
+_WEIGHED_DIAGONAL = (
+    "`per_group({m}, ...)` hands on a diagonal that devices may share, and would average it over "
+    "groups by the weights of each device's own. Put the estimator outside of `per_group`, or take "
+    "an objective without weights."
 )
 
 
-def _devices_of_a_group(m: int, size: int) -> tuple[axes.Along, ...]:
-    """Along what the devices lie that share a group larger than a device's `size` examples.
+def _devices_of_a_group(m: int, objective: Objective) -> tuple[axes.Along, ...]:
+    """Along what the devices lie that share a group larger than a device's part of the batch.
 
     Raises:
         ValueError: no axes, and no part of one, hold just the devices of a group.
     """
-    if m <= size or not axes.manual():
+    size, split = objective.size, objective.batch_axes()
+    along = tuple(axis for axis in axes.manual() if axis in split)
+    if m <= size or not along:
         return ()
-    found = axes.last_of_size(m // size) if m % size == 0 else None
+    found = axes.last_of_size(m // size, along) if m % size == 0 else None
     if found is None:
         raise ValueError(
             f"`per_group({m}, ...)` has {size} examples on each device, and the last of the device "
-            f"axes {axes.manual()} do not hold the {m / size:g} neighbours that make a group. Give "
+            f"axes {along} of the batch do not hold the {m / size:g} neighbours of a group. Give "
             "the mesh of `shard_map` a last axis for them, as `jax.make_mesh((n, "
             f'{max(m // size, 1)}), ("batch", "group"))`, or run under `jit`, where groups are cut '
             "from the whole batch."

@@ -110,16 +110,17 @@ def sam_perturb(
         gradient, radius = signal.updates, _radius(rho, state.step, params)
         value = jnp.asarray(jnp.nan if signal.value is None else signal.value, float)
         value = axes.vary(value, local)
+        sync = axes.bound(sync_over, where="`sam_perturb(sync_over=)`")
         climb = Climb(
             objective=objective,
             params=axes.vary(params, local),
             rules=Rules(ascent, p, mask, params),
-            keys=_drawn(state, objective, local),
+            keys=_drawn(state, objective, local - set(sync)),
             radius=radius,
             steps=steps,
             step_size=at(step_size, state.step),
             projected=projected,
-            sync=axes.bound(sync_over, where="`sam_perturb(sync_over=)`"),
+            sync=sync,
             local=local,
         )
 
@@ -150,7 +151,7 @@ def sam_perturb(
 
 
 def _drawn(state: SamState, objective: Objective, local: frozenset[str]) -> tuple[jax.Array, ...]:
-    """This step's keys on this piece of the global batch."""
+    """This step's keys on this piece of the global batch, as cut along the axes `local`."""
     shard, _ = objective.shard_number(local)
     fold = jax.random.fold_in
     return tuple(fold(fold(key, state.step), shard) for key in state.keys)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from curvax import axes, checks, trees
 from curvax.axes import AxisNames
+from curvax.objective import weight_of
 from curvax.signal import Signal, Stage, StepState, at, stage
 from curvax.trees import Tree
 
@@ -89,7 +90,8 @@ def keep_orthogonal(alpha: Any = 0.7, *, mean_over: AxisNames = None) -> Stage:
 
     Args:
         alpha: α, a number or a schedule; 0.7 in the paper.
-        mean_over: the device axes to average g_v over, where the updates are still local.
+        mean_over: the device axes to average g_v over, where the updates are still local; devices
+            count by the objective's weight where it has one.
 
     Returns:
         A stage that goes behind `sam_perturb(rho, every=k)`.
@@ -99,12 +101,20 @@ def keep_orthogonal(alpha: Any = 0.7, *, mean_over: AxisNames = None) -> Stage:
         zeros = jax.tree.map(lambda x: trees.widen(jnp.zeros_like(x)), params)
         return KeepOrthogonalState(jnp.zeros((), jnp.int32), zeros)
 
-    def rule(signal: Signal, state: KeepOrthogonalState, params: Tree = None, **extra: Any) -> Any:
+    def rule(
+        signal: Signal,
+        state: KeepOrthogonalState,
+        params: Tree = None,
+        *,
+        value_fn: Any = None,
+        **extra: Any,
+    ) -> Any:
         del params, extra
         clean, perturbed, now = _both_gradients(signal, "keep_orthogonal")
         over = checks.averaged_axes(mean_over, signal.local, stage="keep_orthogonal")
+        weight = weight_of(value_fn, "keep_orthogonal")
         fresh = trees.wide(trees.reject(perturbed, clean))
-        kept = _select(now, axes.mean(fresh, over), state.orthogonal)
+        kept = _select(now, axes.mean(fresh, over, weight), state.orthogonal)
         length = at(alpha, state.step) * trees.ratio(trees.norm(clean), trees.norm(kept))
         between = trees.add_scaled(clean, length, kept)
         updates = _select(now, perturbed, between)

@@ -57,7 +57,7 @@ def defaults(**numbers: float) -> ConfigDict:
         "loss": placeholder(str),  # the task's own by default; of images "softmax" or "sigmoid"
         "start": placeholder(str),  # trained weights to begin with: a run's folder, or a ...
         "new_head": False,  # ... published .npz; whether their head stays out although it fits
-        "epochs": 60,
+        "epochs": 60,  # of each example once, but for those left over by whole batches
         "batch": 64,
         "microbatch": placeholder(int),  # examples in memory at once, the whole batch by default
         "regime": "jit",  # how a step is mapped over the devices, or "shard_map", "pmap"

@@ -1,9 +1,9 @@
 """Images made worse: noise, blur, contrast and pixelation at five strengths.
 
 Hendrycks and Dietterich, arXiv:1903.12261. The strengths are those of their CIFAR-10-C, whose
-images have 32 pixels a side; what is measured in pixels is scaled to the side of the images. This
-differs from their code in: images stay numbers and are not rounded to bytes. Where images are
-small, neighbouring strengths of pixelation may coincide.
+images have 32 pixels a side; what is measured in pixels is scaled to the side of larger images.
+This differs from their code in: images stay numbers and are not rounded to bytes, and small images,
+on which strengths of pixelation would coincide, have strengths of their own.
 """
 
 from collections.abc import Callable
@@ -28,8 +28,9 @@ def gaussian_noise(images: np.ndarray, deviation: float) -> np.ndarray:
 
 
 def gaussian_blur(images: np.ndarray, deviation: float) -> np.ndarray:
-    """Smooths over a Gaussian, whose deviation is in pixels of an image of 32."""
-    scaled = deviation * images.shape[1] / _SIDE
+    """Smooths over a Gaussian, whose deviation is in pixels of an image of 32, or of a smaller one:
+    less than 0.4 of a pixel would do nothing."""
+    scaled = deviation * max(images.shape[1] / _SIDE, 1)
     return ndimage.gaussian_filter(images, (0, scaled, scaled, 0), mode="nearest")
 
 
@@ -61,9 +62,13 @@ CORRUPTIONS: dict[str, tuple[Corruption, tuple[float, ...]]] = {
     "pixelate": (pixelate, (0.95, 0.9, 0.85, 0.75, 0.65)),
 }
 """By name: what is done, and its parameter at each strength."""
+_SMALL = 20  # pixels a side, from which on the strengths of pixelation are all different
+_ON_SMALL = {"pixelate": (7 / 8, 6 / 8, 4 / 8, 3 / 8, 2 / 8)}
 
 
 def corrupt(images: np.ndarray, name: str, strength: int) -> np.ndarray:
     """Images [N, H, W, C], bytes or numbers in [0, 1], at a strength from 1 to 5, as float32."""
     change, parameters = CORRUPTIONS[name]
+    if images.shape[1] < _SMALL:
+        parameters = _ON_SMALL.get(name, parameters)
     return change(data.numbers(images), parameters[strength - 1]).astype(np.float32)

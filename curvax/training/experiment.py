@@ -146,7 +146,7 @@ def build(config: ConfigDict, *, hold_out: bool = False, begins: bool = True) ->
             f"of {config.batch} are no step. Raise `epochs` or lower `batch`."
         )
     regime = regimes.build(config)
-    model = models.build(config.model.name, gathered.classes, **config.model.options)
+    model = _model(config, gathered.classes, regime)
     example = _as_taken(task, gathered.first)
     optimizer = _optimizer(config, model, example, regime, steps)
     shapes = jax.eval_shape(lambda: init(model, optimizer, example, config.seed, {}))
@@ -171,6 +171,15 @@ def build(config: ConfigDict, *, hold_out: bool = False, begins: bool = True) ->
     if begins:
         experiment.trained()
     return experiment
+
+
+def _model(config: ConfigDict, classes: int | None, regime: Jit) -> nn.Module:
+    """The model, whose batch norm takes the statistics of a group over all its devices, unless its
+    options say over what."""
+    model = models.build(config.model.name, classes, **config.model.options)
+    if regime.group is None or getattr(model, "sync_over", regime.group) is not None:
+        return model
+    return model.clone(sync_over=regime.group)
 
 
 def _as_taken(task: Task, batch: Mapping[str, Any]) -> jax.ShapeDtypeStruct:
@@ -214,7 +223,7 @@ def outline(config: ConfigDict, devices: Sequence[jax.Device]) -> Outline:
     configs.check(config)
     task, facts = tasks.build(config), material.foretell(config)
     regime = regimes.build(config, devices)
-    model = models.build(config.model.name, facts.classes, **config.model.options)
+    model = _model(config, facts.classes, regime)
     batch = {
         name: jax.ShapeDtypeStruct((config.batch, *x.shape), x.dtype, sharding=regime.split)
         for name, x in {"input": facts.input, "label": facts.label}.items()

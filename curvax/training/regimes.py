@@ -22,6 +22,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from curvax import recipe
+from curvax.axes import Along, Neighbours
 from curvax.trees import Tree
 
 Prepare = Callable[[Tree, Tree], Tree]
@@ -43,6 +45,12 @@ class Jit:
 
     mesh: Mesh
     fsdp: bool = False
+    together: int = 1  # devices that share a group of examples, where each sees its own part
+
+    @property
+    def group(self) -> Along | None:
+        """Along what such devices lie, if they are several."""
+        return None
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -115,6 +123,10 @@ class ShardMap(Jit):
     def axes(self) -> tuple[str, ...]:
         return self.mesh.axis_names
 
+    @property
+    def group(self) -> Along | None:
+        return GROUP if self.together > 1 else None
+
     def mapped(self, core: Core) -> Core:
         return jax.shard_map(
             core,
@@ -126,6 +138,10 @@ class ShardMap(Jit):
 
 class Pmap(ShardMap):
     """The same by `jax.pmap`, whose arrays are each process's own."""
+
+    @property
+    def group(self) -> Along | None:
+        return Neighbours(BATCH, self.together) if self.together > 1 else None
 
     def map(self, prepare: Prepare, core: Core, shapes: Tree) -> "_Pmapped":
         return _Pmapped(self, prepare, core)
@@ -201,8 +217,8 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ji
     axis, along which they lie in a row.
 
     Raises:
-        RegimeError: an unknown regime, options that do not go together, or devices that do not
-            divide the batch.
+        RegimeError: an unknown regime, options that do not go together, devices that do not divide
+            the batch, or groups that do not.
     """
     _check(config)
     found = list(jax.devices() if devices is None else devices)
@@ -217,11 +233,11 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ji
         )
     names: tuple[str, ...] = (BATCH,)
     shape: tuple[int, ...] = (len(found),)
-    together = 1 if config.regime == "jit" else _devices_of_a_group(config, len(found))
+    together = _devices_of_a_group(config, 1 if config.regime == "jit" else len(found))
     if config.regime == "shard_map" and together > 1:
         names, shape = (BATCH, GROUP), (len(found) // together, together)
     mesh = Mesh(np.array(found).reshape(shape), names)
-    return REGIMES[config.regime](mesh, config.fsdp)
+    return REGIMES[config.regime](mesh, config.fsdp, together)
 
 
 def _check(config: ConfigDict) -> None:
@@ -246,12 +262,16 @@ def _first(devices: list[jax.Device], count: int) -> list[jax.Device]:
 def _devices_of_a_group(config: ConfigDict, devices: int) -> int:
     """How many devices share a group of m examples, at least 1."""
     m, here = config.get("m"), config.batch // devices
-    if m is None or m <= here:
+    if not isinstance(m, int) or m < 1:
         return 1
-    if m % here or config.batch % m:
-        raise RegimeError(
-            f"Groups of `m` = {m} examples do not divide a batch of {config.batch} over {devices} "
-            f"devices with {here} examples each. Take an `m` that divides the batch and is a "
-            f"multiple of {here}, or divides it."
-        )
-    return m // here
+    fits = lambda n: config.batch % n == 0 and 0 in (n % here, here % n)
+    if fits(m):
+        return max(m // here, 1)
+    if not {"per_group", "m"} <= recipe.named(config.optimizer):
+        return 1
+    whole = next(n for n in (math.gcd(m, config.batch), here) if fits(n))
+    each = f" over {devices} devices with {here} examples each" if devices > 1 else ""
+    raise RegimeError(
+        f"Groups of `m` = {m} examples do not divide a batch of {config.batch}{each}. The two go "
+        f"together: with `--batch={config.batch}` goes `--m={whole}`."
+    )

@@ -10,7 +10,7 @@ from curvax import accumulation, axes, checks, trees
 from curvax.axes import AxisNames
 from curvax.figures import Figures, measured, unmeasured
 from curvax.linalg.probes import as_key
-from curvax.objective import Objective, as_objective, require_batch
+from curvax.objective import Objective, as_objective, refuse_joined, require_batch
 from curvax.signal import Signal, Stage, stage
 from curvax.trees import Tree
 
@@ -138,6 +138,7 @@ def over_shards(
     """The estimate with one probe a shard, and whether it was made on the whole batch at once."""
     if shards == 1:
         return estimate(objective, key), True
+    refuse_joined(objective.joined)
     device, devices = axes.index_and_size(tuple(a for a in axes.manual() if a in local))
     if shards % devices:
         raise ValueError(

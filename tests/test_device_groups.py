@@ -1,0 +1,267 @@
+"""Groups of several devices come to what plain jit makes of the same groups of examples."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from test_devices import (
+    DEVICES,
+    PER_DEVICE,
+    TOLERANCE,
+    climbed,
+    gsam_of,
+    local,
+    make_batch,
+    make_params,
+    one_step,
+    predict,
+    run,
+    sam_of,
+    sgd_over,
+    shards,
+)
+
+import curvax as cx
+from curvax.analysis import m_sharpness
+from curvax.linalg.ascent import random_direction
+from curvax.planning import collectives, hlo
+
+pytestmark = pytest.mark.skipif(
+    jax.device_count() < DEVICES,
+    reason="needs XLA_FLAGS=--xla_force_host_platform_device_count=8 before jax is imported",
+)
+
+M = 2 * PER_DEVICE
+
+# A mesh whose last axis holds the devices of a group, or one axis along which they lie in a row.
+GROUPED = ("grid", "grid unchecked", "row unchecked", "pmap")
+
+
+def over_all(regime):
+    return ("batch", "group") if regime.startswith("grid") else "batch"
+
+
+def mapped_to_groups_of_two(regime, step, params, state, batch):
+    """A step of eight devices, two of which make a group, and what it is to be called with."""
+    if regime == "pmap":
+        mapped = jax.pmap(step, axis_name="batch", in_axes=(None, None, 0), out_axes=None)
+        return mapped, (params, state, shards(batch))
+    grid = regime.startswith("grid")
+    names, shape = (("batch", "group"), (4, 2)) if grid else (("batch",), (8,))
+    mapped = jax.shard_map(
+        step,
+        mesh=jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names)),
+        in_specs=(P(), P(), P(names)),
+        out_specs=P(),
+        check_vma=not regime.endswith("unchecked"),
+    )
+    return jax.jit(mapped), (params, state, batch)
+
+
+def on_groups_of_two(*arguments):
+    mapped, operands = mapped_to_groups_of_two(*arguments)
+    return mapped(*operands)
+
+
+STAGES = {
+    "SAM": cx.sam_perturb(0.3),
+    "GSAM": cx.sam_perturb(0.3) | cx.gsam_project(0.4),
+    "SAM, second order": cx.sam_perturb(0.3, second_order=True),
+    "random directions": cx.sam_perturb(0.3, ascent=random_direction(5)),
+    "Fisher ascent": cx.sam_perturb(0.3, ascent=cx.fisher_ascent(0.1, solver=cx.cg(40, tol=1e-15))),
+    "Fisher ascent, dense": cx.sam_perturb(0.3, ascent=cx.fisher_ascent(0.1, solver=cx.dense())),
+    "Fisher ascent, by rows": cx.sam_perturb(
+        0.3, ascent=cx.fisher_ascent(0.1, solver=cx.row_space())
+    ),
+}
+LOOPS = {"SAM": sam_of, "GSAM": gsam_of}
+
+
+@pytest.mark.parametrize("regime", GROUPED)
+@pytest.mark.parametrize("name", STAGES)
+def test_a_group_may_span_devices(name, regime):
+    stages = cx.per_group(M, STAGES[name])
+    tx = stages | cx.pmean_updates(over_all(regime)) | optax.sgd(0.1, momentum=0.9)
+    params, batch = make_params(), make_batch()
+    state = tx.init(params)
+    halves: Any = dict(of=cx.gaussian("y"), model=predict) if "Fisher" in name else {}
+    step: Any = partial(one_step, tx, **halves)
+    found, state_found = on_groups_of_two(regime, step, params, state, batch)
+    # Under jit the groups are cut from the whole batch: the same figures too.
+    alone, state_alone = step(params, state, batch)
+    jax.tree.map(partial(np.testing.assert_allclose, **TOLERANCE), found, alone)
+    figures, others = cx.diagnostics(state_found), cx.diagnostics(state_alone)
+    assert figures.keys() == others.keys()
+    for figure in figures:
+        np.testing.assert_allclose(figures[figure], others[figure], rtol=1e-6, err_msg=figure)
+    if name in LOOPS:
+        reference = local(LOOPS[name], DEVICES // 2)
+        expected = sgd_over(lambda p: reference(p, batch), params, steps=1)
+        jax.tree.map(partial(np.testing.assert_allclose, **TOLERANCE), found, expected)
+
+
+def assert_like_jit(tx_of, regime, batch, *, steps=1, **options):
+    """The same parameters and figures as under jit, where the groups are cut from the batch."""
+    tx, alone = tx_of(over_all(regime)), tx_of(())
+    params = make_params()
+    found, state = params, tx.init(params)
+    expected, state_alone = params, alone.init(params)
+    for _ in range(steps):
+        step = partial(one_step, tx, **options)
+        found, state = on_groups_of_two(regime, step, found, state, batch)
+        expected, state_alone = one_step(alone, expected, state_alone, batch, **options)
+    jax.tree.map(partial(np.testing.assert_allclose, **TOLERANCE), found, expected)
+    there, here = cx.diagnostics(state), cx.diagnostics(state_alone)
+    assert there.keys() == here.keys()
+    for figure in there:
+        np.testing.assert_allclose(there[figure], here[figure], rtol=1e-6, err_msg=figure)
+
+
+def weighted(params, batch):
+    hidden = jnp.tanh(batch["x"] @ params["w1"] + params["b1"][None])
+    errors = (hidden @ params["w2"] - batch["y"]) ** 2
+    return jnp.sum(batch["w"] * errors) / jnp.sum(batch["w"])
+
+
+def weighted_batch():
+    batch = make_batch()
+    return batch | {"w": 0.5 + 3 * jax.random.uniform(jax.random.key(7), batch["y"].shape)}
+
+
+def grouped(stages, **options):
+    per_group = cx.per_group(M, stages, **options)
+    return lambda axes: per_group | cx.pmean_updates(axes) | optax.sgd(0.1)
+
+
+WEIGHED: dict[str, tuple[Any, dict[str, Any]]] = {
+    "SAM": (grouped(cx.sam_perturb(0.3)), {}),
+    "one by one": (grouped(cx.sam_perturb(0.3), sequential=True), {}),
+    "micro-batches": (grouped(cx.sam_perturb(0.3) | cx.gsam_project(0.4)), {"microbatch": 2}),
+    "second order": (grouped(cx.sam_perturb(0.3, second_order=True)), {"microbatch": 2}),
+    "LookSAM": (
+        lambda axes: (
+            cx.per_group(M, cx.sam_perturb(0.3, every=2) | cx.keep_orthogonal(mean_over=axes))
+            | cx.pmean_updates(axes)
+            | optax.sgd(0.1)
+        ),
+        {"steps": 3},
+    ),
+}
+
+
+@pytest.mark.parametrize("regime", ["grid", "pmap"])
+@pytest.mark.parametrize("case", WEIGHED)
+def test_a_group_of_devices_weighs_what_its_examples_weigh(case, regime):
+    tx_of, options = WEIGHED[case]
+    assert_like_jit(tx_of, regime, weighted_batch(), of=weighted, weight="w", **options)
+
+
+@pytest.mark.parametrize("regime", ["grid", "pmap"])
+def test_one_perturbation_of_all_groups_counts_them_by_weight(regime):
+    axes = over_all(regime)
+    tx = cx.per_group(M, cx.sam_perturb(0.3, sync_over=axes)) | cx.pmean_updates(axes)
+    tx = tx | optax.sgd(0.1)
+    params, batch = make_params(), weighted_batch()
+    step = partial(one_step, tx, of=weighted, weight="w")
+    found, _ = on_groups_of_two(regime, step, params, tx.init(params), batch)
+    # The weighted mean over groups of what they found is that over all examples.
+    g = jax.grad(weighted)(params, batch)
+    g_p = jax.grad(weighted)(climbed(params, g, 0.3), batch)
+    expected = jax.tree.map(lambda p, u: p - 0.1 * u, params, g_p)
+    jax.tree.map(partial(np.testing.assert_allclose, **TOLERANCE), found, expected)
+
+
+@pytest.mark.parametrize("regime", ["grid", "pmap"])
+@pytest.mark.parametrize("microbatch", [1, 2])
+def test_micro_batches_within_a_group_send_no_more(microbatch, regime):
+    tx = grouped(cx.sam_perturb(0.3, second_order=True))(over_all(regime))
+    params, batch = make_params(), make_batch()
+
+    def sent(**options):
+        step = partial(one_step, tx, **options)
+        mapped, operands = mapped_to_groups_of_two(regime, step, params, tx.init(params), batch)
+        program = hlo.read(mapped.lower(*operands).compile())
+        return collectives.count(program)["all-reduce"].bytes
+
+    assert sent(microbatch=microbatch) == sent()
+
+
+MASK = {"w1": True, "b1": False, "w2": True}
+HESSIANS: dict[str, tuple[cx.Stage, dict[str, Any]]] = {
+    "Hutchinson": (cx.hutchinson_diag(probes=2, mean_over=()), {}),
+    "Hutchinson, micro-batches": (cx.hutchinson_diag(mean_over=()), {"microbatch": 2}),
+    "exact": (cx.exact_diag(mean_over=()), {}),
+}
+
+
+@pytest.mark.parametrize("regime", ["grid", "pmap"])
+@pytest.mark.parametrize("name", HESSIANS)
+def test_the_hessian_of_a_group_is_that_of_its_examples(name, regime):
+    estimator, options = HESSIANS[name]
+    within = cx.restrict(estimator | cx.scale_by_power(1.0, eps=1.0), MASK)
+    assert_like_jit(grouped(within), regime, make_batch(), **options)
+
+
+LOOKS: dict[str, Any] = {
+    "groups in groups": cx.per_group(2, cx.sam_perturb(0.3)),
+    "m-sharpness": cx.record(sharp=lambda s, p, objective: m_sharpness(objective, p, 0.3, 2).value),
+    "empirical Fisher": cx.empirical_fisher_diag(mean_over=()),
+    "Fisher": cx.fisher_diag(mean_over=()),
+    "Gauss-Newton": cx.gauss_newton_diag(mean_over=()),
+    "Fisher product": cx.fisher_matvec(mean_over=()),
+    "a part": cx.hutchinson_diag(fraction=0.5, mean_over=()),
+    "a probe for each part": cx.hutchinson_diag(shards=8, mean_over=()),
+}
+
+
+@pytest.mark.parametrize("regime", ["grid", "pmap"])
+@pytest.mark.parametrize("name", LOOKS)
+def test_a_look_into_a_group_of_devices_is_an_error(name, regime):
+    # A mask hides from `per_group` what the stages within it hand on.
+    within = cx.restrict(LOOKS[name], MASK)
+    tx = cx.per_group(M, within) | cx.pmean_updates(over_all(regime))
+    params = make_params()
+    step = partial(one_step, tx, of=cx.gaussian("y"), model=predict)
+    with pytest.raises(ValueError, match="one group of several devices here"):
+        on_groups_of_two(regime, step, params, tx.init(params), make_batch())
+
+
+@pytest.mark.parametrize("regime", ["grid", "pmap"])
+def test_a_shared_diagonal_of_weighted_groups_is_an_error(regime):
+    tx = grouped(cx.hutchinson_diag(mean_over=over_all(regime)))(over_all(regime))
+    params = make_params()
+    step = partial(one_step, tx, of=weighted, weight="w")
+    with pytest.raises(ValueError, match="hands on a diagonal that devices may share"):
+        on_groups_of_two(regime, step, params, tx.init(params), weighted_batch())
+
+
+@pytest.mark.parametrize(("regime", "m"), [("shard_map", 2), ("pmap", 3)])
+def test_a_group_that_no_axes_hold_is_an_error(regime, m):
+    tx = cx.per_group(m * PER_DEVICE, cx.sam_perturb(0.3)) | cx.pmean_updates("batch")
+    with pytest.raises(ValueError, match="the last of the device axes"):
+        run(regime, tx, make_params(), make_batch(), steps=1)
+
+
+def test_a_group_lies_along_axes_that_split_the_batch():
+    """Not along the last axis of a mesh where that is for the model."""
+    mesh = jax.make_mesh((4, 2), ("batch", "model"), axis_types=(AxisType.Auto,) * 2)
+
+    def stepped(m):
+        tx = cx.per_group(m, cx.sam_perturb(0.3)) | cx.pmean_updates("batch") | optax.sgd(0.1)
+        step = partial(one_step, tx)
+        mapped = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(), P("batch")), out_specs=P())
+        params, batch = make_params(), make_batch()
+        found, _ = jax.jit(mapped)(params, tx.init(params), batch)
+        return found, step(params, tx.init(params), batch)[0]
+
+    whole = DEVICES * PER_DEVICE
+    found, expected = stepped(whole)
+    jax.tree.map(partial(np.testing.assert_allclose, **TOLERANCE), found, expected)
+    with pytest.raises(ValueError, match=r"axes \('batch',\) of the batch do not hold the 2"):
+        stepped(whole // 2)
