@@ -205,10 +205,23 @@ def parts(text: str) -> list[ast.expr]:
     return _operands(_Reader(text, {}).tree())
 
 
-def named(text: str) -> frozenset[str]:
-    """All names in a method's text, those that it calls and those that it hands on."""
-    nodes = ast.walk(_Reader(text, {}).tree())
-    return frozenset(node.id for node in nodes if isinstance(node, ast.Name))
+def given(text: str, factory: str, argument: str, names: Mapping[str, Any]) -> list[Any]:
+    """What a method's text gives an argument, in each call of a factory.
+
+        given("per_group(m, sam_perturb(0.05)) | sgd(0.1)", "per_group", "m", {"m": 32}) == [32]
+
+    Raises:
+        RecipeError: as in `parse`, of that argument alone.
+    """
+    reader = _Reader(text, {**vocabulary(), **names})
+    place = list(inspect.signature(reader.names[factory]).parameters).index(argument)
+    found = []
+    for node in ast.walk(reader.tree()):
+        match node:
+            case ast.Call(func=ast.Name(id=name)) if name == factory:
+                found += node.args[place : place + 1]
+                found += [word.value for word in node.keywords if word.arg == argument]
+    return [reader.value(node) for node in found]
 
 
 def _name(node: ast.expr, *, deep: bool) -> str:

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import curvax
-from curvax.recipe import RecipeError, outline, parse, vocabulary
+from curvax.recipe import RecipeError, given, outline, parse, vocabulary
 
 PARAMS = {"w": jnp.array([1.0, -2.0, 3.0])}
 SCALES = jnp.array([1.0, 4.0, 9.0])
@@ -213,3 +213,21 @@ def test_a_deep_outline_names_what_the_parts_hold():
     )
     found = outline(text, deep=True)
     assert found == "per_group(sam_perturb(rho_like(linear)) | gsam_project) | sgd(cosine)"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("sgd(0.1)", []),
+        ("per_group(32, sam_perturb(rho)) | sgd(0.1)", [32]),
+        ("clip(1.0) | per_group(stages=sam_perturb(rho), m=m) | sgd(0.1)", [8]),
+        ('partition({"a": per_group(2, clip(1.0)), "b": per_group(m, clip(1.0))}, {})', [2, 8]),
+    ],
+)
+def test_what_a_text_gives_an_argument_is_read_without_the_rest(text, expected):
+    assert given(text, "per_group", "m", {"m": 8}) == expected
+
+
+def test_an_argument_that_cannot_be_read_is_pointed_at():
+    with pytest.raises(RecipeError, match=r"called `n`"):
+        given("per_group(n, sgd(0.1))", "per_group", "m", {"m": 8})

@@ -9,6 +9,7 @@ import pytest
 import regime_run
 from regime_run import DEVICES, GROUPS, changed
 
+from curvax.axes import Neighbours
 from curvax.training import loop, regimes
 from curvax.training.checkpoints import CheckpointError, Checkpoints
 from curvax.training.config import ConfigError, load
@@ -230,6 +231,7 @@ def test_errors_say_what_fits():
         ({"m": 32, "batch": 48}, "with `--batch=48` goes `--m=6`"),
         ({"m": 128}, "with `--batch=64` goes `--m=64`"),
         ({"m": 128, "regime": "jit"}, "a batch of 64. The two .* goes `--m=64`"),
+        ({"optimizer": "per_group(12, sgd(lr))"}, r"goes `per_group\(4, \.\.\.\)`"),
     ]
     for fields, said in cases:
         with pytest.raises(RegimeError, match=said):
@@ -242,6 +244,16 @@ def test_errors_say_what_fits():
 def test_methods_without_groups_take_any_batch(regime):
     config = changed(regime_run.get_config(regime), m=128, optimizer="sgd(lr)")
     assert regimes.build(config).group is None
+
+
+@pytest.mark.parametrize("text", ["per_group(m, sgd(lr))", "per_group(16, sgd(lr))", "sgd(lr)"])
+def test_devices_share_the_groups_of_the_text_or_else_of_the_config(text):
+    fields = {"optimizer": text, "m": 4 if "16" in text else 16}
+    found = [
+        regimes.build(changed(regime_run.get_config(regime), **fields)).group
+        for regime in ("jit", "shard_map", "pmap")
+    ]
+    assert found == [None, "group", Neighbours("batch", 2)]
 
 
 def test_a_config_takes_its_variant_after_a_colon():

@@ -11,7 +11,7 @@ import math
 from ml_collections import ConfigDict
 
 from curvax import models
-from curvax.training import material
+from curvax.training import material, regimes
 from curvax.training.compare import variant
 
 Changes = dict[str, ConfigDict]
@@ -26,7 +26,7 @@ def remedies(config: ConfigDict, devices: int) -> Changes:
     """
     found = {}
     here = config.batch // devices
-    several = config.get("m", 0) < here  # groups on a device, else there is no turn to take
+    several = (regimes.group_size(config) or here) < here  # on a device, to take in turn
     if several and (text := one_by_one(config.optimizer)):
         found[f'--optimizer="{text}"'] = variant(config, optimizer=text)
     if True in _choices(config, "remat") and not config.model.options.get("remat"):
@@ -90,6 +90,5 @@ def _microbatch(config: ConfigDict, devices: int) -> int:
     if config.regime == "jit" and devices > 1:
         return 0
     here = config.microbatch or config.batch // devices
-    m = config.get("m") if "per_group" in config.optimizer else None
-    whole = math.gcd(here, m or here)
+    whole = math.gcd(here, regimes.group_size(config) or here)
     return next((part for part in range(whole // 2, 0, -1) if whole % part == 0), 0)

@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 
 from curvax import recipe
 from curvax.axes import Along, Neighbours
+from curvax.training import config as configs
 from curvax.trees import Tree
 
 Prepare = Callable[[Tree, Tree], Tree]
@@ -212,9 +213,10 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ji
     """The regime of a config, on its devices, or on these.
 
     Neighbouring devices belong to one process, so that its part of a batch is contiguous. Under
-    `shard_map` a top-level number `m` above the examples of a device gives the mesh a second axis,
-    "group", along which lie the devices that share a group of `per_group(m, ...)`; `pmap` has one
-    axis, along which they lie in a row.
+    `shard_map` the `m` of `per_group(m, ...)`, where that is above the examples of a device, gives
+    the mesh a second axis, "group", along which lie the devices that share a group; `pmap` has one
+    axis, along which they lie in a row. A method without groups goes by the config's number `m`,
+    for its batch norm.
 
     Raises:
         RegimeError: an unknown regime, options that do not go together, devices that do not divide
@@ -259,19 +261,27 @@ def _first(devices: list[jax.Device], count: int) -> list[jax.Device]:
     return devices[:count]
 
 
+def group_size(config: ConfigDict) -> int | None:
+    """The examples of a group, `m` of `per_group` in the method's text; None without groups."""
+    given = recipe.given(config.optimizer, "per_group", "m", configs.numbers(config))
+    return max((m for m in given if isinstance(m, int)), default=None)
+
+
 def _devices_of_a_group(config: ConfigDict, devices: int) -> int:
-    """How many devices share a group of m examples, at least 1."""
-    m, here = config.get("m"), config.batch // devices
-    if not isinstance(m, int) or m < 1:
-        return 1
+    """How many devices share a group, at least 1."""
+    grouped, named, here = group_size(config), config.get("m"), config.batch // devices
+    m = named if grouped is None else grouped
     fits = lambda n: config.batch % n == 0 and 0 in (n % here, here % n)
+    if not isinstance(m, int) or m < 1:
+        return 1  # of which `per_group` says what is wrong
     if fits(m):
         return max(m // here, 1)
-    if not {"per_group", "m"} <= recipe.named(config.optimizer):
+    if grouped is None:
         return 1
     whole = next(n for n in (math.gcd(m, config.batch), here) if fits(n))
     each = f" over {devices} devices with {here} examples each" if devices > 1 else ""
+    cure = f"--m={whole}" if m == named else f"per_group({whole}, ...)"
     raise RegimeError(
-        f"Groups of `m` = {m} examples do not divide a batch of {config.batch}{each}. The two go "
-        f"together: with `--batch={config.batch}` goes `--m={whole}`."
+        f"Groups of {m} examples do not divide a batch of {config.batch}{each}. The two go "
+        f"together: with `--batch={config.batch}` goes `{cure}`."
     )
