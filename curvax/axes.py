@@ -90,6 +90,16 @@ def carried(start: Tree, step: Callable[[Tree], Tree]) -> Tree:
     return start
 
 
+def while_loop(
+    go_on: Callable[[Tree], jax.Array], step: Callable[[Tree], Tree], start: Tree
+) -> Tree:
+    """`lax.while_loop`, where devices may take more steps than others: a count is their own too."""
+    start = carried(start, step)
+    own = varying_of(jax.eval_shape(go_on, start))
+    start, taken = vary(start, own), lambda carry: vary(step(carry), own)
+    return lax.while_loop(go_on, taken, carried(start, taken))
+
+
 def bound(axes: AxisNames, *, where: str) -> tuple[str, ...]:
     """Those of `axes` that are bound; none of them is bound under plain jit, and that is fine.
 
@@ -117,8 +127,8 @@ def _is_bound(axis: str) -> bool:
 def mean(tree: Tree, axes: tuple[Along, ...], weight: jax.Array | None = None) -> Tree:
     """The mean over bound axes of every floating leaf, weighted by each device's `weight`.
 
-    What is known not to vary over an axis is its own mean and costs nothing, and counts by the
-    weight of all devices along it; integers, booleans and keys are left alone.
+    What is known not to vary over an axis is its own mean there and costs nothing, and counts by
+    the weight of all devices along it; integers, booleans and keys are left alone.
     """
     if not axes:
         return tree
@@ -130,7 +140,7 @@ def mean(tree: Tree, axes: tuple[Along, ...], weight: jax.Array | None = None) -
             return x
         if weight is None:
             return _reduced(lax.pmean, x, over)
-        alike = tuple(a for a in axes if a not in over and a in varying(weight))
+        alike = tuple(a for a in manual() if typed and a in varying(weight) - varying(x))
         w = vary(lax.psum(widen(weight), alike) if alike else widen(weight), over)
         weighed = jnp.where(w == 0, 0, w * widen(x))
         return ratio(total(weighed, over), total(w, over)).astype(x.dtype)
@@ -151,6 +161,12 @@ def _reduced(
     for part in over:
         x = part.reduce(reduction, x) if isinstance(part, Neighbours) else x
     return x
+
+
+def last(x: jax.Array, over: tuple[str, ...]) -> jax.Array:
+    """What the last device along bound axes has, of one array."""
+    index, size = index_and_size(over)
+    return lax.psum(jnp.where(index == size - 1, x, jnp.zeros_like(x)), over).astype(x.dtype)
 
 
 def mean_over_visible(tree: Tree) -> Tree:

@@ -120,7 +120,7 @@ def check_count(stage: str, /, **options: Any) -> None:
 
 
 def refuse_summed(updates: Tree, local: frozenset[str], *, stage: str) -> None:
-    """Refuses a gradient that shard_map has already summed over the devices.
+    """Refuses a gradient that has been summed over the devices, by shard_map or a stage.
 
     Raises:
         ValueError: the loss varies over an axis over which no update does.
@@ -131,7 +131,7 @@ def refuse_summed(updates: Tree, local: frozenset[str], *, stage: str) -> None:
         raise ValueError(
             f"`{stage}` was handed a gradient that does not vary over the axis {missing[0]!r}, "
             "while the loss does: under shard_map, `jax.grad` with replicated parameters has "
-            "already summed it over the devices. Take it from "
+            "already summed it over the devices, or an earlier stage has averaged it. Take it from "
             "`curvax.Objective(loss, batch).value_and_grad(params)`, which is local, and average "
             f"after the stages: `... | pmean_updates({missing[0]!r})`."
         )
@@ -153,10 +153,12 @@ def averaged_axes(
     found = axes.bound(mean_over, where=f"`{stage}`")
     missing = sorted(local - set(found))
     if missing and mean_over is None:
+        over = missing[0] if len(missing) == 1 else tuple(missing)
+        form = f"{stage}({{!r}})" if stage == "pmean_updates" else "mean_over={!r}"
         raise ValueError(
             f"`{stage}` runs under the device axis {missing[0]!r}, where each device sees its own "
-            f"part of the batch, and was not told to average. Write `mean_over={missing[0]!r}`, or "
-            "`mean_over=()` if each device is meant to keep its own."
+            f"part of the batch, and was not told to average. Write `{form.format(over)}`, or "
+            f"`{form.format(())}` if each device is meant to keep its own."
         )
     # Without types, `local` holds every manual axis, also one that only splits the model.
     if missing and found and axes.tracked() and not partly:

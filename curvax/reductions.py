@@ -1,16 +1,19 @@
-"""Finds a loss that has already averaged its own value over the device axis.
+"""Finds a loss that reduces over a device axis what it must not.
 
-Such a loss has a gradient that is right in one regime and wrong in the next (∂ pmean(L) is local
-under pmap, 1/n of the mean under shard_map), so it is refused. Collectives inside the model, as in
-synchronised batch norm, act on arrays and are fine: only a scalar reduced on its way to the output
-counts.
+A loss that has averaged its own value has a gradient that is right in one regime and wrong in the
+next (∂ pmean(L) is local under pmap, 1/n of the mean under shard_map), so it is refused.
+Collectives inside the model, as in synchronised batch norm, act on arrays and are fine, but where
+devices have weights: a device's gradient then holds terms of others, which count by theirs.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 from jax.extend import core
 
 Vars = set[Any]
+
+EXCHANGES = ("psum", "all_gather", "all_to_all", "ppermute", "reduce_scatter")
 
 
 def refuse_reduced_output(traced: core.ClosedJaxpr, suspects: tuple[str, ...]) -> None:
@@ -29,6 +32,36 @@ def refuse_reduced_output(traced: core.ClosedJaxpr, suspects: tuple[str, ...]) -
             "mean over this device's examples) and average afterwards: "
             f"`... | pmean_updates({axis!r})`, or `mean_over={axis!r}`."
         )
+
+
+def refuse_shared_activations(traced: core.ClosedJaxpr, suspects: list[set[str]]) -> None:
+    """Refuses a traced loss `params -> scalar` in which devices exchange what follows from the
+    parameters, along all axes of one of the sets.
+
+    Raises:
+        ValueError: they do.
+    """
+    for axes in _exchanges(traced.jaxpr, set(traced.jaxpr.invars)):
+        if any(suspect <= axes for suspect in suspects):
+            raise ValueError(
+                f"The devices along {sorted(axes)} count by the weights of their examples, and the "
+                "loss takes means over them inside the model, as synchronised batch norm does: a "
+                "device's gradient holds terms of the others, which count by other weights. Take "
+                "the statistics of each device's own examples, or leave out the weights."
+            )
+
+
+def _exchanges(jaxpr: Any, depends: Vars) -> Iterator[set[str]]:
+    """The axes of each exchange between the parameters and the end."""
+    depends = _dependents(jaxpr, depends)
+    for eqn in jaxpr.eqns:
+        used = any(not isinstance(var, core.Literal) and var in depends for var in eqn.invars)
+        if used and eqn.primitive.name.startswith(EXCHANGES):
+            named = eqn.params.get("axes", eqn.params.get("axis_name"))
+            named = named if isinstance(named, tuple) else (named,)
+            yield {axis for axis in named if isinstance(axis, str)}
+        for inner in _bodies(eqn):
+            yield from _exchanges(inner, _passed_down(eqn, inner, depends))
 
 
 def _output_reductions(jaxpr: Any, output: int, depends: Vars) -> set[str]:

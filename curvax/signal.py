@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from curvax import checks, trees
-from curvax.objective import Objective
+from curvax import axes, checks, trees
+from curvax.objective import Objective, as_objective
 from curvax.trees import Tree
 
 
@@ -187,6 +187,18 @@ def _refuse_local_moments(part: optax.GradientTransformation, state: Any, signal
             f"device of {axis} would go its own way. Put `pmean_updates({axis[0]!r})` before it "
             "(`mean_over=` in a method), or `pmean_updates(())` if that is meant."
         )
+
+
+def weight_of(signal: Signal, value_fn: Any, stage: str) -> jax.Array | None:
+    """What the updates count in a mean over devices; None where all count alike.
+
+    The weight of the examples that they come from. Where an earlier stage has averaged over a
+    device axis, those of all devices along it (which `axes.mean` knows where types tell).
+    """
+    weight = None if value_fn is None else as_objective(value_fn, stage).batch_weight()
+    if weight is None or axes.tracked() or not signal.local:
+        return weight
+    return axes.total(weight, tuple(a for a in axes.manual() if a not in signal.local))
 
 
 class StepState(NamedTuple):

@@ -12,6 +12,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from test_devices import (
     DEVICES,
+    FEATURES,
     PER_DEVICE,
     TOLERANCE,
     climbed,
@@ -28,7 +29,7 @@ from test_devices import (
 )
 
 import curvax as cx
-from curvax.analysis import m_sharpness
+from curvax.analysis import m_sharpness, top_eigenpairs
 from curvax.linalg.ascent import random_direction
 from curvax.planning import collectives, hlo
 
@@ -208,6 +209,119 @@ def test_the_hessian_of_a_group_is_that_of_its_examples(name, regime):
     assert_like_jit(grouped(within), regime, make_batch(), **options)
 
 
+NEWTON = cx.hessian_matvec(mean_over=()) | cx.pmean_updates(())
+OWN: dict[str, Any] = {
+    "moments": (
+        cx.hutchinson_diag(mean_over=()) | cx.ema_rms(0.9) | cx.scale_by_power(1.0, eps=1.0)
+    ),
+    "kept directions": cx.sam_perturb(0.3, every=2) | cx.keep_orthogonal(mean_over=()),
+    "solutions": NEWTON | cx.damp(10.0) | cx.solve(cx.cg(40, tol=1e-6)),
+    "dampings": cx.levenberg_marquardt(
+        NEWTON | cx.damp() | cx.solve(cx.cg(40, tol=1e-14)) | optax.scale_by_learning_rate(1.0),
+        10.0,
+        mean_over=(),
+    ),
+    "eigenvalues": cx.record(
+        top=lambda signal, params, objective: top_eigenpairs(
+            objective, params, k=1, end="largest", mean_over=()
+        ).values[0]
+    ),
+}
+
+
+@pytest.mark.parametrize("regime", ["grid", "pmap"])
+@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("m", [PER_DEVICE, M])
+def test_what_groups_keep_to_themselves_is_averaged_afterwards(m, name, regime):
+    tx_of = lambda axes: cx.per_group(m, OWN[name]) | cx.pmean_updates(axes) | optax.sgd(0.1)
+    assert_like_jit(tx_of, regime, make_batch(), steps=3)
+
+
+@pytest.mark.parametrize("regime", ["grid", "pmap"])
+def test_an_estimator_may_follow_groups_of_devices(regime):
+    groups = cx.per_group(M, cx.sam_perturb(0.3))
+
+    def tx_of(axes):
+        shared = cx.hutchinson_diag(mean_over=axes) | cx.pmean_updates(axes)
+        return groups | shared | cx.scale_by_power(1.0, eps=1.0) | optax.sgd(0.1)
+
+    assert_like_jit(tx_of, regime, make_batch())
+
+
+@pytest.mark.parametrize("regime", ["grid", "grid unchecked"])
+def test_a_mean_over_groups_alone_counts_them_by_weight(regime):
+    groups = cx.per_group(M, cx.sam_perturb(0.3))
+
+    def tx_of(axes):
+        return groups | cx.pmean_updates(axes[:1]) | optax.sgd(0.1)
+
+    assert_like_jit(tx_of, regime, weighted_batch(), of=weighted, weight="w")
+
+
+ROWS = [[i, i + 1] for i in range(0, DEVICES, 2)]
+SHARED: dict[str, Any] = {
+    "alone": lambda x: x,
+    "grid": lambda x: jax.lax.pmean(x, "group"),
+    "grid unchecked": lambda x: jax.lax.pmean(x, "group"),
+    "pmap": lambda x: jax.lax.pmean(x, "batch", axis_index_groups=ROWS),
+}
+"""Means over the devices of a group."""
+
+
+def centred(params, batch, regime):
+    """The loss of a net whose hidden units are centred over a group, as batch norm does."""
+    hidden = batch["x"] @ params["w1"]
+    centre = SHARED[regime](jnp.mean(hidden, axis=0, keepdims=True))
+    errors = (jnp.tanh(hidden - centre) @ params["w2"] - batch["y"]) ** 2
+    return jnp.sum(batch["w"] * errors) / jnp.sum(batch["w"])
+
+
+@pytest.mark.parametrize("regime", ["grid", "grid unchecked", "pmap"])
+def test_batch_norm_of_a_group_is_shared_without_weights_alone(regime):
+    tx = grouped(cx.sam_perturb(0.3))(over_all(regime))
+    params, batch = make_params(), weighted_batch()
+    step = partial(one_step, tx, of=partial(centred, regime=regime), weight="w")
+    with pytest.raises(ValueError, match="count by the weights of their examples"):
+        on_groups_of_two(regime, step, params, tx.init(params), batch)
+    batch["w"] = jnp.ones_like(batch["w"])
+    step = partial(one_step, tx, of=partial(centred, regime=regime))
+    found, _ = on_groups_of_two(regime, step, params, tx.init(params), batch)
+    alone = partial(one_step, tx, of=partial(centred, regime="alone"))
+    expected, _ = alone(params, tx.init(params), batch)
+    jax.tree.map(partial(np.testing.assert_allclose, **TOLERANCE), found, expected)
+
+
+def test_a_model_divided_among_devices_may_have_weights():
+    """Hidden units along the last axis of a mesh, over which the batch does not vary."""
+    mesh = jax.make_mesh((4, 2), ("batch", "model"), axis_types=(AxisType.Auto,) * 2)
+
+    def divided(params, batch):
+        output = jax.lax.psum(jnp.tanh(batch["x"] @ params["w1"]) @ params["w2"], "model")
+        return jnp.sum(batch["w"] * (output - batch["y"]) ** 2) / jnp.sum(batch["w"])
+
+    def whole(params, batch):
+        output = jnp.tanh(batch["x"] @ params["w1"]) @ params["w2"]
+        return jnp.sum(batch["w"] * (output - batch["y"]) ** 2) / jnp.sum(batch["w"])
+
+    def gradient(params, batch):
+        _, grads = cx.Objective(divided, batch, weight="w").value_and_grad(params)
+        weight = jnp.sum(batch["w"])
+        return jax.tree.map(
+            lambda g: jax.lax.psum(weight * g, "batch") / jax.lax.psum(weight, "batch"), grads
+        )
+
+    keys = jax.random.split(jax.random.key(0))
+    params = {
+        "w1": jax.random.normal(keys[0], (FEATURES, 4)),
+        "w2": jax.random.normal(keys[1], (4,)),
+    }
+    kinds = {"w1": P(None, "model"), "w2": P("model")}
+    mapped = jax.shard_map(gradient, mesh=mesh, in_specs=(kinds, P("batch")), out_specs=kinds)
+    batch = weighted_batch()
+    found, expected = jax.jit(mapped)(params, batch), jax.grad(whole)(params, batch)
+    jax.tree.map(partial(np.testing.assert_allclose, **TOLERANCE), found, expected)
+
+
 LOOKS: dict[str, Any] = {
     "groups in groups": cx.per_group(2, cx.sam_perturb(0.3)),
     "m-sharpness": cx.record(sharp=lambda s, p, objective: m_sharpness(objective, p, 0.3, 2).value),
@@ -241,10 +355,18 @@ def test_a_shared_diagonal_of_weighted_groups_is_an_error(regime):
         on_groups_of_two(regime, step, params, tx.init(params), weighted_batch())
 
 
-@pytest.mark.parametrize(("regime", "m"), [("shard_map", 2), ("pmap", 3)])
-def test_a_group_that_no_axes_hold_is_an_error(regime, m):
-    tx = cx.per_group(m * PER_DEVICE, cx.sam_perturb(0.3)) | cx.pmean_updates("batch")
-    with pytest.raises(ValueError, match="the last of the device axes"):
+@pytest.mark.parametrize(
+    ("regime", "m", "said"),
+    [
+        ("shard_map", 2 * PER_DEVICE, "the last of the device axes"),
+        ("pmap", 3 * PER_DEVICE, "32 examples, 4 on each of 8 devices, into groups of 12"),
+        ("pmap", 6, "a multiple of 4, or divides it"),
+        ("pmap", 16 * PER_DEVICE, "into groups of 64"),
+    ],
+)
+def test_a_group_that_no_devices_hold_is_an_error(regime, m, said):
+    tx = cx.per_group(m, cx.sam_perturb(0.3)) | cx.pmean_updates("batch")
+    with pytest.raises(ValueError, match=said):
         run(regime, tx, make_params(), make_batch(), steps=1)
 
 

@@ -13,7 +13,7 @@ from curvax.axes import Neighbours
 from curvax.training import loop, regimes
 from curvax.training.checkpoints import CheckpointError, Checkpoints
 from curvax.training.config import ConfigError, load
-from curvax.training.experiment import build, outline
+from curvax.training.experiment import ExperimentError, build, outline
 from curvax.training.loop import NotFinite
 from curvax.training.regimes import RegimeError
 
@@ -227,10 +227,11 @@ def test_errors_say_what_fits():
         ({"batch": 68}, "do not go over 8 devices"),
         ({"regime": "xmap"}, "`regime` is one of jit, shard_map, pmap"),
         ({"devices": 9}, "takes the first of the 8"),
-        ({"m": 12}, "do not divide a batch of 64 over 8 devices .* goes `--m=4`"),
+        ({"m": 12}, "a batch of 64 and the 8 of each of 8 devices .* `--m=4`"),
         ({"m": 32, "batch": 48}, "with `--batch=48` goes `--m=6`"),
         ({"m": 128}, "with `--batch=64` goes `--m=64`"),
-        ({"m": 128, "regime": "jit"}, "a batch of 64. The two .* goes `--m=64`"),
+        ({"m": 128, "regime": "jit"}, "a batch of 64 evenly. The two .* goes `--m=64`"),
+        ({"optimizer": "per_group(m, sgd(lr)) | per_group(4, sgd(lr))", "m": 16}, "of one size"),
         ({"optimizer": "per_group(12, sgd(lr))"}, r"goes `per_group\(4, \.\.\.\)`"),
     ]
     for fields, said in cases:
@@ -254,6 +255,26 @@ def test_devices_share_the_groups_of_the_text_or_else_of_the_config(text):
         for regime in ("jit", "shard_map", "pmap")
     ]
     assert found == [None, "group", Neighbours("batch", 2)]
+
+
+@pytest.mark.parametrize(
+    ("regime", "over", "fits"),
+    [
+        ("jit", "batch", False),
+        ("shard_map", "batch", False),
+        ("shard_map", ["batch", "group"], True),
+        ("pmap", "batch", True),
+    ],
+)
+def test_batch_norm_may_be_taken_over_all_devices(regime, over, fits):
+    config = config_of(regime, "groups of two devices")
+    config.model.options["sync_over"] = over
+    if fits:
+        state, _ = stepped(build(config))
+        assert int(state.step) == 2
+    else:
+        with pytest.raises(ExperimentError, match=r"`model\.options\.sync_over` takes"):
+            build(config)
 
 
 def test_a_config_takes_its_variant_after_a_colon():

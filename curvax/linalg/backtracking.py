@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from curvax import axes
 from curvax.trees import Tree
 
 RATIO = 1.3
@@ -75,7 +76,7 @@ def best(kept: Kept, last: jax.Array, max_steps: int, score: Score) -> tuple[Tre
     slot = _slot(last, max_steps)
     start = (slot, rank(slot), before(slot))
     falls = lambda carry: (carry[0] > 0) & ((carry[2] < carry[1]) | jnp.isposinf(carry[1]))
-    slot, _, _ = lax.while_loop(falls, back, start)
+    slot, _, _ = axes.while_loop(falls, back, start)
     return at(slot)
 
 

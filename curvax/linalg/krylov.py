@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from curvax import axes, trees
 from curvax.linalg.solvers import Reason, length
@@ -78,7 +77,7 @@ def iterate(system: System, b: Tree, x: Tree, r: Tree, limit: Any) -> Iterate:
     start = _begin(system, b, x, r)
     advance = lambda s: _advance(system, s)
     go_on = lambda s: (s.reason == Reason.max_steps) & (s.i < limit)
-    return lax.while_loop(go_on, advance, axes.carried(start, advance))
+    return axes.while_loop(go_on, advance, start)
 
 
 def _begin(system: System, b: Tree, x: Tree, r: Tree) -> Iterate:

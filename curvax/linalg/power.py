@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from curvax import axes, trees
 from curvax.trees import Tree
@@ -58,6 +57,5 @@ def power_iteration(
         pair, cv = carry
         return measure(unit(cv), pair.steps + 1)
 
-    start = axes.carried(measure(unit(v0), jnp.ones((), jnp.int32)), body)
-    pair, _ = lax.while_loop(go_on, body, start)
+    pair, _ = axes.while_loop(go_on, body, measure(unit(v0), jnp.ones((), jnp.int32)))
     return pair

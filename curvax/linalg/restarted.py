@@ -116,7 +116,7 @@ def _searched(
     keep = m if m == size else min(k + max(1, (m - k) // 3), m - 1)
     turn = lambda s: _restarted(*_extended(apply, v0, s, m), k=k, keep=keep, end=end, tol=tol)
     within = lambda s: (s.products == 0) | (s.products + m - s.kept <= max_products)
-    search = lax.while_loop(lambda s: ~s.settled & within(s), turn, axes.carried(search, turn))
+    search = axes.while_loop(lambda s: ~s.settled & within(s), turn, search)
     return _measured(apply, search, k, tol)
 
 
@@ -161,7 +161,8 @@ def _extended(apply: Product, v0: Tree, search: _Search, m: int) -> tuple[_Searc
 
 def _fresh(i: jax.Array, basis: Tree, v0: Tree) -> Tree:
     """A random vector orthogonal to the basis; 0 where that is everything."""
-    draw = gaussian_probe(jax.random.fold_in(jax.random.key(0), i), v0)
+    key = axes.vary(jax.random.key(0), axes.varying(i))
+    draw = gaussian_probe(jax.random.fold_in(key, i), v0)
     w, parts = bases.orthogonal(draw, basis)
     return normalised(w, scale=jnp.linalg.norm(parts))[1]
 

@@ -24,7 +24,7 @@ class Style:
     norm: str
     residual: bool
     dtype: Any
-    sync_over: Along | None
+    sync_over: Along | tuple[str, ...] | None
 
     def conv(
         self, channels: int, window: int = 3, stride: int = 1, *, name: str, closes: bool = False
@@ -62,7 +62,7 @@ class Style:
         return x
 
 
-def synced(over: Along | None) -> dict[str, Any]:
+def synced(over: Along | tuple[str, ...] | None) -> dict[str, Any]:
     """What `nn.BatchNorm` is told to take its statistics over devices."""
     if isinstance(over, Neighbours):
         return {"axis_name": over.axis, "axis_index_groups": over.rows}
@@ -78,8 +78,8 @@ class ConvNet(nn.Module, kw_only=True):
         residual: whether the shortcuts are there; the papers' landscapes are of nets without.
         remat: whether blocks are recomputed in the backward pass.
         dtype: of activations; inferred from inputs and parameters where None.
-        sync_over: device axis over which batch norm takes its statistics in training, or
-            `curvax.axes.Neighbours`, devices in a row along one.
+        sync_over: device axis, or a tuple of them, over which batch norm takes its statistics in
+            training, or `curvax.axes.Neighbours`, devices in a row along one.
         head_bias: initial bias of the logits; -10 suits a sigmoid loss over many classes.
     """
 
@@ -88,7 +88,7 @@ class ConvNet(nn.Module, kw_only=True):
     residual: bool = True
     remat: bool = False
     dtype: Any = None
-    sync_over: Along | None = None
+    sync_over: Along | tuple[str, ...] | None = None
     head_bias: float = 0.0
 
     def __post_init__(self) -> None:

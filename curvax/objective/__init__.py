@@ -6,7 +6,6 @@ from curvax.objective.requirements import (
     require_batch,
     require_likelihood,
     require_model,
-    weight_of,
 )
 from curvax.objective.validation import check_key, refuse_joined
 
@@ -18,5 +17,4 @@ __all__ = [
     "require_batch",
     "require_likelihood",
     "require_model",
-    "weight_of",
 ]

@@ -92,7 +92,8 @@ class Objective:
         return sizes.pop()[0]
 
     def on(self, batch: Tree) -> Objective:
-        """The same loss on another batch (a pytree with one leading axis of examples)."""
+        """The same loss on another batch (a pytree with one leading axis of examples; of a group of
+        devices, each one's part of it)."""
         return self._changed(batch=batch)
 
     def piece(self, batch: Tree, i: Any, n: int) -> Objective:
@@ -179,7 +180,8 @@ class Objective:
 
     def __call__(self, params: Tree) -> jax.Array:
         """L(θ), a scalar in float32 or wider. Safe for anybody's autodiff: the micro-batches are
-        scanned with checkpointed bodies."""
+        scanned with checkpointed bodies. Under device axes take `value_and_grad`, since JAX's own
+        derivative of a mean over devices depends on how they are mapped."""
         value, _ = self.apart().average(
             lambda part: (
                 jax.checkpoint(part.evaluate)(params) if self.microbatch else part.evaluate(params)
@@ -282,7 +284,8 @@ class Objective:
         """The device axes over which this loss is each device's own, or its group's.
 
         Raises:
-            ValueError: the loss averages its own value over a device axis.
+            ValueError: the loss averages its own value over a device axis, or activations where
+            devices have weights.
         """
         if not axes.manual():
             return frozenset()
@@ -297,7 +300,16 @@ class Objective:
         typed = axes.tracked()
         suspects = axes.varying(self.batch) if typed and self.batch is not None else axes.manual()
         reductions.refuse_reduced_output(traced, tuple(suspects))
+        reductions.refuse_shared_activations(traced, self._axes_of_weights())
         return axes.varying_of(traced.out_avals[0]) if typed else frozenset(axes.manual())
+
+    def _axes_of_weights(self) -> list[set[str]]:
+        """Sets of device axes over which weights differ, as far as is known."""
+        weight = self._own_weight()
+        if weight is None or axes.tracked():
+            return [{axis} for axis in axes.varying(weight)]
+        # Of several axes without types, one may only split the model.
+        return [set(axes.manual()), *({axis} for axis in self.joined if isinstance(axis, str))]
 
     def gave(self, params: Tree, updates: Tree) -> Given | None:
         """The record of `updates` as this objective's own gradient at `params`, if they are."""

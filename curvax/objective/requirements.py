@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
 from curvax.likelihoods import Likelihood
 from curvax.objective.objective import Objective
 from curvax.trees import Tree
@@ -30,11 +28,6 @@ def as_objective(value_fn: Callable[..., Any] | None, stage: str, params: Tree =
             "`curvax.Objective(loss, batch, microbatch=...)`."
         )
     return value_fn if isinstance(value_fn, Objective) else Objective(value_fn)
-
-
-def weight_of(value_fn: Callable[..., Any] | None, stage: str) -> jax.Array | None:
-    """The weight of the batch behind an update's `value_fn`, None where all count alike."""
-    return None if value_fn is None else as_objective(value_fn, stage).batch_weight()
 
 
 def require_batch(objective: Objective, stage: str) -> Objective:

@@ -26,7 +26,7 @@ def remedies(config: ConfigDict, devices: int) -> Changes:
     """
     found = {}
     here = config.batch // devices
-    several = (regimes.group_size(config) or here) < here  # on a device, to take in turn
+    several = max(regimes.group_sizes(config), default=here) < here  # on a device, in turn
     if several and (text := one_by_one(config.optimizer)):
         found[f'--optimizer="{text}"'] = variant(config, optimizer=text)
     if True in _choices(config, "remat") and not config.model.options.get("remat"):
@@ -90,5 +90,5 @@ def _microbatch(config: ConfigDict, devices: int) -> int:
     if config.regime == "jit" and devices > 1:
         return 0
     here = config.microbatch or config.batch // devices
-    whole = math.gcd(here, regimes.group_size(config) or here)
+    whole = math.gcd(here, *regimes.group_sizes(config))
     return next((part for part in range(whole // 2, 0, -1) if whole % part == 0), 0)

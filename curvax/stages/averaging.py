@@ -6,12 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from curvax import accumulation, axes, checks
 from curvax.axes import AxisNames
-from curvax.objective import Objective, as_objective, require_batch, weight_of
-from curvax.signal import Signal, Stage, pipe, stage
-from curvax.trees import Tree
+from curvax.objective import Objective, as_objective, require_batch
+from curvax.signal import Signal, Stage, pipe, stage, weight_of
+from curvax.trees import Tree, is_float
 
 
 def pmean_updates(axis_name: AxisNames) -> Stage:
@@ -41,7 +42,7 @@ def pmean_updates(axis_name: AxisNames) -> Stage:
         if axis_name is None and value_fn is not None:
             local = local | as_objective(value_fn, "pmean_updates").local_axes(params)
         over = checks.averaged_axes(axis_name, local, stage="pmean_updates", partly=True)
-        weight = weight_of(value_fn, "pmean_updates")
+        weight = weight_of(signal, value_fn, "pmean_updates")
         mean = lambda tree: axes.mean(tree, over, weight)
         same = signal.gradient is signal.updates
         updates = mean(signal.updates)
@@ -71,9 +72,10 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
     Args:
         m: examples in a group; divides the batch. Under device axes it divides the batch of each
             device, or is that of neighbouring devices: all along the last axes that split the batch
-            (`jax.make_mesh((4, 2), ("batch", "group"))`), or, under `pmap`, so many in a row. The
-            ascent then starts from the mean gradient of the group. With `check_vma=False`, which
-            hides what splits the batch, every axis of the mesh counts as doing so.
+            (`jax.make_mesh((4, 2), ("batch", "group"))`, in the order of the mesh), or, under
+            `pmap`, so many in a row. The ascent then starts from the mean gradient of the group.
+            With `check_vma=False`, which hides what splits the batch, every axis of the mesh
+            counts as doing so.
         stages: a stage, a pipe, or a plain transformation.
         sequential: one group at a time, in the memory of one, instead of all at once.
 
@@ -140,14 +142,21 @@ def _devices_of_a_group(m: int, objective: Objective) -> tuple[axes.Along, ...]:
     along = tuple(axis for axis in axes.manual() if axis in split)
     if m <= size or not along:
         return ()
-    found = axes.last_of_size(m // size, along) if m % size == 0 else None
+    devices = lax.axis_size(along)
+    if m % size or devices * size % m:
+        raise ValueError(
+            f"`per_group({m}, ...)` cuts a batch of {devices * size} examples, {size} on each of "
+            f"{devices} devices, into groups of {m}, which do not come out even. Take a divisor of "
+            f"the batch that is a multiple of {size}, or divides it."
+        )
+    found = axes.last_of_size(m // size, along)
     if found is None:
         raise ValueError(
             f"`per_group({m}, ...)` has {size} examples on each device, and the last of the device "
-            f"axes {along} of the batch do not hold the {m / size:g} neighbours of a group. Give "
-            "the mesh of `shard_map` a last axis for them, as `jax.make_mesh((n, "
-            f'{max(m // size, 1)}), ("batch", "group"))`, or run under `jit`, where groups are cut '
-            "from the whole batch."
+            f"axes {along} of the batch do not hold the {m // size} neighbours of a group. Give "
+            "the mesh of `shard_map` a last axis for them, as "
+            f'`jax.make_mesh(({devices * size // m}, {m // size}), ("batch", "group"))`, or run '
+            "under `jit`, where groups are cut from the whole batch."
         )
     return found
 
@@ -155,13 +164,15 @@ def _devices_of_a_group(m: int, objective: Objective) -> tuple[axes.Along, ...]:
 def _settled(x: jax.Array, old: jax.Array, objective: Any, local: frozenset[str]) -> jax.Array:
     """A moment or figure of the groups, the same on every device if it was so before.
 
-    Weights that differ between devices make a mean over groups each device's own again. Where types
-    do not tell, figures are scalars, and moments are no part of a local pipe.
+    The mean, or the last group's of what has none. Where types do not tell, moments that all
+    devices share already are averaged once more, and counts are taken to be shared.
     """
     if _is_key(old):
         return x
-    own = axes.varying(x) - axes.varying(old) if axes.tracked() else local if not x.ndim else ()
+    own = axes.varying(x) - axes.varying(old) if axes.tracked() else local | set(objective.joined)
     over = tuple(axis for axis in axes.manual() if axis in own)
+    if over and axes.tracked() and not is_float(x):
+        return axes.last(x, over)
     return axes.mean(x, over, objective.batch_weight())
 
 

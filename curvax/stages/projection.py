@@ -7,8 +7,7 @@ import jax.numpy as jnp
 
 from curvax import axes, checks, trees
 from curvax.axes import AxisNames
-from curvax.objective import weight_of
-from curvax.signal import Signal, Stage, StepState, at, stage
+from curvax.signal import Signal, Stage, StepState, at, stage, weight_of
 from curvax.trees import Tree
 
 
@@ -112,7 +111,7 @@ def keep_orthogonal(alpha: Any = 0.7, *, mean_over: AxisNames = None) -> Stage:
         del params, extra
         clean, perturbed, now = _both_gradients(signal, "keep_orthogonal")
         over = checks.averaged_axes(mean_over, signal.local, stage="keep_orthogonal")
-        weight = weight_of(value_fn, "keep_orthogonal")
+        weight = weight_of(signal, value_fn, "keep_orthogonal")
         fresh = trees.wide(trees.reject(perturbed, clean))
         kept = _select(now, axes.mean(fresh, over, weight), state.orthogonal)
         length = at(alpha, state.step) * trees.ratio(trees.norm(clean), trees.norm(kept))

@@ -9,7 +9,7 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-from curvax import models, recipe
+from curvax import axes, models, recipe
 from curvax.flax_bridge import Layout, layout
 from curvax.training import config as configs
 from curvax.training import data, evaluate, material, pretrained, regimes, tasks
@@ -174,12 +174,23 @@ def build(config: ConfigDict, *, hold_out: bool = False, begins: bool = True) ->
 
 
 def _model(config: ConfigDict, classes: int | None, regime: Jit) -> nn.Module:
-    """The model, whose batch norm takes the statistics of a group over all its devices, unless its
-    options say over what."""
+    """The model, whose batch norm takes the statistics of a group over all its devices.
+
+    Raises:
+        ExperimentError: its options say over which axes, and those are not all.
+    """
     model = models.build(config.model.name, classes, **config.model.options)
-    if regime.group is None or getattr(model, "sync_over", regime.group) is not None:
-        return model
-    return model.clone(sync_over=regime.group)
+    over = config.model.options.get("sync_over")
+    if over is None:
+        synced = regime.group is not None and hasattr(model, "sync_over")
+        return model.clone(sync_over=regime.group) if synced else model
+    if set(axes.as_tuple(over)) != set(regime.axes):
+        raise ExperimentError(
+            f"`model.options.sync_over` takes batch norm over devices, whose axes are "
+            f"{list(regime.axes)} here, and was {over!r}. Leave it out for the statistics of a "
+            "group, and under jit of the whole batch, or name all of the axes."
+        )
+    return model
 
 
 def _as_taken(task: Task, batch: Mapping[str, Any]) -> jax.ShapeDtypeStruct:

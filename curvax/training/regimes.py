@@ -261,27 +261,33 @@ def _first(devices: list[jax.Device], count: int) -> list[jax.Device]:
     return devices[:count]
 
 
-def group_size(config: ConfigDict) -> int | None:
-    """The examples of a group, `m` of `per_group` in the method's text; None without groups."""
+def group_sizes(config: ConfigDict) -> set[int]:
+    """The examples of a group, each `m` of `per_group` in the method's text."""
     given = recipe.given(config.optimizer, "per_group", "m", configs.numbers(config))
-    return max((m for m in given if isinstance(m, int)), default=None)
+    return {m for m in given if isinstance(m, int)}
 
 
 def _devices_of_a_group(config: ConfigDict, devices: int) -> int:
     """How many devices share a group, at least 1."""
-    grouped, named, here = group_size(config), config.get("m"), config.batch // devices
-    m = named if grouped is None else grouped
+    sizes, named, here = group_sizes(config), config.get("m"), config.batch // devices
+    m = max(sizes, default=named)
+    if len(sizes) > 1 and m > here:
+        raise RegimeError(
+            f"Devices share groups of one size, and the method's text has those of {sorted(sizes)} "
+            f"examples, with {here} on each device. Take one size, or fewer devices that hold "
+            "whole groups, or `--regime=jit`."
+        )
     fits = lambda n: config.batch % n == 0 and 0 in (n % here, here % n)
     if not isinstance(m, int) or m < 1:
         return 1  # of which `per_group` says what is wrong
     if fits(m):
         return max(m // here, 1)
-    if grouped is None:
+    if not sizes:
         return 1
     whole = next(n for n in (math.gcd(m, config.batch), here) if fits(n))
-    each = f" over {devices} devices with {here} examples each" if devices > 1 else ""
     cure = f"--m={whole}" if m == named else f"per_group({whole}, ...)"
+    each = f" and the {here} of each of {devices} devices" if devices > 1 else ""
     raise RegimeError(
-        f"Groups of {m} examples do not divide a batch of {config.batch}{each}. The two go "
-        f"together: with `--batch={config.batch}` goes `{cure}`."
+        f"Groups of {m} examples do not divide a batch of {config.batch}{each} evenly. The "
+        f"two go together: with `--batch={config.batch}` goes `{cure}`."
     )

@@ -90,7 +90,7 @@ def settled(
 ) -> tuple[Objective, frozenset[str], tuple[str, ...]]:
     """(the loss on its part of the batch, the axes it is local to, the axes to average over)."""
     local = objective.local_axes(params)
-    checks.refuse_summed(signal.updates, local, stage=name)
+    checks.refuse_summed(signal.updates, signal.local & local or local, stage=name)
     over = checks.averaged_axes(mean_over, local, stage=name)
     return part_of(objective, fraction, name), local, over
 
