@@ -269,3 +269,24 @@ def test_the_local_hessian_product_averages_to_the_whole(mode, regime):
 
     expected = jax.hessian(partial(loss, x=BATCH))(PARAMS) @ v
     np.testing.assert_allclose(mapped(product, regime)(PARAMS, BATCH), expected, rtol=1e-12)
+
+
+def test_a_count_of_groups_is_that_of_the_last_one_as_under_jit():
+    """What has no mean: a bit and a number that differ from group to group."""
+
+    def rule(signal, state, params=None, *, value_fn, **extra):
+        del state, params, extra
+        largest = jnp.max(value_fn.batch)
+        return signal, (largest > 0, jnp.int32(100 * largest))
+
+    seen = cx.signal.stage(lambda params: (jnp.bool_(False), jnp.int32(0)), rule)
+
+    def step(w, x):
+        objective = cx.Objective(loss, x)
+        tx = cx.per_group(1, seen) | cx.pmean_updates("batch")
+        return tx.update(objective.value_and_grad(w)[1], tx.init(w), w, value_fn=objective)[1]
+
+    (bit, number), _ = mapped(step, "shard_map")(PARAMS, BATCH)
+    largest = jnp.max(BATCH[-1])
+    assert (bool(bit), int(number)) == (bool(largest > 0), int(100 * largest))
+    assert int(number) != int(100 * jnp.max(BATCH[1]))
