@@ -170,7 +170,7 @@ def test_eigenvalues_come_with_their_multiplicity():
     assert (float(alone.values[0]), abs(float(alone.vectors[0, 0]))) == (3.0, 1.0)
 
 
-def many_leaves(count=12):
+def many_leaves(count=8):
     """A product on a tree of so many leaves, not diagonal, and a start vector."""
     scales = {f"w{n}": jnp.arange(1.0, 5.0) + n for n in range(count)}
 
