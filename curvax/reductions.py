@@ -6,14 +6,17 @@ Collectives inside the model, as in synchronised batch norm, act on arrays and a
 devices have weights: a device's gradient then holds terms of others, which count by theirs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 from jax.extend import core
+
+from curvax.trees import Tree
 
 Vars = set[Any]
 
-EXCHANGES = ("psum", "all_gather", "all_to_all", "ppermute", "reduce_scatter")
+EXCHANGES = ("psum", "all_gather", "all_to_all", "ragged_all_to_all", "ppermute", "reduce_scatter")
 
 
 def refuse_reduced_output(traced: core.ClosedJaxpr, suspects: tuple[str, ...]) -> None:
@@ -34,34 +37,40 @@ def refuse_reduced_output(traced: core.ClosedJaxpr, suspects: tuple[str, ...]) -
         )
 
 
-def refuse_shared_activations(traced: core.ClosedJaxpr, suspects: list[set[str]]) -> None:
-    """Refuses a traced loss `params -> scalar` in which devices exchange what follows from the
-    parameters, along all axes of one of the sets.
+def refuse_shared_activations(
+    loss: Callable[[Tree], jax.Array], params: Tree, suspects: list[set[str]]
+) -> None:
+    """Refuses a loss in whose derivative devices exchange something along all axes of one of these.
+
+    Args:
+        params: of the device, varying over all axes over which the loss does.
 
     Raises:
         ValueError: they do.
     """
-    for axes in _exchanges(traced.jaxpr, set(traced.jaxpr.invars)):
+    pullback = jax.eval_shape(lambda p: jax.vjp(loss, p)[1], params)
+    backward = jax.make_jaxpr(lambda pull, cotangent: pull(cotangent))
+    for axes in _exchanges(backward(pullback, jax.eval_shape(loss, params)).jaxpr):
         if any(suspect <= axes for suspect in suspects):
             raise ValueError(
                 f"The devices along {sorted(axes)} count by the weights of their examples, and the "
                 "loss takes means over them inside the model, as synchronised batch norm does: a "
                 "device's gradient holds terms of the others, which count by other weights. Take "
-                "the statistics of each device's own examples, or leave out the weights."
+                "the statistics of each device's own examples, or leave out the weights. (Under "
+                "`check_vma=False` the weights of devices are taken to differ, since nothing tells "
+                "that they do not; `check_vma=True` does.)"
             )
 
 
-def _exchanges(jaxpr: Any, depends: Vars) -> Iterator[set[str]]:
-    """The axes of each exchange between the parameters and the end."""
-    depends = _dependents(jaxpr, depends)
+def _exchanges(jaxpr: Any) -> Iterator[set[str]]:
+    """The axes of each exchange between devices."""
     for eqn in jaxpr.eqns:
-        used = any(not isinstance(var, core.Literal) and var in depends for var in eqn.invars)
-        if used and eqn.primitive.name.startswith(EXCHANGES):
+        if eqn.primitive.name.startswith(EXCHANGES):
             named = eqn.params.get("axes", eqn.params.get("axis_name"))
             named = named if isinstance(named, tuple) else (named,)
             yield {axis for axis in named if isinstance(axis, str)}
         for inner in _bodies(eqn):
-            yield from _exchanges(inner, _passed_down(eqn, inner, depends))
+            yield from _exchanges(inner)
 
 
 def _output_reductions(jaxpr: Any, output: int, depends: Vars) -> set[str]:

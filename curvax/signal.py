@@ -32,6 +32,7 @@ class Signal(NamedTuple):
         perturbed: whether `updates` were taken at the perturbed point this step, traced or not;
             None where nobody said.
         local: the device axes over which `updates` are this device's own.
+        averaged: the device axes over which updates have been averaged, be they local again or not.
     """
 
     updates: Tree
@@ -43,6 +44,7 @@ class Signal(NamedTuple):
     aux: Any = None
     perturbed: jax.Array | bool | None = None
     local: frozenset[str] = frozenset()
+    averaged: frozenset[str] = frozenset()
 
 
 Rule = Callable[..., tuple[Signal, Any]]
@@ -189,16 +191,28 @@ def _refuse_local_moments(part: optax.GradientTransformation, state: Any, signal
         )
 
 
-def weight_of(signal: Signal, value_fn: Any, stage: str) -> jax.Array | None:
-    """What the updates count in a mean over devices; None where all count alike.
+def weight_of(signal: Signal, value_fn: Any, over: tuple[str, ...], stage: str) -> jax.Array | None:
+    """What the updates count in a mean over these device axes; None where all count alike.
 
     The weight of the examples that they come from. Where an earlier stage has averaged over a
     device axis, those of all devices along it (which `axes.mean` knows where types tell).
+
+    Raises:
+        ValueError: the mean is over a part of the axes, and nothing tells what was averaged before.
     """
     weight = None if value_fn is None else as_objective(value_fn, stage).batch_weight()
-    if weight is None or axes.tracked() or not signal.local:
+    if weight is None or axes.tracked():
         return weight
-    return axes.total(weight, tuple(a for a in axes.manual() if a not in signal.local))
+    if over and not signal.local and not signal.averaged and set(over) < set(axes.manual()):
+        raise ValueError(
+            f"`{stage}` averages over {list(over)} of the device axes {list(axes.manual())}, where "
+            "devices count by the weights of their examples, and cannot know over which axes the "
+            "updates have been averaged before: they came from no stage of this pipe and are not "
+            "the objective's own gradient. Write the stages as one pipe, `a | b` instead of "
+            "`optax.chain(a, b)`, average over all axes at once, or leave `check_vma=True`."
+        )
+    before = signal.averaged - signal.local
+    return axes.total(weight, tuple(axis for axis in axes.manual() if axis in before))
 
 
 class StepState(NamedTuple):

@@ -291,6 +291,43 @@ def test_batch_norm_of_a_group_is_shared_without_weights_alone(regime):
     jax.tree.map(partial(np.testing.assert_allclose, **TOLERANCE), found, expected)
 
 
+def shared_figure(params, batch):
+    return weighted(params, batch), jax.lax.pmean(jnp.mean(batch["y"] * params["w2"][0]), "batch")
+
+
+def shared_constant(params, batch):
+    """Batch norm's centre held fixed: no derivative passes through it."""
+    hidden = batch["x"] @ params["w1"]
+    centre = jax.lax.pmean(jnp.mean(hidden, axis=0, keepdims=True), "batch")
+    errors = (jnp.tanh(hidden - jax.lax.stop_gradient(centre)) @ params["w2"] - batch["y"]) ** 2
+    return jnp.sum(batch["w"] * errors) / jnp.sum(batch["w"])
+
+
+def normed_in_turn(params, batch):
+    """Layers that share a centre, of which the first has none that depends on the parameters."""
+
+    def layer(hidden, _):
+        centre = jax.lax.pmean(jnp.mean(hidden, axis=0, keepdims=True), "batch")
+        return jnp.tanh((hidden - centre) @ params["w1"] @ params["w1"].T), None
+
+    hidden, _ = jax.lax.scan(layer, batch["x"], length=3)
+    errors = (hidden @ params["w1"] @ params["w2"] - batch["y"]) ** 2
+    return jnp.sum(batch["w"] * errors) / jnp.sum(batch["w"])
+
+
+@pytest.mark.parametrize("regime", ["shard_map", "pmap"])
+def test_weights_forbid_only_what_a_derivative_passes_through(regime):
+    tx = cx.sam_perturb(0.3) | cx.pmean_updates("batch") | optax.sgd(0.1)
+    params, batch = make_params(), weighted_batch()
+    stepped = lambda of, **options: run(regime, tx, params, batch, 1, of=of, weight="w", **options)
+    expected = stepped(weighted)
+    found = stepped(shared_figure, has_aux=True)
+    jax.tree.map(partial(np.testing.assert_allclose, **TOLERANCE), found, expected)
+    stepped(shared_constant)
+    with pytest.raises(ValueError, match="count by the weights of their examples"):
+        stepped(normed_in_turn)
+
+
 def test_a_model_divided_among_devices_may_have_weights():
     """Hidden units along the last axis of a mesh, over which the batch does not vary."""
     mesh = jax.make_mesh((4, 2), ("batch", "model"), axis_types=(AxisType.Auto,) * 2)
@@ -347,12 +384,101 @@ def test_a_look_into_a_group_of_devices_is_an_error(name, regime):
 
 
 @pytest.mark.parametrize("regime", ["grid", "pmap"])
-def test_a_shared_diagonal_of_weighted_groups_is_an_error(regime):
-    tx = grouped(cx.hutchinson_diag(mean_over=over_all(regime)))(over_all(regime))
+def test_weighted_groups_hand_on_no_diagonal_that_devices_may_share(regime):
+    within = cx.hutchinson_diag(mean_over=over_all(regime))
+    tx = cx.per_group(M, within) | cx.scale_by_power(1.0)
     params = make_params()
     step = partial(one_step, tx, of=weighted, weight="w")
-    with pytest.raises(ValueError, match="hands on a diagonal that devices may share"):
+    with pytest.raises(ValueError, match="no earlier stage gave one"):
         on_groups_of_two(regime, step, params, tx.init(params), weighted_batch())
+
+
+MEANS_WITHIN: dict[str, Any] = {
+    "GSAM": lambda m, axes: cx.per_group(
+        m, cx.gsam(optax.sgd(0.1, momentum=0.9), 0.3, 0.4, mean_over=axes)
+    ),
+    "before Adam": lambda m, axes: (
+        cx.per_group(m, cx.sam_perturb(0.3) | cx.pmean_updates(axes)) | optax.adam(0.1)
+    ),
+    "in parts, before Adam": lambda m, axes: (
+        cx.per_group(m, cx.restrict(cx.sam_perturb(0.3), MASK))
+        | cx.partition(
+            {
+                True: cx.pmean_updates(axes) | optax.adam(0.1),
+                False: cx.pmean_updates(axes) | optax.sgd(0.1),
+            },
+            MASK,
+        )
+        | optax.trace(0.9)
+    ),
+}
+
+
+@pytest.mark.parametrize("regime", ["grid", "grid unchecked", "pmap"])
+@pytest.mark.parametrize("case", MEANS_WITHIN)
+@pytest.mark.parametrize("m", [2, M])
+def test_stages_within_a_group_may_average_over_devices(m, case, regime):
+    assert_like_jit(
+        partial(MEANS_WITHIN[case], m), regime, weighted_batch(), of=weighted, weight="w", steps=2
+    )
+
+
+@pytest.mark.parametrize("regime", ["grid", "pmap"])
+@pytest.mark.parametrize("m", [2, PER_DEVICE, M])
+def test_groups_use_diagonals_of_their_own_whatever_the_weights(m, regime):
+    within = cx.hutchinson_diag(mean_over=()) | cx.scale_by_power(1.0, eps=1.0)
+    tx_of = lambda axes: cx.per_group(m, within) | cx.pmean_updates(axes) | optax.sgd(0.1)
+    assert_like_jit(tx_of, regime, weighted_batch(), of=weighted, weight="w")
+
+
+@pytest.mark.parametrize("regime", ["grid", "pmap"])
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_probe_for_each_part_of_a_group(parts, regime):
+    within = cx.hutchinson_diag(shards=parts, mean_over=()) | cx.scale_by_power(1.0, eps=1.0)
+    tx_of = lambda axes: cx.per_group(PER_DEVICE, within) | cx.pmean_updates(axes) | optax.sgd(0.1)
+    assert_like_jit(tx_of, regime, make_batch())
+
+
+@pytest.mark.parametrize("regime", ["grid", "pmap"])
+@pytest.mark.parametrize("parts", [DEVICES, 2 * DEVICES])
+def test_the_error_of_a_diagonal_is_that_of_all_its_probes(parts, regime):
+    def tx_of(axes):
+        estimate = cx.hutchinson_diag(shards=parts, probes=2, mean_over=axes)
+        return estimate | cx.pmean_updates(axes) | optax.sgd(0.1)
+
+    assert_like_jit(tx_of, regime, make_batch())
+
+
+def test_what_a_mean_over_some_axes_counts_must_be_known():
+    """Nothing tells, behind `optax.chain` and with `check_vma=False`, what was averaged before."""
+    groups, params = cx.per_group(M, cx.sam_perturb(0.3)), make_params()
+
+    def stepped(tx, regime):
+        step = partial(one_step, tx, of=weighted, weight="w")
+        return on_groups_of_two(regime, step, params, tx.init(params), weighted_batch())[0]
+
+    chained = optax.chain(groups, cx.pmean_updates("batch"), optax.sgd(0.1))
+    with pytest.raises(ValueError, match=r"over \['batch'\] .* and cannot know over which axes"):
+        stepped(chained, "grid unchecked")
+    piped = groups | cx.pmean_updates("batch") | optax.sgd(0.1)
+    expected = stepped(piped, "grid unchecked")
+    jax.tree.map(
+        partial(np.testing.assert_allclose, **TOLERANCE), stepped(chained, "grid"), expected
+    )
+
+
+@pytest.mark.parametrize("regime", ["grid", "grid unchecked", "pmap"])
+def test_an_ascent_may_start_from_a_mean(regime):
+    axes, params, batch = over_all(regime), make_params(), make_batch()
+    rest = cx.pmean_updates(axes) | optax.sgd(0.1)
+
+    def stepped(tx):
+        state = tx.init(params)
+        return on_groups_of_two(regime, partial(one_step, tx), params, state, batch)[0]
+
+    found = stepped(cx.pmean_updates(axes) | cx.sam_perturb(0.3) | rest)
+    expected = stepped(cx.sam_perturb(0.3, sync_over=axes) | rest)
+    jax.tree.map(partial(np.testing.assert_allclose, **TOLERANCE), found, expected)
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,7 @@ def predict(params, batch):
 def one_step(tx, params, state, batch, of=loss, **options):
     objective = cx.Objective(of, batch, **options)
     value, grads = objective.value_and_grad(params)
+    value = value[0] if objective.has_aux else value
     updates, state = tx.update(grads, state, params, value_fn=objective, value=value)
     return optax.apply_updates(params, updates), state
 

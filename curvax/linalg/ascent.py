@@ -110,7 +110,8 @@ def random_direction(key: jax.Array | int = 0) -> Ascent:
     The ablation of Foret et al., SAM, arXiv:2010.01412, appendix C.5.
 
     Args:
-        key: a typed key or a seed; each step, and each group or device, draws its own direction.
+        key: a typed key or a seed; each step draws its own direction, and so does each
+            group and, but for `sync_over`, each device.
     """
     key = as_key(key)
 

@@ -68,6 +68,7 @@ class Objective:
         self._memory = Memory()
         self._local: dict[Any, frozenset[str]] = {}
         self._part: tuple[Any, int] = (0, 1)
+        self.grouped = False
         self.joined: tuple[axes.Along, ...] = ()
         validation.check_halves(loss, batch, model)
         validation.check_options(batch, model, key, microbatch, weight)
@@ -109,12 +110,12 @@ class Objective:
         return piece
 
     def together(self, over: tuple[axes.Along, ...]) -> Objective:
-        """The mean of this loss along bound device axes, whose devices so make one group.
+        """A loss of groups: along bound device axes, whose devices make one, it is their mean.
 
         Value, gradient, Hessian and weight are the group's. What looks into the batch is refused:
         the examples, the outputs and the parts that a device sees are its own.
         """
-        return self._changed(joined=over) if over else self
+        return self._changed(grouped=True, joined=over)
 
     def apart(self) -> Objective:
         """This device's own loss, where it is a part of a group."""
@@ -296,17 +297,21 @@ class Objective:
 
     def _traced_axes(self, params: Tree) -> frozenset[str]:
         own = self.apart()
-        traced = jax.make_jaxpr(lambda p: own.average(lambda part: part.evaluate(p))[0])(params)
+        loss = lambda p: own.average(lambda part: part.evaluate(p))[0]
+        traced = jax.make_jaxpr(loss)(params)
         typed = axes.tracked()
         suspects = axes.varying(self.batch) if typed and self.batch is not None else axes.manual()
         reductions.refuse_reduced_output(traced, tuple(suspects))
-        reductions.refuse_shared_activations(traced, self._axes_of_weights())
-        return axes.varying_of(traced.out_avals[0]) if typed else frozenset(axes.manual())
-
-    def _axes_of_weights(self) -> list[set[str]]:
-        """Sets of device axes over which weights differ, as far as is known."""
+        local = axes.varying_of(traced.out_avals[0]) if typed else frozenset(axes.manual())
         weight = self._own_weight()
-        if weight is None or axes.tracked():
+        if weight is not None:
+            here = axes.vary(params, local)
+            reductions.refuse_shared_activations(loss, here, self._axes_of_weights(weight))
+        return local
+
+    def _axes_of_weights(self, weight: jax.Array) -> list[set[str]]:
+        """Sets of device axes over which weights differ, as far as is known."""
+        if axes.tracked():
             return [{axis} for axis in axes.varying(weight)]
         # Of several axes without types, one may only split the model.
         return [set(axes.manual()), *({axis} for axis in self.joined if isinstance(axis, str))]

@@ -42,20 +42,24 @@ def pmean_updates(axis_name: AxisNames) -> Stage:
         if axis_name is None and value_fn is not None:
             local = local | as_objective(value_fn, "pmean_updates").local_axes(params)
         over = checks.averaged_axes(axis_name, local, stage="pmean_updates", partly=True)
-        weight = weight_of(signal, value_fn, "pmean_updates")
-        mean = lambda tree: axes.mean(tree, over, weight)
-        same = signal.gradient is signal.updates
-        updates = mean(signal.updates)
-        gradient = updates if same else mean(signal.gradient)
-        value, perturbed_value = mean((signal.value, signal.perturbed_value))
+        weight = weight_of(signal, value_fn, over, "pmean_updates")
         remaining = signal.local - set(over) if over else frozenset()
-        signal = signal._replace(
-            updates=updates, gradient=gradient, value=value, perturbed_value=perturbed_value,
-            local=remaining,
-        )  # fmt: skip
-        return signal, state
+        return _mean(signal, over, weight)._replace(local=remaining), state
 
     return stage(lambda params: optax.EmptyState(), rule)
+
+
+def _mean(signal: Signal, over: tuple[str, ...], weight: jax.Array | None) -> Signal:
+    """Updates, clean gradient and losses as their means over bound device axes."""
+    mean = lambda tree: axes.mean(tree, over, weight)
+    same = signal.gradient is signal.updates
+    updates = mean(signal.updates)
+    gradient = updates if same else mean(signal.gradient)
+    value, perturbed_value = mean((signal.value, signal.perturbed_value))
+    return signal._replace(
+        updates=updates, gradient=gradient, value=value, perturbed_value=perturbed_value,
+        averaged=signal.averaged.union(over),
+    )  # fmt: skip
 
 
 def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool = False) -> Stage:
@@ -66,8 +70,9 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
     `per_group(m, sam_perturb(rho) | gsam_project(alpha)) | optax.adamw(lr)` perturbs and projects
     for every m examples, whatever the number of devices. Each group starts from the one state kept,
     with keys of its own; afterwards moments and figures are averaged, and counts and keys advance
-    once. The gradient that the caller computed is not used, and compiles to nothing. Foret et al.,
-    SAM, arXiv:2010.01412, section 4.1.
+    once. The gradient that the caller computed is not used, and compiles to nothing. Of curvature a
+    diagonal is handed on, but not where devices count by weights, since they may share it. Foret et
+    al., SAM, arXiv:2010.01412, section 4.1.
 
     Args:
         m: examples in a group; divides the batch. Under device axes it divides the batch of each
@@ -99,37 +104,36 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
         groups = objective.groups(here, f"`per_group({m}, ...)`")
         objective = objective.together(within)
         local = objective.local_axes(params)
-        count = objective.size // here
+        weight, count = objective.batch_weight(), objective.size // here
         first, shards = objective.shard_number(local)
         # The caller's loss and gradient are those of the whole batch.
         extra = {name: x for name, x in extra.items() if name not in ("value", "grad")}
+        averaged: frozenset[str] = frozenset()
 
         def one(i: jax.Array, batch: Tree) -> tuple[Any, jax.Array | None]:
+            nonlocal averaged
             group = objective.piece(batch, i, count)
             (value, aux), gradient = group.value_aux_and_grad(params)
             given = Signal(gradient, gradient, value=value, aux=aux, local=local)
             start = _map_keys(lambda key: jax.random.fold_in(key, first * count + i), state)
             out, new = inner.update(given, start, params, value_fn=group, **extra)
-            weight = group.batch_weight()
-            if local and out.diagonal is not None and weight is not None:
-                raise ValueError(_WEIGHED_DIAGONAL.format(m=m))
+            averaged = out.averaged - out.local
+            diagonal = None if local and weight is not None else out.diagonal
             # Keys and axis names do not average; both are put back below.
-            kept = out._replace(matvec=None, local=None), _map_keys(lambda key: False, new)
-            return kept, weight
+            out = out._replace(diagonal=diagonal, matvec=None, local=None, averaged=None)
+            return (out, _map_keys(lambda key: False, new)), group.batch_weight()
 
         out, new = over_groups(one, groups, count)
+        whole = averaged.union(axis for axis in within if isinstance(axis, str))
+        out = out._replace(local=local - averaged, averaged=whole)
+        if weight is not None:
+            # What devices shared has been averaged over groups by each one's own weights.
+            out = _mean(out, tuple(axis for axis in axes.manual() if axis in averaged), weight)
         new = jax.tree.map(lambda x, old: _settled(x, old, objective, local), new, state)
         advanced = lambda x, old: jax.random.fold_in(old, shards * count) if _is_key(old) else x
-        return out._replace(local=local), jax.tree.map(advanced, new, state)
+        return out, jax.tree.map(advanced, new, state)
 
     return stage(inner.init, rule)
-
-
-_WEIGHED_DIAGONAL = (
-    "`per_group({m}, ...)` hands on a diagonal that devices may share, and would average it over "
-    "groups by the weights of each device's own. Put the estimator outside of `per_group`, or take "
-    "an objective without weights."
-)
 
 
 def _devices_of_a_group(m: int, objective: Objective) -> tuple[axes.Along, ...]:

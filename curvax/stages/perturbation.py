@@ -106,7 +106,7 @@ def sam_perturb(
         del extra
         objective = as_objective(value_fn, "sam_perturb", params)
         local = objective.local_axes(params)
-        checks.refuse_summed(signal.updates, signal.local & local or local, stage="sam_perturb")
+        checks.refuse_summed(signal.updates, local - signal.averaged, stage="sam_perturb")
         gradient, radius = signal.updates, _radius(rho, state.step, params)
         value = jnp.asarray(jnp.nan if signal.value is None else signal.value, float)
         value = axes.vary(value, local)

@@ -111,7 +111,7 @@ def keep_orthogonal(alpha: Any = 0.7, *, mean_over: AxisNames = None) -> Stage:
         del params, extra
         clean, perturbed, now = _both_gradients(signal, "keep_orthogonal")
         over = checks.averaged_axes(mean_over, signal.local, stage="keep_orthogonal")
-        weight = weight_of(signal, value_fn, "keep_orthogonal")
+        weight = weight_of(signal, value_fn, over, "keep_orthogonal")
         fresh = trees.wide(trees.reject(perturbed, clean))
         kept = _select(now, axes.mean(fresh, over, weight), state.orthogonal)
         length = at(alpha, state.step) * trees.ratio(trees.norm(clean), trees.norm(kept))

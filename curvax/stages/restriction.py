@@ -45,8 +45,10 @@ def partition(stages_by_label: Mapping[Any, optax.GradientTransformation], label
             label: _Within(part, signal, params, extra) for label, part in stages_by_label.items()
         }
         updates, state = _partition(within, labels).update(signal.updates, state, params)
-        local = signal.local.union(*(part.local for part in within.values()))
-        return signal._replace(updates=updates, local=local), state
+        outs = [part.out for part in within.values() if part.out is not None] or [signal]
+        local = frozenset().union(*(out.local for out in outs))
+        averaged = frozenset.intersection(*(out.averaged for out in outs))
+        return signal._replace(updates=updates, local=local, averaged=averaged), state
 
     return stage(init, rule)
 
@@ -82,7 +84,7 @@ class _Within:
 
     def __init__(self, part: optax.GradientTransformation, signal: Any, params: Tree, extra: Any):
         self.part, self.signal, self.params, self.extra = part, signal, params, extra
-        self.local: frozenset[str] = frozenset()
+        self.out: Signal | None = None  # what comes of the leaves, where there are any
 
     def init(self, masked: Tree) -> Any:
         return self.part.init(_drop(masked))
@@ -100,7 +102,7 @@ class _Within:
             matvec=None if self.signal.matvec is None else self._matvec(masked),
         )
         out, state = step(self.part, inside, state, keep(self.params), **extra)
-        self.local = out.local
+        self.out = out if jax.tree.leaves(out.updates) else None
         return _restore(masked, out.updates), state
 
     def _matvec(self, masked: Tree) -> Product:

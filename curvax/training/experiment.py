@@ -146,8 +146,8 @@ def build(config: ConfigDict, *, hold_out: bool = False, begins: bool = True) ->
             f"of {config.batch} are no step. Raise `epochs` or lower `batch`."
         )
     regime = regimes.build(config)
-    model = _model(config, gathered.classes, regime)
     example = _as_taken(task, gathered.first)
+    model = _model(config, gathered.classes, regime, example)
     optimizer = _optimizer(config, model, example, regime, steps)
     shapes = jax.eval_shape(lambda: init(model, optimizer, example, config.seed, {}))
     clean = evaluate.make_clean(model, task)
@@ -173,17 +173,28 @@ def build(config: ConfigDict, *, hold_out: bool = False, begins: bool = True) ->
     return experiment
 
 
-def _model(config: ConfigDict, classes: int | None, regime: Jit) -> nn.Module:
+def _model(
+    config: ConfigDict, classes: int | None, regime: Jit, example: jax.ShapeDtypeStruct
+) -> nn.Module:
     """The model, whose batch norm takes the statistics of a group over all its devices.
 
     Raises:
-        ExperimentError: its options say over which axes, and those are not all.
+        ExperimentError: its options say over which axes, and those are not all; or groups have
+            several sizes.
     """
     model = models.build(config.model.name, classes, **config.model.options)
     over = config.model.options.get("sync_over")
     if over is None:
-        synced = regime.group is not None and hasattr(model, "sync_over")
-        return model.clone(sync_over=regime.group) if synced else model
+        if regime.group is None or not hasattr(model, "sync_over"):
+            return model
+        sizes = regimes.group_sizes(config)
+        if len(sizes) > 1 and "batch_stats" in _variables(model, example):
+            raise ExperimentError(
+                f"Batch norm over devices takes groups of one size, and the method's text has "
+                f"those of {sorted(sizes)} examples. Take one size, or a model without it, as with "
+                "`--model.options.norm=group`, or fewer devices that hold whole groups."
+            )
+        return model.clone(sync_over=regime.group)
     if set(axes.as_tuple(over)) != set(regime.axes):
         raise ExperimentError(
             f"`model.options.sync_over` takes batch norm over devices, whose axes are "
@@ -234,13 +245,13 @@ def outline(config: ConfigDict, devices: Sequence[jax.Device]) -> Outline:
     configs.check(config)
     task, facts = tasks.build(config), material.foretell(config)
     regime = regimes.build(config, devices)
-    model = _model(config, facts.classes, regime)
     batch = {
         name: jax.ShapeDtypeStruct((config.batch, *x.shape), x.dtype, sharding=regime.split)
         for name, x in {"input": facts.input, "label": facts.label}.items()
     }
     taken = _as_taken(task, batch)
     example = jax.ShapeDtypeStruct((1, *taken.shape[1:]), taken.dtype)
+    model = _model(config, facts.classes, regime, example)
     optimizer = _optimizer(
         config, model, example, regime, config.epochs * (facts.size // config.batch)
     )
@@ -250,4 +261,8 @@ def outline(config: ConfigDict, devices: Sequence[jax.Device]) -> Outline:
 
 
 def _layout(model: nn.Module, example: jax.ShapeDtypeStruct) -> Layout:
-    return layout(model, jax.eval_shape(model.init, jax.random.key(0), example), example)
+    return layout(model, _variables(model, example), example)
+
+
+def _variables(model: nn.Module, example: jax.ShapeDtypeStruct) -> Any:
+    return jax.eval_shape(model.init, jax.random.key(0), example)

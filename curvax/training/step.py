@@ -144,13 +144,16 @@ def _through(
 ) -> tuple[curvax.Signal, Tree, Tree]:
     """What a pipe gives, its state, and the clean gradient before `pmean_updates` averages it.
 
-    Whether that is finite each device says of its own. Its mean would be sent for this alone.
+    Whether that is finite each device says of its own. Its mean would be sent for this alone, and
+    so would under jit that of groups, of which what they hand on is taken.
     """
     gradient, states = None, []
     for part, inner in zip(parts_of(pipe), state, strict=True):
         if gradient is None and name_of(part) == "pmean_updates":
             gradient = signal.gradient
         signal, inner = apply(part, signal, inner, params, **extra)
+        if name_of(part) == "per_group":
+            gradient = signal.updates
         states.append(inner)
     return signal, tuple(states), signal.gradient if gradient is None else gradient
 

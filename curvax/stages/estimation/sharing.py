@@ -71,6 +71,8 @@ def diagonal_stage(
         step_key = jax.random.fold_in(state.key, state.step)
         found, whole = over_shards(of_shard, here, step_key, shards, local, name)
         diagonal, variance = axes.mean((found.diagonal, found.variance), over, here.batch_weight())
+        if shards > 1:  # whose draws are independent
+            variance = trees.scale(1 / axes.index_and_size(over)[1], variance)
         signal = signal._replace(diagonal=diagonal)
         if whole and fraction == 1:
             signal = share_gradient(signal, objective, params, found.loss, found.gradient, local)
@@ -90,7 +92,7 @@ def settled(
 ) -> tuple[Objective, frozenset[str], tuple[str, ...]]:
     """(the loss on its part of the batch, the axes it is local to, the axes to average over)."""
     local = objective.local_axes(params)
-    checks.refuse_summed(signal.updates, signal.local & local or local, stage=name)
+    checks.refuse_summed(signal.updates, local - signal.averaged, stage=name)
     over = checks.averaged_axes(mean_over, local, stage=name)
     return part_of(objective, fraction, name), local, over
 
@@ -139,7 +141,9 @@ def over_shards(
     if shards == 1:
         return estimate(objective, key), True
     refuse_joined(objective.joined)
-    device, devices = axes.index_and_size(tuple(a for a in axes.manual() if a in local))
+    # A group of `per_group` is cut by itself, and its key is its own.
+    over = () if objective.grouped else tuple(a for a in axes.manual() if a in local)
+    device, devices = axes.index_and_size(over)
     if shards % devices:
         raise ValueError(
             f"`{name}(shards={shards})` cuts the global batch into equal parts, and "
