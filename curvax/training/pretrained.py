@@ -54,7 +54,7 @@ def read(path: str | Path, model: nn.Module, variables: Tree, *, new_head: bool 
             is missing, what is left over, and what has another shape.
     """
     wanted = flatten_dict(variables, sep="/")
-    found = _as_deep(arrays(Path(path).expanduser()), wanted)
+    found = _as_deep(arrays(Path(path).expanduser().absolute()), wanted)
     if new_head or not _same_head(found, wanted):
         found = {k: v for k, v in found.items() if not k.startswith((HEAD, REPRESENTATION))}
         wanted = {k: v for k, v in wanted.items() if not k.startswith(HEAD)}
