@@ -144,10 +144,10 @@ def _newest(folder: Path) -> Path:
     steps = [path.parent for path in sorted(folder.glob("**/state")) if path.parent.name.isdigit()]
     runs = {step.parent for step in steps}
     if len(runs) != 1:
-        places = ", ".join(sorted(str(run) for run in runs)) or "none"
         raise PretrainedError(
-            f"A run has one folder of checkpoints, and in {folder} there are: {places}. Give the "
-            "folder of one run, such as RUN/0-sgd/seed0."
+            f"A run has one folder of checkpoints, and in {folder} there are: "
+            f"{_some(map(str, runs)) or 'none'}. Give the folder of one run, such as "
+            "RUN/0-sgd/seed0."
         )
     return max(steps, key=lambda step: int(step.name))
 
