@@ -149,6 +149,35 @@ def test_gsams_radius_and_rate_are_those_of_big_vision():
     assert (vit.alpha, vit.loss) == (0.6, "sigmoid")
 
 
+COUNTS = dict.fromkeys(
+    ("epochs", "batch", "microbatch", "devices", "eval_batch", "log_every", "test_every",
+     "checkpoint_every", "keep", "data.side", "data.threads"), 1,
+) | {"seed": 0, "hessian_examples": 0}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_a_count_is_a_whole_number_that_is_not_too_low(name):
+    given = lambda text: config.override(config.defaults(), [f"--{name}={text}"])
+    config.check(given(COUNTS[name]))
+    for text in (COUNTS[name] - 1, -7, "true"):
+        with pytest.raises(config.ConfigError, match=rf"`{name}` is a whole number from [01], and"):
+            config.check(given(text))
+
+
+def test_a_count_is_left_out_only_where_it_has_a_default():
+    config.check(config.defaults())
+    with pytest.raises(config.ConfigError, match="`epochs` is a whole number from 1, and was None"):
+        config.check(config.override(config.defaults(), ["--epochs=none"]))
+
+
+def test_fields_that_are_not_set_have_their_types():
+    plain = config.defaults()
+    assert config.override(plain, ["--data.path=2024"]).data.path == "2024"
+    assert plain.data.path is None
+    with pytest.raises(config.ConfigError, match=r"`data\.mean` has the type `tuple`"):
+        config.override(plain, ["--data.mean=0.5"])
+
+
 def test_an_installed_package_finds_the_configs_inside_itself(tmp_path, monkeypatch):
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "own.py").write_text('"""Mine."""\n')
