@@ -2,6 +2,7 @@
 that stop it with a word, and a run from folders of JPEGs to a resumed training."""
 
 import json
+import re
 import threading
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ from curvax.training import compare, convert, data, examples, loop, material, pi
 from curvax.training import tasks as training_tasks
 from curvax.training.archives import DataError
 from curvax.training.checkpoints import Checkpoints
-from curvax.training.config import defaults
+from curvax.training.config import defaults, override
 from curvax.training.examples import Example
 from curvax.training.experiment import build
 
@@ -254,6 +255,14 @@ def test_what_tfds_itself_wrote_reads_as_it_reads_it(tmp_path):
 def test_another_number_of_classes_than_imagenets_is_refused(folder):
     with pytest.raises(DataError, match=r"1000 classes, and \S+ tells of 3.*\"records\""):
         load(folder, name="imagenet")
+
+
+@pytest.mark.parametrize("area", ["(1.0, 0.1)", "(0.5,)", "(0.1, 3.0)", "(0, 1)", "('a', 'b')"])
+def test_an_area_that_is_no_range_of_shares_is_refused(folder, area):
+    config = override(make_config(folder), [f"--data.area={area}"])
+    with pytest.raises(DataError, match=rf"`data.area` is .* and was {re.escape(area)}"):
+        build(config)
+    assert load(folder, area=[0.2, 0.2]).train.form.area == (0.2, 0.2)
 
 
 def test_a_missing_path_is_told():
