@@ -345,6 +345,21 @@ def test_pictures_reach_the_model_as_numbers_between_minus_one_and_one(folder):
         training_tasks.build(config)
 
 
+@pytest.mark.parametrize(
+    ("name", "mean", "std", "channels"),
+    [
+        ("records", (0.5, 0.5), (0.5, 0.5), 3),
+        ("records", (0.5, 0.5, 0.5), (0.5,), 3),
+        ("digits", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 1),  # would become three channels
+    ],
+)
+def test_moments_of_other_channels_are_refused(folder, name, mean, std, channels):
+    config = make_config(folder)
+    config.data.update(name=name, mean=mean, std=std)
+    with pytest.raises(DataError, match=rf"of `{name}` have {channels}, and were \(0\.5, "):
+        training_tasks.build(config)
+
+
 def test_a_run_is_made_ready_from_one_picture(folder, monkeypatch):
     """In each process of a pod: a batch of the whole is thousands."""
     decode, decoded = pictures.Pictures._decode, set()
