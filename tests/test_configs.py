@@ -136,10 +136,11 @@ def test_gsams_radius_and_rate_are_those_of_big_vision():
     """ρ follows the learning rate from 0.6 to 0.1, and is never negative while it warms up."""
     vit = config.load("imagenet_vit")
     steps, names = 300 * (1_281_167 // 4096), config.numbers(vit)
-    rate = recipe.read("linear(lr, warmup=10000, end=lr_min)", recipe.vocabulary(steps) | names)
+    text = "linear(lr, warmup=warmup, end=lr_min)"
+    rate = recipe.read(text, recipe.vocabulary(steps) | names)
     inside = vit.optimizer.partition("sam_perturb(")[2].partition(") | gsam_project")[0]
     rho = recipe.read(inside, recipe.vocabulary(steps) | names)
-    assert "adamw(linear(lr, warmup=10000, end=lr_min), weight_decay=0.3, mask=kernels)" in vit.base
+    assert f"adamw({text}, weight_decay=0.3, mask=kernels)" in vit.base
     for step in (0, 50, 5000, 10_000, 50_000, steps):
         lr = 3e-3 * (step / 1e4 if step < 1e4 else 1 - 0.99 * (step - 1e4) / (steps - 1e4))
         assert float(rate(step)) == pytest.approx(lr, rel=1e-4, abs=1e-9)
