@@ -27,12 +27,14 @@ from curvax.training.config import defaults
 
 
 def get_config(size: str = "b32") -> ConfigDict:
-    config = defaults(lr=3e-3, lr_min=3e-5, rho=0.2, rho_max=0.6, rho_min=0.1, alpha=0.6, m=128)
+    config = defaults(
+        lr=3e-3, lr_min=3e-5, warmup=10_000, rho=0.2, rho_max=0.6, rho_min=0.1, alpha=0.6, m=128
+    )
     config.model.name = f"vit_{size}"
     config.model.options.update(dtype="bfloat16", dropout=0.0, head_bias=-10.0)
     config.data.update(name="imagenet", augment=["flip()"])
     config.loss = "sigmoid"
-    rate = "linear(lr, warmup=10000, end=lr_min)"
+    rate = "linear(lr, warmup=warmup, end=lr_min)"
     radius = f"rho_like({rate}, rho_max, rho_min, lr_max=lr, lr_min=lr_min)"
     adamw = f"adamw({rate}, weight_decay=0.3, mask=kernels)"
     base = f"pmean_updates(axes) | clip_by_global_norm(1.0) | {adamw}"

@@ -161,8 +161,9 @@ def test_bench_counts_sam_as_two_gradients(tmp_path):
         ("--data.augment=['flop()']", "`flip`"),
         ("--microbatch=5", "microbatch"),
         ("--data.noise=1.5", "rate"),
-        ("--batch=0", "`batch` counts from 1"),
-        ("--epochs=0", "`epochs` counts from 1"),
+        ("--batch=0", "`batch` is a whole number from 1, and was 0"),
+        ("--hessian_examples=-3", "`hessian_examples` is a whole number from 0, and was -3"),
+        ("--checkpoint_every=2.5", "`int`"),
     ],
 )
 def test_what_is_wrong_with_a_field_is_said_before_anything_is_written(

@@ -136,10 +136,11 @@ def test_gsams_radius_and_rate_are_those_of_big_vision():
     """ρ follows the learning rate from 0.6 to 0.1, and is never negative while it warms up."""
     vit = config.load("imagenet_vit")
     steps, names = 300 * (1_281_167 // 4096), config.numbers(vit)
-    rate = recipe.read("linear(lr, warmup=10000, end=lr_min)", recipe.vocabulary(steps) | names)
+    text = "linear(lr, warmup=warmup, end=lr_min)"
+    rate = recipe.read(text, recipe.vocabulary(steps) | names)
     inside = vit.optimizer.partition("sam_perturb(")[2].partition(") | gsam_project")[0]
     rho = recipe.read(inside, recipe.vocabulary(steps) | names)
-    assert "adamw(linear(lr, warmup=10000, end=lr_min), weight_decay=0.3, mask=kernels)" in vit.base
+    assert f"adamw({text}, weight_decay=0.3, mask=kernels)" in vit.base
     for step in (0, 50, 5000, 10_000, 50_000, steps):
         lr = 3e-3 * (step / 1e4 if step < 1e4 else 1 - 0.99 * (step - 1e4) / (steps - 1e4))
         assert float(rate(step)) == pytest.approx(lr, rel=1e-4, abs=1e-9)
@@ -147,6 +148,35 @@ def test_gsams_radius_and_rate_are_those_of_big_vision():
         assert float(rho(step)) == pytest.approx(expected, rel=1e-4)
     assert vit.model.options.head_bias == -10.0
     assert (vit.alpha, vit.loss) == (0.6, "sigmoid")
+
+
+COUNTS = dict.fromkeys(
+    ("epochs", "batch", "microbatch", "devices", "eval_batch", "log_every", "test_every",
+     "checkpoint_every", "keep", "data.side", "data.threads"), 1,
+) | {"seed": 0, "hessian_examples": 0}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_a_count_is_a_whole_number_that_is_not_too_low(name):
+    given = lambda text: config.override(config.defaults(), [f"--{name}={text}"])
+    config.check(given(COUNTS[name]))
+    for text in (COUNTS[name] - 1, -7, "true"):
+        with pytest.raises(config.ConfigError, match=rf"`{name}` is a whole number from [01], and"):
+            config.check(given(text))
+
+
+def test_a_count_is_left_out_only_where_it_has_a_default():
+    config.check(config.defaults())
+    with pytest.raises(config.ConfigError, match="`epochs` is a whole number from 1, and was None"):
+        config.check(config.override(config.defaults(), ["--epochs=none"]))
+
+
+def test_fields_that_are_not_set_have_their_types():
+    plain = config.defaults()
+    assert config.override(plain, ["--data.path=2024"]).data.path == "2024"
+    assert plain.data.path is None
+    with pytest.raises(config.ConfigError, match=r"`data\.mean` has the type `tuple`"):
+        config.override(plain, ["--data.mean=0.5"])
 
 
 def test_an_installed_package_finds_the_configs_inside_itself(tmp_path, monkeypatch):

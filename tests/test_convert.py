@@ -91,7 +91,8 @@ def test_pictures_that_cannot_be_decoded_can_be_left_out(own, tmp_path, capsys):
     (own / "train/bloom/bloom_3.JPEG").write_bytes(b"")
     assert cli.main(["convert", str(own), str(tmp_path / "out"), "--skip"]) == 0
     printed = capsys.readouterr().out
-    assert "train: 35 pictures in 1 files" in printed
+    assert "train: 35 pictures in 1 file\n" in printed
+    assert "1 picture left out:" in printed
     assert f"{own}/train/bloom/bloom_3.JPEG" in printed
     labels = [example.label for example in every(read_folder(tmp_path / "out").part("train"))]
     assert collections.Counter(labels) == {0: 11, 1: 12, 2: 12}
@@ -152,13 +153,15 @@ def test_stray_files_are_left_aside_and_stray_pictures_refused(own, tmp_path):
     assert [path.name for path in summary.aside] == ["README.txt", "notes.txt"]
     assert "README.txt" in convert.told(summary)
     shutil.copy(own / "train/bloom/bloom_0.JPEG", own / "train/loose.jpg")
-    with pytest.raises(DataError, match=r"1 pictures, `loose.jpg` first, lie in no such folder"):
+    with pytest.raises(DataError, match=r"outside of these it has `loose\.jpg`\. Move"):
         folders.listing(own / "train")
 
 
 def test_missing_and_empty_folders_are_told(own, tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         find_parts(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"bloom_0\.JPEG is no folder of class.* it is a file"):
+        find_parts(own / "train/bloom/bloom_0.JPEG")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"no class folders.*ROOT/CLASS/picture.jpg"):
         find_parts(tmp_path / "empty")
@@ -221,6 +224,8 @@ def test_missing_and_foreign_files_of_records_are_told(copy, tmp_path):
         read_folder(tmp_path)
     with pytest.raises(DataError, match="does not exist"):
         read_folder(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"label\.labels\.txt is no folder .* it is a file"):
+        read_folder(copy / records.CLASSES)
 
 
 @pytest.mark.parametrize("features", [{"objects": {}}, {"label": {"tensor": {}}}])

@@ -249,6 +249,7 @@ def test_any_of_a_set_is_right_and_empty_sets_are_left_out(run, subject, validat
         ("[[1], [12]]", "lists of classes from 0 to 11"),
         ('{"a": 1}', "lists of classes"),
         ("[[1", "cannot be read"),
+        (json.dumps([[]] * 12), r"/real\.json gives none to any picture of `val`"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(subject, validation, tmp_path, content, words):

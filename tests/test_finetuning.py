@@ -67,6 +67,12 @@ def test_every_seed_takes_the_weights_and_keeps_its_own_draws(first):
     assert jax.random.key_data(one.key).tolist() != jax.random.key_data(other.key).tolist()
 
 
+def test_a_run_is_found_from_where_the_command_is_given(first, monkeypatch):
+    monkeypatch.chdir(first.parent)
+    (subject,) = subjects.load([first])
+    assert_same(build(config_of(first.name)).init().params, subject.state.params)
+
+
 def test_a_new_head_is_that_of_a_run_from_nothing(first):
     found = build(config_of(first, "--new_head=true")).init().params
     drawn = build(tiny_run.get_config()).init().params

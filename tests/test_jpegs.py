@@ -114,3 +114,9 @@ def test_damaged_pictures_are_refused(spoil, words):
         jpegs.check(content)
     with pytest.raises(DataError, match=words):
         jpegs.central_crop(content, 24)
+
+
+def test_a_wrong_area_is_not_told_as_damage():
+    with pytest.raises(ValueError) as error:
+        jpegs.random_crop(png(ramp(9, 9)), 4, (1.0, 0.1), np.random.default_rng(0))
+    assert not isinstance(error.value, DataError)

@@ -302,3 +302,10 @@ def test_what_holds_no_weights_is_told(tmp_path):
             load(tmp_path / name, model, variables_of(model))
     with pytest.raises(PretrainedError, match="there are: none"):
         load(tmp_path, model, variables_of(model))
+
+
+def test_of_many_runs_some_are_named(tmp_path):
+    for number in range(10, 21):
+        (tmp_path / f"{number}/checkpoints/4/state").mkdir(parents=True)
+    with pytest.raises(PretrainedError, match=r"10/checkpoints`, .*17/checkpoints` and 3 more"):
+        pretrained.arrays(tmp_path)

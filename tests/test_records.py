@@ -2,6 +2,7 @@
 that stop it with a word, and a run from folders of JPEGs to a resumed training."""
 
 import json
+import re
 import threading
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ from curvax.training import compare, convert, data, examples, loop, material, pi
 from curvax.training import tasks as training_tasks
 from curvax.training.archives import DataError
 from curvax.training.checkpoints import Checkpoints
-from curvax.training.config import defaults
+from curvax.training.config import defaults, override
 from curvax.training.examples import Example
 from curvax.training.experiment import build
 
@@ -256,6 +257,14 @@ def test_another_number_of_classes_than_imagenets_is_refused(folder):
         load(folder, name="imagenet")
 
 
+@pytest.mark.parametrize("area", ["(1.0, 0.1)", "(0.5,)", "(0.1, 3.0)", "(0, 1)", "('a', 'b')"])
+def test_an_area_that_is_no_range_of_shares_is_refused(folder, area):
+    config = override(make_config(folder), [f"--data.area={area}"])
+    with pytest.raises(DataError, match=rf"`data.area` is .* and was {re.escape(area)}"):
+        build(config)
+    assert load(folder, area=[0.2, 0.2]).train.form.area == (0.2, 0.2)
+
+
 def test_a_missing_path_is_told():
     config = defaults()
     config.data.name = "imagenet"
@@ -333,6 +342,21 @@ def test_pictures_reach_the_model_as_numbers_between_minus_one_and_one(folder):
     np.testing.assert_allclose(scaled, batch["input"] / (255, 255, 127.5), atol=1e-6)
     config.data.std = None
     with pytest.raises(DataError, match="normalise together"):
+        training_tasks.build(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "mean", "std", "channels"),
+    [
+        ("records", (0.5, 0.5), (0.5, 0.5), 3),
+        ("records", (0.5, 0.5, 0.5), (0.5,), 3),
+        ("digits", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 1),  # would become three channels
+    ],
+)
+def test_moments_of_other_channels_are_refused(folder, name, mean, std, channels):
+    config = make_config(folder)
+    config.data.update(name=name, mean=mean, std=std)
+    with pytest.raises(DataError, match=rf"of `{name}` have {channels}, and were \(0\.5, "):
         training_tasks.build(config)
 
 

@@ -26,6 +26,17 @@ class DataError(ValueError):
     """Data that cannot be found, read or used."""
 
 
+def require_folder(path: Path, of: str) -> None:
+    """Refuses what is no folder.
+
+    Raises:
+        DataError: it is a file, or does not exist.
+    """
+    if not path.is_dir():
+        cause = "it is a file" if path.exists() else "it does not exist"
+        raise DataError(f"{path} is no folder of {of}: {cause}. Give the folder that holds them.")
+
+
 def idx(folder: Path) -> tuple[Arrays, Arrays]:
     """The four IDX .gz files of MNIST and Fashion-MNIST."""
     images = lambda part: _idx_array(folder / f"{part}-images-idx3-ubyte.gz")[..., None]

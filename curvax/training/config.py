@@ -6,6 +6,7 @@ fields set. Numbers among its top-level fields are names that the optimiser's te
 """
 
 import ast
+import copy
 import runpy
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,22 @@ import curvax
 from curvax.recipe import near
 
 _WORDS = {"true": True, "false": False, "none": None, "null": None}
+_LOWEST = {
+    "data.side": 1,
+    "data.threads": 1,
+    "epochs": 1,
+    "batch": 1,
+    "microbatch": 1,
+    "devices": 1,
+    "seed": 0,
+    "eval_batch": 1,
+    "log_every": 1,
+    "test_every": 1,
+    "checkpoint_every": 1,
+    "keep": 1,
+    "hessian_examples": 0,
+}
+"""The least value of fields that count."""
 
 
 class ConfigError(ValueError):
@@ -140,7 +157,7 @@ def override(config: ConfigDict, assignments: Sequence[str]) -> ConfigDict:
     Raises:
         ConfigError: an unknown field (with near matches), or a value of another type.
     """
-    changed = config.copy_and_resolve_references()
+    changed = copy.deepcopy(config)  # with the types of the fields that are not set
     for assignment in assignments:
         name, equals, text = assignment.removeprefix("--").partition("=")
         if not (assignment.startswith("--") and equals):
@@ -185,14 +202,16 @@ def value(text: str, kind: type = object) -> Any:
 
 
 def check(config: ConfigDict) -> None:
-    """Refuses counts below one.
+    """Refuses fields that are no whole numbers where they should be, or too low.
 
     Raises:
         ConfigError: naming the field.
     """
-    for name in ("epochs", "batch", "eval_batch", "log_every", "test_every", "keep"):
-        if config[name] < 1:
-            raise ConfigError(f"`{name}` counts from 1, and was {config[name]}.")
+    fields, standard = dict(flat(config)), dict(flat(defaults()))
+    for name, lowest in _LOWEST.items():
+        left_out = fields[name] is None and standard[name] is None
+        if not left_out and (type(fields[name]) is not int or fields[name] < lowest):
+            raise ConfigError(f"`{name}` is a whole number from {lowest}, and was {fields[name]}.")
 
 
 def numbers(config: ConfigDict) -> dict[str, float]:

@@ -47,20 +47,20 @@ def command(pictures: Path, out: Path, validation: Path | None, skip: bool) -> N
     parts = find_parts(pictures, validation)
     total = sum(len(part.pictures) for part in parts.values())
     with Progress(console=console) as progress:
-        bar = progress.add_task(f"{total} pictures", total=total)
+        bar = progress.add_task(_counted(total, "picture"), total=total)
         summary = convert(parts, out, skip=skip, report=lambda n: progress.advance(bar, n))
     console.print(told(summary), markup=False, highlight=False, soft_wrap=True)
 
 
 def told(summary: Summary) -> str:
     """The summary in words."""
-    lines = [f"{summary.folder}: pictures of {summary.classes} classes"]
+    lines = [f"{summary.folder}: pictures of {_counted(summary.classes, 'class')}"]
     lines += [
-        f"  {part}: {count} pictures in {files} files"
+        f"  {part}: {_counted(count, 'picture')} in {_counted(files, 'file')}"
         for part, (count, files) in summary.counts.items()
     ]
     if summary.damaged:
-        lines += [f"{len(summary.damaged)} pictures were left out:", *_few(summary.damaged)]
+        lines += [f"{_counted(len(summary.damaged), 'picture')} left out:", *_few(summary.damaged)]
     if summary.aside:
         lines += ["No pictures by their names, left aside:", *_few(map(str, summary.aside))]
     return "\n".join(lines)
@@ -115,8 +115,9 @@ def convert(
         }
         if damaged and not skip:
             raise DataError(
-                f"{len(damaged)} pictures cannot be decoded, and nothing was kept. Replace or "
-                "remove them, or leave them out with `--skip`:\n" + "\n".join(_few(damaged))
+                f"{_counted(len(damaged), 'picture')} cannot be decoded, and nothing was kept. "
+                "Replace or remove what follows, or leave it out with `--skip`:\n"
+                + "\n".join(_few(damaged))
             )
         if empty := [part for part, (count, _) in counts.items() if not count]:
             raise DataError(
@@ -188,3 +189,9 @@ def _few(lines: Sequence[str] | Iterator[str]) -> list[str]:
     every = list(lines)
     more = [f"  and {len(every) - _SHOWN} more"] if len(every) > _SHOWN else []
     return [f"  {line}" for line in every[:_SHOWN]] + more
+
+
+def _counted(count: int, noun: str) -> str:
+    """`1 file`, `2 files`, `2 classes`."""
+    plural = noun + ("es" if noun.endswith("s") else "s")
+    return f"{count} {noun if count == 1 else plural}"

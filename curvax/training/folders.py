@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from curvax.training.archives import DataError
+from curvax.training.archives import DataError, require_folder
 from curvax.training.examples import Example
 
 _SUFFIXES = {".jpeg", ".jpg", ".png"}
@@ -63,17 +63,16 @@ def listing(root: Path) -> ClassFolders:
     """The pictures below a folder; what begins with a dot is passed over.
 
     Raises:
-        DataError: there is no such folder, no class folder in it, a class without pictures, or a
+        DataError: it is no folder, there is no class folder in it, a class without pictures, or a
             picture outside of the class folders.
     """
-    if not root.is_dir():
-        raise DataError(f"{root} is no folder of class folders: it does not exist.")
+    require_folder(root, "class folders")
     inside = list(visible(root))
     folders = [path for path in inside if path.is_dir()]
     if stray := [path for path in inside if is_picture(path)]:
         raise DataError(
-            f"{root} should hold a folder of pictures for each class, and {len(stray)} pictures, "
-            f"`{stray[0].name}` first, lie in no such folder. Move them into their classes' "
+            f"{root} should hold a folder of pictures for each class, and outside of these it has "
+            f"{_few([path.name for path in stray])}. Move such pictures into their classes' "
             "folders, or away."
         )
     if not folders:

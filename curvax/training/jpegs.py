@@ -5,9 +5,7 @@ bilinear filter averages over what an output pixel covers. Grey and CMYK picture
 camera's note of how it was held is passed over, as ImageNet's users do.
 """
 
-import contextlib
 import io
-from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
@@ -37,8 +35,8 @@ def random_crop(
     Raises:
         DataError: the content is no picture, or is damaged.
     """
-    with _opened(content) as image:
-        return _resized(image, side, _random_box(rng, *image.size, area))
+    image = _decoded(content)
+    return _resized(image, side, _random_box(rng, *image.size, area))
 
 
 def central_crop(content: bytes, side: int) -> np.ndarray:
@@ -48,27 +46,25 @@ def central_crop(content: bytes, side: int) -> np.ndarray:
     A picture of the right size already, as ImageNet-C's, is taken whole; errors as in
     `random_crop`.
     """
-    with _opened(content) as image:
-        width, height = image.size
-        if (width, height) == (side, side):
-            return np.asarray(image.convert("RGB"))
-        kept = KEPT * min(width, height)
-        left, top = (width - kept) / 2, (height - kept) / 2
-        return _resized(image, side, (left, top, left + kept, top + kept))
+    image = _decoded(content)
+    width, height = image.size
+    if (width, height) == (side, side):
+        return np.asarray(image)
+    kept = KEPT * min(width, height)
+    left, top = (width - kept) / 2, (height - kept) / 2
+    return _resized(image, side, (left, top, left + kept, top + kept))
 
 
 def check(content: bytes) -> None:
     """Decodes a picture for the sake of the error that it may raise; as in `random_crop`."""
-    with _opened(content) as image:
-        image.load()
+    _decoded(content)
 
 
-@contextlib.contextmanager
-def _opened(content: bytes) -> Iterator[Image.Image]:
-    """The picture, whatever goes wrong with it told as a DataError."""
+def _decoded(content: bytes) -> Image.Image:
+    """The picture in RGB; errors as in `random_crop`."""
     try:
         with Image.open(io.BytesIO(content)) as image:
-            yield image
+            return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         cause = "no format of pictures that Pillow knows"
         if not isinstance(error, Image.UnidentifiedImageError):
@@ -77,8 +73,7 @@ def _opened(content: bytes) -> Iterator[Image.Image]:
 
 
 def _resized(image: Image.Image, side: int, box: Box) -> np.ndarray:
-    resized = image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR, box)
-    return np.asarray(resized)
+    return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR, box))
 
 
 def _random_box(

@@ -24,7 +24,8 @@ def with_labels(benchmark: Benchmark, path: Path) -> Benchmark:
     of ImageNet's validation pictures, ILSVRC2012_val_00000001.JPEG.
 
     Raises:
-        DataError: the file is none, or a picture's name has no number of its.
+        DataError: the file is none, a picture's name has no number of its, or no picture has a
+            right label.
     """
     sets = _read_sets(path, len(benchmark.among))
     if not isinstance(benchmark.examples, Pictures):
@@ -35,6 +36,11 @@ def with_labels(benchmark: Benchmark, path: Path) -> Benchmark:
     store, chosen = benchmark.examples.store, benchmark.examples.chosen
     right = [_set_of(store.read(number).name, sets, path) for number in chosen.tolist()]
     kept = np.array([bool(labels) for labels in right])
+    if not kept.any():
+        raise DataError(
+            f"Pictures without a right label are left out, and {path} gives none to any picture of "
+            f"`{benchmark.name}`. Give the labels of its pictures, or leave out `--labels`."
+        )
     return benchmark._replace(
         name=f"{benchmark.name}, {path.name}",
         examples=benchmark.examples.rows(kept),

@@ -7,7 +7,7 @@ depends neither on how many threads make it nor on how many processes share it.
 import functools
 import os
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -101,7 +101,8 @@ def load(options: ConfigDict) -> Dataset[Pictures]:
     """The data set of a config's `data` whose examples are records.
 
     Raises:
-        DataError: there are no such records, or they have other classes than they should.
+        DataError: there are no such records, they have other classes than they should, or
+            `data.area` is no range of shares.
     """
     source, folder = sources.of(options), records.read_folder(sources.records_folder(options))
     if folder.classes not in (None, source.classes):
@@ -110,7 +111,7 @@ def load(options: ConfigDict) -> Dataset[Pictures]:
             f'{folder.classes}. Take `data.name` = "records" for pictures of your own.'
         )
     side = source.shape[0]
-    form = Form(side, source.classes, tuple(options.area), options.threads)
+    form = Form(side, source.classes, _range(options.area), options.threads)
     train, test = (whole(folder.part(*part), form) for part in (sources.TRAIN, sources.TEST))
     return Dataset(train, test, source.classes, folder.names)
 
@@ -118,6 +119,17 @@ def load(options: ConfigDict) -> Dataset[Pictures]:
 def whole(store: Store, form: Form) -> Pictures:
     """All pictures of a store."""
     return Pictures(store, form, np.arange(store.size))
+
+
+def _range(area: Any) -> tuple[float, float]:
+    """`data.area` as it should be; errors as in `load`."""
+    match area:
+        case (float() | int() as least, float() | int() as greatest) if 0 < least <= greatest <= 1:
+            return least, greatest
+    raise DataError(
+        "`data.area` is the least and the greatest share of a picture that a training crop takes, "
+        f"above 0 and at most 1, and was {area}. Half of the picture or more is `(0.5, 1.0)`."
+    )
 
 
 @functools.cache

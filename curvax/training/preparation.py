@@ -88,14 +88,25 @@ def _rows(config: ConfigDict, smoothing: float) -> Transform:
 
 
 def _normalise(config: ConfigDict) -> Transform:
-    """By the config's own moments, those of its source, or what is measured, in this order."""
+    """By the config's own moments, those of its source, or what is measured, in this order.
+
+    Raises:
+        DataError: its own are not two, or are not of as many channels as the images have.
+    """
     options = config.data
     if (options.mean is None) != (options.std is None):
         raise DataError("`data.mean` and `data.std` normalise together: set both of them or none.")
-    if options.mean is not None:
-        return augment.normalise(options.mean, options.std)
-    known = sources.find(options.name).moments
-    return augment.normalise(*known or _measured(options.name, options.path))
+    source = sources.of(options)
+    if options.mean is None:
+        return augment.normalise(*source.moments or _measured(options.name, options.path))
+    channels = source.shape[-1]
+    if {len(options.mean), len(options.std)} != {channels}:
+        raise DataError(
+            "`data.mean` and `data.std` give a number for each channel, of which the images of "
+            f"`{options.name}` have {channels}, and were {options.mean} and {options.std}. Give as "
+            "many, or leave both out."
+        )
+    return augment.normalise(options.mean, options.std)
 
 
 @functools.lru_cache(maxsize=4)

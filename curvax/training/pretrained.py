@@ -54,7 +54,7 @@ def read(path: str | Path, model: nn.Module, variables: Tree, *, new_head: bool 
             is missing, what is left over, and what has another shape.
     """
     wanted = flatten_dict(variables, sep="/")
-    found = _as_deep(arrays(Path(path).expanduser()), wanted)
+    found = _as_deep(arrays(Path(path).expanduser().absolute()), wanted)
     if new_head or not _same_head(found, wanted):
         found = {k: v for k, v in found.items() if not k.startswith((HEAD, REPRESENTATION))}
         wanted = {k: v for k, v in wanted.items() if not k.startswith(HEAD)}
@@ -144,10 +144,10 @@ def _newest(folder: Path) -> Path:
     steps = [path.parent for path in sorted(folder.glob("**/state")) if path.parent.name.isdigit()]
     runs = {step.parent for step in steps}
     if len(runs) != 1:
-        places = ", ".join(sorted(str(run) for run in runs)) or "none"
         raise PretrainedError(
-            f"A run has one folder of checkpoints, and in {folder} there are: {places}. Give the "
-            "folder of one run, such as RUN/0-sgd/seed0."
+            f"A run has one folder of checkpoints, and in {folder} there are: "
+            f"{_some(map(str, runs)) or 'none'}. Give the folder of one run, such as "
+            "RUN/0-sgd/seed0."
         )
     return max(steps, key=lambda step: int(step.name))
 

@@ -17,7 +17,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from curvax.training import examples
-from curvax.training.archives import DataError
+from curvax.training.archives import DataError, require_folder
 from curvax.training.examples import Example
 
 CLASSES = "label.labels.txt"
@@ -99,10 +99,9 @@ def read_folder(folder: Path) -> Folder:
     """The folder's files, by part.
 
     Raises:
-        DataError: there is no such folder, it holds no records, or some of its files are missing.
+        DataError: it is no folder, it holds no records, or some of its files are missing.
     """
-    if not folder.is_dir():
-        raise DataError(f"{folder} is no folder of array_record files: it does not exist.")
+    require_folder(folder, "array_record files")
     parts: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()):
         if match := _SHARD.fullmatch(path.name):
