@@ -22,7 +22,13 @@ Page = dict[str, Any]
 """What evaluate.json holds: for each method the step and, by test set, what was found."""
 
 
-def command(folder: Path, path: Path | None, labels: Path | None, corruptions: bool) -> None:
+def command(
+    folder: Path,
+    path: Path | None,
+    labels: Path | None,
+    corruptions: bool,
+    assignments: Sequence[str] = (),
+) -> None:
     """`curvax evaluate`: prints tables, and keeps the numbers in evaluate.json of the run's folder.
 
     Args:
@@ -30,13 +36,15 @@ def command(folder: Path, path: Path | None, labels: Path | None, corruptions: b
         path: pictures or records to test on, rather than the run's own test set.
         labels: sets of right labels, as ImageNet-ReaL's.
         corruptions: also test on the run's own test images made worse.
+        assignments: as in `subjects.load`.
 
     Raises:
-        RunError: no run, no checkpoint, or one that names no classes.
+        RunError, CheckpointError, ConfigError: as in `subjects.load`, or a run that names no
+            classes.
         DataError: there is nothing to test on.
     """
     console, page = Console(), {}
-    for subject in subjects.load([folder]):
+    for subject in subjects.load([folder], assignments):
         _require_classes(subject)
         found = _examine(subject, console, path, labels, corruptions)
         page[subject.name] = _entry(subject, found)
