@@ -114,7 +114,8 @@ picture is decoded once, and those that cannot be are named.
 
 _EVALUATE = """\
 Test the newest checkpoints of a run: how often the right class is named first, or is among the
-first five. Prints a table and keeps evaluate.json in the folder of the run.
+first five. Prints a table and keeps evaluate.json, by the place of the data, in the folder of the
+run.
 
 Without --data on the run's own test set. PATH is a folder of records or of class folders, named as
 the classes the run was trained on, some of them, or their numbers; or such folders in folders, as
