@@ -87,7 +87,7 @@ def weights(run):
 
 def scores(run):
     ((_, entry),) = json.loads((run / "evaluate.json").read_text()).items()
-    return entry["results"]
+    return entry["results"]["own"]
 
 
 @pytest.mark.parametrize("command", WHERE)

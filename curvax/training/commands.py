@@ -78,12 +78,13 @@ def placed(config: ConfigDict, assignments: Sequence[str]) -> ConfigDict:
         ConfigError: another field, or as in `config.override`.
         RunError: the run's data is not there.
     """
+    fields = ", ".join(f"`--{field}`" for field in PLACE)
     for assignment in assignments:
         if assignment.removeprefix("--").partition("=")[0] not in PLACE:
             raise ConfigError(
                 f"A run keeps its config but for where it computes, and got `{assignment}`. What "
-                f"may change is {', '.join(f'`--{field}`' for field in PLACE)}; for the rest begin "
-                "another run with `curvax train`."
+                f"may change, each as `--field=value`, is {fields}; for the rest begin another run "
+                "with `curvax train`."
             )
     changed = configs.override(config, assignments)
     path = changed.data.path
