@@ -229,10 +229,11 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ji
     found.sort(key=lambda device: (device.process_index, device.id))
     if config.batch % len(found):
         fewer = f"fewer devices, as with `--devices={math.gcd(config.batch, len(found))}`"
+        if devices is not None:
+            fewer = "a smaller topology"
         raise RegimeError(
             f"A batch is divided equally, and {config.batch} examples do not go over {len(found)} "
-            "devices. Take a multiple as `batch`, or "
-            f"{fewer if devices is None else 'a smaller topology'}."
+            f"devices. Take a multiple as `batch`, or {fewer}."
         )
     names: tuple[str, ...] = (BATCH,)
     shape: tuple[int, ...] = (len(found),)
