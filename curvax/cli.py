@@ -38,6 +38,16 @@ fields:
   CONFIG is a name that `curvax configs` lists, or a path to a .py file with a `get_config()`.
 """
 
+_PLACE = """\
+fields:
+  A run keeps its config but for where it computes, which these change for this time:
+
+    --data.path=/data/records  --data.threads=8  --devices=1  --regime=jit  --fsdp=True
+    --eval_batch=64
+
+  --data.path is where the data that the run was trained on lies now. --devices=none takes all.
+"""
+
 _TRAIN = """\
 Train a model and leave a run folder: config, figures as JSON lines and TensorBoard events,
 checkpoints, final table and curves. Without a config it trains a small MLP-Mixer on 512 handwritten
@@ -88,7 +98,9 @@ compilation takes minutes, and is kept for the next time.
 
 _RESUME = """\
 Go on with an interrupted `train` or `compare` from its newest checkpoints. Parameters, optimiser
-state, keys and place in the data are restored, and the run ends as it would have, bit for bit.
+state, keys and place in the data are restored, and the run ends as it would have, bit for bit; on
+other devices but for rounding, and under shard_map and pmap but for dropout, and batch norm and SAM
+outside of groups, which go by device there.
 """
 
 _CONVERT = """\
@@ -102,7 +114,8 @@ picture is decoded once, and those that cannot be are named.
 
 _EVALUATE = """\
 Test the newest checkpoints of a run: how often the right class is named first, or is among the
-first five. Prints a table and keeps evaluate.json in the folder of the run.
+first five. Prints a table and keeps evaluate.json, by the place of the data, in the folder of the
+run.
 
 Without --data on the run's own test set. PATH is a folder of records or of class folders, named as
 the classes the run was trained on, some of them, or their numbers; or such folders in folders, as
@@ -220,13 +233,17 @@ def _parser() -> argparse.ArgumentParser:
     _compare_options(
         add("compare", help="train by several methods", description=_COMPARE, epilog=_FIELDS)
     )
-    _inspect_options(add("inspect", help="look at what runs came to", description=_INSPECT))
+    _inspect_options(
+        add("inspect", help="look at what runs came to", description=_INSPECT, epilog=_PLACE)
+    )
     _bench_options(add("bench", help="what a step costs", description=_BENCH, epilog=_FIELDS))
     _plan_options(add("plan", help="what a pod will need", description=_PLAN, epilog=_FIELDS))
-    resume = add("resume", help="go on with a run", description=_RESUME)
+    resume = add("resume", help="go on with a run", description=_RESUME, epilog=_PLACE)
     resume.runs(_resume).add_argument("folder", type=Path, metavar="FOLDER")
     resume.joins_others()
-    _evaluate_options(add("evaluate", help="test on other data", description=_EVALUATE))
+    _evaluate_options(
+        add("evaluate", help="test on other data", description=_EVALUATE, epilog=_PLACE)
+    )
     _convert_options(add("convert", help="pictures to records", description=_CONVERT))
     configs = add("configs", help="what there is to run", description=_CONFIGS)
     configs.runs(_configs).add_argument("config", nargs="?", metavar="CONFIG")
@@ -374,9 +391,8 @@ def _compare(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 def _inspect(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from curvax.inspection import commands
 
-    if overrides:
-        raise ValueError(f"`curvax inspect` takes runs as they are, and got {' '.join(overrides)}.")
-    commands.inspect(arguments.folders, arguments.budget, arguments.examples, arguments.runs)
+    options = arguments.budget, arguments.examples, arguments.runs
+    commands.inspect(arguments.folders, *options, overrides)
 
 
 def _bench(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -400,18 +416,14 @@ def _plan(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 def _resume(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from curvax.training import commands
 
-    if overrides:
-        raise ValueError(f"A resumed run keeps its config, and got {' '.join(overrides)}.")
-    commands.resume(arguments.folder)
+    commands.resume(arguments.folder, overrides)
 
 
 def _evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from curvax.training import examination
 
-    if overrides:
-        raise ValueError(f"`curvax evaluate` has no option {overrides[0]}.")
     chosen = arguments.data, arguments.labels, arguments.corruptions
-    examination.command(arguments.folder, *chosen)
+    examination.command(arguments.folder, *chosen, overrides)
 
 
 def _convert(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
+from test_data import make_images, write_idx
 
 from curvax import cli
 from curvax.training import compare, images, subjects
@@ -78,6 +79,19 @@ def test_the_labels_are_the_classes_that_the_run_of_the_seed_puts_first(first, h
             assert not wrong.all()
         found[seed] = expected
     assert (found[0] != found[1]).any()
+
+
+def test_data_may_lie_in_another_place_than_that_of_the_run(tmp_path):
+    (tmp_path / "data").mkdir()
+    for part in ("train", "t10k"):
+        write_idx(tmp_path / "data", part, make_images(80, 28, 28), np.arange(80) % 10)
+    fields = ["--data.name=mnist", f"--data.path={tmp_path / 'data'}"]
+    assert cli.main(["train", TINY, *fields, *FEW, f"--runs={tmp_path / 'runs'}"]) == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    labels = lambda: split_of(build(override(config_of(run), fields))).labels
+    before, kept = labels(), run / "config.json"
+    kept.write_text(kept.read_text().replace(str(tmp_path / "data"), str(tmp_path / "gone")))
+    np.testing.assert_array_equal(labels(), before)
 
 
 def test_a_run_on_predicted_labels_trains_and_says_how_many_are_wrong(first, tmp_path, capsys):

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -79,11 +80,15 @@ def ahead(subject):
 
 
 def evaluate(run, *options):
-    """The results of the command, and what it exits with."""
+    """The results of the command on the data of its options, or what it exits with."""
     code = cli.main(["evaluate", str(run), *map(str, options)])
-    kept = run / "evaluate.json"
-    page = json.loads(kept.read_text()) if kept.exists() else {}
-    return next(iter(page.values()))["results"] if code == 0 else code
+    return code or results_of(run, *(each for each in options if isinstance(each, Path)))
+
+
+def results_of(run, *data):
+    """The results that the run's folder holds of pictures and labels, or of its own test set."""
+    ((_, entry),) = json.loads((run / "evaluate.json").read_text()).items()
+    return entry["results"][", ".join(str(each.resolve()) for each in data) or "own"]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -215,6 +220,29 @@ def test_pictures_of_the_right_size_are_tested_as_they_are(subject, tmp_path):
     np.testing.assert_array_equal(benchmark.examples.gather(np.arange(1))["input"][0], pixels)
 
 
+def test_data_of_one_name_in_two_places_is_told_apart(place, run, tmp_path):
+    before = evaluate(run, "--data", place / "pictures/val")
+    other = write_pictures(tmp_path / "second/val", 2, seed=8)
+    own = write_pictures(tmp_path / "test", 1, seed=9)
+    found = [evaluate(run, "--data", data)[data.name]["examples"] for data in (other, own)]
+    assert found == [24, 12]
+    assert evaluate(run)["test"]["examples"] == 36
+    assert results_of(run, place / "pictures/val") == before
+
+
+def test_folders_of_one_corruption_are_told_apart(place, run, tmp_path):
+    shutil.copytree(place / "pictures/val", tmp_path / "c/fog/1")
+    write_pictures(tmp_path / "d/fog/1", 1, seed=10)
+    found = [evaluate(run, "--data", tmp_path / name) for name in ("c", "d")]
+    assert [each["mean"]["examples"] for each in found] == [36, 12]
+    assert results_of(run, tmp_path / "c") == found[0]
+
+
+def test_the_folder_one_stands_in_has_its_name(place, run, monkeypatch):
+    monkeypatch.chdir(place / "pictures/val")
+    assert evaluate(run, "--data", Path())["val"]["examples"] == 36
+
+
 # Sets of labels
 
 
@@ -240,6 +268,11 @@ def test_any_of_a_set_is_right_and_empty_sets_are_left_out(run, subject, validat
     assert found["examples"] == 10
     assert (found["top1"], found["top5"]) == pytest.approx(expected)
     assert expected != pytest.approx(shares(logits, own_class))
+    (tmp_path / "second").mkdir()
+    (tmp_path / "second/real.json").write_text(json.dumps([[0]] * 12))
+    second = evaluate(run, "--data", validation, "--labels", tmp_path / "second/real.json")
+    assert second["val, real.json"]["examples"] == 12
+    assert results_of(run, validation, tmp_path / "real.json") == results
 
 
 @pytest.mark.parametrize(
@@ -320,7 +353,7 @@ def test_digits_under_corruptions(digits, capsys):
     figures = json.loads(next(digits.glob("*/seed0/results.json")).read_text())
     ((_, entry),) = page.items()
     assert entry["step"] == figures["steps"]
-    assert entry["results"]["test"]["top1"] == pytest.approx(figures["test_accuracy"])
+    assert entry["results"]["own"]["test"]["top1"] == pytest.approx(figures["test_accuracy"])
 
 
 def test_fashion_mnist_under_corruptions(tmp_path):

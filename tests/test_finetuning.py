@@ -200,7 +200,9 @@ def test_images_as_large_as_those_of_the_file_fit_it(tmp_path, capsys):
     assert cli.main(["evaluate", str(folder)]) == 0
     page = json.loads((folder / "evaluate.json").read_text())
     ((_, entry),) = page.items()
-    assert entry["results"]["test"]["top1"] == pytest.approx(results(folder)["test_accuracy"])
+    assert entry["results"]["own"]["test"]["top1"] == pytest.approx(
+        results(folder)["test_accuracy"]
+    )
 
 
 # Images resized.

@@ -263,6 +263,15 @@ def test_too_few_cpu_devices_say_how_to_get_more():
         topologies.find("cpu:1000")
 
 
+def test_a_batch_that_does_not_go_over_a_topology_says_what_does(tmp_path, capsys):
+    given = ["digits", "--batch=12", "--topology=cpu:8", f"--runs={tmp_path}"]
+    assert cli.main(["plan", *given]) == 2
+    said = capsys.readouterr().err
+    assert "12 examples do not go over 8 devices" in said
+    assert "Take a multiple as `batch`, or a smaller topology." in said
+    assert "--devices" not in said
+
+
 @pytest.mark.evidence
 @NO_LIBTPU
 def test_a_shape_that_a_tpu_does_not_have_is_refused():

@@ -27,7 +27,13 @@ from curvax.training.config import numbers
 from curvax.training.subjects import Subject, load
 
 
-def inspect(folders: Sequence[Path], minutes: float, examples: int, root: Path) -> Path:
+def inspect(
+    folders: Sequence[Path],
+    minutes: float,
+    examples: int,
+    root: Path,
+    assignments: Sequence[str] = (),
+) -> Path:
     """Looks at the newest checkpoints of runs, and leaves what is found in a new folder.
 
     Args:
@@ -35,16 +41,17 @@ def inspect(folders: Sequence[Path], minutes: float, examples: int, root: Path) 
         minutes: the budget of loading and measuring; drawing comes on top.
         examples: of the training set, and of the test set, at most.
         root: where the new folder goes.
+        assignments: as in `subjects.load`.
 
     Returns:
         The folder, with inspect.json, report.html and the pictures.
 
     Raises:
-        RunError: a folder holds no run or no checkpoint, or the runs are of different tasks.
+        RunError, CheckpointError, ConfigError: as in `subjects.load`.
     """
     budget, console = Budget(60 * minutes), Console()
     with _bar(console, minutes) as report:
-        subjects = load(folders)
+        subjects = load(folders, assignments)
         points = {subject.name: point(subject, examples) for subject in subjects}
         found = survey(points, budget, report)
     folder = runs.create(root, "inspect", subjects[0].experiment.config)

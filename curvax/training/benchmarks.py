@@ -94,7 +94,7 @@ def of_path(path: Path, experiment: Experiment) -> Iterator[Benchmark]:
         numbers = _numbers(listing.names, names, classes, path)
         files = listing.files(dict(zip(listing.names, numbers)))
         among = np.isin(np.arange(classes), numbers)
-        yield Benchmark(name or path.name, pictures.whole(files, form), among)
+        yield Benchmark(name or path.resolve().name, pictures.whole(files, form), among)
 
 
 def _of_records(path: Path, names: Sequence[str], form: Form) -> Benchmark:
@@ -104,7 +104,7 @@ def _of_records(path: Path, names: Sequence[str], form: Form) -> Benchmark:
     if folder.names and list(names) != folder.names:
         numbers = _numbers(folder.names, names, form.classes, path)
         store, among = _Relabelled(store, numbers), np.isin(np.arange(form.classes), numbers)
-    return Benchmark(path.name, pictures.whole(store, form), among)
+    return Benchmark(path.resolve().name, pictures.whole(store, form), among)
 
 
 def _sets(root: Path, name: str = "") -> Iterator[tuple[str, folders.ClassFolders]]:

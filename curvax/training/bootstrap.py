@@ -39,6 +39,7 @@ def predictions(config: ConfigDict, train: Split) -> np.ndarray:
     """
     folder = find(config, config.seed)
     first = runs.read_config(folder.parent.parent)
+    first.data.path = config.data.path  # the same data, which may lie elsewhere by now
     predict = _predictor(first, folder, train)
     chunks = data.batches(
         train, min(config.eval_batch, train.size), shuffle=False, epochs=1, drop_remainder=False

@@ -25,11 +25,15 @@ from curvax.training import (
 from curvax.training import config as configs
 from curvax.training.checkpoints import CheckpointError
 from curvax.training.compare import Arms, Outcomes
+from curvax.training.config import ConfigError
 from curvax.training.experiment import Experiment, build
 from curvax.training.notice import Stopped
 from curvax.training.tasks import Task
 
 _PLAN = "plan.json"
+
+PLACE = ("data.path", "data.threads", "regime", "devices", "fsdp", "eval_batch")
+"""Fields that say where and on what a run computes, not what: all that may change once it began."""
 
 
 class Plan(NamedTuple):
@@ -65,6 +69,33 @@ def configure(name: str, assignments: Sequence[str]) -> ConfigDict:
     return configs.override(configs.load(name), assignments)
 
 
+def placed(config: ConfigDict, assignments: Sequence[str]) -> ConfigDict:
+    """The config of a run where `--field=value` changes fields of `PLACE`.
+
+    It holds for this time: the run's folder keeps the config that it began with.
+
+    Raises:
+        ConfigError: another field, or as in `config.override`.
+        RunError: the run's data is not there.
+    """
+    fields = ", ".join(f"`--{field}`" for field in PLACE)
+    for assignment in assignments:
+        if assignment.removeprefix("--").partition("=")[0] not in PLACE:
+            raise ConfigError(
+                f"A run keeps its config but for where it computes, and got `{assignment}`. What "
+                f"may change, each as `--field=value`, is {fields}; for the rest begin another run "
+                "with `curvax train`."
+            )
+    changed = configs.override(config, assignments)
+    path = changed.data.path
+    if path is not None and not Path(path).expanduser().exists():
+        raise runs.RunError(
+            f"A run needs the data it was trained on, and {path} is not there. Say where that "
+            "data is now with `--data.path=PATH`."
+        )
+    return changed
+
+
 def methods(config: ConfigDict) -> list[str]:
     """The texts of a config's methods: its base, its own, and the others."""
     return [config.base, config.optimizer, *config.others]
@@ -81,12 +112,18 @@ def start(config: ConfigDict, plan: Plan, root: Path) -> None:
     _carry_out(config, plan, experiments, Path(processes.agreed(name)))
 
 
-def resume(folder: Path) -> None:
-    """Goes on with what was begun in a run folder; errors as in `read`.
+def resume(folder: Path, assignments: Sequence[str] = ()) -> None:
+    """Goes on with what was begun in a run folder; errors as in `read` and `placed`.
 
-    Weights to begin with are looked for where a run has not begun.
+    Another place changes its numbers by rounding, and by what goes by device under `shard_map` and
+    `pmap`: dropout, and batch norm and climbing outside of groups. Weights to begin with are looked
+    for where a run has not begun.
+
+    Args:
+        assignments: `--field=value` for fields of `PLACE`.
     """
     config, plan = read(folder)
+    config = placed(config, assignments)
     experiments = plan.prepare(config, begins=False)
     for experiment in compare.not_begun(experiments, plan.seeds, folder):
         experiment.trained()

@@ -16,13 +16,20 @@ from curvax.training.experiment import Experiment
 from curvax.training.ranking import Found
 from curvax.training.subjects import Subject
 
-_FILE = "evaluate.json"
+_FILE, _OWN = "evaluate.json", "own"
 
 Page = dict[str, Any]
-"""What evaluate.json holds: for each method the step and, by test set, what was found."""
+"""What evaluate.json holds: for each method the step and what was found, by the place of the data
+and by test set. Two places may have test sets of one name."""
 
 
-def command(folder: Path, path: Path | None, labels: Path | None, corruptions: bool) -> None:
+def command(
+    folder: Path,
+    path: Path | None,
+    labels: Path | None,
+    corruptions: bool,
+    assignments: Sequence[str] = (),
+) -> None:
     """`curvax evaluate`: prints tables, and keeps the numbers in evaluate.json of the run's folder.
 
     Args:
@@ -30,19 +37,27 @@ def command(folder: Path, path: Path | None, labels: Path | None, corruptions: b
         path: pictures or records to test on, rather than the run's own test set.
         labels: sets of right labels, as ImageNet-ReaL's.
         corruptions: also test on the run's own test images made worse.
+        assignments: as in `subjects.load`.
 
     Raises:
-        RunError: no run, no checkpoint, or one that names no classes.
+        RunError, CheckpointError, ConfigError: as in `subjects.load`, or a run that names no
+            classes.
         DataError: there is nothing to test on.
     """
-    console, page = Console(), {}
-    for subject in subjects.load([folder]):
+    console, page, where = Console(), {}, _where(path, labels)
+    for subject in subjects.load([folder], assignments):
         _require_classes(subject)
         found = _examine(subject, console, path, labels, corruptions)
-        page[subject.name] = _entry(subject, found)
+        page[subject.name] = _entry(subject, where, found)
         console.print(*_tables(subject.name, found), sep="\n")
     _keep(folder / _FILE, page)
     console.print(f"In {folder / _FILE}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _where(path: Path | None, labels: Path | None) -> str:
+    """The place of the pictures and, where they are given, of their labels."""
+    place = str(path.resolve()) if path else _OWN
+    return f"{place}, {labels.resolve()}" if labels else place
 
 
 def _require_classes(subject: Subject) -> None:
@@ -109,10 +124,10 @@ def _percent(share: float | None) -> str:
     return "" if share is None else f"{share:.1%}"
 
 
-def _entry(subject: Subject, found: Sequence[Found]) -> Page:
+def _entry(subject: Subject, where: str, found: Sequence[Found]) -> Page:
     every = [*found, *ranking.means(found).values()]
     results = {each.name: each._asdict() for each in every}
-    return {"step": int(subject.state.step), "results": results}
+    return {"step": int(subject.state.step), "results": {where: results}}
 
 
 def _keep(path: Path, page: Page) -> None:
@@ -120,5 +135,8 @@ def _keep(path: Path, page: Page) -> None:
     old = json.loads(path.read_text()) if path.exists() else {}
     for name, entry in page.items():
         if old.get(name, {}).get("step") == entry["step"]:
-            entry["results"] = old[name]["results"] | entry["results"]
+            kept = old[name]["results"]
+            for where, results in entry["results"].items():
+                kept[where] = kept.get(where, {}) | results
+            entry["results"] = kept
     runs.write_json(path, old | page)

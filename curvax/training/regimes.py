@@ -228,10 +228,12 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ji
         found = _first(found, config.devices)
     found.sort(key=lambda device: (device.process_index, device.id))
     if config.batch % len(found):
+        fewer = f"fewer devices, as with `--devices={math.gcd(config.batch, len(found))}`"
+        if devices is not None:
+            fewer = "a smaller topology"
         raise RegimeError(
             f"A batch is divided equally, and {config.batch} examples do not go over {len(found)} "
-            f"devices. Take a multiple as `batch`, or fewer devices, as with "
-            f"`--devices={math.gcd(config.batch, len(found))}`."
+            f"devices. Take a multiple as `batch`, or {fewer}."
         )
     names: tuple[str, ...] = (BATCH,)
     shape: tuple[int, ...] = (len(found),)
@@ -256,7 +258,7 @@ def _first(devices: list[jax.Device], count: int) -> list[jax.Device]:
     if not 0 < count <= len(devices) or jax.process_count() > 1:
         raise RegimeError(
             f"`devices` takes the first of the {len(devices)} that JAX sees in one process, and "
-            f"was {count} in {jax.process_count()} processes. Leave it out to use all."
+            f"was {count} in {jax.process_count()} processes. `--devices=none` takes all."
         )
     return devices[:count]
 

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 from ml_collections import ConfigDict
 
-from curvax.training import commands
+from curvax.training import commands, compare
 from curvax.training.checkpoints import Checkpoints
 from curvax.training.commands import Plan
 from curvax.training.experiment import Experiment
@@ -38,16 +39,22 @@ class _Place(NamedTuple):
     plan: Plan
 
 
-def load(folders: Sequence[Path]) -> list[Subject]:
+def load(folders: Sequence[Path], assignments: Sequence[str] = ()) -> list[Subject]:
     """The newest checkpoint of every run that the folders name, in their order.
 
-    A run folder stands for the first seed of each of its arms, an arm for its first seed.
+    A run folder stands for the first seed of each of its arms, an arm for its first seed. A run of
+    more devices than are there is looked at on fewer.
+
+    Args:
+        assignments: `--field=value` for fields of `commands.PLACE`, in every run.
 
     Raises:
-        RunError: a folder holds no run or no checkpoint, or the runs are of different tasks.
+        RunError: a folder holds no run or no checkpoint, the runs are of different tasks, or the
+            data of one is not there.
         CheckpointError: a checkpoint cannot be read.
+        ConfigError: as in `commands.placed`.
     """
-    found = (_place(folder) for given in folders for folder in _seeds(given.resolve()))
+    found = (_place(folder, assignments) for given in folders for folder in _seeds(given.resolve()))
     places = list({place.folder: place for place in found}.values())
     for place in places:
         _require_checkpoint(place.folder)
@@ -101,12 +108,20 @@ def _first_seed(arm: Path) -> Path:
     return min(seeds, key=lambda seed: _number(_SEED, seed), default=arm / "seed0")
 
 
-def _place(folder: Path) -> _Place:
+def _place(folder: Path, assignments: Sequence[str]) -> _Place:
     root = folder.parent.parent
     config, plan = commands.read(root)
     arms = plan.arms(config)
     arm = list(arms)[_number(_ARM, folder.parent)]
-    return _Place(root, folder, _number(_SEED, folder), arm, arms[arm], plan)
+    config = commands.placed(_on_devices_there(arms[arm]), assignments)
+    return _Place(root, folder, _number(_SEED, folder), arm, config, plan)
+
+
+def _on_devices_there(config: ConfigDict) -> ConfigDict:
+    """The config on as many of its devices as are there and divide its batch."""
+    most = min(config.devices or jax.device_count(), jax.device_count())
+    devices = max(n for n in range(1, most + 1) if config.batch % n == 0)
+    return compare.variant(config, devices=devices)
 
 
 def _require_checkpoint(folder: Path) -> None:

@@ -1,0 +1,172 @@
+"""Runs that go on or are looked at elsewhere: their data in another place, on other devices."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import regime_run
+from test_data import make_images, write_idx
+
+from curvax import cli
+from curvax.training import pretrained, subjects
+from curvax.training.commands import PLACE
+
+DEVICES = 4
+WHERE = ("resume", "evaluate", "inspect")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A folder with `data` and a run of four steps on four devices, all its checkpoints kept."""
+    root = tmp_path_factory.mktemp("whole")
+    (root / "data").mkdir()
+    for part, count in (("train", 16), ("t10k", 12)):
+        write_idx(root / "data", part, make_images(count, 28, 28), np.arange(count) % 10)
+    fields = ["--data.name=mnist", f"--data.path={root / 'data'}", "--data.size=16"]
+    fields += [
+        "--model.options.dropout=0.0",
+        "--data.noise=0",
+        "--batch=8",
+        "--epochs=2",
+        "--keep=9",
+        "--checkpoint_every=1",
+    ]
+    begin = ["train", f"{regime_run.__file__}:shard_map", *fields, f"--devices={DEVICES}"]
+    with jax.enable_x64(False):
+        assert cli.main([*begin, f"--runs={root / 'runs'}"]) == 0
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _as_users_have_it(single_precision):
+    pass
+
+
+@pytest.fixture
+def moved(whole, tmp_path):
+    """The same on another machine, where data lie in another place: the run's folder, and those."""
+    (run,) = (whole / "runs").iterdir()
+    shutil.copytree(run, tmp_path / "run")
+    shutil.copytree(whole / "data", tmp_path / "new")
+    rewritten(tmp_path / "run", path=str(tmp_path / "old"))
+    return tmp_path / "run", tmp_path / "new"
+
+
+def rewritten(run, **fields):
+    """Changes the `data` of a run's config."""
+    config = json.loads((run / "config.json").read_text())
+    config["data"] |= fields
+    (run / "config.json").write_text(json.dumps(config))
+
+
+def seed(run):
+    (folder,) = run.glob("*/seed0")
+    return folder
+
+
+def cut_short(run, at):
+    """Takes away what came after a step."""
+    (seed(run) / "results.json").unlink()
+    for kept in (seed(run) / "checkpoints").glob("[0-9]*/"):
+        if int(kept.name) > at:
+            shutil.rmtree(kept)
+
+
+def only_devices(monkeypatch, count):
+    """As on a machine that has so many."""
+    found = jax.devices()[:count]
+    monkeypatch.setattr(jax, "devices", lambda: found)
+    monkeypatch.setattr(jax, "device_count", lambda: count)
+
+
+def weights(run):
+    return pretrained.arrays(seed(run))
+
+
+def scores(run):
+    ((_, entry),) = json.loads((run / "evaluate.json").read_text()).items()
+    return entry["results"]["own"]
+
+
+@pytest.mark.parametrize("command", WHERE)
+def test_data_that_is_not_there_is_asked_for(command, moved, capsys):
+    run, _ = moved
+    assert cli.main([command, str(run)]) == 2
+    said = capsys.readouterr().err
+    assert f"{run.parent / 'old'} is not there" in said
+    assert "`--data.path=PATH`" in said
+
+
+def test_a_run_goes_on_with_its_data_in_another_place(whole, moved):
+    run, data = moved
+    config = (run / "config.json").read_text()
+    cut_short(run, at=2)
+    assert cli.main(["resume", str(run), f"--data.path={data}"]) == 0
+    (first,) = (whole / "runs").iterdir()
+    found, expected = weights(run), weights(first)
+    assert found.keys() == expected.keys()
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert (run / "config.json").read_text() == config
+
+
+@pytest.mark.parametrize(
+    "fields", [["--devices=1"], ["--devices=2", "--regime=jit", "--fsdp=True"]]
+)
+def test_a_run_goes_on_on_other_devices(fields, whole, moved):
+    """Groups are the same, and sums in another order make the difference."""
+    run, data = moved
+    cut_short(run, at=2)
+    assert cli.main(["resume", str(run), f"--data.path={data}", *fields]) == 0
+    (first,) = (whole / "runs").iterdir()
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, weights(run), weights(first))
+
+
+def test_a_run_is_evaluated_with_its_data_in_another_place(moved):
+    run, data = moved
+    assert cli.main(["evaluate", str(run), f"--data.path={data}", "--eval_batch=4"]) == 0
+    figures = json.loads((seed(run) / "results.json").read_text())
+    assert scores(run)["test"]["top1"] == pytest.approx(figures["test_accuracy"])
+
+
+@pytest.mark.parametrize(("there", "taken"), [(8, 4), (3, 2), (1, 1)])
+def test_a_run_is_looked_at_on_the_devices_that_are_there(there, taken, moved, monkeypatch):
+    """As many of its four as are there and divide its batch of eight."""
+    run, data = moved
+    only_devices(monkeypatch, there)
+    (subject,) = subjects.load([run], [f"--data.path={data}"])
+    assert subject.experiment.regime.mesh.size == taken
+    figures = json.loads((seed(run) / "results.json").read_text())
+    tested = subject.experiment.test(subject.state)
+    assert tested["loss"] == pytest.approx(figures["test_loss"], rel=1e-5)
+
+
+def test_devices_asked_for_must_be_there(moved, monkeypatch, capsys):
+    run, data = moved
+    only_devices(monkeypatch, 3)
+    assert cli.main(["resume", str(run), f"--data.path={data}"]) == 2
+    assert "first of the 3 that JAX sees in one process, and was 4" in capsys.readouterr().err
+    assert cli.main(["resume", str(run), f"--data.path={data}", "--devices=none"]) == 2
+    assert "8 examples do not go over 3 devices" in capsys.readouterr().err
+    assert cli.main(["evaluate", str(run), f"--data.path={data}", "--devices=9"]) == 2
+    assert "was 9" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", WHERE)
+@pytest.mark.parametrize("other", ["--epochs=9", "--data.noise=0.5", "--devics=1", "--option"])
+def test_nothing_else_of_a_run_changes(command, other, moved, capsys):
+    run, data = moved
+    assert cli.main([command, str(run), f"--data.path={data}", other]) == 2
+    said = capsys.readouterr().err
+    assert f"keeps its config but for where it computes, and got `{other}`" in said
+    assert all(f"`--{field}`" in said for field in PLACE)
+
+
+@pytest.mark.parametrize("command", WHERE)
+def test_help_lists_what_may_change(command, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    said = capsys.readouterr().out
+    assert all(f"--{field}=" in said for field in PLACE)
