@@ -147,13 +147,13 @@ def _alone() -> Iterator[None]:
     """Ends a process of several on an error that may be its own alone, once it is told.
 
     JAX's runtime would let it wait for the others at its end, and they wait for it in their step.
-    What all meet together, a run that was stopped or is not finite, goes on to `main`.
+    What all meet together, a run that is refused, was stopped or is not finite, goes on to `main`.
     """
     from curvax.training import processes
 
     try:
         yield
-    except (InterruptedError, ArithmeticError, ModuleNotFoundError):
+    except (processes.Refused, InterruptedError, ArithmeticError, ModuleNotFoundError):
         raise
     except (ValueError, TypeError, OSError) as error:
         processes.leave(_fail(str(error), 2))
@@ -350,20 +350,22 @@ def _positive_number(text: str) -> float:
 
 
 def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    from curvax.training import commands
+    from curvax.training import commands, processes
 
-    config = commands.configure(arguments.config, overrides)
+    with processes.together():
+        config = commands.configure(arguments.config, overrides)
     methods = commands.methods(config) if config.beside else [config.optimizer]
     commands.start(config, commands.Plan("train", methods), arguments.runs)
 
 
 def _compare(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    from curvax.training import commands, sweep
+    from curvax.training import commands, processes, sweep
 
-    config = commands.configure(arguments.config, overrides)
-    if arguments.sweep:
-        methods = arguments.optimizers or [config.optimizer]
+    with processes.together():
+        config = commands.configure(arguments.config, overrides)
         fields = sweep.read_fields(arguments.sweep)
+    if fields:
+        methods = arguments.optimizers or [config.optimizer]
         plan = commands.Plan("sweep", methods, arguments.seeds, fields=fields)
     else:
         methods = arguments.optimizers or commands.methods(config)

@@ -4,7 +4,7 @@ import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -72,7 +72,9 @@ def methods(config: ConfigDict) -> list[str]:
 
 def start(config: ConfigDict, plan: Plan, root: Path) -> None:
     """Carries a plan out in a new run folder under `root`."""
-    experiments = plan.prepare(config)
+    processes.require_same(_options(config, plan))
+    with processes.together():
+        experiments = plan.prepare(config)
     name = ""
     if processes.first():
         folder = runs.create(root, plan.command, config)
@@ -86,11 +88,19 @@ def resume(folder: Path) -> None:
 
     Weights to begin with are looked for where a run has not begun.
     """
-    config, plan = read(folder)
-    experiments = plan.prepare(config, begins=False)
-    for experiment in compare.not_begun(experiments, plan.seeds, folder):
-        experiment.trained()
+    with processes.together():
+        config, plan = read(folder)
+    processes.require_same({"folder": str(folder.resolve())} | _options(config, plan))
+    with processes.together():
+        experiments = plan.prepare(config, begins=False)
+        for experiment in compare.not_begun(experiments, plan.seeds, folder):
+            experiment.trained()
     _carry_out(config, plan, experiments, folder)
+
+
+def _options(config: ConfigDict, plan: Plan) -> dict[str, Any]:
+    """All that a run is told, by name."""
+    return dict(configs.flat(config.to_dict())) | plan._asdict()
 
 
 def read(folder: Path) -> tuple[ConfigDict, Plan]:
