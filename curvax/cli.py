@@ -113,7 +113,6 @@ ImageNet-C has one for each corruption and strength.
   curvax evaluate runs/digits-train-20260101-120000 --corruptions
 """
 
-_STOPPED = "stopped. `curvax resume FOLDER` goes on from the last checkpoint."
 _CONFIGS = "List the configs, or print what one of them is: paper, command, expected result, cost."
 
 
@@ -129,10 +128,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         joined = _join(arguments)
         with _alone() if joined else contextlib.nullcontext():
             arguments.run(arguments, overrides)
-    except KeyboardInterrupt:
-        return _fail(_STOPPED, 130)
+    except KeyboardInterrupt as stopped:
+        return _fail(str(stopped) or "stopped.", 130)
     except InterruptedError as stopped:
-        return _fail(f"{stopped} `curvax resume FOLDER` goes on from there.", 143)
+        return _fail(str(stopped), 143)
     except ModuleNotFoundError as error:
         return _fail(f"{error}. The command line needs an extra: pip install 'curvax[train]'", 2)
     except (ValueError, TypeError, OSError, ArithmeticError) as error:
@@ -157,8 +156,8 @@ def _alone() -> Iterator[None]:
         raise
     except (ValueError, TypeError, OSError) as error:
         processes.leave(_fail(str(error), 2))
-    except KeyboardInterrupt:
-        processes.leave(_fail(_STOPPED, 130))
+    except KeyboardInterrupt as stopped:
+        processes.leave(_fail(str(stopped) or "stopped.", 130))
     except BaseException:
         traceback.print_exc()
         processes.leave(1)

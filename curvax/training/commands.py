@@ -1,8 +1,9 @@
 """What `curvax train`, `compare`, `bench` and `resume` do, given a config."""
 
+import contextlib
 import itertools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from curvax.training import config as configs
 from curvax.training.checkpoints import CheckpointError
 from curvax.training.compare import Arms, Outcomes
 from curvax.training.experiment import Experiment, build
+from curvax.training.folders import visible
 from curvax.training.notice import Stopped
 from curvax.training.tasks import Task
 
@@ -74,6 +76,8 @@ def start(config: ConfigDict, plan: Plan, root: Path) -> None:
     """Carries a plan out in a new run folder under `root`."""
     processes.require_same(_options(config, plan))
     with processes.together():
+        if processes.first():
+            runs.check_root(root)
         experiments = plan.prepare(config)
     name = ""
     if processes.first():
@@ -107,19 +111,25 @@ def read(folder: Path) -> tuple[ConfigDict, Plan]:
     """The config of a run folder, and what is done with it.
 
     Raises:
-        RunError: the folder is not a run's.
+        RunError: the folder is not a run's, or a file of it is damaged.
     """
-    return runs.read_config(folder), Plan(**runs.read_json(folder / _PLAN))
+    config, page = runs.read_config(folder), runs.read_json(folder / _PLAN)
+    try:
+        plan = Plan(**page)
+        _FINISH[plan.command]
+    except (TypeError, KeyError) as error:
+        raise runs.damaged(folder / _PLAN, "it holds no plan") from error
+    return config, plan
 
 
 def _carry_out(
     config: ConfigDict, plan: Plan, experiments: Mapping[str, Experiment], folder: Path
 ) -> None:
-    console = Console(quiet=not processes.first())
-    _line(console, f"If this is interrupted: curvax resume {folder}")
-    if not processes.first():
-        print(processes.way_back(folder), file=sys.stderr, flush=True)
-    try:
+    with _way_back(folder), _held(folder):
+        console = Console(quiet=not processes.first())
+        _line(console, f"If this is interrupted: curvax resume {folder}")
+        if not processes.first():
+            print(processes.way_back(folder), file=sys.stderr, flush=True)
         task = next(iter(experiments.values())).task
         with progress.bar(console, task.goal) as row:
             may_diverge = plan.command != "train"
@@ -127,7 +137,31 @@ def _carry_out(
         if processes.first():
             table, words = _FINISH[plan.command](config, plan, task, outcomes, folder)
             _publish(console, folder, table, words)
-    except (CheckpointError, Stopped):
+        _line(console, f"TensorBoard: tensorboard --logdir {folder}")
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """The folder for this run alone, whose first process holds it."""
+    with contextlib.ExitStack() as hold:
+        with processes.together():
+            if processes.first():
+                hold.enter_context(runs.held(folder))
+        yield
+
+
+@contextlib.contextmanager
+def _way_back(folder: Path) -> Iterator[None]:
+    """What ends a run in the folder early says how to go on."""
+    try:
+        yield
+    except Stopped as stopped:
+        raise Stopped(f"{stopped} `curvax resume {folder}` goes on from there.") from stopped
+    except KeyboardInterrupt as stopped:
+        raise KeyboardInterrupt(
+            f"stopped. `curvax resume {folder}` goes on from the last checkpoint."
+        ) from stopped
+    except (CheckpointError, processes.ProcessLost):
         raise
     except jax.errors.JaxRuntimeError as error:
         raise processes.lost(error, folder) from error
@@ -136,7 +170,6 @@ def _carry_out(
             f"The run folder {folder} could not be written ({error.strerror or error}). What is in "
             f"it is kept. Make room and go on with `curvax resume {folder}`."
         ) from error
-    _line(console, f"TensorBoard: tensorboard --logdir {folder}")
 
 
 def _finish_training(
@@ -175,6 +208,7 @@ _FINISH = {"train": _finish_training, "compare": _finish_comparison, "sweep": _f
 def measure_costs(config: ConfigDict, optimizers: Sequence[str], pairs: int, root: Path) -> None:
     """`curvax bench`: the costs of a step of each method, printed and kept in a new folder."""
     console = Console()
+    runs.check_root(root)
     experiments = Plan("bench", optimizers).prepare(config)
     goal = next(iter(experiments.values())).task.goal
     with progress.bar(console, goal) as row:
@@ -189,7 +223,7 @@ def _publish(console: Console, folder: Path, table: Table, words: str) -> None:
     runs.write_text(folder / "table.txt", f"{report.as_text(table)}\n{words}\n")
     console.print(table)
     console.print(words, markup=False, highlight=False)
-    files = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file()))
+    files = ", ".join(path.name for path in visible(folder) if path.is_file())
     _line(console, f"In {folder}: {files}")
 
 
