@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import photographs
 import pytest
 import regime_run
@@ -157,6 +158,30 @@ def test_a_kill_of_either_is_told_and_undone(killed, undisturbed, tmp_path):
     carried_out(2, "resume", only(tmp_path, "regime_run*"))
     same = lambda a, b: np.testing.assert_array_equal(a, b)
     jax.tree.map(same, end_of(tmp_path, regime), end_of(whole, regime))
+
+
+def test_a_process_lost_in_a_checkpoint_is_not_told_as_a_full_disk(monkeypatch, tmp_path):
+    monkeypatch.setenv("KILLED", "1")
+    survivor, _ = ended(start(2, "train", f"{CONFIG}:shard_map", "--runs", tmp_path))
+    assert_told(*survivor)
+    assert "could not be written" not in survivor[1]
+    kept = {path.name for path in tmp_path.glob("*/*/seed0/checkpoints/*.sha256")}
+    assert kept == {"0.sha256", "2.sha256"}
+
+
+@pytest.mark.parametrize("what", ["save", "restore"])
+def test_an_error_of_the_runtime_is_none_of_the_disk(what, monkeypatch, tmp_path):
+    def fail(*_, **__):
+        raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection closed")
+
+    config = regime_run.changed(regime_run.get_config(), epochs=1)
+    with jax.enable_x64(False):
+        experiment = build(config)
+        kept = Checkpoints(tmp_path)
+        state, batches = kept.resume(experiment)
+        monkeypatch.setattr(ocp.CheckpointManager, what, fail)
+        with pytest.raises(jax.errors.JaxRuntimeError, match="Gloo"):
+            kept.resume(experiment) if what == "restore" else kept.save(state, batches.get_state())
 
 
 @pytest.mark.parametrize("spoilt", [0, 1])

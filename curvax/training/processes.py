@@ -172,8 +172,8 @@ def lost(error: Exception, folder: Path) -> Exception:
     if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
         return error
     return ProcessLost(
-        f"{_lost(error)} in the middle of a step. What was saved is whole: start all processes "
-        f"again with `curvax resume {folder}`."
+        f"{_lost(error)} while it trained. What was saved is whole: start all processes again "
+        f"with `curvax resume {folder}`."
     )
 
 
