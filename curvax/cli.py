@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from curvax.training.quiet import silence_libtpu
+
 Run = Callable[[argparse.Namespace, Sequence[str]], None]
 
 _TOP = """\
@@ -124,6 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         One of several processes that fails alone ends here, so that the others notice.
     """
     arguments, overrides = _parser().parse_known_args(argv)
+    silence_libtpu()
     try:
         joined = _join(arguments)
         with _alone() if joined else contextlib.nullcontext():
