@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from curvax.training.quiet import silence_libtpu
+
 Run = Callable[[argparse.Namespace, Sequence[str]], None]
 
 _TOP = """\
@@ -126,7 +128,6 @@ ImageNet-C has one for each corruption and strength.
   curvax evaluate runs/digits-train-20260101-120000 --corruptions
 """
 
-_STOPPED = "stopped. `curvax resume FOLDER` goes on from the last checkpoint."
 _CONFIGS = "List the configs, or print what one of them is: paper, command, expected result, cost."
 
 
@@ -138,14 +139,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         One of several processes that fails alone ends here, so that the others notice.
     """
     arguments, overrides = _parser().parse_known_args(argv)
+    silence_libtpu()
     try:
         joined = _join(arguments)
         with _alone() if joined else contextlib.nullcontext():
             arguments.run(arguments, overrides)
-    except KeyboardInterrupt:
-        return _fail(_STOPPED, 130)
+    except KeyboardInterrupt as stopped:
+        return _fail(str(stopped) or "stopped.", 130)
     except InterruptedError as stopped:
-        return _fail(f"{stopped} `curvax resume FOLDER` goes on from there.", 143)
+        return _fail(str(stopped), 143)
     except ModuleNotFoundError as error:
         return _fail(f"{error}. The command line needs an extra: pip install 'curvax[train]'", 2)
     except (ValueError, TypeError, OSError, ArithmeticError) as error:
@@ -160,18 +162,18 @@ def _alone() -> Iterator[None]:
     """Ends a process of several on an error that may be its own alone, once it is told.
 
     JAX's runtime would let it wait for the others at its end, and they wait for it in their step.
-    What all meet together, a run that was stopped or is not finite, goes on to `main`.
+    What all meet together, a run that is refused, was stopped or is not finite, goes on to `main`.
     """
     from curvax.training import processes
 
     try:
         yield
-    except (InterruptedError, ArithmeticError, ModuleNotFoundError):
+    except (processes.Refused, InterruptedError, ArithmeticError, ModuleNotFoundError):
         raise
     except (ValueError, TypeError, OSError) as error:
         processes.leave(_fail(str(error), 2))
-    except KeyboardInterrupt:
-        processes.leave(_fail(_STOPPED, 130))
+    except KeyboardInterrupt as stopped:
+        processes.leave(_fail(str(stopped) or "stopped.", 130))
     except BaseException:
         traceback.print_exc()
         processes.leave(1)
@@ -367,20 +369,22 @@ def _positive_number(text: str) -> float:
 
 
 def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    from curvax.training import commands
+    from curvax.training import commands, processes
 
-    config = commands.configure(arguments.config, overrides)
+    with processes.together():
+        config = commands.configure(arguments.config, overrides)
     methods = commands.methods(config) if config.beside else [config.optimizer]
     commands.start(config, commands.Plan("train", methods), arguments.runs)
 
 
 def _compare(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    from curvax.training import commands, sweep
+    from curvax.training import commands, processes, sweep
 
-    config = commands.configure(arguments.config, overrides)
-    if arguments.sweep:
-        methods = arguments.optimizers or [config.optimizer]
+    with processes.together():
+        config = commands.configure(arguments.config, overrides)
         fields = sweep.read_fields(arguments.sweep)
+    if fields:
+        methods = arguments.optimizers or [config.optimizer]
         plan = commands.Plan("sweep", methods, arguments.seeds, fields=fields)
     else:
         methods = arguments.optimizers or commands.methods(config)

@@ -2,11 +2,12 @@
 
 Devices are divided among the processes, and compilations are quick. A lost one is noticed sooner
 than users would want. The process whose number is in `SPOILT` comes to an image that it cannot use,
-that in `POISONED` to one that is not a number.
+that in `POISONED` to one that is not a number. That in `KILLED` dies in its third checkpoint.
 """
 
 import itertools
 import os
+import signal
 import sys
 
 PORT, COUNT, NUMBER, *ARGUMENTS = sys.argv[1:]
@@ -16,6 +17,7 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import numpy as np  # noqa: E402
+import orbax.checkpoint as ocp  # noqa: E402
 import regime_run  # noqa: E402, F401  (its model is found by name)
 
 from curvax import cli  # noqa: E402
@@ -42,10 +44,23 @@ def poison(batch):
     return batch
 
 
+def die_in_the_third_checkpoint() -> None:
+    save, calls = ocp.CheckpointManager.save, itertools.count()
+
+    def changed(*arguments, **options):
+        if next(calls) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return save(*arguments, **options)
+
+    ocp.CheckpointManager.save = changed
+
+
 if __name__ == "__main__":
     processes.HEARTBEAT = 10
     for name, change in {"SPOILT": spoil, "POISONED": poison}.items():
         if os.environ.get(name) == NUMBER:
             at_the_seventh(change)
+    if os.environ.get("KILLED") == NUMBER:
+        die_in_the_third_checkpoint()
     joining = ["--coordinator", f"127.0.0.1:{PORT}", "--processes", COUNT, "--process", NUMBER]
     sys.exit(cli.main([*ARGUMENTS, *joining]))

@@ -13,13 +13,15 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import photographs
 import pytest
 import regime_run
 
 import curvax
-from curvax.training import convert, loop, pretrained, processes
+from curvax.training import convert, loop, pretrained, processes, runs
 from curvax.training.checkpoints import Checkpoints
+from curvax.training.commands import Plan
 from curvax.training.experiment import build
 
 CONFIG = str(Path(regime_run.__file__))
@@ -27,13 +29,16 @@ WORKER = str(Path(__file__).with_name("process_run.py"))
 LIMIT = 300  # seconds for anything here to end, on machines that others keep busy
 
 
-def start(count, *arguments, worker=WORKER):
-    """The processes of a run, by the code that is tested, whichever is installed."""
+def start(count, *arguments, worker=WORKER, own=lambda number: ()):
+    """The processes of a run, by the code that is tested, whichever is installed.
+
+    Each has the arguments, and its own.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     begin = lambda number: subprocess.Popen(
-        [sys.executable, worker, str(port), str(count), str(number), *map(str, arguments)],
+        [sys.executable, worker, *map(str, (port, count, number, *arguments, *own(number)))],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -155,6 +160,30 @@ def test_a_kill_of_either_is_told_and_undone(killed, undisturbed, tmp_path):
     jax.tree.map(same, end_of(tmp_path, regime), end_of(whole, regime))
 
 
+def test_a_process_lost_in_a_checkpoint_is_not_told_as_a_full_disk(monkeypatch, tmp_path):
+    monkeypatch.setenv("KILLED", "1")
+    survivor, _ = ended(start(2, "train", f"{CONFIG}:shard_map", "--runs", tmp_path))
+    assert_told(*survivor)
+    assert "could not be written" not in survivor[1]
+    kept = {path.name for path in tmp_path.glob("*/*/seed0/checkpoints/*.sha256")}
+    assert kept == {"0.sha256", "2.sha256"}
+
+
+@pytest.mark.parametrize("what", ["save", "restore"])
+def test_an_error_of_the_runtime_is_none_of_the_disk(what, monkeypatch, tmp_path):
+    def fail(*_, **__):
+        raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection closed")
+
+    config = regime_run.changed(regime_run.get_config(), epochs=1)
+    with jax.enable_x64(False):
+        experiment = build(config)
+        kept = Checkpoints(tmp_path)
+        state, batches = kept.resume(experiment)
+        monkeypatch.setattr(ocp.CheckpointManager, what, fail)
+        with pytest.raises(jax.errors.JaxRuntimeError, match="Gloo"):
+            kept.resume(experiment) if what == "restore" else kept.save(state, batches.get_state())
+
+
 @pytest.mark.parametrize("spoilt", [0, 1])
 def test_an_error_of_one_alone_ends_all(spoilt, monkeypatch, tmp_path):
     monkeypatch.setenv("SPOILT", str(spoilt))
@@ -250,6 +279,56 @@ def test_only_what_a_lost_process_causes_is_told_as_one(monkeypatch, tmp_path):
     assert "0 of 2 lost another one" in str(told)
     assert f"curvax resume {tmp_path}" in str(told)
     assert processes.lost(full, tmp_path) is full
+
+
+@pytest.mark.parametrize(
+    ("own", "cause"),
+    [
+        (lambda number: [f"--epochs={number + 1}"], "`epochs` is 1 in process 0 and 2 in"),
+        (lambda number: [f"--rho={['0.1', 'much'][number]}"], "`rho` has the type `float`"),
+        (lambda number: ["--epochs=two"], "`epochs` has the type `int`"),
+        (lambda number: ["--batch=0"], "`batch` counts from 1"),
+    ],
+)
+def test_what_one_process_is_told_otherwise_or_wrongly_ends_all_in_order(own, cause, tmp_path):
+    results = ended(start(2, "train", f"{CONFIG}:shard_map", "--runs", tmp_path, own=own))
+    for status, said in results:
+        assert status == 2
+        assert [line for line in said.splitlines() if line.startswith("curvax: ")] != []
+        assert cause in said.partition("curvax: ")[2]
+        assert "Traceback" not in said
+        assert "*** " not in said, "no stack of JAX's runtime"
+    assert not list(tmp_path.iterdir())
+
+
+def test_processes_that_resume_two_runs_end_in_order(tmp_path):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    config = regime_run.get_config("shard_map")
+    for folder in folders:
+        folder.mkdir()
+        runs.write_json(folder / "config.json", config.to_dict())
+        runs.write_json(folder / "plan.json", Plan("train", ["sgd(0.1)"])._asdict())
+    for status, said in ended(start(2, "resume", own=lambda number: [folders[number]])):
+        assert status == 2
+        assert f"`folder` is '{folders[0]}' in process 0 and '{folders[1]}' in process 1" in said
+        assert "*** " not in said, "no stack of JAX's runtime"
+
+
+@pytest.mark.parametrize("coordinator", ["foo", "foo:", ":8476", "foo:port"])
+def test_a_coordinator_has_a_host_and_a_port(coordinator):
+    with pytest.raises(ValueError, match=f"HOST:PORT, and was `{coordinator}`. Give"):
+        processes.join(coordinator, 1, 0)
+
+
+def test_what_jax_cannot_join_is_told_with_its_cure(monkeypatch):
+    def fail(*_, **__):
+        raise jax.errors.JaxRuntimeError("UNKNOWN: Failed to start RPC server")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    with pytest.raises(ValueError, match=r"10.0.0.1:8476 .*RPC server.* a port that is free"):
+        processes.join("10.0.0.1:8476", 2, 0)
+    with pytest.raises(ValueError, match=r"found no such group here .*--coordinator HOST:PORT"):
+        processes.join(None, None, None)
 
 
 def test_a_process_is_told_all_or_nothing():

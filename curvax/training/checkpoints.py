@@ -77,6 +77,7 @@ class Checkpoints(NoCheckpoints):
 
         Raises:
             CheckpointError: the disk is full or cannot be written.
+            JaxRuntimeError: not the disk failed, but a device or another process.
         """
         step = int(state.step)
         items = ocp.args.Composite(
@@ -88,6 +89,8 @@ class Checkpoints(NoCheckpoints):
                 self._manager.save(step, args=items)
             if processes.first():
                 seals.seal(self.folder / str(step))
+        except jax.errors.JaxRuntimeError:
+            raise
         except Exception as error:
             for unfinished in self.folder.glob(f"{step}.*-tmp*"):
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -103,6 +106,7 @@ class Checkpoints(NoCheckpoints):
 
         Raises:
             CheckpointError: there is none, or it is damaged or of another model or optimiser.
+            JaxRuntimeError: as in `save`.
         """
         step = self._manager.latest_step()
         items = ocp.args.Composite(
@@ -112,6 +116,8 @@ class Checkpoints(NoCheckpoints):
             seals.check(self.folder / str(step))  # Orbax's reading threads stop noisily
             with silent_log():
                 restored = self._manager.restore(step, args=items)
+        except jax.errors.JaxRuntimeError:
+            raise
         except Exception as error:
             raise CheckpointError(
                 f"The checkpoint of step {step} in {self.folder} cannot be read "

@@ -1,10 +1,11 @@
 """What `curvax train`, `compare`, `bench` and `resume` do, given a config."""
 
+import contextlib
 import itertools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -27,6 +28,7 @@ from curvax.training.checkpoints import CheckpointError
 from curvax.training.compare import Arms, Outcomes
 from curvax.training.config import ConfigError
 from curvax.training.experiment import Experiment, build
+from curvax.training.folders import visible
 from curvax.training.notice import Stopped
 from curvax.training.tasks import Task
 
@@ -34,6 +36,7 @@ _PLAN = "plan.json"
 
 PLACE = ("data.path", "data.threads", "regime", "devices", "fsdp", "eval_batch")
 """Fields that say where and on what a run computes, not what: all that may change once it began."""
+_OF_HOST = ("data.path", "data.threads")
 
 
 class Plan(NamedTuple):
@@ -103,7 +106,11 @@ def methods(config: ConfigDict) -> list[str]:
 
 def start(config: ConfigDict, plan: Plan, root: Path) -> None:
     """Carries a plan out in a new run folder under `root`."""
-    experiments = plan.prepare(config)
+    processes.require_same(_options(config, plan))
+    with processes.together():
+        if processes.first():
+            runs.check_root(root)
+        experiments = plan.prepare(config)
     name = ""
     if processes.first():
         folder = runs.create(root, plan.command, config)
@@ -122,31 +129,46 @@ def resume(folder: Path, assignments: Sequence[str] = ()) -> None:
     Args:
         assignments: `--field=value` for fields of `PLACE`.
     """
-    config, plan = read(folder)
-    config = placed(config, assignments)
-    experiments = plan.prepare(config, begins=False)
-    for experiment in compare.not_begun(experiments, plan.seeds, folder):
-        experiment.trained()
+    with processes.together():
+        config, plan = read(folder)
+        config = placed(config, assignments)
+    processes.require_same({"folder": folder.resolve().name} | _options(config, plan))
+    with processes.together():
+        experiments = plan.prepare(config, begins=False)
+        for experiment in compare.not_begun(experiments, plan.seeds, folder):
+            experiment.trained()
     _carry_out(config, plan, experiments, folder)
+
+
+def _options(config: ConfigDict, plan: Plan) -> dict[str, Any]:
+    """All that a run is told, by name, but for what each host has its own way."""
+    told = dict(configs.flat(config.to_dict())) | plan._asdict()
+    return {name: value for name, value in told.items() if name not in _OF_HOST}
 
 
 def read(folder: Path) -> tuple[ConfigDict, Plan]:
     """The config of a run folder, and what is done with it.
 
     Raises:
-        RunError: the folder is not a run's.
+        RunError: the folder is not a run's, or a file of it is damaged.
     """
-    return runs.read_config(folder), Plan(**runs.read_json(folder / _PLAN))
+    config, page = runs.read_config(folder), runs.read_json(folder / _PLAN)
+    try:
+        plan = Plan(**page)
+        _FINISH[plan.command]
+    except (TypeError, KeyError) as error:
+        raise runs.damaged(folder / _PLAN, "it holds no plan") from error
+    return config, plan
 
 
 def _carry_out(
     config: ConfigDict, plan: Plan, experiments: Mapping[str, Experiment], folder: Path
 ) -> None:
-    console = Console(quiet=not processes.first())
-    _line(console, f"If this is interrupted: curvax resume {folder}")
-    if not processes.first():
-        print(processes.way_back(folder), file=sys.stderr, flush=True)
-    try:
+    with _way_back(folder), _held(folder):
+        console = Console(quiet=not processes.first())
+        _line(console, f"If this is interrupted: curvax resume {folder}")
+        if not processes.first():
+            print(processes.way_back(folder), file=sys.stderr, flush=True)
         task = next(iter(experiments.values())).task
         with progress.bar(console, task.goal) as row:
             may_diverge = plan.command != "train"
@@ -154,7 +176,31 @@ def _carry_out(
         if processes.first():
             table, words = _FINISH[plan.command](config, plan, task, outcomes, folder)
             _publish(console, folder, table, words)
-    except (CheckpointError, Stopped):
+        _line(console, f"TensorBoard: tensorboard --logdir {folder}")
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """The folder for this run alone, whose first process holds it."""
+    with contextlib.ExitStack() as hold:
+        with processes.together():
+            if processes.first():
+                hold.enter_context(runs.held(folder))
+        yield
+
+
+@contextlib.contextmanager
+def _way_back(folder: Path) -> Iterator[None]:
+    """What ends a run in the folder early says how to go on."""
+    try:
+        yield
+    except Stopped as stopped:
+        raise Stopped(f"{stopped} `curvax resume {folder}` goes on from there.") from stopped
+    except KeyboardInterrupt as stopped:
+        raise KeyboardInterrupt(
+            f"stopped. `curvax resume {folder}` goes on from the last checkpoint."
+        ) from stopped
+    except (CheckpointError, processes.ProcessLost):
         raise
     except jax.errors.JaxRuntimeError as error:
         raise processes.lost(error, folder) from error
@@ -163,7 +209,6 @@ def _carry_out(
             f"The run folder {folder} could not be written ({error.strerror or error}). What is in "
             f"it is kept. Make room and go on with `curvax resume {folder}`."
         ) from error
-    _line(console, f"TensorBoard: tensorboard --logdir {folder}")
 
 
 def _finish_training(
@@ -202,6 +247,7 @@ _FINISH = {"train": _finish_training, "compare": _finish_comparison, "sweep": _f
 def measure_costs(config: ConfigDict, optimizers: Sequence[str], pairs: int, root: Path) -> None:
     """`curvax bench`: the costs of a step of each method, printed and kept in a new folder."""
     console = Console()
+    runs.check_root(root)
     experiments = Plan("bench", optimizers).prepare(config)
     goal = next(iter(experiments.values())).task.goal
     with progress.bar(console, goal) as row:
@@ -216,7 +262,7 @@ def _publish(console: Console, folder: Path, table: Table, words: str) -> None:
     runs.write_text(folder / "table.txt", f"{report.as_text(table)}\n{words}\n")
     console.print(table)
     console.print(words, markup=False, highlight=False)
-    files = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file()))
+    files = ", ".join(path.name for path in visible(folder) if path.is_file())
     _line(console, f"In {folder}: {files}")
 
 

@@ -2,7 +2,22 @@
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
+from pathlib import Path
+
+_ONE_HOST = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_HOST_BOUNDS": "1,1,1"}
+
+
+def silence_libtpu(devices: Path = Path("/dev")) -> None:
+    """Keeps libtpu, where it is installed and no TPU is, from saying what it did not hear of one.
+
+    It goes by the device files of TPUs, `accel*` and `vfio/*`, and must come before JAX has made
+    its devices.
+    """
+    if not any(devices.glob("accel*")) and not any(devices.glob("vfio/*")):
+        for name, value in _ONE_HOST.items():
+            os.environ.setdefault(name, value)
 
 
 @contextlib.contextmanager

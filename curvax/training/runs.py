@@ -2,6 +2,7 @@
 
 config.json, plan.json      every field and what is done with them, enough to resume
 table.txt, curves.png ...   what it came to
+.lock                       who trains it, or did last
 0-adamw/seed0/              a run of the first method
     metrics.jsonl           one line of figures for each logged step
     events.out...           the same for TensorBoard
@@ -10,8 +11,12 @@ table.txt, curves.png ...   what it came to
 """
 
 import contextlib
+import errno
 import json
 import math
+import os
+import socket
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,14 +27,20 @@ from ml_collections import ConfigDict
 from curvax.training import config as configs
 from curvax.training.events import Events
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
+
 Record = dict[str, float]
 """The step, and figures named `train/loss`, `test/accuracy` and so on."""
 
 _CONFIG, _METRICS, _RESULTS = "config.json", "metrics.jsonl", "results.json"
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 class RunError(ValueError):
-    """A folder that holds no run, or cannot be written."""
+    """A folder that holds no run, whose run is damaged or held, or that cannot be written."""
 
 
 class Log:
@@ -99,17 +110,32 @@ def read_config(folder: Path) -> ConfigDict:
     """The config of a run; fields that came after it have their defaults.
 
     Raises:
-        RunError: the folder holds no run.
+        RunError: the folder holds no run, or the file is damaged.
     """
-    read, known = read_json(folder / _CONFIG), configs.defaults().to_dict()
-    return ConfigDict({**known, **read, "data": {**known["data"], **read["data"]}}).lock()
+    path, known = folder / _CONFIG, configs.defaults().to_dict()
+    read = read_json(path)
+    try:
+        return ConfigDict({**known, **read, "data": {**known["data"], **read["data"]}}).lock()
+    except (TypeError, KeyError) as error:
+        raise damaged(path, "it holds no config") from error
 
 
 def read_json(path: Path) -> Any:
     """The contents of a file that every run's folder has; errors as in `read_config`."""
     if not path.exists():
         raise RunError(f"{path.parent} holds no run to go on with: `{path.name}` is not there.")
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise damaged(path, str(error)) from error
+
+
+def damaged(path: Path, reason: str) -> RunError:
+    """What to say of a file of a run's folder that cannot be used."""
+    return RunError(
+        f"{path} is damaged ({reason}). Put a copy of the file there, as from another run of the "
+        "same command, or train anew."
+    )
 
 
 def read_lines(path: Path) -> Iterator[Any]:
@@ -137,6 +163,23 @@ def write_text(path: Path, text: str) -> None:
     draft.replace(path)
 
 
+def check_root(root: Path) -> None:
+    """Passes a folder in which run folders can be made, or which can be made itself.
+
+    Raises:
+        RunError: it cannot be.
+    """
+    path = root.absolute()
+    there = next(each for each in (path, *path.parents) if each.exists())
+    try:
+        tempfile.TemporaryDirectory(dir=there).cleanup()
+    except OSError as error:
+        raise RunError(
+            f"Run folders go into {root}, and no folder can be made in {there} ({error.strerror}). "
+            "Name another place with `--runs DIR`."
+        ) from error
+
+
 def create(root: Path, command: str, config: ConfigDict) -> Path:
     """A new folder `root/<config>-<command>-<date>-<time>` with the config in it."""
     folder = root / f"{config.name}-{command}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -145,3 +188,31 @@ def create(root: Path, command: str, config: ConfigDict) -> Path:
     folder.mkdir(parents=True)
     write_json(folder / _CONFIG, config.to_dict())
     return folder
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """A run folder that is this process's alone; the system lets go of it whenever that ends.
+
+    Where the file system has no locks, it is anybody's.
+
+    Raises:
+        RunError: another process holds it.
+    """
+    with (folder / ".lock").open("a+") as file:
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise RunError(
+                f"The run in {folder} is under way: {file.read() or 'another process'} holds it. "
+                "Wait until it ends, or stop it, and resume then."
+            ) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield

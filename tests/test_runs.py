@@ -1,0 +1,165 @@
+"""The folder of a run: where it goes, whose it is, and what is said of a damaged one."""
+
+import errno
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_run
+
+import curvax
+from curvax import cli
+from curvax.training import commands, compare, runs
+from curvax.training.notice import Stopped
+
+TINY = str(Path(tiny_run.__file__))
+HOLDER = """
+import sys, time
+from pathlib import Path
+from curvax.training import runs
+with runs.held(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(300)
+"""
+
+
+def complaint(capsys, *arguments, status=2):
+    """What a command that must fail says."""
+    assert cli.main([str(each) for each in arguments]) == status
+    said = capsys.readouterr().err
+    assert said.startswith("curvax: ")
+    assert "Traceback" not in said
+    return said
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """The folder of a run that is done."""
+    root = tmp_path_factory.mktemp("done")
+    assert cli.main(["train", TINY, "--epochs=1", f"--runs={root}"]) == 0
+    (folder,) = root.iterdir()
+    return folder
+
+
+@pytest.fixture
+def begun(done, tmp_path):
+    """A copy of it that is not done."""
+    folder = shutil.copytree(done, tmp_path / "begun")
+    (results,) = folder.glob("*/seed0/results.json")
+    results.unlink()
+    return folder
+
+
+# Whose it is.
+
+
+def test_a_run_under_way_is_refused_to_another_and_free_when_it_is_killed(begun, capsys):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(begun)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(curvax.__file__).parents[1])},
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        said = complaint(capsys, "resume", begun)
+        assert f"process {holder.pid} on {socket.gethostname()} holds it" in said
+        assert "Wait until it ends, or stop it" in said
+        assert not list(begun.glob("*/seed0/results.json"))
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.communicate()
+    assert cli.main(["resume", str(begun)]) == 0
+    assert list(begun.glob("*/seed0/results.json"))
+
+
+def test_a_run_is_held_while_it_trains_and_what_holds_it_is_not_listed(begun, capsys, monkeypatch):
+    train, refused = compare.run, []
+
+    def look(experiments, seeds, folder, *rest, **options):
+        with pytest.raises(runs.RunError, match=f"process {os.getpid()} on "), runs.held(folder):
+            pass
+        refused.append(folder)
+        return train(experiments, seeds, folder, *rest, **options)
+
+    monkeypatch.setattr(compare, "run", look)
+    assert cli.main(["resume", str(begun)]) == 0
+    assert refused == [begun]
+    (listed,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("In ")]
+    assert "config.json, curves.png" in listed
+    assert ".lock" not in listed
+    with runs.held(begun):
+        pass
+
+
+@pytest.mark.skipif(runs.fcntl is None, reason="has no `flock`")
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EIO])
+def test_a_file_system_without_locks_is_no_obstacle(number, tmp_path, monkeypatch):
+    def fail(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(runs.fcntl, "flock", fail)
+    if number == errno.ENOLCK:
+        with runs.held(tmp_path), runs.held(tmp_path):
+            pass
+    else:
+        with pytest.raises(OSError, match=os.strerror(number)), runs.held(tmp_path):
+            pass
+
+
+# Where it goes, and how to come back to it.
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "bench"])
+def test_a_place_without_room_for_runs_is_met_before_the_preparation(
+    command, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(commands.Plan, "prepare", None)
+    (tmp_path / "file").touch()
+    said = complaint(capsys, command, TINY, "--runs", tmp_path / "file" / "runs")
+    assert f"no folder can be made in {tmp_path / 'file'} (Not a directory)" in said
+    assert "`--runs DIR`" in said
+
+
+def test_a_place_for_runs_is_looked_at_without_a_trace(tmp_path):
+    runs.check_root(tmp_path / "a" / "b")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("end", "status"), [(KeyboardInterrupt(), 130), (Stopped("it was asked to terminate."), 143)]
+)
+def test_a_run_that_is_stopped_says_how_to_go_on(end, status, begun, capsys, monkeypatch):
+    def stop(*_, **__):
+        raise end
+
+    monkeypatch.setattr(compare, "run", stop)
+    said = complaint(capsys, "resume", begun, status=status)
+    assert f"`curvax resume {begun}` goes on from " in said
+
+
+# Damaged.
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "cause"),
+    [
+        ("config.json", "{", "Expecting property name"),
+        ("config.json", "{}", "it holds no config"),
+        ("config.json", "[]", "it holds no config"),
+        ("plan.json", "", "Expecting value"),
+        ("plan.json", '{"x": 1}', "it holds no plan"),
+        ("plan.json", '{"command": "trian", "optimizers": []}', "it holds no plan"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named(name, text, cause, begun, capsys):
+    (begun / name).write_text(text)
+    said = complaint(capsys, "resume", begun)
+    assert f"{begun / name} is damaged ({cause}" in said
+    assert "or train anew" in said
