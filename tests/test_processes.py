@@ -265,6 +265,7 @@ def test_sigterm_to_one_saves_in_both(tmp_path):
     for status, said in ended(running):
         assert status == 143
         assert "asked to terminate after step" in said
+        assert f"`curvax resume {only(tmp_path, 'regime_run*')}` goes on from there" in said
     step = int(said.partition("after step ")[2].partition(".")[0])
     steps = {int(path.name) for path in tmp_path.glob("*/*/seed0/checkpoints/[0-9]*/")}
     assert step in steps
