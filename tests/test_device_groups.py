@@ -113,9 +113,10 @@ def assert_like_jit(tx_of, regime, batch, *, steps=1, **options):
     params = make_params()
     found, state = params, tx.init(params)
     expected, state_alone = params, alone.init(params)
+    step = partial(one_step, tx, **options)
+    mapped, (_, _, parts) = mapped_to_groups_of_two(regime, step, params, state, batch)
     for _ in range(steps):
-        step = partial(one_step, tx, **options)
-        found, state = on_groups_of_two(regime, step, found, state, batch)
+        found, state = mapped(found, state, parts)
         expected, state_alone = one_step(alone, expected, state_alone, batch, **options)
     jax.tree.map(partial(np.testing.assert_allclose, **TOLERANCE), found, expected)
     there, here = cx.diagnostics(state), cx.diagnostics(state_alone)

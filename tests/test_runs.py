@@ -2,7 +2,6 @@
 
 import errno
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -37,21 +36,12 @@ def complaint(capsys, *arguments, status=2):
     return said
 
 
-@pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    """The folder of a run that is done."""
-    root = tmp_path_factory.mktemp("done")
-    assert cli.main(["train", TINY, "--epochs=1", f"--runs={root}"]) == 0
-    (folder,) = root.iterdir()
-    return folder
-
-
 @pytest.fixture
-def begun(done, tmp_path):
-    """A copy of it that is not done."""
-    folder = shutil.copytree(done, tmp_path / "begun")
-    (results,) = folder.glob("*/seed0/results.json")
-    results.unlink()
+def begun(tmp_path):
+    """The folder of a run that was stopped before its first step."""
+    config = commands.configure(TINY, ["--epochs=1"])
+    folder = runs.create(tmp_path, "train", config)
+    runs.write_json(folder / "plan.json", commands.Plan("train", [config.optimizer])._asdict())
     return folder
 
 
@@ -75,8 +65,8 @@ def test_a_run_under_way_is_refused_to_another_and_free_when_it_is_killed(begun,
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.communicate()
-    assert cli.main(["resume", str(begun)]) == 0
-    assert list(begun.glob("*/seed0/results.json"))
+    with runs.held(begun):
+        pass
 
 
 def test_a_run_is_held_while_it_trains_and_what_holds_it_is_not_listed(begun, capsys, monkeypatch):
@@ -89,8 +79,10 @@ def test_a_run_is_held_while_it_trains_and_what_holds_it_is_not_listed(begun, ca
         return train(experiments, seeds, folder, *rest, **options)
 
     monkeypatch.setattr(compare, "run", look)
+    (begun / ".lock").write_text("process 1 on a host that is gone")
     assert cli.main(["resume", str(begun)]) == 0
     assert refused == [begun]
+    assert list(begun.glob("*/seed0/results.json"))
     (listed,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("In ")]
     assert "config.json, curves.png" in listed
     assert ".lock" not in listed
