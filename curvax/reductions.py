@@ -48,9 +48,9 @@ def refuse_shared_activations(
     Raises:
         ValueError: they do.
     """
-    pullback = jax.eval_shape(lambda p: jax.vjp(loss, p)[1], params)
+    value, pullback = jax.eval_shape(lambda p: jax.vjp(loss, p), params)
     backward = jax.make_jaxpr(lambda pull, cotangent: pull(cotangent))
-    for axes in _exchanges(backward(pullback, jax.eval_shape(loss, params)).jaxpr):
+    for axes in _exchanges(backward(pullback, value).jaxpr):
         if any(suspect <= axes for suspect in suspects):
             raise ValueError(
                 f"The devices along {sorted(axes)} count by the weights of their examples, and the "
