@@ -434,40 +434,6 @@ def test_integer_leaves_stay_outside_a_restriction():
     assert_trees_close({name: updates[name] for name in floats}, expected)
 
 
-@pytest.mark.parametrize("method", ["adahessian", "sam", "gsam", "look_sam"])
-def test_numbers_of_a_method_are_injected_by_name(method):
-    static = {"adahessian": ("probes",)}.get(method, ("p", "steps"))
-    given: dict[str, Any] = {
-        "adahessian": dict(learning_rate=0.1),
-        "sam": dict(base=optax.sgd(0.1), rho=0.1),
-        "gsam": dict(base=optax.sgd(0.1), rho=0.1, alpha=0.4),
-        "look_sam": dict(base=optax.sgd(0.1), rho=0.1),
-    }[method]
-    factory = getattr(cx, method)
-    updates, state = first_step(
-        optax.inject_hyperparams(factory, static_args=static)(**given), make_params()
-    )
-    assert_trees_close(updates, first_step(factory(**given), make_params())[0])
-    assert {name for name in given if name != "base"} <= set(state.hyperparams)
-
-
-@pytest.mark.parametrize(
-    ("factory", "given"),
-    [
-        (cx.sam_perturb, dict(rho=0.1)),
-        (cx.hutchinson_diag, {}),
-        (cx.spatial_average, dict(block=2)),
-        (cx.per_group, dict(m=2, stages=cx.sam_perturb(0.1))),
-    ],
-)
-def test_what_must_be_static_says_how_to_inject(factory, given):
-    injected = optax.inject_hyperparams(
-        factory, static_args=("sampler",) * ("sampler" in str(inspect.signature(factory)))
-    )
-    with pytest.raises(TypeError, match=rf"`{factory.__name__}`.*inject_hyperparams.*static_args="):
-        injected(**given).init(make_params())
-
-
 @pytest.mark.parametrize(
     "build",
     [

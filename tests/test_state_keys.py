@@ -168,7 +168,9 @@ def test_draws_are_those_of_the_typed_key(impl):
 def test_each_group_draws_by_its_number_from_a_key_of_any_kind(impl, sequential):
     """By hand: group g of step t draws from the key advanced t times, folded with g, step, shard."""
     key, fold = jax.random.key(5, impl=impl), jax.random.fold_in
-    tx = cx.per_group(4, cx.sam_perturb(0.3, ascent=cx.random_direction(key)), sequential=sequential)
+    tx = cx.per_group(
+        4, cx.sam_perturb(0.3, ascent=cx.random_direction(key)), sequential=sequential
+    )
     state = tx.init(PARAMS)
     run = jax.jit(lambda state: tx.update(PARAMS, state, PARAMS, value_fn=OBJECTIVE))
     for number in range(2):

@@ -9,6 +9,7 @@ from jax import lax
 
 from curvax import accumulation, axes, checks
 from curvax.axes import AxisNames
+from curvax.injection import injectable
 from curvax.keys import StateKeys
 from curvax.objective import Objective, as_objective, require_batch
 from curvax.signal import Signal, Stage, pipe, stage, weight_of
@@ -62,6 +63,7 @@ def _mean(signal: Signal, over: tuple[str, ...], weight: jax.Array | None) -> Si
     )  # fmt: skip
 
 
+@injectable
 def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool = False) -> Stage:
     """m-sharpness: groups of m examples each take the stages on their own, then the mean.
 

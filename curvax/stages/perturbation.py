@@ -14,6 +14,7 @@ from curvax import axes, checks, trees
 from curvax.axes import AxisNames
 from curvax.climbing import Climb, Rules, check_climb
 from curvax.figures import Figures, measured, unmeasured
+from curvax.injection import injectable
 from curvax.keys import DrawingKey
 from curvax.linalg import dual_norm
 from curvax.objective import Objective, as_objective
@@ -40,6 +41,7 @@ class SamState(NamedTuple):
     figures: Figures
 
 
+@injectable
 def sam_perturb(
     rho: Any,
     *,

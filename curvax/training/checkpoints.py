@@ -90,7 +90,8 @@ class Checkpoints(NoCheckpoints):
         """
         step = int(state.step)
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(_without_empty(state)), place=ocp.args.JsonSave({"data": place})
+            state=ocp.args.StandardSave(_without_empty(state)),
+            place=ocp.args.JsonSave({"data": place}),
         )
         try:
             _check_room(self.folder, state)

@@ -9,6 +9,7 @@ import optax
 
 from curvax import checks, trees
 from curvax.axes import AxisNames
+from curvax.injection import injectable
 from curvax.keys import DrawingKey
 from curvax.linalg import exact_diagonal
 from curvax.objective import Objective, as_objective
@@ -35,6 +36,7 @@ class DrawState(NamedTuple):
     """t, int32 scalar."""
 
 
+@injectable
 def hessian_matvec(
     *, mode: str = "auto", fraction: float = 1.0, precision: Any = "highest",
     mean_over: AxisNames = None,
@@ -62,6 +64,7 @@ def hessian_matvec(
     return _matvec("hessian_matvec", linearize, fraction, mean_over)
 
 
+@injectable
 def gauss_newton_matvec(
     *, fraction: float = 1.0, precision: Any = "highest", mean_over: AxisNames = None
 ) -> Stage:
@@ -81,6 +84,7 @@ def gauss_newton_matvec(
     return _matvec("gauss_newton_matvec", linearize, fraction, mean_over)
 
 
+@injectable
 def fisher_matvec(
     *, samples: int | None = None, key: jax.Array | int = 0, fraction: float = 1.0,
     precision: Any = "highest", mean_over: AxisNames = None,
@@ -106,6 +110,7 @@ def fisher_matvec(
     return _matvec("fisher_matvec", linearize, fraction, mean_over, draw)
 
 
+@injectable
 def empirical_fisher_matvec(
     *, fraction: float = 1.0, precision: Any = "highest", mean_over: AxisNames = None
 ) -> Stage:
