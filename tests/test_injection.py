@@ -88,7 +88,7 @@ BEFORE = {
 
 
 def two_steps(factory: Any, given: dict[str, Any], later: dict[str, float]) -> tuple[Any, int]:
-    """The updates of two steps under injection, numbers changed in between, and how often traced."""
+    """Two injected steps with numbers changed in between, and how often they were traced."""
     tx = optax.inject_hyperparams(factory)(**given)
     traces: list[None] = []
 

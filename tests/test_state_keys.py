@@ -166,7 +166,7 @@ def test_draws_are_those_of_the_typed_key(impl):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("sequential", [False, True])
 def test_each_group_draws_by_its_number_from_a_key_of_any_kind(impl, sequential):
-    """By hand: group g of step t draws from the key advanced t times, folded with g, step, shard."""
+    """By hand: the key advanced once a step, folded with group, step and piece of the batch."""
     key, fold = jax.random.key(5, impl=impl), jax.random.fold_in
     tx = cx.per_group(
         4, cx.sam_perturb(0.3, ascent=cx.random_direction(key)), sequential=sequential
@@ -268,7 +268,7 @@ def test_a_seed_keeps_the_kind_of_key_that_it_was_given_under():
 
 
 def test_a_restart_of_levenberg_marquardt_draws_as_at_the_start():
-    """λ at its ceiling cannot stop a step of 1e6: every step is undone, and the state starts anew."""
+    """Uphill steps are undone whatever λ, and from the second on the state starts anew."""
     inner = cx.fisher_matvec(samples=1, key=3) | cx.damp() | cx.solve(cx.cg(2)) | optax.sgd(-1e12)
     tx = cx.levenberg_marquardt(inner, 1.0)
     state = start = tx.init(PARAMS)
