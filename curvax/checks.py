@@ -104,8 +104,8 @@ def check_static(stage: str, /, **options: Any) -> None:
             raise TypeError(
                 f"`{name}` of `{stage}` decides what is computed and must be a plain Python value, "
                 f"known before tracing, and is an array of {value.dtype}. "
-                "`optax.inject_hyperparams` makes arrays of numbers; in curvax's own factories such "
-                "options stay plain, and for a factory of yours name those of them that it "
+                "`optax.inject_hyperparams` makes arrays of numbers; in curvax's own factories "
+                "such options stay plain, and for a factory of yours name those that it "
                 f"takes: `optax.inject_hyperparams(..., static_args={static!r})`."
             )
 

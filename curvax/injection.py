@@ -32,7 +32,7 @@ def injectable(factory: Callable[Options, Made]) -> Callable[Options, Made]:
     @functools.wraps(factory)
     def make(*args: Options.args, **options: Options.kwargs) -> Made:
         named = {name: _unwrapped(value) for name, value in options.items()}
-        return factory(*map(_unwrapped, args), **named)  # type: ignore[arg-type]
+        return factory(*map(_unwrapped, args), **named)
 
     parameters = list(own.parameters.values())
     signature = _Signature(parameters, return_annotation=own.return_annotation)

@@ -23,6 +23,10 @@ def is_key(x: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)
 
 
+def _default_impl() -> str:
+    return jax.config.jax_default_prng_impl  # type: ignore[attr-defined]
+
+
 class DrawingKey:
     """The key of a stage, in the form that its state keeps and in the one that it draws with.
 
@@ -32,7 +36,7 @@ class DrawingKey:
 
     def __init__(self, key: jax.Array | int):
         self._key, typed = key, is_key(key)
-        self._impl = jax.random.key_impl(key) if typed else jax.config.jax_default_prng_impl
+        self._impl = jax.random.key_impl(key) if typed else _default_impl()
 
     def initial(self) -> jax.Array:
         """The data of the key, uint32, in a buffer of its own: a donated state must not take along
