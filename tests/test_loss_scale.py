@@ -285,8 +285,8 @@ def test_apply_if_finite_skips_a_step_that_overflows():
 @pytest.mark.parametrize(
     ("scale", "error"),
     [
-        (0.0, ValueError), (-1.0, ValueError), (float("inf"), ValueError), (float("nan"), ValueError),
-        (jnp.ones(3), TypeError), ("8", TypeError), (True, TypeError),
+        (0.0, ValueError), (-1.0, ValueError), (float("inf"), ValueError),
+        (float("nan"), ValueError), (jnp.ones(3), TypeError), ("8", TypeError), (True, TypeError),
     ],
 )  # fmt: skip
 def test_what_is_no_scale_is_refused(scale, error):
