@@ -14,7 +14,7 @@ import curvax as cx
 from curvax.injection import STATIC
 
 BATCH = {"x": jax.random.normal(jax.random.key(1), (8, 4)), "y": jnp.arange(8) % 3}
-PARAMS = {"k": jax.random.normal(jax.random.key(2), (4, 3)), "b": jnp.full(3, 0.1)}
+PARAMS = {"k": jax.random.normal(jax.random.key(2), (4, 3)), "b": jnp.full(3, 0.1, float)}
 
 
 def predict(params: Any, batch: Any) -> jax.Array:
@@ -103,7 +103,8 @@ def two_steps(factory: Any, given: dict[str, Any], later: dict[str, float]) -> t
     first, state = step(state)
     hyperparams = dict(state.hyperparams)
     for name, value in later.items():
-        hyperparams[name] = jnp.asarray(value, hyperparams[name].dtype)
+        # In the place of the old one, weakly typed where Optax made it so.
+        hyperparams[name] = hyperparams[name] * 0 + value
     second, _ = step(state._replace(hyperparams=hyperparams))
     return (first, second), len(traces)
 
