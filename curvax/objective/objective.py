@@ -49,8 +49,15 @@ class Objective:
             of SAM, curvature products, gradients of examples), for models that compute in float16:
             a number or a traced scalar, such as the `scale` of Flax's `DynamicScale`. Results are
             divided by it in float32 or wider, which they keep where parameters are narrower; loss
-            and figures are never scaled. Too large a scale gives updates that are not finite: skip
-            that step and lower the scale.
+            and figures are never scaled.
+
+    With Flax's `DynamicScale`, a scale too large shows in the updates, since the second pass may
+    overflow where the first did not: skip that step and lower the scale.
+
+        objective = Objective(loss, batch, scale=dynamic_scale.scale)
+        new_scale, finite, _, grads = dynamic_scale.value_and_grad(objective)(params)
+        updates, new_state = tx.update(grads, state, params, value_fn=objective)
+        finite &= jnp.isfinite(optax.tree.norm(updates))
 
     Raises:
         ValueError: `microbatch` does not divide the batch, or options need a batch and have none,

@@ -67,7 +67,8 @@ def sam_perturb(
     Args:
         rho: ρ >= 0 in the units of the norm: a number, a traced one, a schedule; or a tree prefix
             of the parameters or a callable `path -> ρ`, for groups with a ρ of their own under
-            one norm over all leaves.
+            one norm over all leaves (`optax.inject_hyperparams` takes every callable for a
+            schedule: name this one, `static_args=("rho",)`).
         p: the norm of the ball, in [1, ∞].
         steps: ascent steps. The first has length ρ, later ones `step_size`.
         step_size: the length of later ascent steps, ρ/steps by default.
