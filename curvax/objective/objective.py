@@ -52,7 +52,8 @@ class Objective:
             and figures are never scaled.
 
     With Flax's `DynamicScale`, a scale too large shows in the updates, since the second pass may
-    overflow where the first did not: skip that step and lower the scale.
+    overflow where the first did not: skip that step and lower the scale. (`optax.apply_if_finite`
+    reads the gradient it is given: put it behind the stages, `sam(apply_if_finite(base, 3))`.)
 
         objective = Objective(loss, batch, scale=dynamic_scale.scale)
         new_scale, finite, _, grads = dynamic_scale.value_and_grad(objective)(params)

@@ -86,6 +86,13 @@ class ModelPass:
         """Jᵀ c for c like the outputs: a backward pass."""
         return self.objective.unscaled(self.model.pull(self.objective.scaled(cotangent)))
 
+    def pull_sum(self, cotangent: Tree, weight: jax.Array) -> Tree:
+        """Jᵀ c for c that counts each example fully, as the mean that a scale is chosen for does
+        not; `weight` is that of all examples."""
+        if self.objective.scale is None:
+            return self.pull(cotangent)
+        return trees.scale(weight, self.pull(trees.scale(1 / weight, cotangent)))
+
     def loss_and_gradient(self) -> LossAndGradient:
         """((L, aux), ∇L)"""
 

@@ -11,6 +11,7 @@ from curvax.objective import Objective, as_objective, require_batch
 from curvax.oracles.linearization import (
     LossAndGradient,
     at_precision,
+    at_unit_size,
     linearized,
     localized,
     unit_sized,
@@ -69,13 +70,22 @@ def _outer(objective: Objective, params: Tree) -> Product:
     """Σₙ wₙ gₙ gₙᵀ / Σₙ wₙ, over the whole batch in one piece."""
     params, local = localized(objective, params)
     losses, weight, push, transpose = linearized(lambda p: _losses(objective, p), params, local)
-    pull = lambda u: objective.unscaled(transpose(objective.scaled(u)))
+    pull = transpose if objective.scale is None else _scaled_pull(objective, transpose)
     w = jnp.full_like(losses, 1 / losses.size)
     if weight is not None:
         w = trees.ratio(weight, jnp.sum(weight)).astype(losses.dtype)
     scale = lambda x: jnp.sqrt(w) * x
     root = Root(lambda v: scale(push(v)), lambda u: pull(scale(u)), _shape(losses))
     return unit_sized(objective, Product(lambda v: pull(w * push(v)), root))
+
+
+def _scaled_pull(objective: Objective, pull: Callable[[jax.Array], Tree]) -> Any:
+    """`pull` of losses that are scaled, which count as they do in the mean that the scale is for."""
+
+    def pulled(u: jax.Array) -> Tree:
+        return trees.scale(u.size, objective.unscaled(pull(objective.scaled(u / u.size))))
+
+    return at_unit_size(objective, pulled)
 
 
 def _losses(objective: Objective, params: Tree) -> tuple[jax.Array, jax.Array | None]:

@@ -125,11 +125,12 @@ def _squared(
     def pulled(part: Objective) -> tuple[Any, Tree, Tree]:
         at, likelihood = model_pass(part, params), require_likelihood(part, "the diagonal")
         loss, gradient = at.loss_and_gradient()
-        root_weight = jnp.sqrt(likelihood.total_weight(part.batch))
+        weight = likelihood.total_weight(part.batch)
+        root_weight = jnp.sqrt(weight)
 
         def once(k: jax.Array) -> Tree:
             e = noise(likelihood, part.example_keys(k), at.outputs, part.batch)
-            x = at.pull(e.astype(at.outputs.dtype))
+            x = at.pull_sum(e.astype(at.outputs.dtype), weight)
             return jax.tree.map(lambda y: trees.ratio(trees.widen(y), root_weight), x)
 
         return loss, gradient, jax.vmap(once)(jax.random.split(key, probes))
