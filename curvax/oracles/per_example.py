@@ -80,7 +80,7 @@ def _outer(objective: Objective, params: Tree) -> Product:
 
 
 def _scaled_pull(objective: Objective, pull: Callable[[jax.Array], Tree]) -> Any:
-    """`pull` of losses that are scaled, which count as they do in the mean that the scale is for."""
+    """`pull` of scaled losses, which count as they do in the mean that the scale is for."""
 
     def pulled(u: jax.Array) -> Tree:
         return trees.scale(u.size, objective.unscaled(pull(objective.scaled(u / u.size))))
