@@ -3,7 +3,6 @@
 import sys
 from typing import Any
 
-import jax
 import optax
 
 from curvax import trees

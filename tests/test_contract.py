@@ -244,7 +244,7 @@ def first_step(tx: Any, params: Any, model: Any = predict, batch: Any = None) ->
 
 
 def mini_steps(tx: cx.Stage, params: Any) -> tuple[Any, Any, Any]:
-    """With `MultiSteps` behind: its updates as it waits and as it steps, and those of each batch."""
+    """With `MultiSteps` behind: its updates as it waits and steps, and those of each batch."""
     several = tx | optax.MultiSteps(optax.identity(), 2, accumulator_dtype=jnp.float64)
     batches = [make_batch(), jax.tree.map(lambda x: 0.5 * x[::-1] - 1, make_batch())]
     state, alone, both, each = several.init(params), tx.init(params), [], []
