@@ -94,15 +94,15 @@ def _inside_multi_steps() -> bool:
     """Whether a call of `MultiSteps.init` is below this one on the stack."""
     frame = sys._getframe()
     while frame := frame.f_back:  # type: ignore[assignment]
-        if frame.f_code is optax.MultiSteps.init.__code__:
-            if not _is_of_one(frame.f_locals["self"]):
-                return True
+        begins = frame.f_code is optax.MultiSteps.init.__code__
+        if begins and not _is_of_one(frame.f_locals["self"]):
+            return True
     return False
 
 
 def _is_of_one(steps: optax.MultiSteps) -> bool:
     """Whether every mini-step is a step: `MultiSteps(tx, 1)`, of an int and no schedule."""
-    k = getattr(steps, "_every_k_schedule", None)
+    k: Any = getattr(steps, "_every_k_schedule", None)
     constant = getattr(k, "__qualname__", "").startswith("MultiSteps.__init__")
     return constant and k(0) == 1
 
