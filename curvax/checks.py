@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from curvax import axes
+from curvax import axes, injection
 from curvax.products import Product, as_product
 from curvax.trees import Tree
 
@@ -100,10 +100,13 @@ def check_static(stage: str, /, **options: Any) -> None:
     """
     for name, value in options.items():
         if isinstance(value, jax.Array):
+            static = tuple(sorted({*injection.static_options(stage), *options}))
             raise TypeError(
-                f"`{name}` of `{stage}` decides what is computed and must be a plain Python value. "
-                "Under `inject_hyperparams`, name it among the static arguments of what you "
-                f"inject: `optax.inject_hyperparams(..., static_args=({name!r},))`."
+                f"`{name}` of `{stage}` decides what is computed and must be a plain Python value, "
+                f"known before tracing, and is an array of {value.dtype}. "
+                "`optax.inject_hyperparams` makes arrays of numbers; in curvax's own factories "
+                "such options stay plain, and for a factory of yours name those that it "
+                f"takes: `optax.inject_hyperparams(..., static_args={static!r})`."
             )
 
 

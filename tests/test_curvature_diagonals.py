@@ -122,7 +122,7 @@ def test_fisher_diag_is_the_square_of_one_gradient_on_drawn_labels():
     tx = cx.fisher_diag(3)
     state = tx.init(params)
     signal, _ = signal_of(tx, value_fn, params, state)
-    (key,) = jax.random.split(jax.random.fold_in(state.key, 0), 1)
+    (key,) = jax.random.split(jax.random.fold_in(jax.random.wrap_key_data(state.key), 0), 1)
     outputs = net(params, value_fn.batch)
     labels = value_fn.loss.sample(value_fn.example_keys(key), outputs, value_fn.batch)
     log_p = lambda p: jax.nn.log_softmax(net(p, value_fn.batch))[jnp.arange(8), labels]
@@ -211,7 +211,7 @@ def test_fisher_matvec_with_samples_is_fvp_with_the_same_keys():
     tx = cx.fisher_matvec(samples=3, key=9)
     state = tx.init(params)
     v = jax.tree.map(jnp.ones_like, params)
-    key = jax.random.fold_in(state.key, 0)
+    key = jax.random.fold_in(jax.random.key(9), 0)
     expected = cx.fvp(value_fn, params, samples=3, key=key)(v)
     assert_trees_close(signal_of(tx, value_fn, params, state)[0].matvec(v), expected, 1e-13)
 

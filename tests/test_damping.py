@@ -425,8 +425,9 @@ def test_errors_show_what_to_write():
         cx.damp("1e-3")
     with pytest.raises(ValueError, match="stays 0"):
         cx.levenberg_marquardt(fisher_solve(), 0.0)
+    own = lambda rate, solver: cx.natural_gradient(rate, solver=solver)
     with pytest.raises(TypeError, match=r'static_args=\("solver",\)'):
-        optax.inject_hyperparams(cx.natural_gradient)(1.0).init(net_params())
+        optax.inject_hyperparams(own)(1.0, cx.cg(3)).init(net_params())
     with pytest.raises(ValueError, match="'hessian'"):
         cx.exact_diag("hesian")
     with pytest.raises(ValueError, match="lag"):

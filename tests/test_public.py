@@ -19,7 +19,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 FLOORS = [
     {"trees", "roles", "compat"},
     {"axes"},
-    {"accumulation", "reductions", "products", "memory"},
+    {"accumulation", "reductions", "products", "memory", "keys", "injection"},
     {"checks"},
     {"likelihoods"},
     {"objective"},

@@ -217,9 +217,7 @@ def test_a_killed_run_resumes_bit_for_bit(experiment, reference, tmp_path):
 def test_keys_inside_the_optimiser_state_are_kept(tmp_path):
     experiment = build(changed(optimizer="adahessian(lr, key=seed)", seed=7))
     state = experiment.init()
-    keys = [
-        x for x in jax.tree.leaves(state.opt_state) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-    ]
+    keys = [x for x in jax.tree.leaves(state.opt_state) if x.dtype == jnp.uint32]
     assert len(keys) == 1
     Checkpoints(tmp_path).save(state, {"next": [1, 2]})
     restored, place = Checkpoints(tmp_path).restore(
@@ -227,6 +225,50 @@ def test_keys_inside_the_optimiser_state_are_kept(tmp_path):
     )
     assert_same_bits(restored, state)
     assert place == {"next": [1, 2]}
+
+
+def test_a_checkpoint_with_typed_keys_of_an_earlier_version_is_read(tmp_path):
+    experiment = build(changed(optimizer="adahessian(lr, key=seed)", seed=7))
+    state = experiment.init()
+    typed = lambda x: jax.random.wrap_key_data(x) if x.dtype == jnp.uint32 else x
+    Checkpoints(tmp_path).save(state._replace(opt_state=jax.tree.map(typed, state.opt_state)), {})
+    restored, _ = Checkpoints(tmp_path).restore(experiment.shapes)
+    kinds = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    assert kinds(restored) == kinds(state)
+    assert_same_bits(restored, state)
+
+
+def test_an_array_of_no_entries_is_kept(tmp_path):
+    experiment = build(changed())
+    empty = {"seen": jnp.zeros((0, 3)), "ids": jnp.zeros(0, jnp.int32)}
+    state = experiment.init()._replace(model_state=empty)
+    Checkpoints(tmp_path).save(state, {})
+    restored, _ = Checkpoints(tmp_path).restore(state)
+    assert_same_bits(restored, state)
+    assert restored.model_state["seen"].shape == (0, 3)
+    assert restored.model_state["ids"].dtype == jnp.int32
+
+
+@pytest.mark.parametrize(
+    ("error", "cure"),
+    [
+        (OSError(28, "No space left on device"), "Make room"),
+        (OSError(122, "Disk quota exceeded"), "Make room"),
+        (ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device"), "Make room"),
+        (PermissionError(13, "Permission denied"), "Let the run write"),
+        (ValueError("Unsupported type: <class 'str'> for key: ('a',)."), "disk is not the cause"),
+    ],
+)
+def test_what_kept_a_checkpoint_from_disk_is_told_as_it_is(error, cure, tmp_path, monkeypatch):
+    def fail(self, step, **_):
+        raise error
+
+    monkeypatch.setattr(checkpoints.ocp.CheckpointManager, "save", fail)
+    state = build(changed()).init()
+    with pytest.raises(CheckpointError, match=cure) as told:
+        Checkpoints(tmp_path).save(state, {})
+    assert ("Make room" in str(told.value)) == (cure == "Make room")
+    assert str(error.args[-1])[:20] in str(told.value)
 
 
 def test_a_run_that_is_done_is_read_not_run(experiment, reference, monkeypatch):

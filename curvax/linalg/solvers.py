@@ -104,7 +104,8 @@ class Solver:
             raise TypeError(
                 "A solver is called with a product and a vector, `solver(product, b)`, and got "
                 f"{product!r} as the product. `optax.inject_hyperparams` takes every callable for "
-                'a schedule: name it, `inject_hyperparams(..., static_args=("solver",))`.'
+                "a schedule but in curvax's own factories: name it in yours, "
+                '`inject_hyperparams(..., static_args=("solver",))`.'
             )
         return self.solve(product, b, self.init(b), diagonal=diagonal, score=score)[0]
 

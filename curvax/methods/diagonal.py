@@ -7,6 +7,7 @@ import optax
 
 from curvax import checks, stages
 from curvax.axes import AxisNames
+from curvax.injection import injectable
 from curvax.linalg import rademacher
 from curvax.signal import Stage, pipe
 from curvax.stages import (
@@ -21,6 +22,7 @@ from curvax.stages import (
 )
 
 
+@injectable
 def adahessian(
     learning_rate: Any,
     b1: Any = 0.9,
@@ -56,6 +58,7 @@ def adahessian(
     )  # fmt: skip
 
 
+@injectable
 def diagonal_natural_gradient(
     learning_rate: Any,
     b1: Any = 0.0,
@@ -87,6 +90,7 @@ def diagonal_natural_gradient(
     )  # fmt: skip
 
 
+@injectable
 def sophia_h(
     learning_rate: Any,
     b1: Any = 0.965,
@@ -120,6 +124,7 @@ def sophia_h(
     )  # fmt: skip
 
 
+@injectable
 def sophia_g(
     learning_rate: Any,
     b1: Any = 0.965,

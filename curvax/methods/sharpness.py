@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import optax
 
 from curvax.axes import AxisNames
+from curvax.injection import injectable
 from curvax.signal import Stage, pipe
 from curvax.stages import gsam_project, keep_orthogonal, pmean_updates, sam_perturb
 
@@ -30,6 +31,7 @@ def _with_options_of(factory: Callable[..., Stage]) -> Callable[[Method], Method
     return spell
 
 
+@injectable
 @_with_options_of(sam_perturb)
 def sam(
     base: optax.GradientTransformation,
@@ -47,6 +49,7 @@ def sam(
     return pipe(sam_perturb(rho, **options), pmean_updates(mean_over), base)
 
 
+@injectable
 @_with_options_of(sam_perturb)
 def gsam(
     base: optax.GradientTransformation,
@@ -71,6 +74,7 @@ def gsam(
     )
 
 
+@injectable
 @_with_options_of(sam_perturb)
 def look_sam(
     base: optax.GradientTransformation,

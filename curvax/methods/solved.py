@@ -6,6 +6,7 @@ import jax
 import optax
 
 from curvax.axes import AxisNames
+from curvax.injection import injectable
 from curvax.linalg import Solver, cg
 from curvax.signal import Stage, pipe
 from curvax.stages import (
@@ -24,6 +25,7 @@ NEWTON = cg(50, tol=1e-4)
 MARTENS = cg(250, tol=0.0, progress=5e-4, warm_start=0.95, backtrack=True)
 
 
+@injectable
 def natural_gradient(
     learning_rate: Any = 1.0,
     *,
@@ -60,6 +62,7 @@ def natural_gradient(
     return _solved(matvec, learning_rate, damping, solver, momentum, radius, adaptive, mean_over)
 
 
+@injectable
 def gauss_newton(
     learning_rate: Any = 1.0,
     *,
@@ -82,6 +85,7 @@ def gauss_newton(
     return _solved(matvec, learning_rate, damping, solver, momentum, radius, adaptive, mean_over)
 
 
+@injectable
 def hessian_free(
     learning_rate: Any = 1.0,
     *,
@@ -103,6 +107,7 @@ def hessian_free(
     return _solved(matvec, learning_rate, damping, solver, None, None, True, mean_over)
 
 
+@injectable
 def newton_cg(
     learning_rate: Any = 1.0,
     *,

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from curvax import accumulation, axes, reductions
+from curvax import accumulation, axes, reductions, trees
 from curvax.likelihoods import Likelihood
 from curvax.memory import Given, Memory
 from curvax.objective import validation
@@ -45,11 +45,24 @@ class Objective:
             where the loss is a weighted mean (the number of unmasked tokens, say). Micro-batches,
             groups and devices are then averaged by weight. A likelihood with a mask or weights
             brings its own.
+        scale: what the loss is multiplied by in every pass that is differentiated (both gradients
+            of SAM, curvature products, gradients of examples), for models that compute in float16:
+            a number or a traced scalar, such as the `scale` of Flax's `DynamicScale`. Results are
+            divided by it in float32 or wider, which they keep where parameters are narrower; loss
+            and figures are never scaled.
+
+    With Flax's `DynamicScale`, a scale too large shows in the updates, since the second pass may
+    overflow where the first did not: skip that step and lower the scale.
+
+        objective = Objective(loss, batch, scale=dynamic_scale.scale)
+        new_scale, finite, _, grads = dynamic_scale.value_and_grad(objective)(params)
+        updates, new_state = tx.update(grads, state, params, value_fn=objective)
+        finite &= jnp.isfinite(optax.tree.norm(updates))
 
     Raises:
         ValueError: `microbatch` does not divide the batch, or options need a batch and have none,
-            or a likelihood has no `model`.
-        TypeError: `key` is no typed key.
+            or a likelihood has no `model`, or `scale` is not positive.
+        TypeError: `key` is no typed key, or `scale` no scalar.
     """
 
     def __init__(
@@ -62,9 +75,10 @@ class Objective:
         key: jax.Array | None = None,
         microbatch: int | None = None,
         weight: Callable[[Tree], Any] | str | None = None,
+        scale: Any = None,
     ):
         self.loss, self.batch, self.model, self.has_aux = loss, batch, model, has_aux
-        self.key, self.microbatch, self.weight = key, microbatch, weight
+        self.key, self.microbatch, self.weight, self.scale = key, microbatch, weight, scale
         self._memory = Memory()
         self._local: dict[Any, frozenset[str]] = {}
         self._part: tuple[Any, int] = (0, 1)
@@ -72,6 +86,7 @@ class Objective:
         self.joined: tuple[axes.Along, ...] = ()
         validation.check_halves(loss, batch, model)
         validation.check_options(batch, model, key, microbatch, weight)
+        validation.check_scale(scale)
         if microbatch is not None:
             accumulation.check_divides(self.size, microbatch, "`Objective(microbatch=)`")
 
@@ -209,8 +224,32 @@ class Objective:
         """((L(θ), aux), ∇L(θ)), where aux is None without `has_aux`."""
         here = axes.vary(params, self.local_axes(params) | set(self.joined))
         own = self.apart()
-        out = own.average(lambda part: jax.value_and_grad(part.evaluate, has_aux=True)(here))
-        return self.group_mean(out)
+        return self.group_mean(own.average(lambda part: part._value_aux_and_grad(here)))
+
+    def _value_aux_and_grad(self, params: Tree) -> tuple[tuple[jax.Array, Any], Tree]:
+        """The same of the whole batch in one piece."""
+        if self.scale is None:
+            return jax.value_and_grad(self.evaluate, has_aux=True)(params)
+
+        def scaled(params: Tree) -> tuple[jax.Array, Any]:
+            value, aux = self.evaluate(params)
+            return self.scaled(value), (value, aux)
+
+        (_, loss), grads = jax.value_and_grad(scaled, has_aux=True)(params)
+        return loss, self.unscaled(grads)
+
+    def scaled(self, tree: Tree) -> Tree:
+        """What is to be pulled back, times `scale`, in float32 or wider; itself without a scale."""
+        if self.scale is None:
+            return tree
+        return trees.scale(self.scale, trees.wide(tree))
+
+    def unscaled(self, tree: Tree) -> Tree:
+        """What was pulled back from something scaled, in float32 or wider."""
+        if self.scale is None:
+            return tree
+        by = lambda x: (x / self.scale).astype(x.dtype)
+        return jax.tree.map(by, trees.wide(tree))
 
     def evaluate(self, params: Tree) -> tuple[jax.Array, Any]:
         """(L(θ), aux) of the whole batch in one piece."""

@@ -1,5 +1,6 @@
 """What the halves and the options of an objective must be, and what a loss must return."""
 
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +49,29 @@ def check_options(batch: Tree, model: Any, key: Any, microbatch: Any, weight: An
         )
     if key is not None:
         check_key(key, "`Objective(key=)`")
+
+
+def check_scale(scale: Any) -> None:
+    """Refuses a scale of the loss that is no positive scalar; traced ones pass by their shape.
+
+    Raises:
+        TypeError: it is no real scalar.
+        ValueError: it is zero, negative or not finite.
+    """
+    if scale is None:
+        return
+    number = isinstance(scale, numbers.Real) and not isinstance(scale, bool)
+    array = hasattr(scale, "dtype") and jnp.shape(scale) == ()
+    if not number and not (array and jnp.issubdtype(scale.dtype, jnp.number)):
+        raise TypeError(
+            "`Objective(scale=)` multiplies the loss and takes a number or a scalar array, such as "
+            f"`dynamic_scale.scale`, and got {scale!r}."
+        )
+    if number and not 0 < float(scale) < float("inf"):
+        raise ValueError(
+            "`Objective(scale=)` multiplies the loss, and its gradients are divided by it: it must "
+            f"be positive and finite, and is {scale}. Powers of two, such as 2.0**15, are exact."
+        )
 
 
 def check_key(key: Any, where: str) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from curvax import trees
 from curvax.likelihoods import Likelihood
 from curvax.objective import Objective, as_objective, require_model
 from curvax.oracles.hessian import linearized_gradient
@@ -15,6 +16,7 @@ from curvax.oracles.linearization import (
     at_precision,
     linearized,
     localized,
+    unit_sized,
 )
 from curvax.products import Product, Root
 from curvax.trees import Tree
@@ -72,30 +74,47 @@ class ModelPass:
     objective: Objective
     model: Linearized
 
+    kinds: Tree
+    """A tree of arrays or shapes with the dtypes in which the model gives its outputs."""
+
     @property
     def outputs(self) -> Tree:
-        """z, for the whole batch."""
+        """z, for the whole batch; where the loss is scaled, in float32 or wider."""
         return self.model.value
 
     def pull(self, cotangent: Tree) -> Tree:
         """Jᵀ c for c like the outputs: a backward pass."""
-        return self.model.pull(cotangent)
+        return self.objective.unscaled(self.model.pull(self.objective.scaled(cotangent)))
 
     def loss_and_gradient(self) -> LossAndGradient:
         """((L, aux), ∇L)"""
-        value, cotangent = jax.value_and_grad(self.objective.loss_of)(self.outputs)
-        return (value, self.model.aux), self.pull(cotangent)
+
+        def scaled(z: Tree) -> tuple[jax.Array, jax.Array]:
+            value = self.objective.loss_of(trees.cast_like(z, self.kinds))
+            return self.objective.scaled(value), value
+
+        (_, value), cotangent = jax.value_and_grad(scaled, has_aux=True)(self.outputs)
+        return (value, self.model.aux), self.objective.unscaled(self.model.pull(cotangent))
 
     def product(self, metric: Metric, *beside: Tree) -> Product:
         """v ↦ Jᵀ M J v, where M = `metric(objective, outputs, *beside)`."""
         inner = metric(self.objective, self.outputs, *beside)
-        return inner.within(self.model.push, self.model.pull)
+        return unit_sized(self.objective, inner.within(self.model.push, self.pull))
 
 
 def model_pass(objective: Objective, params: Tree) -> ModelPass:
     """The objective's model linearised at `params`, over the whole batch in one piece."""
     params, local = localized(objective, params)
-    return ModelPass(objective, linearized(objective.outputs, params, local))
+    kinds: Tree = None
+
+    def outputs(params: Tree) -> tuple[Tree, Any]:
+        nonlocal kinds
+        z, aux = objective.outputs(params)
+        kinds = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), z)
+        return z if objective.scale is None else trees.wide(z), aux
+
+    model = linearized(outputs, params, local)
+    return ModelPass(objective, model, kinds)
 
 
 def linearized_product(

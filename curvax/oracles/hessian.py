@@ -11,6 +11,7 @@ from curvax.objective import Objective, as_objective
 from curvax.oracles.linearization import (
     LossAndGradient,
     at_precision,
+    at_unit_size,
     calls,
     localized,
     tangent,
@@ -76,6 +77,7 @@ def linearized_gradient(
     """(((L, aux), ∇L), v ↦ H v) at `params`, one linearisation for all."""
     own = objective.apart()
     out, product = _own_linearized(own, *localized(own, params), mode)
+    product = at_unit_size(own, product)
     return objective.group_mean(out), lambda v: objective.group_mean(product(v))
 
 
@@ -135,7 +137,7 @@ def _forward_linearized(objective: Objective, params: Tree) -> tuple[LossAndGrad
 def _reverse_linearized(objective: Objective, params: Tree) -> tuple[LossAndGradient, Matvec]:
     # H is symmetric: the transpose that reverse mode gives is the product itself.
     grads, pull, loss = jax.vjp(_gradient_of(objective), params, has_aux=True)
-    return (loss, grads), lambda v: pull(v)[0]
+    return (loss, grads), lambda v: objective.unscaled(pull(objective.scaled(v))[0])
 
 
 def _by_mode(

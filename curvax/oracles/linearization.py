@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -82,6 +83,30 @@ def at_precision(precision: Any, product: Product) -> Product:
     if root is not None:
         root = root._replace(forward=wrap(root.forward), transpose=wrap(root.transpose))
     return dataclasses.replace(product, curvature=wrap(product.curvature), root=root)
+
+
+def at_unit_size(objective: Objective, f: Callable[[Tree], Tree]) -> Callable[[Tree], Tree]:
+    """The linear map f, applied to v over a power of two near its largest entry, where the loss is
+    scaled: passes in half precision would lose what is small in v, as they would of the loss."""
+    if objective.scale is None:
+        return f
+
+    def sized(v: Tree) -> Tree:
+        peaks = [jnp.max(jnp.abs(trees.widen(x)), initial=0.0) for x in jax.tree.leaves(v)]
+        _, exponent = jnp.frexp(jnp.max(jnp.stack(peaks)) if peaks else jnp.zeros(()))
+        size = jnp.ldexp(jnp.ones(()), jnp.clip(exponent, -100, 100))
+        return trees.scale(size, f(trees.scale(1 / size, v)))
+
+    return sized
+
+
+def unit_sized(objective: Objective, product: Product) -> Product:
+    """The product with every application `at_unit_size`."""
+    sized, root = partial(at_unit_size, objective), product.root
+    if root is not None:
+        forward, transpose = sized(root.forward), sized(root.transpose)
+        root = root._replace(forward=forward, transpose=transpose)
+    return dataclasses.replace(product, curvature=sized(product.curvature), root=root)
 
 
 def calls(primitive: str, f: Callable[[Tree], Any], params: Tree) -> bool:

@@ -8,7 +8,13 @@ import jax.numpy as jnp
 
 from curvax import trees
 from curvax.objective import Objective, as_objective, require_batch
-from curvax.oracles.linearization import LossAndGradient, at_precision, linearized, localized
+from curvax.oracles.linearization import (
+    LossAndGradient,
+    at_precision,
+    linearized,
+    localized,
+    unit_sized,
+)
 from curvax.products import Product, Root
 from curvax.trees import Tree
 
@@ -62,13 +68,14 @@ def _linearized(objective: Objective, params: Tree) -> Product:
 def _outer(objective: Objective, params: Tree) -> Product:
     """Σₙ wₙ gₙ gₙᵀ / Σₙ wₙ, over the whole batch in one piece."""
     params, local = localized(objective, params)
-    losses, weight, push, pull = linearized(lambda p: _losses(objective, p), params, local)
+    losses, weight, push, transpose = linearized(lambda p: _losses(objective, p), params, local)
+    pull = lambda u: objective.unscaled(transpose(objective.scaled(u)))
     w = jnp.full_like(losses, 1 / losses.size)
     if weight is not None:
         w = trees.ratio(weight, jnp.sum(weight)).astype(losses.dtype)
     scale = lambda x: jnp.sqrt(w) * x
     root = Root(lambda v: scale(push(v)), lambda u: pull(scale(u)), _shape(losses))
-    return Product(lambda v: pull(w * push(v)), root)
+    return unit_sized(objective, Product(lambda v: pull(w * push(v)), root))
 
 
 def _losses(objective: Objective, params: Tree) -> tuple[jax.Array, jax.Array | None]:

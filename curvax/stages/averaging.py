@@ -1,15 +1,15 @@
 """Averages: over devices, and over groups of examples that each take the stages on their own."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax import lax
 
 from curvax import accumulation, axes, checks, order, trees
 from curvax.axes import AxisNames
+from curvax.injection import injectable
+from curvax.keys import StateKeys
 from curvax.objective import Objective, as_objective, require_batch
 from curvax.signal import Signal, Stage, pipe, stage, weight_of
 from curvax.trees import Tree, is_float
@@ -62,6 +62,7 @@ def _mean(signal: Signal, over: tuple[str, ...], weight: jax.Array | None) -> Si
     )  # fmt: skip
 
 
+@injectable
 def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool = False) -> Stage:
     """m-sharpness: groups of m examples each take the stages on their own, then the mean.
 
@@ -110,19 +111,20 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
         # The caller's loss and gradient are those of the whole batch.
         extra = {name: x for name, x in extra.items() if name not in ("value", "grad")}
         averaged: frozenset[str] = frozenset()
+        keys = StateKeys(inner.init, params)
 
         def one(i: jax.Array, batch: Tree) -> tuple[Any, jax.Array | None]:
             nonlocal averaged
             group = objective.piece(batch, i, count)
             (value, aux), gradient = group.value_aux_and_grad(params)
             given = Signal(gradient, gradient, value=value, aux=aux, local=local)
-            start = _map_keys(lambda key: jax.random.fold_in(key, first * count + i), state)
+            start = keys.map(lambda key: jax.random.fold_in(key, first * count + i), state)
             out, new = inner.update(given, start, params, value_fn=group, **extra)
             averaged = out.averaged - out.local
             diagonal = None if local and weight is not None else out.diagonal
             # Keys and axis names do not average; both are put back below.
             out = out._replace(diagonal=diagonal, matvec=None, local=None, averaged=None)
-            return (out, _map_keys(lambda key: False, new)), group.batch_weight()
+            return (out, keys.without(new)), group.batch_weight()
 
         out, new = over_groups(one, groups, count)
         whole = averaged.union(axis for axis in within if isinstance(axis, str))
@@ -130,9 +132,9 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
         if weight is not None:
             # What devices shared has been averaged over groups by each one's own weights.
             out = _mean(out, tuple(axis for axis in axes.manual() if axis in averaged), weight)
-        new = jax.tree.map(lambda x, old: _settled(x, old, objective, local), new, state)
-        advanced = lambda x, old: jax.random.fold_in(old, shards * count) if _is_key(old) else x
-        return out, jax.tree.map(advanced, new, state)
+        advanced = keys.map(lambda key: jax.random.fold_in(key, shards * count), state)
+        new = keys.put_back(advanced, new)
+        return out, jax.tree.map(lambda x, old: _settled(x, old, objective, local), new, state)
 
     return stage(inner.init, rule, replaces_gradient=True)
 
@@ -167,23 +169,13 @@ def _devices_of_a_group(m: int, objective: Objective) -> tuple[axes.Along, ...]:
 
 
 def _settled(x: jax.Array, old: jax.Array, objective: Any, local: frozenset[str]) -> jax.Array:
-    """A moment or figure of the groups, the same on every device if it was so before.
+    """A moment, figure or key after the groups, the same on every device if it was so before.
 
     The mean, or the last group's of what has none. Where types do not tell, moments that all
     devices share already are averaged once more, and counts are taken to be shared.
     """
-    if _is_key(old):
-        return x
     own = axes.varying(x) - axes.varying(old) if axes.tracked() else local | set(objective.joined)
     over = tuple(axis for axis in axes.manual() if axis in own)
     if over and axes.tracked() and not is_float(x):
         return axes.last(x, over)
     return axes.mean(x, over, objective.batch_weight())
-
-
-def _is_key(x: Any) -> bool:
-    return jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)
-
-
-def _map_keys(f: Callable[[jax.Array], Any], state: Any) -> Any:
-    return jax.tree.map(lambda x: f(x) if _is_key(x) else x, state)

@@ -14,6 +14,8 @@ from curvax import axes, checks, order, trees
 from curvax.axes import AxisNames
 from curvax.climbing import Climb, Rules, check_climb
 from curvax.figures import Figures, measured, unmeasured
+from curvax.injection import injectable
+from curvax.keys import DrawingKey
 from curvax.linalg import dual_norm
 from curvax.objective import Objective, as_objective
 from curvax.signal import Signal, Stage, at, stage
@@ -35,10 +37,11 @@ class SamState(NamedTuple):
     step: jax.Array
     """t, int32 scalar."""
     keys: tuple[jax.Array, ...]
-    """The typed keys of ascents that draw."""
+    """The data of the keys of ascents that draw, uint32."""
     figures: Figures
 
 
+@injectable
 def sam_perturb(
     rho: Any,
     *,
@@ -64,7 +67,8 @@ def sam_perturb(
     Args:
         rho: ρ >= 0 in the units of the norm: a number, a traced one, a schedule; or a tree prefix
             of the parameters or a callable `path -> ρ`, for groups with a ρ of their own under
-            one norm over all leaves.
+            one norm over all leaves (`optax.inject_hyperparams` takes every callable for a
+            schedule: name this one, `static_args=("rho",)`).
         p: the norm of the ball, in [1, ∞].
         steps: ascent steps. The first has length ρ, later ones `step_size`.
         step_size: the length of later ascent steps, ρ/steps by default.
@@ -96,8 +100,7 @@ def sam_perturb(
     def init(params: Tree) -> SamState:
         trees.require_floating(params, "sam_perturb")
         _warn_of_half_precision(params)
-        # Copies: a donated state must not take along the keys that the rule was made with.
-        keys = tuple(jnp.copy(key) for key in Rules(ascent, p, mask, params).keys)
+        keys = tuple(DrawingKey(key).initial() for key in Rules(ascent, p, mask, params).keys)
         return SamState(jnp.zeros((), jnp.int32), keys, unmeasured(*FIGURES))
 
     def rule(
@@ -112,11 +115,13 @@ def sam_perturb(
         value = jnp.asarray(jnp.nan if signal.value is None else signal.value, float)
         value = axes.vary(value, local)
         sync = axes.bound(sync_over, where="`sam_perturb(sync_over=)`")
+        rules = Rules(ascent, p, mask, params)
+        keys = tuple(DrawingKey(key).of(kept) for key, kept in zip(rules.keys, state.keys))
         climb = Climb(
             objective=objective,
             params=axes.vary(params, local),
-            rules=Rules(ascent, p, mask, params),
-            keys=_drawn(state, objective, local - set(sync)),
+            rules=rules,
+            keys=_drawn(keys, state.step, objective, local - set(sync)),
             radius=radius,
             steps=steps,
             step_size=at(step_size, state.step),
@@ -151,11 +156,13 @@ def sam_perturb(
     return stage(init, rule, replaces_gradient=True)
 
 
-def _drawn(state: SamState, objective: Objective, local: frozenset[str]) -> tuple[jax.Array, ...]:
+def _drawn(
+    keys: tuple[jax.Array, ...], step: jax.Array, objective: Objective, local: frozenset[str]
+) -> tuple[jax.Array, ...]:
     """This step's keys on this piece of the global batch, as cut along the axes `local`."""
     shard, _ = objective.shard_number(local)
     fold = jax.random.fold_in
-    return tuple(fold(fold(key, state.step), shard) for key in state.keys)
+    return tuple(fold(fold(key, step), shard) for key in keys)
 
 
 def _largest(radius: Tree) -> jax.Array:

@@ -13,12 +13,14 @@ import jax.numpy as jnp
 import optax
 
 from curvax import trees
+from curvax.injection import injectable
 from curvax.objective import as_objective
 from curvax.products import Product, as_product
 from curvax.signal import Signal, Stage, containing, step
 from curvax.trees import Tree
 
 
+@injectable
 def partition(stages_by_label: Mapping[Any, optax.GradientTransformation], labels: Any) -> Stage:
     """Stages by label: AdaHessian for the rest while Adagrad trains the embeddings, say.
 
@@ -53,6 +55,7 @@ def partition(stages_by_label: Mapping[Any, optax.GradientTransformation], label
     return containing(init, rule, *stages_by_label.values())
 
 
+@injectable
 def restrict(stages: optax.GradientTransformation, mask: Any) -> Stage:
     """The stages on some leaves only; the updates of the others pass as they are.
 

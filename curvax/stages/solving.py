@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from curvax import checks, trees
 from curvax.figures import Figures, measured, unmeasured
+from curvax.injection import injectable
 from curvax.linalg import Solver
 from curvax.linalg.solvers import check_solver
 from curvax.objective import Objective
@@ -64,6 +65,7 @@ class SolveState(NamedTuple):
     figures: Figures
 
 
+@injectable
 def solve(solver: Solver) -> Stage:
     """Replaces the gradient by the solution of a linear system with the curvature.
 

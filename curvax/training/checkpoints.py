@@ -1,23 +1,31 @@
 """Checkpoints of a run: state and place in the data, written whole or not at all, by Orbax."""
 
+import errno
 import shutil
 import textwrap
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
+from curvax.keys import is_key
 from curvax.training import processes, seals
 from curvax.training.experiment import Experiment
 from curvax.training.quiet import silent_log
 from curvax.training.step import State
+from curvax.trees import Tree
 
 _OWN_FILES = 2**18  # bytes; a checkpoint of a small model took 1.5e5 beside its arrays
 
 
 class CheckpointError(OSError):
     """A checkpoint that could not be written or read; the others are untouched."""
+
+
+class _DiskFull(OSError):
+    """Not even begun."""
 
 
 class NoCheckpoints:
@@ -42,7 +50,8 @@ class Checkpoints(NoCheckpoints):
 
     A checkpoint is on disk before the next step begins, so that a full disk is met where it can
     still be answered, and donated buffers are never read late. Those that are `read_only` may
-    belong to a run that goes on.
+    belong to a run that goes on. Arrays of no entries, which Orbax refuses, are left out and made
+    anew.
     """
 
     def __init__(self, folder: Path, keep: int = 2, *, read_only: bool = False):
@@ -76,12 +85,13 @@ class Checkpoints(NoCheckpoints):
         """Writes the state and the place in the data (anything that JSON can hold).
 
         Raises:
-            CheckpointError: the disk is full or cannot be written.
+            CheckpointError: the disk is full or cannot be written, or Orbax cannot keep a leaf.
             JaxRuntimeError: not the disk failed, but a device or another process.
         """
         step = int(state.step)
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), place=ocp.args.JsonSave({"data": place})
+            state=ocp.args.StandardSave(_without_empty(state)),
+            place=ocp.args.JsonSave({"data": place}),
         )
         try:
             _check_room(self.folder, state)
@@ -96,13 +106,14 @@ class Checkpoints(NoCheckpoints):
                 shutil.rmtree(unfinished, ignore_errors=True)
             raise CheckpointError(
                 f"The checkpoint of step {step} could not be written to {self.folder} "
-                f"({_reason(error)}). {self.last_good(but=step)} Make room and resume the run."
+                f"({_reason(error)}). {self.last_good(but=step)} {_cure(error)}"
             ) from error
 
     def restore(self, shapes: State) -> tuple[State, Any]:
         """The newest state, of these shapes and laid out like them, and the place in the data.
 
-        It may have been written under another regime, on other devices or by other processes.
+        It may have been written under another regime, on other devices or by other processes, or
+        with the optimiser's keys typed, as earlier versions of curvax did.
 
         Raises:
             CheckpointError: there is none, or it is damaged or of another model or optimiser.
@@ -110,7 +121,7 @@ class Checkpoints(NoCheckpoints):
         """
         step = self._manager.latest_step()
         items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(shapes), place=ocp.args.JsonRestore()
+            state=ocp.args.StandardRestore(_without_empty(shapes)), place=ocp.args.JsonRestore()
         )
         try:
             seals.check(self.folder / str(step))  # Orbax's reading threads stop noisily
@@ -124,7 +135,7 @@ class Checkpoints(NoCheckpoints):
                 f"({_reason(error)}). Nothing was changed. {self.last_good(but=step)} To go on "
                 f"from there, move the folder {step} away and resume again."
             ) from error
-        return restored.state, restored.place["data"]
+        return jax.tree.map(_as_asked, shapes, restored.state), restored.place["data"]
 
     def last_good(self, but: int | None = None) -> str:
         """A sentence that says which checkpoint there is, other than that of the step `but`."""
@@ -146,7 +157,39 @@ def _check_room(folder: Path, state: State) -> None:
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _OWN_FILES
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise OSError(f"the disk is full: it needs {needed} bytes and {free} are free")
+        raise _DiskFull(f"the disk is full: it needs {needed} bytes and {free} are free")
+
+
+def _without_empty(state: Tree) -> Tree:
+    """The state, or its shapes, with None for arrays of no entries."""
+    return jax.tree.map(lambda x: None if _is_empty(x) else x, state)
+
+
+def _is_empty(x: Any) -> bool:
+    return 0 in x.shape and not is_key(x)
+
+
+def _as_asked(shape: jax.ShapeDtypeStruct, x: Any) -> jax.Array:
+    """What was restored for a leaf, in the form that is asked for."""
+    if _is_empty(shape):
+        empty = np.zeros(shape.shape, shape.dtype)
+        return jax.make_array_from_callback(shape.shape, shape.sharding, empty.__getitem__)
+    return jax.random.key_data(x) if is_key(x) and not is_key(shape) else x
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _cure(error: Exception) -> str:
+    """What to do about a checkpoint that could not be written."""
+    said = str(error)
+    texts = ("No space left on device", "Disk quota exceeded", "RESOURCE_EXHAUSTED")
+    full = isinstance(error, _DiskFull) or getattr(error, "errno", None) in _FULL
+    if full or any(text in said for text in texts):
+        return "Make room and resume the run."
+    if isinstance(error, OSError):
+        return "Let the run write to this folder, or copy it to one where it can, and resume."
+    return "The disk is not the cause: change what this says of the state, and start again."
 
 
 def _reason(error: Exception) -> str:

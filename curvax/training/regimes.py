@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from curvax import recipe
 from curvax.axes import Along, Neighbours
 from curvax.training import config as configs
-from curvax.trees import Tree
+from curvax.trees import Tree, is_float
 
 Prepare = Callable[[Tree, Tree], Tree]
 """(state, batch) ↦ batch, over the whole batch, whatever the regime."""
@@ -70,11 +70,13 @@ class Jit:
     def layout(self, shapes: Tree) -> Tree:
         """How a state of these shapes lies on the devices.
 
-        With `fsdp` every leaf that has an axis which they divide is split along its longest such.
+        With `fsdp` every floating leaf that has an axis which they divide is split along its
+        longest such; counts and keys stay whole.
         """
         if not self.fsdp:
             return jax.tree.map(lambda _: self.replicated, shapes)
-        return jax.tree.map(lambda x: NamedSharding(self.mesh, self._longest(x.shape)), shapes)
+        spec = lambda x: self._longest(x.shape) if is_float(x) else P()
+        return jax.tree.map(lambda x: NamedSharding(self.mesh, spec(x)), shapes)
 
     def _longest(self, shape: Sequence[int]) -> PartitionSpec:
         fitting = [n for n in shape if n >= self.mesh.size and n % self.mesh.size == 0]

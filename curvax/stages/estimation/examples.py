@@ -8,12 +8,14 @@ import optax
 
 from curvax import accumulation, axes, checks, trees
 from curvax.axes import AxisNames
+from curvax.injection import injectable
 from curvax.objective import Objective, as_objective, require_batch
 from curvax.signal import Signal, Stage, stage
 from curvax.stages.estimation.sharing import check_fraction, part_of
 from curvax.trees import Tree
 
 
+@injectable
 def empirical_fisher_diag(*, fraction: float = 1.0, mean_over: AxisNames = None) -> Stage:
     """The diagonal of the empirical Fisher matrix, from the gradient of each example.
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from curvax import axes, checks, trees
 from curvax.axes import AxisNames
+from curvax.injection import injectable
 from curvax.linalg import estimate_diagonal, rademacher
 from curvax.objective import Objective
 from curvax.oracles.hessian import check_mode, gradient_and_product, linearized_gradient
@@ -13,6 +14,7 @@ from curvax.stages.estimation.sharing import Curvature, Sampler, diagonal_stage
 from curvax.trees import Tree
 
 
+@injectable
 def hutchinson_diag(
     key: jax.Array | int = 0,
     *,

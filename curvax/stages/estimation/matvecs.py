@@ -9,8 +9,9 @@ import optax
 
 from curvax import checks, trees
 from curvax.axes import AxisNames
+from curvax.injection import injectable
+from curvax.keys import DrawingKey
 from curvax.linalg import exact_diagonal
-from curvax.linalg.probes import as_key
 from curvax.objective import Objective, as_objective
 from curvax.oracles import (
     linearized_empirical_fisher,
@@ -30,11 +31,12 @@ Linearize = Callable[[Objective, Tree, jax.Array | None], tuple[Any, Product]]
 
 class DrawState(NamedTuple):
     key: jax.Array
-    """A typed key; labels are drawn by step and by example of the global batch."""
+    """The data of a key, uint32; labels are drawn by step and by example of the global batch."""
     step: jax.Array
     """t, int32 scalar."""
 
 
+@injectable
 def hessian_matvec(
     *, mode: str = "auto", fraction: float = 1.0, precision: Any = "highest",
     mean_over: AxisNames = None,
@@ -62,6 +64,7 @@ def hessian_matvec(
     return _matvec("hessian_matvec", linearize, fraction, mean_over)
 
 
+@injectable
 def gauss_newton_matvec(
     *, fraction: float = 1.0, precision: Any = "highest", mean_over: AxisNames = None
 ) -> Stage:
@@ -81,6 +84,7 @@ def gauss_newton_matvec(
     return _matvec("gauss_newton_matvec", linearize, fraction, mean_over)
 
 
+@injectable
 def fisher_matvec(
     *, samples: int | None = None, key: jax.Array | int = 0, fraction: float = 1.0,
     precision: Any = "highest", mean_over: AxisNames = None,
@@ -106,6 +110,7 @@ def fisher_matvec(
     return _matvec("fisher_matvec", linearize, fraction, mean_over, draw)
 
 
+@injectable
 def empirical_fisher_matvec(
     *, fraction: float = 1.0, precision: Any = "highest", mean_over: AxisNames = None
 ) -> Stage:
@@ -135,12 +140,13 @@ def _matvec(
 ) -> Stage:
     """A stage of such a product; `key` is None where nothing is drawn, and then nothing is kept."""
     check_fraction(fraction, name)
+    drawing = None if key is None else DrawingKey(key)
 
     def init(params: Tree) -> DrawState | optax.EmptyState:
         trees.require_floating(params, name)
-        if key is None:
+        if drawing is None:
             return optax.EmptyState()
-        return DrawState(jnp.copy(as_key(key)), jnp.zeros((), jnp.int32))
+        return DrawState(drawing.initial(), jnp.zeros((), jnp.int32))
 
     def rule(
         signal: Signal, state: Any, params: Tree, *, value_fn: Any = None, **extra: Any
@@ -148,12 +154,14 @@ def _matvec(
         del extra
         objective = as_objective(value_fn, name, params)
         here, local, over = settled(signal, objective, params, fraction, mean_over, name)
-        draw = None if key is None else jax.random.fold_in(state.key, state.step)
+        draw = None
+        if drawing is not None:
+            draw = jax.random.fold_in(drawing.of(state.key), state.step)
         (loss, gradient), product = linearize(here, params, draw)
         signal = signal._replace(matvec=product.averaged(over, here.batch_weight()))
         if fraction == 1:
             signal = share_gradient(signal, objective, params, loss, gradient, local)
-        return signal, state if key is None else state._replace(step=state.step + 1)
+        return signal, state if drawing is None else state._replace(step=state.step + 1)
 
     return stage(init, rule, name=name)
 

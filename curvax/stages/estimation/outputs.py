@@ -13,6 +13,7 @@ from jax import lax
 
 from curvax import axes, trees
 from curvax.axes import AxisNames
+from curvax.injection import injectable
 from curvax.likelihoods import Likelihood
 from curvax.linalg import rademacher
 from curvax.objective import Objective, require_likelihood
@@ -25,6 +26,7 @@ Noise = Callable[[Likelihood, jax.Array, jax.Array, Tree], jax.Array]
 """(likelihood, keys of the examples, outputs, batch) ↦ B e, shaped like the outputs."""
 
 
+@injectable
 def gauss_newton_diag(
     key: jax.Array | int = 0,
     *,
@@ -64,6 +66,7 @@ def gauss_newton_diag(
     return _from_outputs("gauss_newton_diag", signs, key, probes, fraction, shards, mean_over)
 
 
+@injectable
 def fisher_diag(
     key: jax.Array | int = 0,
     *,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from curvax import accumulation, axes, checks, trees
 from curvax.axes import AxisNames
 from curvax.figures import Figures, measured, unmeasured
-from curvax.linalg.probes import as_key
+from curvax.keys import DrawingKey
 from curvax.objective import Objective, as_objective, refuse_joined, require_batch
 from curvax.signal import Signal, Stage, stage
 from curvax.trees import Tree
@@ -32,7 +32,7 @@ Estimate = Callable[[Objective, Tree, jax.Array, tuple[str, ...]], Curvature]
 
 class EstimateState(NamedTuple):
     key: jax.Array
-    """A typed key; draws are keyed by step and by place in the global batch."""
+    """The data of a key, uint32; draws are keyed by step and by place in the global batch."""
     step: jax.Array
     """t, int32 scalar: estimates made."""
     figures: Figures
@@ -52,11 +52,12 @@ def diagonal_stage(
     """A stage that sets `diagonal` from random estimates; `needs` refuses what they cannot use."""
     checks.check_count(name, probes=probes, shards=shards)
     check_fraction(fraction, name)
+    drawing = DrawingKey(key)
 
     def init(params: Tree) -> EstimateState:
         trees.require_floating(params, name)
         figures = unmeasured("diagonal_relative_error") if probes > 1 else {}
-        return EstimateState(jnp.copy(as_key(key)), jnp.zeros((), jnp.int32), figures)
+        return EstimateState(drawing.initial(), jnp.zeros((), jnp.int32), figures)
 
     def rule(
         signal: Signal, state: EstimateState, params: Tree, *, value_fn: Any = None, **extra: Any
@@ -68,7 +69,7 @@ def diagonal_stage(
         # What is averaged before it is squared, unless each shard is squared on its own.
         within = over if shards == 1 else ()
         of_shard = lambda part, k: estimate(part, params, k, within)
-        step_key = jax.random.fold_in(state.key, state.step)
+        step_key = jax.random.fold_in(drawing.of(state.key), state.step)
         found, whole = over_shards(of_shard, here, step_key, shards, local, name)
         diagonal, variance = axes.mean((found.diagonal, found.variance), over, here.batch_weight())
         if shards > 1:  # whose draws are independent

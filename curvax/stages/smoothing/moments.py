@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax import checks, trees
+from curvax.injection import injectable
 from curvax.signal import Signal, Stage, at, stage
 from curvax.trees import Tree
 
@@ -58,6 +59,7 @@ class EmaMeanState(NamedTuple):
     """m, in float32 or wider, shaped like the parameters."""
 
 
+@injectable
 def ema_mean(decay: Any, *, debias: bool = True, lag: int = 0) -> Stage:
     """Replaces the diagonal by its mean over the past, older steps fading.
 

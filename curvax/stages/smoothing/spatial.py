@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from curvax import checks, roles, trees
+from curvax.injection import injectable
 from curvax.signal import Signal, Stage, stage
 from curvax.trees import Path, Tree
 
@@ -17,6 +18,7 @@ Facts = Mapping[Path, Any]
 """path ↦ the window, input and output axes of a leaf."""
 
 
+@injectable
 def spatial_average(
     block: str | BlockRule | Block = "auto", *, magnitudes: bool = True, layout: Any = None
 ) -> Stage:

@@ -1,0 +1,76 @@
+"""Options that decide what is computed stay plain values under `optax.inject_hyperparams`.
+
+Optax binds what a factory is given to the factory's signature, then makes arrays of the numbers and
+schedules of the callables. The signature of a curvax factory binds static options in a wrapper,
+which Optax passes on as it is, and the factory unwraps them: none need be named in `static_args`.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+Options = ParamSpec("Options")
+Made = TypeVar("Made")
+
+STATIC = frozenset(
+    {
+        "ascent", "block", "fraction", "key", "labels", "lag", "m", "mask", "p", "probes",
+        "sampler", "samples", "shards", "solver", "steps",
+    }
+)  # fmt: skip
+"""Counts, norms, shares of the batch, seeds, and callables that are no schedules."""
+
+_static_of: dict[str, tuple[str, ...]] = {}
+
+
+def injectable(factory: Callable[Options, Made]) -> Callable[Options, Made]:
+    """The factory with its static options kept static by `optax.inject_hyperparams`."""
+    own = inspect.signature(factory)
+    _static_of[factory.__name__] = tuple(sorted(STATIC & own.parameters.keys()))
+
+    @functools.wraps(factory)
+    def make(*args: Options.args, **options: Options.kwargs) -> Made:
+        named = {name: _unwrapped(value) for name, value in options.items()}
+        return factory(*map(_unwrapped, args), **named)
+
+    parameters = list(own.parameters.values())
+    signature = _Signature(parameters, return_annotation=own.return_annotation)
+    make.__signature__ = signature  # type: ignore[attr-defined]
+    return make
+
+
+def static_options(factory: str) -> tuple[str, ...]:
+    """The names of a factory's static options."""
+    return _static_of.get(factory, ())
+
+
+class _Static:
+    """A value that is neither a number nor a callable."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
+class _Signature(inspect.Signature):
+    """A signature that binds static options wrapped, defaults included."""
+
+    def bind(self, /, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
+        bound = super().bind(*args, **kwargs)
+        bound.apply_defaults()
+        for name, value in bound.arguments.items():
+            if name in STATIC or _is_no_period(name, value):
+                bound.arguments[name] = _Static(value)
+        return bound
+
+
+def _is_no_period(name: str, value: Any) -> bool:
+    """Whether this is `every=1`, which traced would cost a branch and an unshared gradient."""
+    return name == "every" and isinstance(value, int) and value == 1
+
+
+def _unwrapped(value: Any) -> Any:
+    return value.value if isinstance(value, _Static) else value
