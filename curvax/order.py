@@ -57,7 +57,7 @@ def refuse_changed_gradient(objective: Any, params: Tree, updates: Tree, stage: 
             f"`{stage}(...) | optax.clip_by_global_norm(1.0) | base`, or `curvax.sam(optax.chain("
             f"clip, base))`. {_CURES} "
             "A mean over devices is `mean_over=` (or `pmean_updates(axis)`) behind the stage; "
-            "`sync_over=` averages the ascent gradient too."
+            "`sync_over=` averages the ascent gradient too. A scaled loss is `Objective(scale=)`."
         )
 
 
