@@ -69,7 +69,7 @@ def record(**measures: Callable[..., Any]) -> Stage:
         found = {name: measure(*seen(name)) for name, measure in measures.items()}
         return signal, RecordState(measured(found))
 
-    return stage(init, rule)
+    return stage(init, rule, evaluates_loss=bool(of_loss))
 
 
 def _takes_loss(measure: Callable[..., Any]) -> bool:

@@ -1,32 +1,55 @@
 """Which gradient an objective gave for which parameters, told by the identity of the leaves.
 
-Parameters and gradients are held by weak reference, and a record goes with its gradient: nothing
-traced outlives its trace.
+Parameters and gradients are held by weak reference, and a record goes with its parameters: nothing
+traced outlives its trace. That a gradient was given is known longer than the gradient itself, which
+may be gone once somebody has made another one of it.
 """
 
 from __future__ import annotations
 
 import weakref
-from typing import NamedTuple
+from collections.abc import Callable
 
 import jax
 
 from curvax.trees import Tree
 
 
-class Given(NamedTuple):
-    """One gradient that was given."""
+class Given:
+    """One gradient that was given.
 
-    params: list[weakref.ref]
-    grads: list[weakref.ref]
-    value: jax.Array
-    """L(θ), scalar."""
-    local: frozenset[str]
-    """The device axes over which loss and gradient are each device's own."""
+    Attributes:
+        params, grads: weak references to the leaves.
+        value: L(θ), a scalar; None once the gradient is gone.
+        local: the device axes over which loss and gradient are each device's own.
+    """
+
+    def __init__(
+        self,
+        params: Tree,
+        grads: Tree,
+        value: jax.Array,
+        local: frozenset[str],
+        forget: Callable[[Given], None],
+    ):
+        me = weakref.ref(self)
+
+        def without_gradient(dead: weakref.ref) -> None:
+            if record := me():
+                record.value = None
+
+        def without_params(dead: weakref.ref) -> None:
+            if record := me():
+                forget(record)
+
+        self.grads = [weakref.ref(x, without_gradient) for x in jax.tree.leaves(grads)]
+        self.params = [weakref.ref(x, without_params) for x in jax.tree.leaves(params)]
+        self.value: jax.Array | None = value
+        self.local = local
 
 
 class Memory:
-    """The gradients given so far that somebody still holds."""
+    """The gradients given so far for parameters that somebody still holds."""
 
     def __init__(self) -> None:
         self.records: list[Given] = []
@@ -35,16 +58,20 @@ class Memory:
         """Remembers a gradient; numbers that are no arrays are not remembered."""
         me = weakref.ref(self)
 
-        def forget(dead: weakref.ref) -> None:
+        def forget(record: Given) -> None:
             if memory := me():
-                memory.records = [r for r in memory.records if all(g is not dead for g in r.grads)]
+                memory.records = [r for r in memory.records if r is not record]
 
         try:
-            given = [weakref.ref(x, forget) for x in jax.tree.leaves(grads)]
-            at = [weakref.ref(x) for x in jax.tree.leaves(params)]
+            record = Given(params, grads, value, local, forget)
         except TypeError:
             return
-        self.records.append(Given(at, given, value, local))
+        gone = lambda r: r.value is None and _same(r.params, params)
+        self.records = [*(r for r in self.records if not gone(r)), record]
+
+    def at(self, params: Tree) -> bool:
+        """Whether a gradient was given for these very parameters."""
+        return any(_same(record.params, params) for record in self.records)
 
     def find(self, params: Tree, grads: Tree) -> Given | None:
         """The record of these very leaves, or None."""

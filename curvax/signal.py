@@ -6,6 +6,7 @@ pipe is a flat tuple with one entry per part, and every Optax wrapper takes a pi
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from curvax import axes, checks, trees
+from curvax import axes, checks, order, trees
 from curvax.objective import Objective, as_objective
 from curvax.trees import Tree
 
@@ -60,7 +61,14 @@ class Stage(optax.GradientTransformationExtraArgs):
         return pipe(other, self)
 
 
-def stage(init: Callable[[Tree], Any], rule: Rule, *, name: str | None = None) -> Stage:
+def stage(
+    init: Callable[[Tree], Any],
+    rule: Rule,
+    *,
+    name: str | None = None,
+    evaluates_loss: bool | None = None,
+    replaces_gradient: bool = False,
+) -> Stage:
     """Lifts a rule on signals to a stage.
 
     Args:
@@ -68,24 +76,33 @@ def stage(init: Callable[[Tree], Any], rule: Rule, *, name: str | None = None) -
         rule: `rule(signal, state, params, **extra) -> (signal, state)`, where `extra` holds what
             the caller gave to `update`: `value_fn`, `value`, and whatever else it pleases.
         name: what errors call it; by default the function that the rule was written in.
+        evaluates_loss: whether the rule evaluates the loss of the batch at hand, so that
+            `optax.MultiSteps` around it, which hands it the mean gradient of several, is an error.
+            By default, whether it takes `value_fn` by name.
+        replaces_gradient: whether it does so to put a gradient of its own in the place of the
+            updates, so that what changes them before it is an error too.
 
     Returns:
         A stage; `stage(init, rule) | optax.adam(1e-3)` is one more.
     """
     name = name or rule.__qualname__.split(".")[0]
-    return Stage(_Init(init, name), _Update(rule, name))
+    if evaluates_loss is None:
+        evaluates_loss = "value_fn" in inspect.signature(rule).parameters
+    return _lifted(init, rule, name, (Kind(name, evaluates_loss, replaces_gradient),))
 
 
 def pipe(*parts: optax.GradientTransformation) -> Stage:
     """The parts one after the other, as a stage: `a | b | c` as a function.
 
     A plain Optax part in the middle sees and changes the updates alone. Two plain parts cannot
-    start with `|`, so they start here.
+    start with `|`, so they start here. `optax.MultiSteps` is taken as it is.
 
     Raises:
         TypeError: a part is no gradient transformation.
+        ValueError: a plain part changes the updates before a stage that replaces them.
     """
     parts = tuple(piece for part in parts for piece in _pieces(part))
+    _refuse_lost(parts)
 
     def init(params: Tree) -> tuple[Any, ...]:
         return tuple(part.init(params) for part in parts)
@@ -98,7 +115,7 @@ def pipe(*parts: optax.GradientTransformation) -> Stage:
         return signal, tuple(new_state)
 
     name = " | ".join(map(name_of, parts))
-    return Stage(_Init(init, name), _Update(rule, name, parts))
+    return _lifted(init, rule, name, tuple(kind for part in parts for kind in kinds(part)), parts)
 
 
 def step(
@@ -110,7 +127,9 @@ def step(
     _refuse_local_moments(part, state, signal)
     part = optax.with_extra_args_support(part)
     updates, state = part.update(signal.updates, state, params, **extra)
-    return signal._replace(updates=updates), state
+    # Where types tell, a plain part that averages over devices is seen to.
+    local = signal.local & axes.varying(updates) if axes.tracked() else signal.local
+    return signal._replace(updates=updates, local=local), state
 
 
 def name_of(part: optax.GradientTransformation) -> str:
@@ -126,27 +145,86 @@ def parts_of(part: optax.GradientTransformation) -> tuple[optax.GradientTransfor
     return inner or (part,)
 
 
+class Kind(NamedTuple):
+    """What a stage asks of the loss, by its name."""
+
+    name: str
+    evaluates_loss: bool
+    replaces_gradient: bool
+
+
+def kinds(part: optax.GradientTransformation) -> tuple[Kind, ...]:
+    """What a stage, and the stages inside it, ask of the loss; nothing is known of a plain part."""
+    return part.update.kinds if isinstance(part.update, _Update) else ()
+
+
+def containing(
+    init: Callable[[Tree], Any],
+    rule: Rule,
+    *inner: optax.GradientTransformation,
+    evaluates_loss: bool = False,
+) -> Stage:
+    """A stage around others, which asks of the loss what they ask."""
+    name = rule.__qualname__.split(".")[0]
+    below = tuple(kind for part in inner for kind in kinds(part))
+    return _lifted(init, rule, name, (Kind(name, evaluates_loss, False), *below))
+
+
+def _lifted(
+    init: Callable[[Tree], Any],
+    rule: Rule,
+    name: str,
+    kinds: tuple[Kind, ...],
+    parts: tuple[Any, ...] = (),
+) -> Stage:
+    return Stage(_Init(init, name, kinds), _Update(rule, name, kinds, parts))
+
+
 class _Init:
-    def __init__(self, init: Callable[[Tree], Any], name: str):
-        self.init, self.name = init, name
+    def __init__(self, init: Callable[[Tree], Any], name: str, kinds: tuple[Kind, ...]):
+        self.init, self.name, self.kinds = init, name, kinds
 
     def __call__(self, params: Tree) -> Any:
         checks.refuse_masked(params, self.name)
+        for kind in self.kinds:
+            if kind.evaluates_loss:
+                order.refuse_multi_steps_around(kind.name, replaces_gradient=kind.replaces_gradient)
         return self.init(params)
 
 
 class _Update:
     """The lift: plain updates become a signal on the way in, and are taken from it at the end."""
 
-    def __init__(self, rule: Rule, name: str, parts: tuple[Any, ...] = ()):
-        self.rule, self.name, self.parts = rule, name, parts
+    def __init__(self, rule: Rule, name: str, kinds: tuple[Kind, ...], parts: tuple[Any, ...] = ()):
+        self.rule, self.name, self.kinds, self.parts = rule, name, kinds, parts
 
     def __call__(self, updates: Any, state: Any, params: Tree = None, **extra: Any) -> Any:
         if isinstance(updates, Signal):
             return self.rule(updates, state, params, **extra)
         checks.refuse_masked(updates, self.name)
+        extra = _by_our_names(extra)
+        value_fn = extra.get("value_fn")
+        for kind in self.kinds:
+            if kind.replaces_gradient and isinstance(value_fn, Objective):
+                order.refuse_changed_gradient(value_fn, params, updates, kind.name)
         signal, state = self.rule(_begin(updates, params, extra), state, params, **extra)
+        order.refuse_unaveraged(signal.local, self.name)
         return signal.updates, state
+
+
+def _by_our_names(extra: dict[str, Any]) -> dict[str, Any]:
+    """The extra arguments with what others call `obj_fn` and `loss` as `value_fn` and `value`.
+
+    `obj_fn` is Optax's name in `optax.contrib.sophia`, and Levanter's; a `loss` is the value where
+    it is a scalar number.
+    """
+    found = dict(extra)
+    if found.get("value_fn") is None and callable(found.get("obj_fn")):
+        found["value_fn"] = found["obj_fn"]
+    loss = found.get("loss")
+    if found.get("value") is None and isinstance(loss, (float, jax.Array)) and not jnp.ndim(loss):
+        found["value"] = loss
+    return found
 
 
 def _begin(updates: Tree, params: Tree, extra: Any) -> Signal:
@@ -164,14 +242,8 @@ def _begin(updates: Tree, params: Tree, extra: Any) -> Signal:
 
 
 def _pieces(part: Any) -> tuple[optax.GradientTransformation, ...]:
-    update = getattr(part, "update", None)
-    if getattr(update, "__qualname__", "").startswith("MultiSteps."):
-        raise TypeError(
-            "`MultiSteps` is no part of a pipe: it averages gradients before everything else. Put "
-            "it outermost, `optax.MultiSteps(pipe(...), k)`, or better, accumulate in the loss "
-            "with `curvax.Objective(loss, batch, microbatch=...)`, which also gives SAM's second "
-            "gradient and the Hessian product of the whole batch."
-        )
+    if steps := order.multi_steps_of(part):
+        return (optax.GradientTransformationExtraArgs(steps.init, steps.update),)
     if not isinstance(part, optax.GradientTransformation):
         raise TypeError(
             "The parts of a pipe are stages and Optax transformations, and one of them is "
@@ -179,6 +251,15 @@ def _pieces(part: Any) -> tuple[optax.GradientTransformation, ...]:
             "its parentheses, a number its `optax.scale(...)`."
         )
     return parts_of(part)
+
+
+def _refuse_lost(parts: tuple[optax.GradientTransformation, ...]) -> None:
+    """Refuses plain parts before a stage that replaces the updates."""
+    for place, part in enumerate(parts):
+        behind = (kind for later in parts[place + 1 :] for kind in kinds(later))
+        stage = next((kind.name for kind in behind if kind.replaces_gradient), None)
+        if stage and not isinstance(part, Stage):
+            order.refuse_part_before(name_of(part), stage)
 
 
 def _refuse_local_moments(part: optax.GradientTransformation, state: Any, signal: Signal) -> None:

@@ -40,6 +40,12 @@ def map_with_path(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     return jax.tree.map_with_path(lambda path, *leaves: f(names(path), *leaves), tree, *rest)
 
 
+def same_leaves(a: Tree, b: Tree) -> bool:
+    """Whether two trees hold the very same arrays."""
+    x, y = jax.tree.leaves(a), jax.tree.leaves(b)
+    return len(x) == len(y) and all(u is v for u, v in zip(x, y))
+
+
 def is_float(leaf: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 

@@ -16,6 +16,7 @@ import pytest
 from small_problems import assert_trees_close, quick_jit
 
 import curvax as cx
+from curvax.signal import kinds
 
 
 def make_params(dtype: Any = jnp.float64) -> Any:
@@ -242,14 +243,19 @@ def first_step(tx: Any, params: Any, model: Any = predict, batch: Any = None) ->
     return tx.update(grads, tx.init(params), params, value_fn=objective)
 
 
-def second_mini_step(tx: cx.Stage, params: Any) -> tuple[Any, Any]:
-    """The updates of `MultiSteps` while it waits, and when it steps."""
-    several = optax.MultiSteps(tx, 2, accumulator_dtype=jnp.float64)
-    objective = objective_on(make_batch())
-    grads = jax.grad(objective)(params)
-    waiting, state = several.update(grads, several.init(params), params, value_fn=objective)
-    updates, _ = several.update(grads, state, params, value_fn=objective)
-    return waiting, updates
+def mini_steps(tx: cx.Stage, params: Any) -> tuple[Any, Any, Any]:
+    """With `MultiSteps` behind: its updates as it waits and steps, and those of each batch."""
+    several = tx | optax.MultiSteps(optax.identity(), 2, accumulator_dtype=jnp.float64)
+    batches = [make_batch(), jax.tree.map(lambda x: 0.5 * x[::-1] - 1, make_batch())]
+    state, alone, both, each = several.init(params), tx.init(params), [], []
+    for batch in batches:
+        objective = objective_on(batch)
+        grads = jax.grad(objective)(params)
+        updates, state = several.update(grads, state, params, value_fn=objective)
+        own, alone = tx.update(grads, alone, params, value_fn=objective)
+        both.append(updates)
+        each.append(own)
+    return *both, each
 
 
 def step_on_hidden(tx: cx.Stage, params: Any) -> Any:
@@ -279,7 +285,7 @@ def results(row: Row, tx: cx.Stage) -> dict[str, Any]:
             "alone": first_step(tx, params),
             "chain": first_step(optax.chain(optax.identity(), tx), params)[0],
             "inject_hyperparams": first_step(injected, params),
-            "MultiSteps": second_mini_step(tx, params),
+            "MultiSteps": mini_steps(tx, params),
             "apply_if_finite": first_step(optax.apply_if_finite(tx, 5), params),
             "restrict": first_step(cx.restrict(tx, is_hidden), params)[0],
             "hidden alone": step_on_hidden(tx, params),
@@ -365,10 +371,19 @@ def test_under_inject_hyperparams(row, results):
     assert set(state.hyperparams) == set(row.numbers)
 
 
-def test_under_multi_steps(results):
-    waiting, updates = results["MultiSteps"]
+def test_multi_steps_behind_averages_the_updates_of_batches_that_differ(results):
+    waiting, updates, each = results["MultiSteps"]
     assert not any(map(jnp.any, jax.tree.leaves(waiting)))
-    assert_trees_close(updates, results["alone"][0])
+    assert_trees_close(updates, jax.tree.map(lambda a, b: (a + b) / 2, *each))
+
+
+def test_multi_steps_around_what_evaluates_the_loss_is_refused(tx):
+    several = optax.MultiSteps(tx, 2)
+    if any(kind.evaluates_loss for kind in kinds(tx)):
+        with pytest.raises(ValueError, match=r"last mini-batch.*microbatch="):
+            several.init(make_params())
+    else:
+        several.init(make_params())
 
 
 def test_under_apply_if_finite(results):

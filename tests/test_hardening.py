@@ -86,14 +86,20 @@ def test_the_clean_loss_is_known_also_where_nobody_kept_it(compiled):
     np.testing.assert_allclose((jax.jit(gap) if compiled else gap)(W), loss(W, X), rtol=1e-6)
 
 
-def test_a_record_goes_with_its_gradient():
-    objective = cx.Objective(loss, X)
+def test_a_record_goes_with_its_parameters():
+    objective, params = cx.Objective(loss, X), W + 0
     with jax.checking_leaks():
         jax.jit(lambda w: objective.value_and_grad(w)[1])(W)
-    _, grads = objective.value_and_grad(W)
-    assert objective.gave(W, grads) is not None
-    assert objective.gave(W, grads + 0) is None
+    for _ in range(3):
+        _, grads = objective.value_and_grad(params)
+    assert objective.gave(params, grads) is not None
+    assert objective.gave(params, grads + 0) is None
     del grads
+    gc.collect()
+    assert objective.gave_at(params)
+    assert [record.value for record in objective._memory.records] == [None]
+    assert not objective.gave_at(W)
+    del params
     gc.collect()
     assert not objective._memory.records
 

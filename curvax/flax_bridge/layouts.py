@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 
-from curvax import roles
+from curvax import compat, roles
 from curvax.flax_bridge import linen_facts, nnx_facts
 from curvax.roles import Axes, Path, Reading, Shape
 
@@ -137,7 +137,7 @@ def layout(model: Any, variables: Any = None, *inputs: Any, **options: Any) -> L
         TypeError: a linen module without its variables.
     """
     if isinstance(model, nnx.Module):
-        shapes = linen_facts.shapes_of(nnx.as_pure(nnx.state(model, nnx.Param)))
+        shapes = linen_facts.shapes_of(compat.as_pure(nnx.state(model, nnx.Param)))
         return _assemble(shapes, nnx_facts.read(model, shapes))
     if not isinstance(model, nn.Module):
         shapes = linen_facts.shapes_of(model)

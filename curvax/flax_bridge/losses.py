@@ -7,6 +7,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from curvax import compat
+
 Loss = Callable[..., tuple[jax.Array, Any]]
 
 
@@ -41,13 +43,13 @@ def nnx_loss(
         folded into every random stream, so that groups and micro-batches have masks of their own.
     """
     graphdef, params, *others = nnx.split(model, wrt, nnx.RngKey, ...)
-    streams, rest = nnx.as_pure(others)
+    streams, rest = compat.as_pure(others)
 
     def loss(params: Any, batch: Any, key: jax.Array | None = None) -> tuple[jax.Array, Any]:
         seeds = streams if key is None else jax.tree.map(partial(_fold, key), streams)
         live = nnx.merge(graphdef, params, seeds, rest, copy=True)
         value = fn(live, batch)
-        return value, nnx.as_pure(nnx.split(live, wrt, nnx.RngKey, ...)[-1])
+        return value, compat.as_pure(nnx.split(live, wrt, nnx.RngKey, ...)[-1])
 
     # New Variables: those of the split are the module's own and would follow its updates.
     return loss, jax.tree.map(lambda x: x, params)

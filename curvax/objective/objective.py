@@ -360,6 +360,10 @@ class Objective:
         """The record of `updates` as this objective's own gradient at `params`, if they are."""
         return self._memory.find(params, updates)
 
+    def gave_at(self, params: Tree) -> bool:
+        """Whether `value_and_grad` was called at these very parameters."""
+        return self._memory.at(params)
+
     def shard_number(self, local: frozenset[str]) -> tuple[Any, int]:
         """(i, n): what this loss is the mean over is the i-th of n contiguous pieces of the global
         batch."""

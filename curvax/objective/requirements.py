@@ -23,9 +23,8 @@ def as_objective(value_fn: Callable[..., Any] | None, stage: str, params: Tree =
         raise ValueError(
             f"`{stage}` evaluates the loss, and no `value_fn` reached it. Pass it to the update: "
             "`tx.update(grads, state, params, value_fn=objective)`. If you did, a wrapper between "
-            "dropped it: in `optax.chain`, `optax.MultiSteps` does, so wrap the whole, "
-            "`optax.MultiSteps(optax.chain(...), k)`, or better, accumulate in the loss with "
-            "`curvax.Objective(loss, batch, microbatch=...)`."
+            "dropped it, as `optax.lookahead` and Flax's own `TrainState.apply_gradients` do: use "
+            "`curvax.TrainState`, and put such a wrapper around the base alone."
         )
     return value_fn if isinstance(value_fn, Objective) else Objective(value_fn)
 

@@ -6,7 +6,7 @@ import jax
 import optax
 from jax import lax
 
-from curvax import accumulation, axes, checks
+from curvax import accumulation, axes, checks, order, trees
 from curvax.axes import AxisNames
 from curvax.injection import injectable
 from curvax.keys import StateKeys
@@ -46,13 +46,13 @@ def pmean_updates(axis_name: AxisNames) -> Stage:
         remaining = signal.local - set(over) if over else frozenset()
         return _mean(signal, over, weight)._replace(local=remaining), state
 
-    return stage(lambda params: optax.EmptyState(), rule)
+    return stage(lambda params: optax.EmptyState(), rule, evaluates_loss=False)
 
 
 def _mean(signal: Signal, over: tuple[str, ...], weight: jax.Array | None) -> Signal:
     """Updates, clean gradient and losses as their means over bound device axes."""
     mean = lambda tree: axes.mean(tree, over, weight)
-    same = signal.gradient is signal.updates
+    same = trees.same_leaves(signal.gradient, signal.updates)
     updates = mean(signal.updates)
     gradient = updates if same else mean(signal.gradient)
     value, perturbed_value = mean((signal.value, signal.perturbed_value))
@@ -100,6 +100,7 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
         signal: Signal, state: Any, params: Tree, *, value_fn: Any = None, **extra: Any
     ) -> tuple[Signal, Any]:
         objective = require_batch(as_objective(value_fn, "per_group", params), "per_group")
+        order.refuse_changed_in_pipe(signal.updates, signal.gradient, "per_group")
         within = _devices_of_a_group(m, objective)
         here = objective.size if within else m
         groups = objective.groups(here, f"`per_group({m}, ...)`")
@@ -135,7 +136,7 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
         new = keys.put_back(advanced, new)
         return out, jax.tree.map(lambda x, old: _settled(x, old, objective, local), new, state)
 
-    return stage(inner.init, rule)
+    return stage(inner.init, rule, replaces_gradient=True)
 
 
 def _devices_of_a_group(m: int, objective: Objective) -> tuple[axes.Along, ...]:

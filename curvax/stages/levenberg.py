@@ -11,7 +11,7 @@ from curvax import checks, trees
 from curvax.axes import AxisNames
 from curvax.figures import Figures, measured, remeasured, unmeasured
 from curvax.objective import Objective, as_objective
-from curvax.signal import Signal, Stage, pipe, stage
+from curvax.signal import Signal, Stage, containing, pipe
 from curvax.trees import Tree
 
 FACTORS = {"poor": 1.5, "good": 2 / 3, "rejected": 4.0}
@@ -102,7 +102,7 @@ def levenberg_marquardt(
         )
         return out._replace(updates=_select(undone, zeros, out.updates)), new_state
 
-    return stage(init, rule)
+    return containing(init, rule, inner, evaluates_loss=True)
 
 
 class _Trial(NamedTuple):

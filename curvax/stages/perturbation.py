@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from curvax import axes, checks, trees
+from curvax import axes, checks, order, trees
 from curvax.axes import AxisNames
 from curvax.climbing import Climb, Rules, check_climb
 from curvax.figures import Figures, measured, unmeasured
@@ -109,6 +109,7 @@ def sam_perturb(
         del extra
         objective = as_objective(value_fn, "sam_perturb", params)
         local = objective.local_axes(params)
+        order.refuse_changed_in_pipe(signal.updates, signal.gradient, "sam_perturb")
         checks.refuse_summed(signal.updates, local - signal.averaged, stage="sam_perturb")
         gradient, radius = signal.updates, _radius(rho, state.step, params)
         value = jnp.asarray(jnp.nan if signal.value is None else signal.value, float)
@@ -152,7 +153,7 @@ def sam_perturb(
         )
         return signal, SamState(state.step + 1, state.keys, figures)
 
-    return stage(init, rule)
+    return stage(init, rule, replaces_gradient=True)
 
 
 def _drawn(

@@ -119,7 +119,7 @@ def keep_orthogonal(alpha: Any = 0.7, *, mean_over: AxisNames = None) -> Stage:
         updates = _select(now, perturbed, between)
         return signal._replace(updates=updates), KeepOrthogonalState(state.step + 1, kept)
 
-    return stage(init, rule)
+    return stage(init, rule, evaluates_loss=False)
 
 
 def _both_gradients(signal: Signal, name: str) -> tuple[Tree, Tree, Any]:

@@ -16,7 +16,7 @@ from curvax import trees
 from curvax.injection import injectable
 from curvax.objective import as_objective
 from curvax.products import Product, as_product
-from curvax.signal import Signal, Stage, stage, step
+from curvax.signal import Signal, Stage, containing, step
 from curvax.trees import Tree
 
 
@@ -52,7 +52,7 @@ def partition(stages_by_label: Mapping[Any, optax.GradientTransformation], label
         averaged = frozenset.intersection(*(out.averaged for out in outs))
         return signal._replace(updates=updates, local=local, averaged=averaged), state
 
-    return stage(init, rule)
+    return containing(init, rule, *stages_by_label.values())
 
 
 @injectable

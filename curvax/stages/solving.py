@@ -113,7 +113,7 @@ def solve(solver: Solver) -> Stage:
         updates = trees.cast_like(solution.x, signal.updates)
         return signal._replace(updates=updates), SolveState(inner, figures)
 
-    return stage(init, rule)
+    return stage(init, rule, evaluates_loss=False)
 
 
 class TrustRegionState(NamedTuple):

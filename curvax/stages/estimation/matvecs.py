@@ -21,7 +21,7 @@ from curvax.oracles import (
 )
 from curvax.oracles.hessian import check_mode
 from curvax.products import Product
-from curvax.signal import Signal, Stage, stage
+from curvax.signal import Signal, Stage, containing, stage
 from curvax.stages.estimation.sharing import check_fraction, settled, share_gradient
 from curvax.trees import Tree
 
@@ -200,4 +200,4 @@ def exact_diag(curvature: str = "hessian", *, mean_over: AxisNames = None) -> St
         diagonal = exact_diagonal(inner.matvec, params)
         return inner._replace(diagonal=diagonal, matvec=signal.matvec), state
 
-    return stage(matvec.init, rule)
+    return containing(matvec.init, rule, matvec)

@@ -8,7 +8,7 @@ import optax
 
 from curvax import axes, checks, trees
 from curvax.objective import as_objective
-from curvax.signal import Signal, Stage, name_of, parts_of, pipe, stage, step
+from curvax.signal import Signal, Stage, containing, name_of, parts_of, pipe, step
 from curvax.trees import Tree
 
 
@@ -68,7 +68,7 @@ def every(k: Any, stages: optax.GradientTransformation) -> Stage:
             below = []
             for part, place in zip(parts_of(inner), state.inner, strict=True):
                 given, new = step(part, given, place, params, value_fn=fresh, **extra)
-                if not _same_leaves(given.updates, signal.updates):
+                if not trees.same_leaves(given.updates, signal.updates):
                     _refuse_change(name_of(part))
                 below.append(new)
             diagonal = checks.needed_diagonal(given.diagonal, "every", "keeps a diagonal")
@@ -78,11 +78,7 @@ def every(k: Any, stages: optax.GradientTransformation) -> Stage:
         diagonal, below = axes.cond(state.step % k == 0, refresh, keep)
         return signal._replace(diagonal=diagonal), EveryState(state.step + 1, diagonal, below)
 
-    return stage(init, rule)
-
-
-def _same_leaves(a: Tree, b: Tree) -> bool:
-    return all(x is y for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+    return containing(init, rule, inner)
 
 
 def _refuse_change(name: str) -> None:

@@ -1,0 +1,336 @@
+"""What may stand before, behind and around a stage that evaluates the loss."""
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+from jax.sharding import PartitionSpec as P
+from small_problems import assert_trees_close, net_batch, net_loss, net_params
+
+import curvax as cx
+
+RHO = 0.3
+HALVES = [jax.tree.map(cut, net_batch()) for cut in (lambda x: x[:4], lambda x: x[4:])]
+
+
+def sam_gradient(batch: Any, rho: float = RHO) -> Any:
+    """∇L(θ + ρ g/‖g‖) by hand."""
+    params, gradient = net_params(), jax.grad(net_loss)(net_params(), batch)
+    scale = rho / optax.tree.norm(gradient)
+    ahead = jax.tree.map(lambda w, g: w + scale * g, params, gradient)
+    return jax.grad(net_loss)(ahead, batch)
+
+
+def mean(*trees: Any) -> Any:
+    return jax.tree.map(lambda *x: sum(x) / len(x), *trees)
+
+
+def steps(tx: Any, batches: list[Any], **options: Any) -> list[Any]:
+    """The updates of one step a batch, the parameters left where they are."""
+    params, state, found = net_params(), tx.init(net_params()), []
+    for batch in batches:
+        objective = cx.Objective(net_loss, batch, **options)
+        value, grads = objective.value_and_grad(params)
+        updates, state = tx.update(grads, state, params, value_fn=objective, value=value)
+        found.append(updates)
+    return found
+
+
+def one(tx: Any) -> Any:
+    return steps(tx, [net_batch()])[0]
+
+
+# Accumulation over mini-batches that differ.
+
+several = functools.partial(optax.MultiSteps, every_k_schedule=2, accumulator_dtype=jnp.float64)
+BEHIND: dict[str, Callable[[], Any]] = {
+    "the object": lambda: cx.sam_perturb(RHO) | several(optax.sgd(1.0)),
+    "as a transformation": lambda: (
+        cx.sam_perturb(RHO) | several(optax.sgd(1.0)).gradient_transformation()
+    ),
+    "the base of a method": lambda: cx.sam(several(optax.sgd(1.0)), RHO),
+    "through pipe": lambda: cx.pipe(cx.sam_perturb(RHO), several(optax.sgd(1.0))),
+    "in optax.chain": lambda: optax.chain(
+        cx.sam_perturb(RHO), several(optax.sgd(1.0)).gradient_transformation()
+    ),
+}
+
+
+@pytest.mark.parametrize("behind", BEHIND)
+def test_multi_steps_behind_gives_the_mean_of_the_mini_batches_sam_gradients(behind):
+    waiting, updates = steps(BEHIND[behind](), HALVES)
+    assert not any(map(np.any, jax.tree.leaves(waiting)))
+    assert_trees_close(optax.tree.scale(-1.0, updates), mean(*map(sam_gradient, HALVES)))
+
+
+def test_gsam_over_multi_steps_is_the_mean_of_its_updates():
+    alone = steps(cx.gsam(optax.sgd(1.0), RHO, 0.4), HALVES)
+    together = steps(cx.gsam(several(optax.sgd(1.0)), RHO, 0.4), HALVES)
+    assert_trees_close(together[1], mean(*alone))
+
+
+def test_multi_steps_hands_on_what_the_caller_gave():
+    seen = {}
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        seen.update(extra)
+        return updates, state
+
+    base = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    steps(cx.sam_perturb(RHO) | several(base), HALVES)
+    assert {"value", "value_fn"} <= set(seen)
+
+
+def test_micro_batches_take_the_sam_gradient_of_the_whole():
+    updates = steps(cx.sam(optax.sgd(1.0), RHO), [net_batch()], microbatch=4)[0]
+    assert_trees_close(optax.tree.scale(-1.0, updates), sam_gradient(net_batch()))
+
+
+def injected(rho: Any) -> cx.Stage:
+    return cx.sam(optax.sgd(0.1), rho)
+
+
+AROUND: dict[str, Callable[[], Any]] = {
+    "sam_perturb": lambda: cx.sam(optax.sgd(0.1)),
+    "sam_perturb in a chain": lambda: optax.chain(
+        optax.identity(), cx.sam_perturb(0.1), optax.sgd(0.1)
+    ),
+    "sam_perturb with injected numbers": lambda: optax.inject_hyperparams(injected)(rho=0.1),
+    "hutchinson_diag": lambda: cx.adahessian(0.1),
+    "every": lambda: cx.sophia_h(0.1),
+    "hessian_matvec": lambda: cx.newton_cg(),
+    "fisher_matvec": lambda: cx.natural_gradient(),
+    "levenberg_marquardt": lambda: cx.hessian_free(),
+    "per_group": lambda: cx.per_group(2, optax.identity()) | optax.sgd(0.1),
+    "exact_diag": lambda: cx.exact_diag() | optax.sgd(0.1),
+    "empirical_fisher_diag": lambda: cx.empirical_fisher_diag() | optax.sgd(0.1),
+    "restrict": lambda: cx.restrict(cx.sam_perturb(0.1), {"hidden": True, "out": False}),
+    "record": lambda: cx.record(again=lambda s, p, loss: loss(p)) | optax.sgd(0.1),
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_multi_steps_around_what_evaluates_the_loss_is_refused(around):
+    with pytest.raises(ValueError, match=r"the last mini-batch.*`curvax\.Objective\(.*microbatch="):
+        optax.MultiSteps(AROUND[around](), 2).init(net_params())
+
+
+def test_multi_steps_is_refused_where_the_initialisation_is_traced():
+    with pytest.raises(ValueError, match="the last mini-batch"):
+        jax.eval_shape(optax.MultiSteps(cx.sam(optax.sgd(0.1)), lambda step: 2).init, net_params())
+
+
+def test_multi_steps_of_a_schedule_that_starts_with_one_is_refused():
+    with pytest.raises(ValueError, match="the last mini-batch"):
+        optax.MultiSteps(cx.sam(optax.sgd(0.1)), lambda step: 1 + step // 100).init(net_params())
+
+
+def test_multi_steps_around_is_fine_where_every_mini_step_is_a_step():
+    once = optax.MultiSteps(cx.sam(optax.sgd(1.0), RHO), 1, accumulator_dtype=jnp.float64)
+    assert_trees_close(optax.tree.scale(-1.0, one(once)), sam_gradient(net_batch()))
+
+
+def test_multi_steps_around_is_fine_where_the_loss_is_not_evaluated():
+    adam = cx.squared_gradient() | cx.ema_mean(0.9) | cx.scale_by_power(0.5)
+    _, updates = steps(several(adam), HALVES)
+    whole = mean(*(jax.grad(net_loss)(net_params(), half) for half in HALVES))
+    expected, _ = adam.update(whole, adam.init(net_params()), net_params())
+    assert_trees_close(updates, expected)
+
+
+# What stands before.
+
+clip, decay = optax.clip_by_global_norm(1e-3), optax.add_decayed_weights(0.3)
+base = optax.sgd(1.0)
+freeze = optax.masked(optax.set_to_zero(), {"hidden": True, "out": False})
+LOST: dict[str, Callable[[], Any]] = {
+    "clip | sam": lambda: clip | cx.sam(base),
+    "decay | sam": lambda: decay | cx.sam(base),
+    "momentum | gsam": lambda: cx.pipe(optax.trace(0.9), cx.gsam(base, 0.1, 0.3)),
+    "clip | per_group": lambda: clip | cx.per_group(2, cx.sam_perturb(0.1)) | base,
+    "clip | record | sam": lambda: clip | cx.record() | cx.sam(base),
+    "clip | partition": lambda: (
+        clip | cx.partition({"a": cx.sam(base), "b": base}, {"hidden": "a", "out": "b"})
+    ),
+    "a frozen part | sam": lambda: freeze | cx.sam(base),
+    "MultiSteps | sam": lambda: cx.pipe(several(optax.identity()), cx.sam(base)),
+    "inside per_group": lambda: cx.per_group(4, clip | cx.sam_perturb(0.1)) | base,
+    "a preconditioner | sam": lambda: cx.squared_gradient() | cx.scale_by_power(0.5) | cx.sam(base),
+    "restrict(clip) | sam": lambda: (
+        cx.restrict(clip, {"hidden": True, "out": False}) | cx.sam(base)
+    ),
+    "sam | sam": lambda: cx.sam_perturb(0.1) | cx.sam_perturb(0.1),
+    "chain(clip, sam)": lambda: optax.chain(clip, cx.sam(base)),
+    "chain(decay, gsam)": lambda: optax.chain(decay, cx.gsam(base, 0.1, 0.3)),
+    "chain(frozen, sam)": lambda: optax.chain(freeze, cx.sam(base)),
+    "chain(clip, restrict(sam))": lambda: optax.chain(
+        clip, cx.restrict(cx.sam(base), {"hidden": True, "out": False})
+    ),
+    "chain(clip, injected sam)": lambda: optax.chain(
+        clip, optax.inject_hyperparams(injected)(rho=0.1)
+    ),
+    "chain(clip, chain(sam))": lambda: optax.chain(clip, optax.chain(cx.sam_perturb(0.1), base)),
+}
+
+
+@pytest.mark.parametrize("lost", LOST)
+def test_what_a_stage_with_its_own_gradient_would_lose_is_refused(lost):
+    with pytest.raises(ValueError, match=r"would be lost.*(behind|`per_group)"):
+        one(LOST[lost]())
+
+
+def test_a_part_before_is_refused_where_the_pipe_is_written():
+    with pytest.raises(ValueError, match=r"`sam_perturb\(\.\.\.\) \| clip_by_global_norm\(\.\.\."):
+        clip | cx.sam(base)
+
+
+@pytest.mark.parametrize("change", [lambda g: 2 * g, lambda g: g.astype(jnp.float32), jnp.sign])
+def test_a_gradient_that_the_caller_changed_is_refused_and_may_be_gone(change):
+    tx, params = cx.sam(base), net_params()
+
+    def step(params: Any) -> Any:
+        objective = cx.Objective(net_loss, net_batch())
+        _, grads = objective.value_and_grad(params)
+        grads = jax.tree.map(change, grads)
+        return tx.update(grads, tx.init(params), params, value_fn=objective)[0]
+
+    for run in (step, jax.jit(step)):
+        with pytest.raises(ValueError, match=r"`objective\.value_and_grad\(params\)` returned"):
+            run(params)
+
+
+def test_what_cannot_be_known_is_taken_as_given():
+    tx, params = cx.sam(base, RHO), net_params()
+    objective = cx.Objective(net_loss, net_batch())
+    grads = optax.tree.scale(2.0, jax.grad(objective)(params))
+    updates, _ = tx.update(grads, tx.init(params), params, value_fn=objective)
+    assert_trees_close(optax.tree.scale(-1.0, updates), sam_gradient(net_batch()))
+    # Gradients given for other parameters say nothing of these.
+    objective.value_and_grad(jax.tree.map(jnp.copy, params))
+    tx.update(grads, tx.init(params), params, value_fn=objective)
+
+
+PASSES: dict[str, Callable[[], Any]] = {
+    "identity": lambda: optax.identity() | cx.sam(base, RHO),
+    "identity in a chain": lambda: optax.chain(optax.identity(), cx.sam(base, RHO)),
+    "snapshot": lambda: optax.snapshot("norm", optax.tree.norm) | cx.sam(base, RHO),
+    "an estimator": lambda: cx.hutchinson_diag() | cx.sam(base, RHO),
+    "a record": lambda: cx.record(norm=lambda s, p: optax.tree.norm(s.updates)) | cx.sam(base, RHO),
+    "a mean over no axis": lambda: cx.pmean_updates("batch") | cx.sam(base, RHO),
+}
+
+
+@pytest.mark.parametrize("passes", PASSES)
+def test_what_leaves_the_updates_alone_may_stand_before(passes):
+    assert_trees_close(optax.tree.scale(-1.0, one(PASSES[passes]())), sam_gradient(net_batch()))
+
+
+def test_what_stood_before_acts_behind():
+    clipped = one(cx.sam_perturb(RHO) | clip | base)
+    np.testing.assert_allclose(optax.tree.norm(clipped), 1e-3)
+    pull = jax.tree.map(
+        jnp.subtract, one(cx.sam_perturb(RHO) | decay | base), one(cx.sam(base, RHO))
+    )
+    assert_trees_close(pull, optax.tree.scale(-0.3, net_params()))
+
+
+def test_curvature_takes_a_clipped_gradient_as_it_is():
+    grads = jax.grad(net_loss)(net_params(), net_batch())
+    clipped = optax.tree.scale(1e-3 / optax.tree.norm(grads), grads)
+    assert_trees_close(one(optax.chain(clip, cx.hutchinson_diag())), clipped)
+
+
+# A forgotten mean over devices.
+
+
+def on_devices(tx: Any, regime: str, *, closure: bool = False, averaged: bool = False) -> Any:
+    """The updates on four devices, [4, ...]."""
+    batch = {"x": jnp.arange(48.0).reshape(4, 3, 4) / 48, "y": jnp.ones((4, 3, 2))}
+    params = net_params()
+
+    def step(batch: Any) -> Any:
+        objective: Any = cx.Objective(net_loss, batch)
+        _, grads = objective.value_and_grad(params)
+        if averaged:
+            grads = jax.lax.pmean(grads, "batch")
+        value_fn = (lambda p: net_loss(p, batch)) if closure else objective
+        return tx.update(grads, tx.init(params), params, value_fn=value_fn)[0]
+
+    if regime == "pmap":
+        return jax.pmap(step, axis_name="batch", devices=jax.devices()[:4])(batch)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("batch",))
+    own = lambda b: jax.tree.map(lambda x: x[None], step(jax.tree.map(lambda x: x[0], b)))
+    return jax.shard_map(
+        own, mesh=mesh, in_specs=P("batch"), out_specs=P("batch"), check_vma=regime == "typed"
+    )(batch)
+
+
+FORGOTTEN: dict[str, Callable[[], Any]] = {
+    "sam_perturb | sgd": lambda: cx.sam_perturb(0.1) | optax.sgd(0.1),
+    "chain(sam_perturb, adam)": lambda: optax.chain(cx.sam_perturb(0.1), optax.adam(0.1)),
+    "sam_perturb | sign_sgd": lambda: cx.sam_perturb(0.1) | optax.sign_sgd(0.1),
+    "gsam": lambda: cx.sam_perturb(0.1) | cx.gsam_project(0.3) | optax.sgd(0.1),
+    "per_group": lambda: cx.per_group(1, cx.sam_perturb(0.1)) | optax.sgd(0.1),
+    "hutchinson_diag": lambda: cx.hutchinson_diag(mean_over="batch") | optax.sgd(0.1),
+    "record": lambda: optax.chain(cx.record(), optax.sgd(0.1)),
+}
+
+
+@pytest.mark.parametrize("regime", ["pmap", "untyped", "typed"])
+@pytest.mark.parametrize("forgotten", FORGOTTEN)
+def test_a_forgotten_mean_over_devices_is_refused(forgotten, regime):
+    with pytest.raises(ValueError, match=re.escape("pmean_updates('batch')")):
+        on_devices(FORGOTTEN[forgotten](), regime)
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_it_is_refused_of_a_plain_callable_too(averaged):
+    with pytest.raises(ValueError, match=r"each device's own.*`pmean_updates\(\(\)\)`"):
+        on_devices(cx.sam_perturb(0.1) | base, "pmap", closure=True, averaged=averaged)
+
+
+@pytest.mark.parametrize("regime", ["pmap", "untyped", "typed"])
+def test_a_trainers_own_mean_of_the_gradient_is_refused(regime):
+    with pytest.raises(ValueError, match=r"`mean_over=`|is local, and average after"):
+        on_devices(cx.sam(base, 0.1, mean_over="batch"), regime, averaged=True)
+
+
+@pytest.mark.parametrize("regime", ["pmap", "untyped", "typed"])
+def test_devices_keep_their_own_updates_where_that_is_said(regime):
+    own = on_devices(cx.sam_perturb(0.1) | cx.pmean_updates(()) | base, regime)
+    whole = on_devices(cx.sam_perturb(0.1) | base | cx.pmean_updates("batch"), regime)
+    average = jax.tree.map(lambda x: jnp.broadcast_to(x.mean(0), x.shape), own)
+    assert_trees_close(whole, average)
+    assert np.std(ravel_pytree(own)[0].reshape(-1)) > 0
+
+
+# Others' names for the loss.
+
+
+def test_obj_fn_and_loss_are_the_loss():
+    params, loss = net_params(), lambda p: net_loss(p, net_batch())
+    value, grads = jax.value_and_grad(loss)(params)
+    tx = cx.sam(base, RHO)
+    ours, state = tx.update(grads, tx.init(params), params, value_fn=loss, value=value)
+    theirs, again = tx.update(grads, tx.init(params), params, obj_fn=loss, loss=value)
+    assert_trees_close(theirs, ours, tol=0)
+    assert cx.diagnostics(again)["surrogate_gap"] == cx.diagnostics(state)["surrogate_gap"]
+
+
+def test_our_own_names_come_first_and_a_loss_that_is_no_number_is_none():
+    params, loss = net_params(), lambda p: net_loss(p, net_batch())
+    value, grads = jax.value_and_grad(loss)(params)
+    tx = cx.sam(base, RHO)
+    _, state = tx.update(
+        grads, tx.init(params), params, value_fn=loss, obj_fn=None, value=value, loss=value + 1
+    )
+    assert cx.diagnostics(state)["loss"] == np.float32(value)
+    for other in (loss, {"loss": value}, jnp.ones(3)):
+        tx.update(grads, tx.init(params), params, value_fn=loss, loss=other)
