@@ -249,6 +249,13 @@ def test_an_array_of_no_entries_is_kept(tmp_path):
     assert restored.model_state["ids"].dtype == jnp.int32
 
 
+def test_leaves_that_orbax_would_write_over_each_other_are_named(tmp_path):
+    twice = {"a.b": jnp.ones(3), "a": {"b": jnp.zeros(3)}}
+    state = build(changed()).init()._replace(model_state=twice)
+    with pytest.raises(CheckpointError, match=r"`model_state\.a\.b`.*disk is not the cause"):
+        Checkpoints(tmp_path).save(state, {})
+
+
 @pytest.mark.parametrize(
     ("error", "cure"),
     [

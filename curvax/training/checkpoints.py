@@ -3,6 +3,7 @@
 import errno
 import shutil
 import textwrap
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from curvax.training import processes, seals
 from curvax.training.experiment import Experiment
 from curvax.training.quiet import silent_log
 from curvax.training.step import State
-from curvax.trees import Tree
+from curvax.trees import Tree, names
 
 _OWN_FILES = 2**18  # bytes; a checkpoint of a small model took 1.5e5 beside its arrays
 
@@ -94,6 +95,7 @@ class Checkpoints(NoCheckpoints):
             place=ocp.args.JsonSave({"data": place}),
         )
         try:
+            _refuse_shared_names(state)
             _check_room(self.folder, state)
             with silent_log():
                 self._manager.save(step, args=items)
@@ -158,6 +160,18 @@ def _check_room(folder: Path, state: State) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise _DiskFull(f"the disk is full: it needs {needed} bytes and {free} are free")
+
+
+def _refuse_shared_names(state: Tree) -> None:
+    """Refuses leaves of which Orbax, which joins names by dots, would keep one in the place of all.
+
+    Raises:
+        ValueError: two leaves would have one name.
+    """
+    found = Counter(".".join(names(path)) for path, _ in jax.tree.leaves_with_path(state))
+    shared = [name for name, times in found.items() if times > 1]
+    if shared:
+        raise ValueError(f"{found[shared[0]]} leaves of the state are named `{shared[0]}` by Orbax")
 
 
 def _without_empty(state: Tree) -> Tree:
