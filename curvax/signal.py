@@ -132,7 +132,7 @@ class _Init:
 
     def __call__(self, params: Tree) -> Any:
         checks.refuse_masked(params, self.name)
-        return self.init(params)
+        return self.init(trees.arrays(params))
 
 
 class _Update:
@@ -145,6 +145,8 @@ class _Update:
         if isinstance(updates, Signal):
             return self.rule(updates, state, params, **extra)
         checks.refuse_masked(updates, self.name)
+        checks.refuse_unlike(updates, params, self.name)
+        updates, params = trees.arrays((updates, params))
         signal, state = self.rule(_begin(updates, params, extra), state, params, **extra)
         return signal.updates, state
 

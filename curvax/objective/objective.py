@@ -19,7 +19,7 @@ from curvax import accumulation, axes, reductions
 from curvax.likelihoods import Likelihood
 from curvax.memory import Given, Memory
 from curvax.objective import validation
-from curvax.trees import Tree
+from curvax.trees import Tree, differentiated
 
 
 class Objective:
@@ -209,7 +209,7 @@ class Objective:
         """((L(θ), aux), ∇L(θ)), where aux is None without `has_aux`."""
         here = axes.vary(params, self.local_axes(params) | set(self.joined))
         own = self.apart()
-        out = own.average(lambda part: jax.value_and_grad(part.evaluate, has_aux=True)(here))
+        out = own.average(lambda part: differentiated(part.evaluate, here))
         return self.group_mean(out)
 
     def evaluate(self, params: Tree) -> tuple[jax.Array, Any]:
@@ -218,15 +218,15 @@ class Objective:
             outputs, aux = self.outputs(params)
             return self.loss_of(outputs), aux
         rest = () if self.batch is None else (self.batch,)
-        out = self.loss(params, *rest, *self._keys())
+        out = validation.called(self.loss, params, *rest, *self._keys())
         value, aux = validation.pair(out, "loss") if self.has_aux else (out, None)
-        return validation.scalar(value), aux
+        return validation.scalar(value, self.has_aux), aux
 
     def outputs(self, params: Tree) -> tuple[Tree, Any]:
         """(z, aux): what the model, the first half of the loss, returns for the whole batch."""
         validation.refuse_joined(self.joined)
         assert self.model is not None
-        out = self.model(params, self.batch, *self._keys())
+        out = validation.called(self.model, params, self.batch, *self._keys())
         return validation.pair(out, "model") if self.has_aux else (out, None)
 
     def loss_of(self, outputs: Tree) -> jax.Array:
