@@ -320,6 +320,12 @@ class Objective:
         """The record of `updates` as this objective's own gradient at `params`, if they are."""
         return self._memory.find(params, updates)
 
+    def recalling(self, given: Given | None, params: Tree, updates: Tree) -> Objective:
+        """This objective, with a record of another as its own gradient at its own parameters."""
+        if given is not None:
+            self._memory.keep(params, updates, given.value, given.local)
+        return self
+
     def shard_number(self, local: frozenset[str]) -> tuple[Any, int]:
         """(i, n): what this loss is the mean over is the i-th of n contiguous pieces of the global
         batch."""
