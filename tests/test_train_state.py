@@ -115,16 +115,16 @@ def test_fp8_adahessian_is_that_of_the_loss_of_params_alone(fp8, single_precisio
 
 def test_fp8_objective_knows_its_own_gradient(fp8, single_precision):
     """What the objective remembers of the gradient is known of the loss of `params` too."""
-    seen: list[Any] = []
+    seen = []
 
-    def update(updates, state, params, *, value_fn, **extra):
-        seen.append(value_fn.gave(params, updates))
+    def update(updates, state, params, *, value_fn, value, **extra):
+        given = value_fn.gave(params, updates)
+        seen.append(given is not None and given.value is value)
         return updates, state
 
     tx = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
-    value, _ = trained(fp8, tx, 1)
-    assert seen[0] is not None
-    assert seen[0].value == value
+    trained(fp8, tx, 1)
+    assert seen == [True]
 
 
 def quadratic(params):
