@@ -18,8 +18,8 @@ MODULES = sorted(ROOT.rglob("*.py"))
 # From the ground up; a room is a module or a package. Rooms on one floor do not see each other.
 FLOORS = [
     {"trees", "roles"},
-    {"axes"},
-    {"accumulation", "reductions", "products", "memory"},
+    {"axes", "layers"},
+    {"accumulation", "reductions", "products", "memory", "layouts"},
     {"checks"},
     {"likelihoods"},
     {"objective"},
