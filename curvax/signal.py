@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from curvax import axes, checks, trees
+from curvax import axes, checks, frozen, trees
 from curvax.objective import Objective, as_objective
 from curvax.trees import Tree
 
@@ -88,7 +88,13 @@ def pipe(*parts: optax.GradientTransformation) -> Stage:
     parts = tuple(piece for part in parts for piece in _pieces(part))
 
     def init(params: Tree) -> tuple[Any, ...]:
-        return tuple(part.init(params) for part in parts)
+        states = tuple(part.init(params) for part in parts)
+        frozen.warn_of_climb(parts, states, params)
+        return states
+
+    climbing = [part.init.climbs for part in parts if hasattr(part.init, "climbs")]
+    if climbing:
+        init.climbs = climbing[0]  # type: ignore[attr-defined]
 
     def rule(signal: Signal, state: tuple[Any, ...], params: Tree = None, **extra: Any) -> Any:
         new_state = []
@@ -129,6 +135,9 @@ def parts_of(part: optax.GradientTransformation) -> tuple[optax.GradientTransfor
 class _Init:
     def __init__(self, init: Callable[[Tree], Any], name: str):
         self.init, self.name = init, name
+        if hasattr(init, "climbs"):
+            # Which leaves a stage perturbs; a pipe and `per_group` pass it on.
+            self.climbs = init.climbs
 
     def __call__(self, params: Tree) -> Any:
         checks.refuse_masked(params, self.name)

@@ -20,7 +20,7 @@ FLOORS = [
     {"trees", "roles"},
     {"axes", "layers"},
     {"accumulation", "reductions", "products", "memory", "layouts"},
-    {"checks"},
+    {"checks", "frozen"},
     {"likelihoods"},
     {"objective"},
     {"oracles", "linalg"},
