@@ -42,7 +42,8 @@ def map_with_path(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
 
 def is_leaf(tree: Tree) -> bool:
     """Whether this is one array or number, not a tree of them."""
-    return jax.tree_util.treedef_is_leaf(jax.tree.structure(tree))
+    leaves = jax.tree.leaves(tree)
+    return len(leaves) == 1 and leaves[0] is tree
 
 
 def is_float(leaf: Any) -> bool:

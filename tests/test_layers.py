@@ -1,5 +1,7 @@
 """Which leaf is a convolution's kernel, and along which axes, in the libraries of others."""
 
+from typing import Any
+
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -9,7 +11,7 @@ import pytest
 from flax import nnx
 
 import curvax as cx
-from curvax import Signal, spatial_average
+from curvax import Signal, spatial_average, trees
 from curvax.layouts import layout_of_tree
 from curvax.models import build
 
@@ -50,7 +52,7 @@ def assert_windows(params, windows):
         np.testing.assert_allclose(found, jnp.broadcast_to(expected, x.shape), rtol=1e-13)
 
 
-HAIKU = {
+HAIKU: dict[str, Any] = {
     "resnet/~/initial_conv": ({"w": (7, 7, 3, 4)}, (0, 1)),
     "net/conv1_d": ({"w": (5, 2, 4), "b": (4,)}, (0,)),
     "conv2_d": ({"w": (3, 3, 2, 4), "b": (4,)}, (0, 1)),
@@ -169,11 +171,10 @@ def test_nnx_by_names_with_variables_or_without():
     ],
 )
 def test_a_doubtful_window_is_not_averaged_and_is_told_once(tree):
-    params = tree_of(tree)
+    params, stage = tree_of(tree), spatial_average()
     with pytest.warns(UserWarning, match="does not average over a window"):
-        stage = spatial_average()
         state = stage.init(params)
-    with pytest.warns(UserWarning, match="layout=curvax.layout") as told:
+    with pytest.warns(UserWarning, match=r"layout=curvax\.layout") as told:
         cx.adahessian(0.1).init(params)
     assert len(told) == 1
     signal, _ = stage.update(Signal(params, diagonal=params), state, params)
@@ -241,7 +242,7 @@ def test_asam_knows_a_bias_by_its_own_name(tree, biases):
     params = tree_of(tree)
     rule = cx.asam(0.5)
     for path, w in jax.tree.leaves_with_path(params):
-        names = tuple(jax.tree_util.keystr((entry,), simple=True) for entry in path)
+        names = trees.names(path)
         t = jnp.ones_like(w) if "/".join(names) in biases else jnp.abs(w) + 0.5
         np.testing.assert_allclose(rule.measure(names, jnp.ones_like(w), w, None), t)
         np.testing.assert_allclose(rule.scale(names, jnp.ones_like(w), w), t)
@@ -250,5 +251,7 @@ def test_asam_knows_a_bias_by_its_own_name(tree, biases):
 def test_asam_knows_the_bias_of_an_nnx_state():
     rule = cx.asam(0.5)
     w = jnp.asarray([2.0, 3.0])
-    for path, t in ((("first", "bias", "value"), [1.0, 1.0]), (("bias", "kernel"), [2.5, 3.5])):
-        np.testing.assert_allclose(rule.measure(path, jnp.ones(2), w, None), t)
+    paths = {"first/bias/value": [1.0, 1.0], "bias/kernel": [2.5, 3.5]}
+    for label, t in paths.items():
+        path = tuple(map(trees.Name, label.split("/")))
+        np.testing.assert_allclose(rule.measure(path, jnp.ones(2), w, None), np.asarray(t))

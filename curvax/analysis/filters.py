@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from curvax import layers, trees
 from curvax.analysis.directions import stack_of
 from curvax.linalg import bases
-from curvax.trees import Path, Tree
+from curvax.roles import Path
+from curvax.trees import Tree
 
 
 class _Facts(NamedTuple):
@@ -33,8 +34,8 @@ def filter_normalised(
         d_ij ← d_ij ‖θ_ij‖ / ‖d_ij‖
 
     A filter is what one output unit sees: all but the output axes of a kernel or table (Flax's,
-    Haiku's, Equinox's), in each layer of a scanned depth. So the landscapes of networks compare that differ in the scale
-    of their weights. Li et al., arXiv:1712.09913, section 4.
+    Haiku's, Equinox's), in each layer of a scanned depth. So the landscapes of networks compare
+    that differ in the scale of their weights. Li et al., arXiv:1712.09913, section 4.
 
     Args:
         direction: a tree like the parameters, or several stacked [k, ...].

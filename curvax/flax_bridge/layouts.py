@@ -15,9 +15,10 @@ def layout(model: Any, variables: Any = None, *inputs: Any, **options: Any) -> L
     """What each parameter of a model is.
 
     An nnx module tells it. A linen module tells it when it is called: with `inputs` one call is
-    traced, at no cost in FLOPs. The layers of an Equinox module are known by their classes.
-    Without inputs, and for a plain tree (Haiku's), names and neighbouring shapes are the evidence (a bias has the axes of its kernel's outputs, attention has a query, a key and a
-    value), and what they leave doubtful is `other`, with no axes.
+    traced, at no cost in FLOPs. The layers of an Equinox module are known by their classes. Else,
+    as in Haiku's trees, names and neighbouring shapes are the evidence (a bias has the axes of its
+    kernel's outputs, attention has a query, a key and a value), and what they leave doubtful is
+    `other`, with no axes.
 
     Args:
         model: a linen module, an nnx module, an Equinox module, or a tree of parameters.

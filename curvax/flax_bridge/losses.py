@@ -84,7 +84,7 @@ def nnx_loss(
             graphdef, _completed(params, given), _folded(key, streams), rest, copy=True
         )
         found, *counts = draws.call(live, batch, key)
-        _, after, _, state = nnx.split(live, wrt, nnx.RngKey, ...)
+        after, _, state = nnx.state(live, wrt, nnx.RngKey, ...)
         _refuse_changed_structure(_paths(params), known, _paths(after), _paths(state))
         state = _written_back(known, state)
         value, aux = _pair(found) if has_aux else (_no_pair(found), None)
@@ -104,14 +104,15 @@ class _Draws:
                 f"{type(rngs).__name__}. A key goes to `Objective(loss, batch, key=key)`."
             )
         self.fn, self.place = fn, _place_of_rngs(fn, rngs is not None)
-        self.split = None if rngs is None else nnx.as_pure(nnx.split(rngs, nnx.RngKey, ...))
+        self.split = None if rngs is None else nnx.split(rngs, nnx.RngKey, ...)
 
     def call(self, live: nnx.Module, batch: Any, key: jax.Array | None) -> tuple[Any, ...]:
         """(what fn returns, and the counters of its streams after it where these were given)."""
         if self.place is None:
             return (self.fn(live, batch),)
         if self.split is not None:
-            graphdef, streams, counts = self.split
+            graphdef, *states = self.split
+            streams, counts = nnx.as_pure(states)
             rngs = nnx.merge(graphdef, _folded(key, streams), counts, copy=True)
         elif key is not None:
             rngs = nnx.Rngs(key)
@@ -126,7 +127,7 @@ class _Draws:
         found = self.fn(*args)
         if self.split is None:
             return (found,)
-        return found, nnx.as_pure(nnx.split(rngs, nnx.RngKey, ...)[-1])
+        return found, nnx.as_pure(nnx.state(rngs, nnx.RngKey, ...)[-1])
 
 
 def _place_of_rngs(fn: Callable[..., Any], given: bool) -> int | None:
@@ -159,9 +160,11 @@ def _fold(key: jax.Array, stream: jax.Array) -> jax.Array:
 
 def _completed(whole: nnx.State, given: Any) -> Any:
     """The parameters given, and those of the module where none are."""
-    if jax.tree.structure(given) == jax.tree.structure(whole):
+    # As arrays: a variable may hold a tree, which arrays alone do not tell from the module's.
+    trees = (nnx.as_pure(nnx.State(tree)) for tree in (whole, given))
+    known, found = (dict(nnx.to_flat_state(tree)) for tree in trees)
+    if set(known) == set(found):
         return given
-    known, found = (dict(nnx.to_flat_state(tree)) for tree in (whole, nnx.State(given)))
     if strange := [path for path in found if path not in known]:
         label = "/".join(map(str, strange[0]))
         raise ValueError(
@@ -178,9 +181,7 @@ def _written_back(known: set[Place], after: nnx.State) -> nnx.State:
     leaves = nnx.to_flat_state(after)
     if all(path in known for path, _ in leaves):
         return nnx.as_pure(after)
-    return nnx.from_flat_state(
-        {path: nnx.as_pure(x) if path in known else x for path, x in leaves}
-    )
+    return nnx.from_flat_state({path: nnx.as_pure(x) if path in known else x for path, x in leaves})
 
 
 def _paths(state: nnx.State) -> set[Place]:

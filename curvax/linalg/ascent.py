@@ -66,11 +66,12 @@ def dual_norm(p: float = 2) -> Ascent:
 
 
 def asam(eta: float = 0.01) -> Ascent:
-    """ASAM as its authors' code has it: T = |w| + η, and 1 for leaves named `bias`, or `b` in Haiku.
+    """ASAM as its authors' code has it: T = |w| + η, and 1 for biases, by their names.
 
         ε̂ = ρ T² g / ‖T g‖
 
-    Kwon et al., ASAM, arXiv:2102.11600; ρ = 0.5 and η = 0.01 there.
+    Biases are leaves named `bias`, and vectors named `b` in a module of Haiku. Kwon et al., ASAM,
+    arXiv:2102.11600; ρ = 0.5 and η = 0.01 there.
 
     Args:
         eta: η >= 0, in the units of the weights.

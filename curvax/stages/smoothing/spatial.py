@@ -14,7 +14,7 @@ from curvax.trees import Path, Tree
 
 Block = None | int | tuple[int, ...]
 BlockRule = Callable[[Path, jax.Array], Block]
-Facts = Mapping[Path, Any]
+Facts = Mapping[Any, Any]
 """path ↦ the window, input and output axes of a leaf."""
 
 
@@ -101,7 +101,7 @@ def _warn_of_windows(params: Tree) -> None:
     shapes, read = layers.shapes_of(params), layers.readings(params)
     doubtful = [path for path in shapes if layers.doubtful_window(path, shapes[path], read[path])]
     if doubtful:
-        found = ", ".join(f"`{trees.label(path)}` {shapes[path]}" for path in doubtful[:3])
+        found = ", ".join(f"`{'/'.join(path)}` {shapes[path]}" for path in doubtful[:3])
         more = f" and {len(doubtful) - 3} more" if len(doubtful) > 3 else ""
         warnings.warn(
             f"`spatial_average` does not average over a window of {found}{more}: names and shapes "
