@@ -7,7 +7,7 @@ Each idea is a stage, each method a pipe, each pipe an `optax.GradientTransforma
 The loss comes in through Optax's own `value_fn`.
 """
 
-import importlib
+import importlib.util
 from typing import Any
 
 from curvax.figures import diagnostics, record
@@ -177,6 +177,8 @@ def __getattr__(name: str) -> Any:
     """What few scripts need, imported when first asked for: the names of the Flax bridge, since the
     core does without Flax, those of `curvax.analysis`, and `curvax.plotting`, since it does without
     matplotlib."""
+    if name == "layout" and importlib.util.find_spec("flax") is None:
+        return importlib.import_module("curvax.layouts").layout_of_tree
     if name in _FLAX:
         return getattr(importlib.import_module("curvax.flax_bridge"), name)
     if name in _PACKAGES:

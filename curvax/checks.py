@@ -21,6 +21,24 @@ def refuse_masked(tree: Tree, name: str) -> None:
         )
 
 
+def refuse_unlike(updates: Tree, params: Tree, name: str) -> None:
+    """Refuses updates that are not those of the parameters.
+
+    Raises:
+        ValueError: they have another number of leaves.
+    """
+    counts = len(jax.tree.leaves(updates)), len(jax.tree.leaves(params))
+    if params is not None and counts[0] != counts[1]:
+        raise ValueError(
+            f"`{name}` was handed a gradient of {counts[0]} arrays for parameters of {counts[1]}. "
+            "Take the gradient at the parameters that the optimiser is given: in nnx, the same "
+            "filter for both, `nnx_loss(model, fn, wrt=filter)` and `nnx.Optimizer(model, tx, "
+            "wrt=filter)`; in Equinox, `tx.update(grads, state, eqx.filter(model, "
+            "eqx.is_inexact_array))`; under `optax.lookahead`, whose parameters are a pair, the "
+            "stages by themselves before it."
+        )
+
+
 def needed_diagonal(diagonal: Tree, stage: str, needs: str) -> Tree:
     """The diagonal of a signal.
 

@@ -16,6 +16,8 @@ Shape = tuple[int, ...]
 Layer = Mapping[str, Shape]
 
 ATTENTION = ("query", "key", "value")
+SHIFTS = ("bias", "offset")
+"""What Flax and Haiku call a normalisation's shift."""
 
 
 class Role(NamedTuple):
@@ -59,11 +61,11 @@ def role(owner: Path, name: str, layer: Layer, *, attention: bool = False) -> Ro
     rank = len(layer[name])
     if name == "kernel":
         return _kernel(owner, layer, attention)
-    if name == "scale" or (name == "bias" and "scale" in layer and "kernel" not in layer):
+    if name == "scale" or (name in SHIFTS and "scale" in layer and "kernel" not in layer):
         return vector("norm", rank)
     if name == "bias":
         return vector("bias", rank)
-    if name == "embedding" and rank == 2:
+    if name in ("embedding", "embeddings") and rank == 2:
         return linear(1, 1, kind="embedding")
     if rank and any(word in name.lower() for word in ("embed", "cls", "token")):
         return Role("embedding", outputs=(rank - 1,))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from curvax import axes, checks, order, trees
+from curvax import axes, checks, frozen, order, trees
 from curvax.objective import Objective, as_objective
 from curvax.trees import Tree
 
@@ -105,7 +105,13 @@ def pipe(*parts: optax.GradientTransformation) -> Stage:
     _refuse_lost(parts)
 
     def init(params: Tree) -> tuple[Any, ...]:
-        return tuple(part.init(params) for part in parts)
+        states = tuple(part.init(params) for part in parts)
+        frozen.warn_of_climb(parts, states, params)
+        return states
+
+    climbing = [part.init.climbs for part in parts if hasattr(part.init, "climbs")]
+    if climbing:
+        init.climbs = climbing[0]  # type: ignore[attr-defined]
 
     def rule(signal: Signal, state: tuple[Any, ...], params: Tree = None, **extra: Any) -> Any:
         new_state = []
@@ -183,13 +189,16 @@ def _lifted(
 class _Init:
     def __init__(self, init: Callable[[Tree], Any], name: str, kinds: tuple[Kind, ...]):
         self.init, self.name, self.kinds = init, name, kinds
+        if hasattr(init, "climbs"):
+            # Which leaves a stage perturbs; a pipe and `per_group` pass it on.
+            self.climbs = init.climbs
 
     def __call__(self, params: Tree) -> Any:
         checks.refuse_masked(params, self.name)
         for kind in self.kinds:
             if kind.evaluates_loss:
                 order.refuse_multi_steps_around(kind.name, replaces_gradient=kind.replaces_gradient)
-        return self.init(params)
+        return self.init(trees.arrays(params))
 
 
 class _Update:
@@ -207,6 +216,8 @@ class _Update:
         for kind in self.kinds:
             if kind.replaces_gradient and isinstance(value_fn, Objective):
                 order.refuse_changed_gradient(value_fn, params, updates, kind.name)
+        checks.refuse_unlike(updates, params, self.name)
+        updates, params = trees.arrays((updates, params))
         signal, state = self.rule(_begin(updates, params, extra), state, params, **extra)
         order.refuse_unaveraged(signal.local, self.name)
         return signal.updates, state

@@ -46,8 +46,30 @@ def same_leaves(a: Tree, b: Tree) -> bool:
     return len(x) == len(y) and all(u is v for u, v in zip(x, y))
 
 
+def is_leaf(tree: Tree) -> bool:
+    """Whether this is one array or number, not a tree of them."""
+    leaves = jax.tree.leaves(tree)
+    return len(leaves) == 1 and leaves[0] is tree
+
+
 def is_float(leaf: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+
+
+def arrays(tree: Tree) -> Tree:
+    """The tree with plain numbers as arrays; arrays of JAX and NumPy stay the objects they are."""
+    if all(hasattr(x, "dtype") for x in jax.tree.leaves(tree)):
+        return tree
+    return jax.tree.map(lambda x: x if hasattr(x, "dtype") else jnp.asarray(x), tree)
+
+
+def differentiated(f: Callable[[Tree], tuple[Any, Any]], params: Tree) -> tuple[Any, Tree]:
+    """(f(params), the gradient of its first part), where integer leaves have a gradient of zeros of
+    their own dtype, with which Optax leaves them as they are."""
+    if all(is_float(x) for x in jax.tree.leaves(params)):
+        return jax.value_and_grad(f, has_aux=True)(params)
+    out, grads = jax.value_and_grad(f, has_aux=True, allow_int=True)(params)
+    return out, jax.tree.map(lambda x, g: g if is_float(x) else jnp.zeros_like(x), params, grads)
 
 
 def widen(x: Any) -> jax.Array:

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from curvax import roles, trees
+from curvax import layers, trees
 from curvax.analysis.directions import stack_of
 from curvax.linalg import bases
-from curvax.trees import Path, Tree
+from curvax.roles import Path
+from curvax.trees import Tree
 
 
 class _Facts(NamedTuple):
@@ -32,9 +33,9 @@ def filter_normalised(
 
         d_ij ← d_ij ‖θ_ij‖ / ‖d_ij‖
 
-    A filter is what one output unit sees: all but the output axes of a Flax kernel or table, in
-    each layer of a scanned depth. So the landscapes of networks compare that differ in the scale
-    of their weights. Li et al., arXiv:1712.09913, section 4.
+    A filter is what one output unit sees: all but the output axes of a kernel or table (Flax's,
+    Haiku's, Equinox's), in each layer of a scanned depth. So the landscapes of networks compare
+    that differ in the scale of their weights. Li et al., arXiv:1712.09913, section 4.
 
     Args:
         direction: a tree like the parameters, or several stacked [k, ...].
@@ -87,10 +88,6 @@ def _inside(facts: Any, rank: int, biases: bool) -> tuple[int, ...] | None:
 
 
 def _by_names(params: Tree) -> dict[Path, _Facts]:
-    """What names and shapes tell; the array of an nnx Variable is at its `value`."""
-    shapes = {trees.names(path): x.shape for path, x in jax.tree.leaves_with_path(params)}
-    bare = {path: path[:-1] if path[-1:] == ("value",) else path for path in shapes}
-    readings = roles.read_roles({bare[path]: shape for path, shape in shapes.items() if bare[path]})
-    unknown = roles.Reading(roles.OTHER)
-    found = {path: readings.get(own, unknown) for path, own in bare.items()}
+    """What names, shapes and classes tell."""
+    found = layers.readings(params)
     return {path: _Facts(r.role.kind, r.role.outputs, r.depth) for path, r in found.items()}

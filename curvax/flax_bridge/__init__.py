@@ -3,9 +3,10 @@
 This package needs Flax, which the `flax` extra brings.
 """
 
-from curvax.flax_bridge.layouts import Layout, Leaf, Member, layout
+from curvax.flax_bridge.layouts import layout
 from curvax.flax_bridge.losses import nnx_loss
 from curvax.flax_bridge.nnx_scopes import named_modules
 from curvax.flax_bridge.train_state import TrainState
+from curvax.layouts import Layout, Leaf, Member
 
 __all__ = ["Layout", "Leaf", "Member", "TrainState", "layout", "named_modules", "nnx_loss"]

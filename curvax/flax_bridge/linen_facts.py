@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
+from curvax.layers import shapes_of
 from curvax.roles import (
     Axes,
     Path,
@@ -25,11 +25,6 @@ from curvax.roles import (
     removed,
     role,
 )
-from curvax.trees import names
-
-
-def shapes_of(tree: Any) -> dict[Path, Shape]:
-    return {names(path): jnp.shape(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def read(

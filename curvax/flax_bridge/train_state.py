@@ -5,10 +5,13 @@ from typing import Any
 
 import optax
 from flax import struct
+from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
 
+from curvax.objective import Objective, as_objective
 
-class TrainState(train_state.TrainState):
+
+class TrainState(train_state.TrainState, kw_only=True):
     """Flax's `TrainState`, for transformations that evaluate the loss elsewhere.
 
         def loss(params, batch, key):
@@ -20,6 +23,11 @@ class TrainState(train_state.TrainState):
         objective = curvax.Objective(loss, batch, has_aux=True, key=key)
         (value, batch_stats), grads = objective.value_and_grad(state.params)
         state = state.apply_gradients(grads=grads, value_fn=objective, batch_stats=batch_stats)
+
+    A subclass adds fields as in Flax. Where `params` is a module's variables with the collection
+    `_overwrite_with_gradient`, which linen's fp8 layers keep their scales in, the transformation
+    is given `params["params"]` and a loss of it alone. The perturbed passes see the scales of this
+    step, and the new ones are those of `grads`, the clean pass.
 
     Attributes:
         batch_stats: linen's collection of that name; empty for a model without batch norm.
@@ -53,9 +61,19 @@ class TrainState(train_state.TrainState):
         extra = {} if value is None else {"value": value}
 
         def update(updates: Any, state: Any, params: Any) -> Any:
-            asked = {} if value_fn is None else {"value_fn": value_fn, "grad": updates}
-            return forward(updates, state, params, **extra, **asked)
+            if value_fn is None:
+                return forward(updates, state, params, **extra)
+            loss = value_fn if params is self.params else self._of_params(value_fn, grads)
+            return forward(updates, state, params, **extra, value_fn=loss, grad=updates)
 
         bound = self.replace(tx=optax.GradientTransformation(self.tx.init, update))
         stepped = super(TrainState, bound).apply_gradients(grads=grads, **changes)
         return stepped.replace(tx=self.tx)
+
+    def _of_params(self, value_fn: Callable[..., Any], grads: Any) -> Objective:
+        """The loss of `params["params"]`, the collection that is overwritten held fixed."""
+        kept = self.params[OVERWRITE_WITH_GRADIENT]
+        objective = as_objective(value_fn, "TrainState.apply_gradients")
+        inner = objective.through(lambda params: {"params": params, OVERWRITE_WITH_GRADIENT: kept})
+        given = objective.gave(self.params, grads)
+        return inner.recalling(given, self.params["params"], grads["params"])

@@ -66,11 +66,12 @@ def dual_norm(p: float = 2) -> Ascent:
 
 
 def asam(eta: float = 0.01) -> Ascent:
-    """ASAM as its authors' code has it: T = |w| + η, and 1 for leaves named `bias`.
+    """ASAM as its authors' code has it: T = |w| + η, and 1 for biases, by their names.
 
         ε̂ = ρ T² g / ‖T g‖
 
-    Kwon et al., ASAM, arXiv:2102.11600; ρ = 0.5 and η = 0.01 there.
+    Biases are leaves named `bias`, and vectors named `b` in a module of Haiku. Kwon et al., ASAM,
+    arXiv:2102.11600; ρ = 0.5 and η = 0.01 there.
 
     Args:
         eta: η >= 0, in the units of the weights.
@@ -82,7 +83,7 @@ def asam(eta: float = 0.01) -> Ascent:
         raise TypeError(f"`asam` takes η as a number, and got {eta!r}. Write `ascent=asam(0.01)`.")
     if isinstance(eta, numbers.Real) and float(eta) < 0:
         raise ValueError(f"`asam` adds η >= 0 to the magnitude of the weights, and got eta={eta}.")
-    return _adaptive(lambda path, w: jnp.ones_like(w) if _is_bias(path) else jnp.abs(w) + eta)
+    return _adaptive(lambda path, w: jnp.ones_like(w) if _is_bias(path, w) else jnp.abs(w) + eta)
 
 
 def asam_all() -> Ascent:
@@ -129,8 +130,11 @@ def _adaptive(magnitude: Callable[[Path, Leaf], Leaf]) -> Ascent:
     )
 
 
-def _is_bias(path: Path) -> bool:
-    return any(name.split(".")[-1] == "bias" for name in path[-2:])
+def _is_bias(path: Path, w: Leaf) -> bool:
+    """By the leaf's own name, not that of a module; an nnx Variable holds its array at `value`."""
+    own = path[:-1] if path[-1:] == ("value",) else path
+    name = own[-1].split(".")[-1] if own else ""
+    return name == "bias" or (name == "b" and len(own) > 1 and jnp.ndim(w) <= 1)
 
 
 def check_p(p: Any) -> None:

@@ -19,7 +19,7 @@ from curvax import accumulation, axes, reductions, trees
 from curvax.likelihoods import Likelihood
 from curvax.memory import Given, Memory
 from curvax.objective import validation
-from curvax.trees import Tree
+from curvax.trees import Tree, differentiated
 
 
 class Objective:
@@ -230,13 +230,13 @@ class Objective:
     def _value_aux_and_grad(self, params: Tree) -> tuple[tuple[jax.Array, Any], Tree]:
         """The same of the whole batch in one piece."""
         if self.scale is None:
-            return jax.value_and_grad(self.evaluate, has_aux=True)(params)
+            return differentiated(self.evaluate, params)
 
         def scaled(params: Tree) -> tuple[jax.Array, Any]:
             value, aux = self.evaluate(params)
             return self.scaled(value), (value, aux)
 
-        (_, loss), grads = jax.value_and_grad(scaled, has_aux=True)(params)
+        (_, loss), grads = differentiated(scaled, params)
         return loss, self.unscaled(grads)
 
     def scaled(self, tree: Tree) -> Tree:
@@ -258,15 +258,15 @@ class Objective:
             outputs, aux = self.outputs(params)
             return self.loss_of(outputs), aux
         rest = () if self.batch is None else (self.batch,)
-        out = self.loss(params, *rest, *self._keys())
+        out = validation.called(self.loss, params, *rest, *self._keys())
         value, aux = validation.pair(out, "loss") if self.has_aux else (out, None)
-        return validation.scalar(value), aux
+        return validation.scalar(value, self.has_aux), aux
 
     def outputs(self, params: Tree) -> tuple[Tree, Any]:
         """(z, aux): what the model, the first half of the loss, returns for the whole batch."""
         validation.refuse_joined(self.joined)
         assert self.model is not None
-        out = self.model(params, self.batch, *self._keys())
+        out = validation.called(self.model, params, self.batch, *self._keys())
         return validation.pair(out, "model") if self.has_aux else (out, None)
 
     def loss_of(self, outputs: Tree) -> jax.Array:
@@ -363,6 +363,12 @@ class Objective:
     def gave_at(self, params: Tree) -> bool:
         """Whether `value_and_grad` was called at these very parameters."""
         return self._memory.at(params)
+
+    def recalling(self, given: Given | None, params: Tree, updates: Tree) -> Objective:
+        """This objective, with a record of another as its own gradient at its own parameters."""
+        if given is not None:
+            self._memory.keep(params, updates, given.value, given.local)
+        return self
 
     def shard_number(self, local: frozenset[str]) -> tuple[Any, int]:
         """(i, n): what this loss is the mean over is the i-th of n contiguous pieces of the global

@@ -22,9 +22,13 @@ def as_objective(value_fn: Callable[..., Any] | None, stage: str, params: Tree =
     if value_fn is None:
         raise ValueError(
             f"`{stage}` evaluates the loss, and no `value_fn` reached it. Pass it to the update: "
-            "`tx.update(grads, state, params, value_fn=objective)`. If you did, a wrapper between "
-            "dropped it, as `optax.lookahead` and Flax's own `TrainState.apply_gradients` do: use "
-            "`curvax.TrainState`, and put such a wrapper around the base alone."
+            "`tx.update(grads, state, params, value_fn=objective)`. If you did, something between "
+            "dropped it. Flax's own `TrainState.apply_gradients` does: `curvax.TrainState` takes "
+            "`apply_gradients(grads=grads, value_fn=objective)`. So do the train steps of axlearn, "
+            "Kauldron and EasyLM, which call `tx.update(grads, state, params)`: pass it there by "
+            "hand. So do `optax.lookahead`, `optax.flatten` (of some versions) and plain "
+            "`optax.GradientTransformation(init, update)`s around the stages: put them behind "
+            "these."
         )
     return value_fn if isinstance(value_fn, Objective) else Objective(value_fn)
 

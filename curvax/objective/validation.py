@@ -116,17 +116,46 @@ def pair(out: Any, half: str) -> tuple[Any, Any]:
     return out
 
 
-def scalar(value: Any) -> jax.Array:
+def called(loss: Callable[..., Any], params: Tree, *rest: Any) -> Any:
+    """What a loss or a model returns for these parameters.
+
+    Raises:
+        TypeError: it fails on parameters that it was hardly written for.
+    """
+    try:
+        return loss(params, *rest)
+    except (TypeError, AttributeError, KeyError, IndexError) as error:
+        if cure := _other_parameters(params, error):
+            raise TypeError(f"The loss failed with {error!r}. {cure}") from error
+        raise
+
+
+def _other_parameters(params: Tree, error: Exception) -> str | None:
+    """What is done about a loss that meets a vector or an nnx state in the place of its own."""
+    if trees.is_leaf(params) and jnp.ndim(params) == 1:
+        return (
+            f"It was handed one array of {jnp.size(params)} entries as its parameters. If it takes "
+            "a tree, a wrapper such as `optax.flatten` has made a vector of the parameters that "
+            "reach the stage, but not of those of `value_fn`. Put the wrapper around the base "
+            "alone, as in `sam_perturb(rho) | optax.flatten(base)`."
+        )
+    if type(params).__module__.startswith("flax.nnx") and "State" in str(error):
+        return (
+            "It was handed the parameters, an `nnx.State`, and not the module. A loss of a module "
+            "is made one of its parameters by `loss, params = curvax.nnx_loss(model, loss_fn)`, "
+            "then `value_fn=curvax.Objective(loss, batch, has_aux=True)`."
+        )
+    return None
+
+
+def scalar(value: Any, has_aux: bool = False) -> jax.Array:
     """The value of a loss in float32 or wider.
 
     Raises:
         TypeError: it is no floating scalar.
     """
-    if isinstance(value, tuple):
-        raise TypeError(
-            f"The loss returned a tuple of {len(value)}. A loss that returns `(scalar, aux)` is "
-            "passed as `curvax.Objective(loss, batch, has_aux=True)`."
-        )
+    if not trees.is_leaf(value):
+        raise TypeError(_no_number(value, has_aux))
     value = jnp.asarray(value)
     if value.shape or not trees.is_float(value):
         raise TypeError(
@@ -134,3 +163,21 @@ def scalar(value: Any) -> jax.Array:
             "it over the examples with `jnp.mean`."
         )
     return trees.widen(value)
+
+
+def _no_number(value: Any, has_aux: bool) -> str:
+    kind = f"a tuple of {len(value)}" if isinstance(value, tuple) else type(value).__name__
+    if value is None:
+        return "The loss returned None. Return its value, a scalar."
+    if has_aux:
+        return (
+            f"The first part of what the loss returned must be its value, a scalar, and is {kind}. "
+            "Return `(value, aux)` with all else in the aux, `(value, (logits, state))`; for an "
+            "nnx module, `nnx_loss(model, loss_fn, has_aux=True)` does so."
+        )
+    return (
+        f"The loss returned {kind}. A loss that returns `(scalar, aux)` is passed as "
+        "`curvax.Objective(loss_fn, has_aux=True)`, or with its batch as "
+        "`curvax.Objective(loss, batch, has_aux=True)`, instead of a plain callable; all else "
+        "than the scalar goes into the aux."
+    )

@@ -50,6 +50,7 @@ def linearized(f: Callable[[Tree], tuple[Tree, Any]], params: Tree, local: Any =
 
 def localized(objective: Objective, params: Tree) -> tuple[Tree, frozenset[str]]:
     """The parameters typed as varying over the device axes of the batch, and those axes."""
+    params = trees.arrays(params)
     local = objective.local_axes(params)
     return axes.vary(params, local), local
 

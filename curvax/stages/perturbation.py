@@ -81,7 +81,10 @@ def sam_perturb(
         sync_over: the device axes to average the ascent gradient over first: one perturbation for
             all of them instead of one per device.
         mask: a tree prefix of booleans, or a callable `params -> tree`: False leaves stay
-            unperturbed and do not enter the norm.
+            unperturbed and do not enter the norm. Leaves that the optimiser behind keeps as they
+            are (`optax.freeze`, `optax.selective_transform`, a label with `optax.set_to_zero`)
+            are perturbed unless they are masked here, with a warning at `init` where the pipe
+            shows it; in `optax.chain` nothing does.
 
     Returns:
         A stage that needs `value_fn`. It sets `updates`, `gradient` (as it was), `value`,
@@ -102,6 +105,8 @@ def sam_perturb(
         _warn_of_half_precision(params)
         keys = tuple(DrawingKey(key).initial() for key in Rules(ascent, p, mask, params).keys)
         return SamState(jnp.zeros((), jnp.int32), keys, unmeasured(*FIGURES))
+
+    init.climbs = lambda params: Rules(ascent, p, mask, params).mask  # type: ignore[attr-defined]
 
     def rule(
         signal: Signal, state: SamState, params: Tree, *, value_fn: Any = None, **extra: Any

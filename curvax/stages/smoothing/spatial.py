@@ -1,5 +1,6 @@
 """Smoothing a diagonal over neighbouring weights."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -7,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from curvax import checks, roles, trees
+from curvax import checks, layers, trees
 from curvax.injection import injectable
 from curvax.signal import Signal, Stage, stage
 from curvax.trees import Path, Tree
 
 Block = None | int | tuple[int, ...]
 BlockRule = Callable[[Path, jax.Array], Block]
-Facts = Mapping[Path, Any]
+Facts = Mapping[Any, Any]
 """path ↦ the window, input and output axes of a leaf."""
 
 
@@ -29,7 +30,9 @@ def spatial_average(
     Yao et al., AdaHessian, arXiv:2006.00719, eq. 10.
 
     Args:
-        block: `"auto"` averages a convolution over its window axes and nothing else. An int is
+        block: `"auto"` averages a convolution over its window axes and nothing else: Flax's and
+            Haiku's kernels, of linen and nnx, and those of Equinox's layers. A leaf that may be one
+            and of which names and shapes do not tell it stays, with a warning at `init`. An int is
             the length of contiguous blocks along the inputs of a Flax `kernel` (its output axis
             moved first, as in the authors' [out, in]), along any other leaf as stored; leaves of
             rank 0 and 1 stay. A callable `(path, leaf) -> None, int or axes` decides for each
@@ -59,7 +62,12 @@ def spatial_average(
         )
         return signal._replace(diagonal=averaged), state
 
-    return stage(lambda params: optax.EmptyState(), rule)
+    def init(params: Tree) -> optax.EmptyState:
+        if block == "auto" and layout is None:
+            _warn_of_windows(params)
+        return optax.EmptyState()
+
+    return stage(init, rule)
 
 
 def _rule_of(block: Any, layout: Any) -> Callable[[Tree], tuple[BlockRule, Facts]]:
@@ -86,12 +94,25 @@ def _rule_of(block: Any, layout: Any) -> Callable[[Tree], tuple[BlockRule, Facts
 
 
 def _facts(tree: Tree) -> Facts:
-    """What each leaf is by names and shapes: the doubtful has no window."""
-    shapes = {trees.names(path): x.shape for path, x in jax.tree.leaves_with_path(tree)}
-    # An nnx state holds each array at the `value` of its variable.
-    bare = {path: path[:-1] if path[-1:] == ("value",) else path for path in shapes}
-    read = roles.read_roles({bare[path]: shape for path, shape in shapes.items() if bare[path]})
-    return {path: read[bare[path]].role if bare[path] else roles.OTHER for path in shapes}
+    """What each leaf is by names, shapes and classes: the doubtful has no window."""
+    return {path: reading.role for path, reading in layers.readings(tree).items()}
+
+
+def _warn_of_windows(params: Tree) -> None:
+    """Says which leaves may be convolutions and are not averaged."""
+    shapes, read = layers.shapes_of(params), layers.readings(params)
+    doubtful = [path for path in shapes if layers.doubtful_window(path, shapes[path], read[path])]
+    if doubtful:
+        found = ", ".join(f"`{'/'.join(path)}` {shapes[path]}" for path in doubtful[:3])
+        more = f" and {len(doubtful) - 3} more" if len(doubtful) > 3 else ""
+        warnings.warn(
+            f"`spatial_average` does not average over a window of {found}{more}: names and shapes "
+            "do not tell whether it is a convolution's kernel, and along which axes its window "
+            "lies. Pass `spatial_average(layout=curvax.layout(model, variables))`, which a method "
+            "takes as `block=`, or a callable `(path, leaf) -> None or axes`; `block=None` "
+            "averages nothing.",
+            stacklevel=2,
+        )
 
 
 def _averaged(d: jax.Array, block: Block, path: Path, facts: Facts) -> jax.Array:
