@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from curvax import accumulation, axes, reductions
+from curvax import accumulation, axes, meshes, reductions
 from curvax.likelihoods import Likelihood
 from curvax.memory import Given, Memory
 from curvax.objective import validation
@@ -148,7 +148,7 @@ class Objective:
         """The same loss on the first `fraction` of the batch (at least one example)."""
         validation.refuse_joined(self.joined)
         count = max(1, round(fraction * self.size))
-        batch = jax.tree.map(lambda x: x[:count], self.batch)
+        batch = jax.tree.map(lambda x: meshes.first(x, count), self.batch)
         if not self.microbatch or self.microbatch >= count:
             return self._changed(batch=batch, microbatch=None)
         where = f"`Objective(microbatch=)`, on a fraction {fraction} of the batch,"
@@ -259,19 +259,19 @@ class Objective:
         pieces = accumulation.split((self.batch, *beside), self.size, self.microbatch, where)
         return accumulation.mean_over_scan(piece, pieces, count)
 
-    def each(self, f: Callable[[Objective], Tree]) -> tuple[Tree, jax.Array | None]:
-        """`f(the objective on one example)`, all at once.
+    def each(self, f: Callable[..., Tree], *beside: Tree) -> tuple[Tree, jax.Array | None]:
+        """`f(the objective on one example, *beside)`, all at once.
 
         Returns:
             Its leaves, stacked along a new first axis, and the weight of each example where there
             is one. A dropout key is folded with the example's number.
         """
 
-        def one(i: jax.Array, batch: Tree) -> tuple[Tree, jax.Array | None]:
+        def one(i: jax.Array, batch: Tree, *beside: Tree) -> tuple[Tree, jax.Array | None]:
             part = self.piece(batch, i, self.size)
-            return f(part), part.batch_weight()
+            return f(part, *beside), part.batch_weight()
 
-        return accumulation.stack_over_vmap(one, self.groups(1), self.size)
+        return accumulation.stack_over_vmap(one, self.groups(1), self.size, *beside)
 
     def example_keys(self, key: jax.Array) -> jax.Array:
         """A key for each example, [n]: `key` folded with the example's number in the global batch,

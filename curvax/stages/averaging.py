@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from curvax import accumulation, axes, checks
+from curvax import accumulation, axes, checks, meshes
 from curvax.axes import AxisNames
 from curvax.objective import Objective, as_objective, require_batch
 from curvax.signal import Signal, Stage, pipe, stage, weight_of
@@ -110,7 +110,9 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
         extra = {name: x for name, x in extra.items() if name not in ("value", "grad")}
         averaged: frozenset[str] = frozenset()
 
-        def one(i: jax.Array, batch: Tree) -> tuple[Any, jax.Array | None]:
+        def one(
+            i: jax.Array, batch: Tree, params: Tree, state: Any
+        ) -> tuple[Any, jax.Array | None]:
             nonlocal averaged
             group = objective.piece(batch, i, count)
             (value, aux), gradient = group.value_aux_and_grad(params)
@@ -123,7 +125,8 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
             out = out._replace(diagonal=diagonal, matvec=None, local=None, averaged=None)
             return (out, _map_keys(lambda key: False, new)), group.batch_weight()
 
-        out, new = over_groups(one, groups, count)
+        out, new = over_groups(one, groups, count, params, state)
+        out, new = _laid_out(out, params), meshes.laid_like(new, state)
         whole = averaged.union(axis for axis in within if isinstance(axis, str))
         out = out._replace(local=local - averaged, averaged=whole)
         if weight is not None:
@@ -134,6 +137,14 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
         return out, jax.tree.map(advanced, new, state)
 
     return stage(inner.init, rule)
+
+
+def _laid_out(signal: Signal, params: Tree) -> Signal:
+    """The signal with what is shaped like the parameters laid out like them (explicit meshes)."""
+    lay = lambda tree: None if tree is None else meshes.laid_like(tree, params)
+    return signal._replace(
+        updates=lay(signal.updates), gradient=lay(signal.gradient), diagonal=lay(signal.diagonal)
+    )
 
 
 def _devices_of_a_group(m: int, objective: Objective) -> tuple[axes.Along, ...]:
