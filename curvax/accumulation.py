@@ -9,7 +9,66 @@ import jax.numpy as jnp
 from jax import lax
 
 from curvax import axes, meshes
-from curvax.trees import Tree, is_float, ratio, widen
+from curvax.trees import Tree, is_float, is_overwritten, names, ratio, widen
+
+
+KINDS = ("mean", "sum", "max", "min", "last", "concat")
+"""How what pieces give becomes what the whole gives."""
+
+
+@jax.tree_util.register_pytree_node_class
+class Parts:
+    """Values of a piece that are not all averaged: how each is reduced, and what is made of them.
+
+    A kind is one of `KINDS`, or "concat 1" for another axis than the first.
+    """
+
+    def __init__(
+        self, values: list[jax.Array], kinds: tuple[str, ...], finish: Callable[[list[Any]], Tree]
+    ):
+        self.values, self.kinds, self.finish = values, kinds, finish
+
+    def tree_flatten(self) -> Any:
+        return self.values, (self.kinds, self.finish)
+
+    @classmethod
+    def tree_unflatten(cls, static: Any, values: Any) -> "Parts":
+        return cls(list(values), *static)
+
+
+def kinds_of(tree: Tree) -> list[str]:
+    """How each leaf is reduced: those of `Parts` as they say, the largest of states that are
+    overwritten by their gradients, the mean of other floats, and the last of all else."""
+
+    def own(path: Any, x: Any) -> tuple[str, ...]:
+        if isinstance(x, Parts):
+            return x.kinds
+        if not is_float(x):
+            return ("last",)
+        return ("max" if is_overwritten(names(path)) else "mean",)
+
+    nodes = jax.tree.leaves_with_path(tree, is_leaf=lambda x: isinstance(x, Parts))
+    return [kind for path, x in nodes for kind in own(path, x)]
+
+
+def finished(tree: Tree) -> Tree:
+    """The tree with what is made of its `Parts` in their place."""
+    is_parts = lambda x: isinstance(x, Parts)
+    make = lambda x: x.finish(x.values) if is_parts(x) else x
+    return jax.tree.map(make, tree, is_leaf=is_parts)
+
+
+def reduced(kind: str, x: jax.Array) -> jax.Array:
+    """Stacked values [count, ...] of all pieces as one of the whole, but for the mean."""
+    if kind == "last":
+        return meshes.laid_out(x, ())[-1]
+    if kind in ("sum", "max", "min"):
+        return {"sum": jnp.sum, "max": jnp.max, "min": jnp.min}[kind](x, axis=0).astype(x.dtype)
+    axis = int(kind.removeprefix("concat") or 0)
+    if axis == 0:
+        return meshes.joined(x)
+    x = jnp.moveaxis(meshes.gathered(x), 0, axis)
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
 
 def check_divides(size: int, piece: int, where: str) -> None:
@@ -43,13 +102,14 @@ def mean_over_scan(
 
     One piece is in memory at a time; on an explicit mesh every device works on its part of each.
     Floating leaves are averaged in float32 or wider and come back in their own dtype; all other
-    leaves are those of the last piece.
+    leaves are those of the last piece, but for what `Parts` say.
     """
     number, pieces = jnp.arange(count), meshes.arranged(pieces, meshes.within(pieces))
     first = jax.tree.map(lambda x: x[0], (number, pieces))
     shapes, weighted = _told(lambda: jax.eval_shape(f, *first, *beside), pieces)
     leaves, treedef = jax.tree.flatten(shapes)
-    floats = [is_float(leaf) for leaf in leaves]
+    kinds = kinds_of(shapes)
+    floats = [kind == "mean" for kind in kinds]
 
     def body(carry: Any, piece: Any) -> Any:
         sums, weight = carry
@@ -65,9 +125,10 @@ def mean_over_scan(
     means = iter(
         ratio(s, weight).astype(leaf.dtype) for s, leaf in zip(sums, _where(leaves, floats, True))
     )
-    last = iter(x[-1] for x in others)
+    stacked = iter(others)
     return jax.tree.unflatten(
-        treedef, [next(means) if is_mean else next(last) for is_mean in floats]
+        treedef,
+        [next(means) if kind == "mean" else reduced(kind, next(stacked)) for kind in kinds],
     )
 
 
@@ -87,15 +148,16 @@ def mean_over_vmap(
     """The same mean with all pieces at once: parallel, and aligned with a sharded batch."""
     out, weight = stack_over_vmap(f, pieces, count, *beside)
 
-    def mean(x: jax.Array) -> jax.Array:
-        if not is_float(x):
-            return meshes.laid_out(x, ())[-1]
+    def mean(kind: str, x: jax.Array) -> jax.Array:
+        if kind != "mean":
+            return reduced(kind, x)
         if weight is None:
             return jnp.mean(widen(x), axis=0).astype(x.dtype)
         w = lax.expand_dims(ratio(weight, jnp.sum(weight)), range(1, x.ndim))
         return jnp.sum(weighed(w, x), axis=0).astype(x.dtype)
 
-    return jax.tree.map(mean, out)
+    leaves, treedef = jax.tree.flatten(out)
+    return jax.tree.unflatten(treedef, map(mean, kinds_of(out), leaves))
 
 
 def stack_over_vmap(

@@ -86,8 +86,16 @@ def gathered(tree: Tree, names: Axes | None = None) -> Tree:
 
 def laid_like(tree: Tree, like: Tree) -> Tree:
     """The same values and dtypes, laid out like `like` where that is split."""
-    lay = lambda x, y: laid_out(x, *(split_of(y, d) for d in range(y.ndim))) if is_sharded(y) else x
-    return jax.tree.map(lay, tree, like)
+    return jax.tree.map(lambda x, y: _like(x, y, ()) if is_sharded(y) else x, tree, like)
+
+
+def stacked_like(stack: Tree, like: Tree) -> Tree:
+    """Trees stacked along a new first axis, each laid out like `like` where that is split."""
+    return jax.tree.map(lambda x, y: _like(x, y, ((),)) if is_sharded(y) else x, stack, like)
+
+
+def _like(x: jax.Array, y: jax.Array, first: tuple[Axes, ...]) -> jax.Array:
+    return _resharded(x, layout(y, [*first, *(split_of(y, dim) for dim in range(y.ndim))]))
 
 
 def cut(x: jax.Array, count: int, piece: int) -> jax.Array:

@@ -15,10 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from curvax import accumulation, axes, meshes, reductions
+from curvax import accumulation, axes, meshes, reductions, trees
 from curvax.likelihoods import Likelihood
 from curvax.memory import Given, Memory
 from curvax.objective import validation
+from curvax.objective.aux_values import Pass, Reductions, Undecided, check_reductions, in_pieces
 from curvax.trees import Tree
 
 
@@ -62,16 +63,20 @@ class Objective:
         key: jax.Array | None = None,
         microbatch: int | None = None,
         weight: Callable[[Tree], Any] | str | None = None,
+        reduce_aux: Reductions = None,
     ):
         self.loss, self.batch, self.model, self.has_aux = loss, batch, model, has_aux
         self.key, self.microbatch, self.weight = key, microbatch, weight
+        self.reduce_aux = reduce_aux
         self._memory = Memory()
         self._local: dict[Any, frozenset[str]] = {}
         self._part: tuple[Any, int] = (0, 1)
+        self._whole: tuple[Any, ...] | None = None
         self.grouped = False
         self.joined: tuple[axes.Along, ...] = ()
         validation.check_halves(loss, batch, model)
         validation.check_options(batch, model, key, microbatch, weight)
+        check_reductions(reduce_aux)
         if microbatch is not None:
             accumulation.check_divides(self.size, microbatch, "`Objective(microbatch=)`")
 
@@ -128,7 +133,7 @@ class Objective:
     def _changed(self, **fields: Any) -> Objective:
         """A copy that remembers nothing."""
         other = copy.copy(self)
-        other._memory, other._local = Memory(), {}
+        other._memory, other._local, other._whole = Memory(), {}, None
         vars(other).update(fields)
         return other
 
@@ -183,10 +188,10 @@ class Objective:
         """L(θ), a scalar in float32 or wider. Safe for anybody's autodiff: the micro-batches are
         scanned with checkpointed bodies. Under device axes take `value_and_grad`, since JAX's own
         derivative of a mean over devices depends on how they are mapped."""
-        value, _ = self.apart().average(
-            lambda part: (
-                jax.checkpoint(part.evaluate)(params) if self.microbatch else part.evaluate(params)
-            )
+        own = lambda part: lambda p: part.evaluate(p)[0]
+        value = self.apart().average(
+            lambda part: (jax.checkpoint(own(part)) if self.microbatch else own(part))(params),
+            aux=False,
         )
         return self.group_mean(value)
 
@@ -202,6 +207,8 @@ class Objective:
         that a curvature estimator can pass on its own copy and the compiler drop this one.
         """
         (value, aux), grads = self.value_aux_and_grad(params)
+        if isinstance(aux, Undecided):
+            raise ValueError(aux.message)
         self._memory.keep(params, grads, value, self.local_axes(params))
         return ((value, aux) if self.has_aux else value), grads
 
@@ -209,38 +216,77 @@ class Objective:
         """((L(θ), aux), ∇L(θ)), where aux is None without `has_aux`."""
         here = axes.vary(params, self.local_axes(params) | set(self.joined))
         own = self.apart()
-        out = own.average(lambda part: jax.value_and_grad(part.evaluate, has_aux=True)(here))
-        return self.group_mean(out)
+        (value, aux), grads = own.average(lambda part: own._share(part, here))
+        value, grads = self.group_mean((value, grads))
+        return (value, aux), grads
+
+    def _share(self, part: Objective, params: Tree) -> tuple[tuple[jax.Array, Any], Tree]:
+        """((L, aux), ∇L) of a part of the batch.
+
+        Where states are overwritten by their gradients (fp8's scales, which follow the largest
+        entries that flow back), what flows back is that of the whole batch's mean.
+        """
+        if part is self or not trees.has_overwritten(params):
+            return jax.value_and_grad(part.evaluate, has_aux=True)(params)
+        own, all_ = part.batch_weight(), self.batch_weight()
+        share = part.size / self.size if own is None else trees.ratio(own, all_)
+
+        def scaled(p: Tree) -> tuple[jax.Array, Any]:
+            value, aux = part.evaluate(p)
+            return share * value, (value, aux)
+
+        (_, out), grads = jax.value_and_grad(scaled, has_aux=True)(params)
+        back = lambda g: trees.ratio(trees.widen(g), jnp.asarray(share)).astype(g.dtype)
+        keep = lambda path, g: g if trees.is_overwritten(path) else back(g)
+        return out, trees.map_with_path(keep, grads)
 
     def evaluate(self, params: Tree) -> tuple[jax.Array, Any]:
         """(L(θ), aux) of the whole batch in one piece."""
         if self.model is not None:
             outputs, aux = self.outputs(params)
             return self.loss_of(outputs), aux
-        rest = () if self.batch is None else (self.batch,)
-        out = self.loss(params, *rest, *self._keys())
-        value, aux = validation.pair(out, "loss") if self.has_aux else (out, None)
+        value, aux = self._called("loss", params)
         return validation.scalar(value), aux
 
     def outputs(self, params: Tree) -> tuple[Tree, Any]:
         """(z, aux): what the model, the first half of the loss, returns for the whole batch."""
         validation.refuse_joined(self.joined)
-        assert self.model is not None
-        out = self.model(params, self.batch, *self._keys())
-        return validation.pair(out, "model") if self.has_aux else (out, None)
+        return self._called("model", params)
+
+    def _called(self, half: str, params: Tree) -> tuple[Any, Any]:
+        """(what it returns, its aux), of the loss or the model; of a piece, what of the aux is
+        reduced over all pieces."""
+        f = getattr(self, half)
+        rest = () if self.batch is None else (self.batch,)
+        if not self.has_aux:
+            return f(params, *rest, *self._keys()), None
+        both = lambda *args: validation.pair(f(*args), half)
+        if self._whole is None:
+            return both(params, *rest, *self._keys())
+        here = Pass(both, params, (*rest, *self._keys()), self._whole)
+        return in_pieces(here, self.reduce_aux)
+
+    def whole(self) -> tuple[Any, ...]:
+        """(batch, *keys) of the batch of which this is a piece, or of this one."""
+        return self._whole or (self.batch, *self._keys())
+
+    def piece_of(self, whole: tuple[Any, ...]) -> Objective:
+        """The same loss, whose aux is reduced over all pieces of a whole; see `finished`."""
+        return self._changed(_whole=whole) if self.has_aux else self
 
     def loss_of(self, outputs: Tree) -> jax.Array:
         """L of outputs, the second half of the loss, a scalar in float32 or wider."""
         return validation.scalar(self.loss(outputs, self.batch))
 
-    def average(self, f: Callable[..., Tree], *beside: Tree) -> Tree:
+    def average(self, f: Callable[..., Tree], *beside: Tree, aux: bool = True) -> Tree:
         """The mean over micro-batches of `f(the objective on one of them)`, by weight where there
         is one; `f(self)` without micro-batches. Floating leaves are accumulated in float32, others
-        are the last one's.
+        are the last one's; the aux is that of the whole batch.
 
         Args:
             f: `f(part, *beside)`.
             beside: trees with a leading axis of examples, cut like the batch.
+            aux: False where f hands on none.
 
         Raises:
             ValueError: the batch is a device's part of a group.
@@ -248,16 +294,19 @@ class Objective:
         validation.refuse_joined(self.joined)
         if not self.microbatch or self.microbatch == self.size:
             return f(self, *beside)
-        count = self.size // self.microbatch
+        count, whole = self.size // self.microbatch, self.whole()
 
         def piece(i: jax.Array, pieces: Tree) -> tuple[Tree, jax.Array | None]:
             batch, *rest = pieces
             part = self.piece(batch, i, count)
+            part = part.piece_of(whole) if aux else part
             return f(part, *rest), part.batch_weight()
 
         where = "`Objective(microbatch=)`"
         pieces = accumulation.split((self.batch, *beside), self.size, self.microbatch, where)
-        return accumulation.mean_over_scan(piece, pieces, count)
+        found = accumulation.mean_over_scan(piece, pieces, count)
+        # Of a piece of a larger whole, the pieces of the whole are reduced first.
+        return found if self._whole else accumulation.finished(found)
 
     def each(self, f: Callable[..., Tree], *beside: Tree) -> tuple[Tree, jax.Array | None]:
         """`f(the objective on one example, *beside)`, all at once.
@@ -297,7 +346,7 @@ class Objective:
 
     def _traced_axes(self, params: Tree) -> frozenset[str]:
         own = self.apart()
-        loss = lambda p: own.average(lambda part: part.evaluate(p))[0]
+        loss = lambda p: own.average(lambda part: part.evaluate(p)[0], aux=False)
         traced = jax.make_jaxpr(loss)(params)
         typed = axes.tracked()
         suspects = axes.varying(self.batch) if typed and self.batch is not None else axes.manual()

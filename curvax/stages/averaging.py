@@ -106,6 +106,7 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
         local = objective.local_axes(params)
         weight, count = objective.batch_weight(), objective.size // here
         first, shards = objective.shard_number(local)
+        whole = objective.apart().whole()
         # The caller's loss and gradient are those of the whole batch.
         extra = {name: x for name, x in extra.items() if name not in ("value", "grad")}
         averaged: frozenset[str] = frozenset()
@@ -115,6 +116,7 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
         ) -> tuple[Any, jax.Array | None]:
             nonlocal averaged
             group = objective.piece(batch, i, count)
+            group = group if count == 1 else group.piece_of(whole)
             (value, aux), gradient = group.value_aux_and_grad(params)
             given = Signal(gradient, gradient, value=value, aux=aux, local=local)
             start = _map_keys(lambda key: jax.random.fold_in(key, first * count + i), state)
@@ -126,6 +128,7 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
             return (out, _map_keys(lambda key: False, new)), group.batch_weight()
 
         out, new = over_groups(one, groups, count, params, state)
+        out = out._replace(aux=accumulation.finished(out.aux))
         out, new = _laid_out(out, params), meshes.laid_like(new, state)
         whole = averaged.union(axis for axis in within if isinstance(axis, str))
         out = out._replace(local=local - averaged, averaged=whole)
