@@ -28,8 +28,14 @@ LINEAR = (
 )  # fmt: skip
 PRODUCTS = ("mul", "dot_general")
 
-Root = tuple[str, int, int]
-"""(how it is reduced, or "input"; the number of an equation, or of an input; of its output)"""
+Place = tuple[int, int, int]
+"""The numbers of an equation in the trace of a piece and in that of the whole, and of its output"""
+
+Root = tuple[str, int, int, int]
+"""(how it is reduced, its place), or ("input", its number, 0, 0)."""
+
+SHAPES = ("reshape", "squeeze", "expand_dims", "broadcast_in_dim")
+"""What JAX leaves out where there is one example alone."""
 
 
 class Unalike(Exception):
@@ -64,23 +70,45 @@ def read(piece: Any, whole: Any, inputs: list[Info]) -> list[Info]:
     Raises:
         Unalike: the traces differ in more than sizes.
     """
-    return _walk(opened(piece)[0], opened(whole)[0], inputs, itertools.count())
+    return _walk(opened(piece)[0], opened(whole)[0], inputs, Numbers())
 
 
-def _walk(piece: Any, whole: Any, inputs: list[Info], number: Iterator[int]) -> list[Info]:
-    if len(piece.eqns) != len(whole.eqns):
+class Numbers:
+    """Counts the equations of both traces."""
+
+    def __init__(self) -> None:
+        self.piece, self.whole = itertools.count(), itertools.count()
+
+
+def _pairs(piece: Any, whole: Any, numbers: Numbers) -> Iterator[tuple[Any, Any]]:
+    """The equations of both, one by one.
+
+    Raises:
+        Unalike: they differ in more than shapes.
+    """
+    ahead = iter(whole.eqns)
+    for a in piece.eqns:
+        b = next(ahead, None)
+        while b is not None and a.primitive.name != b.primitive.name in SHAPES:
+            next(numbers.whole)
+            b = next(ahead, None)
+        if b is None or a.primitive.name != b.primitive.name or len(a.outvars) != len(b.outvars):
+            raise Unalike
+        yield a, b
+    if any(True for _ in ahead):
         raise Unalike
+
+
+def _walk(piece: Any, whole: Any, inputs: list[Info], numbers: Numbers) -> list[Info]:
     env: dict[Any, Info] = dict(zip(piece.invars, inputs))
     known = lambda x: Info() if isinstance(x, core.Literal) else env[x]
-    for a, b in zip(piece.eqns, whole.eqns):
-        if a.primitive.name != b.primitive.name or len(a.outvars) != len(b.outvars):
-            raise Unalike
+    for a, b in _pairs(piece, whole, numbers):
         infos, inner = [known(x) for x in a.invars], body(a)
         if inner is not None:
             held = [Info(param=True)] * len(inner[1])
-            outs = _walk(inner[0], body(b)[0], held + infos, number)
+            outs = _walk(inner[0], body(b)[0], held + infos, numbers)
         else:
-            outs = _equation(a, b, infos, next(number))
+            outs = _equation(a, b, infos, (next(numbers.piece), next(numbers.whole)))
         env.update(zip(a.outvars, outs))
     return [known(x) for x in piece.outvars]
 
@@ -110,20 +138,20 @@ class _Program(NamedTuple):
     eqns: list[Any]
 
 
-def _equation(a: Any, b: Any, infos: list[Info], number: int) -> list[Info]:
-    """What is known of the outputs of an equation; a reduction is a root by its number."""
+def _equation(a: Any, b: Any, infos: list[Info], number: tuple[int, int]) -> list[Info]:
+    """What is known of the outputs of an equation; a reduction is a root by its place."""
     if a.primitive.name in OPAQUE and any(i.dep for i in infos):
         inside = _inside(a, b, infos)
     else:
         inside = [None] * len(a.outvars)
     return [
-        _output(a, x, y, infos, (number, k), within)
+        _output(a, x, y, infos, (*number, k), within)
         for k, (x, y, within) in enumerate(zip(a.outvars, b.outvars, inside))
     ]
 
 
 def _output(
-    eqn: Any, x: Any, y: Any, infos: list[Info], place: tuple[int, int], within: Info | None
+    eqn: Any, x: Any, y: Any, infos: list[Info], place: Place, within: Info | None
 ) -> Info:
     before, after = x.aval.shape, y.aval.shape
     if len(before) != len(after):
@@ -153,7 +181,7 @@ def _is_zero(x: Any, info: Info) -> bool:
 
 
 def _reduced(
-    eqn: Any, infos: list[Info], place: tuple[int, int], bad: str | None, within: Info | None
+    eqn: Any, infos: list[Info], place: Place, bad: str | None, within: Info | None
 ) -> Info:
     """Of what has no axis of examples any more."""
     name = eqn.primitive.name
@@ -220,25 +248,16 @@ def _mixed(eqn: Any, infos: list[Info], axis: int) -> str | None:
         if name.startswith("scatter") and x is eqn.invars[0]:
             if info.axis in params["dimension_numbers"].scatter_dims_to_operand_dims:
                 return told
-        if name == "scan" and _along(eqn, x, info):
+        if name == "scan" and info.axis == 0 and _is_scanned(eqn, x):
             return told
     return None
 
 
-def _along(eqn: Any, x: Any, info: Info) -> bool:
-    """Whether a scan goes through the examples, one after the other."""
-    return info.axis == 0 and x.aval.shape[0] == eqn.params["length"] and any(
-        x is other for other in eqn.invars[-_scanned(eqn) :]
-    )
-
-
-def _scanned(eqn: Any) -> int:
-    """The number of inputs that a scan goes through."""
-    inner = opened(eqn.params["jaxpr"])[0]
-    return sum(
-        u.aval.shape != v.aval.shape
-        for u, v in zip(inner.invars, eqn.invars[-len(inner.invars) :])
-    )
+def _is_scanned(eqn: Any, x: Any) -> bool:
+    """Whether a scan goes through the first axis of an input."""
+    inner = opened(eqn.params["jaxpr"])[0].invars
+    pairs = zip(reversed(inner), reversed(eqn.invars))
+    return any(other is x and u.aval.shape != x.aval.shape for u, other in pairs)
 
 
 def _inside(a: Any, b: Any, infos: list[Info]) -> list[Info | None]:
@@ -260,7 +279,7 @@ def _inside(a: Any, b: Any, infos: list[Info]) -> list[Info | None]:
             for i, u, v in zip(given, piece.invars, outer)
         ]
     try:
-        found: list[Info | None] = list(_walk(piece, whole, given, itertools.count()))
+        found: list[Info | None] = list(_walk(piece, whole, given, Numbers()))
     except Unalike:
         return nothing
     return found

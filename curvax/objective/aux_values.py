@@ -124,7 +124,7 @@ def _read(of: Pass, traced: Any, first: int, count: int) -> tuple[Any, list[Info
 def _inputs(of: Pass, traced: Any) -> list[Info]:
     """What is known of constants, parameters, examples and keys."""
     held = len(traced.consts) + len(jax.tree.leaves(of.params))
-    fixed = [Info(param=True, roots=frozenset({("input", i, 0)})) for i in range(held)]
+    fixed = [Info(param=True, roots=frozenset({("input", i, 0, 0)})) for i in range(held)]
     batch, *keys = of.piece
     return [*fixed, *[Info(0, True)] * len(jax.tree.leaves(batch)), *[Info()] * len(keys)]
 
@@ -153,7 +153,7 @@ def _message(doubtful: list[str]) -> str:
 def _run(traced: Any, of: Pass, roots: list[Root]) -> tuple[list[Any], list[Any]]:
     """(the outputs, the values of the roots) of a piece."""
     inputs = [*traced.consts, *jax.tree.leaves((of.params, *of.piece))]
-    kept = {root[1:]: None for root in roots if root[0] != "input"}
+    kept: dict[Any, Any] = {(r[1], r[3]): None for r in roots if r[0] != "input"}
 
     def run(number: int, eqn: Any, values: list[Any]) -> list[Any]:
         outs = aux_programs.applied(eqn, values)
@@ -161,7 +161,7 @@ def _run(traced: Any, of: Pass, roots: list[Root]) -> tuple[list[Any], list[Any]
         return outs
 
     outs = aux_programs.evaluated(traced, inputs, run)
-    return outs, [inputs[r[1]] if r[0] == "input" else kept[r[1:]] for r in roots]
+    return outs, [inputs[r[1]] if r[0] == "input" else kept[r[1], r[3]] for r in roots]
 
 
 def _finish(
@@ -179,10 +179,12 @@ def _finish(
 
 
 def _evaluated(program: Any, of: Pass, roots: list[Root], reduced: list[Any]) -> list[Any]:
-    found = dict(zip((r[1:] if r[0] != "input" else r for r in roots), reduced))
+    found: dict[Any, Any] = {
+        r if r[0] == "input" else r[2:]: x for r, x in zip(roots, reduced)
+    }  # fmt: skip
     held = len(program.consts) + len(jax.tree.leaves(of.params))
     batch, *keys = of.whole
-    inputs = [found.get(("input", i, 0), MISSING) for i in range(held)]
+    inputs = [found.get(("input", i, 0, 0), MISSING) for i in range(held)]
     inputs += [MISSING] * len(jax.tree.leaves(batch)) + keys
 
     def run(number: int, eqn: Any, values: list[Any]) -> list[Any]:

@@ -41,15 +41,26 @@ class Objective:
             that is the same in every pass over the same examples, and different for each group,
             micro-batch and device.
         microbatch: examples per micro-batch. Loss, gradient and products are accumulated in
-            float32 over scanned micro-batches, with the memory of one.
+            float32 over scanned micro-batches, with the memory of one. The aux is the whole
+            batch's: what the loss sums over the examples is summed over micro-batches too, of a
+            maximum it is the largest, values of examples are put together, and what the program
+            makes of them follows once (means, quotients of sums, an F score). Of running averages
+            that are no means, such as batch norm's variance, it is the mean of the micro-batches',
+            counters are those after one pass, and the states that Flax's fp8 layers overwrite with
+            their gradients are the largest. What does not follow (a median, a deviation, `[0]`) is
+            an error unless `reduce_aux` names it. On a mesh of explicit axes every device works on
+            its part of each micro-batch, to which the batch is moved once.
         weight: `weight(batch) -> scalar`, or the name of an entry of the batch whose sum it is,
             where the loss is a weighted mean (the number of unmasked tokens, say). Micro-batches,
             groups and devices are then averaged by weight. A likelihood with a mask or weights
             brings its own.
+        reduce_aux: how the aux of micro-batches and groups is reduced: "mean" (by weight), "sum",
+            "max", "min", "last" or "concat" (along the first axis), for all of it or as a tree
+            prefix, or a callable of the path; None where the loss tells.
 
     Raises:
         ValueError: `microbatch` does not divide the batch, or options need a batch and have none,
-            or a likelihood has no `model`.
+            or a likelihood has no `model`; no such reduction.
         TypeError: `key` is no typed key.
     """
 
