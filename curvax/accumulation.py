@@ -104,9 +104,10 @@ def mean_over_scan(
     Floating leaves are averaged in float32 or wider and come back in their own dtype; all other
     leaves are those of the last piece, but for what `Parts` say.
     """
-    number, pieces = jnp.arange(count), meshes.arranged(pieces, meshes.within(pieces))
+    given, number = pieces, jnp.arange(count)
+    pieces = meshes.arranged(pieces, meshes.within(pieces))
     first = jax.tree.map(lambda x: x[0], (number, pieces))
-    shapes, weighted = _told(lambda: jax.eval_shape(f, *first, *beside), pieces)
+    shapes, weighted = _told(lambda: jax.eval_shape(f, *first, *beside), given)
     leaves, treedef = jax.tree.flatten(shapes)
     kinds = kinds_of(shapes)
     floats = [kind == "mean" for kind in kinds]

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from curvax import accumulation, meshes, trees
 from curvax.objective import Objective
@@ -99,5 +100,6 @@ def _like(u: jax.Array, outputs: Any) -> Tree:
     ends = [0]
     for x in leaves:
         ends.append(ends[-1] + x.size // len(x))
-    cut = [u[:, a:b].reshape(x.shape).astype(x.dtype) for a, b, x in zip(ends, ends[1:], leaves)]
-    return jax.tree.unflatten(treedef, cut)
+    cut = [lax.slice_in_dim(u, a, b, axis=1) for a, b in zip(ends, ends[1:])]
+    shaped = [part.reshape(x.shape) for part, x in zip(cut, leaves)]
+    return jax.tree.unflatten(treedef, trees.laid_out_like(shaped, leaves))
