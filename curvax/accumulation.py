@@ -7,10 +7,68 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec as P
 
-from curvax import axes
-from curvax.trees import Tree, is_float, ratio, widen
+from curvax import axes, meshes
+from curvax.trees import Tree, is_float, is_overwritten, names, ratio, widen
+
+
+KINDS = ("mean", "sum", "max", "min", "last", "concat")
+"""How what pieces give becomes what the whole gives."""
+
+
+@jax.tree_util.register_pytree_node_class
+class Parts:
+    """Values of a piece that are not all averaged: how each is reduced, and what is made of them.
+
+    A kind is one of `KINDS`, or "concat 1" for another axis than the first.
+    """
+
+    def __init__(
+        self, values: list[jax.Array], kinds: tuple[str, ...], finish: Callable[[list[Any]], Tree]
+    ):
+        self.values, self.kinds, self.finish = values, kinds, finish
+
+    def tree_flatten(self) -> Any:
+        return self.values, (self.kinds, self.finish)
+
+    @classmethod
+    def tree_unflatten(cls, static: Any, values: Any) -> "Parts":
+        return cls(list(values), *static)
+
+
+def kinds_of(tree: Tree) -> list[str]:
+    """How each leaf is reduced: those of `Parts` as they say, the largest of states that are
+    overwritten by their gradients, the mean of other floats, and the last of all else."""
+
+    def own(path: Any, x: Any) -> tuple[str, ...]:
+        if isinstance(x, Parts):
+            return x.kinds
+        if not is_float(x):
+            return ("last",)
+        return ("max" if is_overwritten(names(path)) else "mean",)
+
+    nodes = jax.tree.leaves_with_path(tree, is_leaf=lambda x: isinstance(x, Parts))
+    return [kind for path, x in nodes for kind in own(path, x)]
+
+
+def finished(tree: Tree) -> Tree:
+    """The tree with what is made of its `Parts` in their place."""
+    is_parts = lambda x: isinstance(x, Parts)
+    make = lambda x: x.finish(x.values) if is_parts(x) else x
+    return jax.tree.map(make, tree, is_leaf=is_parts)
+
+
+def reduced(kind: str, x: jax.Array) -> jax.Array:
+    """Stacked values [count, ...] of all pieces as one of the whole, but for the mean."""
+    if kind == "last":
+        return meshes.laid_out(x, ())[-1]
+    if kind in ("sum", "max", "min"):
+        return {"sum": jnp.sum, "max": jnp.max, "min": jnp.min}[kind](x, axis=0).astype(x.dtype)
+    axis = int(kind.removeprefix("concat") or 0)
+    if axis == 0:
+        return meshes.joined(x)
+    x = jnp.moveaxis(meshes.gathered(x), 0, axis)
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
 
 def check_divides(size: int, piece: int, where: str) -> None:
@@ -29,28 +87,34 @@ def check_divides(size: int, piece: int, where: str) -> None:
 
 
 def split(batch: Tree, size: int, piece: int, where: str) -> Tree:
-    """Contiguous pieces: leaves [size, ...] become [size/piece, piece, ...]."""
+    """Contiguous pieces: leaves [size, ...] become [size/piece, piece, ...].
+
+    On an explicit mesh whole pieces stay on their devices where their number comes out even.
+    """
     check_divides(size, piece, where)
-    return jax.tree.map(lambda x: x.reshape(size // piece, piece, *x.shape[1:]), batch)
+    return jax.tree.map(lambda x: meshes.cut(x, size // piece, piece), batch)
 
 
 def mean_over_scan(
-    f: Callable[[jax.Array, Tree], tuple[Tree, jax.Array | None]], pieces: Tree, count: int
+    f: Callable[..., tuple[Tree, jax.Array | None]], pieces: Tree, count: int, *beside: Tree
 ) -> Tree:
-    """The mean of `f(i, piece) -> (tree, weight or None)` over `count` stacked pieces.
+    """The mean of `f(i, piece, *beside) -> (tree, weight or None)` over `count` stacked pieces.
 
-    One piece is in memory at a time. Floating leaves are averaged in float32 or wider and come
-    back in their own dtype; all other leaves are those of the last piece.
+    One piece is in memory at a time; on an explicit mesh every device works on its part of each.
+    Floating leaves are averaged in float32 or wider and come back in their own dtype; all other
+    leaves are those of the last piece, but for what `Parts` say.
     """
-    number = jnp.arange(count)
+    given, number = pieces, jnp.arange(count)
+    pieces = meshes.arranged(pieces, meshes.within(pieces))
     first = jax.tree.map(lambda x: x[0], (number, pieces))
-    shapes, weighted = jax.eval_shape(f, *first)
+    shapes, weighted = _told(lambda: jax.eval_shape(f, *first, *beside), given)
     leaves, treedef = jax.tree.flatten(shapes)
-    floats = [is_float(leaf) for leaf in leaves]
+    kinds = kinds_of(shapes)
+    floats = [kind == "mean" for kind in kinds]
 
     def body(carry: Any, piece: Any) -> Any:
         sums, weight = carry
-        out, w = f(*piece)
+        out, w = f(*piece, *beside)
         w = jnp.ones((), jnp.float32) if w is None else w
         x = jax.tree.leaves(out)
         sums = [s + weighed(w, y).astype(s.dtype) for s, y in zip(sums, _where(x, floats, True))]
@@ -62,9 +126,10 @@ def mean_over_scan(
     means = iter(
         ratio(s, weight).astype(leaf.dtype) for s, leaf in zip(sums, _where(leaves, floats, True))
     )
-    last = iter(x[-1] for x in others)
+    stacked = iter(others)
     return jax.tree.unflatten(
-        treedef, [next(means) if is_mean else next(last) for is_mean in floats]
+        treedef,
+        [next(means) if kind == "mean" else reduced(kind, next(stacked)) for kind in kinds],
     )
 
 
@@ -74,42 +139,90 @@ def _where(leaves: list[Any], flags: list[bool], value: bool) -> list[Any]:
 
 def _zeros(leaf: jax.ShapeDtypeStruct, *like: jax.ShapeDtypeStruct | None) -> jax.Array:
     """Zeros to add leaves to, varying over the axes of all that they are made `like`."""
-    zeros = jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32))
+    zeros = meshes.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32), leaf)
     return axes.vary(zeros, frozenset().union(*map(axes.varying_of, like)))
 
 
 def mean_over_vmap(
-    f: Callable[[jax.Array, Tree], tuple[Tree, jax.Array | None]], pieces: Tree, count: int
+    f: Callable[..., tuple[Tree, jax.Array | None]], pieces: Tree, count: int, *beside: Tree
 ) -> Tree:
     """The same mean with all pieces at once: parallel, and aligned with a sharded batch."""
-    leading = _leading(pieces)
-    out, weight = stack_over_vmap(f, pieces, count)
+    out, weight = stack_over_vmap(f, pieces, count, *beside)
 
-    def mean(x: jax.Array) -> jax.Array:
-        if not is_float(x):
-            return (x if leading is None else jax.sharding.reshard(x, P()))[-1]
+    def mean(kind: str, x: jax.Array) -> jax.Array:
+        if kind != "mean":
+            return reduced(kind, x)
         if weight is None:
             return jnp.mean(widen(x), axis=0).astype(x.dtype)
-        w = ratio(weight, jnp.sum(weight)).reshape(count, *[1] * (x.ndim - 1))
+        w = lax.expand_dims(ratio(weight, jnp.sum(weight)), range(1, x.ndim))
         return jnp.sum(weighed(w, x), axis=0).astype(x.dtype)
 
-    return jax.tree.map(mean, out)
+    leaves, treedef = jax.tree.flatten(out)
+    return jax.tree.unflatten(treedef, map(mean, kinds_of(out), leaves))
 
 
 def stack_over_vmap(
-    f: Callable[[jax.Array, Tree], tuple[Tree, jax.Array | None]], pieces: Tree, count: int
+    f: Callable[..., tuple[Tree, jax.Array | None]], pieces: Tree, count: int, *beside: Tree
 ) -> tuple[Tree, jax.Array | None]:
-    """`f(i, piece)` of all pieces at once, stacked along a new first axis."""
-    number, leading = jnp.arange(count), _leading(pieces)
-    if leading is not None:
-        number = jax.sharding.reshard(number, P(leading))
-    return jax.vmap(f)(number, pieces)
+    """`f(i, piece, *beside)` of all pieces at once, stacked along a new first axis.
+
+    On an explicit mesh pieces that lie on devices of their own are evaluated there, and `beside`
+    (the parameters, say) is gathered where it is split along the same axes. A function that names
+    those axes itself is evaluated with every device at work on its part of each piece.
+    """
+    over = (0, 0, *[None] * len(beside))
+
+    def stacked(lie: tuple[meshes.Axes, meshes.Axes]) -> Any:
+        own = meshes.arranged(pieces, lie)
+        number = meshes.placed(jnp.arange(count), lie[0], own)
+        return jax.vmap(f, over)(number, own, *meshes.gathered(beside, lie[0]))
+
+    apart, within = meshes.lie_along(pieces), meshes.within(pieces)
+    if apart == within:
+        return _told(lambda: stacked(apart), pieces)
+    try:
+        return stacked(apart)
+    except Exception as error:
+        if not meshes.is_about_layouts(error):
+            raise
+        return _told(lambda: stacked(within), pieces)
 
 
-def _leading(pieces: Tree) -> Any:
-    """The mesh axis that the pieces lie along, where types tell (explicit meshes)."""
-    specs = [jax.typeof(x).sharding.spec for x in jax.tree.leaves(pieces)]
-    return next((spec[0] for spec in specs if len(spec)), None)
+def map_over(f: Callable[..., Tree], pieces: Tree, count: int, chunk: int, *beside: Tree) -> Tree:
+    """`f(i, piece, *beside)` stacked along a new first axis, `chunk` pieces at once."""
+    if chunk >= count:
+        return stack_over_vmap(lambda *args: (f(*args), None), pieces, count, *beside)[0]
+    own = (jnp.arange(count), meshes.arranged(pieces, meshes.within(pieces)))
+    batch_size = None if chunk == 1 else chunk
+    return _told(
+        lambda: lax.map(lambda piece: f(*piece, *beside), own, batch_size=batch_size), pieces
+    )
+
+
+def _told(evaluate: Callable[[], Any], pieces: Tree) -> Any:
+    """What it returns; a layout that the function of the pieces does not take is told.
+
+    Raises:
+        ValueError: on an explicit mesh the function names an axis that cannot split the pieces.
+    """
+    names = meshes.lie_along(pieces)
+    try:
+        return evaluate()
+    except Exception as error:
+        if not any(names) or not meshes.is_about_layouts(error):
+            raise
+        x = jax.tree.leaves(pieces)[0]
+        split = sorted({*names[0], *names[1]})
+        raise ValueError(
+            f"The batch lies along {split} of an explicit mesh and is cut into {x.shape[0]} pieces "
+            f"of {x.shape[1]} (groups, examples or micro-batches), which the model or the loss "
+            f"does not take, probably because it names an axis itself: {meshes.first_line(error)} "
+            "Name the axes of the batch in the model as its input's type has them, "
+            "`out_sharding=P(jax.typeof(x).sharding.spec[0], None)`, which a piece has none of "
+            "where it lies on one device; or take pieces that are a multiple of "
+            f"{meshes.size_of(tuple(split), meshes.split_leaf(pieces))} examples, so that each is split along "
+            "those axes."
+        ) from error
 
 
 def weighed(weight: jax.Array, x: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from curvax import compat
-from curvax.trees import Tree, is_float, ratio, widen
+from curvax.trees import Path, Tree, is_float, is_overwritten, map_with_path, ratio, widen
 
 AxisNames = str | tuple[str, ...] | None
 
@@ -128,16 +128,19 @@ def mean(tree: Tree, axes: tuple[Along, ...], weight: jax.Array | None = None) -
     """The mean over bound axes of every floating leaf, weighted by each device's `weight`.
 
     What is known not to vary over an axis is its own mean there and costs nothing, and counts by
-    the weight of all devices along it; integers, booleans and keys are left alone.
+    the weight of all devices along it; integers, booleans and keys are left alone. Of states
+    that are overwritten by their gradients it is the largest.
     """
     if not axes:
         return tree
     typed = tracked()
 
-    def average(x: jax.Array) -> jax.Array:
+    def average(path: Path, x: jax.Array) -> jax.Array:
         over = tuple(a for a in axes if not typed or a in varying_of(jax.typeof(x)))
         if not over or not is_float(x):
             return x
+        if is_overwritten(path):
+            return _reduced(lax.pmax, x, over)
         if weight is None:
             return _reduced(lax.pmean, x, over)
         alike = tuple(a for a in manual() if typed and a in varying(weight) - varying(x))
@@ -145,7 +148,7 @@ def mean(tree: Tree, axes: tuple[Along, ...], weight: jax.Array | None = None) -
         weighed = jnp.where(w == 0, 0, w * widen(x))
         return ratio(total(weighed, over), total(w, over)).astype(x.dtype)
 
-    return jax.tree.map(average, tree)
+    return map_with_path(average, tree)
 
 
 def total(x: jax.Array, over: tuple[Along, ...]) -> jax.Array:

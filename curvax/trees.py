@@ -52,6 +52,19 @@ def is_leaf(tree: Tree) -> bool:
     return len(leaves) == 1 and leaves[0] is tree
 
 
+OVERWRITTEN = "_overwrite_with_gradient"
+"""Flax's collection of states whose gradients are their next values, such as the scales of fp8."""
+
+
+def is_overwritten(path: Path) -> bool:
+    """Whether the gradient of a leaf is its next value, which is no mean."""
+    return OVERWRITTEN in path
+
+
+def has_overwritten(tree: Tree) -> bool:
+    return any(is_overwritten(names(path)) for path, _ in jax.tree.leaves_with_path(tree))
+
+
 def is_float(leaf: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
@@ -96,8 +109,11 @@ def laid_out_like(tree: Tree, like: Tree) -> Tree:
     """The same values with the dtypes of `like`, and laid out as its types say."""
 
     def lay(x: jax.Array, y: jax.Array) -> jax.Array:
-        x = x.astype(y.dtype)
-        return jax.sharding.reshard(x, jax.typeof(y).sharding) if is_sharded(y) else x
+        x, mine, other = x.astype(y.dtype), jax.typeof(x).sharding, jax.typeof(y).sharding
+        if not (is_sharded(x) or is_sharded(y)) or mine.spec == other.spec:
+            return x
+        mesh = (other if is_sharded(y) else mine).mesh
+        return jax.sharding.reshard(x, jax.sharding.NamedSharding(mesh, other.spec))
 
     return jax.tree.map(lay, tree, like)
 

@@ -110,5 +110,6 @@ def _searched(
         pairs = eigenpairs(block, v, **options)
         return BlockEigenvalue(pairs.values[0], pairs.residuals[0], pairs.converged[0])
 
-    # A loop on the host takes one vector at a time.
-    return lax.map(search, masks, batch_size=None if isinstance(objective, Sweep) else together)
+    # A loop on the host takes one vector at a time, and vectors of an explicit mesh do not stack.
+    alone = isinstance(objective, Sweep) or any(map(trees.is_sharded, jax.tree.leaves(params)))
+    return lax.map(search, masks, batch_size=None if alone else together)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from curvax import accumulation, trees
+from curvax import accumulation, meshes, trees
 from curvax.objective import Objective
 from curvax.oracles.gauss_newton import model_pass
 from curvax.oracles.linearization import localized
@@ -33,7 +33,7 @@ def outputs_of(objective: Objective, params: Tree) -> jax.Array:
 
 def outputs_alone(objective: Objective, params: Tree) -> jax.Array:
     """The same where each example is a batch of one, [n, C]."""
-    return objective.each(lambda one: outputs_of(one, params)[0])[0]
+    return objective.each(lambda one, params: outputs_of(one, params)[0], params)[0]
 
 
 def outputs_shape(objective: Objective, params: Tree) -> tuple[int, int]:
@@ -44,15 +44,15 @@ def outputs_shape(objective: Objective, params: Tree) -> tuple[int, int]:
 
 def rows(outputs: Tree, n: int) -> jax.Array:
     """A tree of arrays [n, ...] as one array [n, C]."""
-    leaves = [x.reshape(n, -1) for x in jax.tree.leaves(outputs)]
+    leaves = [meshes.rows(x, n) for x in jax.tree.leaves(outputs)]
     return jnp.concatenate(leaves, axis=1)
 
 
 def jacobian(objective: Objective, params: Tree) -> Tree:
     """∂z/∂θ of every example alone: a tree like `params`, leaves [n, C, ...]."""
     params, _ = localized(objective, params)
-    one = lambda example: jax.jacrev(lambda p: outputs_of(example, p)[0])(params)
-    return objective.each(one)[0]
+    one = lambda example, params: jax.jacrev(lambda p: outputs_of(example, p)[0])(params)
+    return objective.each(one, params)[0]
 
 
 def fitting_chunk(objective: Objective, params: Tree) -> int:
@@ -67,17 +67,18 @@ def linear_maps(objective: Objective, params: Tree, chunk: int | None) -> Maps:
     n = objective.size
     if chunk is None or chunk == n:
         return _linearized(objective, params)
-    pieces = (jnp.arange(n // chunk), objective.groups(chunk))
+    groups = objective.groups(chunk)
     part = lambda i, batch: _linearized(objective.piece(batch, i, n // chunk), params)
 
     def push(v: Tree) -> jax.Array:
-        found = lax.map(lambda piece: part(*piece).push(v), pieces)
-        return found.reshape(n, -1)
+        one = lambda i, batch, v: part(i, batch).push(v)
+        found = accumulation.map_over(one, groups, n // chunk, 1, v)
+        return meshes.joined(found)
 
     def pull(u: jax.Array) -> Tree:
-        cut = u.reshape(n // chunk, chunk, -1)
+        cut = meshes.cut(u, n // chunk, chunk)
         one = lambda i, piece: (part(i, piece[0]).pull(piece[1]), None)
-        mean = accumulation.mean_over_scan(one, (pieces[1], cut), n // chunk)
+        mean = accumulation.mean_over_scan(one, (groups, cut), n // chunk)
         return trees.scale(n // chunk, mean)
 
     return Maps(push, pull)
@@ -99,5 +100,6 @@ def _like(u: jax.Array, outputs: Any) -> Tree:
     ends = [0]
     for x in leaves:
         ends.append(ends[-1] + x.size // len(x))
-    cut = [u[:, a:b].reshape(x.shape).astype(x.dtype) for a, b, x in zip(ends, ends[1:], leaves)]
-    return jax.tree.unflatten(treedef, cut)
+    cut = [lax.slice_in_dim(u, a, b, axis=1) for a, b in zip(ends, ends[1:])]
+    shaped = [part.reshape(x.shape) for part, x in zip(cut, leaves)]
+    return jax.tree.unflatten(treedef, trees.laid_out_like(shaped, leaves))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from curvax import accumulation, checks, trees
+from curvax import accumulation, checks, meshes, trees
 from curvax.analysis.compiling import compiled_once
 from curvax.analysis.jacobians import (
     fitting_chunk,
@@ -143,14 +143,15 @@ def _gram(
 
 def _by_chunks(objective: Objective, params: Tree, form: str, chunk: int) -> jax.Array:
     n = objective.size
-    pieces = (jnp.arange(n // chunk), objective.groups(chunk))
-    of = lambda piece: jacobian(objective.piece(piece[1], piece[0], n // chunk), params)
+    groups, count = objective.groups(chunk), n // chunk
+    of = lambda i, batch, params: jacobian(objective.piece(batch, i, count), params)
 
-    def row(piece: Tree) -> jax.Array:
-        left = of(piece)
-        return lax.map(lambda other: _products(left, of(other), form), pieces)
+    def row(i: jax.Array, batch: Tree, params: Tree) -> jax.Array:
+        left = of(i, batch, params)
+        product = lambda *other: _products(left, of(*other), form)
+        return accumulation.map_over(product, groups, count, 1, params)
 
-    blocks = lax.map(row, pieces)
+    blocks = accumulation.map_over(row, groups, count, 1, params)
     # [chunks, chunks, chunk(, C), chunk(, C)]
     own = blocks.ndim // 2 - 1
     order = (0, *range(2, 2 + own), 1, *range(2 + own, 2 + 2 * own))
@@ -159,7 +160,10 @@ def _by_chunks(objective: Objective, params: Tree, form: str, chunk: int) -> jax
 
 
 def _products(left: Tree, right: Tree, form: str) -> jax.Array:
-    """<J_ic, J_jd> of two Jacobians, [n, C, m, C], or [n, m] summed over c = d."""
+    """<J_ic, J_jd> of two Jacobians, [n, C, m, C], or [n, m] summed over c = d, on every device.
+
+    On an explicit mesh a device multiplies its own rows of the left one by the whole right one.
+    """
     start = 2 if form == "full" else 1
 
     def one(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -168,7 +172,8 @@ def _products(left: Tree, right: Tree, form: str) -> jax.Array:
         dims = ((inside, inside), ((), ()))
         return lax.dot_general(a, b, dims, preferred_element_type=wide)
 
-    return jax.tree.reduce(jnp.add, jax.tree.map(one, left, right))
+    left, right = jax.tree.map(meshes.by_rows, left), meshes.gathered(right)
+    return meshes.gathered(jax.tree.reduce(jnp.add, jax.tree.map(one, left, right)))
 
 
 @compiled_once
@@ -228,7 +233,8 @@ def _condition(
 
 def _dependence(objective: Objective, params: Tree, chunk: int) -> jax.Array:
     """How far outputs change with the company: relative, in units of what rounding excuses."""
-    some = objective.on(jax.tree.map(lambda x: x[: max(2, chunk)], objective.batch))
+    count = min(max(2, chunk), objective.size)
+    some = objective.on(jax.tree.map(lambda x: meshes.first(x, count), objective.batch))
     together, alone = outputs_of(some, params), outputs_alone(some, params)
     excused = jnp.finfo(together.dtype).eps ** 0.5 * jnp.max(jnp.abs(together))
     return trees.ratio(jnp.max(jnp.abs(together - alone)), excused)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from curvax import checks, trees
+from curvax import checks, meshes, trees
 from curvax.analysis.curvatures import Curvature, Loss, Matrix, evaluate, matrix
 from curvax.analysis.deflation import deflated_power
 from curvax.axes import AxisNames
@@ -93,7 +93,8 @@ def tolerance(params: Tree) -> float:
 
 def start_vector(v0: Tree, key: jax.Array, params: Tree) -> Tree:
     """v0, or a Gaussian vector where there is none, in float32 or wider."""
-    return gaussian_probe(key, trees.wide(params)) if v0 is None else trees.wide(v0)
+    v0 = gaussian_probe(key, trees.wide(params)) if v0 is None else v0
+    return meshes.laid_like(trees.wide(v0), params)
 
 
 def _eigenpairs(
@@ -243,6 +244,7 @@ def _given(probes: int | Tree, where: str) -> tuple[Tree, int]:
 
 def _probes(vectors: Tree, count: int, key: jax.Array, params: Tree) -> Tree:
     """The vectors that were given, or `count` of random signs, stacked along a new first axis."""
-    if vectors is not None:
-        return trees.wide(vectors)
-    return jax.vmap(rademacher, (0, None))(jax.random.split(key, count), trees.wide(params))
+    if vectors is None:
+        keys = jax.random.split(key, count)
+        vectors = jax.vmap(rademacher, (0, None))(keys, trees.wide(params))
+    return meshes.stacked_like(trees.wide(vectors), params)

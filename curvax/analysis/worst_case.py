@@ -4,9 +4,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from curvax import axes, checks, trees
+from curvax import accumulation, axes, checks, meshes, trees
 from curvax.accumulation import weighed
 from curvax.analysis.ascending import ascend, check_ball
 from curvax.analysis.compiling import compiled_once
@@ -205,14 +204,13 @@ def _m_sharpness(
     groups, count = objective.groups(m), objective.size // m
     first = objective.shard_number(objective.local_axes(params))[0] * count
 
-    def one(piece: tuple[jax.Array, Tree]) -> tuple[jax.Array, jax.Array | None]:
-        i, batch = piece
+    def one(i: jax.Array, batch: Tree, params: Tree) -> tuple[jax.Array, jax.Array | None]:
         group = objective.piece(batch, i, count)
         found = ascend(group, params, rho, (), first + i, step_size=step_size, **ball)
         return jnp.max(found.visited) - found.loss, group.batch_weight()
 
-    pieces = (jnp.arange(count), groups)
-    values, weight = lax.map(one, pieces, batch_size=min(chunk, count))
+    found = accumulation.map_over(one, groups, count, chunk, params)
+    values, weight = meshes.gathered(found)
     w = jnp.ones_like(values) if weight is None else weight
     mean = trees.ratio(jnp.sum(weighed(w, values)), jnp.sum(w))
     return MSharpness(axes.mean(mean, over, objective.batch_weight()), values)

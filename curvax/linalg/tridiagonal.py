@@ -103,4 +103,4 @@ def normalised(w: Tree, scale: jax.Array | float = 0.0) -> tuple[jax.Array, Tree
 
 def widened(product: Product, like: Tree) -> Product:
     """The product on vectors in float32 or wider; it is handed them in the dtypes of `like`."""
-    return lambda v: trees.wide(product(trees.cast_like(v, like)))
+    return lambda v: trees.laid_out_like(trees.wide(product(trees.cast_like(v, like))), v)

@@ -15,10 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from curvax import accumulation, axes, reductions, trees
+from curvax import accumulation, axes, meshes, reductions, trees
 from curvax.likelihoods import Likelihood
 from curvax.memory import Given, Memory
 from curvax.objective import validation
+from curvax.objective.aux_values import Pass, Reductions, Undecided, check_reductions, in_pieces
 from curvax.trees import Tree, differentiated
 
 
@@ -40,7 +41,15 @@ class Objective:
             that is the same in every pass over the same examples, and different for each group,
             micro-batch and device.
         microbatch: examples per micro-batch. Loss, gradient and products are accumulated in
-            float32 over scanned micro-batches, with the memory of one.
+            float32 over scanned micro-batches, with the memory of one. The aux is the whole
+            batch's: what the loss sums over the examples is summed over micro-batches too, of a
+            maximum it is the largest, values of examples are put together, and what the program
+            makes of them follows once (means, quotients of sums, an F score). Of running averages
+            that are no means, such as batch norm's variance, it is the mean of the micro-batches',
+            counters are those after one pass, and the states that Flax's fp8 layers overwrite with
+            their gradients are the largest. What does not follow (a median, a deviation, `[0]`) is
+            an error unless `reduce_aux` names it. On a mesh of explicit axes every device works on
+            its part of each micro-batch, to which the batch is moved once.
         weight: `weight(batch) -> scalar`, or the name of an entry of the batch whose sum it is,
             where the loss is a weighted mean (the number of unmasked tokens, say). Micro-batches,
             groups and devices are then averaged by weight. A likelihood with a mask or weights
@@ -50,6 +59,9 @@ class Objective:
             a number or a traced scalar, such as the `scale` of Flax's `DynamicScale`. Results are
             divided by it in float32 or wider, which they keep where parameters are narrower; loss
             and figures are never scaled.
+        reduce_aux: how the aux of micro-batches and groups is reduced: "mean" (by weight), "sum",
+            "max", "min", "last" or "concat" (along the first axis), for all of it or as a tree
+            prefix, or a callable of the path; None where the loss tells.
 
     With Flax's `DynamicScale`, a scale too large shows in the updates, since the second pass may
     overflow where the first did not: skip that step and lower the scale. (`optax.apply_if_finite`
@@ -62,7 +74,8 @@ class Objective:
 
     Raises:
         ValueError: `microbatch` does not divide the batch, or options need a batch and have none,
-            or a likelihood has no `model`, or `scale` is not positive.
+            or a likelihood has no `model`, or `scale` is not positive; no such reduction
+            of the aux.
         TypeError: `key` is no typed key, or `scale` no scalar.
     """
 
@@ -77,17 +90,21 @@ class Objective:
         microbatch: int | None = None,
         weight: Callable[[Tree], Any] | str | None = None,
         scale: Any = None,
+        reduce_aux: Reductions = None,
     ):
         self.loss, self.batch, self.model, self.has_aux = loss, batch, model, has_aux
         self.key, self.microbatch, self.weight, self.scale = key, microbatch, weight, scale
+        self.reduce_aux = reduce_aux
         self._memory = Memory()
         self._local: dict[Any, frozenset[str]] = {}
         self._part: tuple[Any, int] = (0, 1)
+        self._whole: tuple[Any, ...] | None = None
         self.grouped = False
         self.joined: tuple[axes.Along, ...] = ()
         validation.check_halves(loss, batch, model)
         validation.check_options(batch, model, key, microbatch, weight)
         validation.check_scale(scale)
+        check_reductions(reduce_aux)
         if microbatch is not None:
             accumulation.check_divides(self.size, microbatch, "`Objective(microbatch=)`")
 
@@ -144,7 +161,7 @@ class Objective:
     def _changed(self, **fields: Any) -> Objective:
         """A copy that remembers nothing."""
         other = copy.copy(self)
-        other._memory, other._local = Memory(), {}
+        other._memory, other._local, other._whole = Memory(), {}, None
         vars(other).update(fields)
         return other
 
@@ -164,7 +181,7 @@ class Objective:
         """The same loss on the first `fraction` of the batch (at least one example)."""
         validation.refuse_joined(self.joined)
         count = max(1, round(fraction * self.size))
-        batch = jax.tree.map(lambda x: x[:count], self.batch)
+        batch = jax.tree.map(lambda x: meshes.first(x, count), self.batch)
         if not self.microbatch or self.microbatch >= count:
             return self._changed(batch=batch, microbatch=None)
         where = f"`Objective(microbatch=)`, on a fraction {fraction} of the batch,"
@@ -199,10 +216,10 @@ class Objective:
         """L(θ), a scalar in float32 or wider. Safe for anybody's autodiff: the micro-batches are
         scanned with checkpointed bodies. Under device axes take `value_and_grad`, since JAX's own
         derivative of a mean over devices depends on how they are mapped."""
-        value, _ = self.apart().average(
-            lambda part: (
-                jax.checkpoint(part.evaluate)(params) if self.microbatch else part.evaluate(params)
-            )
+        own = lambda part: lambda p: part.evaluate(p)[0]
+        value = self.apart().average(
+            lambda part: (jax.checkpoint(own(part)) if self.microbatch else own(part))(params),
+            aux=False,
         )
         return self.group_mean(value)
 
@@ -218,6 +235,8 @@ class Objective:
         that a curvature estimator can pass on its own copy and the compiler drop this one.
         """
         (value, aux), grads = self.value_aux_and_grad(params)
+        if isinstance(aux, Undecided):
+            raise ValueError(aux.message)
         self._memory.keep(params, grads, value, self.local_axes(params))
         return ((value, aux) if self.has_aux else value), grads
 
@@ -225,19 +244,41 @@ class Objective:
         """((L(θ), aux), ∇L(θ)), where aux is None without `has_aux`."""
         here = axes.vary(params, self.local_axes(params) | set(self.joined))
         own = self.apart()
-        return self.group_mean(own.average(lambda part: part._value_aux_and_grad(here)))
+        (value, aux), grads = own.average(lambda part: own._share(part, here))
+        value, grads = self.group_mean((value, grads))
+        return (value, aux), grads
 
-    def _value_aux_and_grad(self, params: Tree) -> tuple[tuple[jax.Array, Any], Tree]:
-        """The same of the whole batch in one piece."""
-        if self.scale is None:
+    def _share(self, part: Objective, params: Tree) -> tuple[tuple[jax.Array, Any], Tree]:
+        """((L, aux), ∇L) of a part of the batch.
+
+        Where states are overwritten by their gradients (fp8's scales, which follow the largest
+        entries that flow back), what flows back is that of the whole batch's mean.
+        """
+        if part is self or not trees.has_overwritten(params):
+            return part._differentiated(params)
+        own, all_ = part.batch_weight(), self.batch_weight()
+        share = part.size / self.size if own is None else trees.ratio(own, all_)
+        return part._differentiated(params, jnp.asarray(share))
+
+    def _differentiated(
+        self, params: Tree, share: jax.Array | None = None
+    ) -> tuple[tuple[jax.Array, Any], Tree]:
+        """((L, aux), ∇L) in one piece, `scale` and its `share` of a mean in what flows back."""
+        if self.scale is None and share is None:
             return differentiated(self.evaluate, params)
 
         def scaled(params: Tree) -> tuple[jax.Array, Any]:
             value, aux = self.evaluate(params)
-            return self.scaled(value), (value, aux)
+            return self.scaled(value if share is None else share * value), (value, aux)
 
-        (_, loss), grads = differentiated(scaled, params)
-        return loss, self.unscaled(grads)
+        def back(path: Any, g: jax.Array) -> jax.Array:
+            if trees.is_overwritten(path):
+                return g
+            g = self.unscaled(g)
+            return g if share is None else trees.ratio(trees.widen(g), share).astype(g.dtype)
+
+        (_, out), grads = differentiated(scaled, params)
+        return out, trees.map_with_path(back, grads)
 
     def scaled(self, tree: Tree) -> Tree:
         """What is to be pulled back, times `scale`, in float32 or wider; itself without a scale."""
@@ -257,30 +298,48 @@ class Objective:
         if self.model is not None:
             outputs, aux = self.outputs(params)
             return self.loss_of(outputs), aux
-        rest = () if self.batch is None else (self.batch,)
-        out = validation.called(self.loss, params, *rest, *self._keys())
-        value, aux = validation.pair(out, "loss") if self.has_aux else (out, None)
+        value, aux = self._called("loss", params)
         return validation.scalar(value, self.has_aux), aux
 
     def outputs(self, params: Tree) -> tuple[Tree, Any]:
         """(z, aux): what the model, the first half of the loss, returns for the whole batch."""
         validation.refuse_joined(self.joined)
-        assert self.model is not None
-        out = validation.called(self.model, params, self.batch, *self._keys())
-        return validation.pair(out, "model") if self.has_aux else (out, None)
+        return self._called("model", params)
+
+    def _called(self, half: str, params: Tree) -> tuple[Any, Any]:
+        """(what it returns, its aux), of the loss or the model; of a piece, what of the aux is
+        reduced over all pieces."""
+        f = getattr(self, half)
+        rest = () if self.batch is None else (self.batch,)
+        if not self.has_aux:
+            return validation.called(f, params, *rest, *self._keys()), None
+        both = lambda *args: validation.pair(validation.called(f, *args), half)
+        if self._whole is None:
+            return both(params, *rest, *self._keys())
+        here = Pass(both, params, (*rest, *self._keys()), self._whole)
+        return in_pieces(here, self.reduce_aux)
+
+    def whole(self) -> tuple[Any, ...]:
+        """(batch, *keys) of the batch of which this is a piece, or of this one."""
+        return self._whole or (self.batch, *self._keys())
+
+    def piece_of(self, whole: tuple[Any, ...]) -> Objective:
+        """The same loss, whose aux is reduced over all pieces of a whole; see `finished`."""
+        return self._changed(_whole=whole) if self.has_aux else self
 
     def loss_of(self, outputs: Tree) -> jax.Array:
         """L of outputs, the second half of the loss, a scalar in float32 or wider."""
         return validation.scalar(self.loss(outputs, self.batch))
 
-    def average(self, f: Callable[..., Tree], *beside: Tree) -> Tree:
+    def average(self, f: Callable[..., Tree], *beside: Tree, aux: bool = True) -> Tree:
         """The mean over micro-batches of `f(the objective on one of them)`, by weight where there
         is one; `f(self)` without micro-batches. Floating leaves are accumulated in float32, others
-        are the last one's.
+        are the last one's; the aux is that of the whole batch.
 
         Args:
             f: `f(part, *beside)`.
             beside: trees with a leading axis of examples, cut like the batch.
+            aux: False where f hands on none.
 
         Raises:
             ValueError: the batch is a device's part of a group.
@@ -288,30 +347,33 @@ class Objective:
         validation.refuse_joined(self.joined)
         if not self.microbatch or self.microbatch == self.size:
             return f(self, *beside)
-        count = self.size // self.microbatch
+        count, whole = self.size // self.microbatch, self.whole()
 
         def piece(i: jax.Array, pieces: Tree) -> tuple[Tree, jax.Array | None]:
             batch, *rest = pieces
             part = self.piece(batch, i, count)
+            part = part.piece_of(whole) if aux else part
             return f(part, *rest), part.batch_weight()
 
         where = "`Objective(microbatch=)`"
         pieces = accumulation.split((self.batch, *beside), self.size, self.microbatch, where)
-        return accumulation.mean_over_scan(piece, pieces, count)
+        found = accumulation.mean_over_scan(piece, pieces, count)
+        # Of a piece of a larger whole, the pieces of the whole are reduced first.
+        return found if self._whole else accumulation.finished(found)
 
-    def each(self, f: Callable[[Objective], Tree]) -> tuple[Tree, jax.Array | None]:
-        """`f(the objective on one example)`, all at once.
+    def each(self, f: Callable[..., Tree], *beside: Tree) -> tuple[Tree, jax.Array | None]:
+        """`f(the objective on one example, *beside)`, all at once.
 
         Returns:
             Its leaves, stacked along a new first axis, and the weight of each example where there
             is one. A dropout key is folded with the example's number.
         """
 
-        def one(i: jax.Array, batch: Tree) -> tuple[Tree, jax.Array | None]:
+        def one(i: jax.Array, batch: Tree, *beside: Tree) -> tuple[Tree, jax.Array | None]:
             part = self.piece(batch, i, self.size)
-            return f(part), part.batch_weight()
+            return f(part, *beside), part.batch_weight()
 
-        return accumulation.stack_over_vmap(one, self.groups(1), self.size)
+        return accumulation.stack_over_vmap(one, self.groups(1), self.size, *beside)
 
     def example_keys(self, key: jax.Array) -> jax.Array:
         """A key for each example, [n]: `key` folded with the example's number in the global batch,
@@ -337,7 +399,7 @@ class Objective:
 
     def _traced_axes(self, params: Tree) -> frozenset[str]:
         own = self.apart()
-        loss = lambda p: own.average(lambda part: part.evaluate(p))[0]
+        loss = lambda p: own.average(lambda part: part.evaluate(p)[0], aux=False)
         traced = jax.make_jaxpr(loss)(params)
         typed = axes.tracked()
         suspects = axes.varying(self.batch) if typed and self.batch is not None else axes.manual()

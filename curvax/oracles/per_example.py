@@ -90,7 +90,7 @@ def _scaled_pull(objective: Objective, pull: Callable[[jax.Array], Tree]) -> Any
 
 def _losses(objective: Objective, params: Tree) -> tuple[jax.Array, jax.Array | None]:
     """(ℓ, w) of every example, [n] each."""
-    return objective.each(lambda part: part.evaluate(params)[0])
+    return objective.each(lambda part, params: part.evaluate(params)[0], params)
 
 
 def _shape(x: jax.Array) -> jax.ShapeDtypeStruct:

@@ -6,7 +6,7 @@ import jax
 import optax
 from jax import lax
 
-from curvax import accumulation, axes, checks, order, trees
+from curvax import accumulation, axes, checks, meshes, order, trees
 from curvax.axes import AxisNames
 from curvax.injection import injectable
 from curvax.keys import StateKeys
@@ -108,14 +108,18 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
         local = objective.local_axes(params)
         weight, count = objective.batch_weight(), objective.size // here
         first, shards = objective.shard_number(local)
+        whole = objective.apart().whole()
         # The caller's loss and gradient are those of the whole batch.
         extra = {name: x for name, x in extra.items() if name not in ("value", "grad")}
         averaged: frozenset[str] = frozenset()
         keys = StateKeys(inner.init, params)
 
-        def one(i: jax.Array, batch: Tree) -> tuple[Any, jax.Array | None]:
+        def one(
+            i: jax.Array, batch: Tree, params: Tree, state: Any
+        ) -> tuple[Any, jax.Array | None]:
             nonlocal averaged
             group = objective.piece(batch, i, count)
+            group = group if count == 1 else group.piece_of(whole)
             (value, aux), gradient = group.value_aux_and_grad(params)
             given = Signal(gradient, gradient, value=value, aux=aux, local=local)
             start = keys.map(lambda key: jax.random.fold_in(key, first * count + i), state)
@@ -126,7 +130,9 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
             out = out._replace(diagonal=diagonal, matvec=None, local=None, averaged=None)
             return (out, keys.without(new)), group.batch_weight()
 
-        out, new = over_groups(one, groups, count)
+        out, new = over_groups(one, groups, count, params, state)
+        out = out._replace(aux=accumulation.finished(out.aux))
+        out, new = _laid_out(out, params), meshes.laid_like(new, state)
         whole = averaged.union(axis for axis in within if isinstance(axis, str))
         out = out._replace(local=local - averaged, averaged=whole)
         if weight is not None:
@@ -137,6 +143,14 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
         return out, jax.tree.map(lambda x, old: _settled(x, old, objective, local), new, state)
 
     return stage(inner.init, rule, replaces_gradient=True)
+
+
+def _laid_out(signal: Signal, params: Tree) -> Signal:
+    """The signal with what is shaped like the parameters laid out like them (explicit meshes)."""
+    lay = lambda tree: None if tree is None else meshes.laid_like(tree, params)
+    return signal._replace(
+        updates=lay(signal.updates), gradient=lay(signal.gradient), diagonal=lay(signal.diagonal)
+    )
 
 
 def _devices_of_a_group(m: int, objective: Objective) -> tuple[axes.Along, ...]:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from curvax import accumulation, axes, checks, trees
+from curvax import accumulation, axes, checks, meshes, trees
 from curvax.axes import AxisNames
 from curvax.injection import injectable
 from curvax.objective import Objective, as_objective, require_batch
@@ -55,13 +55,14 @@ def empirical_fisher_diag(*, fraction: float = 1.0, mean_over: AxisNames = None)
 def _mean_of_squares(objective: Objective, params: Tree) -> Tree:
     size = objective.size
 
-    def square(i: jax.Array, batch: Tree) -> tuple[Tree, jax.Array | None]:
+    def square(i: jax.Array, batch: Tree, params: Tree) -> tuple[Tree, jax.Array | None]:
         example = objective.piece(batch, i, size)
         _, gradient = example.value_aux_and_grad(params)
         squares = jax.tree.map(lambda g: jnp.square(trees.widen(g)), gradient)
         return squares, example.batch_weight()
 
-    return accumulation.mean_over_vmap(square, objective.groups(1), size)
+    found = accumulation.mean_over_vmap(square, objective.groups(1), size, params)
+    return meshes.laid_like(found, params)
 
 
 def squared_gradient() -> Stage:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from curvax import accumulation, axes, checks, trees
+from curvax import accumulation, axes, checks, meshes, trees
 from curvax.axes import AxisNames
 from curvax.figures import Figures, measured, unmeasured
 from curvax.keys import DrawingKey
@@ -68,9 +68,9 @@ def diagonal_stage(
         here, local, over = settled(signal, objective, params, fraction, mean_over, name)
         # What is averaged before it is squared, unless each shard is squared on its own.
         within = over if shards == 1 else ()
-        of_shard = lambda part, k: estimate(part, params, k, within)
+        of_shard = lambda part, params, k: estimate(part, params, k, within)
         step_key = jax.random.fold_in(drawing.of(state.key), state.step)
-        found, whole = over_shards(of_shard, here, step_key, shards, local, name)
+        found, whole = over_shards(of_shard, here, params, step_key, shards, local, name)
         diagonal, variance = axes.mean((found.diagonal, found.variance), over, here.batch_weight())
         if shards > 1:  # whose draws are independent
             variance = trees.scale(1 / axes.index_and_size(over)[1], variance)
@@ -131,8 +131,9 @@ def share_gradient(
 
 
 def over_shards(
-    estimate: Callable[[Objective, jax.Array], Curvature],
+    estimate: Callable[[Objective, Tree, jax.Array], Curvature],
     objective: Objective,
+    params: Tree,
     key: jax.Array,
     shards: int,
     local: frozenset[str],
@@ -140,7 +141,7 @@ def over_shards(
 ) -> tuple[Curvature, bool]:
     """The estimate with one probe a shard, and whether it was made on the whole batch at once."""
     if shards == 1:
-        return estimate(objective, key), True
+        return estimate(objective, params, key), True
     refuse_joined(objective.joined)
     # A group of `per_group` is cut by itself, and its key is its own.
     over = () if objective.grouped else tuple(a for a in axes.manual() if a in local)
@@ -152,16 +153,21 @@ def over_shards(
         )
     here = shards // devices
     if here == 1:
-        return estimate(objective, jax.random.fold_in(key, device)), True
+        return estimate(objective, params, jax.random.fold_in(key, device)), True
     objective = require_batch(objective, f"{name}(shards=)")
     accumulation.check_divides(objective.size, here, f"`{name}(shards={shards})`")
 
-    def piece(i: jax.Array, batch: Tree) -> tuple[Curvature, jax.Array | None]:
+    def piece(i: jax.Array, batch: Tree, params: Tree) -> tuple[Curvature, jax.Array | None]:
         part = objective.piece(batch, i, here)
-        return estimate(part, jax.random.fold_in(key, device * here + i)), part.batch_weight()
+        own = jax.random.fold_in(key, device * here + i)
+        return estimate(part, params, own), part.batch_weight()
 
     groups = objective.groups(objective.size // here)
-    found = accumulation.mean_over_vmap(piece, groups, here)
+    found = accumulation.mean_over_vmap(piece, groups, here, params)
+    lay = lambda tree: meshes.laid_like(tree, params)
+    found = found._replace(diagonal=lay(found.diagonal), gradient=lay(found.gradient))
+    if jax.tree.leaves(found.variance):
+        found = found._replace(variance=lay(found.variance))
     return found._replace(variance=trees.scale(1 / here, found.variance)), False
 
 

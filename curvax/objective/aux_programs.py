@@ -1,0 +1,314 @@
+"""Two traces of one function, of a piece of a batch and of the whole ↦ where it reduces examples.
+
+What has another size in the two traces has an axis of examples. A sum or a maximum over that axis
+is where pieces come together; what follows from it in the program is the same program for the whole
+batch, with its own sizes.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core
+
+INLINED = ("jit", "pjit", "closed_call", "core_call")
+OPAQUE = ("checkpoint", "remat2", "remat", "custom_jvp_call", "custom_vjp_call", "scan")
+REDUCTIONS = {
+    "reduce_sum": "sum", "reduce_max": "max", "reduce_or": "max", "reduce_min": "min",
+    "reduce_and": "min",
+}  # fmt: skip
+SCATTERS = {"scatter-add": "sum", "scatter_add": "sum", "scatter_max": "max", "scatter_min": "min"}
+SCANNED = ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
+LINEAR = (
+    "add", "sub", "add_any", "neg", "convert_element_type", "reshape", "broadcast_in_dim",
+    "squeeze", "expand_dims", "copy", "copy_p", "transpose", "concatenate", "reduce_sum", "slice",
+    "stop_gradient", "optimization_barrier", "pvary", "pcast",
+)  # fmt: skip
+PRODUCTS = ("mul", "dot_general")
+
+Place = tuple[int, int, int]
+"""The numbers of an equation in the trace of a piece and in that of the whole, and of its output"""
+
+Root = tuple[str, int, int, int]
+"""(how it is reduced, its place), or ("input", its number, 0, 0)."""
+
+SHAPES = ("reshape", "squeeze", "expand_dims", "broadcast_in_dim")
+"""What JAX leaves out where there is one example alone."""
+
+
+class Unalike(Exception):
+    """The two traces are not the same program."""
+
+
+class Info(NamedTuple):
+    """What is known of a value beside its shapes."""
+
+    axis: int | None = None
+    """Of examples."""
+    dep: bool = False
+    """It depends on the examples."""
+    bad: str | None = None
+    """Why the whole batch's does not follow from those of the pieces."""
+    centred: bool = False
+    """Per-example values beside a statistic of their piece, and what is reduced of them."""
+    linear: bool = True
+    """Of what was reduced."""
+    running: bool = False
+    """An old array and a new statistic, as batch norm averages them."""
+    param: bool = False
+    """From parameters, or from arrays that the function holds."""
+    zero: bool = False
+    roots: frozenset[Root] = frozenset()
+    """Of the whole batch's value: inputs, and reductions by their place in the program."""
+
+
+def read(piece: Any, whole: Any, inputs: list[Info]) -> list[Info]:
+    """What is known of the outputs of two traces, their constants among the inputs.
+
+    Raises:
+        Unalike: the traces differ in more than sizes.
+    """
+    return _walk(opened(piece)[0], opened(whole)[0], inputs, Numbers())
+
+
+class Numbers:
+    """Counts the equations of both traces."""
+
+    def __init__(self) -> None:
+        self.piece, self.whole = itertools.count(), itertools.count()
+
+
+def _pairs(piece: Any, whole: Any, numbers: Numbers) -> Iterator[tuple[Any, Any]]:
+    """The equations of both, one by one.
+
+    Raises:
+        Unalike: they differ in more than shapes.
+    """
+    ahead = iter(whole.eqns)
+    for a in piece.eqns:
+        b = next(ahead, None)
+        while b is not None and a.primitive.name != b.primitive.name in SHAPES:
+            next(numbers.whole)
+            b = next(ahead, None)
+        if b is None or a.primitive.name != b.primitive.name or len(a.outvars) != len(b.outvars):
+            raise Unalike
+        yield a, b
+    if any(True for _ in ahead):
+        raise Unalike
+
+
+def _walk(piece: Any, whole: Any, inputs: list[Info], numbers: Numbers) -> list[Info]:
+    env: dict[Any, Info] = dict(zip(piece.invars, inputs))
+    known = lambda x: Info() if isinstance(x, core.Literal) else env[x]
+    for a, b in _pairs(piece, whole, numbers):
+        infos, inner = [known(x) for x in a.invars], body(a)
+        if inner is not None:
+            held = [Info(param=True)] * len(inner[1])
+            outs = _walk(inner[0], body(b)[0], held + infos, numbers)
+        else:
+            outs = _equation(a, b, infos, (next(numbers.piece), next(numbers.whole)))
+        env.update(zip(a.outvars, outs))
+    return [known(x) for x in piece.outvars]
+
+
+def body(eqn: Any) -> tuple[Any, list[Any]] | None:
+    """(program, constants) of a call that is read as part of the program around it.
+
+    The constants are its first inputs.
+    """
+    if eqn.primitive.name not in INLINED:
+        return None
+    inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+    return opened(inner)
+
+
+def opened(closed: Any) -> tuple[Any, list[Any]]:
+    """A program whose constants are its first inputs, and they."""
+    if not hasattr(closed, "consts"):
+        return _Program(closed.invars, closed.outvars, closed.eqns), []
+    inner = closed.jaxpr
+    return _Program([*inner.constvars, *inner.invars], inner.outvars, inner.eqns), closed.consts
+
+
+class _Program(NamedTuple):
+    invars: list[Any]
+    outvars: list[Any]
+    eqns: list[Any]
+
+
+def _equation(a: Any, b: Any, infos: list[Info], number: tuple[int, int]) -> list[Info]:
+    """What is known of the outputs of an equation; a reduction is a root by its place."""
+    if a.primitive.name in OPAQUE and any(i.dep for i in infos):
+        inside = _inside(a, b, infos)
+    else:
+        inside = [None] * len(a.outvars)
+    return [
+        _output(a, x, y, infos, (*number, k), within)
+        for k, (x, y, within) in enumerate(zip(a.outvars, b.outvars, inside))
+    ]
+
+
+def _output(eqn: Any, x: Any, y: Any, infos: list[Info], place: Place, within: Info | None) -> Info:
+    before, after = x.aval.shape, y.aval.shape
+    if len(before) != len(after):
+        raise Unalike
+    scaled = [d for d, (m, n) in enumerate(zip(before, after)) if m != n]
+    dep = any(i.dep for i in infos)
+    bad = next((i.bad for i in infos if i.bad), None)
+    roots = frozenset().union(*(i.roots for i in infos))
+    param = any(i.param for i in infos)
+    if not dep:
+        zero = eqn.primitive.name == "broadcast_in_dim" and _is_zero(eqn.invars[0], infos[0])
+        return Info(axis=scaled[0] if scaled else None, param=param, zero=zero, roots=roots)
+    centred = any(i.centred or (i.dep and i.axis is None) for i in infos)
+    if scaled:
+        if any(i.param and not i.dep for i in infos):
+            centred = False
+        bad = bad or (None if len(scaled) == 1 else "a table of examples by examples")
+        bad = bad or _mixed(eqn, infos, scaled[0])
+        return Info(scaled[0], True, bad, centred, roots=roots, param=param)
+    if any(i.axis is not None for i in infos):
+        return _reduced(eqn, infos, place, bad, within)
+    return _after(eqn, x, infos, bad, roots, param)
+
+
+def _is_zero(x: Any, info: Info) -> bool:
+    return info.zero or (isinstance(x, core.Literal) and x.val == 0)
+
+
+def _reduced(
+    eqn: Any, infos: list[Info], place: Place, bad: str | None, within: Info | None
+) -> Info:
+    """Of what has no axis of examples any more."""
+    name = eqn.primitive.name
+    kind = REDUCTIONS.get(name)
+    if name == "dot_general":
+        kind = "sum"
+    if name in SCATTERS and infos[0].axis is None and not infos[0].dep:
+        kind = SCATTERS[name] if infos[0].zero else None
+    centred = any(i.centred for i in infos)
+    if within is not None and not within.dep:
+        return Info(param=True, roots=frozenset({("last", *place)}))
+    if within is not None and within.running and not within.bad:
+        return Info(dep=True, running=True, roots=frozenset({("mean", *place)}))
+    if kind is None or bad:
+        return Info(dep=True, bad=bad or f"`{name}` over the examples")
+    return Info(dep=True, centred=centred, roots=frozenset({(kind, *place)}))
+
+
+def _after(
+    eqn: Any, x: Any, infos: list[Info], bad: str | None, roots: frozenset[Root], param: bool
+) -> Info:
+    """Of what follows from reductions."""
+    name, moving = eqn.primitive.name, [i for i in infos if i.dep]
+    linear = all(i.linear for i in moving) and (
+        name in LINEAR
+        or (name in PRODUCTS and len(moving) == 1)
+        or (name == "div" and infos[0].dep and not infos[1].dep)
+    )
+    running = name in LINEAR + PRODUCTS and any(i.running for i in moving)
+    if name in ("add", "sub", "add_any") and len(x.aval.shape) > 0:
+        running |= any(i.param and not i.dep for i in infos)
+    centred = any(i.centred for i in moving)
+    return Info(None, True, bad, centred, linear, running, param, roots=roots)
+
+
+def _mixed(eqn: Any, infos: list[Info], axis: int) -> str | None:
+    """Why the examples of an output are not those of the input, one by one and in their order."""
+    name, params = eqn.primitive.name, eqn.params
+    told = f"`{name}` along the examples"
+    for x, info in zip(eqn.invars, infos):
+        if info.axis is None:
+            continue
+        shape = x.aval.shape
+        if name == "sort" and params["dimension"] == info.axis:
+            return told
+        if name in SCANNED and params["axis"] == info.axis:
+            return told
+        if name in ("concatenate",) and params["dimension"] == info.axis:
+            return told
+        if name == "rev" and info.axis in params["dimensions"]:
+            return told
+        if name == "reshape":
+            out = eqn.outvars[0].aval.shape
+            if math.prod(shape[: info.axis]) != math.prod(out[:axis]):
+                return told
+        if name in ("slice", "pad", "split", "dynamic_slice"):
+            if eqn.outvars[0].aval.shape[axis] != shape[info.axis]:
+                return told
+        if name == "gather" and x is eqn.invars[0]:
+            numbers = params["dimension_numbers"]
+            whole = params["slice_sizes"][info.axis] == shape[info.axis]
+            if info.axis not in numbers.operand_batching_dims and not whole:
+                return told
+        if name.startswith("scatter") and x is eqn.invars[0]:
+            if info.axis in params["dimension_numbers"].scatter_dims_to_operand_dims:
+                return told
+        if name == "scan" and info.axis == 0 and _is_scanned(eqn, x):
+            return told
+    return None
+
+
+def _is_scanned(eqn: Any, x: Any) -> bool:
+    """Whether a scan goes through the first axis of an input."""
+    inner = opened(eqn.params["jaxpr"])[0].invars
+    pairs = zip(reversed(inner), reversed(eqn.invars))
+    return any(other is x and u.aval.shape != x.aval.shape for u, other in pairs)
+
+
+def _inside(a: Any, b: Any, infos: list[Info]) -> list[Info | None]:
+    """What is known of the outputs of a call that is run as one, from its program."""
+    nothing: list[Info | None] = [None] * len(a.outvars)
+    programs = [e.params.get("jaxpr", e.params.get("call_jaxpr")) for e in (a, b)]
+    if any(p is None for p in programs):
+        return nothing
+    (piece, consts), (whole, _) = map(opened, programs)
+    given = [Info(param=True)] * len(consts) + infos
+    if len(given) != len(piece.invars):
+        return nothing
+    if a.primitive.name == "scan":
+        outer = [*[None] * len(consts), *a.invars]
+        given = [
+            i._replace(axis=i.axis - 1)
+            if i.axis and v is not None and u.aval.shape != v.aval.shape
+            else i
+            for i, u, v in zip(given, piece.invars, outer)
+        ]
+    try:
+        found: list[Info | None] = list(_walk(piece, whole, given, Numbers()))
+    except Unalike:
+        return nothing
+    return found
+
+
+Run = Callable[[int, Any, list[Any]], list[Any]]
+"""(number, equation, inputs) ↦ outputs"""
+
+
+def evaluated(closed: Any, inputs: list[Any], run: Run) -> list[Any]:
+    """The outputs of a program, its constants among the inputs, whose equations `run` takes."""
+    return _evaluated(opened(closed)[0], inputs, run, itertools.count())
+
+
+def _evaluated(program: _Program, inputs: list[Any], run: Run, number: Iterator[int]) -> list[Any]:
+    env = dict(zip(program.invars, inputs))
+    value = lambda x: x.val if isinstance(x, core.Literal) else env[x]
+    for eqn in program.eqns:
+        values, inner = [value(x) for x in eqn.invars], body(eqn)
+        if inner is not None:
+            outs = _evaluated(inner[0], [*inner[1], *values], run, number)
+        else:
+            outs = run(next(number), eqn, values)
+        env.update(zip(eqn.outvars, outs))
+    return [value(x) for x in program.outvars]
+
+
+def applied(eqn: Any, values: list[Any]) -> list[Any]:
+    """The outputs of one equation."""
+    found = eqn.primitive.get_bind_params(eqn.params)
+    # Before JAX 0.8 functions come apart from the other parameters.
+    functions, params = found if isinstance(found, tuple) else ((), found)
+    out = eqn.primitive.bind(*functions, *values, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
