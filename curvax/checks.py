@@ -4,9 +4,10 @@ import numbers
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from curvax import axes
+from curvax import axes, trees
 from curvax.products import Product, as_product
 from curvax.trees import Tree
 
@@ -19,6 +20,25 @@ def refuse_masked(tree: Tree, name: str) -> None:
             "the loss cannot be evaluated on them. Use `curvax.restrict(stages, mask)` or "
             "`curvax.partition(stages_by_label, labels)`, which restrict `value_fn` too."
         )
+
+
+def refuse_complex(tree: Tree, name: str) -> None:
+    """Refuses complex numbers where curvature is that of a function of real ones.
+
+    JAX's gradient of a real loss in complex parameters is the conjugate of the direction in which
+    the loss rises, and products without conjugates are no inner products.
+
+    Raises:
+        TypeError: a leaf is complex.
+    """
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
+            raise TypeError(
+                f"`{name}` takes real numbers, and the leaf `{trees.label(trees.names(path))}` has "
+                f"dtype {jnp.result_type(leaf)}. Write `curvax.split_real_and_imaginary(stages)`, "
+                "which hands down real and imaginary parts, `value_fn` included; for a product or "
+                "a measure pass the parts and `objective.through(f)`, where `f` puts them together."
+            )
 
 
 def needed_diagonal(diagonal: Tree, stage: str, needs: str) -> Tree:

@@ -60,7 +60,9 @@ class Stage(optax.GradientTransformationExtraArgs):
         return pipe(other, self)
 
 
-def stage(init: Callable[[Tree], Any], rule: Rule, *, name: str | None = None) -> Stage:
+def stage(
+    init: Callable[[Tree], Any], rule: Rule, *, name: str | None = None, complex_leaves: bool = False
+) -> Stage:
     """Lifts a rule on signals to a stage.
 
     Args:
@@ -68,12 +70,14 @@ def stage(init: Callable[[Tree], Any], rule: Rule, *, name: str | None = None) -
         rule: `rule(signal, state, params, **extra) -> (signal, state)`, where `extra` holds what
             the caller gave to `update`: `value_fn`, `value`, and whatever else it pleases.
         name: what errors call it; by default the function that the rule was written in.
+        complex_leaves: whether it is right for complex parameters too; else they are an error at
+            init.
 
     Returns:
         A stage; `stage(init, rule) | optax.adam(1e-3)` is one more.
     """
     name = name or rule.__qualname__.split(".")[0]
-    return Stage(_Init(init, name), _Update(rule, name))
+    return Stage(_Init(init, name, complex_leaves), _Update(rule, name))
 
 
 def pipe(*parts: optax.GradientTransformation) -> Stage:
@@ -98,7 +102,7 @@ def pipe(*parts: optax.GradientTransformation) -> Stage:
         return signal, tuple(new_state)
 
     name = " | ".join(map(name_of, parts))
-    return Stage(_Init(init, name), _Update(rule, name, parts))
+    return Stage(_Init(init, name, complex_leaves=True), _Update(rule, name, parts))
 
 
 def step(
@@ -127,11 +131,13 @@ def parts_of(part: optax.GradientTransformation) -> tuple[optax.GradientTransfor
 
 
 class _Init:
-    def __init__(self, init: Callable[[Tree], Any], name: str):
-        self.init, self.name = init, name
+    def __init__(self, init: Callable[[Tree], Any], name: str, complex_leaves: bool):
+        self.init, self.name, self.complex_leaves = init, name, complex_leaves
 
     def __call__(self, params: Tree) -> Any:
         checks.refuse_masked(params, self.name)
+        if not self.complex_leaves:
+            checks.refuse_complex(params, self.name)
         return self.init(params)
 
 

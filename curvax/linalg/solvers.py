@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from curvax import trees
+from curvax import checks, trees
 from curvax.trees import Tree
 
 
@@ -106,6 +106,7 @@ class Solver:
                 f"{product!r} as the product. `optax.inject_hyperparams` takes every callable for "
                 'a schedule: name it, `inject_hyperparams(..., static_args=("solver",))`.'
             )
+        checks.refuse_complex(b, "A solver")
         return self.solve(product, b, self.init(b), diagonal=diagonal, score=score)[0]
 
 

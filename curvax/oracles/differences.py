@@ -75,11 +75,11 @@ def _singular_value(x: jax.Array) -> jax.Array:
     if x.ndim < 2:
         return trees.norm(x)
     rows = tuple(range(x.ndim - 1))
-    b = jnp.cos(jnp.arange(x.shape[-1], dtype=x.dtype) ** 2)
+    b = jnp.cos(jnp.arange(x.shape[-1], dtype=x.dtype) ** 2).reshape(*(1 for _ in rows), -1)
     for _ in range(POWER_STEPS):
         a = jnp.sum(x * b, axis=-1, keepdims=True)
         a = a * trees.ratio(jnp.ones(()), trees.norm(a))
-        b = jnp.sum(x * a, axis=rows)
+        b = jnp.sum(x * a, axis=rows, keepdims=True)
     return jnp.maximum(trees.norm(b), jnp.max(jnp.abs(x)))
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from curvax import axes, trees
+from curvax import axes, checks, trees
 from curvax.objective import Objective
 from curvax.oracles.differences import differences
 from curvax.oracles.programs import (
@@ -53,6 +53,7 @@ def linearized(
             `"finite-differences"`, of the values; `"auto"`, the first that JAX allows.
     """
     value, jvp, aux = jax.linearize(f, params, has_aux=True)
+    _refuse_complex_values(value)
     transposed = jax.linear_transpose(jvp, params)
     pull = lambda c: transposed(c)[0]
     pushes = {
@@ -63,6 +64,15 @@ def linearized(
     found = functools.cache(lambda: _mode_of_push(mode, pushes, pull, value, params))
     push = lambda v: pushes[found()](tangent(v, params, local))
     return Linearized(value, aux, push, pull)
+
+
+def _refuse_complex_values(value: Tree) -> None:
+    if any(jnp.issubdtype(x.dtype, jnp.complexfloating) for x in jax.tree.leaves(value)):
+        raise TypeError(
+            "Gauss-Newton, Fisher and tangent kernels are those of real outputs, and the model "
+            "returns complex ones. Return their real and imaginary parts, "
+            "`jnp.stack([z.real, z.imag], axis=-1)`, and take a loss of these."
+        )
 
 
 def _transpose(pull: Function, value: Tree, v: Tree) -> Tree:
@@ -103,6 +113,7 @@ def _blocked(jvp: Function, params: Tree) -> bool:
 
 def localized(objective: Objective, params: Tree) -> tuple[Tree, frozenset[str]]:
     """The parameters typed as varying over the device axes of the batch, and those axes."""
+    checks.refuse_complex(params, "A product with curvature")
     local = objective.local_axes(params)
     return axes.vary(params, local), local
 

@@ -50,7 +50,7 @@ def partition(stages_by_label: Mapping[Any, optax.GradientTransformation], label
         averaged = frozenset.intersection(*(out.averaged for out in outs))
         return signal._replace(updates=updates, local=local, averaged=averaged), state
 
-    return stage(init, rule)
+    return stage(init, rule, complex_leaves=True)
 
 
 def restrict(stages: optax.GradientTransformation, mask: Any) -> Stage:
