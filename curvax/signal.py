@@ -61,7 +61,11 @@ class Stage(optax.GradientTransformationExtraArgs):
 
 
 def stage(
-    init: Callable[[Tree], Any], rule: Rule, *, name: str | None = None, complex_leaves: bool = False
+    init: Callable[[Tree], Any],
+    rule: Rule,
+    *,
+    name: str | None = None,
+    complex_leaves: bool = False,
 ) -> Stage:
     """Lifts a rule on signals to a stage.
 

@@ -68,7 +68,8 @@ def test_split_methods_take_the_steps_of_the_real_problem(name, conjugated):
     for ours, theirs in zip(found, expected):
         np.testing.assert_allclose(ours["z"], theirs["z"][0] + 1j * theirs["z"][1], rtol=1e-12)
         np.testing.assert_allclose(ours["b"], theirs["b"], rtol=1e-12)
-        assert ours["z"].dtype == PARAMS["z"].dtype and jnp.isrealobj(ours["b"])
+        assert ours["z"].dtype == PARAMS["z"].dtype
+        assert jnp.isrealobj(ours["b"])
 
 
 def test_a_newton_step_on_a_complex_least_squares_problem_ends_at_its_solution():
@@ -78,7 +79,8 @@ def test_a_newton_step_on_a_complex_least_squares_problem_ends_at_its_solution()
     _, grads = quadratic.value_and_grad(params)
     updates, _ = tx.update(grads, tx.init(params), params, value_fn=quadratic)
     solution = jnp.linalg.lstsq(A, B)[0]
-    np.testing.assert_allclose(optax.apply_updates(params, updates)["z"], solution, rtol=1e-8)
+    moved: Any = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(moved["z"], solution, rtol=1e-8)
 
 
 def test_figures_are_those_of_the_real_problem():
@@ -156,7 +158,7 @@ def test_products_and_measures_refuse_them_too():
         lambda: cx.spectral_density(identity, {"z": A}, 2),
         lambda: cx.estimate_trace(identity, {"z": A}),
     ):
-        with pytest.raises(TypeError, match="complex.*split_real_and_imaginary"):
+        with pytest.raises(TypeError, match=r"complex.*split_real_and_imaginary"):
             act()
 
 

@@ -82,8 +82,8 @@ def mlp_block_hessians(
         `{layer: MlpBlockHessian}`. H_k takes n·out² numbers: pass as many examples as that allows.
 
     Raises:
-        ValueError: a path has no kernel of two axes; an unknown mode; or, when called eagerly, the layers are not
-            the model.
+        ValueError: an unknown mode; a path has no kernel of two axes; or, when called eagerly, the
+            layers are not the model.
     """
     name = "`mlp_block_hessians`"
     check_mode(mode)

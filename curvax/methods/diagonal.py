@@ -116,9 +116,7 @@ def sophia_h(
     Sophia, arXiv:2305.14342, Algorithm 3. The options are those of the stages, `mode` that of the
     Hessian product.
     """
-    estimate = hutchinson_diag(
-        key, probes=probes, sampler=sampler, mode=mode, mean_over=mean_over
-    )
+    estimate = hutchinson_diag(key, probes=probes, sampler=sampler, mode=mode, mean_over=mean_over)
     divide = clip_by_diagonal(gamma, eps=eps, threshold=threshold)
     return _divided(
         "sophia_h", _delayed(every, estimate, b2), divide, learning_rate, b1, weight_decay, mask,

@@ -84,8 +84,10 @@ def _singular_value(x: jax.Array) -> jax.Array:
 
 
 def _precise(f: Function) -> Function:
+    config: Any = jax.config
+
     def precise(params: Tree) -> Tree:
-        with jax.default_matmul_precision(jax.config.jax_default_matmul_precision or "highest"):
+        with jax.default_matmul_precision(config.jax_default_matmul_precision or "highest"):
             return f(params)
 
     return precise
@@ -113,9 +115,9 @@ def _roundings(jaxpr: Any, depends: Vars, wanted: Vars) -> Iterator[float]:
         if not _variables(eqn.invars) & depends:
             continue
         depends |= set(eqn.outvars)
-        if not needed & set(eqn.outvars):
+        if eqn.outvars and not needed & set(eqn.outvars):
             continue
-        yield from _of_equation(eqn)
+        yield from _of_equation(eqn, needed)
         for body in bodies(eqn):
             yield from _roundings(body, *_within(eqn, body, depends, needed))
 
@@ -123,19 +125,21 @@ def _roundings(jaxpr: Any, depends: Vars, wanted: Vars) -> Iterator[float]:
 def _needed(jaxpr: Any, wanted: Vars) -> Vars:
     needed = _variables(wanted)
     for eqn in reversed(jaxpr.eqns):
-        if needed & set(eqn.outvars) or not eqn.outvars:
-            needed |= _variables(eqn.invars) | set(eqn.outvars)
+        if needed & set(eqn.outvars):
+            needed |= _variables(eqn.invars)
     return needed
 
 
 def _within(eqn: Any, body: Any, depends: Vars, needed: Vars) -> tuple[Vars, Vars]:
     """The two sets in the body of an equation: all of it where the two do not correspond."""
     inside, wanted = set(body.invars), _variables(body.outvars)
+    if not body.outvars:  # a kernel, which writes to references
+        wanted = {var for inner in body.eqns for var in inner.outvars}
     loop = eqn.primitive.name in LOOPS
     if not loop and len(body.invars) <= len(eqn.invars):
         pairs = zip(reversed(body.invars), reversed(eqn.invars))
         inside = {own for own, outer in pairs if _variables([outer]) & depends}
-    if not loop and len(body.outvars) == len(eqn.outvars):
+    if not loop and 0 < len(body.outvars) == len(eqn.outvars):
         pairs = zip(body.outvars, eqn.outvars)
         wanted = _variables(own for own, outer in pairs if outer in needed)
     return inside, wanted
@@ -145,8 +149,8 @@ def _variables(found: Any) -> Vars:
     return {var for var in found if not isinstance(var, core.Literal)}
 
 
-def _of_equation(eqn: Any) -> Iterator[float]:
-    for var in eqn.outvars:
+def _of_equation(eqn: Any, needed: Vars) -> Iterator[float]:
+    for var in needed.intersection(eqn.outvars):
         dtype = getattr(var.aval, "dtype", None)
         if dtype is not None and jnp.issubdtype(dtype, jnp.inexact):
             yield float(jnp.finfo(dtype).eps)

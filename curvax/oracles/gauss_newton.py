@@ -148,9 +148,7 @@ def linearized_product(
     return gradient, at_precision(precision, Product(scanned))
 
 
-def loss_curvature(
-    part: Objective, outputs: Tree, *beside: Tree, mode: str = "auto"
-) -> Product:
+def loss_curvature(part: Objective, outputs: Tree, *beside: Tree, mode: str = "auto") -> Product:
     """∇²ℓ in the outputs: known to a likelihood, by autodiff for any other loss."""
     if not isinstance(part.loss, Likelihood):
         return Product(linearized_gradient(Objective(part.loss_of), outputs, mode=mode)[1])

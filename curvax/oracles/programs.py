@@ -49,8 +49,7 @@ def bodies(eqn: Any) -> list[Any]:
 def is_opaque(f: Function, params: Tree) -> bool:
     """Whether a program has a part whose derivatives JAX takes from elsewhere, or may not have."""
     return any(
-        eqn.primitive.name.startswith(OPAQUE)
-        for eqn in equations(jax.make_jaxpr(f)(params).jaxpr)
+        eqn.primitive.name.startswith(OPAQUE) for eqn in equations(jax.make_jaxpr(f)(params).jaxpr)
     )
 
 

@@ -46,7 +46,7 @@ def way_to_products(mode: str, objective: Objective, params: Tree, *, once: bool
     if allowed[0].trial is None or not is_opaque(objective, params):
         return allowed[0]
     gradient = replayed(lambda p: objective.value_aux_and_grad(p)[1], params)
-    what, reasons = "the gradient of this loss", []
+    what, reasons = "the gradient of this loss", list[str]()
     for way in allowed:
         if way.trial is None:
             warn_of_differences(what, reasons[0])

@@ -20,7 +20,7 @@ class RealAndImaginary(NamedTuple):
 
 
 def split_real_and_imaginary(stages: optax.GradientTransformation) -> Stage:
-    """The stages on real and imaginary parts: what they would do to the loss of x and y, z = x + iy.
+    """The stages on the real and imaginary parts x and y of complex leaves z = x + iy.
 
     As `optax.contrib.split_real_and_imaginary`, with `value_fn` split too, so that gradients at
     perturbed points, curvature products and diagonals are those of the real problem. Put it
