@@ -82,6 +82,7 @@ from curvax.stages import (
     scale_by_power,
     solve,
     spatial_average,
+    split_real_and_imaginary,
     squared_gradient,
     trust_region,
 )
@@ -161,6 +162,7 @@ __all__ = [
     "sophia_h",
     "spatial_average",
     "spectral_density",
+    "split_real_and_imaginary",
     "squared_gradient",
     "stage",
     "steihaug",

@@ -4,9 +4,10 @@ import numbers
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from curvax import axes, injection
+from curvax import axes, injection, trees
 from curvax.products import Product, as_product
 from curvax.trees import Tree
 
@@ -37,6 +38,25 @@ def refuse_unlike(updates: Tree, params: Tree, name: str) -> None:
             "eqx.is_inexact_array))`; under `optax.lookahead`, whose parameters are a pair, the "
             "stages by themselves before it."
         )
+
+
+def refuse_complex(tree: Tree, name: str) -> None:
+    """Refuses complex numbers where curvature is that of a function of real ones.
+
+    JAX's gradient of a real loss in complex parameters is the conjugate of the direction in which
+    the loss rises, and products without conjugates are no inner products.
+
+    Raises:
+        TypeError: a leaf is complex.
+    """
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
+            raise TypeError(
+                f"`{name}` takes real numbers, and the leaf `{trees.label(trees.names(path))}` has "
+                f"dtype {jnp.result_type(leaf)}. Write `curvax.split_real_and_imaginary(stages)`, "
+                "which hands down real and imaginary parts, `value_fn` included; for a product or "
+                "a measure pass the parts and `objective.through(f)`, where `f` puts them together."
+            )
 
 
 def needed_diagonal(diagonal: Tree, stage: str, needs: str) -> Tree:

@@ -11,11 +11,19 @@ from curvax import axes, checks, trees
 from curvax.linalg.ascent import Ascent, MetricAscent, check_p, dual_direction, p_norm
 from curvax.objective import Objective
 from curvax.oracles import hvp
+from curvax.oracles.programs import check_mode
 from curvax.trees import Tree
 
 
 def check_climb(
-    name: str, rho: Any, p: Any, steps: Any, ascent: Any, *, second_order: bool = False
+    name: str,
+    rho: Any,
+    p: Any,
+    steps: Any,
+    ascent: Any,
+    *,
+    second_order: bool = False,
+    mode: str = "auto",
 ) -> None:
     """Refuses options of an ascent that are out of range, before anything is traced.
 
@@ -26,6 +34,7 @@ def check_climb(
         checks.check_range("rho", radius, 0, jnp.inf, stage=name)
     checks.check_static(name, p=p)
     check_p(p)
+    check_mode(mode)
     checks.check_count(name, steps=steps)
     if isinstance(ascent, MetricAscent) and (steps > 1 or second_order):
         given = f"steps={steps}, second_order=True" if second_order else f"steps={steps}"
@@ -123,6 +132,7 @@ class Climb(NamedTuple):
     projected: bool
     sync: tuple[str, ...]
     local: frozenset[str]
+    mode: str = "auto"
 
     def gradient(self, g: Tree, second_order: bool) -> tuple[jax.Array, Tree, Tree]:
         """(L(θ + ε̂), ∇L(θ + ε̂), the update), where the update is the gradient or its pull-back."""
@@ -163,7 +173,7 @@ class Climb(NamedTuple):
         return value, g_p, total
 
     def _product(self, x: Tree, w: Tree) -> Tree:
-        return hvp(self.objective, x, precision=None)(self._synced(w))
+        return hvp(self.objective, x, mode=self.mode, precision=None)(self._synced(w))
 
     def _at(self, e: Tree) -> tuple[jax.Array, Tree]:
         (value, _), g = self.objective.value_aux_and_grad(self._point(e, self.params))

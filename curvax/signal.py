@@ -68,6 +68,7 @@ def stage(
     name: str | None = None,
     evaluates_loss: bool | None = None,
     replaces_gradient: bool = False,
+    complex_leaves: bool = False,
 ) -> Stage:
     """Lifts a rule on signals to a stage.
 
@@ -81,6 +82,8 @@ def stage(
             By default, whether it takes `value_fn` by name.
         replaces_gradient: whether it does so to put a gradient of its own in the place of the
             updates, so that what changes them before it is an error too.
+        complex_leaves: whether it is right for complex parameters too; else they are an error at
+            init.
 
     Returns:
         A stage; `stage(init, rule) | optax.adam(1e-3)` is one more.
@@ -88,7 +91,13 @@ def stage(
     name = name or rule.__qualname__.split(".")[0]
     if evaluates_loss is None:
         evaluates_loss = "value_fn" in inspect.signature(rule).parameters
-    return _lifted(init, rule, name, (Kind(name, evaluates_loss, replaces_gradient),))
+    return _lifted(
+        init,
+        rule,
+        name,
+        (Kind(name, evaluates_loss, replaces_gradient),),
+        complex_leaves=complex_leaves,
+    )
 
 
 def pipe(*parts: optax.GradientTransformation) -> Stage:
@@ -121,7 +130,8 @@ def pipe(*parts: optax.GradientTransformation) -> Stage:
         return signal, tuple(new_state)
 
     name = " | ".join(map(name_of, parts))
-    return _lifted(init, rule, name, tuple(kind for part in parts for kind in kinds(part)), parts)
+    below = tuple(kind for part in parts for kind in kinds(part))
+    return _lifted(init, rule, name, below, parts)
 
 
 def step(
@@ -182,19 +192,30 @@ def _lifted(
     name: str,
     kinds: tuple[Kind, ...],
     parts: tuple[Any, ...] = (),
+    *,
+    complex_leaves: bool = True,
 ) -> Stage:
-    return Stage(_Init(init, name, kinds), _Update(rule, name, kinds, parts))
+    return Stage(_Init(init, name, kinds, complex_leaves), _Update(rule, name, kinds, parts))
 
 
 class _Init:
-    def __init__(self, init: Callable[[Tree], Any], name: str, kinds: tuple[Kind, ...]):
+    def __init__(
+        self,
+        init: Callable[[Tree], Any],
+        name: str,
+        kinds: tuple[Kind, ...],
+        complex_leaves: bool,
+    ):
         self.init, self.name, self.kinds = init, name, kinds
+        self.complex_leaves = complex_leaves
         if hasattr(init, "climbs"):
             # Which leaves a stage perturbs; a pipe and `per_group` pass it on.
             self.climbs = init.climbs
 
     def __call__(self, params: Tree) -> Any:
         checks.refuse_masked(params, self.name)
+        if not self.complex_leaves:
+            checks.refuse_complex(params, self.name)
         for kind in self.kinds:
             if kind.evaluates_loss:
                 order.refuse_multi_steps_around(kind.name, replaces_gradient=kind.replaces_gradient)

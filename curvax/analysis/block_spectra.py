@@ -36,6 +36,7 @@ def block_eigenvalues(
     blocks: Blocks = "*",
     *,
     curvature: Curvature = "hessian",
+    mode: str = "auto",
     end: str = "largest",
     tol: float | None = None,
     max_products: int = 1000,
@@ -58,7 +59,7 @@ def block_eigenvalues(
             scanned depth by itself; or patterns over paths, `"block_*/attention"`, in which `*`
             stands for (part of) one name: each path that matches, with all below it, is a block;
             or `{name: patterns}`, where all that match are one block. `"*"`: the top-level modules.
-        curvature: as in `top_eigenpairs`.
+        curvature, mode: as in `top_eigenpairs`.
         end: "largest", "smallest" (most negative) or "magnitude".
         tol, max_products, subspace, v0, key: of the search in each block, as in `top_eigenpairs`.
         chunk: blocks at a time; each has vectors of its own, `subspace` times the parameters.
@@ -71,7 +72,7 @@ def block_eigenvalues(
         ValueError: a pattern matches nothing, the layout is that of another model, or an option
             is none of those named.
     """
-    of = matrix(curvature, mean_over, "block_eigenvalues")
+    of = matrix(curvature, mean_over, "block_eigenvalues", mode)
     checks.check_count("block_eigenvalues", chunk=chunk)
     masks = block_masks(params, blocks)
     turns = -(-len(masks) // chunk)

@@ -12,11 +12,12 @@ from curvax.analysis.sweeps import Sweep
 from curvax.axes import AxisNames
 from curvax.objective import Objective
 from curvax.oracles import empirical_fvp, fvp, ggnvp, hvp
+from curvax.oracles.programs import check_mode
 from curvax.products import as_product
 from curvax.trees import Tree
 
 Matvec = Callable[[Tree], Tree]
-Oracle = Callable[[Objective, Tree], Matvec]
+Oracle = Callable[..., Matvec]
 Curvature = str | Oracle
 """The name of a matrix, or `(objective, params) -> product`, such as `functools.partial(hvp,
 mode="reverse-over-reverse")`: the same object at each call compiles once."""
@@ -37,6 +38,12 @@ class Matrix(NamedTuple):
     mean_over: AxisNames
     where: str
     """What is called, for its errors."""
+    mode: str | None = None
+    """Of an oracle that goes by its name; one of the caller's brings its own."""
+
+    def product(self, objective: Objective, params: Tree) -> Matvec:
+        """v ↦ C v, local to the device."""
+        return self.oracle(objective, params, **({} if self.mode is None else {"mode": self.mode}))
 
     def at(self, objective: Objective | Sweep, params: Tree) -> Matvec:
         """v ↦ C v on trees in float32 or wider, whatever the dtype of the parameters.
@@ -47,28 +54,35 @@ class Matrix(NamedTuple):
         """
         refuse_integers(params, self.where)
         if isinstance(objective, Sweep):
-            return lambda v: objective.mean(_applied, params, v, oracle=self.oracle)
+            return lambda v: objective.mean(_applied, params, v, of=self)
         local = objective.local_axes(params)
         over = checks.averaged_axes(self.mean_over, local, stage=self.where)
-        product = as_product(self.oracle(objective, params))
+        product = as_product(self.product(objective, params))
         averaged = product.averaged(over, objective.batch_weight())
         return lambda v: trees.wide(averaged(v))
 
 
-def matrix(curvature: Curvature, mean_over: AxisNames, where: str) -> Matrix:
-    """The matrix of a name or an oracle.
+def matrix(curvature: Curvature, mean_over: AxisNames, where: str, mode: str = "auto") -> Matrix:
+    """The matrix of a name or an oracle, and the mode of its products.
 
     Raises:
-        ValueError: no such matrix.
+        ValueError: no such matrix, no such mode, or a mode for an oracle of the caller's own.
     """
+    check_mode(mode)
     if callable(curvature):
+        if mode != "auto":
+            raise ValueError(
+                f"`{where}(mode={mode!r})` is the mode of a curvature that goes by its name, and "
+                "`curvature` is a callable. Give the mode to that: `functools.partial(hvp, "
+                f"mode={mode!r})`."
+            )
         return Matrix(curvature, mean_over, where)
     if curvature not in MATRICES:
         raise ValueError(
             f"`{where}` takes `curvature` as one of {', '.join(map(repr, MATRICES))}, or as a "
             f"callable `(objective, params) -> product`, and got {curvature!r}."
         )
-    return Matrix(MATRICES[curvature], mean_over, where)
+    return Matrix(MATRICES[curvature], mean_over, where, mode)
 
 
 def evaluate(
@@ -95,8 +109,9 @@ def refuse_integers(params: Tree, where: str) -> None:
     """Refuses parameters that have no derivative.
 
     Raises:
-        TypeError: a leaf is no floating array.
+        TypeError: a leaf is no real floating array.
     """
+    checks.refuse_complex(params, where)
     for path, leaf in jax.tree.leaves_with_path(params):
         if not trees.is_float(leaf):
             raise TypeError(
@@ -107,5 +122,5 @@ def refuse_integers(params: Tree, where: str) -> None:
             )
 
 
-def _applied(objective: Objective, params: Tree, v: Tree, *, oracle: Oracle) -> Tree:
-    return oracle(objective, params)(v)
+def _applied(objective: Objective, params: Tree, v: Tree, *, of: Matrix) -> Tree:
+    return of.product(objective, params)(v)

@@ -78,7 +78,9 @@ def trajectory_directions(path: Sequence[Tree], k: int = 2) -> Trajectory:
     return _principal(jax.tree.map(lambda *x: jnp.stack([trees.widen(y) for y in x]), *path), k=k)
 
 
-def of_block(mask: Tree, curvature: Curvature = "hessian") -> Callable[[Objective, Tree], Matvec]:
+def of_block(
+    mask: Tree, curvature: Curvature = "hessian", *, mode: str = "auto"
+) -> Callable[[Objective, Tree], Matvec]:
     """The diagonal block of a curvature, for `top_eigenpairs(curvature=)`: v ↦ m ⊙ C (m ⊙ v).
 
     Its eigenvectors are directions within the block, as in Yao et al., AdaHessian,
@@ -86,11 +88,12 @@ def of_block(mask: Tree, curvature: Curvature = "hessian") -> Callable[[Objectiv
 
     Args:
         mask: of the block, one of `block_masks(params, blocks)`.
-        curvature: as in `top_eigenpairs`.
+        curvature, mode: as in `top_eigenpairs`.
     """
     within = lambda v: jax.tree.map(lambda m, x: (m * x).astype(x.dtype), mask, v)
-    oracle = matrix(curvature, None, "of_block").oracle
-    return lambda objective, params: as_product(oracle(objective, params)).within(within, within)
+    of = matrix(curvature, None, "of_block", mode)
+    product = lambda objective, params: as_product(of.product(objective, params))
+    return lambda objective, params: product(objective, params).within(within, within)
 
 
 def stack_of(directions: Any, params: Tree, where: str) -> tuple[Tree, int]:

@@ -27,7 +27,12 @@ class FisherKL(NamedTuple):
 
 
 def fisher_kl(
-    objective: Objective | Sweep, params: Tree, step: Tree, *, mean_over: AxisNames = None
+    objective: Objective | Sweep,
+    params: Tree,
+    step: Tree,
+    *,
+    mode: str = "auto",
+    mean_over: AxisNames = None,
 ) -> FisherKL:
     """Half the Fisher form of a step beside the divergence that it approximates, both ways.
 
@@ -42,23 +47,26 @@ def fisher_kl(
             its loss.
         params: the point θ.
         step: d, a tree like the parameters.
+        mode: of the Fisher product, as in `ggnvp`.
         mean_over: the device axes to average over; `()` for each device's own.
 
     Returns:
         A `FisherKL`.
 
     Raises:
-        ValueError: the loss is no likelihood.
+        ValueError: the loss is no likelihood, or an unknown mode.
     """
     objective = as_loss(objective, "fisher_kl", params)
-    return averaged(_fisher_kl, objective, params, step, mean_over=mean_over)
+    return averaged(_fisher_kl, objective, params, step, mode=mode, mean_over=mean_over)
 
 
-def _fisher_kl(objective: Objective, params: Tree, step: Tree, *, mean_over: AxisNames) -> FisherKL:
+def _fisher_kl(
+    objective: Objective, params: Tree, step: Tree, *, mode: str, mean_over: AxisNames
+) -> FisherKL:
     require_likelihood(objective, "The divergence between predictions")
     params = trees.wide(params)
     over = checks.averaged_axes(mean_over, objective.local_axes(params), stage="fisher_kl")
-    form = 0.5 * trees.dot(step, fvp(objective, params)(step))
+    form = 0.5 * trees.dot(step, fvp(objective, params, mode=mode)(step))
     there = trees.add(params, step)
 
     def divergences(part: Objective) -> tuple[jax.Array, jax.Array]:

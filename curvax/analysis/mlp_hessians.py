@@ -11,6 +11,8 @@ from curvax import trees
 from curvax.analysis.compiling import compiled_once
 from curvax.analysis.jacobians import outputs_alone
 from curvax.objective import Objective, as_objective, require_batch, require_model
+from curvax.oracles.hessian import gradient_and_product, linearized_gradient
+from curvax.oracles.programs import check_mode
 from curvax.trees import Tree
 
 
@@ -55,6 +57,7 @@ def mlp_block_hessians(
     inputs: str | Callable[[Tree], jax.Array],
     *,
     activation: Callable[[jax.Array], jax.Array] = jax.nn.gelu,
+    mode: str = "auto",
 ) -> dict[str, MlpBlockHessian]:
     """The diagonal blocks of the Hessian of a perceptron, by recursion from the outputs down.
 
@@ -73,20 +76,24 @@ def mlp_block_hessians(
         inputs: a key of the batch, or a callable `batch -> array`: what the first layer is fed,
             [n, ...], flattened.
         activation: f, elementwise, after every layer but the last.
+        mode: of the second derivatives of f and of the loss, as in `hvp`.
 
     Returns:
         `{layer: MlpBlockHessian}`. H_k takes n·out² numbers: pass as many examples as that allows.
 
     Raises:
-        ValueError: a path has no kernel of two axes; or, when called eagerly, the layers are not
-            the model.
+        ValueError: an unknown mode; a path has no kernel of two axes; or, when called eagerly, the
+            layers are not the model.
     """
     name = "`mlp_block_hessians`"
+    check_mode(mode)
     objective = require_batch(as_objective(objective, "mlp_block_hessians", params), name)
     require_model(objective, name)
     chain = tuple(_layer(params, path) for path in layers)
     _check_widths(chain, layers)
-    found, difference = _recursion(objective, params, chain, inputs=inputs, activation=activation)
+    found, difference = _recursion(
+        objective, params, chain, inputs=inputs, activation=activation, mode=mode
+    )
     _refuse_others(difference)
     return dict(zip(layers, found, strict=True))
 
@@ -99,11 +106,12 @@ def _recursion(
     *,
     inputs: str | Callable[[Tree], jax.Array],
     activation: Callable[[jax.Array], jax.Array],
+    mode: str,
 ) -> tuple[list[MlpBlockHessian], jax.Array]:
     def one(part: Objective, chain: tuple[_Layer, ...]) -> tuple[list[MlpBlockHessian], jax.Array]:
         fed = inputs(part.batch) if callable(inputs) else part.batch[inputs]
         x = trees.widen(fed[0].ravel())
-        return _blocks(chain, x, activation, lambda z: part.loss_of(z[None]))
+        return _blocks(chain, x, activation, lambda z: part.loss_of(z[None]), mode)
 
     with jax.default_matmul_precision("highest"):
         (blocks, outputs), _ = objective.each(one, chain)
@@ -120,6 +128,7 @@ def _blocks(
     x: jax.Array,
     activation: Callable[[jax.Array], jax.Array],
     loss: Callable[[jax.Array], jax.Array],
+    mode: str,
 ) -> tuple[list[MlpBlockHessian], jax.Array]:
     """The blocks of one example, first layer first, and the outputs."""
     fed, pre = [x], []
@@ -127,10 +136,11 @@ def _blocks(
         pre.append(fed[-1] @ kernel + bias)
         fed.append(activation(pre[-1]))
     z = pre[-1]
-    delta, hessian = jax.grad(loss)(z), jax.hessian(loss)(z)
+    (_, delta), product = linearized_gradient(Objective(loss), z, mode=mode)
+    hessian = jax.vmap(product)(jnp.eye(z.size, dtype=z.dtype))
     blocks = [_block(fed[-2], hessian, z, jnp.ones(()), jnp.ones_like(z), jnp.zeros_like(z))]
     for a, h, above in reversed(list(zip(fed, pre, chain[1:]))):
-        slope, bend = _derivatives(activation, h)
+        slope, bend = _derivatives(activation, h, mode)
         back = above.kernel @ delta
         outer = above.kernel @ hessian @ above.kernel.T
         bent = bend * back
@@ -163,10 +173,13 @@ def _block(
     )
 
 
-def _derivatives(f: Callable[[jax.Array], jax.Array], h: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _derivatives(
+    f: Callable[[jax.Array], jax.Array], h: jax.Array, mode: str
+) -> tuple[jax.Array, jax.Array]:
     """(f'(h), f''(h)) of an elementwise function."""
-    slope = lambda x: jax.jvp(f, (x,), (jnp.ones_like(x),))[1]
-    return jax.jvp(slope, (h,), (jnp.ones_like(h),))
+    total = Objective(lambda x: jnp.sum(f(x)))
+    (_, slope), bend = gradient_and_product(total, h, jnp.ones_like(h), mode=mode)
+    return slope, bend
 
 
 def _layer(params: Tree, path: str) -> _Layer:

@@ -33,6 +33,7 @@ def top_eigenpairs(
     k: int = 1,
     *,
     curvature: Curvature = "hessian",
+    mode: str = "auto",
     end: str = "magnitude",
     method: str = "lanczos",
     tol: float | None = None,
@@ -54,6 +55,7 @@ def top_eigenpairs(
         k: pairs, at most the number of parameters.
         curvature: "hessian", "gauss_newton", "fisher", "empirical_fisher", or a callable
             `(objective, params) -> product`.
+        mode: of the products, as in `hvp` and `ggnvp`.
         end: "magnitude", "largest" or "smallest" (most negative).
         method: "lanczos" with full re-orthogonalisation and thick restarts, or "power": power
             iteration, pair after pair.
@@ -72,7 +74,7 @@ def top_eigenpairs(
     Raises:
         ValueError: an option is none of those named, or k out of range.
     """
-    of = matrix(curvature, mean_over, "top_eigenpairs")
+    of = matrix(curvature, mean_over, "top_eigenpairs", mode)
     if method not in METHODS:
         raise ValueError(
             f"`top_eigenpairs` takes `method` as one of {', '.join(map(repr, METHODS))}, and got "
@@ -130,6 +132,7 @@ def hessian_spectrum(
     params: Tree,
     *,
     curvature: Curvature = "hessian",
+    mode: str = "auto",
     probes: int | Tree = 4,
     steps: int = 50,
     key: jax.Array | int = 0,
@@ -145,7 +148,7 @@ def hessian_spectrum(
     Args:
         objective: an `Objective`, a `Sweep`, or a callable `params -> scalar`.
         params: the point θ.
-        curvature: as in `top_eigenpairs`.
+        curvature, mode: as in `top_eigenpairs`.
         probes: how many random sign vectors, or the vectors themselves, stacked along a new first
             axis. One at a time is in memory with its basis.
         steps: of Lanczos for each probe; no more than there are parameters are taken.
@@ -161,7 +164,7 @@ def hessian_spectrum(
     Raises:
         ValueError, TypeError: an option is none of those named, or no positive integer.
     """
-    of = matrix(curvature, mean_over, "hessian_spectrum")
+    of = matrix(curvature, mean_over, "hessian_spectrum", mode)
     vectors, count = _given(probes, "hessian_spectrum")
     checks.check_count("hessian_spectrum", steps=steps)
     return evaluate(
@@ -202,6 +205,7 @@ def curvature_trace(
     params: Tree,
     *,
     curvature: Curvature = "hessian",
+    mode: str = "auto",
     probes: int | Tree = 16,
     key: jax.Array | int = 0,
     mean_over: AxisNames = None,
@@ -211,7 +215,7 @@ def curvature_trace(
     Args:
         objective: an `Objective`, a `Sweep`, or a callable `params -> scalar`.
         params: the point θ.
-        curvature: as in `top_eigenpairs`.
+        curvature, mode: as in `top_eigenpairs`.
         probes: how many random sign vectors, or the vectors themselves, stacked along a new first
             axis.
         key: a typed key or a seed for the probes.
@@ -223,7 +227,7 @@ def curvature_trace(
     Raises:
         ValueError, TypeError: no such curvature, or `probes` is no positive integer.
     """
-    of = matrix(curvature, mean_over, "curvature_trace")
+    of = matrix(curvature, mean_over, "curvature_trace", mode)
     vectors, count = _given(probes, "curvature_trace")
     return evaluate(_trace, objective, params, vectors, as_key(key), of=of, count=count)
 

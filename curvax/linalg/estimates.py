@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from curvax import axes, trees
+from curvax import axes, checks, trees
 from curvax.linalg.vectors import ravel, unravel
 from curvax.trees import Tree
 
@@ -71,6 +71,7 @@ def exact_diagonal(product: Product, like: Tree) -> Tree:
 
 
 def _over_probes(sample: Callable[[Tree], Tree], probes: Tree) -> Estimate:
+    checks.refuse_complex(probes, "An estimate from probes")
     n = jax.tree.leaves(probes)[0].shape[0]
     first = sample(jax.tree.map(lambda z: z[0], probes))
     if n == 1:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from curvax import axes, trees
+from curvax import axes, checks, trees
 from curvax.trees import Tree
 
 
@@ -38,7 +38,11 @@ def power_iteration(
 
     Returns:
         An `Eigenpair`. The residual is that of the returned vector and value.
+
+    Raises:
+        TypeError: v0 is complex.
     """
+    checks.refuse_complex(v0, "power_iteration")
 
     def unit(v: Tree) -> Tree:
         return trees.scale(trees.ratio(jnp.ones(()), trees.norm(v)), v)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from curvax import checks
 from curvax.linalg.tridiagonal import lanczos
 from curvax.trees import Tree
 
@@ -61,7 +62,12 @@ def spectral_density(
     Returns:
         A `SpectralDensity`. Ubaru, Chen & Saad (2017); Ghorbani, Krishnan & Xiao,
         arXiv:1901.10159, Algorithm 1.
+
+    Raises:
+        ValueError: k < 1.
+        TypeError: the probes are complex.
     """
+    checks.refuse_complex(probes, "spectral_density")
 
     def one(z: Tree) -> tuple[jax.Array, jax.Array]:
         nodes, vectors = jnp.linalg.eigh(lanczos(product, z, k, keep_basis=keep_basis).matrix)

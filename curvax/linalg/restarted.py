@@ -85,7 +85,9 @@ def eigenpairs(
 
     Raises:
         ValueError: k out of range, no such end.
+        TypeError: v0 is complex.
     """
+    checks.refuse_complex(v0, "eigenpairs")
     size = sum(x.size for x in jax.tree.leaves(v0))
     m = _checked(k, size, end, max_products, subspace)
     search = functools.partial(_searched, k=k, m=m, end=end, tol=tol, max_products=max_products)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from curvax import trees
+from curvax import checks, trees
 from curvax.trees import Tree
 
 
@@ -107,6 +107,7 @@ class Solver:
                 "a schedule but in curvax's own factories: name it in yours, "
                 '`inject_hyperparams(..., static_args=("solver",))`.'
             )
+        checks.refuse_complex(b, "A solver")
         return self.solve(product, b, self.init(b), diagonal=diagonal, score=score)[0]
 
 

@@ -49,7 +49,9 @@ def lanczos(product: Product, v0: Tree, k: int, *, keep_basis: bool = True) -> L
 
     Raises:
         ValueError: k < 1.
+        TypeError: v0 is complex.
     """
+    checks.refuse_complex(v0, "lanczos")
     checks.check_count("lanczos", k=k)
     return _orthogonalised(product, v0, k) if keep_basis else _recurrence(product, v0, k)
 

@@ -37,6 +37,7 @@ def adahessian(
     weight_decay: Any = 0.0,
     mask: Any = None,
     key: jax.Array | int = 0,
+    mode: str = "auto",
     mean_over: AxisNames = None,
 ) -> Stage:
     """AdaHessian: Adam with the Hessian diagonal in the place of the gradient's square.
@@ -47,9 +48,10 @@ def adahessian(
     The defaults are those of the authors' image code, whose learning rate was 0.15. `b2=0`
     removes the Hessian momentum, `block=None` the spatial averaging; weight decay is decoupled,
     and `mask` is its mask as in `optax.adamw`. Each update needs `value_fn`. Yao et al.,
-    AdaHessian, arXiv:2006.00719, Algorithm 1. The options are those of the stages.
+    AdaHessian, arXiv:2006.00719, Algorithm 1. The options are those of the stages, `mode` that of
+    the Hessian product.
     """
-    diagonal = _every(every, hutchinson_diag(key, probes=probes, mean_over=mean_over))
+    diagonal = _every(every, hutchinson_diag(key, probes=probes, mode=mode, mean_over=mean_over))
     smooth = () if block is None else (spatial_average(block, magnitudes=magnitudes),)
     divide = scale_by_power(power, eps=eps)
     return _divided(
@@ -105,6 +107,7 @@ def sophia_h(
     weight_decay: Any = 1e-4,
     mask: Any = None,
     key: jax.Array | int = 0,
+    mode: str = "auto",
     mean_over: AxisNames = None,
 ) -> Stage:
     """Sophia-H: momentum, divided by a Hessian diagonal refreshed now and then, and clipped.
@@ -114,9 +117,10 @@ def sophia_h(
 
     Steps and defaults are those of `optax.contrib.sophia`, whose step divides by the diagonal as
     it stood before: the first step is one of signs. Each update needs `value_fn`. Liu et al.,
-    Sophia, arXiv:2305.14342, Algorithm 3. The options are those of the stages.
+    Sophia, arXiv:2305.14342, Algorithm 3. The options are those of the stages, `mode` that of the
+    Hessian product.
     """
-    estimate = hutchinson_diag(key, probes=probes, sampler=sampler, mean_over=mean_over)
+    estimate = hutchinson_diag(key, probes=probes, sampler=sampler, mode=mode, mean_over=mean_over)
     divide = clip_by_diagonal(gamma, eps=eps, threshold=threshold)
     return _divided(
         "sophia_h", _delayed(every, estimate, b2), divide, learning_rate, b1, weight_decay, mask,

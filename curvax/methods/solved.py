@@ -36,6 +36,7 @@ def natural_gradient(
     adaptive: bool = False,
     samples: int | None = None,
     key: jax.Array | int = 0,
+    mode: str = "auto",
     fraction: float = 1.0,
     mean_over: AxisNames = None,
 ) -> Stage:
@@ -55,10 +56,14 @@ def natural_gradient(
         adaptive: adapt λ, and undo steps that raise the loss, with `levenberg_marquardt`.
         samples: labels drawn per example, for a sampled Fisher matrix; None for the exact one.
         key: a typed key or a seed, for the samples.
+        mode: of the curvature product: "auto", "forward-over-reverse", "reverse-over-reverse" or
+            "finite-differences", as in `ggnvp` and `hvp`.
         fraction: of the batch that is used for curvature.
         mean_over: the device axis, or axes, to average gradient and curvature over.
     """
-    matvec = fisher_matvec(samples=samples, key=key, fraction=fraction, mean_over=mean_over)
+    matvec = fisher_matvec(
+        samples=samples, key=key, mode=mode, fraction=fraction, mean_over=mean_over
+    )
     return _solved(matvec, learning_rate, damping, solver, momentum, radius, adaptive, mean_over)
 
 
@@ -71,6 +76,7 @@ def gauss_newton(
     momentum: float | None = None,
     radius: Any = None,
     adaptive: bool = False,
+    mode: str = "auto",
     fraction: float = 1.0,
     mean_over: AxisNames = None,
 ) -> Stage:
@@ -81,7 +87,7 @@ def gauss_newton(
     Each update needs an `Objective` with `model=`; any convex loss of the outputs will do.
     Martens, arXiv:1412.1193. The options are those of `natural_gradient`.
     """
-    matvec = gauss_newton_matvec(fraction=fraction, mean_over=mean_over)
+    matvec = gauss_newton_matvec(mode=mode, fraction=fraction, mean_over=mean_over)
     return _solved(matvec, learning_rate, damping, solver, momentum, radius, adaptive, mean_over)
 
 
@@ -91,6 +97,7 @@ def hessian_free(
     *,
     damping: Any = 1.0,
     solver: Solver = MARTENS,
+    mode: str = "auto",
     fraction: float = 1.0,
     mean_over: AxisNames = None,
 ) -> Stage:
@@ -103,7 +110,7 @@ def hessian_free(
     the best of its iterates. Martens, Hessian-free optimization (ICML 2010). The options are those
     of `natural_gradient`, `damping` the λ of the start.
     """
-    matvec = gauss_newton_matvec(fraction=fraction, mean_over=mean_over)
+    matvec = gauss_newton_matvec(mode=mode, fraction=fraction, mean_over=mean_over)
     return _solved(matvec, learning_rate, damping, solver, None, None, True, mean_over)
 
 
@@ -114,6 +121,7 @@ def newton_cg(
     damping: Any = 0.0,
     solver: Solver = NEWTON,
     adaptive: bool = False,
+    mode: str = "auto",
     fraction: float = 1.0,
     mean_over: AxisNames = None,
 ) -> Stage:
@@ -125,7 +133,7 @@ def newton_cg(
     Nocedal & Wright, Numerical Optimization, Algorithms 7.1 and 7.2. The options are those of
     `natural_gradient`.
     """
-    matvec = hessian_matvec(fraction=fraction, mean_over=mean_over)
+    matvec = hessian_matvec(mode=mode, fraction=fraction, mean_over=mean_over)
     return _solved(matvec, learning_rate, damping, solver, None, None, adaptive, mean_over)
 
 

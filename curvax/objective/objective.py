@@ -237,8 +237,12 @@ class Objective:
         (value, aux), grads = self.value_aux_and_grad(params)
         if isinstance(aux, Undecided):
             raise ValueError(aux.message)
-        self._memory.keep(params, grads, value, self.local_axes(params))
+        self.remember(params, grads, value, self.local_axes(params))
         return ((value, aux) if self.has_aux else value), grads
+
+    def remember(self, params: Tree, grads: Tree, value: jax.Array, local: frozenset[str]) -> None:
+        """Takes note of this loss's own gradient at parameters, for `gave`."""
+        self._memory.keep(params, grads, value, local)
 
     def value_aux_and_grad(self, params: Tree) -> tuple[tuple[jax.Array, Any], Tree]:
         """((L(θ), aux), ∇L(θ)), where aux is None without `has_aux`."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from curvax import checks
 from curvax.likelihoods import Likelihood
 from curvax.objective.objective import Objective
 from curvax.trees import Tree
@@ -30,6 +31,7 @@ def as_objective(value_fn: Callable[..., Any] | None, stage: str, params: Tree =
             "`optax.GradientTransformation(init, update)`s around the stages: put them behind "
             "these."
         )
+    checks.refuse_complex(params, stage)
     return value_fn if isinstance(value_fn, Objective) else Objective(value_fn)
 
 

@@ -11,6 +11,7 @@ from curvax.likelihoods import Likelihood
 from curvax.objective import Objective, as_objective, check_key, require_likelihood
 from curvax.oracles.gauss_newton import Metric, linearized_product, loss_curvature
 from curvax.oracles.linearization import LossAndGradient
+from curvax.oracles.programs import check_mode
 from curvax.products import Product, Root
 from curvax.trees import Tree
 
@@ -22,6 +23,7 @@ def fvp(
     samples: int | None = None,
     key: jax.Array | None = None,
     labels: jax.Array | None = None,
+    mode: str = "auto",
     precision: Any = "highest",
 ) -> Product:
     """The product with the Fisher matrix of the model's distribution at `params`.
@@ -40,6 +42,7 @@ def fvp(
         key: typed, of those draws.
         labels: the draws themselves, [S, ...] or one [...], where [...] is the shape of hard
             targets.
+        mode: of J v, as in `ggnvp`.
         precision: of the matrix products (`jax.default_matmul_precision`).
 
     Returns:
@@ -47,12 +50,13 @@ def fvp(
         `ggnvp`, or for labels R v = √(w/SΣw) <g, v>, [S, *sites, 1, ...].
 
     Raises:
-        ValueError: the loss is no likelihood, or the options contradict each other.
-        TypeError: `key` is no typed key.
+        ValueError: the loss is no likelihood, an unknown mode, or options that contradict.
+        TypeError: `key` is no typed key, or JAX does not differentiate the model in the mode that
+            was asked for.
     """
     _check_draws(samples, key, labels)
     objective = as_objective(objective, "fvp", params)
-    return _linearized(objective, params, precision, samples, key, labels)[1]
+    return _linearized(objective, params, mode, precision, samples, key, labels)[1]
 
 
 def linearized_fisher(
@@ -61,21 +65,24 @@ def linearized_fisher(
     *,
     samples: int | None = None,
     key: jax.Array | None = None,
+    mode: str = "auto",
     precision: Any = "highest",
 ) -> tuple[LossAndGradient, Product]:
     """(((L, aux), ∇L), `fvp`) from one linearisation; `key` is read where there are `samples`."""
-    gradient, product = _linearized(objective, params, precision, samples, key)
+    gradient, product = _linearized(objective, params, mode, precision, samples, key)
     return gradient(), product
 
 
 def _linearized(
     objective: Objective,
     params: Tree,
+    mode: str,
     precision: Any,
     samples: int | None,
     key: jax.Array | None,
     labels: jax.Array | None = None,
 ) -> tuple[Callable[[], LossAndGradient], Product]:
+    check_mode(mode)
     likelihood = require_likelihood(objective, "The Fisher matrix")
     metric: Metric = loss_curvature
     beside: tuple[jax.Array, ...] = ()
@@ -84,7 +91,7 @@ def _linearized(
         metric, beside = given_labels, (_by_example(jnp.asarray(labels), shape),)
     elif samples is not None and key is not None:
         metric, beside = drawn_labels, (sample_keys(objective, key, samples),)
-    return linearized_product(objective, params, metric, *beside, precision=precision)
+    return linearized_product(objective, params, metric, *beside, mode=mode, precision=precision)
 
 
 def sample_keys(objective: Objective, key: jax.Array, samples: int) -> jax.Array:

@@ -1,6 +1,7 @@
 """A model, a loss of its outputs and a point ↦ the Gauss-Newton product v ↦ Jᵀ ∇²ℓ J v."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from curvax.oracles.linearization import (
     localized,
     unit_sized,
 )
+from curvax.oracles.programs import check_mode
 from curvax.products import Product, Root
 from curvax.trees import Tree
 
@@ -26,7 +28,11 @@ Metric = Callable[..., Product]
 
 
 def ggnvp(
-    objective: Objective | Callable[[Tree], jax.Array], params: Tree, *, precision: Any = "highest"
+    objective: Objective | Callable[[Tree], jax.Array],
+    params: Tree,
+    *,
+    mode: str = "auto",
+    precision: Any = "highest",
 ) -> Product:
     """The product with the Gauss-Newton matrix of the loss at `params`.
 
@@ -40,6 +46,11 @@ def ggnvp(
     Args:
         objective: an `Objective` with `model=`; its loss a likelihood or any convex one.
         params: the point θ.
+        mode: of J v: `"forward-over-reverse"`, by forward mode; `"reverse-over-reverse"`, as the
+            transpose of Jᵀ, where a `custom_vjp` has no forward derivative;
+            `"finite-differences"`, of the outputs, where a kernel or a loop has neither, as right
+            as in `hvp`; `"auto"`, the first that JAX allows, with a warning where that is the last.
+            Jᵀ u is by reverse mode, and ∇²ℓ of a loss that is no likelihood in the mode of `hvp`.
         precision: of the matrix products (`jax.default_matmul_precision`).
 
     Returns:
@@ -47,24 +58,28 @@ def ggnvp(
         its root, R v = Bᵀ J v, where B Bᵀ = ∇²ℓ.
 
     Raises:
-        ValueError: the objective has no `model`.
+        ValueError: the objective has no `model`, or an unknown mode.
+        TypeError: JAX does not differentiate the model in the mode that was asked for.
     """
-    return _linearized(as_objective(objective, "ggnvp", params), params, precision)[1]
+    objective = as_objective(objective, "ggnvp", params)
+    return _linearized(objective, params, mode, precision)[1]
 
 
 def linearized_gauss_newton(
-    objective: Objective, params: Tree, *, precision: Any = "highest"
+    objective: Objective, params: Tree, *, mode: str = "auto", precision: Any = "highest"
 ) -> tuple[LossAndGradient, Product]:
     """(((L, aux), ∇L), `ggnvp`) from one linearisation."""
-    gradient, product = _linearized(objective, params, precision)
+    gradient, product = _linearized(objective, params, mode, precision)
     return gradient(), product
 
 
 def _linearized(
-    objective: Objective, params: Tree, precision: Any
+    objective: Objective, params: Tree, mode: str, precision: Any
 ) -> tuple[Callable[[], LossAndGradient], Product]:
+    check_mode(mode)
     objective = require_model(objective, "The Gauss-Newton matrix, Jᵀ ∇²ℓ J,")
-    return linearized_product(objective, params, loss_curvature, precision=precision)
+    metric = functools.partial(loss_curvature, mode=mode)
+    return linearized_product(objective, params, metric, mode=mode, precision=precision)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +124,7 @@ class ModelPass:
         return unit_sized(self.objective, inner.within(self.model.push, self.pull))
 
 
-def model_pass(objective: Objective, params: Tree) -> ModelPass:
+def model_pass(objective: Objective, params: Tree, *, mode: str = "auto") -> ModelPass:
     """The objective's model linearised at `params`, over the whole batch in one piece."""
     params, local = localized(objective, params)
     kinds: Tree = None
@@ -120,12 +135,17 @@ def model_pass(objective: Objective, params: Tree) -> ModelPass:
         kinds = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), z)
         return z if objective.scale is None else trees.wide(z), aux
 
-    model = linearized(outputs, params, local)
+    model = linearized(outputs, params, local, mode=mode)
     return ModelPass(objective, model, kinds)
 
 
 def linearized_product(
-    objective: Objective, params: Tree, metric: Metric, *beside: Tree, precision: Any
+    objective: Objective,
+    params: Tree,
+    metric: Metric,
+    *beside: Tree,
+    mode: str = "auto",
+    precision: Any,
 ) -> tuple[Callable[[], LossAndGradient], Product]:
     """(() ↦ ((L, aux), ∇L), v ↦ Jᵀ M J v), one linearisation for both.
 
@@ -136,26 +156,28 @@ def linearized_product(
         params: the point.
         metric: M, from the objective, its outputs and what lies beside.
         beside: trees with a leading axis of examples, cut like the batch.
+        mode: of J v, as in `ggnvp`.
         precision: of the matrix products.
     """
     if not objective.microbatch:
         with jax.default_matmul_precision(precision):
-            whole = model_pass(objective, params)
+            whole = model_pass(objective, params, mode=mode)
             product = whole.product(metric, *beside)
         return whole.loss_and_gradient, at_precision(precision, product)
 
     def scanned(v: Tree) -> Tree:
-        apply = lambda part, *rest: model_pass(part, params).product(metric, *rest)(v)
+        at = lambda part: model_pass(part, params, mode=mode)
+        apply = lambda part, *rest: at(part).product(metric, *rest)(v)
         return objective.average(apply, *beside)
 
     gradient = lambda: objective.value_aux_and_grad(params)
     return gradient, at_precision(precision, Product(scanned))
 
 
-def loss_curvature(part: Objective, outputs: Tree, *beside: Tree) -> Product:
+def loss_curvature(part: Objective, outputs: Tree, *beside: Tree, mode: str = "auto") -> Product:
     """∇²ℓ in the outputs: known to a likelihood, by autodiff for any other loss."""
     if not isinstance(part.loss, Likelihood):
-        return Product(linearized_gradient(Objective(part.loss_of), outputs)[1])
+        return Product(linearized_gradient(Objective(part.loss_of), outputs, mode=mode)[1])
     loss, batch = part.loss, part.batch
     root = Root(
         lambda u: loss.root_transpose(outputs, batch, u),

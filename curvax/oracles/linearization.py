@@ -1,15 +1,24 @@
 """A function and a point ↦ its linear map and the transpose, from one set of residuals."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from functools import partial
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from curvax import axes, compat, trees
+from curvax import axes, checks, trees
 from curvax.objective import Objective
+from curvax.oracles.differences import differences
+from curvax.oracles.programs import (
+    NO_FORWARD,
+    Function,
+    equations,
+    refusal,
+    refuse_mode,
+    warn_of_differences,
+)
 from curvax.products import Product
 from curvax.trees import Tree
 
@@ -28,29 +37,84 @@ class Linearized(NamedTuple):
     """c ↦ Jᵀ c."""
 
 
-def linearized(f: Callable[[Tree], tuple[Tree, Any]], params: Tree, local: Any = ()) -> Linearized:
+def linearized(
+    f: Callable[[Tree], tuple[Tree, Any]], params: Tree, local: Any = (), *, mode: str = "auto"
+) -> Linearized:
     """`f(params) -> (value, aux)` and its linear map at a point, traced once for both directions.
 
-    Where a `custom_vjp` keeps forward mode out, J is the transpose of Jᵀ.
+    How J v is taken is found at the first push: Jᵀ c alone asks for nothing but reverse mode.
 
     Args:
         f: the function.
         params: the point, typed as varying over `local`.
         local: the device axes over which tangents vary.
+        mode: `"forward-over-reverse"`, J by forward mode; `"reverse-over-reverse"`, J as the
+            transpose of Jᵀ, where a `custom_vjp` keeps forward mode out;
+            `"finite-differences"`, of the values; `"auto"`, the first that JAX allows.
     """
     value, jvp, aux = jax.linearize(f, params, has_aux=True)
+    _refuse_complex_values(value)
     transposed = jax.linear_transpose(jvp, params)
     pull = lambda c: transposed(c)[0]
-    if calls("custom_lin", jvp, params):
-        # A linear map is its own derivative, wherever that is taken.
-        _, back = jax.vjp(pull, jax.tree.map(jnp.zeros_like, value))
-        jvp = lambda v: back(v)[0]
-    return Linearized(value, aux, lambda v: jvp(tangent(v, params, local)), pull)
+    pushes = {
+        "forward-over-reverse": jvp,
+        "reverse-over-reverse": lambda v: _transpose(pull, value, v),
+        "finite-differences": lambda v: differences(lambda p: f(p)[0], params)(v),
+    }
+    found = functools.cache(lambda: _mode_of_push(mode, pushes, pull, value, params))
+    push = lambda v: pushes[found()](tangent(v, params, local))
+    return Linearized(value, aux, push, pull)
+
+
+def _refuse_complex_values(value: Tree) -> None:
+    if any(jnp.issubdtype(x.dtype, jnp.complexfloating) for x in jax.tree.leaves(value)):
+        raise TypeError(
+            "Gauss-Newton, Fisher and tangent kernels are those of real outputs, and the model "
+            "returns complex ones. Return their real and imaginary parts, "
+            "`jnp.stack([z.real, z.imag], axis=-1)`, and take a loss of these."
+        )
+
+
+def _transpose(pull: Function, value: Tree, v: Tree) -> Tree:
+    # A linear map is its own derivative, wherever that is taken.
+    return jax.vjp(pull, jax.tree.map(jnp.zeros_like, value))[1](v)[0]
+
+
+def _mode_of_push(
+    mode: str, pushes: dict[str, Function], pull: Function, value: Tree, params: Tree
+) -> str:
+    """The first mode of J v that is asked for and that JAX allows.
+
+    Raises:
+        TypeError: it allows none.
+    """
+    if mode == "finite-differences":
+        return mode
+    what, why = "the outputs of this model", NO_FORWARD
+    forward = not _blocked(pushes["forward-over-reverse"], params)
+    if forward and mode != "reverse-over-reverse":
+        return "forward-over-reverse"
+    if mode != "forward-over-reverse":
+        jax.make_jaxpr(pull)(value)  # where a `custom_vjp` of the caller's has a fault of its own
+        why = refusal(pushes["reverse-over-reverse"], params)
+        if not why:
+            return "reverse-over-reverse"
+    if mode != "auto":
+        raise refuse_mode(mode, what, why)
+    warn_of_differences(what, why)
+    return "finite-differences"
+
+
+def _blocked(jvp: Function, params: Tree) -> bool:
+    """Whether forward mode meets a `custom_vjp`, which JAX refuses only when it compiles."""
+    names = (eqn.primitive.name for eqn in equations(jax.make_jaxpr(jvp)(params).jaxpr))
+    return any(name.startswith("custom_lin") for name in names)
 
 
 def localized(objective: Objective, params: Tree) -> tuple[Tree, frozenset[str]]:
     """The parameters typed as varying over the device axes of the batch, and those axes."""
     params = trees.arrays(params)
+    checks.refuse_complex(params, "A product with curvature")
     local = objective.local_axes(params)
     return axes.vary(params, local), local
 
@@ -103,23 +167,8 @@ def at_unit_size(objective: Objective, f: Callable[[Tree], Tree]) -> Callable[[T
 
 def unit_sized(objective: Objective, product: Product) -> Product:
     """The product with every application `at_unit_size`."""
-    sized, root = partial(at_unit_size, objective), product.root
+    sized, root = functools.partial(at_unit_size, objective), product.root
     if root is not None:
         forward, transpose = sized(root.forward), sized(root.transpose)
         root = root._replace(forward=forward, transpose=transpose)
     return dataclasses.replace(product, curvature=sized(product.curvature), root=root)
-
-
-def calls(primitive: str, f: Callable[[Tree], Any], params: Tree) -> bool:
-    """Whether the traced f has a primitive of that name, or one that starts so.
-
-    What forward mode meets in a `custom_vjp`, `custom_lin`, JAX refuses only when it compiles.
-    """
-    return any(name.startswith(primitive) for name in _primitives(jax.make_jaxpr(f)(params).jaxpr))
-
-
-def _primitives(jaxpr: Any) -> Iterator[str]:
-    for eqn in jaxpr.eqns:
-        yield eqn.primitive.name
-        for body in compat.bodies(eqn.params):
-            yield from _primitives(body)

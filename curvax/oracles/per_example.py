@@ -16,12 +16,17 @@ from curvax.oracles.linearization import (
     localized,
     unit_sized,
 )
+from curvax.oracles.programs import check_mode
 from curvax.products import Product, Root
 from curvax.trees import Tree
 
 
 def empirical_fvp(
-    objective: Objective | Callable[[Tree], jax.Array], params: Tree, *, precision: Any = "highest"
+    objective: Objective | Callable[[Tree], jax.Array],
+    params: Tree,
+    *,
+    mode: str = "auto",
+    precision: Any = "highest",
 ) -> Product:
     """The product with the mean of gₙ gₙᵀ over the examples, uncentred, at `params`.
 
@@ -37,6 +42,7 @@ def empirical_fvp(
             the examples; each is evaluated as a batch of one, with a dropout key of its own, and
             has the weight of that batch where there is one.
         params: the point θ.
+        mode: of <gₙ, v>, the derivatives of the losses along v, as that of J v in `ggnvp`.
         precision: of the matrix products (`jax.default_matmul_precision`).
 
     Returns:
@@ -44,32 +50,35 @@ def empirical_fvp(
         R v = √(wₙ/Σw) <gₙ, v>, [n].
 
     Raises:
-        ValueError: the objective has no batch.
+        ValueError: the objective has no batch, or an unknown mode.
+        TypeError: JAX does not differentiate the losses in the mode that was asked for.
     """
+    check_mode(mode)
     objective = require_batch(as_objective(objective, "empirical_fvp", params), "empirical_fvp")
     with jax.default_matmul_precision(precision):
-        product = _linearized(objective, params)
+        product = _linearized(objective, params, mode)
     return at_precision(precision, product)
 
 
 def linearized_empirical_fisher(
-    objective: Objective, params: Tree, *, precision: Any = "highest"
+    objective: Objective, params: Tree, *, mode: str = "auto", precision: Any = "highest"
 ) -> tuple[LossAndGradient, Product]:
     """(((L, aux), ∇L), `empirical_fvp`); the gradient is that of the whole batch, a pass apart."""
-    product = empirical_fvp(objective, params, precision=precision)
+    product = empirical_fvp(objective, params, mode=mode, precision=precision)
     return objective.value_aux_and_grad(params), product
 
 
-def _linearized(objective: Objective, params: Tree) -> Product:
+def _linearized(objective: Objective, params: Tree, mode: str) -> Product:
     if not objective.microbatch:
-        return _outer(objective, params)
-    return Product(lambda v: objective.average(lambda part: _outer(part, params)(v)))
+        return _outer(objective, params, mode)
+    return Product(lambda v: objective.average(lambda part: _outer(part, params, mode)(v)))
 
 
-def _outer(objective: Objective, params: Tree) -> Product:
+def _outer(objective: Objective, params: Tree, mode: str) -> Product:
     """Σₙ wₙ gₙ gₙᵀ / Σₙ wₙ, over the whole batch in one piece."""
     params, local = localized(objective, params)
-    losses, weight, push, transpose = linearized(lambda p: _losses(objective, p), params, local)
+    of = lambda p: _losses(objective, p)
+    losses, weight, push, transpose = linearized(of, params, local, mode=mode)
     pull = transpose if objective.scale is None else _scaled_pull(objective, transpose)
     w = jnp.full_like(losses, 1 / losses.size)
     if weight is not None:

@@ -21,6 +21,7 @@ from curvax.stages.projection import gsam_project, keep_orthogonal, penalize_gap
 from curvax.stages.restriction import partition, restrict
 from curvax.stages.smoothing import accumulate, ema_mean, ema_rms, every, spatial_average
 from curvax.stages.solving import damp, quadratic_step, solve, trust_region
+from curvax.stages.splitting import split_real_and_imaginary
 
 __all__ = [
     "accumulate",
@@ -52,6 +53,7 @@ __all__ = [
     "scale_by_power",
     "solve",
     "spatial_average",
+    "split_real_and_imaginary",
     "squared_gradient",
     "trust_region",
 ]

@@ -11,12 +11,15 @@ from curvax.linalg.ascent import MetricAscent
 from curvax.linalg.solvers import check_solver
 from curvax.objective import Objective
 from curvax.oracles import fvp
+from curvax.oracles.programs import check_mode
 from curvax.trees import Tree
 
 TEN_STEPS = cg(10)
 
 
-def fisher_ascent(damping: Any = 1e-3, *, solver: Solver = TEN_STEPS) -> MetricAscent:
+def fisher_ascent(
+    damping: Any = 1e-3, *, solver: Solver = TEN_STEPS, mode: str = "auto"
+) -> MetricAscent:
     """Steepest ascent where distance is measured between predictions, for `sam_perturb(ascent=)`.
 
         ε̂ = argmax <g, ε> over εᵀ(F + λI)ε <= ρ²  =  ρ (F + λI)⁻¹g / ‖(F + λI)⁻¹g‖_{F + λI}
@@ -27,10 +30,12 @@ def fisher_ascent(damping: Any = 1e-3, *, solver: Solver = TEN_STEPS) -> MetricA
     Args:
         damping: λ >= 0, a number or a traced one.
         solver: `cg(10)`, `dense()`, `row_space()`.
+        mode: of the Fisher product, as in `ggnvp`.
 
     Raises:
-        TypeError, ValueError: `solver` is none; λ < 0.
+        TypeError, ValueError: `solver` is none; λ < 0; an unknown mode.
     """
+    check_mode(mode)
     checks.check_range("damping", damping, 0, jnp.inf, stage="fisher_ascent")
     check_solver(solver, "fisher_ascent")
 
@@ -43,7 +48,7 @@ def fisher_ascent(damping: Any = 1e-3, *, solver: Solver = TEN_STEPS) -> MetricA
     ) -> Tree:
         over = (*axes.outside(objective.joined, sync), *sync)
         own = objective.apart()
-        fisher = fvp(own, params).averaged(over, own.batch_weight())
+        fisher = fvp(own, params, mode=mode).averaged(over, own.batch_weight())
         product = fisher.within(masked, masked).damped(damping)
         x = solver(product, g).x
         length = jnp.sqrt(jnp.maximum(trees.dot(x, product(x)), 0))

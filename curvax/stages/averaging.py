@@ -46,7 +46,7 @@ def pmean_updates(axis_name: AxisNames) -> Stage:
         remaining = signal.local - set(over) if over else frozenset()
         return _mean(signal, over, weight)._replace(local=remaining), state
 
-    return stage(lambda params: optax.EmptyState(), rule, evaluates_loss=False)
+    return stage(lambda params: optax.EmptyState(), rule, evaluates_loss=False, complex_leaves=True)
 
 
 def _mean(signal: Signal, over: tuple[str, ...], weight: jax.Array | None) -> Signal:

@@ -51,6 +51,7 @@ def sam_perturb(
     projected: bool = True,
     ascent: Any = None,
     second_order: bool = False,
+    mode: str = "auto",
     every: Any = 1,
     sync_over: AxisNames = None,
     mask: Any = None,
@@ -77,6 +78,7 @@ def sam_perturb(
             callable `path -> rule`; or `fisher_ascent()`. By default `dual_norm(p)`.
         second_order: differentiate through ε̂: the exact gradient of θ ↦ L(θ + ε̂(θ)), at the
             price of one Hessian product per ascent step.
+        mode: of these products, as in `hvp`.
         every: perturb every k-th step, from the first on; the clean gradient passes in between.
         sync_over: the device axes to average the ascent gradient over first: one perturbation for
             all of them instead of one per device.
@@ -95,7 +97,7 @@ def sam_perturb(
     Raises:
         ValueError, TypeError: an option out of range, or traced where it must be static.
     """
-    check_climb("sam_perturb", rho, p, steps, ascent, second_order=second_order)
+    check_climb("sam_perturb", rho, p, steps, ascent, second_order=second_order, mode=mode)
     if not isinstance(every, jax.Array):
         checks.check_count("sam_perturb", every=every)
     ascent = dual_norm(p) if ascent is None else ascent
@@ -133,6 +135,7 @@ def sam_perturb(
             projected=projected,
             sync=sync,
             local=local,
+            mode=mode,
         )
 
         def perturbed() -> tuple[Tree, jax.Array, Figures]:

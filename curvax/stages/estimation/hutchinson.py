@@ -8,7 +8,8 @@ from curvax.axes import AxisNames
 from curvax.injection import injectable
 from curvax.linalg import estimate_diagonal, rademacher
 from curvax.objective import Objective
-from curvax.oracles.hessian import check_mode, gradient_and_product, linearized_gradient
+from curvax.oracles.hessian import gradient_and_product, linearized_gradient
+from curvax.oracles.programs import check_mode
 from curvax.signal import Stage
 from curvax.stages.estimation.sharing import Curvature, Sampler, diagonal_stage
 from curvax.trees import Tree

@@ -19,7 +19,7 @@ from curvax.oracles import (
     linearized_gauss_newton,
     linearized_hessian,
 )
-from curvax.oracles.hessian import check_mode
+from curvax.oracles.programs import check_mode
 from curvax.products import Product
 from curvax.signal import Signal, Stage, containing, stage
 from curvax.stages.estimation.sharing import check_fraction, settled, share_gradient
@@ -66,28 +66,31 @@ def hessian_matvec(
 
 @injectable
 def gauss_newton_matvec(
-    *, fraction: float = 1.0, precision: Any = "highest", mean_over: AxisNames = None
-) -> Stage:
+    *, mode: str = "auto", fraction: float = 1.0, precision: Any = "highest",
+    mean_over: AxisNames = None,
+) -> Stage:  # fmt: skip
     """The product with the generalised Gauss-Newton matrix, G = mean of Jᵀ ∇²ℓ J.
 
     Positive semi-definite for any convex loss of the outputs. It needs an `Objective` with
     `model=`. Martens, arXiv:1412.1193. The rest as in `hessian_matvec`.
 
     Args:
+        mode: of the product, as in `ggnvp`.
         fraction: of the batch (its first part) that is used for curvature.
         precision: of matrix products within it.
         mean_over: the device axis, or axes, to average the product over.
     """
+    check_mode(mode)
     linearize = lambda objective, params, key: linearized_gauss_newton(
-        objective, params, precision=precision
+        objective, params, mode=mode, precision=precision
     )
     return _matvec("gauss_newton_matvec", linearize, fraction, mean_over)
 
 
 @injectable
 def fisher_matvec(
-    *, samples: int | None = None, key: jax.Array | int = 0, fraction: float = 1.0,
-    precision: Any = "highest", mean_over: AxisNames = None,
+    *, samples: int | None = None, key: jax.Array | int = 0, mode: str = "auto",
+    fraction: float = 1.0, precision: Any = "highest", mean_over: AxisNames = None,
 ) -> Stage:  # fmt: skip
     """The product with the Fisher matrix, F = mean of E_y[∇log r(y|z) ∇log r(y|z)ᵀ].
 
@@ -97,14 +100,16 @@ def fisher_matvec(
     Args:
         samples: labels drawn from the model per site; None for the exact expectation.
         key: a typed key or a seed, for the labels.
+        mode: of the product, as in `ggnvp`.
         fraction: of the batch (its first part) that is used for curvature.
         precision: of matrix products within it.
         mean_over: the device axis, or axes, to average the product over.
     """
+    check_mode(mode)
     if samples is not None:
         checks.check_count("fisher_matvec", samples=samples)
     linearize = lambda objective, params, key: linearized_fisher(
-        objective, params, samples=samples, key=key, precision=precision
+        objective, params, samples=samples, key=key, mode=mode, precision=precision
     )
     draw = None if samples is None else key
     return _matvec("fisher_matvec", linearize, fraction, mean_over, draw)
@@ -112,8 +117,9 @@ def fisher_matvec(
 
 @injectable
 def empirical_fisher_matvec(
-    *, fraction: float = 1.0, precision: Any = "highest", mean_over: AxisNames = None
-) -> Stage:
+    *, mode: str = "auto", fraction: float = 1.0, precision: Any = "highest",
+    mean_over: AxisNames = None,
+) -> Stage:  # fmt: skip
     """The product with the empirical Fisher matrix, F̄ = mean of gₙ gₙᵀ over the examples.
 
     From the labels of the data, uncentred: no substitute for F far from a good fit. It needs an
@@ -121,12 +127,14 @@ def empirical_fisher_matvec(
     `hessian_matvec`.
 
     Args:
+        mode: of the product, as in `empirical_fvp`.
         fraction: of the batch (its first part) that is used for curvature.
         precision: of matrix products within it.
         mean_over: the device axis, or axes, to average the product over.
     """
+    check_mode(mode)
     linearize = lambda objective, params, key: linearized_empirical_fisher(
-        objective, params, precision=precision
+        objective, params, mode=mode, precision=precision
     )
     return _matvec("empirical_fisher_matvec", linearize, fraction, mean_over)
 
@@ -174,11 +182,14 @@ MATRICES = {
 }
 
 
-def exact_diag(curvature: str = "hessian", *, mean_over: AxisNames = None) -> Stage:
+def exact_diag(
+    curvature: str = "hessian", *, mode: str = "auto", mean_over: AxisNames = None
+) -> Stage:
     """The exact diagonal of a curvature matrix, from one product per parameter: small models.
 
     Args:
         curvature: "hessian", "gauss_newton", "fisher" or "empirical_fisher".
+        mode: of its products, as in the stage named `<curvature>_matvec`.
         mean_over: the device axis, or axes, to average over; `()` keeps each device's own.
 
     Returns:
@@ -186,14 +197,14 @@ def exact_diag(curvature: str = "hessian", *, mean_over: AxisNames = None) -> St
         `<curvature>_matvec` needs.
 
     Raises:
-        ValueError: no such matrix.
+        ValueError: no such matrix, or no such mode.
     """
     if curvature not in MATRICES:
         raise ValueError(
             f"`exact_diag` takes `curvature` as one of {', '.join(map(repr, MATRICES))}, and got "
             f"{curvature!r}."
         )
-    matvec = MATRICES[curvature](mean_over=mean_over)
+    matvec = MATRICES[curvature](mode=mode, mean_over=mean_over)
 
     def rule(signal: Signal, state: Any, params: Tree, **extra: Any) -> tuple[Signal, Any]:
         inner, state = matvec.update(signal, state, params, **extra)
