@@ -433,7 +433,7 @@ class Objective:
     def recalling(self, given: Given | None, params: Tree, updates: Tree) -> Objective:
         """This objective, with a record of another as its own gradient at its own parameters."""
         if given is not None:
-            self._memory.keep(params, updates, given.value, given.local)
+            self.remember(params, updates, given.value, given.local)
         return self
 
     def shard_number(self, local: frozenset[str]) -> tuple[Any, int]:
