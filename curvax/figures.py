@@ -1,12 +1,18 @@
-"""What a person wants to see of a step: scalars kept as the last field of a stage's state."""
+"""What a person wants to see of a step: scalars kept as the last field of a stage's state.
+
+Beside them stands which have been measured, since a NaN in the state would stop `jax_debug_nans`
+and every check that a state is finite: not measured is 0 there, and NaN in `diagnostics` alone.
+"""
 
 import inspect
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from curvax import axes
 from curvax.objective import as_objective
@@ -14,26 +20,49 @@ from curvax.signal import Signal, Stage, stage
 from curvax.trees import Tree
 
 Figures = dict[str, jax.Array]
+"""name ↦ float32 scalar, 0 where not measured."""
+
+Flags = Any
+"""Whether each figure has been measured, in the order of their names, bool [n]; () for none."""
+
+_warned: set[Any] = set()
 
 
-def unmeasured(*names: str) -> Figures:
-    """Figures before the first measurement: NaN."""
-    return {name: jnp.full((), jnp.nan, jnp.float32) for name in names}
+class Measured(NamedTuple):
+    """The last two fields of the state of a stage that measures."""
+
+    measured: Flags
+    figures: Figures
 
 
-def measured(scalars: dict[str, Any], over: tuple[str, ...] = (), weight: Any = None) -> Figures:
-    """Figures in float32, averaged over axes by weight, then over all that their types show."""
-    figures = {name: jnp.asarray(x, jnp.float32) for name, x in scalars.items()}
-    return axes.mean_over_visible(axes.mean(figures, over, weight))
+def unmeasured(*names: str) -> Measured:
+    """Figures before the first measurement."""
+    return measured(dict.fromkeys(names))
+
+
+def measured(scalars: dict[str, Any], over: tuple[str, ...] = (), weight: Any = None) -> Measured:
+    """Figures in float32, averaged over axes by weight, then over all that their types show.
+
+    Args:
+        scalars: name ↦ scalar, or None where this step cannot know it.
+        over: bound device axes.
+        weight: what a device counts.
+    """
+    flags = jnp.array([scalars[name] is not None for name in sorted(scalars)]) if scalars else ()
+    number = lambda x: jnp.zeros((), jnp.float32) if x is None else jnp.asarray(x, jnp.float32)
+    figures = {name: number(x) for name, x in scalars.items()}
+    return Measured(flags, axes.mean_over_visible(axes.mean(figures, over, weight)))
 
 
 def remeasured(state: Any, later: Any) -> Any:
     """`state` with the figures of `later`, a state of the same stages."""
-    newer = lambda old, new: old._replace(figures=new.figures) if _measures(old) else old
+    seen = lambda node: {name: getattr(node, name) for name in Measured._fields}
+    newer = lambda old, new: old._replace(**seen(new)) if _measures(old) else old
     return jax.tree.map(newer, state, later, is_leaf=_measures)
 
 
 class RecordState(NamedTuple):
+    measured: Flags
     figures: Figures
     """name ↦ float32 scalar, as last measured."""
 
@@ -46,7 +75,7 @@ def record(**measures: Callable[..., Any]) -> Stage:
 
     Args:
         measures: each `measure(signal, params) -> scalar` or `measure(signal, params, objective)
-            -> scalar`, evaluated at every step at this place of the pipe.
+            -> scalar`, evaluated at every step at this place of the pipe; None is not known.
 
     Returns:
         A stage that passes the signal on unchanged; `diagnostics(state)` finds the figures.
@@ -58,7 +87,7 @@ def record(**measures: Callable[..., Any]) -> Stage:
 
     def init(params: Tree) -> RecordState:
         del params
-        return RecordState(unmeasured(*measures))
+        return RecordState(*unmeasured(*measures))
 
     def rule(
         signal: Signal, state: RecordState, params: Tree, value_fn: Any = None, **extra: Any
@@ -67,7 +96,7 @@ def record(**measures: Callable[..., Any]) -> Stage:
         objective = as_objective(value_fn, "record", params) if of_loss else None
         seen = lambda name: (signal, params, objective)[: 3 if name in of_loss else 2]
         found = {name: measure(*seen(name)) for name, measure in measures.items()}
-        return signal, RecordState(measured(found))
+        return signal, RecordState(*measured(found))
 
     return stage(init, rule)
 
@@ -88,19 +117,76 @@ def diagnostics(state: Any) -> Figures:
         state: what `tx.init` or `tx.update` returned, wrapped by whatever Optax wrappers.
 
     Returns:
-        name ↦ float32 scalar, as last measured; NaN before the first measurement.
+        name ↦ float32 scalar, as last measured; NaN before the first measurement, and where a step
+        could not know it. For arrays on a device it waits for the step.
+
+    Warns:
+        UserWarning: once for each pipe, figures of the loss that no step can know.
     """
-    found = [(name, place, x) for place, figs in _walk(state, ()) for name, x in figs.items()]
+    stages = list(_stages(state, ()))
+    _warn_of_unknowable(state, [node for _, node in stages])
+    found = [(name, place, x) for place, node in stages for name, x in _shown(node).items()]
     times = Counter(name for name, _, _ in found)
     return {name if times[name] == 1 else f"{name}[{place}]": x for name, place, x in found}
 
 
-def _walk(state: Any, path: tuple[Any, ...]) -> Iterator[tuple[str, Figures]]:
+def _stages(state: Any, path: tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
+    """Place and state of every stage that measures, those within others behind them."""
     for below, node in jax.tree.leaves_with_path(state, is_leaf=_measures):
         if _measures(node):
             here = (*path, *below)
-            yield ".".join(_step(entry) for entry in here if _step(entry)), dict(node.figures)
-            yield from _walk(tuple(node[:-1]), here)
+            yield ".".join(_step(entry) for entry in here if _step(entry)), node
+            yield from _stages(tuple(node[:-1]), here)
+
+
+def _known(node: Any) -> dict[str, Any]:
+    """name ↦ whether measured, a boolean array; those of stages without flags are."""
+    flags, names = getattr(node, "measured", ()), sorted(node.figures)
+    if isinstance(flags, tuple):
+        return dict.fromkeys(names, np.True_)
+    flags = flags if _traced(flags) else np.asarray(flags)
+    return {name: flags[..., i] for i, name in enumerate(names)}
+
+
+def _shown(node: Any) -> Figures:
+    """The figures of a stage, NaN where not measured."""
+    known = _known(node)
+    return {name: _or_nan(x, known[name]) for name, x in node.figures.items()}
+
+
+def _or_nan(x: Any, known: Any) -> Any:
+    if _traced(x) or _traced(known):
+        return jnp.where(known, x, jnp.nan)
+    if np.all(known):
+        return x
+    # Placed, not computed: `jax_debug_nans` looks at what operations give.
+    return jax.device_put(np.where(known, np.asarray(x), np.float32(np.nan)))
+
+
+def _warn_of_unknowable(state: Any, stages: list[Any]) -> None:
+    """Says once that figures stay NaN where others of the same stage have been measured."""
+    missing = sorted({name for node in stages for name in _unknowable(_known(node))})
+    pipe = jax.tree.structure(state), *map(jnp.shape, jax.tree.leaves(state))
+    if missing and pipe not in _warned:
+        _warned.add(pipe)
+        warnings.warn(
+            f"NaN for {', '.join(f'`{name}`' for name in missing)}: nothing told the step the loss "
+            "at the parameters, and no forward pass is spent on a figure. Pass `value=value` to "
+            "`tx.update`, or take the gradient from `curvax.Objective(...).value_and_grad` and "
+            "pass that objective as `value_fn`.",
+            stacklevel=3,
+        )
+
+
+def _unknowable(known: dict[str, Any]) -> list[str]:
+    if any(map(_traced, known.values())):
+        return []
+    missing = [name for name, flag in known.items() if not np.any(flag)]
+    return missing if len(missing) < len(known) else []
+
+
+def _traced(x: Any) -> bool:
+    return isinstance(x, jax.core.Tracer)
 
 
 def _measures(node: Any) -> bool:

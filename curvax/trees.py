@@ -5,6 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+
+from curvax.scalars import quotient, ratio
 
 Tree = Any
 """A pytree of arrays; `None` leaves are absent."""
@@ -98,20 +101,84 @@ def dot(a: Tree, b: Tree) -> jax.Array:
     return total(jax.tree.map(lambda x, y: widen(x) * widen(y), a, b))
 
 
+@jax.custom_jvp
 def norm(tree: Tree) -> jax.Array:
-    """‖a‖₂ over the whole tree, with derivative 0 at 0."""
-    square = dot(tree, tree)
-    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+    """‖a‖₂ over the whole tree, with derivative 0 at 0; no square leaves the range of floats.
+
+    Squares are summed as they are, enlarged and reduced, each by a power of two, and the sum that
+    is in range counts. The largest entry would tell the scale beforehand, at the price of one more
+    exchange between devices where parameters are divided among them.
+    """
+    leaves = jax.tree.leaves(tree)
+    dtype = jnp.result_type(jnp.float32, *(jnp.result_type(x) for x in leaves))
+    wide = [jnp.asarray(x).astype(dtype) for x in leaves]
+    large, low, high = _ranges(dtype)
+
+    def square(factor: float) -> jax.Array:
+        scaled = [x * factor if factor != 1 else x for x in wide]
+        return sum((jnp.sum(x * x) for x in scaled), jnp.zeros((), dtype))
+
+    plain, enlarged, reduced = square(1), square(large), square(1 / large)
+    length = jnp.where(plain < low, jnp.sqrt(enlarged) / large, jnp.sqrt(plain))
+    return jnp.where(plain > high, jnp.sqrt(reduced) * large, length)
 
 
-def ratio(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a / b, and 0 where b is 0; so is the derivative."""
-    return jnp.where(b == 0, 0.0, a / jnp.where(b == 0, 1.0, b))
+@norm.defjvp
+def _norm_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    length = norm(*primals)
+    return length, dot(unit(*primals), *tangents).astype(length.dtype)
+
+
+def _ranges(dtype: Any) -> tuple[float, float, float]:
+    """(a power of two, below and above which sums of squares another scale is right)."""
+    exponent = int(jnp.finfo(dtype).maxexp)
+    return 2.0 ** (0.6 * exponent // 1), 2.0 ** (-0.55 * exponent), 2.0 ** (0.78 * exponent)
+
+
+@jax.custom_jvp
+def unit(tree: Tree) -> Tree:
+    """a / ‖a‖₂ in float32 or wider, and 0 for a = 0."""
+    return divided(wide(tree), norm(tree))
+
+
+@unit.defjvp
+def _unit_jvp(primals: Any, tangents: Any) -> tuple[Tree, Tree]:
+    # ∂(a/‖a‖) = (∂a - â<â, ∂a>) / ‖a‖: no power of ‖a‖ but the first.
+    length, e = norm(*primals), unit(*primals)
+    across = add_scaled(wide(*tangents), -dot(e, *tangents), e)
+    return e, scale(ratio(jnp.ones((), length.dtype), length), across)
+
+
+def divided(tree: Tree, length: jax.Array) -> Tree:
+    """a / ‖a‖ for a length known, with the dtypes of a."""
+    length = jnp.where(length == 0, 1, length)
+    return jax.tree.map(lambda x: quotient(widen(x), length).astype(x.dtype), tree)
+
+
+def magnitude(tree: Tree) -> jax.Array:
+    """The power of two next below ‖a‖₂, a constant; 1 where that is 0 or not finite.
+
+    What is divided by it is near 1, to the last bit what it was, and so are all linear maps of it.
+    """
+    length = lax.stop_gradient(norm(tree))
+    info = jnp.finfo(length.dtype)
+    integer = jnp.dtype(f"uint{info.bits}")
+    bits = lax.bitcast_convert_type(length, integer)
+    below = lax.bitcast_convert_type((bits >> info.nmant) << info.nmant, length.dtype)
+    fine = jnp.isfinite(length) & (length > 0)
+    edge = 2.0 ** (info.maxexp - 8)
+    return jnp.where(fine, jnp.clip(below, 1 / edge, edge), 1)
+
+
+def cosine(a: Tree, b: Tree) -> jax.Array:
+    """<a, b> / ‖a‖‖b‖ over the whole tree, and 0 where one of them is."""
+    return ratio(dot(unit(a), b), norm(b))
 
 
 def reject(a: Tree, b: Tree) -> Tree:
     """The part of a orthogonal to b, over the whole tree: a - <a, b̂> b̂."""
-    return add_scaled(a, -ratio(dot(a, b), dot(b, b)), b)
+    b = unit(b)
+    return add_scaled(a, -dot(a, b), b)
 
 
 def broadcast_prefix(prefix: Tree, tree: Tree) -> Tree:

@@ -11,7 +11,7 @@ from curvax import axes, checks, trees
 from curvax.linalg.backtracking import Score, best, keep, nothing_kept
 from curvax.linalg.krylov import Iterate, Rules, System, iterate
 from curvax.linalg.preconditioners import Preconditioner, check_preconditioner, preconditioning
-from curvax.linalg.solvers import Reason, Solution, Solver, length, stateless
+from curvax.linalg.solvers import Reason, Solution, Solver, stateless
 from curvax.trees import Tree
 
 
@@ -79,14 +79,19 @@ def cg(
         ranking = _needed(score) if backtrack else None
         precondition = preconditioning(preconditioner, product, diagonal, "cg")
         x, r, begun = _start(product, b, state, warm_start)
-        rules = Rules(_length, *_watching(b, max_steps, progress, backtrack))
-        system = System(product, precondition, length(b), tol, rules)
-        s = iterate(system, b, x, r, max_steps - begun)
-        found = trees.laid_out_like(s.x, b)
+        # Powers of two: iterates in these units are the others to the last bit.
+        one = trees.magnitude(r)
+        x, r, rhs = (trees.scale(1 / one, tree) for tree in (x, r, b))
+        restored = lambda x: trees.laid_out_like(trees.scale(one, x), b)
+        rules = Rules(_length, *_watching(rhs, max_steps, progress, backtrack))
+        system = System(product, precondition, trees.norm(b) / one, tol, rules)
+        s = iterate(system, rhs, x, r, max_steps - begun)
+        found, residual = restored(s.x), s.residual
         state = trees.laid_out_like(found, state) if warm_start else state
-        residual = s.residual
         if ranking is not None:
-            found, residual = best(s.trail[1], s.i, max_steps, ranking)
+            rank = lambda x: ranking(restored(x))
+            found, residual = best(s.trail[1], s.i, max_steps, rank)
+            found = restored(found)
         return Solution(found, s.i + begun, residual, s.reason), state
 
     return Solver(solve, _zeros if warm_start else stateless)
@@ -115,7 +120,7 @@ def _start(
     if not decay:
         return *cold, 0
     start = trees.scale(decay, trees.laid_out_like(state, b))
-    begun = (trees.dot(start, start) > 0) & (trees.dot(b, b) > 0)
+    begun = (trees.norm(start) > 0) & (trees.norm(b) > 0)
 
     def warm() -> tuple[Tree, Tree]:
         ax = trees.laid_out_like(product(start), wide)

@@ -9,6 +9,7 @@ from jax import lax
 
 from curvax import axes, trees
 from curvax.linalg.vectors import ravel, unravel
+from curvax.scalars import root
 from curvax.trees import Tree
 
 Product = Callable[[Tree], Tree]
@@ -76,13 +77,15 @@ def _over_probes(sample: Callable[[Tree], Tree], probes: Tree) -> Estimate:
     if n == 1:
         return Estimate(first, jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), first))
 
-    # Welford's update: the sum of squared deviations without cancellation.
+    # Welford's update: the sum of squared deviations without cancellation, in units of the first.
+    one = trees.magnitude(first)
+
     def body(carry, item):
         mean, square = carry
         i, z = item
         x = sample(z)
         ahead = jax.tree.map(lambda m, y: m + (y - m) / (i + 1), mean, x)
-        square = jax.tree.map(lambda s, m, a, y: s + (y - m) * (y - a), square, mean, ahead, x)
+        square = jax.tree.map(lambda s, m, a, y: s + (y - m) / one * ((y - a) / one), square, mean, ahead, x)
         return (ahead, square), None
 
     start = axes.carried(
@@ -91,4 +94,4 @@ def _over_probes(sample: Callable[[Tree], Tree], probes: Tree) -> Estimate:
     )
     rest = jax.tree.map(lambda z: z[1:], probes)
     (mean, square), _ = lax.scan(body, start, (jnp.arange(1, n), rest))
-    return Estimate(mean, jax.tree.map(lambda s: jnp.sqrt(s / (n * (n - 1))), square))
+    return Estimate(mean, jax.tree.map(lambda s: one * root(s / (n * (n - 1))), square))

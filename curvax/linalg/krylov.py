@@ -1,7 +1,8 @@
 """The loop of preconditioned conjugate gradients, which a solver stops where it sees fit.
 
 Written for device axes and sharded parameters: sums of products in float32 or wider, a carry whose
-leaves vary over the same axes from the first step on, one product a step.
+leaves vary over the same axes from the first step on, one product a step. Solvers hand it the
+system in units of the first residual, so that its squares stay in range whatever the loss's scale.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax import axes, trees
-from curvax.linalg.solvers import Reason, length
+from curvax.linalg.solvers import Reason
 from curvax.products import Product
 from curvax.trees import Tree
 
@@ -120,7 +121,7 @@ def _advance(system: System, s: Iterate) -> Iterate:
 def _measure(system: System, r: Tree) -> tuple[Tree, jax.Array, jax.Array]:
     """(M⁻¹r, rᵀM⁻¹r, ‖r‖ / ‖b‖)"""
     z = system.precondition(r)
-    return z, trees.dot(r, z), trees.ratio(length(r), system.scale)
+    return z, trees.dot(r, z), trees.ratio(jnp.sqrt(trees.dot(r, r)), system.scale)
 
 
 def _reason(system: System, rz: jax.Array, residual: jax.Array, otherwise: Any) -> jax.Array:

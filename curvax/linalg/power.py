@@ -40,8 +40,7 @@ def power_iteration(
         An `Eigenpair`. The residual is that of the returned vector and value.
     """
 
-    def unit(v: Tree) -> Tree:
-        return trees.scale(trees.ratio(jnp.ones(()), trees.norm(v)), v)
+    unit = lambda v: trees.cast_like(trees.unit(v), v)
 
     def measure(v: Tree, steps: jax.Array) -> tuple[Eigenpair, Tree]:
         cv = product(v)

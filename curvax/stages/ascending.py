@@ -11,6 +11,7 @@ from curvax.linalg.ascent import MetricAscent
 from curvax.linalg.solvers import check_solver
 from curvax.objective import Objective
 from curvax.oracles import fvp
+from curvax.scalars import root
 from curvax.trees import Tree
 
 TEN_STEPS = cg(10)
@@ -46,7 +47,7 @@ def fisher_ascent(damping: Any = 1e-3, *, solver: Solver = TEN_STEPS) -> MetricA
         fisher = fvp(own, params).averaged(over, own.batch_weight())
         product = fisher.within(masked, masked).damped(damping)
         x = solver(product, g).x
-        length = jnp.sqrt(jnp.maximum(trees.dot(x, product(x)), 0))
-        return trees.scale(trees.ratio(jnp.ones(()), length), x)
+        x = trees.divided(x, trees.magnitude(x))
+        return trees.divided(x, root(jnp.maximum(trees.dot(x, product(x)), 0)))
 
     return MetricAscent(direction)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from curvax import axes, checks, trees
 from curvax.axes import AxisNames
 from curvax.climbing import Climb, Rules, check_climb
-from curvax.figures import Figures, measured, unmeasured
+from curvax.figures import Figures, Flags, Measured, measured, unmeasured
 from curvax.linalg import dual_norm
 from curvax.objective import Objective, as_objective
 from curvax.signal import Signal, Stage, at, stage
@@ -36,6 +36,7 @@ class SamState(NamedTuple):
     """t, int32 scalar."""
     keys: tuple[jax.Array, ...]
     """The typed keys of ascents that draw."""
+    measured: Flags
     figures: Figures
 
 
@@ -98,7 +99,7 @@ def sam_perturb(
         _warn_of_half_precision(params)
         # Copies: a donated state must not take along the keys that the rule was made with.
         keys = tuple(jnp.copy(key) for key in Rules(ascent, p, mask, params).keys)
-        return SamState(jnp.zeros((), jnp.int32), keys, unmeasured(*FIGURES))
+        return SamState(jnp.zeros((), jnp.int32), keys, *unmeasured(*FIGURES))
 
     def rule(
         signal: Signal, state: SamState, params: Tree, *, value_fn: Any = None, **extra: Any
@@ -108,8 +109,9 @@ def sam_perturb(
         local = objective.local_axes(params)
         checks.refuse_summed(signal.updates, local - signal.averaged, stage="sam_perturb")
         gradient, radius = signal.updates, _radius(rho, state.step, params)
-        value = jnp.asarray(jnp.nan if signal.value is None else signal.value, float)
-        value = axes.vary(value, local)
+        value, kind = signal.value, jnp.result_type(float)
+        if value is not None:
+            value = axes.vary(jnp.asarray(value, kind), local)
         sync = axes.bound(sync_over, where="`sam_perturb(sync_over=)`")
         climb = Climb(
             objective=objective,
@@ -124,15 +126,16 @@ def sam_perturb(
             local=local,
         )
 
-        def perturbed() -> tuple[Tree, jax.Array, Figures]:
+        def perturbed() -> tuple[Tree, jax.Array, Measured]:
             value_p, gradient_p, updates = climb.gradient(gradient, second_order)
             figures = _figures(value, value_p, gradient, gradient_p, _largest(radius))
             over = tuple(axis for axis in axes.manual() if axis in local)
             figures = measured(figures, over, objective.batch_weight())
-            return trees.cast_like(updates, gradient), value_p.astype(value.dtype), figures
+            return trees.cast_like(updates, gradient), value_p.astype(kind), figures
 
-        def clean() -> tuple[Tree, jax.Array, Figures]:
-            return gradient, jnp.full_like(value, jnp.nan), state.figures
+        def clean() -> tuple[Tree, jax.Array, Measured]:
+            last = axes.vary(state.figures["perturbed_loss"].astype(kind), local)
+            return gradient, last, Measured(state.measured, state.figures)
 
         always = isinstance(every, int) and every == 1
         now = True if always else state.step % every == 0
@@ -145,7 +148,7 @@ def sam_perturb(
             perturbed=now,
             local=local,
         )
-        return signal, SamState(state.step + 1, state.keys, figures)
+        return signal, SamState(state.step + 1, state.keys, *figures)
 
     return stage(init, rule)
 
@@ -173,18 +176,18 @@ def _warn_of_half_precision(params: Tree) -> None:
 
 
 def _figures(
-    value: jax.Array, value_p: jax.Array, g: Tree, g_p: Tree, rho: jax.Array
-) -> dict[str, jax.Array]:
-    gap, norm, norm_p = value_p - value, trees.norm(g), trees.norm(g_p)
+    value: jax.Array | None, value_p: jax.Array, g: Tree, g_p: Tree, rho: jax.Array
+) -> dict[str, jax.Array | None]:
+    gap = None if value is None else value_p - value
     return dict(
         loss=value,
         perturbed_loss=value_p,
         surrogate_gap=gap,
-        sigma_max=trees.ratio(2 * gap, rho**2),
-        cosine=trees.ratio(trees.dot(g, g_p), norm * norm_p),
+        sigma_max=None if gap is None else trees.ratio(trees.ratio(2 * gap, rho), rho),
+        cosine=trees.cosine(g, g_p),
         rho=rho,
-        gradient_norm=norm,
-        perturbed_gradient_norm=norm_p,
+        gradient_norm=trees.norm(g),
+        perturbed_gradient_norm=trees.norm(g_p),
     )
 
 

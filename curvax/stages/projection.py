@@ -113,7 +113,11 @@ def keep_orthogonal(alpha: Any = 0.7, *, mean_over: AxisNames = None) -> Stage:
         over = checks.averaged_axes(mean_over, signal.local, stage="keep_orthogonal")
         weight = weight_of(signal, value_fn, over, "keep_orthogonal")
         fresh = trees.wide(trees.reject(perturbed, clean))
-        kept = _select(now, axes.mean(fresh, over, weight), state.orthogonal)
+        fresh = axes.mean(fresh, over, weight)
+        # What is not finite shows in this step's updates, and does not stay for the next ones.
+        kept = jax.tree.map(
+            lambda x, old: jnp.where(now & jnp.isfinite(x), x, old), fresh, state.orthogonal
+        )
         length = at(alpha, state.step) * trees.ratio(trees.norm(clean), trees.norm(kept))
         between = trees.add_scaled(clean, length, kept)
         updates = _select(now, perturbed, between)
