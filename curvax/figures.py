@@ -7,7 +7,8 @@ and every check that a state is finite: not measured is 0 there, and NaN in `dia
 import inspect
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ import numpy as np
 
 from curvax import axes
 from curvax.objective import as_objective
+from curvax.reductions import depends
 from curvax.signal import Signal, Stage, stage
 from curvax.trees import Tree
 
@@ -40,18 +42,30 @@ def unmeasured(*names: str) -> Measured:
     return measured(dict.fromkeys(names))
 
 
-def measured(scalars: dict[str, Any], over: tuple[str, ...] = (), weight: Any = None) -> Measured:
+def measured(
+    scalars: dict[str, Any],
+    over: tuple[str, ...] = (),
+    weight: Any = None,
+    known: Mapping[str, Any] = MappingProxyType({}),
+) -> Measured:
     """Figures in float32, averaged over axes by weight, then over all that their types show.
 
     Args:
         scalars: name ↦ scalar, or None where this step cannot know it.
         over: bound device axes.
         weight: what a device counts.
+        known: name ↦ whether this step knows it, traced or not and the same on every device,
+            where that is not sure.
     """
-    flags = jnp.array([scalars[name] is not None for name in sorted(scalars)]) if scalars else ()
-    number = lambda x: jnp.zeros((), jnp.float32) if x is None else jnp.asarray(x, jnp.float32)
-    figures = {name: number(x) for name, x in scalars.items()}
-    return Measured(flags, axes.mean_over_visible(axes.mean(figures, over, weight)))
+    flags = {name: known.get(name, x is not None) for name, x in scalars.items()}
+
+    def number(name: str, x: Any) -> jax.Array:
+        x = jnp.asarray(0 if x is None else x, jnp.float32)
+        return jnp.where(flags[name], x, 0) if name in known else x
+
+    figures = {name: number(name, x) for name, x in scalars.items()}
+    stacked = jnp.stack([jnp.asarray(flags[name]) for name in sorted(flags)]) if flags else ()
+    return Measured(stacked, axes.mean_over_visible(axes.mean(figures, over, weight)))
 
 
 def remeasured(state: Any, later: Any) -> Any:
@@ -95,10 +109,28 @@ def record(**measures: Callable[..., Any]) -> Stage:
         del state, extra
         objective = as_objective(value_fn, "record", params) if of_loss else None
         seen = lambda name: (signal, params, objective)[: 3 if name in of_loss else 2]
-        found = {name: measure(*seen(name)) for name, measure in measures.items()}
-        return signal, RecordState(*measured(found))
+        found, known = {}, {}
+        for name, measure in measures.items():
+            found[name] = measure(*seen(name))
+            if _skips(signal) and _reads_climb(measure, *seen(name)):
+                known[name] = signal.perturbed
+        return signal, RecordState(*measured(found, known=known))
 
     return stage(init, rule)
+
+
+def _skips(signal: Signal) -> bool:
+    """Whether this may be a step that `sam_perturb(every=)` skips, and has no perturbed loss."""
+    return signal.perturbed_value is not None and not isinstance(signal.perturbed, bool | None)
+
+
+def _reads_climb(measure: Callable[..., Any], signal: Signal, *rest: Any) -> bool:
+    """Whether a measure is made of the perturbed loss."""
+    of_climb = lambda value: measure(signal._replace(perturbed_value=value), *rest)
+    try:
+        return depends(jax.make_jaxpr(of_climb)(signal.perturbed_value))
+    except jax.errors.ConcretizationTypeError:  # it looks at the number itself
+        return True
 
 
 def _takes_loss(measure: Callable[..., Any]) -> bool:

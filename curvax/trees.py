@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from curvax.scalars import quotient, ratio
@@ -91,6 +92,13 @@ def scale(factor: Any, tree: Tree) -> Tree:
     return jax.tree.map(lambda x: (factor * widen(x)).astype(x.dtype), tree)
 
 
+def nan_like(x: jax.Array) -> jax.Array:
+    """NaN for what is not known; placed, where `jax_debug_nans` would stop an operation."""
+    if isinstance(x, jax.core.Tracer):
+        return jnp.full_like(x, jnp.nan)
+    return jax.device_put(np.full(x.shape, np.nan, x.dtype))
+
+
 def total(tree: Tree) -> jax.Array:
     """The sum over all entries of all leaves."""
     return sum((jnp.sum(widen(x)) for x in jax.tree.leaves(tree)), jnp.zeros((), jnp.float32))
@@ -115,7 +123,8 @@ def norm(tree: Tree) -> jax.Array:
     large, low, high = _ranges(dtype)
 
     def square(factor: float) -> jax.Array:
-        scaled = [x * factor if factor != 1 else x for x in wide]
+        # The minimum keeps XLA from joining the factors of (cx)(cx) to c², out of range.
+        scaled = [x if factor == 1 else jnp.minimum(x * factor, large) for x in wide]
         return sum((jnp.sum(x * x) for x in scaled), jnp.zeros((), dtype))
 
     plain, enlarged, reduced = square(1), square(large), square(1 / large)
@@ -138,7 +147,8 @@ def _ranges(dtype: Any) -> tuple[float, float, float]:
 @jax.custom_jvp
 def unit(tree: Tree) -> Tree:
     """a / ‖a‖₂ in float32 or wider, and 0 for a = 0."""
-    return divided(wide(tree), norm(tree))
+    near_one = inverse(magnitude(tree))
+    return divided(scale(near_one, wide(tree)), norm(tree) * near_one)
 
 
 @unit.defjvp
@@ -158,7 +168,7 @@ def divided(tree: Tree, length: jax.Array) -> Tree:
 def magnitude(tree: Tree) -> jax.Array:
     """The power of two next below ‖a‖₂, a constant; 1 where that is 0 or not finite.
 
-    What is divided by it is near 1, to the last bit what it was, and so are all linear maps of it.
+    In units of it a vector is near 1, and to the last bit what it was; so are its linear maps.
     """
     length = lax.stop_gradient(norm(tree))
     info = jnp.finfo(length.dtype)
@@ -168,6 +178,15 @@ def magnitude(tree: Tree) -> jax.Array:
     fine = jnp.isfinite(length) & (length > 0)
     edge = 2.0 ** (info.maxexp - 8)
     return jnp.where(fine, jnp.clip(below, 1 / edge, edge), 1)
+
+
+def inverse(one: jax.Array) -> jax.Array:
+    """1 / a `magnitude`, from its bits: XLA turns (a/b)(c/d) into ac/bd, which leaves the range."""
+    info = jnp.finfo(one.dtype)
+    integer = jnp.dtype(f"uint{info.bits}")
+    unit_bits = lax.bitcast_convert_type(jnp.ones((), one.dtype), integer)
+    bits = unit_bits + unit_bits - lax.bitcast_convert_type(one, integer)
+    return lax.bitcast_convert_type(bits, one.dtype)
 
 
 def cosine(a: Tree, b: Tree) -> jax.Array:

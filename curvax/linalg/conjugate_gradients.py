@@ -81,10 +81,10 @@ def cg(
         x, r, begun = _start(product, b, state, warm_start)
         # Powers of two: iterates in these units are the others to the last bit.
         one = trees.magnitude(r)
-        x, r, rhs = (trees.scale(1 / one, tree) for tree in (x, r, b))
+        x, r, rhs = (trees.scale(trees.inverse(one), tree) for tree in (x, r, b))
         restored = lambda x: trees.laid_out_like(trees.scale(one, x), b)
         rules = Rules(_length, *_watching(rhs, max_steps, progress, backtrack))
-        system = System(product, precondition, trees.norm(b) / one, tol, rules)
+        system = System(product, precondition, trees.norm(b) * trees.inverse(one), tol, rules)
         s = iterate(system, rhs, x, r, max_steps - begun)
         found, residual = restored(s.x), s.residual
         state = trees.laid_out_like(found, state) if warm_start else state
@@ -134,7 +134,7 @@ def _length(s: Iterate, curvature: jax.Array) -> tuple[jax.Array, Any]:
     """To the minimum along p; without one, one length at the first step, and later none."""
     none = curvature <= 0
     fallback = jnp.where(s.i == 0, 1.0, 0.0)
-    alpha = jnp.where(none, fallback, s.rz / jnp.where(none, 1.0, curvature))
+    alpha = jnp.where(none, fallback, 1 / jnp.where(none, 1.0, curvature))
     return alpha, jnp.where(none, Reason.negative_curvature, Reason.max_steps)
 
 

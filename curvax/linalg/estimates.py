@@ -75,17 +75,18 @@ def _over_probes(sample: Callable[[Tree], Tree], probes: Tree) -> Estimate:
     n = jax.tree.leaves(probes)[0].shape[0]
     first = sample(jax.tree.map(lambda z: z[0], probes))
     if n == 1:
-        return Estimate(first, jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), first))
+        return Estimate(first, jax.tree.map(trees.nan_like, first))
 
     # Welford's update: the sum of squared deviations without cancellation, in units of the first.
     one = trees.magnitude(first)
+    shrink = trees.inverse(one)
 
     def body(carry, item):
         mean, square = carry
         i, z = item
         x = sample(z)
         ahead = jax.tree.map(lambda m, y: m + (y - m) / (i + 1), mean, x)
-        square = jax.tree.map(lambda s, m, a, y: s + (y - m) / one * ((y - a) / one), square, mean, ahead, x)
+        square = jax.tree.map(lambda s, m, a, y: s + (y - m) * shrink * ((y - a) * shrink), square, mean, ahead, x)
         return (ahead, square), None
 
     start = axes.carried(

@@ -31,7 +31,7 @@ def row_space() -> Solver:
         root, damping = _root_of(product)
         kernel = materialize(lambda u: root.forward(root.transpose(u)), root.rows)
         one = trees.magnitude(b)
-        rhs = trees.scale(1 / one, b)
+        rhs = trees.scale(trees.inverse(one), b)
         rows = ravel(root.forward(rhs))
         none = damping is None or (isinstance(damping, numbers.Real) and damping == 0)
         solver = _least_norm if none else _damped
@@ -57,13 +57,13 @@ def _least_norm(root: Root, kernel: jax.Array, rows: jax.Array, damping: Any, b:
     del damping
     # In units of κ, the kernel's size: its inverse square may be out of range.
     one = trees.magnitude(kernel)
-    values, vectors = jnp.linalg.eigh(kernel / one)
+    values, vectors = jnp.linalg.eigh(kernel * trees.inverse(one))
     floor = rows.size * jnp.finfo(values.dtype).eps * values[-1]
     inverse = jnp.where(values > floor, 1 / jnp.where(values > floor, values, 1), 0)
     with jax.default_matmul_precision("highest"):
         inner = vectors @ (inverse**2 * (vectors.T @ rows))
-    along = trees.wide(root.transpose(unravel(inner / one, root.rows)))
-    return trees.laid_out_like(trees.scale(1 / one, along), b)
+    along = trees.wide(root.transpose(unravel(inner * trees.inverse(one), root.rows)))
+    return trees.laid_out_like(trees.scale(trees.inverse(one), along), b)
 
 
 def _root_of(product: Callable[[Tree], Tree]) -> tuple[Root, Any]:

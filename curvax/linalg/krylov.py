@@ -44,7 +44,7 @@ class Rules(NamedTuple):
     """What tells one conjugate-gradient solver from another."""
 
     length: Callable[[Iterate, jax.Array], tuple[jax.Array, Any]]
-    """(iterate, pᵀA p) ↦ (how far to go along p, the `Reason` to stop there or `max_steps`)."""
+    """(iterate, pᵀA p / rᵀM⁻¹r) ↦ (how far to go along p, the `Reason` to stop there or `max_steps`)."""
     watch: Callable[[Iterate], tuple[Any, Any]] = lambda s: (s.trail, Reason.max_steps)
     """iterate ↦ (its trail, a `Reason` to stop or `max_steps`)."""
     trail: Any = ()
@@ -99,7 +99,10 @@ def _begin(system: System, b: Tree, x: Tree, r: Tree) -> Iterate:
 
 def _advance(system: System, s: Iterate) -> Iterate:
     ap = trees.laid_out_like(system.product(s.p), s.r)
-    curvature = trees.dot(s.p, ap)
+    # Both lengths of the form are taken out: as p shrinks, its square times A may vanish.
+    near_one = trees.inverse(trees.magnitude(jnp.sqrt(jnp.abs(s.rz))))
+    curvature = trees.dot(trees.scale(near_one, trees.wide(s.p)), trees.scale(near_one, ap))
+    curvature = trees.ratio(curvature, s.rz * near_one * near_one)
     alpha, stopped = system.rules.length(s, curvature)
     r = trees.add_scaled(s.r, -alpha, ap)
     z, rz, residual = _measure(system, r)
@@ -109,7 +112,7 @@ def _advance(system: System, s: Iterate) -> Iterate:
         r=r,
         p=trees.laid_out_like(trees.add_scaled(z, trees.ratio(rz, s.rz), s.p), s.p),
         rz=rz,
-        model=s.model + jnp.where(fine, alpha * (0.5 * alpha * curvature - s.rz), 0),
+        model=s.model + jnp.where(fine, alpha * s.rz * (0.5 * alpha * curvature - 1), 0),
         residual=jnp.where(fine, residual, s.residual),
         i=s.i + 1,
     )

@@ -47,7 +47,7 @@ def steihaug(
 
     def step(edge_at: Any, s: Iterate, curvature: jax.Array) -> tuple[jax.Array, Any]:
         concave = curvature <= 0
-        alpha = s.rz / jnp.where(concave, 1.0, curvature)
+        alpha = 1 / jnp.where(concave, 1.0, curvature)
         edge, inside = _to_boundary(s.x, s.p, edge_at)
         outside = ~inside(alpha)
         reason = jnp.where(concave, Reason.negative_curvature, Reason.max_steps)
@@ -66,11 +66,11 @@ def steihaug(
         precondition = preconditioning(preconditioner, product, diagonal, "steihaug")
         # Powers of two: iterates in these units are the others to the last bit.
         one = trees.magnitude(b)
-        rhs = trees.scale(1 / one, b)
+        rhs = trees.scale(trees.inverse(one), b)
         r = trees.wide(rhs)
         x = jax.tree.map(jnp.zeros_like, r)
-        rules = Rules(functools.partial(step, radius / one))
-        system = System(product, precondition, trees.norm(b) / one, tol, rules)
+        rules = Rules(functools.partial(step, radius * trees.inverse(one)))
+        system = System(product, precondition, trees.norm(b) * trees.inverse(one), tol, rules)
         s = iterate(system, rhs, x, r, max_steps)
         x = trees.laid_out_like(trees.scale(one, s.x), b)
         return Solution(x, s.i, s.residual, s.reason), state
@@ -81,16 +81,20 @@ def steihaug(
 def _to_boundary(x: Tree, p: Tree, radius: Any) -> tuple[jax.Array, Callable[[Any], jax.Array]]:
     """The τ >= 0 with ‖x + τp‖ = radius, and whether ‖x + αp‖ < radius for a given α.
 
-    In units of the radius and of ‖p‖, so that no square leaves the range of floats.
+    In units near the radius and ‖p‖, so that no square leaves the range of floats.
     """
-    length, radius = trees.norm(p), jnp.asarray(radius)
-    x, u = trees.divided(x, radius), trees.divided(trees.wide(p), length)
+    radius = jnp.asarray(radius)
+    whole, step = trees.magnitude(radius), trees.magnitude(p)
+    x = trees.scale(trees.inverse(whole), x)
+    u = trees.scale(trees.inverse(step), trees.wide(p))
     xx, xu, uu = trees.dot(x, x), trees.dot(x, u), trees.dot(u, u)
-    root = jnp.sqrt(xu**2 + uu * jnp.maximum(1 - xx, 0))
-    tau = trees.ratio(root - xu, uu) * trees.ratio(radius, length)
+    square = (radius * trees.inverse(whole)) ** 2
+    root = jnp.sqrt(xu**2 + uu * jnp.maximum(square - xx, 0))
+    per_step = whole * trees.inverse(step)
+    tau = trees.ratio(root - xu, uu) * per_step
 
     def inside(alpha: jax.Array) -> jax.Array:
-        share = alpha * length / jnp.where(radius == 0, 1, radius)
-        return (radius > 0) & (xx + share * (2 * xu + share * uu) < 1)
+        share = trees.ratio(alpha, per_step)
+        return xx + share * (2 * xu + share * uu) < square
 
     return tau, inside

@@ -42,10 +42,18 @@ def linearized(f: Callable[[Tree], tuple[Tree, Any]], params: Tree, local: Any =
     transposed = jax.linear_transpose(jvp, params)
     pull = lambda c: transposed(c)[0]
     if calls("custom_lin", jvp, params):
-        # A linear map is its own derivative, wherever that is taken.
-        _, back = jax.vjp(pull, jax.tree.map(jnp.zeros_like, value))
+        # A linear map is its own derivative, wherever that is taken; one that divides by the length
+        # of its argument, or of a part of it, has none at 0.
+        _, back = jax.vjp(pull, jax.tree.map(_generic, value))
         jvp = lambda v: back(v)[0]
     return Linearized(value, aux, lambda v: jvp(tangent(v, params, local)), pull)
+
+
+def _generic(x: jax.Array) -> jax.Array:
+    """Numbers between ½ and 1½ of which no sum or difference is likely to vanish."""
+    places = jnp.arange(x.size, dtype=jnp.float32).reshape(x.shape)
+    numbers = 0.5 + (places * 0.6180339887) % 1.0
+    return jnp.zeros_like(x) + trees.laid_out_like(numbers, x)
 
 
 def localized(objective: Objective, params: Tree) -> tuple[Tree, frozenset[str]]:

@@ -47,7 +47,7 @@ def fisher_ascent(damping: Any = 1e-3, *, solver: Solver = TEN_STEPS) -> MetricA
         fisher = fvp(own, params).averaged(over, own.batch_weight())
         product = fisher.within(masked, masked).damped(damping)
         x = solver(product, g).x
-        x = trees.divided(x, trees.magnitude(x))
+        x = trees.scale(trees.inverse(trees.magnitude(x)), x)
         return trees.divided(x, root(jnp.maximum(trees.dot(x, product(x)), 0)))
 
     return MetricAscent(direction)

@@ -153,8 +153,7 @@ def trust_region(radius: Any) -> Stage:
         del params, extra
         product = checks.needed_matvec(signal.matvec, "trust_region", "measures a step")
         checks.refuse_local(signal.local, stage="trust_region")
-        one = trees.magnitude(signal.updates)
-        u = trees.divided(signal.updates, one)
+        u, one = _scaled(signal.updates)
         square = trees.dot(u, product.curvature(u))
         length = one * root(jnp.maximum(square, 0))
         r = at(radius, state.step)
@@ -224,7 +223,7 @@ def quadratic_step(*, momentum: bool = True) -> Stage:
 def _scaled(tree: Tree) -> tuple[Tree, jax.Array]:
     """A vector in units of its magnitude, and that: squares of it stay in range."""
     one = trees.magnitude(tree)
-    return trees.divided(tree, one), one
+    return trees.scale(trees.inverse(one), tree), one
 
 
 def _finite_like(updates: Tree, last: Tree) -> Tree:
