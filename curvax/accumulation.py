@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from curvax import axes
-from curvax.trees import Tree, is_float, ratio, widen
+from curvax.trees import Tree, is_float, ratio, wide_dtype, widen
 
 
 def check_divides(size: int, piece: int, where: str) -> None:
@@ -74,7 +74,7 @@ def _where(leaves: list[Any], flags: list[bool], value: bool) -> list[Any]:
 
 def _zeros(leaf: jax.ShapeDtypeStruct, *like: jax.ShapeDtypeStruct | None) -> jax.Array:
     """Zeros to add leaves to, varying over the axes of all that they are made `like`."""
-    zeros = jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32))
+    zeros = jnp.zeros(leaf.shape, wide_dtype(leaf.dtype))
     return axes.vary(zeros, frozenset().union(*map(axes.varying_of, like)))
 
 

@@ -51,7 +51,13 @@ def is_float(leaf: Any) -> bool:
 def widen(x: Any) -> jax.Array:
     """A number or an array in float32 or wider."""
     x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(wide_dtype(x.dtype))
+
+
+def wide_dtype(dtype: Any) -> Any:
+    """That type, or float32 for narrower ones and whole numbers."""
+    inexact = jnp.issubdtype(dtype, jnp.inexact)
+    return dtype if inexact and jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
 
 
 def wide(tree: Tree) -> Tree:
@@ -117,9 +123,9 @@ def norm(tree: Tree) -> jax.Array:
     is in range counts. The largest entry would tell the scale beforehand, at the price of one more
     exchange between devices where parameters are divided among them.
     """
-    leaves = jax.tree.leaves(tree)
-    dtype = jnp.result_type(jnp.float32, *(jnp.result_type(x) for x in leaves))
-    wide = [jnp.asarray(x).astype(dtype) for x in leaves]
+    wide = [widen(x) for x in jax.tree.leaves(tree)]
+    dtype = jnp.result_type(*wide) if wide else jnp.float32
+    wide = [x.astype(dtype) for x in wide]
     large, low, high = _ranges(dtype)
 
     def square(factor: float) -> jax.Array:

@@ -159,4 +159,4 @@ def _watching(b: Tree, max_steps: int, progress: float | None, backtrack: bool) 
 def _stalled(models: jax.Array, i: jax.Array, epsilon: float) -> jax.Array:
     k = jnp.maximum(10, -(-i // 10))
     now, then = models[i], models[jnp.maximum(i - k, 0)]
-    return (i > k) & (now < 0) & (trees.ratio(now - then, now) < k * epsilon)
+    return (i > k) & (now < 0) & (trees.ratio(now - then, now) < epsilon * k.astype(now.dtype))

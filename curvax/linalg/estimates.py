@@ -85,13 +85,13 @@ def _over_probes(sample: Callable[[Tree], Tree], probes: Tree) -> Estimate:
         mean, square = carry
         i, z = item
         x = sample(z)
-        ahead = jax.tree.map(lambda m, y: m + (y - m) / (i + 1), mean, x)
+        ahead = jax.tree.map(lambda m, y: m + (y - m) / (i + 1).astype(m.dtype), mean, x)
         square = jax.tree.map(lambda s, m, a, y: s + (y - m) * shrink * ((y - a) * shrink), square, mean, ahead, x)
         return (ahead, square), None
 
     start = axes.carried(
         (first, jax.tree.map(jnp.zeros_like, first)),
-        lambda carry: body(carry, (0, jax.tree.map(lambda z: z[0], probes)))[0],
+        lambda carry: body(carry, (jnp.int32(0), jax.tree.map(lambda z: z[0], probes)))[0],
     )
     rest = jax.tree.map(lambda z: z[1:], probes)
     (mean, square), _ = lax.scan(body, start, (jnp.arange(1, n), rest))

@@ -128,7 +128,8 @@ def _squared(
         def once(k: jax.Array) -> Tree:
             e = noise(likelihood, part.example_keys(k), at.outputs, part.batch)
             x = at.pull(e.astype(at.outputs.dtype))
-            return jax.tree.map(lambda y: trees.ratio(trees.widen(y), root_weight), x)
+            share = lambda y: trees.ratio(y, root_weight.astype(y.dtype))
+            return jax.tree.map(share, trees.wide(x))
 
         return loss, gradient, jax.vmap(once)(jax.random.split(key, probes))
 
