@@ -6,7 +6,7 @@ and every check that a state is finite: not measured is 0 there, and NaN in `dia
 
 import inspect
 import warnings
-from collections import Counter
+from collections import Counter, namedtuple
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -73,6 +73,43 @@ def remeasured(state: Any, later: Any) -> Any:
     seen = lambda node: {name: getattr(node, name) for name in Measured._fields}
     newer = lambda old, new: old._replace(**seen(new)) if _measures(old) else old
     return jax.tree.map(newer, state, later, is_leaf=_measures)
+
+
+def unflagged(state: Any) -> Any:
+    """`state` as it was when NaN stood for not measured and nothing stood beside the figures."""
+
+    def bare(node: Any) -> Any:
+        if not _measures(node):
+            return node
+        fields = [name for name in node._fields if name != "measured"]
+        older = namedtuple(type(node).__name__, fields)
+        return older(*(unflagged(getattr(node, name)) for name in fields))
+
+    return jax.tree.map(bare, state, is_leaf=_measures)
+
+
+def flagged(older: Any, like: Any) -> Any:
+    """What `unflagged` made of a state like `like`, with its flags read off the NaNs."""
+
+    def whole(node: Any, old: Any) -> Any:
+        if not _measures(node):
+            return old
+        numbers = {name: np.asarray(x) for name, x in sorted(old.figures.items())}
+        known = [~np.isnan(x) for x in numbers.values()]
+        flags = _placed(np.stack(known, axis=-1), node.measured) if known else ()
+        figures = {name: _placed(np.nan_to_num(x), old.figures[name]) for name, x in numbers.items()}
+        rest = [flagged(getattr(old, name), getattr(node, name)) for name in node._fields[:-2]]
+        return type(node)(*rest, flags, figures)
+
+    return jax.tree.map(whole, like, older, is_leaf=_measures)
+
+
+def _placed(x: np.ndarray, like: Any) -> jax.Array:
+    """The numbers of an array that every process has whole, laid out like another."""
+    sharding = getattr(like, "sharding", None)
+    if sharding is None:
+        return jnp.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda part: x[part])
 
 
 class RecordState(NamedTuple):

@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import curvax as cx
+from curvax import figures
 from curvax.trees import is_float
 from small_problems import net, net_batch, net_loss, net_params, quick_jit
 
@@ -189,3 +190,34 @@ def test_a_standard_error_of_one_probe_is_nan_without_an_operation():
     assert np.isnan(cx.estimate_trace(lambda v: 2 * v, probes).standard_error)
     density = cx.spectral_density(lambda v: v, probes, 1)
     assert np.isnan(density.moment(lambda x: x)[1])
+
+
+class Run(NamedTuple):
+    step: jax.Array
+    opt_state: Any
+
+
+def test_a_checkpoint_with_nan_for_not_measured_is_restored(tmp_path):
+    pytest.importorskip("orbax.checkpoint", reason="checkpoints are Orbax's")
+    from curvax.training.checkpoints import Checkpoints
+
+    tx = cx.levenberg_marquardt(cx.fisher_matvec() | cx.damp() | cx.solve(cx.cg(3)) | SGD)
+    tx = tx | cx.sam_perturb(0.1) | cx.record(mine=lambda s, p: 7.0)
+    fresh, params, f = tx.init(net_params()), net_params(), split()
+    value, gradient = f.value_and_grad(params)
+    _, state = tx.update(gradient, fresh, params, value_fn=f, value=value)
+    older = figures.unflagged((state[0], fresh[1], state[2]))
+    nan = {name: jax.device_put(np.float32(np.nan)) for name in fresh[1].figures}
+    older = (older[0], older[1]._replace(figures=nan), older[2])
+
+    kept = Checkpoints(tmp_path / "checkpoints")
+    kept.save(Run(jnp.int32(3), older), {"epoch": 1})
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one)
+    found, place = kept.restore(jax.tree.map(shape, Run(jnp.int32(0), fresh)))
+    kept.close()
+    assert place == {"epoch": 1}
+    chex.assert_trees_all_equal(found.opt_state, (state[0], fresh[1], state[2]))
+    assert_finite(found)
+    shown = cx.diagnostics(found.opt_state)
+    assert np.isnan(shown["rho"]) and shown["mine"] == 7 and np.isfinite(shown["reduction_ratio"])

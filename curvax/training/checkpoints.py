@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from curvax import figures
 from curvax.training import processes, seals
 from curvax.training.experiment import Experiment
 from curvax.training.quiet import silent_log
@@ -102,20 +103,18 @@ class Checkpoints(NoCheckpoints):
     def restore(self, shapes: State) -> tuple[State, Any]:
         """The newest state, of these shapes and laid out like them, and the place in the data.
 
-        It may have been written under another regime, on other devices or by other processes.
+        It may have been written under another regime, on other devices or by other processes, or
+        by a curvax that marked figures not measured by NaN.
 
         Raises:
             CheckpointError: there is none, or it is damaged or of another model or optimiser.
             JaxRuntimeError: as in `save`.
         """
         step = self._manager.latest_step()
-        items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(shapes), place=ocp.args.JsonRestore()
-        )
         try:
             seals.check(self.folder / str(step))  # Orbax's reading threads stop noisily
             with silent_log():
-                restored = self._manager.restore(step, args=items)
+                return self._read(step, shapes)
         except jax.errors.JaxRuntimeError:
             raise
         except Exception as error:
@@ -124,6 +123,21 @@ class Checkpoints(NoCheckpoints):
                 f"({_reason(error)}). Nothing was changed. {self.last_good(but=step)} To go on "
                 f"from there, move the folder {step} away and resume again."
             ) from error
+
+    def _read(self, step: int | None, shapes: State) -> tuple[State, Any]:
+        try:
+            return self._read_as(step, shapes)
+        except ValueError as error:
+            if ".measured" not in str(error):
+                raise
+            state, place = self._read_as(step, figures.unflagged(shapes))
+            return figures.flagged(state, shapes), place
+
+    def _read_as(self, step: int | None, shapes: State) -> tuple[State, Any]:
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(shapes), place=ocp.args.JsonRestore()
+        )
+        restored = self._manager.restore(step, args=items)
         return restored.state, restored.place["data"]
 
     def last_good(self, but: int | None = None) -> str:
