@@ -97,7 +97,9 @@ def flagged(older: Any, like: Any) -> Any:
         numbers = {name: np.asarray(x) for name, x in sorted(old.figures.items())}
         known = [~np.isnan(x) for x in numbers.values()]
         flags = _placed(np.stack(known, axis=-1), node.measured) if known else ()
-        figures = {name: _placed(np.nan_to_num(x), old.figures[name]) for name, x in numbers.items()}
+        figures = {
+            name: _placed(np.nan_to_num(x), old.figures[name]) for name, x in numbers.items()
+        }
         rest = [flagged(getattr(old, name), getattr(node, name)) for name in node._fields[:-2]]
         return type(node)(*rest, flags, figures)
 

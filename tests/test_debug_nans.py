@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from small_problems import net, net_batch, net_loss, net_params, quick_jit
 
 import curvax as cx
 from curvax import figures
 from curvax.trees import is_float
-from small_problems import net, net_batch, net_loss, net_params, quick_jit
 
 SGD = optax.scale_by_learning_rate(0.1)
 SAM_UNKNOWN = ("loss", "sigma_max", "surrogate_gap")
@@ -178,7 +178,7 @@ def test_figures_of_stacked_states_are_shown_each():
 
     states = jax.jit(jax.vmap(step))(params, states)
     found = cx.diagnostics(states)["loss"]
-    expected = [net_loss(jax.tree.map(lambda x: x[i], params), net_batch()) for i in range(2)]
+    expected = jax.vmap(lambda p: net_loss(p, net_batch()))(params)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     mixed = jax.tree.map(lambda a, b: jnp.stack([a[0], b[1]]), states, jax.vmap(tx.init)(params))
     assert np.isfinite(cx.diagnostics(mixed)["loss"]).tolist() == [True, False]
@@ -220,4 +220,6 @@ def test_a_checkpoint_with_nan_for_not_measured_is_restored(tmp_path):
     chex.assert_trees_all_equal(found.opt_state, (state[0], fresh[1], state[2]))
     assert_finite(found)
     shown = cx.diagnostics(found.opt_state)
-    assert np.isnan(shown["rho"]) and shown["mine"] == 7 and np.isfinite(shown["reduction_ratio"])
+    assert np.isnan(shown["rho"])
+    assert shown["mine"] == 7
+    assert np.isfinite(shown["reduction_ratio"])

@@ -86,7 +86,9 @@ def _over_probes(sample: Callable[[Tree], Tree], probes: Tree) -> Estimate:
         i, z = item
         x = sample(z)
         ahead = jax.tree.map(lambda m, y: m + (y - m) / (i + 1).astype(m.dtype), mean, x)
-        square = jax.tree.map(lambda s, m, a, y: s + (y - m) * shrink * ((y - a) * shrink), square, mean, ahead, x)
+        square = jax.tree.map(
+            lambda s, m, a, y: s + (y - m) * shrink * ((y - a) * shrink), square, mean, ahead, x
+        )
         return (ahead, square), None
 
     start = axes.carried(

@@ -44,7 +44,8 @@ class Rules(NamedTuple):
     """What tells one conjugate-gradient solver from another."""
 
     length: Callable[[Iterate, jax.Array], tuple[jax.Array, Any]]
-    """(iterate, pᵀA p / rᵀM⁻¹r) ↦ (how far to go along p, the `Reason` to stop there or `max_steps`)."""
+    """(iterate, pᵀA p / rᵀM⁻¹r) ↦ (how far to go along p, the `Reason` to stop there or
+    `max_steps`)."""
     watch: Callable[[Iterate], tuple[Any, Any]] = lambda s: (s.trail, Reason.max_steps)
     """iterate ↦ (its trail, a `Reason` to stop or `max_steps`)."""
     trail: Any = ()

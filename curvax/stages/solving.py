@@ -158,7 +158,9 @@ def trust_region(radius: Any) -> Stage:
         length = one * root(jnp.maximum(square, 0))
         r = at(radius, state.step)
         scale = jnp.where(length > r, trees.ratio(jnp.asarray(r), length), 1.0)
-        figures = measured({"kl": 0.5 * square * (one * scale) * (one * scale), "trust_scale": scale})
+        figures = measured(
+            {"kl": 0.5 * square * (one * scale) * (one * scale), "trust_scale": scale}
+        )
         signal = signal._replace(updates=trees.scale(scale, signal.updates))
         return signal, TrustRegionState(state.step + 1, *figures)
 
@@ -228,7 +230,9 @@ def _scaled(tree: Tree) -> tuple[Tree, jax.Array]:
 
 def _finite_like(updates: Tree, last: Tree) -> Tree:
     """Updates to remember: from one that is not finite no step would come back."""
-    return jax.tree.map(lambda x, y: jnp.where(jnp.isfinite(x), x, 0).astype(y.dtype), updates, last)
+    return jax.tree.map(
+        lambda x, y: jnp.where(jnp.isfinite(x), x, 0).astype(y.dtype), updates, last
+    )
 
 
 def _minimum(
