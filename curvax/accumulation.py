@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from curvax import axes, meshes
-from curvax.trees import Tree, is_float, is_overwritten, names, ratio, widen
+from curvax.trees import Tree, is_float, is_overwritten, names, ratio, wide_dtype, widen
 
 
 KINDS = ("mean", "sum", "max", "min", "last", "concat")
@@ -139,7 +139,7 @@ def _where(leaves: list[Any], flags: list[bool], value: bool) -> list[Any]:
 
 def _zeros(leaf: jax.ShapeDtypeStruct, *like: jax.ShapeDtypeStruct | None) -> jax.Array:
     """Zeros to add leaves to, varying over the axes of all that they are made `like`."""
-    zeros = meshes.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32), leaf)
+    zeros = meshes.zeros(leaf.shape, wide_dtype(leaf.dtype), leaf)
     return axes.vary(zeros, frozenset().union(*map(axes.varying_of, like)))
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from curvax import axes, trees
+from curvax import axes, scalars, trees
 from curvax.trees import Tree
 
 
@@ -77,7 +77,7 @@ def _gathered(root: Root, over: tuple[axes.Along, ...], weight: jax.Array | None
     if weight is not None:
         w = axes.vary(weight, over)
         share = trees.ratio(w, axes.total(w, over))
-    scale = jnp.sqrt(share)
+    scale = scalars.root(share)
 
     def forward(v: Tree) -> Tree:
         def place(x: jax.Array) -> jax.Array:

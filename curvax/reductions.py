@@ -63,6 +63,12 @@ def refuse_shared_activations(
             )
 
 
+def depends(traced: core.ClosedJaxpr) -> bool:
+    """Whether an output of a traced function is made of one of its arguments."""
+    found = _dependents(traced.jaxpr, set(traced.jaxpr.invars))
+    return any(not isinstance(var, core.Literal) and var in found for var in traced.jaxpr.outvars)
+
+
 def _exchanges(jaxpr: Any) -> Iterator[set[str]]:
     """The axes of each exchange between devices."""
     for eqn in jaxpr.eqns:

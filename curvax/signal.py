@@ -27,8 +27,9 @@ class Signal(NamedTuple):
         gradient: ∇L(θ) before any perturbation, a tree like the parameters.
         diagonal: a diagonal of the curvature, in float32 or wider, shaped like the parameters.
         matvec: the curvature as a product v ↦ C v on such trees.
-        value: L(θ), a scalar of the clean pass.
-        perturbed_value: L at the perturbed point, a scalar.
+        value: L(θ), a scalar of the clean pass; None where nothing told it.
+        perturbed_value: L at the perturbed point, a scalar; as last measured, over all devices, on
+            steps that `sam_perturb(every=)` skips.
         aux: what the loss returned beside its value in the clean pass.
         perturbed: whether `updates` were taken at the perturbed point this step, traced or not;
             None where nobody said.

@@ -5,6 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from curvax.scalars import quotient, ratio
 
 Tree = Any
 """A pytree of arrays; `None` leaves are absent."""
@@ -88,7 +92,13 @@ def differentiated(f: Callable[[Tree], tuple[Any, Any]], params: Tree) -> tuple[
 def widen(x: Any) -> jax.Array:
     """A number or an array in float32 or wider."""
     x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(wide_dtype(x.dtype))
+
+
+def wide_dtype(dtype: Any) -> Any:
+    """That type, or float32 for narrower ones and whole numbers."""
+    inexact = jnp.issubdtype(dtype, jnp.inexact)
+    return dtype if inexact and jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
 
 
 def wide(tree: Tree) -> Tree:
@@ -132,6 +142,13 @@ def scale(factor: Any, tree: Tree) -> Tree:
     return jax.tree.map(lambda x: (factor * widen(x)).astype(x.dtype), tree)
 
 
+def nan_like(x: jax.Array) -> jax.Array:
+    """NaN for what is not known; placed, where `jax_debug_nans` would stop an operation."""
+    if isinstance(x, jax.core.Tracer):
+        return jnp.full_like(x, jnp.nan)
+    return jax.device_put(np.full(x.shape, np.nan, x.dtype))
+
+
 def total(tree: Tree) -> jax.Array:
     """The sum over all entries of all leaves."""
     return sum((jnp.sum(widen(x)) for x in jax.tree.leaves(tree)), jnp.zeros((), jnp.float32))
@@ -142,20 +159,95 @@ def dot(a: Tree, b: Tree) -> jax.Array:
     return total(jax.tree.map(lambda x, y: widen(x) * widen(y), a, b))
 
 
+@jax.custom_jvp
 def norm(tree: Tree) -> jax.Array:
-    """‖a‖₂ over the whole tree, with derivative 0 at 0."""
-    square = dot(tree, tree)
-    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+    """‖a‖₂ over the whole tree, with derivative 0 at 0; no square leaves the range of floats.
+
+    Squares are summed as they are, enlarged and reduced, each by a power of two, and the sum that
+    is in range counts. The largest entry would tell the scale beforehand, at the price of one more
+    exchange between devices where parameters are divided among them.
+    """
+    wide = [widen(x) for x in jax.tree.leaves(tree)]
+    dtype = jnp.result_type(*wide) if wide else jnp.float32
+    wide = [x.astype(dtype) for x in wide]
+    large, low, high = _ranges(dtype)
+
+    def square(factor: float) -> jax.Array:
+        # The minimum keeps XLA from joining the factors of (cx)(cx) to c², out of range.
+        scaled = [x if factor == 1 else jnp.minimum(x * factor, large) for x in wide]
+        return sum((jnp.sum(x * x) for x in scaled), jnp.zeros((), dtype))
+
+    plain, enlarged, reduced = square(1), square(large), square(1 / large)
+    length = jnp.where(plain < low, jnp.sqrt(enlarged) / large, jnp.sqrt(plain))
+    return jnp.where(plain > high, jnp.sqrt(reduced) * large, length)
 
 
-def ratio(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a / b, and 0 where b is 0; so is the derivative."""
-    return jnp.where(b == 0, 0.0, a / jnp.where(b == 0, 1.0, b))
+@norm.defjvp
+def _norm_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    length = norm(*primals)
+    return length, dot(unit(*primals), *tangents).astype(length.dtype)
+
+
+def _ranges(dtype: Any) -> tuple[float, float, float]:
+    """(a power of two, below and above which sums of squares another scale is right)."""
+    exponent = int(jnp.finfo(dtype).maxexp)
+    return 2.0 ** (0.6 * exponent // 1), 2.0 ** (-0.55 * exponent), 2.0 ** (0.78 * exponent)
+
+
+@jax.custom_jvp
+def unit(tree: Tree) -> Tree:
+    """a / ‖a‖₂ in float32 or wider, and 0 for a = 0."""
+    near_one = inverse(magnitude(tree))
+    return divided(scale(near_one, wide(tree)), norm(tree) * near_one)
+
+
+@unit.defjvp
+def _unit_jvp(primals: Any, tangents: Any) -> tuple[Tree, Tree]:
+    # ∂(a/‖a‖) = (∂a - â<â, ∂a>) / ‖a‖: no power of ‖a‖ but the first.
+    length, e = norm(*primals), unit(*primals)
+    across = add_scaled(wide(*tangents), -dot(e, *tangents), e)
+    return e, scale(ratio(jnp.ones((), length.dtype), length), across)
+
+
+def divided(tree: Tree, length: jax.Array) -> Tree:
+    """a / ‖a‖ for a length known, with the dtypes of a."""
+    length = jnp.where(length == 0, 1, length)
+    return jax.tree.map(lambda x: quotient(widen(x), length).astype(x.dtype), tree)
+
+
+def magnitude(tree: Tree) -> jax.Array:
+    """The power of two next below ‖a‖₂, a constant; 1 where that is 0 or not finite.
+
+    In units of it a vector is near 1, and to the last bit what it was; so are its linear maps.
+    """
+    length = lax.stop_gradient(norm(tree))
+    info = jnp.finfo(length.dtype)
+    integer = jnp.dtype(f"uint{info.bits}")
+    bits = lax.bitcast_convert_type(length, integer)
+    below = lax.bitcast_convert_type((bits >> info.nmant) << info.nmant, length.dtype)
+    fine = jnp.isfinite(length) & (length > 0)
+    edge = 2.0 ** (info.maxexp - 8)
+    return jnp.where(fine, jnp.clip(below, 1 / edge, edge), 1)
+
+
+def inverse(one: jax.Array) -> jax.Array:
+    """1 / a `magnitude`, from its bits: XLA turns (a/b)(c/d) into ac/bd, which leaves the range."""
+    info = jnp.finfo(one.dtype)
+    integer = jnp.dtype(f"uint{info.bits}")
+    unit_bits = lax.bitcast_convert_type(jnp.ones((), one.dtype), integer)
+    bits = unit_bits + unit_bits - lax.bitcast_convert_type(one, integer)
+    return lax.bitcast_convert_type(bits, one.dtype)
+
+
+def cosine(a: Tree, b: Tree) -> jax.Array:
+    """<a, b> / ‖a‖‖b‖ over the whole tree, and 0 where one of them is."""
+    return ratio(dot(unit(a), b), norm(b))
 
 
 def reject(a: Tree, b: Tree) -> Tree:
     """The part of a orthogonal to b, over the whole tree: a - <a, b̂> b̂."""
-    return add_scaled(a, -ratio(dot(a, b), dot(b, b)), b)
+    b = unit(b)
+    return add_scaled(a, -dot(a, b), b)
 
 
 def broadcast_prefix(prefix: Tree, tree: Tree) -> Tree:

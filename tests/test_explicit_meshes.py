@@ -1,4 +1,4 @@
-"""Methods and measures on meshes of explicit axes, `jax.make_mesh`'s own, give what one device does."""
+"""On meshes of explicit axes, `jax.make_mesh`'s own, all gives what one device does."""
 
 import functools
 from functools import partial

@@ -464,9 +464,12 @@ def test_gap_is_nan_where_nobody_says_the_loss():
     tx = cx.sam_perturb(0.3)
     grads = jax.grad(objective())(PARAMS)
     _, state = tx.update(grads, tx.init(PARAMS), PARAMS, value_fn=objective())
-    found = cx.diagnostics(state)
+    assert all(np.isfinite(x) for x in jax.tree.leaves(state))
+    with pytest.warns(UserWarning, match="`surrogate_gap`.*`value=value`.*Objective"):
+        found = cx.diagnostics(state)
     unknown = {name for name, x in found.items() if np.isnan(x)}
     assert unknown == {"loss", "surrogate_gap", "sigma_max"}
+    assert np.isnan(cx.diagnostics(state)["loss"])  # and is not told again
     _, state = tx.update(grads, tx.init(PARAMS), PARAMS, value_fn=objective(), value=2.0)
     assert cx.diagnostics(state)["loss"] == 2.0
 

@@ -277,7 +277,7 @@ def test_figures_are_found_inside_wrappers():
         cx.restrict(inner(), lambda params: jax.tree.map(lambda _: True, params)),
         cx.per_group(4, inner()),
     ):
-        _, state = step(tx)
+        _, state = step(tx, value=1.0)
         np.testing.assert_allclose(cx.diagnostics(state)["rho"], 0.1, rtol=1e-6)
 
 

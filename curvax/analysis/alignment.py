@@ -126,11 +126,9 @@ def _gradient_angle(
     found = ascend(objective, params, rho, over, step_size=step_size, **ball)
     g, g_p = found.gradient, found.last_gradient
     norm, norm_p = trees.norm(g), trees.norm(g_p)
-    cosine = trees.ratio(trees.dot(g, g_p), norm * norm_p)
     # An arc cosine near 1 loses half the digits; the chord of the two units does not.
-    apart = lambda sign: trees.norm(
-        trees.add_scaled(trees.scale(norm_p, g), sign, trees.scale(norm, g_p))
-    )
+    apart = lambda sign: trees.norm(trees.add_scaled(trees.unit(g), sign, trees.unit(g_p)))
     angle = 2 * jnp.arctan2(apart(-1.0), apart(1.0))
-    vanishes = norm * norm_p == 0
-    return GradientAngle(jnp.where(vanishes, jnp.pi / 2, angle), cosine, norm, norm_p)
+    vanishes = (norm == 0) | (norm_p == 0)
+    angle = jnp.where(vanishes, jnp.pi / 2, angle)
+    return GradientAngle(angle, trees.cosine(g, g_p), norm, norm_p)

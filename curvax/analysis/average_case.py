@@ -73,9 +73,10 @@ def random_sharpness(
     options = dict(normalised=normalised, chunk=chunk, mean_over=mean_over)
     differences = averaged(_differences, objective, params, rho, keys, probes, **options)
     n = len(differences)
-    error = jnp.std(differences, ddof=1) / n**0.5 if n > 1 else jnp.full((), jnp.nan)
+    mean = jnp.mean(differences)
+    error = jnp.std(differences, ddof=1) / n**0.5 if n > 1 else trees.nan_like(mean)
     share = jnp.mean(differences >= 0, dtype=differences.dtype)
-    return RandomSharpness(jnp.mean(differences), error, share, differences)
+    return RandomSharpness(mean, error, share, differences)
 
 
 def _differences(

@@ -222,7 +222,8 @@ def _surrogate_gap(
     over = _averaged(objective, params, mean_over, "surrogate_gap")
     found = ascend(objective, params, rho, over)
     gap, norm = found.visited[0] - found.loss, trees.norm(found.gradient)
-    estimate = lambda h: trees.ratio(2 * h, jnp.square(jnp.asarray(rho, h.dtype)))
+    radius = jnp.asarray(rho, gap.dtype)
+    estimate = lambda h: trees.ratio(trees.ratio(2 * h, radius), radius)
     return SurrogateGap(gap, estimate(gap), estimate(gap - rho * norm), found.loss, norm)
 
 

@@ -5,7 +5,7 @@ import abc
 import jax
 import jax.numpy as jnp
 
-from curvax import trees
+from curvax import scalars, trees
 from curvax.likelihoods.likelihood import Likelihood
 from curvax.likelihoods.sites import Entry
 from curvax.trees import Tree
@@ -129,12 +129,12 @@ class Categorical(Likelihood):
 
     def _root(self, z: jax.Array, e: jax.Array) -> jax.Array:
         p = jax.nn.softmax(z)
-        s = jnp.sqrt(p) * e
+        s = scalars.root(p) * e
         return s - p * jnp.sum(s, axis=-1, keepdims=True)
 
     def _root_transpose(self, z: jax.Array, u: jax.Array) -> jax.Array:
         p = jax.nn.softmax(z)
-        return jnp.sqrt(p) * (u - jnp.sum(p * u, axis=-1, keepdims=True))
+        return scalars.root(p) * (u - jnp.sum(p * u, axis=-1, keepdims=True))
 
     def _draw(self, key: jax.Array, z: jax.Array) -> jax.Array:
         return jax.random.categorical(key, z)
@@ -166,7 +166,7 @@ class Elementwise(Likelihood):
         return self._variance(z) * v
 
     def _root(self, z: jax.Array, e: jax.Array) -> jax.Array:
-        return jnp.sqrt(self._variance(z)) * e
+        return scalars.root(self._variance(z)) * e
 
     def _root_transpose(self, z: jax.Array, u: jax.Array) -> jax.Array:
         return self._root(z, u)

@@ -151,17 +151,17 @@ def dual_direction(a: Tree, p: float) -> Tree:
     """The e of unit p-norm with the largest <a, e>, over the whole tree; 0 for a = 0."""
     a = jax.tree.map(widen, a)
     if p == 2:
-        return trees.scale(trees.ratio(jnp.ones(()), trees.norm(a)), a)
+        return trees.unit(a)
     if p == 1:
         return _largest_entry(a)
     if p == jnp.inf:
         return jax.tree.map(jnp.sign, a)
     q = p / (p - 1)
     # Homogeneous of degree zero: dividing by the largest entry first keeps powers in range.
-    a = trees.scale(trees.ratio(jnp.ones(()), _largest(a)), a)
+    a = trees.divided(a, _largest(a))
     e = jax.tree.map(lambda x: jnp.sign(x) * _power(x, q - 1), a)
     mass = trees.total(jax.tree.map(lambda x: _power(x, q), a))
-    return trees.scale(trees.ratio(jnp.ones(()), _power(mass, 1 / p)), e)
+    return trees.divided(e, _power(mass, 1 / p))
 
 
 def p_norm(tree: Tree, p: float) -> jax.Array:
@@ -170,7 +170,9 @@ def p_norm(tree: Tree, p: float) -> jax.Array:
         return trees.norm(tree)
     if p == jnp.inf:
         return _largest(tree)
-    return _power(trees.total(jax.tree.map(lambda x: _power(x, p), tree)), 1 / p)
+    peak = _largest(tree)
+    within = trees.divided(trees.wide(tree), peak)
+    return peak * _power(trees.total(jax.tree.map(lambda x: _power(x, p), within)), 1 / p)
 
 
 def _power(x: jax.Array, exponent: float) -> jax.Array:

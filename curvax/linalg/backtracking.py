@@ -81,4 +81,4 @@ def best(kept: Kept, last: jax.Array, max_steps: int, score: Score) -> tuple[Tre
 
 
 def _slot(i: jax.Array, max_steps: int) -> jax.Array:
-    return jnp.searchsorted(jnp.array(kept_steps(max_steps)), i)
+    return jnp.searchsorted(jnp.array(kept_steps(max_steps), i.dtype), i)

@@ -11,7 +11,7 @@ from curvax import axes, checks, trees
 from curvax.linalg.backtracking import Score, best, keep, nothing_kept
 from curvax.linalg.krylov import Iterate, Rules, System, iterate
 from curvax.linalg.preconditioners import Preconditioner, check_preconditioner, preconditioning
-from curvax.linalg.solvers import Reason, Solution, Solver, length, stateless
+from curvax.linalg.solvers import Reason, Solution, Solver, stateless
 from curvax.trees import Tree
 
 
@@ -79,14 +79,19 @@ def cg(
         ranking = _needed(score) if backtrack else None
         precondition = preconditioning(preconditioner, product, diagonal, "cg")
         x, r, begun = _start(product, b, state, warm_start)
-        rules = Rules(_length, *_watching(b, max_steps, progress, backtrack))
-        system = System(product, precondition, length(b), tol, rules)
-        s = iterate(system, b, x, r, max_steps - begun)
-        found = trees.laid_out_like(s.x, b)
+        # Powers of two: iterates in these units are the others to the last bit.
+        one = trees.magnitude(r)
+        x, r, rhs = (trees.scale(trees.inverse(one), tree) for tree in (x, r, b))
+        restored = lambda x: trees.laid_out_like(trees.scale(one, x), b)
+        rules = Rules(_length, *_watching(rhs, max_steps, progress, backtrack))
+        system = System(product, precondition, trees.norm(b) * trees.inverse(one), tol, rules)
+        s = iterate(system, rhs, x, r, max_steps - begun)
+        found, residual = restored(s.x), s.residual
         state = trees.laid_out_like(found, state) if warm_start else state
-        residual = s.residual
         if ranking is not None:
-            found, residual = best(s.trail[1], s.i, max_steps, ranking)
+            rank = lambda x: ranking(restored(x))
+            found, residual = best(s.trail[1], s.i, max_steps, rank)
+            found = restored(found)
         return Solution(found, s.i + begun, residual, s.reason), state
 
     return Solver(solve, _zeros if warm_start else stateless)
@@ -115,7 +120,7 @@ def _start(
     if not decay:
         return *cold, 0
     start = trees.scale(decay, trees.laid_out_like(state, b))
-    begun = (trees.dot(start, start) > 0) & (trees.dot(b, b) > 0)
+    begun = (trees.norm(start) > 0) & (trees.norm(b) > 0)
 
     def warm() -> tuple[Tree, Tree]:
         ax = trees.laid_out_like(product(start), wide)
@@ -129,7 +134,7 @@ def _length(s: Iterate, curvature: jax.Array) -> tuple[jax.Array, Any]:
     """To the minimum along p; without one, one length at the first step, and later none."""
     none = curvature <= 0
     fallback = jnp.where(s.i == 0, 1.0, 0.0)
-    alpha = jnp.where(none, fallback, s.rz / jnp.where(none, 1.0, curvature))
+    alpha = jnp.where(none, fallback, 1 / jnp.where(none, 1.0, curvature))
     return alpha, jnp.where(none, Reason.negative_curvature, Reason.max_steps)
 
 
@@ -154,4 +159,4 @@ def _watching(b: Tree, max_steps: int, progress: float | None, backtrack: bool) 
 def _stalled(models: jax.Array, i: jax.Array, epsilon: float) -> jax.Array:
     k = jnp.maximum(10, -(-i // 10))
     now, then = models[i], models[jnp.maximum(i - k, 0)]
-    return (i > k) & (now < 0) & (trees.ratio(now - then, now) < k * epsilon)
+    return (i > k) & (now < 0) & (trees.ratio(now - then, now) < epsilon * k.astype(now.dtype))

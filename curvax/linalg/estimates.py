@@ -9,6 +9,7 @@ from jax import lax
 
 from curvax import axes, checks, trees
 from curvax.linalg.vectors import ravel, unravel
+from curvax.scalars import root
 from curvax.trees import Tree
 
 Product = Callable[[Tree], Tree]
@@ -75,21 +76,26 @@ def _over_probes(sample: Callable[[Tree], Tree], probes: Tree) -> Estimate:
     n = jax.tree.leaves(probes)[0].shape[0]
     first = sample(jax.tree.map(lambda z: z[0], probes))
     if n == 1:
-        return Estimate(first, jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), first))
+        return Estimate(first, jax.tree.map(trees.nan_like, first))
 
-    # Welford's update: the sum of squared deviations without cancellation.
+    # Welford's update: the sum of squared deviations without cancellation, in units of the first.
+    one = trees.magnitude(first)
+    shrink = trees.inverse(one)
+
     def body(carry, item):
         mean, square = carry
         i, z = item
         x = sample(z)
-        ahead = jax.tree.map(lambda m, y: m + (y - m) / (i + 1), mean, x)
-        square = jax.tree.map(lambda s, m, a, y: s + (y - m) * (y - a), square, mean, ahead, x)
+        ahead = jax.tree.map(lambda m, y: m + (y - m) / (i + 1).astype(m.dtype), mean, x)
+        square = jax.tree.map(
+            lambda s, m, a, y: s + (y - m) * shrink * ((y - a) * shrink), square, mean, ahead, x
+        )
         return (ahead, square), None
 
     start = axes.carried(
         (first, jax.tree.map(jnp.zeros_like, first)),
-        lambda carry: body(carry, (0, jax.tree.map(lambda z: z[0], probes)))[0],
+        lambda carry: body(carry, (jnp.int32(0), jax.tree.map(lambda z: z[0], probes)))[0],
     )
     rest = jax.tree.map(lambda z: z[1:], probes)
     (mean, square), _ = lax.scan(body, start, (jnp.arange(1, n), rest))
-    return Estimate(mean, jax.tree.map(lambda s: jnp.sqrt(s / (n * (n - 1))), square))
+    return Estimate(mean, jax.tree.map(lambda s: one * root(s / (n * (n - 1))), square))

@@ -30,10 +30,12 @@ def row_space() -> Solver:
     def solve(product: Callable[[Tree], Tree], b: Tree) -> Solution:
         root, damping = _root_of(product)
         kernel = materialize(lambda u: root.forward(root.transpose(u)), root.rows)
-        rows = ravel(root.forward(b))
+        one = trees.magnitude(b)
+        rhs = trees.scale(trees.inverse(one), b)
+        rows = ravel(root.forward(rhs))
         none = damping is None or (isinstance(damping, numbers.Real) and damping == 0)
         solver = _least_norm if none else _damped
-        x = trees.wide(solver(root, kernel, rows, damping, b))
+        x = trees.scale(one, trees.wide(solver(root, kernel, rows, damping, rhs)))
         flat, reason = finite_or_zero(ravel(x))
         x = unravel(flat, b)
         rest = jax.tree.map(lambda y, z: trees.widen(y) - trees.widen(z), b, product(x))
@@ -53,12 +55,15 @@ def _damped(root: Root, kernel: jax.Array, rows: jax.Array, damping: Any, b: Tre
 def _least_norm(root: Root, kernel: jax.Array, rows: jax.Array, damping: Any, b: Tree) -> Tree:
     """(RᵀR)⁺ b = Rᵀ (R Rᵀ)⁺² R b."""
     del damping
-    values, vectors = jnp.linalg.eigh(kernel)
+    # In units of κ, the kernel's size: its inverse square may be out of range.
+    one = trees.magnitude(kernel)
+    values, vectors = jnp.linalg.eigh(kernel * trees.inverse(one))
     floor = rows.size * jnp.finfo(values.dtype).eps * values[-1]
     inverse = jnp.where(values > floor, 1 / jnp.where(values > floor, values, 1), 0)
     with jax.default_matmul_precision("highest"):
         inner = vectors @ (inverse**2 * (vectors.T @ rows))
-    return trees.laid_out_like(root.transpose(unravel(inner, root.rows)), b)
+    along = trees.wide(root.transpose(unravel(inner * trees.inverse(one), root.rows)))
+    return trees.laid_out_like(trees.scale(trees.inverse(one), along), b)
 
 
 def _root_of(product: Callable[[Tree], Tree]) -> tuple[Root, Any]:

@@ -1,7 +1,8 @@
 """The loop of preconditioned conjugate gradients, which a solver stops where it sees fit.
 
 Written for device axes and sharded parameters: sums of products in float32 or wider, a carry whose
-leaves vary over the same axes from the first step on, one product a step.
+leaves vary over the same axes from the first step on, one product a step. Solvers hand it the
+system in units of the first residual, so that its squares stay in range whatever the loss's scale.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax import axes, trees
-from curvax.linalg.solvers import Reason, length
+from curvax.linalg.solvers import Reason
 from curvax.products import Product
 from curvax.trees import Tree
 
@@ -43,7 +44,8 @@ class Rules(NamedTuple):
     """What tells one conjugate-gradient solver from another."""
 
     length: Callable[[Iterate, jax.Array], tuple[jax.Array, Any]]
-    """(iterate, pᵀA p) ↦ (how far to go along p, the `Reason` to stop there or `max_steps`)."""
+    """(iterate, pᵀA p / rᵀM⁻¹r) ↦ (how far to go along p, the `Reason` to stop there or
+    `max_steps`)."""
     watch: Callable[[Iterate], tuple[Any, Any]] = lambda s: (s.trail, Reason.max_steps)
     """iterate ↦ (its trail, a `Reason` to stop or `max_steps`)."""
     trail: Any = ()
@@ -98,7 +100,10 @@ def _begin(system: System, b: Tree, x: Tree, r: Tree) -> Iterate:
 
 def _advance(system: System, s: Iterate) -> Iterate:
     ap = trees.laid_out_like(system.product(s.p), s.r)
-    curvature = trees.dot(s.p, ap)
+    # Both lengths of the form are taken out: as p shrinks, its square times A may vanish.
+    near_one = trees.inverse(trees.magnitude(jnp.sqrt(jnp.abs(s.rz))))
+    curvature = trees.dot(trees.scale(near_one, trees.wide(s.p)), trees.scale(near_one, ap))
+    curvature = trees.ratio(curvature, s.rz * near_one * near_one)
     alpha, stopped = system.rules.length(s, curvature)
     r = trees.add_scaled(s.r, -alpha, ap)
     z, rz, residual = _measure(system, r)
@@ -108,7 +113,7 @@ def _advance(system: System, s: Iterate) -> Iterate:
         r=r,
         p=trees.laid_out_like(trees.add_scaled(z, trees.ratio(rz, s.rz), s.p), s.p),
         rz=rz,
-        model=s.model + jnp.where(fine, alpha * (0.5 * alpha * curvature - s.rz), 0),
+        model=s.model + jnp.where(fine, alpha * s.rz * (0.5 * alpha * curvature - 1), 0),
         residual=jnp.where(fine, residual, s.residual),
         i=s.i + 1,
     )
@@ -120,7 +125,7 @@ def _advance(system: System, s: Iterate) -> Iterate:
 def _measure(system: System, r: Tree) -> tuple[Tree, jax.Array, jax.Array]:
     """(M⁻¹r, rᵀM⁻¹r, ‖r‖ / ‖b‖)"""
     z = system.precondition(r)
-    return z, trees.dot(r, z), trees.ratio(length(r), system.scale)
+    return z, trees.dot(r, z), trees.ratio(jnp.sqrt(trees.dot(r, r)), system.scale)
 
 
 def _reason(system: System, rz: jax.Array, residual: jax.Array, otherwise: Any) -> jax.Array:

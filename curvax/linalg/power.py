@@ -44,8 +44,7 @@ def power_iteration(
     """
     checks.refuse_complex(v0, "power_iteration")
 
-    def unit(v: Tree) -> Tree:
-        return trees.scale(trees.ratio(jnp.ones(()), trees.norm(v)), v)
+    unit = lambda v: trees.cast_like(trees.unit(v), v)
 
     def measure(v: Tree, steps: jax.Array) -> tuple[Eigenpair, Tree]:
         cv = product(v)

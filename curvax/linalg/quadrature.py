@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from curvax import checks
+from curvax import checks, trees
 from curvax.linalg.tridiagonal import lanczos
 from curvax.trees import Tree
 
@@ -43,8 +43,8 @@ class SpectralDensity(NamedTuple):
 
 def _mean_and_error(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
     n = len(rows)
-    error = jnp.std(rows, axis=0, ddof=1) / n**0.5 if n > 1 else jnp.full(rows.shape[1:], jnp.nan)
-    return jnp.mean(rows, axis=0), error
+    mean = jnp.mean(rows, axis=0)
+    return mean, jnp.std(rows, axis=0, ddof=1) / n**0.5 if n > 1 else trees.nan_like(mean)
 
 
 def spectral_density(

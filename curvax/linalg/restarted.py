@@ -150,7 +150,7 @@ def _extended(apply: Product, v0: Tree, search: _Search, m: int) -> tuple[_Searc
         basis, matrix, _ = carry
         w = apply(bases.row(basis, i))
         w, parts = bases.orthogonal(w, basis)
-        beta, v = normalised(w, scale=jnp.linalg.norm(parts))
+        beta, v = normalised(w, scale=trees.norm(parts))
         v = axes.cond(beta > 0, lambda: v, lambda: _fresh(i, basis, v0))
         return bases.with_row(basis, i + 1, v), matrix.at[:, i].set(parts[:m]), beta
 
@@ -166,7 +166,7 @@ def _fresh(i: jax.Array, basis: Tree, v0: Tree) -> Tree:
     key = axes.vary(jax.random.key(0), axes.varying(i))
     draw = gaussian_probe(jax.random.fold_in(key, i), v0)
     w, parts = bases.orthogonal(draw, basis)
-    return normalised(w, scale=jnp.linalg.norm(parts))[1]
+    return normalised(w, scale=trees.norm(parts))[1]
 
 
 def _restarted(

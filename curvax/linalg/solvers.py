@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from curvax import checks, trees
 from curvax.trees import Tree
@@ -62,14 +61,9 @@ def stateless(params: Tree) -> tuple[()]:
     return ()
 
 
-def length(a: Tree) -> jax.Array:
-    """‖a‖₂ over the whole tree, NaN where an entry is (`trees.norm` hides it)."""
-    return jnp.sqrt(trees.dot(a, a))
-
-
 def relative_residual(r: Tree, b: Tree) -> jax.Array:
     """‖r‖ / ‖b‖, and 0 for b = 0."""
-    return trees.ratio(length(r), length(b))
+    return trees.ratio(trees.norm(r), trees.norm(b))
 
 
 @dataclasses.dataclass(frozen=True)

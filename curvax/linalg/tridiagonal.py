@@ -62,7 +62,7 @@ def _orthogonalised(product: Product, v0: Tree, k: int) -> Lanczos:
     def body(carry: Any, i: jax.Array) -> Any:
         basis, v = carry
         w, parts = bases.orthogonal(apply(v), basis)
-        beta, v = normalised(w, scale=jnp.linalg.norm(parts))
+        beta, v = normalised(w, scale=trees.norm(parts))
         # The vector beyond the last has no row: the last is written again.
         last = bases.row(basis, k - 1)
         new = jax.tree.map(lambda x, old: jnp.where(i + 1 < k, x, old), v, last)
@@ -99,8 +99,7 @@ def normalised(w: Tree, scale: jax.Array | float = 0.0) -> tuple[jax.Array, Tree
     norm = trees.norm(w)
     size = sum(x.size for x in jax.tree.leaves(w))
     alive = norm > jnp.finfo(norm.dtype).eps * scale * max(size, 1) ** 0.5
-    inverse = jnp.where(alive, 1 / jnp.where(alive, norm, 1), 0)
-    return jnp.where(alive, norm, 0), trees.scale(inverse, w)
+    return jnp.where(alive, norm, 0), trees.divided(w, jnp.where(alive, norm, jnp.inf))
 
 
 def widened(product: Product, like: Tree) -> Product:

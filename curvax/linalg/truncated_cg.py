@@ -1,5 +1,6 @@
 """Conjugate gradients that stop at the edge of a trust region."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from curvax import checks, trees
 from curvax.linalg.krylov import Iterate, Rules, System, iterate
 from curvax.linalg.preconditioners import Preconditioner, check_preconditioner, preconditioning
-from curvax.linalg.solvers import Reason, Solution, Solver, length
+from curvax.linalg.solvers import Reason, Solution, Solver
 from curvax.trees import Tree
 
 
@@ -44,10 +45,10 @@ def steihaug(
     checks.check_range("tol", tol, 0, math.inf, stage="steihaug")
     check_preconditioner(preconditioner, "steihaug")
 
-    def step(s: Iterate, curvature: jax.Array) -> tuple[jax.Array, Any]:
+    def step(edge_at: Any, s: Iterate, curvature: jax.Array) -> tuple[jax.Array, Any]:
         concave = curvature <= 0
-        alpha = s.rz / jnp.where(concave, 1.0, curvature)
-        edge, inside = _to_boundary(s.x, s.p, radius)
+        alpha = 1 / jnp.where(concave, 1.0, curvature)
+        edge, inside = _to_boundary(s.x, s.p, edge_at)
         outside = ~inside(alpha)
         reason = jnp.where(concave, Reason.negative_curvature, Reason.max_steps)
         reason = jnp.where(outside & ~concave, Reason.boundary, reason)
@@ -63,19 +64,37 @@ def steihaug(
     ) -> tuple[Solution, Any]:
         del score
         precondition = preconditioning(preconditioner, product, diagonal, "steihaug")
-        r = trees.wide(b)
+        # Powers of two: iterates in these units are the others to the last bit.
+        one = trees.magnitude(b)
+        rhs = trees.scale(trees.inverse(one), b)
+        r = trees.wide(rhs)
         x = jax.tree.map(jnp.zeros_like, r)
-        system = System(product, precondition, length(b), tol, Rules(step))
-        s = iterate(system, b, x, r, max_steps)
-        return Solution(trees.laid_out_like(s.x, b), s.i, s.residual, s.reason), state
+        rules = Rules(functools.partial(step, radius * trees.inverse(one)))
+        system = System(product, precondition, trees.norm(b) * trees.inverse(one), tol, rules)
+        s = iterate(system, rhs, x, r, max_steps)
+        x = trees.laid_out_like(trees.scale(one, s.x), b)
+        return Solution(x, s.i, s.residual, s.reason), state
 
     return Solver(solve)
 
 
 def _to_boundary(x: Tree, p: Tree, radius: Any) -> tuple[jax.Array, Callable[[Any], jax.Array]]:
-    """The τ >= 0 with ‖x + τp‖ = radius, and whether ‖x + αp‖ < radius for a given α."""
-    xx, xp, pp = trees.dot(x, x), trees.dot(x, p), trees.dot(p, p)
-    gap = jnp.maximum(radius**2 - xx, 0)
-    root = jnp.sqrt(xp**2 + pp * gap)
-    tau = trees.ratio(root - xp, pp)
-    return tau, lambda alpha: xx + alpha * (2 * xp + alpha * pp) < radius**2
+    """The τ >= 0 with ‖x + τp‖ = radius, and whether ‖x + αp‖ < radius for a given α.
+
+    In units near the radius and ‖p‖, so that no square leaves the range of floats.
+    """
+    radius = jnp.asarray(radius)
+    whole, step = trees.magnitude(radius), trees.magnitude(p)
+    x = trees.scale(trees.inverse(whole), x)
+    u = trees.scale(trees.inverse(step), trees.wide(p))
+    xx, xu, uu = trees.dot(x, x), trees.dot(x, u), trees.dot(u, u)
+    square = (radius * trees.inverse(whole)) ** 2
+    root = jnp.sqrt(xu**2 + uu * jnp.maximum(square - xx, 0))
+    per_step = whole * trees.inverse(step)
+    tau = trees.ratio(root - xu, uu) * per_step
+
+    def inside(alpha: jax.Array) -> jax.Array:
+        share = trees.ratio(alpha, per_step)
+        return xx + share * (2 * xu + share * uu) < square
+
+    return tau, inside

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from curvax import checks, trees
+from curvax import checks, scalars, trees
 from curvax.likelihoods import Likelihood
 from curvax.objective import Objective, as_objective, check_key, require_likelihood
 from curvax.oracles.gauss_newton import Metric, linearized_product, loss_curvature
@@ -120,7 +120,7 @@ def given_labels(part: Objective, outputs: jax.Array, labels: jax.Array) -> Prod
     scores = lambda y: likelihood.on_labels(y).scores(outputs, batch)
     s = trees.widen(jax.vmap(scores, in_axes=1)(labels))
     w = likelihood.site_weights(outputs, batch)[None]
-    rows = jnp.sqrt(w / s.shape[0]) * s
+    rows = scalars.root(w / s.shape[0]) * s
     inside = tuple(axis for axis, n in enumerate(w.shape) if axis and n == 1)
 
     def forward(u: jax.Array) -> jax.Array:

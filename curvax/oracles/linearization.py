@@ -76,8 +76,9 @@ def _refuse_complex_values(value: Tree) -> None:
 
 
 def _transpose(pull: Function, value: Tree, v: Tree) -> Tree:
-    # A linear map is its own derivative, wherever that is taken.
-    return jax.vjp(pull, jax.tree.map(jnp.zeros_like, value))[1](v)[0]
+    # A linear map is its own derivative, wherever that is taken; one that divides by the length of
+    # its argument, or of a part of it, has none at 0.
+    return jax.vjp(pull, jax.tree.map(_generic, value))[1](v)[0]
 
 
 def _mode_of_push(
@@ -109,6 +110,13 @@ def _blocked(jvp: Function, params: Tree) -> bool:
     """Whether forward mode meets a `custom_vjp`, which JAX refuses only when it compiles."""
     names = (eqn.primitive.name for eqn in equations(jax.make_jaxpr(jvp)(params).jaxpr))
     return any(name.startswith("custom_lin") for name in names)
+
+
+def _generic(x: jax.Array) -> jax.Array:
+    """Numbers between ½ and 1½ of which no sum or difference is likely to vanish."""
+    places = jnp.arange(x.size, dtype=jnp.float32).reshape(x.shape)
+    numbers = 0.5 + (places * 0.6180339887) % 1.0
+    return jnp.zeros_like(x) + trees.laid_out_like(numbers, x)
 
 
 def localized(objective: Objective, params: Tree) -> tuple[Tree, frozenset[str]]:

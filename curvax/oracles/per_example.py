@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from curvax import trees
+from curvax import scalars, trees
 from curvax.objective import Objective, as_objective, require_batch
 from curvax.oracles.linearization import (
     LossAndGradient,
@@ -83,7 +83,7 @@ def _outer(objective: Objective, params: Tree, mode: str) -> Product:
     w = jnp.full_like(losses, 1 / losses.size)
     if weight is not None:
         w = trees.ratio(weight, jnp.sum(weight)).astype(losses.dtype)
-    scale = lambda x: jnp.sqrt(w) * x
+    scale = lambda x: scalars.root(w) * x
     root = Root(lambda v: scale(push(v)), lambda u: pull(scale(u)), _shape(losses))
     return unit_sized(objective, Product(lambda v: pull(w * push(v)), root))
 

@@ -12,6 +12,7 @@ from curvax.linalg.solvers import check_solver
 from curvax.objective import Objective
 from curvax.oracles import fvp
 from curvax.oracles.programs import check_mode
+from curvax.scalars import root
 from curvax.trees import Tree
 
 TEN_STEPS = cg(10)
@@ -51,7 +52,7 @@ def fisher_ascent(
         fisher = fvp(own, params, mode=mode).averaged(over, own.batch_weight())
         product = fisher.within(masked, masked).damped(damping)
         x = solver(product, g).x
-        length = jnp.sqrt(jnp.maximum(trees.dot(x, product(x)), 0))
-        return trees.scale(trees.ratio(jnp.ones(()), length), x)
+        x = trees.scale(trees.inverse(trees.magnitude(x)), x)
+        return trees.divided(x, root(jnp.maximum(trees.dot(x, product(x)), 0)))
 
     return MetricAscent(direction)

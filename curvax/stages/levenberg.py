@@ -9,7 +9,7 @@ import optax
 
 from curvax import checks, trees
 from curvax.axes import AxisNames
-from curvax.figures import Figures, measured, remeasured, unmeasured
+from curvax.figures import Figures, Flags, measured, remeasured, unmeasured
 from curvax.objective import Objective, as_objective
 from curvax.signal import Signal, Stage, containing, pipe
 from curvax.trees import Tree
@@ -28,6 +28,7 @@ class LevenbergMarquardtState(NamedTuple):
     """Rejections in a row, int32 scalar."""
     inner: Any
     """The state of the stages inside."""
+    measured: Flags
     figures: Figures
     """`reduction_ratio` and `kl`."""
 
@@ -73,7 +74,7 @@ def levenberg_marquardt(
     def init(params: Tree) -> LevenbergMarquardtState:
         lam = jnp.array(damping, jnp.result_type(float))
         figures = unmeasured("reduction_ratio", "kl")
-        return LevenbergMarquardtState(lam, jnp.zeros((), jnp.int32), inner.init(params), figures)
+        return LevenbergMarquardtState(lam, jnp.zeros((), jnp.int32), inner.init(params), *figures)
 
     def rule(
         signal: Signal,
@@ -98,7 +99,7 @@ def levenberg_marquardt(
             _adapted(state.next_damping, trial, damping),
             jnp.where(undone, state.rejected + 1, 0),
             remeasured(_select(undone, fresh, new_inner), new_inner),
-            measured(figures),
+            *measured(figures),
         )
         return out._replace(updates=_select(undone, zeros, out.updates)), new_state
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from curvax import axes, checks, order, trees
 from curvax.axes import AxisNames
 from curvax.climbing import Climb, Rules, check_climb
-from curvax.figures import Figures, measured, unmeasured
+from curvax.figures import Figures, Flags, Measured, measured, unmeasured
 from curvax.injection import injectable
 from curvax.keys import DrawingKey
 from curvax.linalg import dual_norm
@@ -38,6 +38,7 @@ class SamState(NamedTuple):
     """t, int32 scalar."""
     keys: tuple[jax.Array, ...]
     """The data of the keys of ascents that draw, uint32."""
+    measured: Flags
     figures: Figures
 
 
@@ -106,7 +107,7 @@ def sam_perturb(
         trees.require_floating(params, "sam_perturb")
         _warn_of_half_precision(params)
         keys = tuple(DrawingKey(key).initial() for key in Rules(ascent, p, mask, params).keys)
-        return SamState(jnp.zeros((), jnp.int32), keys, unmeasured(*FIGURES))
+        return SamState(jnp.zeros((), jnp.int32), keys, *unmeasured(*FIGURES))
 
     init.climbs = lambda params: Rules(ascent, p, mask, params).mask  # type: ignore[attr-defined]
 
@@ -119,8 +120,9 @@ def sam_perturb(
         order.refuse_changed_in_pipe(signal.updates, signal.gradient, "sam_perturb")
         checks.refuse_summed(signal.updates, local - signal.averaged, stage="sam_perturb")
         gradient, radius = signal.updates, _radius(rho, state.step, params)
-        value = jnp.asarray(jnp.nan if signal.value is None else signal.value, float)
-        value = axes.vary(value, local)
+        value, kind = signal.value, jnp.result_type(float)
+        if value is not None:
+            value = axes.vary(jnp.asarray(value, kind), local)
         sync = axes.bound(sync_over, where="`sam_perturb(sync_over=)`")
         rules = Rules(ascent, p, mask, params)
         keys = tuple(DrawingKey(key).of(kept) for key, kept in zip(rules.keys, state.keys))
@@ -138,15 +140,17 @@ def sam_perturb(
             mode=mode,
         )
 
-        def perturbed() -> tuple[Tree, jax.Array, Figures]:
+        def perturbed() -> tuple[Tree, jax.Array, Measured]:
             value_p, gradient_p, updates = climb.gradient(gradient, second_order)
+            value_p = value_p.astype(kind)
             figures = _figures(value, value_p, gradient, gradient_p, _largest(radius))
             over = tuple(axis for axis in axes.manual() if axis in local)
             figures = measured(figures, over, objective.batch_weight())
-            return trees.cast_like(updates, gradient), value_p.astype(value.dtype), figures
+            return trees.cast_like(updates, gradient), value_p, figures
 
-        def clean() -> tuple[Tree, jax.Array, Figures]:
-            return gradient, jnp.full_like(value, jnp.nan), state.figures
+        def clean() -> tuple[Tree, jax.Array, Measured]:
+            last = axes.vary(state.figures["perturbed_loss"].astype(kind), local)
+            return gradient, last, Measured(state.measured, state.figures)
 
         always = isinstance(every, int) and every == 1
         now = True if always else state.step % every == 0
@@ -159,7 +163,7 @@ def sam_perturb(
             perturbed=now,
             local=local,
         )
-        return signal, SamState(state.step + 1, state.keys, figures)
+        return signal, SamState(state.step + 1, state.keys, *figures)
 
     return stage(init, rule, replaces_gradient=True)
 
@@ -189,18 +193,18 @@ def _warn_of_half_precision(params: Tree) -> None:
 
 
 def _figures(
-    value: jax.Array, value_p: jax.Array, g: Tree, g_p: Tree, rho: jax.Array
-) -> dict[str, jax.Array]:
-    gap, norm, norm_p = value_p - value, trees.norm(g), trees.norm(g_p)
+    value: jax.Array | None, value_p: jax.Array, g: Tree, g_p: Tree, rho: jax.Array
+) -> dict[str, jax.Array | None]:
+    gap = None if value is None else value_p - value
     return dict(
         loss=value,
         perturbed_loss=value_p,
         surrogate_gap=gap,
-        sigma_max=trees.ratio(2 * gap, rho**2),
-        cosine=trees.ratio(trees.dot(g, g_p), norm * norm_p),
+        sigma_max=None if gap is None else trees.ratio(trees.ratio(2 * gap, rho), rho),
+        cosine=trees.cosine(g, g_p),
         rho=rho,
-        gradient_norm=norm,
-        perturbed_gradient_norm=norm_p,
+        gradient_norm=trees.norm(g),
+        perturbed_gradient_norm=trees.norm(g_p),
     )
 
 

@@ -1,12 +1,13 @@
 """Preconditioning: the updates divided by a power of the diagonal, or clipped against it."""
 
+import numbers
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from curvax import checks, trees
-from curvax.figures import Figures, measured, unmeasured
+from curvax import checks, scalars, trees
+from curvax.figures import Figures, Flags, measured, unmeasured
 from curvax.signal import Signal, Stage, StepState, at, stage
 from curvax.trees import Tree
 
@@ -43,8 +44,7 @@ def scale_by_power(power: Any, *, eps: Any = 1e-8, damping: Any = 0.0) -> Stage:
         k, epsilon, lam = (at(x, state.step) for x in (power, eps, damping))
 
         def divide(u: jax.Array, d: jax.Array) -> jax.Array:
-            denominator = (d + lam) ** k + epsilon
-            return (trees.widen(u) / denominator).astype(u.dtype)
+            return _divided(u, scalars.power(d + lam, k) + epsilon, epsilon).astype(u.dtype)
 
         updates = jax.tree.map(divide, signal.updates, diagonal)
         return signal._replace(updates=updates), StepState(state.step + 1)
@@ -55,6 +55,7 @@ def scale_by_power(power: Any, *, eps: Any = 1e-8, damping: Any = 0.0) -> Stage:
 class ClipState(NamedTuple):
     step: jax.Array
     """t, int32 scalar."""
+    measured: Flags
     figures: Figures
     """`clipped`, the fraction of entries that were."""
 
@@ -84,7 +85,7 @@ def clip_by_diagonal(gamma: Any, *, eps: Any = 1e-8, threshold: Any = 1.0) -> St
     checks.check_range("threshold", threshold, 0, jnp.inf, stage="clip_by_diagonal")
 
     def init(params: Tree) -> ClipState:
-        return ClipState(jnp.zeros((), jnp.int32), unmeasured("clipped"))
+        return ClipState(jnp.zeros((), jnp.int32), *unmeasured("clipped"))
 
     def rule(signal: Signal, state: ClipState, params: Tree = None, **extra: Any) -> Any:
         del params, extra
@@ -94,7 +95,7 @@ def clip_by_diagonal(gamma: Any, *, eps: Any = 1e-8, threshold: Any = 1.0) -> St
         g, epsilon, limit = (at(x, state.step) for x in (gamma, eps, threshold))
         limit = jnp.inf if limit is None else limit
         ratios = jax.tree.map(
-            lambda u, d: trees.widen(u) / jnp.maximum(g * d, epsilon), signal.updates, diagonal
+            lambda u, d: _divided(u, jnp.maximum(g * d, epsilon), epsilon), signal.updates, diagonal
         )
         over = trees.total(jax.tree.map(lambda x: jnp.abs(x) >= limit, ratios))
         clipped = jax.tree.map(
@@ -102,6 +103,14 @@ def clip_by_diagonal(gamma: Any, *, eps: Any = 1e-8, threshold: Any = 1.0) -> St
         )
         size = max(1, sum(x.size for x in jax.tree.leaves(ratios)))
         figures = measured({"clipped": over / size})
-        return signal._replace(updates=clipped), ClipState(state.step + 1, figures)
+        return signal._replace(updates=clipped), ClipState(state.step + 1, *figures)
 
     return stage(init, rule)
+
+
+def _divided(u: jax.Array, denominator: jax.Array, eps: Any) -> jax.Array:
+    """u / denominator, and 0 for the 0/0 of a dead unit, where an ε of 0 lets it be."""
+    u = trees.widen(u)
+    if not (isinstance(eps, numbers.Real) and eps > 0):
+        denominator = jnp.where((u == 0) & (denominator == 0), 1, denominator)
+    return scalars.quotient(u, denominator)

@@ -38,7 +38,10 @@ def gsam_project(alpha: Any, *, onto: str = "perturbed") -> Stage:
 
     def combine(clean: Tree, perturbed: Tree, a: Any) -> Tree:
         if onto == "perturbed":
-            return trees.add_scaled(perturbed, -a, trees.reject(clean, perturbed))
+            # From the unit of the clean gradient, which the ascent has: no norm is waited for.
+            along = trees.cosine(clean, perturbed) * trees.norm(clean)
+            rejected = trees.add_scaled(clean, -along, trees.unit(perturbed))
+            return trees.add_scaled(perturbed, -a, rejected)
         return trees.add_scaled(clean, a, trees.reject(perturbed, clean))
 
     return _combining("gsam_project", alpha, combine)
@@ -113,7 +116,11 @@ def keep_orthogonal(alpha: Any = 0.7, *, mean_over: AxisNames = None) -> Stage:
         over = checks.averaged_axes(mean_over, signal.local, stage="keep_orthogonal")
         weight = weight_of(signal, value_fn, over, "keep_orthogonal")
         fresh = trees.wide(trees.reject(perturbed, clean))
-        kept = _select(now, axes.mean(fresh, over, weight), state.orthogonal)
+        fresh = axes.mean(fresh, over, weight)
+        # What is not finite shows in this step's updates, and does not stay for the next ones.
+        kept = jax.tree.map(
+            lambda x, old: jnp.where(now & jnp.isfinite(x), x, old), fresh, state.orthogonal
+        )
         length = at(alpha, state.step) * trees.ratio(trees.norm(clean), trees.norm(kept))
         between = trees.add_scaled(clean, length, kept)
         updates = _select(now, perturbed, between)

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from curvax import checks, trees
-from curvax.figures import Figures, measured, unmeasured
+from curvax.figures import Figures, Flags, measured, unmeasured
 from curvax.injection import injectable
 from curvax.linalg import Solver
 from curvax.linalg.solvers import check_solver
 from curvax.objective import Objective
+from curvax.scalars import root
 from curvax.signal import Signal, Stage, at, stage
 from curvax.trees import Tree
 
@@ -18,6 +19,7 @@ from curvax.trees import Tree
 class DampState(NamedTuple):
     step: jax.Array
     """t, int32 scalar."""
+    measured: Flags
     figures: Figures
     """`damping`."""
 
@@ -54,14 +56,15 @@ def damp(damping: Any = None) -> Stage:
             )
         # A plain number stays one: solvers may then know that it is 0.
         signal = signal._replace(matvec=product.damped(lam))
-        return signal, DampState(state.step + 1, measured({"damping": lam}))
+        return signal, DampState(state.step + 1, *measured({"damping": lam}))
 
-    return stage(lambda params: DampState(jnp.zeros((), jnp.int32), unmeasured("damping")), rule)
+    return stage(lambda params: DampState(jnp.zeros((), jnp.int32), *unmeasured("damping")), rule)
 
 
 class SolveState(NamedTuple):
     solver: Any
     """What the solver keeps from step to step."""
+    measured: Flags
     figures: Figures
 
 
@@ -89,7 +92,7 @@ def solve(solver: Solver) -> Stage:
 
     def init(params: Tree) -> SolveState:
         figures = unmeasured("cg_steps", "cg_residual", "cg_reason")
-        return SolveState(solver.init(params), figures)
+        return SolveState(solver.init(params), *figures)
 
     def rule(
         signal: Signal, state: SolveState, params: Tree, *, value_fn: Any = None, **extra: Any
@@ -111,7 +114,7 @@ def solve(solver: Solver) -> Stage:
             )
         )
         updates = trees.cast_like(solution.x, signal.updates)
-        return signal._replace(updates=updates), SolveState(inner, figures)
+        return signal._replace(updates=updates), SolveState(inner, *figures)
 
     return stage(init, rule, evaluates_loss=False)
 
@@ -119,6 +122,7 @@ def solve(solver: Solver) -> Stage:
 class TrustRegionState(NamedTuple):
     step: jax.Array
     """t, int32 scalar."""
+    measured: Flags
     figures: Figures
     """`kl`, and `trust_scale`, the factor in (0, 1]."""
 
@@ -145,19 +149,22 @@ def trust_region(radius: Any) -> Stage:
     checks.check_range("radius", radius, 0, jnp.inf, stage="trust_region")
 
     def init(params: Tree) -> TrustRegionState:
-        return TrustRegionState(jnp.zeros((), jnp.int32), unmeasured("kl", "trust_scale"))
+        return TrustRegionState(jnp.zeros((), jnp.int32), *unmeasured("kl", "trust_scale"))
 
     def rule(signal: Signal, state: TrustRegionState, params: Tree = None, **extra: Any) -> Any:
         del params, extra
         product = checks.needed_matvec(signal.matvec, "trust_region", "measures a step")
         checks.refuse_local(signal.local, stage="trust_region")
-        square = trees.dot(signal.updates, product.curvature(signal.updates))
-        length = jnp.sqrt(jnp.maximum(square, 0))
+        u, one = _scaled(signal.updates)
+        square = trees.dot(u, product.curvature(u))
+        length = one * root(jnp.maximum(square, 0))
         r = at(radius, state.step)
         scale = jnp.where(length > r, trees.ratio(jnp.asarray(r), length), 1.0)
-        figures = measured({"kl": 0.5 * square * scale**2, "trust_scale": scale})
+        figures = measured(
+            {"kl": 0.5 * square * (one * scale) * (one * scale), "trust_scale": scale}
+        )
         signal = signal._replace(updates=trees.scale(scale, signal.updates))
-        return signal, TrustRegionState(state.step + 1, figures)
+        return signal, TrustRegionState(state.step + 1, *figures)
 
     return stage(init, rule)
 
@@ -165,6 +172,7 @@ def trust_region(radius: Any) -> Stage:
 class QuadraticStepState(NamedTuple):
     previous: Tree
     """The last updates, shaped like the parameters."""
+    measured: Flags
     figures: Figures
     """`step_size` α and `momentum` β."""
 
@@ -189,44 +197,64 @@ def quadratic_step(*, momentum: bool = True) -> Stage:
 
     def init(params: Tree) -> QuadraticStepState:
         previous = jax.tree.map(jnp.zeros_like, params) if momentum else ()
-        return QuadraticStepState(previous, unmeasured("step_size", "momentum"))
+        return QuadraticStepState(previous, *unmeasured("step_size", "momentum"))
 
     def rule(signal: Signal, state: QuadraticStepState, params: Tree = None, **extra: Any) -> Any:
         del params, extra
         product = checks.needed_matvec(signal.matvec, "quadratic_step", "minimises a model")
         checks.refuse_local(signal.local, stage="quadratic_step")
-        g, u, last = signal.gradient, signal.updates, state.previous
+        g, (u, one) = signal.gradient, _scaled(signal.updates)
         au, gu = product(u), trees.dot(g, u)
         if momentum:
+            last, one_last = _scaled(state.previous)
             av = product(last)
             alpha, beta = _minimum(
-                trees.dot(u, au), trees.dot(u, av), trees.dot(last, av), gu, trees.dot(g, last)
+                trees.dot(u, au), trees.dot(u, av), trees.dot(last, av), gu, trees.dot(g, last), one
             )
             updates = trees.add(trees.scale(alpha, u), trees.scale(beta, last))
+            figures = measured({"step_size": alpha / one, "momentum": beta / one_last})
         else:
-            alpha, beta = _minimum_along(trees.dot(u, au), gu), jnp.zeros(())
+            alpha = _minimum_along(trees.dot(u, au), gu, one)
             updates = trees.scale(alpha, u)
-        figures = measured({"step_size": alpha, "momentum": beta})
+            figures = measured({"step_size": alpha / one, "momentum": jnp.zeros(())})
         signal = signal._replace(updates=updates)
-        previous = trees.cast_like(updates, last) if momentum else ()
-        return signal, QuadraticStepState(previous, figures)
+        previous = _finite_like(updates, state.previous) if momentum else ()
+        return signal, QuadraticStepState(previous, *figures)
 
     return stage(init, rule)
 
 
+def _scaled(tree: Tree) -> tuple[Tree, jax.Array]:
+    """A vector in units of its magnitude, and that: squares of it stay in range."""
+    one = trees.magnitude(tree)
+    return trees.scale(trees.inverse(one), tree), one
+
+
+def _finite_like(updates: Tree, last: Tree) -> Tree:
+    """Updates to remember: from one that is not finite no step would come back."""
+    return jax.tree.map(
+        lambda x, y: jnp.where(jnp.isfinite(x), x, 0).astype(y.dtype), updates, last
+    )
+
+
 def _minimum(
-    uu: jax.Array, uv: jax.Array, vv: jax.Array, gu: jax.Array, gv: jax.Array
+    uu: jax.Array, uv: jax.Array, vv: jax.Array, gu: jax.Array, gv: jax.Array, one: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """(α, β) at the minimum of the model of α u + β v; along u alone where there is none, or where
-    u and v are parallel."""
-    determinant = uu * vv - uv * uv
-    rounding = 8 * jnp.finfo(determinant.dtype).eps * jnp.abs(uu * vv)
-    alone = (uu <= 0) | (determinant <= rounding)
-    both = trees.ratio(vv * gu - uv * gv, determinant)
-    alpha = jnp.where(alone, _minimum_along(uu, gu), both)
-    beta = jnp.where(alone, 0.0, trees.ratio(uu * gv - uv * gu, determinant))
+    u and v are parallel.
+
+    With the lengths √uᵀAu and √vᵀAv taken out, the system is [[1, c], [c, 1]].
+    """
+    su, sv = root(jnp.maximum(uu, 0)), root(jnp.maximum(vv, 0))
+    a, b, c = trees.ratio(gu, su), trees.ratio(gv, sv), trees.ratio(trees.ratio(uv, su), sv)
+    gap = 1 - c * c
+    alone = (uu <= 0) | (vv <= 0) | (gap <= 8 * jnp.finfo(gap.dtype).eps)
+    both = trees.ratio(trees.ratio(a - c * b, gap), su)
+    alpha = jnp.where(alone, _minimum_along(uu, gu, one), both)
+    beta = jnp.where(alone, 0.0, trees.ratio(trees.ratio(b - c * a, gap), sv))
     return alpha, beta
 
 
-def _minimum_along(uu: jax.Array, gu: jax.Array) -> jax.Array:
-    return jnp.where(uu > 0, trees.ratio(gu, uu), 1.0)
+def _minimum_along(uu: jax.Array, gu: jax.Array, one: jax.Array) -> jax.Array:
+    """α at the minimum along u, and `one`, the length of a whole step, without a minimum."""
+    return jnp.where(uu > 0, trees.ratio(gu, uu), one)

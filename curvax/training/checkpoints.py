@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from curvax import figures
 from curvax.keys import is_key
 from curvax.training import processes, seals
 from curvax.training.experiment import Experiment
@@ -115,20 +116,18 @@ class Checkpoints(NoCheckpoints):
         """The newest state, of these shapes and laid out like them, and the place in the data.
 
         It may have been written under another regime, on other devices or by other processes, or
-        with the optimiser's keys typed, as earlier versions of curvax did.
+        with the optimiser's keys typed and figures not measured marked by NaN, as earlier
+        versions of curvax did.
 
         Raises:
             CheckpointError: there is none, or it is damaged or of another model or optimiser.
             JaxRuntimeError: as in `save`.
         """
         step = self._manager.latest_step()
-        items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(_without_empty(shapes)), place=ocp.args.JsonRestore()
-        )
         try:
             seals.check(self.folder / str(step))  # Orbax's reading threads stop noisily
             with silent_log():
-                restored = self._manager.restore(step, args=items)
+                state, place = self._read(step, shapes)
         except jax.errors.JaxRuntimeError:
             raise
         except Exception as error:
@@ -137,7 +136,23 @@ class Checkpoints(NoCheckpoints):
                 f"({_reason(error)}). Nothing was changed. {self.last_good(but=step)} To go on "
                 f"from there, move the folder {step} away and resume again."
             ) from error
-        return jax.tree.map(_as_asked, shapes, restored.state), restored.place["data"]
+        return jax.tree.map(_as_asked, shapes, state), place
+
+    def _read(self, step: int | None, shapes: State) -> tuple[State, Any]:
+        try:
+            return self._read_as(step, shapes)
+        except ValueError as error:
+            if ".measured" not in str(error):
+                raise
+            state, place = self._read_as(step, figures.unflagged(shapes))
+            return figures.flagged(state, shapes), place
+
+    def _read_as(self, step: int | None, shapes: State) -> tuple[State, Any]:
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(_without_empty(shapes)), place=ocp.args.JsonRestore()
+        )
+        restored = self._manager.restore(step, args=items)
+        return restored.state, restored.place["data"]
 
     def last_good(self, but: int | None = None) -> str:
         """A sentence that says which checkpoint there is, other than that of the step `but`."""

@@ -18,6 +18,7 @@ from curvax.likelihoods import Likelihood
 from curvax.linalg import rademacher
 from curvax.objective import Objective, require_likelihood
 from curvax.oracles.gauss_newton import model_pass
+from curvax.scalars import root
 from curvax.signal import Stage
 from curvax.stages.estimation.sharing import Curvature, diagonal_stage
 from curvax.trees import Tree
@@ -93,7 +94,7 @@ def fisher_diag(
 
     def scores(likelihood: Likelihood, keys: jax.Array, z: jax.Array, batch: Tree) -> jax.Array:
         drawn = likelihood.on_labels(likelihood.sample(keys, z, batch))
-        return jnp.sqrt(likelihood.site_weights(z, batch)) * drawn.scores(z, batch)
+        return root(likelihood.site_weights(z, batch)) * drawn.scores(z, batch)
 
     return _from_outputs("fisher_diag", scores, key, probes, fraction, shards, mean_over)
 
@@ -126,12 +127,13 @@ def _squared(
         at, likelihood = model_pass(part, params), require_likelihood(part, "the diagonal")
         loss, gradient = at.loss_and_gradient()
         weight = likelihood.total_weight(part.batch)
-        root_weight = jnp.sqrt(weight)
+        root_weight = root(weight)
 
         def once(k: jax.Array) -> Tree:
             e = noise(likelihood, part.example_keys(k), at.outputs, part.batch)
             x = at.pull_sum(e.astype(at.outputs.dtype), weight)
-            return jax.tree.map(lambda y: trees.ratio(trees.widen(y), root_weight), x)
+            share = lambda y: trees.ratio(y, root_weight.astype(y.dtype))
+            return jax.tree.map(share, trees.wide(x))
 
         return loss, gradient, jax.vmap(once)(jax.random.split(key, probes))
 
@@ -141,5 +143,7 @@ def _squared(
     weight = lax.psum(axes.vary(weight, over), over) if over else weight
     squares = jax.tree.map(lambda y: weight * jnp.square(y), x)
     mean = jax.tree.map(lambda y: jnp.mean(y, axis=0), squares)
+    if probes == 1:
+        return Curvature(mean, {}, loss, gradient)
     variance = jax.tree.map(lambda y: jnp.var(y, axis=0, ddof=1) / probes, squares)
-    return Curvature(mean, variance if probes > 1 else {}, loss, gradient)
+    return Curvature(mean, variance, loss, gradient)

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 
 from curvax import accumulation, axes, checks, meshes, trees
 from curvax.axes import AxisNames
-from curvax.figures import Figures, measured, unmeasured
+from curvax.figures import Figures, Flags, Measured, measured, unmeasured
 from curvax.keys import DrawingKey
 from curvax.objective import Objective, as_objective, refuse_joined, require_batch
+from curvax.scalars import root
 from curvax.signal import Signal, Stage, stage
 from curvax.trees import Tree
 
@@ -35,6 +36,7 @@ class EstimateState(NamedTuple):
     """The data of a key, uint32; draws are keyed by step and by place in the global batch."""
     step: jax.Array
     """t, int32 scalar: estimates made."""
+    measured: Flags
     figures: Figures
     """`diagonal_relative_error`, with two probes or more."""
 
@@ -56,8 +58,8 @@ def diagonal_stage(
 
     def init(params: Tree) -> EstimateState:
         trees.require_floating(params, name)
-        figures = unmeasured("diagonal_relative_error") if probes > 1 else {}
-        return EstimateState(drawing.initial(), jnp.zeros((), jnp.int32), figures)
+        figures = unmeasured(*["diagonal_relative_error"] * (probes > 1))
+        return EstimateState(drawing.initial(), jnp.zeros((), jnp.int32), *figures)
 
     def rule(
         signal: Signal, state: EstimateState, params: Tree, *, value_fn: Any = None, **extra: Any
@@ -77,8 +79,8 @@ def diagonal_stage(
         signal = signal._replace(diagonal=diagonal)
         if whole and fraction == 1:
             signal = share_gradient(signal, objective, params, found.loss, found.gradient, local)
-        figures = {} if probes == 1 else relative_error(diagonal, variance)
-        return signal, EstimateState(state.key, state.step + 1, figures)
+        figures = unmeasured() if probes == 1 else relative_error(diagonal, variance)
+        return signal, EstimateState(state.key, state.step + 1, *figures)
 
     return stage(init, rule, name=name)
 
@@ -171,6 +173,6 @@ def over_shards(
     return found._replace(variance=trees.scale(1 / here, found.variance)), False
 
 
-def relative_error(diagonal: Tree, variance: Tree) -> Figures:
-    error = trees.ratio(jnp.sqrt(trees.total(variance)), trees.norm(diagonal))
+def relative_error(diagonal: Tree, variance: Tree) -> Measured:
+    error = trees.ratio(root(trees.total(variance)), trees.norm(diagonal))
     return measured({"diagonal_relative_error": error})

@@ -1,11 +1,16 @@
-"""Smoothing a diagonal over steps: averages that forget, and a sum that never does."""
+"""Smoothing a diagonal over steps: averages that forget, and a sum that never does.
+
+An entry that is no finite number enters none of them, or one step would spoil all that follow: it
+is handed on as NaN in that step, for `optax.apply_if_finite` and its kind to see, and the average
+keeps what it was.
+"""
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from curvax import checks, trees
+from curvax import checks, scalars, trees
 from curvax.injection import injectable
 from curvax.signal import Signal, Stage, at, stage
 from curvax.trees import Tree
@@ -25,8 +30,9 @@ def ema_rms(decay: Any) -> Stage:
 
         D̄ₜ = √( (1-β) Σᵢ βᵗ⁻ⁱ Dᵢ² / (1-βᵗ) )
 
-    The square makes D̄ positive where the Hessian is not. Yao et al., AdaHessian,
-    arXiv:2006.00719, eq. 11.
+    The square makes D̄ positive where the Hessian is not. Magnitudes beyond the root of the largest
+    float, 1.8e19 in float32, count as that. An entry that is not finite is handed on as NaN in
+    that step and leaves the average as it was. Yao et al., AdaHessian, arXiv:2006.00719, eq. 11.
 
     Args:
         decay: β in [0, 1), a number or a schedule; at 0 the diagonal becomes its own magnitude.
@@ -42,10 +48,10 @@ def ema_rms(decay: Any) -> Stage:
     def rule(signal: Signal, state: EmaRmsState, params: Tree = None, **extra: Any) -> Any:
         del params, extra
         diagonal = checks.needed_diagonal(signal.diagonal, "ema_rms", "smooths a diagonal")
-        square = jax.tree.map(jnp.square, diagonal)
+        square = jax.tree.map(_square, diagonal)
         weight, square = _faded(at(decay, state.step), state.weight, state.mean_square, square)
-        rms = jax.tree.map(lambda v: jnp.sqrt(v / weight).astype(v.dtype), square)
-        return signal._replace(diagonal=rms), EmaRmsState(state.step + 1, weight, square)
+        rms = jax.tree.map(lambda v: scalars.root(v / weight).astype(v.dtype), square)
+        return _handed(signal, rms), EmaRmsState(state.step + 1, weight, square)
 
     return stage(lambda params: EmaRmsState(_zero_step(), _no_weight(), _zeros(params)), rule)
 
@@ -65,7 +71,8 @@ def ema_mean(decay: Any, *, debias: bool = True, lag: int = 0) -> Stage:
 
         D̄ₜ = (1-β) Σᵢ βᵗ⁻ⁱ Dᵢ / (1-βᵗ)
 
-    After `squared_gradient()` this is Adam's second moment, with `debias=False` RMSProp's.
+    After `squared_gradient()` this is Adam's second moment, with `debias=False` RMSProp's. An
+    entry that is not finite is handed on as NaN in that step and leaves the average as it was.
 
     Args:
         decay: β in [0, 1), a number or a schedule.
@@ -93,7 +100,7 @@ def ema_mean(decay: Any, *, debias: bool = True, lag: int = 0) -> Stage:
         given = shown.mean
         if debias:
             given = jax.tree.map(lambda m: trees.ratio(m, shown.weight).astype(m.dtype), given)
-        return signal._replace(diagonal=given), new
+        return _handed(signal, given), new
 
     return stage(lambda params: EmaMeanState(_zero_step(), _no_weight(), _zeros(params)), rule)
 
@@ -105,6 +112,9 @@ class AccumulateState(NamedTuple):
 
 def accumulate(initial: Any = 0.0) -> Stage:
     """Replaces the diagonal by its sum over all steps, and `initial`: AdaGrad's memory.
+
+    The sum ends at the largest float. An entry that is not finite is handed on as NaN in that step
+    and is not summed.
 
     Args:
         initial: what the sum starts from, a number >= 0.
@@ -123,8 +133,8 @@ def accumulate(initial: Any = 0.0) -> Stage:
     def rule(signal: Signal, state: AccumulateState, params: Tree = None, **extra: Any) -> Any:
         del params, extra
         diagonal = checks.needed_diagonal(signal.diagonal, "accumulate", "sums a diagonal")
-        total = trees.add(state.total, diagonal)
-        return signal._replace(diagonal=total), AccumulateState(total)
+        total = jax.tree.map(_summed, state.total, diagonal)
+        return _handed(signal, total), AccumulateState(total)
 
     return stage(init, rule)
 
@@ -132,8 +142,31 @@ def accumulate(initial: Any = 0.0) -> Stage:
 def _faded(decay: Any, weight: jax.Array, mean: Tree, new: Tree) -> tuple[jax.Array, Tree]:
     """The weight and the mean with one more term, all that went before fading by β."""
     beta = jnp.asarray(decay, weight.dtype)
-    faded = jax.tree.map(lambda m, x: beta * m + (1 - beta) * x, mean, new)
+    last = trees.ratio(jnp.ones_like(weight), weight)
+
+    def fade(m: jax.Array, x: jax.Array) -> jax.Array:
+        return beta * m + (1 - beta) * jnp.where(jnp.isfinite(x), x, last * m)
+
+    faded = jax.tree.map(fade, mean, new)
     return beta * weight + (1 - beta), trees.cast_like(faded, mean)
+
+
+def _square(d: jax.Array) -> jax.Array:
+    """D², the largest float where that is beyond it."""
+    edge = float(jnp.finfo(d.dtype).max) ** 0.5 * (1 - float(jnp.finfo(d.dtype).eps))
+    return jnp.square(jnp.where(jnp.isfinite(d), jnp.clip(d, -edge, edge), d))
+
+
+def _summed(total: jax.Array, d: jax.Array) -> jax.Array:
+    edge = float(jnp.finfo(total.dtype).max)
+    kept = total + jnp.where(jnp.isfinite(d), d, 0)
+    return jnp.clip(kept, -edge, edge).astype(total.dtype)
+
+
+def _handed(signal: Signal, smooth: Tree) -> Signal:
+    """The signal with the smooth diagonal, NaN where this step's own is not finite."""
+    shown = lambda d, x: jnp.where(jnp.isfinite(d), x, jnp.nan)
+    return signal._replace(diagonal=jax.tree.map(shown, signal.diagonal, smooth))
 
 
 def _zeros(params: Tree) -> Tree:

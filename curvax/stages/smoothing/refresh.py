@@ -16,7 +16,8 @@ class EveryState(NamedTuple):
     step: jax.Array
     """Steps taken, int32 scalar."""
     diagonal: Tree
-    """The diagonal as last refreshed, in float32 or wider, shaped like the parameters."""
+    """The diagonal as last refreshed, in float32 or wider, shaped like the parameters; entries
+    that were not finite as refreshed before, but for the first time."""
     inner: Any
     """The state of the stages inside."""
 
@@ -26,8 +27,9 @@ def every(k: Any, stages: optax.GradientTransformation) -> Stage:
 
     `every(5, hutchinson_diag()) | ema_rms(b)` feeds the kept diagonal to the average at each step;
     `every(5, hutchinson_diag() | ema_rms(b))` averages, and counts, refreshes only. A kept step
-    costs one gradient. Under `vmap` both branches run and nothing is saved. Yao et al.,
-    AdaHessian, arXiv:2006.00719, Table 8.
+    costs one gradient. Under `vmap` both branches run and nothing is saved. Of a refresh that is
+    not finite that step alone sees the entries; what is kept in their place is the last refresh
+    that was. Yao et al., AdaHessian, arXiv:2006.00719, Table 8.
 
     Args:
         k: a positive int, or a traced one.
@@ -63,7 +65,7 @@ def every(k: Any, stages: optax.GradientTransformation) -> Stage:
         objective = as_objective(value_fn, "every", params)
         fresh = objective.on(objective.batch)
 
-        def refresh() -> tuple[Tree, Any]:
+        def refresh() -> tuple[Tree, Tree, Any]:
             given = Signal(signal.updates, signal.gradient, signal.diagonal, local=signal.local)
             below = []
             for part, place in zip(parts_of(inner), state.inner, strict=True):
@@ -72,11 +74,13 @@ def every(k: Any, stages: optax.GradientTransformation) -> Stage:
                     _refuse_change(name_of(part))
                 below.append(new)
             diagonal = checks.needed_diagonal(given.diagonal, "every", "keeps a diagonal")
-            return trees.cast_like(diagonal, state.diagonal), tuple(below)
+            diagonal = trees.cast_like(diagonal, state.diagonal)
+            good = lambda x, old: jnp.where(jnp.isfinite(x) | (state.step == 0), x, old)
+            return diagonal, jax.tree.map(good, diagonal, state.diagonal), tuple(below)
 
-        keep = lambda: (state.diagonal, state.inner)
-        diagonal, below = axes.cond(state.step % k == 0, refresh, keep)
-        return signal._replace(diagonal=diagonal), EveryState(state.step + 1, diagonal, below)
+        keep = lambda: (state.diagonal, state.diagonal, state.inner)
+        diagonal, kept, below = axes.cond(state.step % k == 0, refresh, keep)
+        return signal._replace(diagonal=diagonal), EveryState(state.step + 1, kept, below)
 
     return containing(init, rule, inner)
 
