@@ -110,7 +110,8 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
         first, shards = objective.shard_number(local)
         whole = objective.apart().whole()
         # The caller's loss and gradient are those of the whole batch.
-        extra = {name: x for name, x in extra.items() if name not in ("value", "grad")}
+        whole_batch = ("value", "grad", "loss", "obj_fn")
+        extra = {name: x for name, x in extra.items() if name not in whole_batch}
         averaged: frozenset[str] = frozenset()
         keys = StateKeys(inner.init, params)
 
