@@ -72,6 +72,7 @@ STAGES: dict[str, tuple[dict[str, Any], dict[str, tuple[float, float]]]] = {
     "solve": (dict(solver=cx.cg(2, warm_start=0.5)), {}),
     "trust_region": ({}, dict(radius=(1e-3, 1e-2))),
     "quadratic_step": (dict(momentum=False), {}),
+    "split_real_and_imaginary": (dict(stages=cx.sam_perturb(0.1)), {}),
     "pmean_updates": (dict(axis_name="batch"), {}),
     "squared_gradient": ({}, {}),
 }
