@@ -99,11 +99,9 @@ def _axes_of_old_pmap() -> tuple[str, ...]:
     JAX keeps one list of bound names without their origin. A vmap, and it alone, is at work in a
     frame of its batching interpreter that holds the name.
     """
-    if not _has_old_pmap():
-        return ()
     internals: Any = jax.core
-    names = internals.unsafe_get_axis_names_DO_NOT_USE()
-    batched = frozenset(_axes_of_vmap(sys._getframe()))
+    names = internals.unsafe_get_axis_names_DO_NOT_USE() if _has_old_pmap() else ()
+    batched = frozenset(_axes_of_vmap(sys._getframe())) if names else ()
     return tuple(name for name in names if name not in batched)
 
 
