@@ -78,7 +78,9 @@ def gathered(tree: Tree, names: Axes | None = None) -> Tree:
     def gather(x: jax.Array) -> jax.Array:
         if not is_sharded(x):
             return x
-        kept = lambda dim: tuple(a for a in split_of(x, dim) if names is not None and a not in names)
+        kept = lambda dim: tuple(
+            a for a in split_of(x, dim) if names is not None and a not in names
+        )
         return laid_out(x, *(kept(dim) for dim in range(x.ndim)))
 
     return tree if names == () else jax.tree.map(gather, tree)
@@ -187,7 +189,7 @@ def first_line(error: Exception) -> str:
     return str(error).split("\n")[0][:300]
 
 
-def _resharded(x: jax.Array, wanted: NamedSharding) -> jax.Array:
+def _resharded(x: jax.Array, wanted: Any) -> jax.Array:
     return jax.sharding.reshard(x, wanted)
 
 

@@ -100,9 +100,7 @@ def _recursion(
     inputs: str | Callable[[Tree], jax.Array],
     activation: Callable[[jax.Array], jax.Array],
 ) -> tuple[list[MlpBlockHessian], jax.Array]:
-    def one(
-        part: Objective, chain: tuple[_Layer, ...]
-    ) -> tuple[list[MlpBlockHessian], jax.Array]:
+    def one(part: Objective, chain: tuple[_Layer, ...]) -> tuple[list[MlpBlockHessian], jax.Array]:
         fed = inputs(part.batch) if callable(inputs) else part.batch[inputs]
         x = trees.widen(fed[0].ravel())
         return _blocks(chain, x, activation, lambda z: part.loss_of(z[None]))

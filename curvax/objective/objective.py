@@ -239,8 +239,9 @@ class Objective:
         """
         if part is self or not trees.has_overwritten(params):
             return jax.value_and_grad(part.evaluate, has_aux=True)(params)
-        own, all_ = part.batch_weight(), self.batch_weight()
-        share = part.size / self.size if own is None else trees.ratio(own, all_)
+        share: Any = part.size / self.size
+        if (own := part.batch_weight()) is not None and (total := self.batch_weight()) is not None:
+            share = trees.ratio(own, total)
 
         def scaled(p: Tree) -> tuple[jax.Array, Any]:
             value, aux = part.evaluate(p)
