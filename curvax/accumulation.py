@@ -11,7 +11,6 @@ from jax import lax
 from curvax import axes, meshes
 from curvax.trees import Tree, is_float, is_overwritten, names, ratio, wide_dtype, widen
 
-
 KINDS = ("mean", "sum", "max", "min", "last", "concat")
 """How what pieces give becomes what the whole gives."""
 
@@ -63,7 +62,8 @@ def reduced(kind: str, x: jax.Array) -> jax.Array:
     if kind == "last":
         return meshes.laid_out(x, ())[-1]
     if kind in ("sum", "max", "min"):
-        return {"sum": jnp.sum, "max": jnp.max, "min": jnp.min}[kind](x, axis=0).astype(x.dtype)
+        reduction: Any = {"sum": jnp.sum, "max": jnp.max, "min": jnp.min}[kind]
+        return reduction(x, axis=0).astype(x.dtype)
     axis = int(kind.removeprefix("concat") or 0)
     if axis == 0:
         return meshes.joined(x)
@@ -213,6 +213,8 @@ def _told(evaluate: Callable[[], Any], pieces: Tree) -> Any:
             raise
         x = jax.tree.leaves(pieces)[0]
         split = sorted({*names[0], *names[1]})
+        like = meshes.split_leaf(pieces)
+        devices = 1 if like is None else meshes.size_of(tuple(split), like)
         raise ValueError(
             f"The batch lies along {split} of an explicit mesh and is cut into {x.shape[0]} pieces "
             f"of {x.shape[1]} (groups, examples or micro-batches), which the model or the loss "
@@ -220,7 +222,7 @@ def _told(evaluate: Callable[[], Any], pieces: Tree) -> Any:
             "Name the axes of the batch in the model as its input's type has them, "
             "`out_sharding=P(jax.typeof(x).sharding.spec[0], None)`, which a piece has none of "
             "where it lies on one device; or take pieces that are a multiple of "
-            f"{meshes.size_of(tuple(split), meshes.split_leaf(pieces))} examples, so that each is split along "
+            f"{devices} examples, so that each is split along "
             "those axes."
         ) from error
 

@@ -189,7 +189,7 @@ def first_line(error: Exception) -> str:
     return str(error).split("\n")[0][:300]
 
 
-def _resharded(x: jax.Array, wanted: NamedSharding) -> jax.Array:
+def _resharded(x: jax.Array, wanted: Any) -> jax.Array:
     return jax.sharding.reshard(x, wanted)
 
 

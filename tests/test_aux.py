@@ -130,7 +130,7 @@ def test_the_aux_of_a_model_too_and_eagerly():
     assert_trees_close(parts.value_and_grad(PARAMS), whole.value_and_grad(PARAMS), tol=1e-14)
 
 
-UNDECIDED = {
+UNDECIDED: dict[str, tuple[Any, str]] = {
     "a deviation": (lambda p, b: jnp.std(seen(p, b)[2]), "a spread"),
     "the place of the worst": (lambda p, b: jnp.argmax(seen(p, b)[2]), "`argmax`"),
     "the first": (lambda p, b: seen(p, b)[2][0], "over the examples"),
@@ -219,10 +219,10 @@ def test_batch_statistics_are_averaged_and_metrics_are_those_of_the_pieces(remat
 def test_the_aux_of_groups_is_that_of_the_whole(microbatch, sequential):
     names = ("correct", "hits", "worst", "accuracy", "of tokens")
     loss = measured({name: MEASURES[name] for name in names})
-    found = []
+    found: list[Any] = []
     keep = cx.stage(
         lambda params: None,
-        lambda signal, state, params, **extra: (found.append(signal.aux) or signal, state),
+        lambda signal, state, params, **extra: (found.append(signal.aux), (signal, state))[1],
     )
     objective = cx.Objective(loss, make_batch(), has_aux=True, microbatch=microbatch)
     tx = per_group(4, cx.sam_perturb(0.05), sequential=sequential) | keep | optax.sgd(0.1)

@@ -1,4 +1,4 @@
-"""On meshes of explicit axes, `jax.make_mesh`'s own, all gives what one device does."""
+"""Methods and measures on meshes of explicit axes give what they give on one device."""
 
 import functools
 from functools import partial
@@ -202,6 +202,10 @@ def test_parameters_come_back_as_they_lay():
         assert jax.tree.map(jax.typeof, found) == jax.tree.map(jax.typeof, params)
 
 
+def grid() -> Any:
+    return jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+
+
 def named() -> tuple[Any, Any]:
     """Parameters and batch of a mesh whose model names the axis of the batch."""
     specs = {"w": P(None, "model"), "v": P("model")}
@@ -212,19 +216,15 @@ def named() -> tuple[Any, Any]:
 @pytest.mark.parametrize("name", ["groups of 4", "groups of 16", "micro-batches"])
 def test_a_model_that_names_the_axis_of_the_batch_has_its_part_of_each_piece(name):
     expected = on_one_device(name)
-    with jax.set_mesh(
-        jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
-    ):
+    with jax.set_mesh(grid()):
         assert_same(jax.tree.map(np.asarray, run(name, *named(), by_name)), expected)
 
 
 @pytest.mark.parametrize("name", ["groups of 2", "micro-batches of 2", "kernel", "by rows"])
 def test_pieces_that_such_a_model_cannot_split_are_refused(name):
-    with jax.set_mesh(
-        jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
-    ):
-        with pytest.raises(ValueError, match=r"(?s)lies along \['data'\].*names an axis.*typeof"):
-            run(name, *named(), by_name)
+    told = r"(?s)lies along \['data'\].*names an axis.*typeof"
+    with jax.set_mesh(grid()), pytest.raises(ValueError, match=told):
+        run(name, *named(), by_name)
 
 
 def test_jaxs_own_errors_stay_where_no_layout_is_at_fault():

@@ -1,5 +1,6 @@
 """A model and a point ↦ the Jacobian of its outputs, example by example or as two linear maps."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -100,6 +101,6 @@ def _like(u: jax.Array, outputs: Any) -> Tree:
     ends = [0]
     for x in leaves:
         ends.append(ends[-1] + x.size // len(x))
-    cut = [lax.slice_in_dim(u, a, b, axis=1) for a, b in zip(ends, ends[1:])]
+    cut = [lax.slice_in_dim(u, a, b, axis=1) for a, b in itertools.pairwise(ends)]
     shaped = [part.reshape(x.shape) for part, x in zip(cut, leaves)]
     return jax.tree.unflatten(treedef, trees.laid_out_like(shaped, leaves))

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import jax
 from jax.extend import core
 
 INLINED = ("jit", "pjit", "closed_call", "core_call")
@@ -106,7 +105,7 @@ def _walk(piece: Any, whole: Any, inputs: list[Info], numbers: Numbers) -> list[
         infos, inner = [known(x) for x in a.invars], body(a)
         if inner is not None:
             held = [Info(param=True)] * len(inner[1])
-            outs = _walk(inner[0], body(b)[0], held + infos, numbers)
+            outs = _walk(inner[0], opened(called(b))[0], held + infos, numbers)
         else:
             outs = _equation(a, b, infos, (next(numbers.piece), next(numbers.whole)))
         env.update(zip(a.outvars, outs))
@@ -118,10 +117,11 @@ def body(eqn: Any) -> tuple[Any, list[Any]] | None:
 
     The constants are its first inputs.
     """
-    if eqn.primitive.name not in INLINED:
-        return None
-    inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-    return opened(inner)
+    return opened(called(eqn)) if eqn.primitive.name in INLINED else None
+
+
+def called(eqn: Any) -> Any:
+    return eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
 
 
 def opened(closed: Any) -> tuple[Any, list[Any]]:
@@ -217,38 +217,32 @@ def _after(
 
 def _mixed(eqn: Any, infos: list[Info], axis: int) -> str | None:
     """Why the examples of an output are not those of the input, one by one and in their order."""
-    name, params = eqn.primitive.name, eqn.params
-    told = f"`{name}` along the examples"
-    for x, info in zip(eqn.invars, infos):
-        if info.axis is None:
-            continue
-        shape = x.aval.shape
-        if name == "sort" and params["dimension"] == info.axis:
-            return told
-        if name in SCANNED and params["axis"] == info.axis:
-            return told
-        if name in ("concatenate",) and params["dimension"] == info.axis:
-            return told
-        if name == "rev" and info.axis in params["dimensions"]:
-            return told
-        if name == "reshape":
-            out = eqn.outvars[0].aval.shape
-            if math.prod(shape[: info.axis]) != math.prod(out[:axis]):
-                return told
-        if name in ("slice", "pad", "split", "dynamic_slice"):
-            if eqn.outvars[0].aval.shape[axis] != shape[info.axis]:
-                return told
-        if name == "gather" and x is eqn.invars[0]:
-            numbers = params["dimension_numbers"]
-            whole = params["slice_sizes"][info.axis] == shape[info.axis]
-            if info.axis not in numbers.operand_batching_dims and not whole:
-                return told
-        if name.startswith("scatter") and x is eqn.invars[0]:
-            if info.axis in params["dimension_numbers"].scatter_dims_to_operand_dims:
-                return told
-        if name == "scan" and info.axis == 0 and _is_scanned(eqn, x):
-            return told
+    pairs = zip(eqn.invars, infos)
+    if any(info.axis is not None and _mixes(eqn, x, info.axis, axis) for x, info in pairs):
+        return f"`{eqn.primitive.name}` along the examples"
     return None
+
+
+def _mixes(eqn: Any, x: Any, axis: int, out: int) -> bool:
+    """Whether an equation goes along the axis of examples of an input; `out` is its output's."""
+    name, params, shape = eqn.primitive.name, eqn.params, x.aval.shape
+    after = eqn.outvars[0].aval.shape
+    if name in ("sort", "concatenate"):
+        return params["dimension"] == axis
+    if name in SCANNED:
+        return params["axis"] == axis
+    if name == "rev":
+        return axis in params["dimensions"]
+    if name == "reshape":
+        return math.prod(shape[:axis]) != math.prod(after[:out])
+    if name in ("slice", "pad", "split", "dynamic_slice"):
+        return after[out] != shape[axis]
+    if name == "gather" and x is eqn.invars[0]:
+        whole = params["slice_sizes"][axis] == shape[axis]
+        return axis not in params["dimension_numbers"].operand_batching_dims and not whole
+    if name.startswith("scatter") and x is eqn.invars[0]:
+        return axis in params["dimension_numbers"].scatter_dims_to_operand_dims
+    return name == "scan" and axis == 0 and _is_scanned(eqn, x)
 
 
 def _is_scanned(eqn: Any, x: Any) -> bool:
@@ -261,7 +255,7 @@ def _is_scanned(eqn: Any, x: Any) -> bool:
 def _inside(a: Any, b: Any, infos: list[Info]) -> list[Info | None]:
     """What is known of the outputs of a call that is run as one, from its program."""
     nothing: list[Info | None] = [None] * len(a.outvars)
-    programs = [e.params.get("jaxpr", e.params.get("call_jaxpr")) for e in (a, b)]
+    programs = [called(a), called(b)]
     if any(p is None for p in programs):
         return nothing
     (piece, consts), (whole, _) = map(opened, programs)

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jax.extend import core
 
 from curvax import trees
 from curvax.accumulation import KINDS, Parts

@@ -260,8 +260,9 @@ class Objective:
         """
         if part is self or not trees.has_overwritten(params):
             return part._differentiated(params)
-        own, all_ = part.batch_weight(), self.batch_weight()
-        share = part.size / self.size if own is None else trees.ratio(own, all_)
+        share: Any = part.size / self.size
+        if (own := part.batch_weight()) is not None and (total := self.batch_weight()) is not None:
+            share = trees.ratio(own, total)
         return part._differentiated(params, jnp.asarray(share))
 
     def _differentiated(

@@ -72,8 +72,16 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
     for every m examples, whatever the number of devices. Each group starts from the one state kept,
     with keys of its own; afterwards moments and figures are averaged, and counts and keys advance
     once. The gradient that the caller computed is not used, and compiles to nothing. Of curvature a
-    diagonal is handed on, but not where devices count by weights, since they may share it. Foret et
-    al., SAM, arXiv:2010.01412, section 4.1.
+    diagonal is handed on, but not where devices count by weights, since they may share it. The aux
+    is that of the whole batch, as with micro-batches. Foret et al., SAM, arXiv:2010.01412, section
+    4.1.
+
+    On a mesh of explicit axes groups that come out even on the devices stay there: one sum of the
+    parameters' size between devices, and parameters that are split along the axes of the batch
+    (FSDP) are gathered once before. Fewer groups than devices, or a model that names the axis of
+    the batch, have every device work on its part of each group: a sum for each group and pass, and
+    the batch is moved once. Where neither the groups nor their examples come out even, devices
+    repeat each other's work.
 
     Args:
         m: examples in a group; divides the batch. Under device axes it divides the batch of each
@@ -108,7 +116,7 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
         local = objective.local_axes(params)
         weight, count = objective.batch_weight(), objective.size // here
         first, shards = objective.shard_number(local)
-        whole = objective.apart().whole()
+        batch_of_all = objective.apart().whole()
         # The caller's loss and gradient are those of the whole batch.
         whole_batch = ("value", "grad", "loss", "obj_fn")
         extra = {name: x for name, x in extra.items() if name not in whole_batch}
@@ -120,7 +128,7 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
         ) -> tuple[Any, jax.Array | None]:
             nonlocal averaged
             group = objective.piece(batch, i, count)
-            group = group if count == 1 else group.piece_of(whole)
+            group = group if count == 1 else group.piece_of(batch_of_all)
             (value, aux), gradient = group.value_aux_and_grad(params)
             given = Signal(gradient, gradient, value=value, aux=aux, local=local)
             start = keys.map(lambda key: jax.random.fold_in(key, first * count + i), state)
