@@ -112,7 +112,8 @@ def test_the_own_gradient_is_shared_with_the_estimator():
             grads = jax.tree.map(jnp.conj, grads) if conjugated else grads
             return tx.update(grads, tx.init(params), params, value_fn=objective)[0]
 
-        return jax.jit(step).lower(PARAMS).compile().cost_analysis()["flops"]
+        costs: Any = jax.jit(step).lower(PARAMS).compile().cost_analysis()
+        return costs["flops"]
 
     assert flops(False) <= flops(True)
 
