@@ -17,9 +17,10 @@ from small_problems import flat, quick_jit
 
 import curvax as cx
 from curvax import analysis
-from curvax.oracles.differences import differences, largest_singular_value, rounding
+from curvax.oracles.differences import differences, largest_singular_value
 from curvax.oracles.hessian import MODES
 from curvax.oracles.programs import refusal
+from curvax.oracles.rounding import rounding
 
 X = jax.random.normal(jax.random.key(0), (8, 3))
 W = {"w": 0.3 * jax.random.normal(jax.random.key(1), (3, 3))}
@@ -456,10 +457,16 @@ def test_the_step_of_differences_follows_the_precision_of_the_products(kind):
 def test_rounding_is_that_of_what_lies_between_parameters_and_results():
     w, half, preset = jnp.ones((3, 3), jnp.float32), jnp.bfloat16, jax.lax.DotAlgorithmPreset
     eps = lambda dtype: float(jnp.finfo(dtype).eps)
+    data = jnp.sin(jnp.ones((3, 3), half))
     rounded = lambda w: w.astype(half).astype(jnp.float32)
     scanned = lambda w: jax.lax.scan(lambda c, _: (rounded(c), None), w, length=2)[0]
+    # Rounded on the way around, two turns before the end.
+    turn = lambda c, x: ((c[1], jnp.sin(c[2].astype(jnp.float32)), c[0].astype(half)), x)
+    carried = lambda w: jax.lax.scan(turn, (w, w, jnp.zeros_like(w, half)), None, length=3)[0][0]
+    summed = lambda w: jax.lax.scan(
+        lambda c, x: (c + w * x.astype(c.dtype), jnp.cos(w).astype(half)), w, jnp.stack([data])
+    )[0]
     branched = lambda w: jax.lax.cond(w[0, 0] > 0, lambda w: w, rounded, w)
-    data = jnp.sin(jnp.ones((3, 3), half))
     cases: list[tuple[Callable[[jax.Array], Any], float]] = [
         (lambda w: w @ w, eps(jnp.float32)),
         (lambda w: w.astype(half) @ w.astype(half), eps(half)),
@@ -471,8 +478,10 @@ def test_rounding_is_that_of_what_lies_between_parameters_and_results():
         (lambda w: jax.lax.reduce_precision(w, 8, 5), 2.0**-5),
         (lambda w: jnp.dot(w, w, precision=preset.TF32_TF32_F32), 2.0**-10),
         (lambda w: jnp.dot(w, w, precision=preset.BF16_BF16_F32_X3), eps(jnp.float32)),
+        (carried, eps(half)),
         # What does not depend on the parameters, and what nothing depends on.
         (lambda w: w @ jnp.cos(data).astype(jnp.float32), eps(jnp.float32)),
+        (summed, eps(jnp.float32)),
         (lambda w: (w.astype(half), w)[1], eps(jnp.float32)),
         (lambda w: jax.jit(lambda w: (w.astype(half), w))(w)[1], eps(jnp.float32)),
     ]

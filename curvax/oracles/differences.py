@@ -1,29 +1,18 @@
 """A function and a point ↦ its derivative along a vector, by central differences."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
 
 from curvax import trees
-from curvax.oracles.programs import Function, bodies
+from curvax.oracles.programs import Function
+from curvax.oracles.rounding import rounding
 from curvax.trees import Tree
-
-Vars = set[Any]
 
 POWER_STEPS = 3
 """Of power iteration, from a start without structure: σ is wanted to a few tens of per cent."""
-
-LOOPS = ("scan", "while")
-
-REDUCED = {"BF16_BF16_F32": 2.0**-7, "TF32_TF32_F32": 2.0**-10, "F16_F16": 2.0**-10}
-"""ε of the operands of a matrix product, by how the name of its algorithm starts."""
-
-DEFAULT = {"tpu": 2.0**-7, "gpu": 2.0**-10}
-"""The same of products in float32 at default precision: bfloat16 on TPUs, TF32 on GPUs."""
 
 
 def differences(f: Function, params: Tree) -> Function:
@@ -97,74 +86,3 @@ def _quotient(ahead: Any, behind: Any, scale: jax.Array) -> Any:
     if not trees.is_float(ahead):
         return np.zeros(ahead.shape, jax.dtypes.float0)
     return (scale * (trees.widen(ahead) - trees.widen(behind))).astype(ahead.dtype)
-
-
-def rounding(f: Function, params: Tree) -> float:
-    """ε of the coarsest floating numbers between the parameters and f of them. Traces f once."""
-    program = jax.make_jaxpr(f)(params).jaxpr
-    own = [float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(params) if trees.is_float(x)]
-    steps = _roundings(program, set(program.invars), set(program.outvars))
-    return max([*own, *steps], default=float(jnp.finfo(jnp.float32).eps))
-
-
-def _roundings(jaxpr: Any, depends: Vars, wanted: Vars) -> Iterator[float]:
-    """ε of what depends on some variables, where the wanted ones depend on it."""
-    needed = _needed(jaxpr, wanted)
-    depends = set(depends)
-    for eqn in jaxpr.eqns:
-        if not _variables(eqn.invars) & depends:
-            continue
-        depends |= set(eqn.outvars)
-        if eqn.outvars and not needed & set(eqn.outvars):
-            continue
-        yield from _of_equation(eqn, needed)
-        for body in bodies(eqn):
-            yield from _roundings(body, *_within(eqn, body, depends, needed))
-
-
-def _needed(jaxpr: Any, wanted: Vars) -> Vars:
-    needed = _variables(wanted)
-    for eqn in reversed(jaxpr.eqns):
-        if needed & set(eqn.outvars):
-            needed |= _variables(eqn.invars)
-    return needed
-
-
-def _within(eqn: Any, body: Any, depends: Vars, needed: Vars) -> tuple[Vars, Vars]:
-    """The two sets in the body of an equation: all of it where the two do not correspond."""
-    inside, wanted = set(body.invars), _variables(body.outvars)
-    if not body.outvars:  # a kernel, which writes to references
-        wanted = {var for inner in body.eqns for var in inner.outvars}
-    loop = eqn.primitive.name in LOOPS
-    if not loop and len(body.invars) <= len(eqn.invars):
-        pairs = zip(reversed(body.invars), reversed(eqn.invars))
-        inside = {own for own, outer in pairs if _variables([outer]) & depends}
-    if not loop and 0 < len(body.outvars) == len(eqn.outvars):
-        pairs = zip(body.outvars, eqn.outvars)
-        wanted = _variables(own for own, outer in pairs if outer in needed)
-    return inside, wanted
-
-
-def _variables(found: Any) -> Vars:
-    return {var for var in found if not isinstance(var, core.Literal)}
-
-
-def _of_equation(eqn: Any, needed: Vars) -> Iterator[float]:
-    for var in needed.intersection(eqn.outvars):
-        dtype = getattr(var.aval, "dtype", None)
-        if dtype is not None and jnp.issubdtype(dtype, jnp.inexact):
-            yield float(jnp.finfo(dtype).eps)
-    if eqn.primitive.name == "reduce_precision":
-        yield 2.0 ** -eqn.params["mantissa_bits"]
-    if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
-        yield from _of_product(eqn)
-
-
-def _of_product(eqn: Any) -> Iterator[float]:
-    precision = eqn.params.get("precision")
-    for one in precision if isinstance(precision, tuple) else (precision,):
-        name = getattr(one, "name", "DEFAULT")
-        if name == "DEFAULT" and eqn.invars[0].aval.dtype == jnp.float32:
-            yield DEFAULT.get(jax.default_backend(), 0.0)
-        if "_X" not in name:
-            yield max((e for start, e in REDUCED.items() if name.startswith(start)), default=0.0)
