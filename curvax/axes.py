@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from curvax import compat
 from curvax.trees import Tree, is_float, ratio, widen
 
 AxisNames = str | tuple[str, ...] | None
@@ -48,7 +49,7 @@ def as_tuple(axes: AxisNames) -> tuple[str, ...]:
 
 def manual() -> tuple[str, ...]:
     """The axes that pmap or shard_map bound here (vmap's do not show)."""
-    return tuple(jax.sharding.get_abstract_mesh().manual_axes)
+    return compat.manual_axes()
 
 
 def varying(tree: Tree) -> frozenset[str]:
@@ -58,8 +59,7 @@ def varying(tree: Tree) -> frozenset[str]:
 
 def varying_of(abstract: Any) -> frozenset[str]:
     """The same of an abstract value or a `ShapeDtypeStruct`."""
-    kind = getattr(abstract, "manual_axis_type", None)
-    return frozenset() if kind is None else frozenset(kind.varying)
+    return compat.varying_axes(abstract)
 
 
 def tracked() -> bool:
@@ -76,7 +76,7 @@ def vary(tree: Tree, axes: Any) -> Tree:
 
 def _cast(x: jax.Array, axes: Any) -> jax.Array:
     missing = tuple(axis for axis in axes if axis not in varying_of(jax.typeof(x)))
-    return lax.pcast(x, missing, to="varying") if missing else x
+    return compat.cast_to_varying(x, missing) if missing else x
 
 
 def carried(start: Tree, step: Callable[[Tree], Tree]) -> Tree:

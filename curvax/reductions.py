@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
+from curvax import compat
 from curvax.trees import Tree
 
 Vars = set[Any]
@@ -69,7 +70,7 @@ def _exchanges(jaxpr: Any) -> Iterator[set[str]]:
             named = eqn.params.get("axes", eqn.params.get("axis_name"))
             named = named if isinstance(named, tuple) else (named,)
             yield {axis for axis in named if isinstance(axis, str)}
-        for inner in _bodies(eqn):
+        for inner in compat.bodies(eqn.params):
             yield from _exchanges(inner)
 
 
@@ -90,7 +91,7 @@ def _output_reductions(jaxpr: Any, output: int, depends: Vars) -> set[str]:
         eqn, i = producer[var]
         if eqn.primitive.name.startswith("psum"):
             found |= {axis for axis in eqn.params["axes"] if isinstance(axis, str)}
-        for inner in _bodies(eqn):
+        for inner in compat.bodies(eqn.params):
             if i < len(inner.outvars):
                 found |= _output_reductions(inner, i, _passed_down(eqn, inner, depends))
         stack.extend(eqn.invars)
@@ -108,7 +109,3 @@ def _dependents(jaxpr: Any, roots: Vars) -> Vars:
 def _passed_down(eqn: Any, inner: Any, depends: Vars) -> Vars:
     pairs = zip(reversed(inner.invars), reversed(eqn.invars))
     return {var for var, outer in pairs if not isinstance(outer, core.Literal) and outer in depends}
-
-
-def _bodies(eqn: Any) -> list[Any]:
-    return [getattr(body, "jaxpr", body) for body in core.jaxprs_in_params(eqn.params)]

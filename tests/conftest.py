@@ -13,6 +13,11 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / 
 import jax
 import pytest
 
+if not hasattr(jax, "enable_x64"):  # JAX 0.7 has it among the experiments.
+    from jax.experimental import enable_x64  # type: ignore[attr-defined]
+
+    jax.enable_x64 = enable_x64
+
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

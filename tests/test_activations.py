@@ -174,7 +174,7 @@ class Block(nnx.Module):
 class Net(nnx.Module):
     def __init__(self, rngs):
         self.first = Block(rngs)
-        self.rest = nnx.List([Block(rngs), Block(rngs)])
+        self.rest = getattr(nnx, "List", list)([Block(rngs), Block(rngs)])
 
     def __call__(self, x):
         x = self.first(x)

@@ -73,6 +73,12 @@ def test_a_forgotten_axis_is_an_error(tx, regime):
         mapped(update(tx), regime)(PARAMS, BATCH)
 
 
+def test_a_forgotten_axis_without_a_name_is_an_error():
+    step = jax.pmap(update(cx.sam(optax.sgd(0.1))), in_axes=(None, 0))
+    with pytest.raises(ValueError, match=r"device axis.*was not told to average"):
+        step(PARAMS, BATCH.reshape(8, -1, 3))
+
+
 @EVERYWHERE
 def test_a_mean_that_is_not_wanted_can_be_said(regime):
     tx = cx.sam_perturb(0.1) | cx.pmean_updates(()) | optax.adam(0.1)

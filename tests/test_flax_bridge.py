@@ -13,6 +13,7 @@ from flax import nnx
 from flax.training import train_state
 
 from curvax import Objective, categorical, dense, natural_gradient, sam
+from curvax.compat import as_pure
 from curvax.flax_bridge import TrainState, nnx_loss
 
 RHO = 0.1
@@ -164,7 +165,7 @@ def nnx_model():
     """In float64, running statistics included."""
     model = Nnx(nnx.Rngs(0))
     double = lambda x: x.astype(float) if jnp.issubdtype(x.dtype, jnp.floating) else x
-    nnx.update(model, jax.tree.map(double, nnx.as_pure(nnx.state(model))))
+    nnx.update(model, jax.tree.map(double, as_pure(nnx.state(model))))
     return model
 
 
@@ -187,7 +188,7 @@ def test_nnx_step_is_sam_with_one_dropout_mask_and_clean_statistics():
     optimizer = nnx.Optimizer(model, sam(optax.sgd(0.3), RHO), wrt=nnx.Param)
     twin = nnx.clone(model)
     for _ in range(2):
-        params, rest = (nnx.as_pure(nnx.state(twin, kind)) for kind in (nnx.Param, REST))
+        params, rest = (as_pure(nnx.state(twin, kind)) for kind in (nnx.Param, REST))
         loss = partial(nnx_twin_loss, nnx.graphdef(twin), rest, batch)
         grads, after = hand_written_sam(loss, params)
         value = nnx_step(model, optimizer, batch)
@@ -201,13 +202,13 @@ def test_nnx_step_is_sam_with_one_dropout_mask_and_clean_statistics():
 def nnx_twin_loss(graphdef, rest, batch, params):
     live = nnx.merge(graphdef, params, rest, copy=True)
     value = nnx_cross_entropy(live, batch)
-    return value, nnx.as_pure(nnx.state(live, REST))
+    return value, as_pure(nnx.state(live, REST))
 
 
 def plain(model):
     """All of a model's arrays, keys as numbers."""
     keys = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-    return jax.tree.map(keys, nnx.as_pure(nnx.state(model)))
+    return jax.tree.map(keys, as_pure(nnx.state(model)))
 
 
 def test_evaluating_an_nnx_loss_changes_nothing_and_is_repeatable():
@@ -215,7 +216,7 @@ def test_evaluating_an_nnx_loss_changes_nothing_and_is_repeatable():
     before = plain(model)
     loss, params = nnx_loss(model, nnx_cross_entropy)
     first, state = loss(params, batch)
-    second, _ = loss(nnx.as_pure(params), batch)
+    second, _ = loss(as_pure(params), batch)
     assert first == second
     assert_trees_close(plain(model), before, rtol=0)
     nnx.update(model, state)
@@ -227,7 +228,7 @@ def test_parameters_of_an_nnx_loss_do_not_follow_the_module():
     model, batch = nnx_model(), data()
     loss, params = nnx_loss(model, nnx_cross_entropy)
     before = loss(params, batch)[0]
-    nnx.update(model, jax.tree.map(lambda p: p + 1.0, nnx.as_pure(params)))
+    nnx.update(model, jax.tree.map(lambda p: p + 1.0, as_pure(params)))
     assert loss(params, batch)[0] == before
 
 

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import curvax as cx
-from curvax import Signal, spatial_average, trees
+from curvax import Signal, compat, spatial_average, trees
 from curvax.layouts import layout_of_tree
 from curvax.models import build
 
@@ -154,7 +154,7 @@ class NnxNet(nnx.Module):
 def test_nnx_by_names_with_variables_or_without():
     state = nnx.state(NnxNet(nnx.Rngs(0)), nnx.Param)
     windows = {"conv1/kernel": (0, 1), "stem/kernel": (0, 1)}
-    assert_windows(normal(nnx.as_pure(state)), windows)
+    assert_windows(normal(compat.as_pure(state)), windows)
     held = {f"{path}/value": axes for path, axes in windows.items()}
     assert_windows(normal(state), held)
 

@@ -10,6 +10,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
+from curvax.compat import as_pure
 from curvax.flax_bridge import Layout, layout
 from curvax.models import build
 
@@ -291,7 +292,7 @@ class Twin(nnx.Module):
             split = nnx.split_rngs(splits=3)
             self.layers: Any = split(nnx.vmap(Block))(rngs)
         else:
-            self.layers = nnx.List([Block(rngs) for _ in range(3)])
+            self.layers = getattr(nnx, "List", list)([Block(rngs) for _ in range(3)])
         self.head = nnx.LinearGeneral(4, (2, 3), rngs=rngs)
 
 
@@ -313,7 +314,7 @@ def test_an_nnx_module_and_its_stacked_twin_give_the_same_facts():
 def test_nnx_paths_are_the_optimisers_with_variables_or_without():
     model = nnx.eval_shape(partial(Twin, True))
     facts, params = layout(model), nnx.state(model, nnx.Param)
-    for tree in (params, nnx.as_pure(params)):
+    for tree in (params, as_pure(params)):
         for path, leaf in jax.tree.leaves_with_path(tree):
             names = tuple(jax.tree_util.keystr((entry,), simple=True) for entry in path)
             assert facts[names].shape == leaf.shape

@@ -1,9 +1,12 @@
 """The notebooks: executed as they stand, free of errors, and opened by the README's badges."""
 
 import ast
+import importlib.metadata
+import importlib.util
 import json
 import pathlib
 import re
+import shlex
 import tomllib
 from typing import Any
 
@@ -62,6 +65,35 @@ def test_begins_by_installing_what_is_missing(code):
     first = text(code[0])
     assert 'find_spec("curvax") is None' in first
     assert re.search(rf"pip install .*curvax\[\w+\] @ git\+{re.escape(REPOSITORY)}\b", first)
+
+
+@pytest.mark.parametrize("missing", [{"curvax"}, {"curvax", "jaxlib"}, {"curvax", "jax", "jaxlib"}])
+def test_the_jax_that_is_found_is_kept(code, missing, tmp_path, monkeypatch, capsys):
+    """The first cell, run where curvax is missing, as its line for pip would be."""
+    found, seen = importlib.util.find_spec, []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in missing else found(name)
+    )
+    first = re.sub(r"%pip (.*)", lambda match: f"pip({match[1]!r})", text(code[0]))
+    exec(first, {"pip": lambda line: seen.append(shlex.split(line))})
+    kept = [
+        f"{name}=={importlib.metadata.version(name)}"
+        for name in ("jax", "jaxlib")
+        if name not in missing
+    ]
+    (arguments,) = seen
+    file = tmp_path / arguments[arguments.index("-c") + 1]
+    assert file.read_text().split() == kept
+    assert capsys.readouterr().out.split() == ["kept", "as", "found:", *kept]
+
+
+def test_nothing_is_installed_where_curvax_is(code, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    first = re.sub(r"%pip .*", "raise AssertionError", text(code[0]))
+    exec(first, {})
+    assert not list(tmp_path.iterdir())
+    assert capsys.readouterr().out == ""
 
 
 def test_code_parses(code):

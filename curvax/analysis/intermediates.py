@@ -13,6 +13,7 @@ import jax
 from jax import lax
 from jax.extend import core
 
+from curvax import compat
 from curvax.analysis.recognition import recognised
 
 WRAPPED = re.compile(r"\w+\((.*)\)")
@@ -53,7 +54,7 @@ def _run(
         if number in found:
             outs, inner = _plain(eqn, values)
         elif eqn.primitive.name == "scan":
-            outs, inner = _scan(eqn.params, values)
+            outs, inner = _scan(eqn, values)
         elif (body := _body(eqn.params)) is not None:
             outs, inner = _run(body.jaxpr, body.consts, values)
         else:
@@ -68,8 +69,7 @@ def _run(
 
 
 def _plain(eqn: core.JaxprEqn, values: list[Any]) -> tuple[list[Any], dict[Name, Seen]]:
-    out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
-    return out if eqn.primitive.multiple_results else [out], {}
+    return compat.bind(eqn, values), {}
 
 
 def _body(params: dict[str, Any]) -> core.ClosedJaxpr | None:
@@ -77,11 +77,11 @@ def _body(params: dict[str, Any]) -> core.ClosedJaxpr | None:
     if "branches" in params or "cond_jaxpr" in params:
         return None
     body = params.get("call_jaxpr", params.get("jaxpr"))
-    return core.ClosedJaxpr(body, ()) if isinstance(body, core.Jaxpr) else body
+    return body if body is None else compat.closed(body)
 
 
-def _scan(params: dict[str, Any], values: list[Any]) -> tuple[list[Any], dict[Name, Seen]]:
-    closed, fixed, carried = params["jaxpr"], params["num_consts"], params["num_carry"]
+def _scan(eqn: core.JaxprEqn, values: list[Any]) -> tuple[list[Any], dict[Name, Seen]]:
+    closed, (fixed, carried) = eqn.params["jaxpr"], compat.scan_arguments(eqn)
     consts, rest = values[:fixed], values[fixed:]
 
     def step(carry: list[Any], xs: list[Any]) -> Any:
@@ -90,7 +90,7 @@ def _scan(params: dict[str, Any], values: list[Any]) -> tuple[list[Any], dict[Na
         return outs[:carried], (outs[carried:], list(seen.values()))
 
     names: list[Name] = []
-    length, reverse = params["length"], params["reverse"]
+    length, reverse = eqn.params["length"], eqn.params["reverse"]
     carry, (ys, stacked) = lax.scan(step, rest[:carried], rest[carried:], length, reverse)
     layers = {
         (f"{name[0]}_{n}", *name[1:]): jax.tree.map(lambda x, n=n: x[n], value)

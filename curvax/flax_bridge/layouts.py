@@ -5,7 +5,7 @@ from typing import Any
 from flax import linen as nn
 from flax import nnx
 
-from curvax import roles
+from curvax import compat, roles
 from curvax.flax_bridge import linen_facts, nnx_facts
 from curvax.layers import shapes_of
 from curvax.layouts import Layout, assemble, layout_of_tree
@@ -30,7 +30,7 @@ def layout(model: Any, variables: Any = None, *inputs: Any, **options: Any) -> L
         TypeError: a linen module without its variables.
     """
     if isinstance(model, nnx.Module):
-        shapes = shapes_of(nnx.as_pure(nnx.state(model, nnx.Param)))
+        shapes = shapes_of(compat.as_pure(nnx.state(model, nnx.Param)))
         return assemble(shapes, nnx_facts.read(model, shapes))
     if not isinstance(model, nn.Module):
         return layout_of_tree(model)

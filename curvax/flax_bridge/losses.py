@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from curvax import compat
+
 Loss = Callable[..., tuple[Any, Any]]
 Place = tuple[Any, ...]
 """The names and numbers that lead to a variable."""
@@ -73,7 +75,7 @@ def nnx_loss(
             parameters or removes variables.
     """
     graphdef, params, *others = nnx.split(model, wrt, nnx.RngKey, ...)
-    streams, rest = nnx.as_pure(others)
+    streams, rest = compat.as_pure(others)
     known = _paths(others[1])
     draws = _Draws(fn, rngs)
     # New Variables: those of the split are the module's own and would follow its updates.
@@ -112,7 +114,7 @@ class _Draws:
             return (self.fn(live, batch),)
         if self.split is not None:
             graphdef, *states = self.split
-            streams, counts = nnx.as_pure(states)
+            streams, counts = compat.as_pure(states)
             rngs = nnx.merge(graphdef, _folded(key, streams), counts, copy=True)
         elif key is not None:
             rngs = nnx.Rngs(key)
@@ -127,7 +129,7 @@ class _Draws:
         found = self.fn(*args)
         if self.split is None:
             return (found,)
-        return found, nnx.as_pure(nnx.state(rngs, nnx.RngKey, ...)[-1])
+        return found, compat.as_pure(nnx.state(rngs, nnx.RngKey, ...)[-1])
 
 
 def _place_of_rngs(fn: Callable[..., Any], given: bool) -> int | None:
@@ -161,7 +163,7 @@ def _fold(key: jax.Array, stream: jax.Array) -> jax.Array:
 def _completed(whole: nnx.State, given: Any) -> Any:
     """The parameters given, and those of the module where none are."""
     # As arrays: a variable may hold a tree, which arrays alone do not tell from the module's.
-    trees = (nnx.as_pure(nnx.State(tree)) for tree in (whole, given))
+    trees = (compat.as_pure(nnx.State(tree)) for tree in (whole, given))
     known, found = (dict(nnx.to_flat_state(tree)) for tree in trees)
     if set(known) == set(found):
         return given
@@ -180,8 +182,10 @@ def _written_back(known: set[Place], after: nnx.State) -> nnx.State:
     Variables where they were created."""
     leaves = nnx.to_flat_state(after)
     if all(path in known for path, _ in leaves):
-        return nnx.as_pure(after)
-    return nnx.from_flat_state({path: nnx.as_pure(x) if path in known else x for path, x in leaves})
+        return compat.as_pure(after)
+    return nnx.from_flat_state(
+        {path: compat.as_pure(x) if path in known else x for path, x in leaves}
+    )
 
 
 def _paths(state: nnx.State) -> set[Place]:

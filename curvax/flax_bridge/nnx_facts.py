@@ -5,7 +5,7 @@ A layer knows the shape it was built for; axes beyond it were stacked by `nnx.vm
 
 from flax import nnx
 
-from curvax import roles
+from curvax import compat, roles
 from curvax.roles import Path, Reading, Role, Shape
 
 
@@ -28,7 +28,7 @@ def read(model: nnx.Module, shapes: dict[Path, Shape]) -> dict[Path, Reading]:
 
 
 def _modules(model: nnx.Module) -> list[tuple[Path, nnx.Module]]:
-    return [(tuple(map(str, path)), module) for path, module in nnx.iter_modules(model)]
+    return [(tuple(map(str, path)), module) for path, module in compat.iter_modules(model)]
 
 
 def _declared(module: nnx.Module, attention: bool) -> dict[str, tuple[Role, Shape]]:

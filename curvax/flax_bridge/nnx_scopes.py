@@ -12,6 +12,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from curvax import compat
+
 Path = tuple[str, ...]
 
 
@@ -48,7 +50,7 @@ class _Names:
         self.classes = {type(module) for module in self.modules}
 
     def _add(self, model: nnx.Module, base: Path) -> None:
-        for path, module in nnx.iter_modules(model):
+        for path, module in compat.iter_modules(model):
             self.modules.append(module)
             self.paths[id(module)] = (*base, *map(str, path))
 

@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core
 
-from curvax import axes, trees
+from curvax import axes, compat, trees
 from curvax.objective import Objective
 from curvax.products import Product
 from curvax.trees import Tree
@@ -97,5 +96,5 @@ def calls(primitive: str, f: Callable[[Tree], Any], params: Tree) -> bool:
 def _primitives(jaxpr: Any) -> Iterator[str]:
     for eqn in jaxpr.eqns:
         yield eqn.primitive.name
-        for body in core.jaxprs_in_params(eqn.params):
-            yield from _primitives(getattr(body, "jaxpr", body))
+        for body in compat.bodies(eqn.params):
+            yield from _primitives(body)
