@@ -36,10 +36,6 @@ def product(matrix: jax.Array) -> Any:
     return lambda v: tree(matrix @ jnp.concatenate([v["a"], v["b"].ravel()]))
 
 
-def float32(tree: Any) -> Any:
-    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
-
-
 @quick_jit
 def of_vector(x: jax.Array) -> Any:
     t = tree(x)
@@ -98,9 +94,13 @@ def test_derivatives_of_the_unit_vector_are_autodiffs():
 
 def test_norm_of_half_precision_trees():
     x = VECTOR.astype(jnp.bfloat16) * jnp.bfloat16(1e-25)
-    np.testing.assert_allclose(trees.norm(x), np.linalg.norm(x.astype(float)), rtol=1e-6)
+    np.testing.assert_allclose(
+        trees.norm(x), np.linalg.norm(np.asarray(x).astype(np.float64)), rtol=1e-6
+    )
     half = jnp.asarray(VECTOR * 1e-6, jnp.float16)
-    np.testing.assert_allclose(trees.norm(half), np.linalg.norm(np.float64(half)), rtol=1e-6)
+    np.testing.assert_allclose(
+        trees.norm(half), np.linalg.norm(np.asarray(half).astype(np.float64)), rtol=1e-6
+    )
 
 
 @quick_jit
@@ -208,7 +208,7 @@ PIPES = {  # with the power of the loss's scale that updates follow
 @pytest.mark.parametrize("name", PIPES)
 def test_steps_follow_the_scale_of_the_loss(name):
     power, make = PIPES[name]
-    batch, params = float32(net_batch()), float32(net_params())
+    batch, params = net_batch(dtype=jnp.float32), net_params(jnp.float32)
 
     @quick_jit
     def steps(scale: jax.Array) -> Any:
@@ -233,7 +233,7 @@ def test_steps_follow_the_scale_of_the_loss(name):
 
 
 def test_row_space_at_a_small_gradient():
-    batch, params = float32(net_batch()), float32(net_params())
+    batch, params = net_batch(dtype=jnp.float32), net_params(jnp.float32)
     fisher = cx.fvp(cx.Objective(cx.gaussian("y"), batch, model=net), params)
     gradient = jax.grad(net_loss)(params, batch)
     for product in (fisher, fisher.damped(0.1)):
