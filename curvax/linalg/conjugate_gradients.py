@@ -84,9 +84,9 @@ def cg(
         x, r, rhs = (trees.scale(trees.inverse(one), tree) for tree in (x, start, b))
         restored = lambda x: trees.laid_out_like(trees.scale(one, x), b)
         rules = Rules(_length, *_watching(rhs, max_steps, progress, backtrack))
-        lengths = (trees.norm(tree) * trees.inverse(one) for tree in (b, start))
-        plain = preconditioner is None
-        system = System(product, precondition, *lengths, tol, rules, plain, warm_start > 0)
+        length, begun_at = (trees.norm(tree) * trees.inverse(one) for tree in (b, start))
+        plain, warm = preconditioner is None, warm_start > 0
+        system = System(product, precondition, length, begun_at, tol, rules, plain, warm)
         s = iterate(system, rhs, x, r, max_steps - begun)
         found, residual = restored(s.x), s.residual
         state = trees.laid_out_like(found, state) if warm_start else state
