@@ -82,7 +82,7 @@ def unflagged(state: Any) -> Any:
         if not _measures(node):
             return node
         fields = [name for name in node._fields if name != "measured"]
-        older = namedtuple(type(node).__name__, fields)
+        older: Any = namedtuple("older", fields)
         return older(*(unflagged(getattr(node, name)) for name in fields))
 
     return jax.tree.map(bare, state, is_leaf=_measures)
@@ -163,7 +163,7 @@ def _skips(signal: Signal) -> bool:
     return signal.perturbed_value is not None and not isinstance(signal.perturbed, bool | None)
 
 
-def _reads_climb(measure: Callable[..., Any], signal: Signal, *rest: Any) -> bool:
+def _reads_climb(measure: Callable[..., Any], signal: Any, *rest: Any) -> bool:
     """Whether a measure is made of the perturbed loss."""
     of_climb = lambda value: measure(signal._replace(perturbed_value=value), *rest)
     try:

@@ -167,17 +167,7 @@ def norm(tree: Tree) -> jax.Array:
     is in range counts. The largest entry would tell the scale beforehand, at the price of one more
     exchange between devices where parameters are divided among them.
     """
-    wide = [widen(x) for x in jax.tree.leaves(tree)]
-    dtype = jnp.result_type(*wide) if wide else jnp.float32
-    wide = [x.astype(dtype) for x in wide]
-    large, low, high = _ranges(dtype)
-
-    def square(factor: float) -> jax.Array:
-        # The minimum keeps XLA from joining the factors of (cx)(cx) to c², out of range.
-        scaled = [x if factor == 1 else jnp.minimum(x * factor, large) for x in wide]
-        return sum((jnp.sum(x * x) for x in scaled), jnp.zeros((), dtype))
-
-    plain, enlarged, reduced = square(1), square(large), square(1 / large)
+    plain, enlarged, reduced, (large, low, high) = _inner(tree, tree)
     length = jnp.where(plain < low, jnp.sqrt(enlarged) / large, jnp.sqrt(plain))
     return jnp.where(plain > high, jnp.sqrt(reduced) * large, length)
 
@@ -239,15 +229,44 @@ def inverse(one: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(bits, one.dtype)
 
 
+@jax.custom_jvp
 def cosine(a: Tree, b: Tree) -> jax.Array:
-    """<a, b> / ‖a‖‖b‖ over the whole tree, and 0 where one of them is."""
-    return ratio(dot(unit(a), b), norm(b))
+    """<a, b> / ‖a‖‖b‖ over the whole tree, and 0 where one of them is. It waits for no norm."""
+    plain, enlarged, reduced, (large, low, high) = _inner(a, b)
+    length, other = norm(a), norm(b)
+    size = length * other
+    over = lambda x, factor: ratio(ratio(x, length * factor), other * factor)
+    near = jnp.where(size < low, over(enlarged, large), over(plain, 1))
+    return jnp.where(size > high, over(reduced, 1 / large), near)
+
+
+@cosine.defjvp
+def _cosine_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (a, b), (da, db) = primals, tangents
+    value, x, y = cosine(a, b), unit(a), unit(b)
+    turned = lambda e, other, de, length: ratio(dot(add_scaled(other, -value, e), de), length)
+    return value, (turned(x, y, da, norm(a)) + turned(y, x, db, norm(b))).astype(value.dtype)
+
+
+def _inner(a: Tree, b: Tree) -> tuple[jax.Array, jax.Array, jax.Array, tuple[float, float, float]]:
+    """<a, b>, the same with both enlarged, both reduced, and `_ranges`."""
+    pairs = [(widen(x), widen(y)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b))]
+    dtype = jnp.result_type(*(x for pair in pairs for x in pair)) if pairs else jnp.float32
+    pairs = [(x.astype(dtype), y.astype(dtype)) for x, y in pairs]
+    large, low, high = _ranges(dtype)
+
+    def inner(factor: float) -> jax.Array:
+        # Of numbers XLA joins the factors of (cx)(cy) to c², out of range, but for the minimum.
+        first = lambda x: x * factor if x.size > 1 else jnp.minimum(x * factor, large)
+        return sum((jnp.sum(first(x) * (y * factor)) for x, y in pairs), jnp.zeros((), dtype))
+
+    plain = sum((jnp.sum(x * y) for x, y in pairs), jnp.zeros((), dtype))
+    return plain, inner(large), inner(1 / large), (large, low, high)
 
 
 def reject(a: Tree, b: Tree) -> Tree:
     """The part of a orthogonal to b, over the whole tree: a - <a, b̂> b̂."""
-    b = unit(b)
-    return add_scaled(a, -dot(a, b), b)
+    return add_scaled(a, -cosine(a, b) * norm(a), unit(b))
 
 
 def broadcast_prefix(prefix: Tree, tree: Tree) -> Tree:

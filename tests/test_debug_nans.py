@@ -210,7 +210,7 @@ def test_a_checkpoint_with_nan_for_not_measured_is_restored(tmp_path):
     nan = {name: jax.device_put(np.float32(np.nan)) for name in fresh[1].figures}
     older = (older[0], older[1]._replace(figures=nan), older[2])
 
-    kept = Checkpoints(tmp_path / "checkpoints")
+    kept: Any = Checkpoints(tmp_path / "checkpoints")
     kept.save(Run(jnp.int32(3), older), {"epoch": 1})
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one)

@@ -78,13 +78,15 @@ def cg(
     ) -> tuple[Solution, Any]:
         ranking = _needed(score) if backtrack else None
         precondition = preconditioning(preconditioner, product, diagonal, "cg")
-        x, r, begun = _start(product, b, state, warm_start)
+        x, start, begun = _start(product, b, state, warm_start)
         # Powers of two: iterates in these units are the others to the last bit.
-        one = trees.magnitude(r)
-        x, r, rhs = (trees.scale(trees.inverse(one), tree) for tree in (x, r, b))
+        one = trees.magnitude(start)
+        x, r, rhs = (trees.scale(trees.inverse(one), tree) for tree in (x, start, b))
         restored = lambda x: trees.laid_out_like(trees.scale(one, x), b)
         rules = Rules(_length, *_watching(rhs, max_steps, progress, backtrack))
-        system = System(product, precondition, trees.norm(b) * trees.inverse(one), tol, rules)
+        length, begun_at = (trees.norm(tree) * trees.inverse(one) for tree in (b, start))
+        plain, warm = preconditioner is None, warm_start > 0
+        system = System(product, precondition, length, begun_at, tol, rules, plain, warm)
         s = iterate(system, rhs, x, r, max_steps - begun)
         found, residual = restored(s.x), s.residual
         state = trees.laid_out_like(found, state) if warm_start else state

@@ -61,9 +61,15 @@ class System(NamedTuple):
     """v ↦ M⁻¹v."""
     scale: jax.Array
     """‖b‖."""
+    begun: jax.Array
+    """‖b - A x‖ at the start."""
     tol: Any
     """‖b - A x‖ / ‖b‖ to stop at."""
     rules: Rules
+    plain: bool = False
+    """Whether M is the identity."""
+    warm: bool = False
+    """Whether x may be other than 0 at the start."""
 
 
 def iterate(system: System, b: Tree, x: Tree, r: Tree, limit: Any) -> Iterate:
@@ -83,13 +89,18 @@ def iterate(system: System, b: Tree, x: Tree, r: Tree, limit: Any) -> Iterate:
 
 
 def _begin(system: System, b: Tree, x: Tree, r: Tree) -> Iterate:
-    z, rz, residual = _measure(system, r)
+    # What is known of the start is not summed again: where parameters are divided among devices
+    # that would be one more exchange.
+    z = system.precondition(r)
+    rz = system.begun**2 if system.plain else trees.dot(r, z)
+    residual = trees.ratio(system.begun, system.scale)
+    model = -0.5 * (trees.dot(x, b) + trees.dot(x, r)) if system.warm else jnp.zeros_like(rz)
     start = Iterate(
         x=x,
         r=r,
         p=trees.laid_out_like(z, b),
         rz=rz,
-        model=-0.5 * (trees.dot(x, b) + trees.dot(x, r)),
+        model=model,
         residual=residual,
         i=jnp.zeros((), jnp.int32),
         reason=_reason(system, rz, residual, Reason.max_steps),

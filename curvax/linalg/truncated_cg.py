@@ -70,7 +70,9 @@ def steihaug(
         r = trees.wide(rhs)
         x = jax.tree.map(jnp.zeros_like, r)
         rules = Rules(functools.partial(step, radius * trees.inverse(one)))
-        system = System(product, precondition, trees.norm(b) * trees.inverse(one), tol, rules)
+        length = trees.norm(b) * trees.inverse(one)
+        plain = preconditioner is None
+        system = System(product, precondition, length, length, tol, rules, plain)
         s = iterate(system, rhs, x, r, max_steps)
         x = trees.laid_out_like(trees.scale(one, s.x), b)
         return Solution(x, s.i, s.residual, s.reason), state

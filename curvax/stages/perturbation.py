@@ -143,9 +143,9 @@ def sam_perturb(
         def perturbed() -> tuple[Tree, jax.Array, Measured]:
             value_p, gradient_p, updates = climb.gradient(gradient, second_order)
             value_p = value_p.astype(kind)
-            figures = _figures(value, value_p, gradient, gradient_p, _largest(radius))
+            scalars = _figures(value, value_p, gradient, gradient_p, _largest(radius))
             over = tuple(axis for axis in axes.manual() if axis in local)
-            figures = measured(figures, over, objective.batch_weight())
+            figures = measured(scalars, over, objective.batch_weight())
             return trees.cast_like(updates, gradient), value_p, figures
 
         def clean() -> tuple[Tree, jax.Array, Measured]:

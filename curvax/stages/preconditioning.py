@@ -111,6 +111,6 @@ def clip_by_diagonal(gamma: Any, *, eps: Any = 1e-8, threshold: Any = 1.0) -> St
 def _divided(u: jax.Array, denominator: jax.Array, eps: Any) -> jax.Array:
     """u / denominator, and 0 for the 0/0 of a dead unit, where an ε of 0 lets it be."""
     u = trees.widen(u)
-    if not (isinstance(eps, numbers.Real) and eps > 0):
+    if not (isinstance(eps, numbers.Real) and float(eps) > 0):
         denominator = jnp.where((u == 0) & (denominator == 0), 1, denominator)
     return scalars.quotient(u, denominator)

@@ -38,10 +38,7 @@ def gsam_project(alpha: Any, *, onto: str = "perturbed") -> Stage:
 
     def combine(clean: Tree, perturbed: Tree, a: Any) -> Tree:
         if onto == "perturbed":
-            # From the unit of the clean gradient, which the ascent has: no norm is waited for.
-            along = trees.cosine(clean, perturbed) * trees.norm(clean)
-            rejected = trees.add_scaled(clean, -along, trees.unit(perturbed))
-            return trees.add_scaled(perturbed, -a, rejected)
+            return trees.add_scaled(perturbed, -a, trees.reject(clean, perturbed))
         return trees.add_scaled(clean, a, trees.reject(perturbed, clean))
 
     return _combining("gsam_project", alpha, combine)
