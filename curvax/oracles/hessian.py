@@ -34,8 +34,9 @@ def hvp(
         mode: `"forward-over-reverse"`, the cheapest; `"reverse-over-reverse"`, where a
             `custom_vjp` has no forward derivative; `"finite-differences"`, central, two gradients
             a product, where a kernel or a loop has neither, right to about 5e-5 where the loss
-            computes in float32 and 7e-2 in bfloat16 (`curvax.oracles.differences`); `"auto"`, the first that JAX allows of the loss, found
-            by tracing, with a warning where that is the last.
+            computes in float32 and 7e-2 in bfloat16 (`curvax.oracles.differences`); `"auto"`, the
+            first that JAX allows of the loss, found by tracing, with a warning where that is the
+            last.
         precision: of the matrix products (`jax.default_matmul_precision`).
 
     Returns:
