@@ -121,7 +121,7 @@ def mean_over_scan(
         return (sums, weight + w), _where(x, floats, False)
 
     start = [_zeros(leaf, leaf, weighted) for leaf in _where(leaves, floats, True)]
-    weight = jnp.zeros((), jnp.float32) if weighted is None else _zeros(weighted, weighted)
+    weight = meshes.zeros((), jnp.float32, None) if weighted is None else _zeros(weighted, weighted)
     (sums, weight), others = lax.scan(body, (start, weight), (number, pieces))
     means = iter(
         ratio(s, weight).astype(leaf.dtype) for s, leaf in zip(sums, _where(leaves, floats, True))

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from curvax.trees import Tree, is_sharded
@@ -197,4 +197,8 @@ def zeros(shape: Any, dtype: Any, like: Any) -> jax.Array:
     """Zeros laid out like an abstract value of that shape."""
     made, lies = jnp.zeros(shape, dtype), getattr(like, "sharding", None)
     split = any(entry is not None for entry in getattr(lies, "spec", ()))
+    mesh = jax.sharding.get_abstract_mesh()
+    if not shape and AxisType.Explicit in (mesh.axis_types or ()):
+        # A scalar is a constant of no mesh, which `vmap` cannot spread over one.
+        return _resharded(made, NamedSharding(mesh, P()))
     return _resharded(made, lies) if split else made

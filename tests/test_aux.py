@@ -165,7 +165,7 @@ def test_what_does_not_follow_from_pieces_is_refused_by_name(name):
         np.testing.assert_allclose(found["accuracy"], whole["accuracy"])
 
 
-NAMED = {"mean": np.mean, "sum": np.sum, "max": np.max, "min": np.min}
+NAMED = ("mean", "sum", "max", "min")
 
 
 @pytest.mark.parametrize("name", [*NAMED, "last", "concat"])
@@ -176,7 +176,7 @@ def test_named_reductions(name):
     for reductions in (name, {"first": name}, by_path):
         (_, aux), _ = aux_of(first, microbatch=2, reduce_aux=reductions)
         expected = {"last": pieces[-1:], "concat": pieces}
-        wanted = expected[name] if name in expected else [NAMED[name](pieces)]
+        wanted = expected[name] if name in expected else [getattr(np, name)(pieces)]
         np.testing.assert_allclose(aux["first"], wanted, rtol=1e-15)
 
 
@@ -220,10 +220,12 @@ def test_the_aux_of_groups_is_that_of_the_whole(microbatch, sequential):
     names = ("correct", "hits", "worst", "accuracy", "of tokens")
     loss = measured({name: MEASURES[name] for name in names})
     found: list[Any] = []
-    keep = cx.stage(
-        lambda params: None,
-        lambda signal, state, params, **extra: (found.append(signal.aux), (signal, state))[1],
-    )
+
+    def kept(signal: Any, state: Any, params: Any, **extra: Any) -> Any:
+        found.append(signal.aux)
+        return signal, state
+
+    keep = cx.stage(lambda params: None, kept)
     objective = cx.Objective(loss, make_batch(), has_aux=True, microbatch=microbatch)
     tx = per_group(4, cx.sam_perturb(0.05), sequential=sequential) | keep | optax.sgd(0.1)
     (_, aux), grads = cx.Objective(loss, make_batch(), has_aux=True).value_and_grad(PARAMS)
