@@ -139,6 +139,7 @@ def test_products_at_any_scale(scale, of):
     a = np.float32(scale if of != "vector" else 1)
     k = np.float32(scale if of != "matrix" else 1)
     ratio = float(k) / float(a)
+    wanted: Any
     base = of_matrix(MATRIX, VECTOR, np.float32(0.1))
     found = of_matrix(MATRIX * a, VECTOR * k, np.float32(0.1 * ratio))
 
