@@ -82,8 +82,8 @@ def unflagged(state: Any) -> Any:
         if not _measures(node):
             return node
         fields = [name for name in node._fields if name != "measured"]
-        older: Any = namedtuple("older", fields)
-        return older(*(unflagged(getattr(node, name)) for name in fields))
+        make: Any = namedtuple
+        return make("Older", fields)(*(unflagged(getattr(node, name)) for name in fields))
 
     return jax.tree.map(bare, state, is_leaf=_measures)
 
