@@ -82,8 +82,8 @@ def unflagged(state: Any) -> Any:
         if not _measures(node):
             return node
         fields = [name for name in node._fields if name != "measured"]
-        older: Any = namedtuple("older", fields)
-        return older(*(unflagged(getattr(node, name)) for name in fields))
+        make: Any = namedtuple
+        return make("Older", fields)(*(unflagged(getattr(node, name)) for name in fields))
 
     return jax.tree.map(bare, state, is_leaf=_measures)
 
@@ -236,7 +236,9 @@ def _or_nan(x: Any, known: Any) -> Any:
 
 def _warn_of_unknowable(state: Any, stages: list[Any]) -> None:
     """Says once that figures stay NaN where others of the same stage have been measured."""
-    missing = sorted({name for node in stages for name in _unknowable(_known(node))})
+    # What a user records may be unknown in this step alone.
+    own = [node for node in stages if not isinstance(node, RecordState)]
+    missing = sorted({name for node in own for name in _unknowable(_known(node))})
     pipe = jax.tree.structure(state), *map(jnp.shape, jax.tree.leaves(state))
     if missing and pipe not in _warned:
         _warned.add(pipe)

@@ -66,7 +66,7 @@ def test_norms_and_what_is_made_of_them(scale):
     cosine = exact @ turned / length
     np.testing.assert_allclose(found["cosine"], cosine, rtol=1e-4)
     rejected = (exact / length - cosine * turned) * length
-    np.testing.assert_allclose(flat(found["rejected"]), rejected, atol=1e-6 * length)
+    np.testing.assert_allclose(flat(found["rejected"]), rejected, atol=float(1e-6 * length))
     for p, step in zip((1.5, 2, 3), found["steps"]):
         q = p / (p - 1)
         wanted = np.sign(exact) * np.abs(exact / length) ** (q - 1)
@@ -139,6 +139,7 @@ def test_products_at_any_scale(scale, of):
     a = np.float32(scale if of != "vector" else 1)
     k = np.float32(scale if of != "matrix" else 1)
     ratio = float(k) / float(a)
+    wanted: Any
     base = of_matrix(MATRIX, VECTOR, np.float32(0.1))
     found = of_matrix(MATRIX * a, VECTOR * k, np.float32(0.1 * ratio))
 
