@@ -28,7 +28,7 @@ class Given:
         self,
         params: Tree,
         grads: Tree,
-        value: jax.Array,
+        value: jax.Array | None,
         local: frozenset[str],
         forget: Callable[[Given], None],
     ):
@@ -44,7 +44,7 @@ class Given:
 
         self.grads = [weakref.ref(x, without_gradient) for x in jax.tree.leaves(grads)]
         self.params = [weakref.ref(x, without_params) for x in jax.tree.leaves(params)]
-        self.value: jax.Array | None = value
+        self.value = value
         self.local = local
 
 
@@ -54,7 +54,9 @@ class Memory:
     def __init__(self) -> None:
         self.records: list[Given] = []
 
-    def keep(self, params: Tree, grads: Tree, value: jax.Array, local: frozenset[str]) -> None:
+    def keep(
+        self, params: Tree, grads: Tree, value: jax.Array | None, local: frozenset[str]
+    ) -> None:
         """Remembers a gradient; numbers that are no arrays are not remembered."""
         me = weakref.ref(self)
 

@@ -64,7 +64,7 @@ def test_norms_and_what_is_made_of_them(scale):
     assert 0.99 < found["near_one"] < 2.01
     turned = exact[::-1] / length
     cosine = exact @ turned / length
-    np.testing.assert_allclose(found["cosine"], cosine, rtol=1e-4)
+    np.testing.assert_allclose(found["cosine"], float(cosine), rtol=1e-4)
     rejected = (exact / length - cosine * turned) * length
     np.testing.assert_allclose(flat(found["rejected"]), rejected, atol=float(1e-6 * length))
     for p, step in zip((1.5, 2, 3), found["steps"]):
@@ -156,10 +156,10 @@ def test_products_at_any_scale(scale, of):
         x = flat(solution.x)
         if name == "steihaug":
             np.testing.assert_allclose(np.linalg.norm(x), 0.1 * ratio, rtol=1e-5)
-            wanted = flat(base["solutions"][name].x) * ratio
+            exact = flat(base["solutions"][name].x) * ratio
         else:
-            wanted = SOLUTION * ratio
-        np.testing.assert_allclose(x, wanted, atol=1e-4 * np.abs(wanted).max(), err_msg=name)
+            exact = SOLUTION * ratio
+        np.testing.assert_allclose(x, exact, atol=1e-4 * np.abs(exact).max(), err_msg=name)
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1e-15, 1e15])

@@ -240,7 +240,9 @@ class Objective:
         self.remember(params, grads, value, self.local_axes(params))
         return ((value, aux) if self.has_aux else value), grads
 
-    def remember(self, params: Tree, grads: Tree, value: jax.Array, local: frozenset[str]) -> None:
+    def remember(
+        self, params: Tree, grads: Tree, value: jax.Array | None, local: frozenset[str]
+    ) -> None:
         """Takes note of this loss's own gradient at parameters, for `gave`."""
         self._memory.keep(params, grads, value, local)
 
