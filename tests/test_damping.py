@@ -123,7 +123,8 @@ def test_the_damping_follows_the_ratio(rate, factor):
 
 
 def without_figures(states):
-    return tuple(s._replace(figures={}) if hasattr(s, "figures") else s for s in states)
+    bare = lambda s: s._replace(measured=(), figures={}) if hasattr(s, "figures") else s
+    return tuple(map(bare, states))
 
 
 def test_a_rejected_step_leaves_everything_and_repeated_ones_start_anew():
