@@ -107,7 +107,7 @@ def test_a_group_may_span_devices(name, regime):
         jax.tree.map(partial(np.testing.assert_allclose, **TOLERANCE), found, expected)
 
 
-def assert_like_jit(tx_of, regime, batch, *, steps=1, **options):
+def assert_like_jit(tx_of, regime, batch, *, steps=1, tolerance=TOLERANCE, **options):
     """The same parameters and figures as under jit, where the groups are cut from the batch."""
     tx, alone = tx_of(over_all(regime)), tx_of(())
     params = make_params()
@@ -118,7 +118,7 @@ def assert_like_jit(tx_of, regime, batch, *, steps=1, **options):
     for _ in range(steps):
         found, state = mapped(found, state, parts)
         expected, state_alone = one_step(alone, expected, state_alone, batch, **options)
-    jax.tree.map(partial(np.testing.assert_allclose, **TOLERANCE), found, expected)
+    jax.tree.map(partial(np.testing.assert_allclose, **tolerance), found, expected)
     there, here = cx.diagnostics(state), cx.diagnostics(state_alone)
     assert there.keys() == here.keys()
     for figure in there:
@@ -424,12 +424,17 @@ def test_stages_within_a_group_may_average_over_devices(m, case, regime):
     )
 
 
+# A signed D + 1 comes within 1e-3 of zero here: a rounding of 1e-16 in D is 1e-10 in the quotient.
+DIVIDED = dict(rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("regime", ["grid", "pmap"])
 @pytest.mark.parametrize("m", [2, PER_DEVICE, M])
 def test_groups_use_diagonals_of_their_own_whatever_the_weights(m, regime):
     within = cx.hutchinson_diag(mean_over=()) | cx.scale_by_power(1.0, eps=1.0)
     tx_of = lambda axes: cx.per_group(m, within) | cx.pmean_updates(axes) | optax.sgd(0.1)
-    assert_like_jit(tx_of, regime, weighted_batch(), of=weighted, weight="w")
+    options: Any = dict(tolerance=DIVIDED, of=weighted, weight="w")
+    assert_like_jit(tx_of, regime, weighted_batch(), **options)
 
 
 @pytest.mark.parametrize("regime", ["grid", "pmap"])
