@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import jax_utils
+from flax import jax_utils, nnx
 from flax.training import train_state
 from small_problems import assert_trees_close
 
@@ -234,3 +234,111 @@ def test_sophia_in_a_step_that_hands_over_obj_fn():
     for a, b in zip(jax.tree.leaves(one(ours)), jax.tree.leaves(one(theirs))):
         if eqx.is_array(a):
             np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+# nnx as Flax's examples have it: a loss of the module that returns the logits too.
+
+
+class Mlp(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.hidden = nnx.Linear(4, 6, rngs=rngs)
+        self.norm = nnx.BatchNorm(6, momentum=0.9, rngs=rngs)
+        self.out = nnx.Linear(6, 3, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.out(nnx.relu(self.norm(self.hidden(x))))
+
+
+def loss_fn(model: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+    logits = model(batch["image"])
+    return cross_entropy(logits, batch["label"]), logits
+
+
+def nnx_batch() -> Any:
+    whole = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), images())
+    # Batch norm keeps its statistics in float32, whatever the inputs.
+    return whole | {"image": whole["image"].astype(jnp.float32)}
+
+
+def train_nnx(edit: Callable[[Any, Any, Any], Any], tx: Any) -> Any:
+    """The module after some steps, each `edit(model, optimizer, batch)`."""
+    model = Mlp(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    step = nnx.jit(edit)
+    for _ in range(STEPS):
+        step(model, optimizer, nnx_batch())
+    return model
+
+
+def as_the_example(model: Any, optimizer: Any, batch: Any) -> None:
+    _, grads = nnx.value_and_grad(loss_fn, has_aux=True)(model, batch)
+    optimizer.update(model, grads)
+
+
+def with_a_loss_of_parameters(model: Any, optimizer: Any, batch: Any) -> None:
+    loss, params = cx.nnx_loss(model, loss_fn, has_aux=True)
+    objective = cx.Objective(loss, batch, has_aux=True)
+    (value, (logits, state)), grads = objective.value_and_grad(params)
+    assert logits.shape == (20, 3)
+    optimizer.update(model, grads, value_fn=objective, value=value)
+    nnx.update(model, state)
+
+
+def with_a_loss_of_the_module(model: Any, optimizer: Any, batch: Any) -> None:
+    _, grads = nnx.value_and_grad(loss_fn, has_aux=True)(model, batch)
+    optimizer.update(model, grads, value_fn=lambda model: loss_fn(model, batch)[0])
+
+
+def without_the_aux_said(model: Any, optimizer: Any, batch: Any) -> None:
+    loss, params = cx.nnx_loss(model, loss_fn)
+    objective = cx.Objective(loss, batch, has_aux=True)
+    _, grads = objective.value_and_grad(params)
+    optimizer.update(model, grads, value_fn=objective)
+
+
+def state_of(model: Any) -> list[Any]:
+    return jax.tree.leaves(nnx.state(model, (nnx.Param, nnx.BatchStat)))
+
+
+def test_sam_at_a_radius_of_zero_trains_a_module_as_the_example_does():
+    plain = train_nnx(as_the_example, optax.sgd(LEARNING_RATE))
+    ours = train_nnx(with_a_loss_of_parameters, cx.sam(optax.sgd(LEARNING_RATE), 0.0))
+    for x, y in zip(state_of(ours), state_of(plain), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+def test_sam_of_a_module_perturbs_the_parameters_and_keeps_the_clean_statistics():
+    graphdef, params, rest = nnx.split(Mlp(nnx.Rngs(0)), nnx.Param, ...)
+
+    def loss(params: Any) -> tuple[jax.Array, Any]:
+        live = nnx.merge(graphdef, params, rest, copy=True)
+        return loss_fn(live, nnx_batch())[0], nnx.state(live, nnx.BatchStat)
+
+    for _ in range(STEPS):
+        gradient, stats = jax.grad(loss, has_aux=True)(params)
+        ahead = optax.tree.add_scale(params, RHO / optax.tree.norm(gradient), gradient)
+        ascended, _ = jax.grad(loss, has_aux=True)(ahead)
+        params = optax.tree.add_scale(params, -LEARNING_RATE, ascended)
+        rest = stats
+    ours = train_nnx(with_a_loss_of_parameters, cx.sam(optax.sgd(LEARNING_RATE), RHO))
+    expected = [*jax.tree.leaves(params), *jax.tree.leaves(rest)]
+    found = [
+        *jax.tree.leaves(nnx.state(ours, nnx.Param)),
+        *jax.tree.leaves(nnx.state(ours, nnx.BatchStat)),
+    ]
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+NNX_EDITS = {
+    "the optimiser alone": (as_the_example, "value_fn="),
+    "a loss of the module": (with_a_loss_of_the_module, "nnx_loss"),
+    "an aux that is not said": (without_the_aux_said, "has_aux=True"),
+}
+
+
+@pytest.mark.parametrize("edit", NNX_EDITS)
+def test_an_edit_of_a_step_in_nnx_is_told_what_to_write(edit):
+    step, cure = NNX_EDITS[edit]
+    with pytest.raises((TypeError, ValueError), match=re.escape(cure)):
+        train_nnx(step, cx.sam(optax.sgd(LEARNING_RATE), RHO))
