@@ -75,5 +75,5 @@ class TrainState(train_state.TrainState, kw_only=True):
         kept = self.params[OVERWRITE_WITH_GRADIENT]
         objective = as_objective(value_fn, "TrainState.apply_gradients")
         inner = objective.through(lambda params: {"params": params, OVERWRITE_WITH_GRADIENT: kept})
-        given = objective.gave(self.params, grads)
-        return inner.recalling(given, self.params["params"], grads["params"])
+        own = self.params["params"], grads["params"]
+        return inner.recalling(objective, (self.params, grads), own)

@@ -433,10 +433,19 @@ class Objective:
         """Whether `value_and_grad` was called at these very parameters."""
         return self._memory.at(params)
 
-    def recalling(self, given: Given | None, params: Tree, updates: Tree) -> Objective:
-        """This objective, with a record of another as its own gradient at its own parameters."""
-        if given is not None:
-            self.remember(params, updates, given.value, given.local)
+    def recalling(self, outer: Objective, at: tuple[Tree, Tree], here: tuple[Tree, Tree]) -> Objective:
+        """This objective, with what another knows of a gradient in other forms of the parameters.
+
+        Args:
+            outer: the other one.
+            at: (parameters, updates) as they are there.
+            here: the same (parameters, updates) as they are here.
+        """
+        if (given := outer.gave(*at)) is not None:
+            self.remember(*here, given.value, given.local)
+        elif outer.gave_at(at[0]):
+            # Another gradient than these updates.
+            self.remember(here[0], None, None, frozenset())
         return self
 
     def shard_number(self, local: frozenset[str]) -> tuple[Any, int]:
