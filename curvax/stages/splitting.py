@@ -58,7 +58,7 @@ def split_real_and_imaginary(stages: optax.GradientTransformation) -> Stage:
         merged = jax.tree.map(lambda x, u: x.astype(u.dtype), _merge(out.updates), signal.updates)
         return signal._replace(updates=merged, local=out.local, averaged=out.averaged), state
 
-    return containing(lambda params: inner.init(_split(params)), rule, inner)
+    return containing(lambda params: inner.init(_split(params)), rule, inner, converted=True)
 
 
 def _is_pair(x: Any) -> bool:
