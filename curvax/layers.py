@@ -26,6 +26,7 @@ NO_CONVOLUTION = re.compile(
     r"einsum|att(entio)?n|query|key|value|qkv|^out$|expert|moe|mlp|dense|linear|proj|embed|lora",
     re.IGNORECASE,
 )
+IN_SEQUENCE = re.compile(r"(?:layers_)?\d+")
 # The sides of windows in use: from 2 x 2 of pooling to 11 x 11 of AlexNet.
 SIDES = range(2, 12)
 
@@ -140,13 +141,17 @@ def _square(sides: Shape) -> bool:
 def doubtful_window(path: Path, shape: Shape, reading: Reading) -> bool:
     """Whether a leaf of which nothing is known may be a convolution's kernel.
 
-    By its name, or by a square window of which one side of the shape looks like.
+    By its name, or by a square window of which one side of the shape looks like; by an odd one of
+    one axis where a sequence of layers hides the name.
     """
     if reading.role.kind != "other" or len(shape) < 3:
         return False
-    words = [word for name in path for word in name.split("/")]
+    words = [word for name in bare(path) for word in name.split("/")]
     if any(map(NAMED_CONVOLUTION.search, words)):
         return True
-    if len(shape) == 3 or any(map(NO_CONVOLUTION.search, words)):
+    if any(map(NO_CONVOLUTION.search, words)):
         return False
+    if len(shape) == 3:
+        within = len(words) > 1 and words[-1] == "kernel" and IN_SEQUENCE.fullmatch(words[-2])
+        return bool(within) and shape[0] in SIDES and shape[0] % 2 == 1
     return any(_square(sides) and sides[0] > 2 for sides in (shape[:2], shape[-2:]))

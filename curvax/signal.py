@@ -168,6 +168,8 @@ class Kind(NamedTuple):
     name: str
     evaluates_loss: bool
     replaces_gradient: bool
+    converted: bool = False
+    """Whether the gradient may reach it in another convention than the objective's."""
 
 
 def kinds(part: optax.GradientTransformation) -> tuple[Kind, ...]:
@@ -180,10 +182,16 @@ def containing(
     rule: Rule,
     *inner: optax.GradientTransformation,
     evaluates_loss: bool = False,
+    converted: bool = False,
 ) -> Stage:
-    """A stage around others, which asks of the loss what they ask."""
+    """A stage around others, which asks of the loss what they ask.
+
+    `converted`: it takes the gradient in another convention than the objective's, too.
+    """
     name = rule.__qualname__.split(".")[0]
     below = tuple(kind for part in inner for kind in kinds(part))
+    if converted:
+        below = tuple(kind._replace(converted=True) for kind in below)
     return _lifted(init, rule, name, (Kind(name, evaluates_loss, False), *below))
 
 
@@ -236,7 +244,8 @@ class _Update:
         extra = _by_our_names(extra)
         value_fn = extra.get("value_fn")
         for kind in self.kinds:
-            if kind.replaces_gradient and isinstance(value_fn, Objective):
+            told = kind.replaces_gradient and not kind.converted
+            if told and isinstance(value_fn, Objective):
                 order.refuse_changed_gradient(value_fn, params, updates, kind.name)
         checks.refuse_unlike(updates, params, self.name)
         updates, params = trees.arrays((updates, params))

@@ -107,7 +107,23 @@ def wide(tree: Tree) -> Tree:
 
 
 def cast_like(tree: Tree, like: Tree) -> Tree:
-    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
+    return jax.tree.map(lambda x, y: _cast(x, y.dtype), tree, like)
+
+
+def _cast(x: jax.Array, dtype: Any) -> jax.Array:
+    """x as another type, but no complex number as its real part.
+
+    Raises:
+        TypeError: x is complex, and the type is not.
+    """
+    kind = jnp.complexfloating
+    if jnp.issubdtype(x.dtype, kind) and not jnp.issubdtype(dtype, kind):
+        raise TypeError(
+            f"A product took a vector of {jnp.dtype(dtype)} to one of {x.dtype}, of which the "
+            "imaginary part would be lost. Write a complex matrix A + iB as the real one "
+            "[[A, -B], [B, A]] of real and imaginary parts."
+        )
+    return x.astype(dtype)
 
 
 def is_sharded(x: jax.Array) -> bool:
@@ -119,7 +135,7 @@ def laid_out_like(tree: Tree, like: Tree) -> Tree:
     """The same values with the dtypes of `like`, and laid out as its types say."""
 
     def lay(x: jax.Array, y: jax.Array) -> jax.Array:
-        x, mine, other = x.astype(y.dtype), jax.typeof(x).sharding, jax.typeof(y).sharding
+        x, mine, other = _cast(x, y.dtype), jax.typeof(x).sharding, jax.typeof(y).sharding
         if not (is_sharded(x) or is_sharded(y)) or mine.spec == other.spec:
             return x
         mesh = (other if is_sharded(y) else mine).mesh

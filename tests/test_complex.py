@@ -11,7 +11,7 @@ from small_problems import flat, quick_jit
 
 import curvax as cx
 from curvax import analysis
-from curvax.linalg import eigenpairs
+from curvax.linalg import eigenpairs, exact_diagonal
 
 KEYS = jax.random.split(jax.random.key(0), 4)
 A = jax.random.normal(KEYS[0], (6, 2)) + 1j * jax.random.normal(KEYS[1], (6, 2))
@@ -179,3 +179,56 @@ def test_complex_outputs_are_told_to_be_split():
     objective = cx.Objective(lambda z, b: jnp.mean(jnp.abs(z) ** 2), A, model=model)
     with pytest.raises(TypeError, match=r"complex.*z.real, z.imag"):
         cx.ggnvp(objective, jnp.ones(2))
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_kernels_of_complex_outputs_are_told_to_split_them(chunk):
+    model = lambda p, b: b @ (p + 1j * p)
+    objective = cx.Objective(lambda z, b: jnp.mean(jnp.abs(z) ** 2), A, model=model)
+    with pytest.raises(TypeError, match=r"complex.*z.real, z.imag"):
+        analysis.ntk(objective, jnp.ones(2), chunk=chunk)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        cx.Objective(lambda p: jnp.mean((A @ p) ** 2)),
+        cx.Objective(cx.gaussian("y"), {"x": A, "y": B.real}, model=lambda p, b: b["x"] @ p),
+    ],
+)
+def test_a_complex_loss_is_an_error(objective):
+    for act in (objective, objective.value_and_grad):
+        with pytest.raises(TypeError, match=r"must be real, and is complex.*z.real, z.imag"):
+            act(jnp.ones(2))
+
+
+def test_measures_of_trees_refuse_complex_ones():
+    for act in (
+        lambda: analysis.block_norms(PARAMS),
+        lambda: analysis.filter_normalised(PARAMS, PARAMS),
+        lambda: analysis.random_directions(PARAMS),
+        lambda: analysis.trajectory_directions([PARAMS, PARAMS, PARAMS]),
+        lambda: analysis.alignment(PARAMS, [PARAMS]),
+        lambda: cx.materialize(lambda v: v, PARAMS),
+        lambda: exact_diagonal(lambda v: v, PARAMS),
+    ):
+        with pytest.raises(TypeError, match=r"z`.*complex"):
+            act()
+
+
+def test_no_solver_drops_the_imaginary_part_of_a_product():
+    """A Hermitian matrix has real eigenvalues, and its products of real vectors are complex."""
+    hermitian = lambda v: jnp.array([[2, 1j], [-1j, 3]]) @ v
+    for act in (
+        lambda v: cx.cg(3)(hermitian, v),
+        lambda v: cx.steihaug(1.0)(hermitian, v),
+        lambda v: cx.dense()(hermitian, v),
+        lambda v: cx.lanczos(hermitian, v, 2),
+        lambda v: cx.power_iteration(hermitian, v),
+        lambda v: eigenpairs(hermitian, v),
+        lambda v: cx.spectral_density(hermitian, v[None], 2),
+        lambda v: cx.estimate_trace(hermitian, v[None]),
+        lambda v: cx.estimate_diagonal(hermitian, v[None]),
+    ):
+        with pytest.raises(TypeError, match="complex"):
+            act(jnp.ones(2))

@@ -169,6 +169,9 @@ def test_nnx_by_names_with_variables_or_without():
         {"stem": {"kernel": (3, 3, 2, 4)}},
         {"conv_of_unknown_depth": {"kernel": (6, 3, 3, 2, 4)}},
         {"layer1": {"weight": (64, 3, 7, 7)}},
+        {"layers_0": {"kernel": (3, 2, 4), "bias": (4,)}},
+        {"layers": {"2": {"kernel": (5, 2, 4)}}},
+        {"layers": {"2": {"kernel": {"value": (3, 3, 4, 4)}}}},
     ],
 )
 def test_a_doubtful_window_is_not_averaged_and_is_told_once(tree):

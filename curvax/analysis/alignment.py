@@ -85,7 +85,9 @@ def alignment(vector: Tree, basis: Any) -> Alignment:
 
     Raises:
         ValueError: the basis is not shaped like the vector.
+        TypeError: the vector is complex.
     """
+    checks.refuse_complex(vector, "alignment")
     stack, _ = stack_of(basis, vector, "alignment")
     length = trees.norm(vector)
     cosines = trees.ratio(bases.coefficients(stack, vector), length)
@@ -107,7 +109,9 @@ def block_norms(tree: Tree, blocks: Blocks = "*") -> dict[str, jax.Array]:
 
     Raises:
         ValueError: a pattern matches nothing, or the layout is that of another model.
+        TypeError: the tree is complex.
     """
+    checks.refuse_complex(tree, "block_norms")
     masked = lambda mask: jax.tree.map(lambda m, x: m * trees.widen(x), mask, tree)
     return {name: trees.norm(masked(mask)) for name, mask in block_masks(tree, blocks).items()}
 

@@ -39,8 +39,9 @@ def random_directions(params: Tree, k: int = 2, *, key: jax.Array | int = 0) -> 
         key: a typed key or a seed.
 
     Raises:
-        TypeError, ValueError: k is no positive integer.
+        TypeError, ValueError: k is no positive integer; the parameters are complex.
     """
+    checks.refuse_complex(params, "random_directions")
     checks.check_count("random_directions", k=k)
     return _gaussian(jax.random.split(as_key(key), k), params)
 
@@ -68,7 +69,9 @@ def trajectory_directions(path: Sequence[Tree], k: int = 2) -> Trajectory:
 
     Raises:
         ValueError: k is not within 1 and T - 1.
+        TypeError: the parameters are complex.
     """
+    checks.refuse_complex(list(path), "trajectory_directions")
     checks.check_count("trajectory_directions", k=k)
     if k >= len(path):
         raise ValueError(

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from curvax import layers, trees
+from curvax import checks, layers, trees
 from curvax.analysis.directions import stack_of
 from curvax.linalg import bases
 from curvax.roles import Path
@@ -51,7 +51,9 @@ def filter_normalised(
     Raises:
         KeyError: the layout is that of another model.
         ValueError: the direction is not shaped like the parameters.
+        TypeError: the parameters are complex.
     """
+    checks.refuse_complex(params, "filter_normalised")
     stack, _ = stack_of(direction, params, "filter_normalised")
     facts = _by_names(params) if layout is None else layout
     paths = [(trees.names(path), jnp.ndim(x)) for path, x in jax.tree.leaves_with_path(params)]

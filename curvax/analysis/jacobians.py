@@ -11,7 +11,7 @@ from jax import lax
 from curvax import accumulation, meshes, trees
 from curvax.objective import Objective
 from curvax.oracles.gauss_newton import model_pass
-from curvax.oracles.linearization import localized
+from curvax.oracles.linearization import localized, refuse_complex_values
 from curvax.trees import Tree
 
 NUMBERS = 2**26
@@ -29,7 +29,9 @@ class Maps(NamedTuple):
 
 def outputs_of(objective: Objective, params: Tree) -> jax.Array:
     """z of all examples, [n, C]: the outputs of each in one row."""
-    return rows(objective.outputs(params)[0], objective.size)
+    outputs = objective.outputs(params)[0]
+    refuse_complex_values(outputs)
+    return rows(outputs, objective.size)
 
 
 def outputs_alone(objective: Objective, params: Tree) -> jax.Array:

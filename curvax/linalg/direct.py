@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from curvax import axes
+from curvax import axes, checks
 from curvax.linalg.solvers import Reason, Solution, Solver, direct_solver, relative_residual
 from curvax.linalg.vectors import materialize, ravel, unravel
 from curvax.trees import Tree
@@ -22,6 +22,7 @@ def dense() -> Solver:
     def solve(product: Callable[[Tree], Tree], b: Tree) -> Solution:
         with jax.default_matmul_precision("highest"):
             matrix, rhs = materialize(product, b), ravel(b)
+            checks.refuse_complex(matrix, "dense")
             x, reason = finite_or_zero(solve_symmetric(matrix, rhs))
             residual = relative_residual(rhs - matrix @ x, rhs)
         return Solution(unravel(x, b), jnp.int32(rhs.size), residual, reason)

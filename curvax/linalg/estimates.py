@@ -58,7 +58,11 @@ def exact_diagonal(product: Product, like: Tree) -> Tree:
 
     Returns:
         A tree like `like`, in float32 or wider.
+
+    Raises:
+        TypeError: `like` is complex.
     """
+    checks.refuse_complex(like, "exact_diagonal")
     size = sum(x.size for x in jax.tree.leaves(like))
     if not size:
         return like
@@ -75,6 +79,7 @@ def _over_probes(sample: Callable[[Tree], Tree], probes: Tree) -> Estimate:
     checks.refuse_complex(probes, "An estimate from probes")
     n = jax.tree.leaves(probes)[0].shape[0]
     first = sample(jax.tree.map(lambda z: z[0], probes))
+    checks.refuse_complex(first, "An estimate from probes")
     if n == 1:
         return Estimate(first, jax.tree.map(trees.nan_like, first))
 

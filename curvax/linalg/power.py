@@ -48,6 +48,7 @@ def power_iteration(
 
     def measure(v: Tree, steps: jax.Array) -> tuple[Eigenpair, Tree]:
         cv = product(v)
+        checks.refuse_complex(cv, "power_iteration")
         value = trees.dot(v, cv)
         residual = trees.norm(trees.add_scaled(cv, -value, v))
         return Eigenpair(value, v, residual, steps, residual <= tol * jnp.abs(value)), cv

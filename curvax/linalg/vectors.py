@@ -40,8 +40,9 @@ def materialize(
         order of `jax.flatten_util.ravel_pytree(like)`. Memory P².
 
     Raises:
-        TypeError, ValueError: `chunk` is no positive integer.
+        TypeError, ValueError: `chunk` is no positive integer; `like` is complex.
     """
+    checks.refuse_complex(like, "materialize")
     leaves = jax.tree.leaves(like)
     size = sum(x.size for x in leaves)
     dtype = jnp.result_type(jnp.float32, *(x.dtype for x in leaves))

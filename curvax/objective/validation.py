@@ -152,7 +152,7 @@ def scalar(value: Any, has_aux: bool = False) -> jax.Array:
     """The value of a loss in float32 or wider.
 
     Raises:
-        TypeError: it is no floating scalar.
+        TypeError: it is no real floating scalar.
     """
     if not trees.is_leaf(value):
         raise TypeError(_no_number(value, has_aux))
@@ -161,6 +161,12 @@ def scalar(value: Any, has_aux: bool = False) -> jax.Array:
         raise TypeError(
             f"The loss must be a floating scalar, and is {value.dtype}{list(value.shape)}. Reduce "
             "it over the examples with `jnp.mean`."
+        )
+    if jnp.issubdtype(value.dtype, jnp.complexfloating):
+        raise TypeError(
+            f"The loss must be real, and is {value.dtype}: write `jnp.mean(jnp.abs(z) ** 2)` for "
+            "`jnp.mean(z**2)`, or `.real`. A likelihood takes real outputs, such as "
+            "`jnp.stack([z.real, z.imag], axis=-1)`."
         )
     return trees.widen(value)
 

@@ -53,7 +53,7 @@ def linearized(
             `"finite-differences"`, of the values; `"auto"`, the first that JAX allows.
     """
     value, jvp, aux = jax.linearize(f, params, has_aux=True)
-    _refuse_complex_values(value)
+    refuse_complex_values(value)
     transposed = jax.linear_transpose(jvp, params)
     pull = lambda c: transposed(c)[0]
     pushes = {
@@ -66,7 +66,12 @@ def linearized(
     return Linearized(value, aux, push, pull)
 
 
-def _refuse_complex_values(value: Tree) -> None:
+def refuse_complex_values(value: Tree) -> None:
+    """Refuses outputs of a model that are complex.
+
+    Raises:
+        TypeError: they are.
+    """
     if any(jnp.issubdtype(x.dtype, jnp.complexfloating) for x in jax.tree.leaves(value)):
         raise TypeError(
             "Gauss-Newton, Fisher and tangent kernels are those of real outputs, and the model "

@@ -28,8 +28,9 @@ def split_real_and_imaginary(stages: optax.GradientTransformation) -> Stage:
 
     The gradient is taken by Optax's convention, ∂L/∂x + i ∂L/∂y, the conjugate of what `jax.grad`
     gives: `updates, state = tx.update(jax.tree.map(jnp.conj, grads), ...)`. The very gradient that
-    `Objective.value_and_grad` returned is known to be JAX's, and is conjugated here. The updates
-    that come out are those to add to the parameters, as `optax.apply_updates` does.
+    `Objective.value_and_grad` returned is known to be JAX's, and is conjugated here. Any other is
+    taken as conjugated: put clipping and decay inside, where they are not lost. The updates that
+    come out are those to add to the parameters, as `optax.apply_updates` does.
 
     Args:
         stages: a stage, a pipe, or a plain transformation. Options that are trees fit as prefixes;
@@ -58,7 +59,7 @@ def split_real_and_imaginary(stages: optax.GradientTransformation) -> Stage:
         merged = jax.tree.map(lambda x, u: x.astype(u.dtype), _merge(out.updates), signal.updates)
         return signal._replace(updates=merged, local=out.local, averaged=out.averaged), state
 
-    return containing(lambda params: inner.init(_split(params)), rule, inner)
+    return containing(lambda params: inner.init(_split(params)), rule, inner, converted=True)
 
 
 def _is_pair(x: Any) -> bool:
