@@ -40,6 +40,30 @@ def refuse_unlike(updates: Tree, params: Tree, name: str) -> None:
         )
 
 
+def refuse_no_value(value: Any) -> None:
+    """Refuses what is no loss in the place of `value`.
+
+    Raises:
+        TypeError: it is neither None nor a scalar.
+    """
+    if value is not None and not (trees.is_leaf(value) and _is_scalar(value)):
+        raise TypeError(
+            "`tx.update(..., value=)` takes the loss at the parameters, a scalar, and got "
+            f"{_kind_of(value)}. With an aux it is the first part of what `value_and_grad` "
+            "returned, `(value, aux), grads = objective.value_and_grad(params)`; losses of "
+            "examples are averaged before."
+        )
+
+
+def _is_scalar(x: Any) -> bool:
+    return isinstance(x, numbers.Number) or (hasattr(x, "dtype") and jnp.shape(x) == ())
+
+
+def _kind_of(x: Any) -> str:
+    shape = f" of shape {jnp.shape(x)}" if hasattr(x, "dtype") else ""
+    return f"a {type(x).__name__}{shape}" if not hasattr(x, "dtype") else f"an array{shape}"
+
+
 def refuse_complex(tree: Tree, name: str) -> None:
     """Refuses complex numbers where curvature is that of a function of real ones.
 

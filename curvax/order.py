@@ -27,6 +27,23 @@ def refuse_part_before(part: str, stage: str) -> None:
         )
 
 
+def refuse_accumulation_before(part: Any, name: str, stage: str) -> None:
+    """Refuses to accumulate gradients before a stage that evaluates the loss of one mini-batch.
+
+    Raises:
+        ValueError: the part is `optax.MultiSteps` over more than one batch, or `apply_every`.
+    """
+    steps = multi_steps_of(part)
+    if name == "apply_every" or (steps and not _is_of_one(steps)):
+        raise ValueError(
+            f"`{name}` before `{stage}` hands it the gradients of k mini-batches, while `{stage}` "
+            "evaluates the loss of the last one alone. Accumulate in the loss: "
+            "`curvax.Objective(loss, batch, microbatch=n)` takes loss, gradient and curvature of "
+            "the whole batch in the memory of n examples; or accumulate what the stages make of "
+            f"each mini-batch, `{stage}(...) | ... | optax.MultiSteps(base, k)`."
+        )
+
+
 def refuse_changed_in_pipe(updates: Tree, gradient: Tree, stage: str) -> None:
     """Refuses updates that earlier parts of a pipe made of the clean gradient.
 
@@ -62,7 +79,8 @@ def refuse_changed_gradient(objective: Any, params: Tree, updates: Tree, stage: 
 
 
 _CURES = (
-    "Frozen weights are `sam_perturb(mask=)` or `curvax.restrict(stages, mask)`; gradients are "
+    "Frozen weights are `sam_perturb(mask=)` before an `optax.freeze` behind the stage, or "
+    '`curvax.partition({"train": stages, "freeze": optax.set_to_zero()}, labels)`; gradients are '
     "accumulated by `optax.MultiSteps(base, k)` behind the stage or by `Objective(microbatch=)`."
 )
 

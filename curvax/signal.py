@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from curvax import axes, checks, frozen, order, trees
@@ -264,8 +265,10 @@ def _by_our_names(extra: dict[str, Any]) -> dict[str, Any]:
     if found.get("value_fn") is None and callable(found.get("obj_fn")):
         found["value_fn"] = found["obj_fn"]
     loss = found.get("loss")
-    if found.get("value") is None and isinstance(loss, (float, jax.Array)) and not jnp.ndim(loss):
+    numbers = (float, np.floating, np.ndarray, jax.Array)
+    if found.get("value") is None and isinstance(loss, numbers) and not jnp.ndim(loss):
         found["value"] = loss
+    checks.refuse_no_value(found.get("value"))
     return found
 
 
@@ -296,12 +299,17 @@ def _pieces(part: Any) -> tuple[optax.GradientTransformation, ...]:
 
 
 def _refuse_lost(parts: tuple[optax.GradientTransformation, ...]) -> None:
-    """Refuses plain parts before a stage that replaces the updates."""
+    """Refuses plain parts before a stage that replaces the updates, and accumulation before one
+    that evaluates the loss."""
     for place, part in enumerate(parts):
         behind = (kind for later in parts[place + 1 :] for kind in kinds(later))
         stage = next((kind.name for kind in behind if kind.replaces_gradient), None)
         if stage and not isinstance(part, Stage):
             order.refuse_part_before(name_of(part), stage)
+        behind = (kind for later in parts[place + 1 :] for kind in kinds(later))
+        stage = next((kind.name for kind in behind if kind.evaluates_loss), None)
+        if stage and not isinstance(part, Stage):
+            order.refuse_accumulation_before(part, name_of(part), stage)
 
 
 def _refuse_local_moments(part: optax.GradientTransformation, state: Any, signal: Signal) -> None:

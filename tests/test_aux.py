@@ -140,6 +140,18 @@ UNDECIDED: dict[str, tuple[Any, str]] = {
     "half of them": (lambda p, b: b["x"][: len(b["x"]) // 2], "along the examples"),
     "tokens first and flat": (lambda p, b: tokens_of(p, b).T.reshape(-1), "`reshape`"),
     "all pairs": (lambda p, b: b["x"] @ b["x"].T, "examples by examples"),
+    "a share of the batch's sum": (lambda p, b: jax.nn.softmax(seen(p, b)[2]), "a spread"),
+    "centred": (lambda p, b: seen(p, b)[2] - jnp.mean(seen(p, b)[2]), "a spread"),
+    "parts of the largest": (lambda p, b: seen(p, b)[2] / jnp.max(seen(p, b)[2]), "a spread"),
+    "a mean by hand": (lambda p, b: jnp.sum(seen(p, b)[2] / len(b["x"])), "a number of examples"),
+    "a mean by weights": (
+        lambda p, b: seen(p, b)[2] @ jnp.full(len(b["x"]), 1 / len(b["x"])),
+        "a number of examples",
+    ),
+    "a gradient of a mean": (
+        lambda p, b: optax.tree.norm(jax.grad(lambda p: jnp.mean(seen(p, b)[2]))(p)),
+        "a number of examples",
+    ),
     "a product": (lambda p, b: jnp.prod(b["x"]), "`reduce_prod`"),
     "another program": (
         lambda p, b: jnp.sum(b["x"]) if len(b["x"]) > 2 else jnp.max(b["x"]),

@@ -334,3 +334,36 @@ def test_our_own_names_come_first_and_a_loss_that_is_no_number_is_none():
     assert cx.diagnostics(state)["loss"] == np.float32(value)
     for other in (loss, {"loss": value}, jnp.ones(3)):
         tx.update(grads, tx.init(params), params, value_fn=loss, loss=other)
+
+
+def test_a_value_that_is_no_scalar_is_refused():
+    params, loss = net_params(), lambda p: net_loss(p, net_batch())
+    tx, grads = cx.sam(base, RHO), jax.grad(loss)(net_params())
+    for value in ((loss(params), {"aux": 1}), jnp.ones(8), jnp.ones(1), "0.3"):
+        with pytest.raises(TypeError, match=r"`tx\.update\(\.\.\., value=\)`.*a scalar"):
+            tx.update(grads, tx.init(params), params, value_fn=loss, value=value)
+
+
+@pytest.mark.parametrize("number", [float, np.float32, np.float64, np.asarray, jnp.asarray])
+def test_a_loss_of_any_floating_scalar_is_the_value(number):
+    params, loss = net_params(), lambda p: net_loss(p, net_batch())
+    value, grads = jax.value_and_grad(loss)(params)
+    tx = cx.sam(base, RHO)
+    _, state = tx.update(grads, tx.init(params), params, value_fn=loss, loss=number(value))
+    np.testing.assert_allclose(cx.diagnostics(state)["loss"], value, rtol=1e-6)
+
+
+def test_a_value_fn_of_other_arguments_names_the_objective():
+    params, tx = net_params(), cx.sam(base, RHO)
+    grads = jax.grad(net_loss)(params, net_batch())
+    with pytest.raises(TypeError, match=r"`loss\(params\)`.*curvax\.Objective\(loss, batch\)"):
+        tx.update(grads, tx.init(params), params, value_fn=net_loss)
+    with pytest.raises(TypeError, match=r"`value_fn` is no function but a float.*`value=`"):
+        tx.update(grads, tx.init(params), params, value_fn=0.3)
+
+
+@pytest.mark.parametrize("part", [lambda: optax.apply_every(2), lambda: several(optax.identity())])
+def test_accumulation_before_curvature_is_refused(part):
+    with pytest.raises(ValueError, match=r"the last one alone.*microbatch="):
+        cx.pipe(part(), cx.newton_cg())
+    cx.pipe(optax.MultiSteps(optax.identity(), 1), cx.newton_cg())

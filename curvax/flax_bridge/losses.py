@@ -69,8 +69,9 @@ def nnx_loss(
         folded into every random stream, so that groups and micro-batches have masks of their own.
 
     Raises:
-        TypeError: `rngs` is no `nnx.Rngs`; when called, `fn` returns a pair and `has_aux` is not
-            given, or the other way round, or needs `rngs` and gets none.
+        TypeError: `rngs` is no `nnx.Rngs`; when called, it is given a module, or `fn` returns a
+            pair and `has_aux` is not given, or the other way round, or needs
+            `rngs` and gets none.
         ValueError: when called, the parameters are not this module's, or the loss creates
             parameters or removes variables.
     """
@@ -162,6 +163,11 @@ def _fold(key: jax.Array, stream: jax.Array) -> jax.Array:
 
 def _completed(whole: nnx.State, given: Any) -> Any:
     """The parameters given, and those of the module where none are."""
+    if isinstance(given, nnx.Module):
+        raise TypeError(
+            "The loss of `nnx_loss` was handed the module in the place of its parameters. Write "
+            "`loss, params = nnx_loss(model, fn)`, then `objective.value_and_grad(params)`."
+        )
     # As arrays: a variable may hold a tree, which arrays alone do not tell from the module's.
     trees = (compat.as_pure(nnx.State(tree)) for tree in (whole, given))
     known, found = (dict(nnx.to_flat_state(tree)) for tree in trees)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 from jax.extend import core
 
 INLINED = ("jit", "pjit", "closed_call", "core_call")
@@ -59,6 +60,8 @@ class Info(NamedTuple):
     param: bool = False
     """From parameters, or from arrays that the function holds."""
     zero: bool = False
+    sized: bool = False
+    """A number that another number of examples changes, as 1/n."""
     roots: frozenset[Root] = frozenset()
     """Of the whole batch's value: inputs, and reductions by their place in the program."""
 
@@ -103,6 +106,10 @@ def _walk(piece: Any, whole: Any, inputs: list[Info], numbers: Numbers) -> list[
     known = lambda x: Info() if isinstance(x, core.Literal) else env[x]
     for a, b in _pairs(piece, whole, numbers):
         infos, inner = [known(x) for x in a.invars], body(a)
+        infos = [
+            Info(sized=True) if _differ(x, y) else info
+            for info, x, y in zip(infos, a.invars, b.invars, strict=True)
+        ]
         if inner is not None:
             held = [Info(param=True)] * len(inner[1])
             outs = _walk(inner[0], opened(called(b))[0], held + infos, numbers)
@@ -158,20 +165,30 @@ def _output(eqn: Any, x: Any, y: Any, infos: list[Info], place: Place, within: I
     dep = any(i.dep for i in infos)
     bad = next((i.bad for i in infos if i.bad), None)
     roots = frozenset().union(*(i.roots for i in infos))
-    param = any(i.param for i in infos)
+    param, sized = any(i.param for i in infos), any(i.sized for i in infos)
     if not dep:
         zero = eqn.primitive.name == "broadcast_in_dim" and _is_zero(eqn.invars[0], infos[0])
-        return Info(axis=scaled[0] if scaled else None, param=param, zero=zero, roots=roots)
+        axis = scaled[0] if scaled else None
+        return Info(axis, param=param, zero=zero, sized=sized, roots=roots)
     centred = any(i.centred or (i.dep and i.axis is None) for i in infos)
     if scaled:
         if any(i.param and not i.dep for i in infos):
             centred = False
         bad = bad or (None if len(scaled) == 1 else "a table of examples by examples")
+        bad = bad or ("a number of examples before they are reduced" if sized else None)
         bad = bad or _mixed(eqn, infos, scaled[0])
         return Info(scaled[0], True, bad, centred, roots=roots, param=param)
     if any(i.axis is not None for i in infos):
+        bad = bad or ("a number of examples where they are reduced" if sized else None)
         return _reduced(eqn, infos, place, bad, within)
     return _after(eqn, x, infos, bad, roots, param)
+
+
+def _differ(x: Any, y: Any) -> bool:
+    """Whether two constants are other floating numbers in the two traces."""
+    if not (isinstance(x, core.Literal) and isinstance(y, core.Literal)):
+        return False
+    return isinstance(x.val, float | np.floating | np.ndarray) and bool(np.any(x.val != y.val))
 
 
 def _is_zero(x: Any, info: Info) -> bool:

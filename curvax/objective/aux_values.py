@@ -133,7 +133,7 @@ def _kind(name: str | None, info: Info, leaf: Any) -> str | None:
     if name or not info.dep:
         return name
     if info.axis is not None:
-        return "undecided" if info.bad else f"concat {info.axis}"
+        return "undecided" if info.bad or info.centred else f"concat {info.axis}"
     if info.running and trees.is_float(leaf) and (info.bad or info.centred or not info.linear):
         return "mean"
     return "undecided" if info.bad or info.centred else None

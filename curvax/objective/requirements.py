@@ -31,6 +31,12 @@ def as_objective(value_fn: Callable[..., Any] | None, stage: str, params: Tree =
             "`optax.GradientTransformation(init, update)`s around the stages: put them behind "
             "these."
         )
+    if not callable(value_fn):
+        raise TypeError(
+            f"`{stage}` evaluates the loss, and `value_fn` is no function but a "
+            f"{type(value_fn).__name__}. Pass the loss as a function of the parameters, or "
+            "`curvax.Objective(loss, batch)`; its value at the parameters is `value=`."
+        )
     checks.refuse_complex(params, stage)
     return value_fn if isinstance(value_fn, Objective) else Objective(value_fn)
 

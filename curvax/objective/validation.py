@@ -1,5 +1,6 @@
 """What the halves and the options of an objective must be, and what a loss must return."""
 
+import inspect
 import numbers
 from collections.abc import Callable
 from typing import Any
@@ -120,14 +121,31 @@ def called(loss: Callable[..., Any], params: Tree, *rest: Any) -> Any:
     """What a loss or a model returns for these parameters.
 
     Raises:
-        TypeError: it fails on parameters that it was hardly written for.
+        TypeError: it fails on arguments or parameters that it was hardly written for.
     """
     try:
         return loss(params, *rest)
     except (TypeError, AttributeError, KeyError, IndexError) as error:
-        if cure := _other_parameters(params, error):
+        if cure := _other_arguments(loss, params, *rest) or _other_parameters(params, error):
             raise TypeError(f"The loss failed with {error!r}. {cure}") from error
         raise
+
+
+def _other_arguments(loss: Callable[..., Any], *args: Any) -> str | None:
+    """What is done about a loss that takes more or fewer arguments."""
+    try:
+        inspect.signature(loss).bind(*args)
+    except ValueError:  # a callable without a signature
+        return None
+    except TypeError:
+        given = ("params", "batch", "key")[: len(args)]
+        return (
+            f"It is called as `loss({', '.join(given)})`. A loss of parameters and batch is "
+            "`value_fn=curvax.Objective(loss, batch)`, with a key of its dropout "
+            "`curvax.Objective(loss, batch, key=key)`; what else it takes is bound before, as in "
+            "`lambda params, batch: loss(params, batch, step)`."
+        )
+    return None
 
 
 def _other_parameters(params: Tree, error: Exception) -> str | None:

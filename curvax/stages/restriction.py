@@ -59,6 +59,10 @@ def partition(stages_by_label: Mapping[Any, optax.GradientTransformation], label
 def restrict(stages: optax.GradientTransformation, mask: Any) -> Stage:
     """The stages on some leaves only; the updates of the others pass as they are.
 
+    As they are means: where a whole method with its learning rate is restricted, what comes out
+    for the others is their bare gradient. Frozen leaves are
+    `partition({"train": method, "freeze": optax.set_to_zero()}, labels)`.
+
     Args:
         stages: a stage, a pipe, or a plain transformation.
         mask: a tree prefix of booleans, or a callable `params -> tree`.
