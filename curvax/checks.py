@@ -202,6 +202,26 @@ def refuse_summed(updates: Tree, local: frozenset[str], *, stage: str) -> None:
         )
 
 
+def refuse_split(params: Tree, objective: Any, *, stage: str) -> None:
+    """Refuses parameters of which each device along a mapped axis has a part of its own.
+
+    Norms and products would be those of a device's part, and solvers would stop at different steps
+    on devices that still exchange activations. Types tell so where `check_vma=True`.
+
+    Raises:
+        ValueError: they vary over an axis over which the loss does not.
+    """
+    own = axes.varying(params) - objective.local_axes(params) - {*objective.joined}
+    if own:
+        axis = sorted(own)[0]
+        raise ValueError(
+            f"`{stage}` takes norms over all parameters, and they are split along the mapped axis "
+            f"{axis!r}: each device would take that of its own part. Leave that axis to the "
+            "compiler, `jax.shard_map(step, axis_names={'batch'}, ...)` with the axis of the batch "
+            "alone, or run under `jit`."
+        )
+
+
 def averaged_axes(
     mean_over: axes.AxisNames, local: frozenset[str], *, stage: str, partly: bool = False
 ) -> tuple[str, ...]:

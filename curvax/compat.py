@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
@@ -115,6 +116,28 @@ def _axes_of_vmap(frame: FrameType | None) -> Iterator[str]:
         if code.co_name.startswith("_batch") and "axis_data" in code.co_varnames:
             yield frame.f_locals["axis_data"].name
         frame = frame.f_back
+
+
+LAYOUTS = ("sharding_constraint", "optimization_barrier")
+"""Primitives whose results are their arguments."""
+
+
+def origin(x: Any) -> Any:
+    """What a traced array was before it was only laid out anew, or cast to a wider float.
+
+    JAX 0.10 keeps the equation that made a tracer; where it does not, an array is its own origin.
+    """
+    while (eqn := getattr(x, "parent", None)) is not None:
+        wider = eqn.primitive.name == "convert_element_type" and _widens(eqn.in_tracers[0], x)
+        if not (wider or eqn.primitive.name in LAYOUTS):
+            break
+        x = eqn.in_tracers[next(i for i, var in enumerate(eqn.outvars) if var is x.val)]
+    return x
+
+
+def _widens(before: Any, after: Any) -> bool:
+    floats = all(jnp.issubdtype(x.dtype, jnp.floating) for x in (before, after))
+    return floats and jnp.promote_types(before.dtype, after.dtype) == after.dtype
 
 
 def as_pure(tree: Any) -> Any:

@@ -3,9 +3,10 @@
 import sys
 from typing import Any
 
+import jax
 import optax
 
-from curvax import trees
+from curvax import compat, trees
 from curvax.trees import Tree
 
 PASSING = ("identity", "snapshot", "monitor")
@@ -64,12 +65,13 @@ def refuse_changed_gradient(objective: Any, params: Tree, updates: Tree, stage: 
     Raises:
         ValueError: the objective gave a gradient there, and the updates are not that gradient.
     """
-    if objective.gave_at(params) and objective.gave(params, updates) is None:
+    as_given = jax.tree.map(compat.origin, updates)
+    if objective.gave_at(params) and objective.gave(params, as_given) is None:
         raise ValueError(
             f"`{stage}` takes a gradient of its own at the perturbed parameters, and the updates "
             "that reached it are not the gradient that the objective returned for these "
             "parameters: what was done to it in between, such as clipping, weight decay, a mask, "
-            "a cast, a mean over devices or over batches, would be lost. Hand over the gradient "
+            "a mean over devices or over batches, would be lost. Hand over the gradient "
             f"as `objective.value_and_grad(params)` returned it, and put the rest behind: "
             f"`{stage}(...) | optax.clip_by_global_norm(1.0) | base`, or `curvax.sam(optax.chain("
             f"clip, base))`. {_CURES} "

@@ -367,3 +367,52 @@ def test_accumulation_before_curvature_is_refused(part):
     with pytest.raises(ValueError, match=r"the last one alone.*microbatch="):
         cx.pipe(part(), cx.newton_cg())
     cx.pipe(optax.MultiSteps(optax.identity(), 1), cx.newton_cg())
+
+
+LAID_OUT: dict[str, Callable[[Any], Any]] = {
+    "a sharding constraint": lambda g: jax.lax.with_sharding_constraint(g, jax.devices()[0]),
+    "an optimization barrier": jax.lax.optimization_barrier,
+    "a cast to a wider float": lambda g: jax.tree.map(lambda x: x.astype(jnp.float64), g),
+}
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="needs JAX 0.10: tracers know no origin")
+@pytest.mark.parametrize("laid_out", LAID_OUT)
+def test_a_gradient_only_laid_out_anew_is_the_gradient(laid_out):
+    tx = cx.sam(base, RHO)
+    params = jax.tree.map(lambda x: x.astype(jnp.float32), net_params())
+
+    @jax.jit
+    def step(params: Any, *changes: Any) -> Any:
+        objective = cx.Objective(net_loss, net_batch(dtype=jnp.float32))
+        _, grads = objective.value_and_grad(params)
+        grads = LAID_OUT[laid_out](grads)
+        return tx.update(grads, tx.init(params), params, value_fn=objective)[0]
+
+    for x, y in zip(jax.tree.leaves(step(params)), jax.tree.leaves(sam_gradient(net_batch()))):
+        np.testing.assert_allclose(-x, y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["sam", "adahessian", "newton_cg", "hessian_free"])
+def test_parameters_split_along_a_mapped_axis_are_refused(method):
+    make = {
+        "sam": lambda: cx.sam(base, RHO, mean_over="batch"),
+        "adahessian": lambda: cx.adahessian(0.1, mean_over="batch"),
+        "newton_cg": lambda: cx.newton_cg(mean_over="batch"),
+        "hessian_free": lambda: cx.hessian_free(mean_over="batch"),
+    }
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("batch", "model"))
+
+    def step(params: Any, batch: Any) -> Any:
+        predict = lambda p, b: jax.lax.psum(jnp.tanh(b["x"] @ p["hidden"]) @ p["out"], "model")
+        objective = cx.Objective(cx.gaussian("y"), batch, model=predict)
+        _, grads = objective.value_and_grad(params)
+        tx = make[method]()
+        return tx.update(grads, tx.init(params), params, value_fn=objective)[0]
+
+    split = {"hidden": P(None, "model"), "out": P("model")}
+    params = {"hidden": jnp.ones((4, 6)) / 3, "out": jnp.ones((6, 2))}
+    with pytest.raises(ValueError, match=r"split along the mapped axis 'model'.*axis_names"):
+        jax.shard_map(step, mesh=mesh, in_specs=(split, P("batch")), out_specs=split)(
+            params, net_batch()
+        )

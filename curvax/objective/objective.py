@@ -433,7 +433,9 @@ class Objective:
         """Whether `value_and_grad` was called at these very parameters."""
         return self._memory.at(params)
 
-    def recalling(self, outer: Objective, at: tuple[Tree, Tree], here: tuple[Tree, Tree]) -> Objective:
+    def recalling(
+        self, outer: Objective, at: tuple[Tree, Tree], here: tuple[Tree, Tree]
+    ) -> Objective:
         """This objective, with what another knows of a gradient in other forms of the parameters.
 
         Args:

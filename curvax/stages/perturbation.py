@@ -117,6 +117,7 @@ def sam_perturb(
         del extra
         objective = as_objective(value_fn, "sam_perturb", params)
         local = objective.local_axes(params)
+        checks.refuse_split(params, objective, stage="sam_perturb")
         order.refuse_changed_in_pipe(signal.updates, signal.gradient, "sam_perturb")
         checks.refuse_summed(signal.updates, local - signal.averaged, stage="sam_perturb")
         gradient, radius = signal.updates, _radius(rho, state.step, params)

@@ -95,6 +95,7 @@ def settled(
 ) -> tuple[Objective, frozenset[str], tuple[str, ...]]:
     """(the loss on its part of the batch, the axes it is local to, the axes to average over)."""
     local = objective.local_axes(params)
+    checks.refuse_split(params, objective, stage=name)
     checks.refuse_summed(signal.updates, local - signal.averaged, stage=name)
     over = checks.averaged_axes(mean_over, local, stage=name)
     return part_of(objective, fraction, name), local, over
