@@ -146,7 +146,8 @@ def test_sharpness_costs_a_second_gradient(name, method, record_row):
     found = p.step(tx)
     extra = (found[1] - p.gradient[1]) / p.bytes
     record_row(name, method, ratio(found, p.gradient), found[1] / p.gradient[1], extra)
-    assert ratio(found, p.gradient) <= 2.02
+    # Norms whose squares stay in the range of floats sum them three times.
+    assert ratio(found, p.gradient) <= (2.02 if method == "sam" else 2.035)
     if name in LARGE:
         # What a small model holds in its gradient is mostly parameters.
         assert found[1] <= (1.05 if method == "sam" else 1.10) * p.gradient[1]
@@ -183,7 +184,8 @@ def test_refreshed_and_kept_steps(name, record_row):
     # With remat the compiler cannot merge what the two gradients recompute.
     limit = 1.03 + ratio(p.bare_product, p.gradient) if "remat" in name else 3.5
     assert ratio(refresh, p.gradient) <= limit
-    assert ratio(kept, p.gradient) <= 1.01
+    # Entries that are not finite are kept out of the averages.
+    assert ratio(kept, p.gradient) <= 1.02
 
 
 @pytest.fixture(scope="module")

@@ -202,13 +202,13 @@ def test_a_checkpoint_with_nan_for_not_measured_is_restored(tmp_path):
     from curvax.training.checkpoints import Checkpoints
 
     tx = cx.levenberg_marquardt(cx.fisher_matvec() | cx.damp() | cx.solve(cx.cg(3)) | SGD)
-    tx = tx | cx.sam_perturb(0.1) | cx.record(mine=lambda s, p: 7.0)
+    tx = cx.sam_perturb(0.1) | tx | cx.record(mine=lambda s, p: 7.0)
     fresh, params, f = tx.init(net_params()), net_params(), split()
     value, gradient = f.value_and_grad(params)
     _, state = tx.update(gradient, fresh, params, value_fn=f, value=value)
-    older = figures.unflagged((state[0], fresh[1], state[2]))
-    nan = {name: jax.device_put(np.float32(np.nan)) for name in fresh[1].figures}
-    older = (older[0], older[1]._replace(figures=nan), older[2])
+    older = figures.unflagged((fresh[0], *state[1:]))
+    nan = {name: jax.device_put(np.float32(np.nan)) for name in fresh[0].figures}
+    older = (older[0]._replace(figures=nan), *older[1:])
 
     kept: Any = Checkpoints(tmp_path / "checkpoints")
     kept.save(Run(jnp.int32(3), older), {"epoch": 1})
@@ -217,7 +217,7 @@ def test_a_checkpoint_with_nan_for_not_measured_is_restored(tmp_path):
     found, place = kept.restore(jax.tree.map(shape, Run(jnp.int32(0), fresh)))
     kept.close()
     assert place == {"epoch": 1}
-    chex.assert_trees_all_equal(found.opt_state, (state[0], fresh[1], state[2]))
+    chex.assert_trees_all_equal(found.opt_state, (fresh[0], *state[1:]))
     assert_finite(found)
     shown = cx.diagnostics(found.opt_state)
     assert np.isnan(shown["rho"])

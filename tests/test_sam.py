@@ -581,7 +581,8 @@ def test_groups_hand_on_their_mean_loss_and_aux(sequential):
 
     tx = cx.per_group(2, cx.sam_perturb(0.3), sequential=sequential)
     tx, w = tx | cx.stage(lambda params: (), rule), jnp.array(2.0)
-    value_fn = cx.Objective(with_aux, jnp.arange(8.0), has_aux=True)
+    last = lambda path: "last" if path == ("last",) else None
+    value_fn = cx.Objective(with_aux, jnp.arange(8.0), has_aux=True, reduce_aux=last)
     tx.update(w, tx.init(w), w, value_fn=value_fn)
     assert_trees_close(note["signal"].value, jnp.array(7.0))
     assert_trees_close(note["signal"].perturbed_value, jnp.array(2.3 * 3.5))

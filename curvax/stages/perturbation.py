@@ -18,6 +18,7 @@ from curvax.injection import injectable
 from curvax.keys import DrawingKey
 from curvax.linalg import dual_norm
 from curvax.objective import Objective, as_objective
+from curvax.scalars import root
 from curvax.signal import Signal, Stage, at, stage
 from curvax.trees import Path, Tree
 
@@ -195,17 +196,21 @@ def _warn_of_half_precision(params: Tree) -> None:
 
 def _figures(
     value: jax.Array | None, value_p: jax.Array, g: Tree, g_p: Tree, rho: jax.Array
-) -> dict[str, jax.Array | None]:
+) -> dict[str, Any]:
+    # In units near ‖g‖, which the perturbation has asked for: no square leaves the range of floats.
+    near_one = trees.inverse(trees.magnitude(g))
+    clean, perturbed = (trees.scale(near_one, trees.wide(x)) for x in (g, g_p))
+    norm, norm_p = trees.norm(g), root(trees.dot(perturbed, perturbed))
     gap = None if value is None else value_p - value
     return dict(
         loss=value,
         perturbed_loss=value_p,
         surrogate_gap=gap,
         sigma_max=None if gap is None else trees.ratio(trees.ratio(2 * gap, rho), rho),
-        cosine=trees.cosine(g, g_p),
+        cosine=trees.ratio(trees.dot(clean, perturbed), norm * near_one * norm_p),
         rho=rho,
-        gradient_norm=trees.norm(g),
-        perturbed_gradient_norm=trees.norm(g_p),
+        gradient_norm=norm,
+        perturbed_gradient_norm=norm_p / near_one,
     )
 
 
