@@ -43,8 +43,10 @@ def sam(
     """SAM over any base: `sam_perturb(rho) | base`, with the options of `sam_perturb`.
 
     ASAM is `sam(base, 0.5, ascent=asam(0.01))`. Under a device axis each device perturbs on its
-    own part of the batch, and `mean_over` names the axis to average over afterwards. Foret et al.,
-    SAM, arXiv:2010.01412, Algorithm 1.
+    own part of the batch, and `mean_over` names the axis to average over afterwards. Over
+    `optax.MultiSteps(base, k)` the gradients of k mini-batches are averaged, each at its own
+    perturbed point; a schedule of ρ then counts mini-batches. Foret et al., SAM,
+    arXiv:2010.01412, Algorithm 1.
     """
     return pipe(sam_perturb(rho, **options), pmean_updates(mean_over), base)
 
