@@ -308,7 +308,8 @@ def test_sam_at_a_radius_of_zero_trains_a_module_as_the_example_does():
 
 
 def test_sam_of_a_module_perturbs_the_parameters_and_keeps_the_clean_statistics():
-    graphdef, params, rest = nnx.split(Mlp(nnx.Rngs(0)), nnx.Param, ...)
+    graphdef, params, *others = nnx.split(Mlp(nnx.Rngs(0)), nnx.Param, ...)
+    rest = others[0]
 
     def loss(params: Any) -> tuple[jax.Array, Any]:
         live = nnx.merge(graphdef, params, rest, copy=True)
