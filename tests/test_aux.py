@@ -134,7 +134,7 @@ UNDECIDED: dict[str, tuple[Any, str]] = {
     "a deviation": (lambda p, b: jnp.std(seen(p, b)[2]), "a spread"),
     "the place of the worst": (lambda p, b: jnp.argmax(seen(p, b)[2]), "`argmax`"),
     "the first": (lambda p, b: seen(p, b)[2][0], "over the examples"),
-    "a median": (lambda p, b: jnp.median(seen(p, b)[2]), "`sort`"),
+    "a median": (lambda p, b: jnp.median(seen(p, b)[2]), "(`sort`|a number of examples)"),
     "sorted": (lambda p, b: jnp.sort(seen(p, b)[2]), "`sort`"),
     "a running sum": (lambda p, b: jnp.cumsum(seen(p, b)[2]), "`cumsum`"),
     "half of them": (lambda p, b: b["x"][: len(b["x"]) // 2], "along the examples"),
