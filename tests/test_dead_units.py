@@ -59,7 +59,7 @@ PIPES = {
 def after_a_step(make: Any, objective: cx.Objective, zero: bool) -> Any:
     def trained(h: jax.Array, params: Any) -> jax.Array:
         tx = make(h)
-        value, gradient = objective.value_and_grad(params)
+        value, gradient = jax.value_and_grad(objective)(params)
         gradient = jax.tree.map(lambda g: 0 * g if zero else g, gradient)
         updates, _ = tx.update(gradient, tx.init(params), params, value_fn=objective, value=value)
         return objective(optax.apply_updates(params, jax.tree.map(lambda u: -0.01 * u, updates)))
