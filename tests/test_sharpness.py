@@ -105,8 +105,9 @@ def test_the_gap_of_sam_is_the_sharpness_of_one_step():
     for options in ({}, {"p": jnp.inf}, {"ascent": cx.asam(0.1)}):
         tx = cx.sam_perturb(0.2, **options)
         params, state = net_params(), tx.init(net_params())
-        _, grads = objective().value_and_grad(params)
-        _, state = tx.update(grads, state, params, value_fn=objective())
+        loss = objective()
+        _, grads = loss.value_and_grad(params)
+        _, state = tx.update(grads, state, params, value_fn=loss)
         expected = float(cx.diagnostics(state)["perturbed_loss"])
         found = sharpness(objective(), params, 0.2, **options)
         assert float(found.perturbed_loss) == pytest.approx(expected, rel=1e-6)
