@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
+from curvax import compat
 from curvax.trees import Tree
 
 
@@ -76,13 +78,13 @@ class Memory:
         return any(_same(record.params, params) for record in self.records)
 
     def find(self, params: Tree, grads: Tree) -> Given | None:
-        """The record of these very leaves, or None."""
+        """The record of these leaves, the gradient's laid out anew or cast wider, or None."""
         for record in self.records:
-            if _same(record.grads, grads) and _same(record.params, params):
+            if _same(record.grads, grads, compat.origin) and _same(record.params, params):
                 return record
         return None
 
 
-def _same(refs: list[weakref.ref], tree: Tree) -> bool:
+def _same(refs: list[weakref.ref], tree: Tree, of: Callable[[Any], Any] = lambda x: x) -> bool:
     leaves = jax.tree.leaves(tree)
-    return len(refs) == len(leaves) and all(ref() is x for ref, x in zip(refs, leaves))
+    return len(refs) == len(leaves) and all(of(ref()) is of(x) for ref, x in zip(refs, leaves))

@@ -463,7 +463,8 @@ def test_what_a_mean_over_some_axes_counts_must_be_known():
         step = partial(one_step, tx, of=weighted, weight="w")
         return on_groups_of_two(regime, step, params, tx.init(params), weighted_batch())[0]
 
-    chained = optax.chain(groups, cx.pmean_updates("batch"), optax.sgd(0.1))
+    own = groups | cx.pmean_updates(())
+    chained = optax.chain(own, cx.pmean_updates("batch"), optax.sgd(0.1))
     with pytest.raises(ValueError, match=r"over \['batch'\] .* and cannot know over which axes"):
         stepped(chained, "grid unchecked")
     piped = groups | cx.pmean_updates("batch") | optax.sgd(0.1)

@@ -397,6 +397,24 @@ def test_a_gradient_only_laid_out_anew_is_the_gradient(laid_out):
         np.testing.assert_allclose(x, y, rtol=1e-5)
 
 
+def test_a_gradient_that_ends_in_a_cast_is_the_gradient():
+    """A model that computes in bfloat16 gives gradients that were cast wider by JAX itself."""
+    in_bfloat16 = lambda p, b: net_loss(jax.tree.map(lambda x: x.astype(jnp.bfloat16), p), b)
+    params, tx = net_params(jnp.float32), cx.sam(base, RHO)
+
+    @jax.jit
+    def step(params: Any) -> Any:
+        objective = cx.Objective(in_bfloat16, net_batch())
+        _, grads = objective.value_and_grad(params)
+        found = tx.update(grads, tx.init(params), params, value_fn=objective)[0]
+        at = optax.tree.add(params, optax.tree.scale(RHO / optax.tree.norm(grads), grads))
+        return found, jax.grad(in_bfloat16)(at, net_batch())
+
+    found, grads = step(params)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(grads)):
+        np.testing.assert_allclose(x, -y, rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize("method", ["sam", "adahessian", "newton_cg", "hessian_free"])
 def test_parameters_split_along_a_mapped_axis_are_refused(method):
     make = {

@@ -301,7 +301,7 @@ def test_each_device_may_keep_its_own():
 
 
 def test_logging_a_gap_costs_a_gradient_and_a_forward_pass():
-    params, x = {"w": jnp.ones((3, 64, 64))}, jnp.ones((32, 64))
+    params, x = {"w": jnp.ones((3, 64, 64))}, jnp.ones((128, 64))
 
     def loss(params, x):
         for w in params["w"]:

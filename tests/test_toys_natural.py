@@ -53,10 +53,11 @@ def test_with_the_empirical_fisher_no_fixed_step_converges(xi):
 def test_with_the_empirical_fisher_a_vanishing_step_converges_as_slowly_as_it_vanishes(xi):
     schedule = lambda k: 0.5 / (k + 1)
     tx = cx.empirical_fisher_diag() | cx.scale_by_power(xi, eps=0.0) | optax.sgd(schedule)
-    path = np.abs(descend(tx, 1.5, 4000))
+    # With ξ = ½ steps are signed, and θ is exactly 0 after 3537 of them: a sum of ±1/2k.
+    path = np.abs(descend(tx, 1.5, 2000))
     edge = lambda k: (schedule(k) / 2) ** (1 / (2 * xi))
-    assert path[-200:].max() > 0.3 * edge(4000)
-    assert path[-200:].max() < 0.05
+    assert path[-200:].max() > 0.3 * edge(2000)
+    assert path[-200:].max() < 0.06
 
 
 # -- invariance ----------------------------------------------------------------------------------

@@ -147,7 +147,7 @@ def build(config: ConfigDict, *, hold_out: bool = False, begins: bool = True) ->
         )
     regime = regimes.build(config)
     example = _as_taken(task, gathered.first)
-    model = _model(config, gathered.classes, regime, example)
+    model = _model(config, gathered.classes, regime)
     optimizer = _optimizer(config, model, example, regime, steps)
     shapes = jax.eval_shape(lambda: init(model, optimizer, example, config.seed, {}))
     clean = evaluate.make_clean(model, task)
@@ -173,28 +173,17 @@ def build(config: ConfigDict, *, hold_out: bool = False, begins: bool = True) ->
     return experiment
 
 
-def _model(
-    config: ConfigDict, classes: int | None, regime: Jit, example: jax.ShapeDtypeStruct
-) -> nn.Module:
+def _model(config: ConfigDict, classes: int | None, regime: Jit) -> nn.Module:
     """The model, whose batch norm takes the statistics of a group over all its devices.
 
     Raises:
-        ExperimentError: its options say over which axes, and those are not all; or groups have
-            several sizes.
+        ExperimentError: its options say over which axes, and those are not all.
     """
     model = models.build(config.model.name, classes, **config.model.options)
     over = config.model.options.get("sync_over")
     if over is None:
-        if regime.group is None or not hasattr(model, "sync_over"):
-            return model
-        sizes = regimes.group_sizes(config)
-        if len(sizes) > 1 and "batch_stats" in _variables(model, example):
-            raise ExperimentError(
-                f"Batch norm over devices takes groups of one size, and the method's text has "
-                f"those of {sorted(sizes)} examples. Take one size, or a model without it, as with "
-                "`--model.options.norm=group`, or fewer devices that hold whole groups."
-            )
-        return model.clone(sync_over=regime.group)
+        grouped = regime.group is not None and hasattr(model, "sync_over")
+        return model.clone(sync_over=regime.group) if grouped else model
     if set(axes.as_tuple(over)) != set(regime.axes):
         raise ExperimentError(
             f"`model.options.sync_over` takes batch norm over devices, whose axes are "
@@ -251,7 +240,7 @@ def outline(config: ConfigDict, devices: Sequence[jax.Device]) -> Outline:
     }
     taken = _as_taken(task, batch)
     example = jax.ShapeDtypeStruct((1, *taken.shape[1:]), taken.dtype)
-    model = _model(config, facts.classes, regime, example)
+    model = _model(config, facts.classes, regime)
     optimizer = _optimizer(
         config, model, example, regime, config.epochs * (facts.size // config.batch)
     )

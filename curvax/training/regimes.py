@@ -275,13 +275,6 @@ def _devices_of_a_group(config: ConfigDict, devices: int) -> int:
     """How many devices share a group, at least 1."""
     sizes, named, here = group_sizes(config), config.get("m"), config.batch // devices
     m = max(sizes, default=named)
-    shared = sorted(size for size in sizes if size > here)
-    if len(shared) > 1 and config.regime == "shard_map":
-        raise RegimeError(
-            f"Under shard_map devices share groups of one size, and the method's text has those of "
-            f"{shared} examples, with {here} on each device. Take one size, or fewer devices that "
-            "hold whole groups, or `--regime=pmap` or `jit`."
-        )
     fits = lambda n: config.batch % n == 0 and 0 in (n % here, here % n)
     if not isinstance(m, int) or m < 1:
         return 1  # of which `per_group` says what is wrong
