@@ -18,7 +18,7 @@ AdaHessian needs --model.options.remat=True on v3:4x8. An epoch has 312 steps.
 
 from ml_collections import ConfigDict
 
-from curvax.training import config as configs
+from curvax.training.config import configs
 
 
 def get_config(size: str = "b16") -> ConfigDict:

@@ -10,17 +10,14 @@ The loss comes in through Optax's own `value_fn`.
 import importlib.util
 from typing import Any
 
-from curvax.figures import diagnostics, record
+from curvax.curvature import empirical_fvp, fvp, ggnvp, hvp
 from curvax.likelihoods import bernoulli, categorical, gaussian, poisson
 from curvax.linalg import (
     Reason,
     Solution,
     Solver,
-    asam,
-    asam_all,
     cg,
     dense,
-    dual_norm,
     estimate_diagonal,
     estimate_trace,
     gaussian_probe,
@@ -28,12 +25,11 @@ from curvax.linalg import (
     materialize,
     power_iteration,
     rademacher,
-    random_direction,
     row_space,
     spectral_density,
     steihaug,
-    weight_scaled,
 )
+from curvax.linear_operator import Product
 from curvax.methods import (
     adahessian,
     diagonal_natural_gradient,
@@ -48,10 +44,17 @@ from curvax.methods import (
     sophia_h,
 )
 from curvax.objective import Objective
-from curvax.oracles import empirical_fvp, fvp, ggnvp, hvp
-from curvax.products import Product
+from curvax.perturbation import (
+    asam,
+    asam_all,
+    dual_norm,
+    fisher_ascent,
+    random_direction,
+    weight_scaled,
+)
+from curvax.pipes.diagnostics import diagnostics, record
+from curvax.pipes.signal import Signal, Stage, pipe, stage
 from curvax.schedules import rho_like
-from curvax.signal import Signal, Stage, pipe, stage
 from curvax.stages import (
     accumulate,
     clip_by_diagonal,
@@ -62,7 +65,6 @@ from curvax.stages import (
     empirical_fisher_matvec,
     every,
     exact_diag,
-    fisher_ascent,
     fisher_diag,
     fisher_matvec,
     gauss_newton_diag,

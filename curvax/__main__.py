@@ -2,6 +2,6 @@
 
 import sys
 
-from curvax.cli import main
+from curvax.cli.main import main
 
 sys.exit(main())

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from curvax import axes, injection, trees
-from curvax.products import Product, as_product
-from curvax.trees import Tree
+from curvax import hyperparameters
+from curvax.arithmetic import trees
+from curvax.arithmetic.trees import Tree
+from curvax.devices import axes
 
 
 def refuse_masked(tree: Tree, name: str) -> None:
@@ -83,36 +84,6 @@ def refuse_complex(tree: Tree, name: str) -> None:
             )
 
 
-def needed_diagonal(diagonal: Tree, stage: str, needs: str) -> Tree:
-    """The diagonal of a signal.
-
-    Raises:
-        ValueError: no earlier stage gave one.
-    """
-    if diagonal is None:
-        raise ValueError(
-            f"`{stage}` {needs}, and no earlier stage gave one. Put an estimator before it, as in "
-            f"`hutchinson_diag() | {stage}(...)`; between stages write `|` or `curvax.pipe`, since "
-            "`optax.chain` hands on nothing but the updates."
-        )
-    return diagonal
-
-
-def needed_matvec(matvec: Any, stage: str, needs: str) -> Product:
-    """The curvature product of a signal.
-
-    Raises:
-        ValueError: no earlier stage gave one.
-    """
-    if matvec is None:
-        raise ValueError(
-            f"`{stage}` {needs}, and no earlier stage gave one. Put one before it, as in "
-            f"`fisher_matvec() | {stage}(...)`; between stages write `|` or `curvax.pipe`, since "
-            "`optax.chain` hands on nothing but the updates."
-        )
-    return as_product(matvec)
-
-
 def refuse_local(local: frozenset[str], *, stage: str) -> None:
     """Refuses updates that are one device's own where all devices must go the same way.
 
@@ -162,7 +133,7 @@ def check_static(stage: str, /, **options: Any) -> None:
     """
     for name, value in options.items():
         if isinstance(value, jax.Array):
-            static = tuple(sorted({*injection.static_options(stage), *options}))
+            static = tuple(sorted({*hyperparameters.static_options(stage), *options}))
             raise TypeError(
                 f"`{name}` of `{stage}` decides what is computed and must be a plain Python value, "
                 f"known before tracing, and is an array of {value.dtype}. "

@@ -17,8 +17,8 @@ import optax
 from flax import linen as nn
 
 import curvax as cx
-from curvax.training import data
-from curvax.training.images import flip_labels, load, moments, normalise
+from curvax.training.data import datasets
+from curvax.training.data.labelled_images import flip_labels, load, moments, normalise
 
 SIZE, NOISE, BATCH = 512, 0.4, 64
 LIKELIHOOD = cx.categorical("y")
@@ -40,13 +40,13 @@ class Images(NamedTuple):
 def images(name: str, seed: int, *, noise: float = NOISE, tests: int = 2000) -> Images:
     """The images of one seed, which draws them and the labels that are wrong."""
     whole = load(name, seed=seed)
-    train = data.take(whole.train, SIZE, seed=seed)
-    test = data.take(whole.test, min(tests, whole.test.size), seed=seed)
+    train = datasets.take(whole.train, SIZE, seed=seed)
+    test = datasets.take(whole.test, min(tests, whole.test.size), seed=seed)
     scale = moments(train.inputs)
     wrong = lambda part, seed: flip_labels(part.labels, noise, 10, seed=seed)
 
-    def batch(part: data.Split, labels: np.ndarray) -> Batch:
-        x = normalise(data.numbers(part.inputs), *scale)
+    def batch(part: datasets.Split, labels: np.ndarray) -> Batch:
+        x = normalise(datasets.numbers(part.inputs), *scale)
         return {"x": jnp.asarray(x, jnp.float32), "y": jnp.asarray(labels, jnp.int32)}
 
     return Images(

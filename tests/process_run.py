@@ -20,23 +20,24 @@ import numpy as np  # noqa: E402
 import orbax.checkpoint as ocp  # noqa: E402
 import regime_run  # noqa: E402, F401  (its model is found by name)
 
-from curvax import cli  # noqa: E402
-from curvax.training import data, processes  # noqa: E402
+from curvax.cli import main  # noqa: E402
+from curvax.training.data import datasets  # noqa: E402
+from curvax.training.runtime import distributed  # noqa: E402
 
 
 def at_the_seventh(change) -> None:
     """Changes this process's part of the seventh training batch."""
-    gather, calls = data.Split.gather, itertools.count()
+    gather, calls = datasets.Split.gather, itertools.count()
 
     def changed(self, rows, draw=None):
         found = gather(self, rows, draw)
         return change(found) if draw is not None and next(calls) == 6 else found
 
-    data.Split.gather = changed  # type: ignore[method-assign]
+    datasets.Split.gather = changed  # type: ignore[method-assign]
 
 
 def spoil(batch):
-    raise data.DataError("an image of this process is damaged")
+    raise datasets.DataError("an image of this process is damaged")
 
 
 def poison(batch):
@@ -56,11 +57,11 @@ def die_in_the_third_checkpoint() -> None:
 
 
 if __name__ == "__main__":
-    processes.HEARTBEAT = 10
+    distributed.HEARTBEAT = 10
     for name, change in {"SPOILT": spoil, "POISONED": poison}.items():
         if os.environ.get(name) == NUMBER:
             at_the_seventh(change)
     if os.environ.get("KILLED") == NUMBER:
         die_in_the_third_checkpoint()
     joining = ["--coordinator", f"127.0.0.1:{PORT}", "--processes", COUNT, "--process", NUMBER]
-    sys.exit(cli.main([*ARGUMENTS, *joining]))
+    sys.exit(main.main([*ARGUMENTS, *joining]))

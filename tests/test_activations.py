@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import curvax as cx
 from curvax.analysis import activation_norms, active_fraction, attention_maps
-from curvax.analysis.intermediates import intermediates
+from curvax.analysis.activations.intermediates import intermediates
 from curvax.flax_bridge import named_modules, nnx_loss
 from curvax.models import build
 

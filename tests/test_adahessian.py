@@ -18,7 +18,7 @@ from small_problems import (
 )
 
 import curvax as cx
-from curvax.roles import convolution
+from curvax.parameter_roles.roles import convolution
 
 show_diagonal = cx.stage(
     lambda params: (), lambda s, state, params, **_: (s._replace(updates=s.diagonal), state)

@@ -30,8 +30,8 @@ from trajectories import recorded
 
 import curvax as cx
 from curvax.analysis import Sweep, curvature_trace, hessian_spectrum, top_eigenpairs
+from curvax.curvature import hvp
 from curvax.linalg import Eigenpairs
-from curvax.oracles import hvp
 
 every_recording = pytest.mark.parametrize("path", recorded("curvature_*"))
 NAMES = {

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from curvax.training import augment
+from curvax.training.augment import transforms
 
 SIZE, CLASSES = 256, 5
 KEY = jax.random.key(1)
@@ -27,12 +27,12 @@ def ramps(height, width, size=SIZE):
 
 def test_a_flip_mirrors_half_of_the_images_and_undoes_itself():
     batch = make_batch()
-    flipped = augment.flip()(KEY, batch)
+    flipped = transforms.flip()(KEY, batch)
     mirrored = np.asarray(batch["input"])[:, :, ::-1]
     changed = np.any(flipped["input"] != batch["input"], (1, 2, 3))
     np.testing.assert_array_equal(flipped["input"][changed], mirrored[changed])
     assert abs(changed.sum() - SIZE / 2) < 5 * np.sqrt(SIZE) / 2
-    twice = augment.flip()(KEY, flipped)
+    twice = transforms.flip()(KEY, flipped)
     np.testing.assert_array_equal(twice["input"], batch["input"])
     np.testing.assert_array_equal(flipped["label"], batch["label"])
 
@@ -40,7 +40,7 @@ def test_a_flip_mirrors_half_of_the_images_and_undoes_itself():
 @pytest.mark.parametrize("mode", ["reflect", "constant"])
 def test_a_shift_crop_is_a_window_of_the_padded_image(mode):
     batch = make_batch(5, 7)
-    cropped = np.asarray(augment.shift_crop(2, mode)(KEY, batch)["input"])
+    cropped = np.asarray(transforms.shift_crop(2, mode)(KEY, batch)["input"])
     padded = np.pad(batch["input"], [(0, 0), (2, 2), (2, 2), (0, 0)], mode=mode)
     windows = np.lib.stride_tricks.sliding_window_view(padded, (5, 7), (1, 2))
     matches = np.all(windows == np.moveaxis(cropped, -1, 1)[:, None, None], (-1, -2, -3))
@@ -50,18 +50,18 @@ def test_a_shift_crop_is_a_window_of_the_padded_image(mode):
 
 def test_no_padding_is_no_crop():
     batch = make_batch()
-    np.testing.assert_array_equal(augment.shift_crop(0)(KEY, batch)["input"], batch["input"])
+    np.testing.assert_array_equal(transforms.shift_crop(0)(KEY, batch)["input"], batch["input"])
 
 
 def test_a_reflection_beyond_the_image_is_refused():
     with pytest.raises(ValueError, match=r"`pad` 4 for 4×9.*constant"):
-        augment.shift_crop(4)(KEY, make_batch(4, 9))
+        transforms.shift_crop(4)(KEY, make_batch(4, 9))
 
 
 @pytest.mark.parametrize("size", [3, 4])
 def test_cutout_erases_one_square_that_may_hang_over_the_edge(size):
     ones = {"input": jnp.ones((SIZE, 12, 10, 2), jnp.float32)}
-    erased = np.asarray(augment.cutout(size, fill=-1.0)(KEY, ones)["input"]) == -1
+    erased = np.asarray(transforms.cutout(size, fill=-1.0)(KEY, ones)["input"]) == -1
     assert np.all(erased[..., 0] == erased[..., 1])
     rows, columns = erased.any((2, 3)), erased.any((1, 3))
     np.testing.assert_array_equal(erased[..., 0], rows[:, :, None] & columns[:, None, :])
@@ -82,7 +82,7 @@ def first_true(rows, columns, chosen):
 
 def test_mixup_is_its_equation_for_images_and_labels_alike():
     batch = make_batch()
-    mixed = augment.mixup(probability=1.0, alpha=1.0)(KEY, batch)
+    mixed = transforms.mixup(probability=1.0, alpha=1.0)(KEY, batch)
     label, neighbour = (np.asarray(x) for x in (batch["label"], jnp.roll(batch["label"], 1, 0)))
     differ = (label * neighbour).sum(1) == 0
     weight = (np.asarray(mixed["label"]) * label).sum(1)[differ]  # λ stands where the own class is
@@ -98,7 +98,7 @@ def test_mixup_is_its_equation_for_images_and_labels_alike():
 @pytest.mark.parametrize("probability", [0.0, 0.5])
 def test_mixup_leaves_the_others_as_they_were(probability):
     batch = make_batch()
-    mixed = augment.mixup(probability, alpha=8.0)(KEY, batch)
+    mixed = transforms.mixup(probability, alpha=8.0)(KEY, batch)
     same = np.all(mixed["input"] == batch["input"], (1, 2, 3))
     assert abs(same.sum() - (1 - probability) * SIZE) <= 5 * np.sqrt(SIZE * probability) / 2
     np.testing.assert_array_equal(mixed["label"][same], batch["label"][same])
@@ -110,25 +110,25 @@ def test_mixup_leaves_the_others_as_they_were(probability):
 )
 def test_impossible_mixup_is_refused(options, words):
     with pytest.raises(ValueError, match=words):
-        augment.mixup(**options)
+        transforms.mixup(**options)
 
 
 def test_mixup_of_integer_labels_asks_for_one_hot():
     batch = make_batch() | {"label": jnp.zeros(SIZE, jnp.int32)}
     with pytest.raises(ValueError, match=r"Put `one_hot\(classes\)` before it"):
-        augment.mixup()(KEY, batch)
+        transforms.mixup()(KEY, batch)
 
 
 def test_an_inception_crop_of_the_whole_image_is_the_image():
     batch = make_batch()
-    crop = augment.inception_crop(9, area=(1.0, 1.0), aspect=(1.0, 1.0))
+    crop = transforms.inception_crop(9, area=(1.0, 1.0), aspect=(1.0, 1.0))
     np.testing.assert_allclose(crop(KEY, batch)["input"], batch["input"], atol=1e-6)
 
 
 def test_an_inception_crop_is_a_resized_box_of_the_asked_area_and_shape():
     height, width, size = 40, 60, 6
     batch = ramps(height, width)
-    crop = augment.inception_crop(size, area=(0.2, 0.5), aspect=(0.5, 2.0))
+    crop = transforms.inception_crop(size, area=(0.2, 0.5), aspect=(0.5, 2.0))
     # A bilinear crop of a ramp is a ramp: pixel i shows the coordinate corner + (i + ½) scale - ½.
     image = np.asarray(crop(KEY, batch)["input"])
     shown = image[:, :, 0, 0], image[:, 0, :, 1]
@@ -153,7 +153,7 @@ def test_an_inception_crop_is_a_resized_box_of_the_asked_area_and_shape():
 
 def test_boxes_that_cannot_fit_give_the_whole_image():
     batch = ramps(8, 8, size=4)
-    crop = augment.inception_crop(8, area=(1.0, 1.0), aspect=(3.0, 4.0))
+    crop = transforms.inception_crop(8, area=(1.0, 1.0), aspect=(3.0, 4.0))
     np.testing.assert_allclose(crop(KEY, batch)["input"], batch["input"], atol=1e-5)
 
 
@@ -162,12 +162,12 @@ def test_boxes_that_cannot_fit_give_the_whole_image():
 )
 def test_impossible_boxes_are_refused(options):
     with pytest.raises(ValueError, match=r"`area` and `aspect` as \(least, greatest\)"):
-        augment.inception_crop(8, **options)
+        transforms.inception_crop(8, **options)
 
 
 def test_one_hot_labels_are_smoothed():
     batch = {"label": jnp.array([2, 0])}
-    label = augment.one_hot(4, smoothing=0.2)(KEY, batch)["label"]
+    label = transforms.one_hot(4, smoothing=0.2)(KEY, batch)["label"]
     np.testing.assert_allclose(
         label, [[0.05, 0.05, 0.85, 0.05], [0.85, 0.05, 0.05, 0.05]], rtol=1e-6
     )
@@ -176,7 +176,7 @@ def test_one_hot_labels_are_smoothed():
 
 def test_normalise_is_channel_by_channel():
     batch = make_batch()
-    image = augment.normalise([0.1, 0.2], [0.5, 2.0])(KEY, batch)["input"]
+    image = transforms.normalise([0.1, 0.2], [0.5, 2.0])(KEY, batch)["input"]
     expected = (np.asarray(batch["input"]) - [0.1, 0.2]) / [0.5, 2.0]
     np.testing.assert_allclose(image, expected, atol=1e-6)
     assert image.dtype == jnp.float32
@@ -184,28 +184,28 @@ def test_normalise_is_channel_by_channel():
 
 def test_composed_transforms_come_in_order_and_draw_apart():
     shift = lambda by: lambda key, batch: batch | {"input": 2 * batch["input"] + by}
-    both = augment.compose(shift(1.0), shift(10.0))(KEY, {"input": jnp.ones(3)})
+    both = transforms.compose(shift(1.0), shift(10.0))(KEY, {"input": jnp.ones(3)})
     np.testing.assert_array_equal(both["input"], np.full(3, 16.0))
-    flips = augment.compose(augment.flip(), augment.flip())(KEY, make_batch())
+    flips = transforms.compose(transforms.flip(), transforms.flip())(KEY, make_batch())
     assert np.any(flips["input"] != make_batch()["input"])
 
 
 def test_every_image_draws_from_its_own_key():
-    noise = augment.per_image(lambda key, image: jax.random.normal(key, image.shape))
+    noise = transforms.per_image(lambda key, image: jax.random.normal(key, image.shape))
     drawn = noise(KEY, make_batch())["input"].reshape(SIZE, -1)
     assert len(np.unique(drawn[:, 0])) == SIZE
 
 
 @pytest.fixture(scope="module")
 def pipeline():
-    return augment.compose(
-        augment.one_hot(CLASSES, 0.1),
-        augment.inception_crop(8),
-        augment.flip(),
-        augment.shift_crop(2),
-        augment.normalise([0.5, 0.5], [0.2, 0.2]),
-        augment.cutout(3),
-        augment.mixup(),
+    return transforms.compose(
+        transforms.one_hot(CLASSES, 0.1),
+        transforms.inception_crop(8),
+        transforms.flip(),
+        transforms.shift_crop(2),
+        transforms.normalise([0.5, 0.5], [0.2, 0.2]),
+        transforms.cutout(3),
+        transforms.mixup(),
     )
 
 

@@ -10,11 +10,13 @@ import pytest
 import tiny_run
 from test_data import make_images, write_idx
 
-from curvax import cli
-from curvax.training import compare, images, subjects
-from curvax.training.bootstrap import BootstrapError
-from curvax.training.config import override
+from curvax.cli import main
+from curvax.training.compare import comparison
+from curvax.training.config.configs import override
+from curvax.training.data import labelled_images
+from curvax.training.evaluation import trained_runs
 from curvax.training.experiment import build
+from curvax.training.pseudo_labels import BootstrapError
 
 TINY = str(Path(tiny_run.__file__))
 FEW = ("--epochs=2", "--hessian_examples=0")
@@ -31,14 +33,14 @@ def first(tmp_path_factory):
     """A run of one method over two seeds."""
     root = tmp_path_factory.mktemp("first")
     methods = ("--optimizers", "adamw(cosine(lr))", "--seeds=2")
-    assert cli.main(["compare", TINY, *methods, *FEW, f"--runs={root}"]) == 0
+    assert main.main(["compare", TINY, *methods, *FEW, f"--runs={root}"]) == 0
     (folder,) = root.iterdir()
     return folder
 
 
 def config_of(labels, **fields):
     config = override(tiny_run.get_config(), [f"--data.labels={labels}"])
-    return compare.variant(config, eval_batch=24, **fields)
+    return comparison.variant(config, eval_batch=24, **fields)
 
 
 def split_of(experiment) -> Any:
@@ -50,15 +52,15 @@ def true_labels(seed):
     """The training set's own, in its order: what `take` keeps for a seed and no noise changes."""
     config = tiny_run.get_config()
     config.data.noise = 0.0
-    return split_of(build(compare.variant(config, seed=seed))).labels
+    return split_of(build(comparison.variant(config, seed=seed))).labels
 
 
 def predicted(folder, seed, inputs):
     """By the run's model on normalised images."""
-    (subject,) = subjects.load([folder / "0-adamw" / f"seed{seed}"])
-    of_all: Any = images.load("digits", seed=0).train
-    mean, std = images.moments(of_all.inputs)
-    x = images.normalise(inputs, mean, std)
+    (subject,) = trained_runs.load([folder / "0-adamw" / f"seed{seed}"])
+    of_all: Any = labelled_images.load("digits", seed=0).train
+    mean, std = labelled_images.moments(of_all.inputs)
+    x = labelled_images.normalise(inputs, mean, std)
     logits: Any = subject.experiment.model.apply({"params": subject.state.params}, x)
     return np.argmax(logits, -1)
 
@@ -86,7 +88,7 @@ def test_data_may_lie_in_another_place_than_that_of_the_run(tmp_path):
     for part in ("train", "t10k"):
         write_idx(tmp_path / "data", part, make_images(80, 28, 28), np.arange(80) % 10)
     fields = ["--data.name=mnist", f"--data.path={tmp_path / 'data'}"]
-    assert cli.main(["train", TINY, *fields, *FEW, f"--runs={tmp_path / 'runs'}"]) == 0
+    assert main.main(["train", TINY, *fields, *FEW, f"--runs={tmp_path / 'runs'}"]) == 0
     (run,) = (tmp_path / "runs").iterdir()
     labels = lambda: split_of(build(override(config_of(run), fields))).labels
     before, kept = labels(), run / "config.json"
@@ -96,17 +98,17 @@ def test_data_may_lie_in_another_place_than_that_of_the_run(tmp_path):
 
 def test_a_run_on_predicted_labels_trains_and_says_how_many_are_wrong(first, tmp_path, capsys):
     arguments = ["train", TINY, f"--data.labels={first}", "--beside=true", *FEW]
-    assert cli.main([*arguments, f"--runs={tmp_path}"]) == 0
+    assert main.main([*arguments, f"--runs={tmp_path}"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     wrong = build(config_of(first)).material.wrong
     assert f"64 images of digits, {wrong.mean():.0%} of them wrongly labelled" in said
     assert "of the wrong labels" in said
     (folder,) = tmp_path.iterdir()
-    assert cli.main(["resume", str(folder)]) == 0
+    assert main.main(["resume", str(folder)]) == 0
 
 
 def complaint(capsys, *arguments):
-    assert cli.main(list(arguments)) == 2
+    assert main.main(list(arguments)) == 2
     return capsys.readouterr().err
 
 
@@ -146,7 +148,7 @@ def test_a_run_that_is_not_done_or_has_several_methods_or_is_a_sweep_is_refused(
 def test_without_the_first_run_a_resumed_one_says_so(first, tmp_path, capsys):
     copy = shutil.copytree(first, tmp_path / "copy")
     arguments = ["train", TINY, f"--data.labels={copy}", *FEW, f"--runs={tmp_path / 'runs'}"]
-    assert cli.main(arguments) == 0
+    assert main.main(arguments) == 0
     (folder,) = (tmp_path / "runs").iterdir()
     copy.rename(tmp_path / "moved")
     assert "also to resume" in complaint(capsys, "resume", str(folder))

@@ -7,21 +7,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from curvax import cli
+from curvax.cli import main
 
 TINY = str(Path(__file__).with_name("tiny_run.py"))
 
 
 def run(*arguments, runs):
     """The folder that a command left, or None."""
-    assert cli.main([*arguments, f"--runs={runs}"]) == 0
+    assert main.main([*arguments, f"--runs={runs}"]) == 0
     (folder,) = runs.iterdir()
     return folder
 
 
 def complaint(capsys, *arguments):
     """What a command that must fail says."""
-    assert cli.main(list(arguments)) == 2
+    assert main.main(list(arguments)) == 2
     printed = capsys.readouterr()
     assert "Traceback" not in printed.err
     assert printed.err.startswith("curvax: ")
@@ -43,7 +43,7 @@ def test_train_leaves_a_run_folder_and_resume_finds_it_done(tmp_path, capsys):
     results = json.loads((method / "seed0" / "results.json").read_text())
     assert f"{results['test_accuracy']:.1%}" in first
     assert "64 images of digits, 25% of them wrongly labelled" in " ".join(first.split())
-    assert cli.main(["resume", str(folder)]) == 0
+    assert main.main(["resume", str(folder)]) == 0
     table = (folder / "table.txt").read_text()
     assert "sam_perturb | gsam_project | adamw" in table
 
@@ -116,7 +116,7 @@ def test_another_task_is_trained_and_compared_by_its_own_score(regression, tmp_p
         assert f"`{name}` predicts the test targets with a squared error of" in said
     assert "test squared error" in (folder / "table.txt").read_text()
     assert (folder / "curves.png").stat().st_size > 0
-    assert cli.main(["resume", str(folder)]) == 0
+    assert main.main(["resume", str(folder)]) == 0
     capsys.readouterr()
     folder = run("compare", regression, runs=tmp_path / "compare")
     page = json.loads((folder / "compare.json").read_text())
@@ -242,13 +242,13 @@ def test_a_config_with_a_misspelt_field_is_refused_when_loaded(tmp_path, capsys)
 
 def test_traceback_shows_where_an_error_arose():
     with pytest.raises(ValueError, match="digitts"):
-        cli.main(["train", "digitts", "--traceback"])
+        main.main(["train", "digitts", "--traceback"])
 
 
 @pytest.mark.parametrize("command", ["train", "compare", "bench"])
 def test_help_teaches_fields_and_methods(command, capsys):
     with pytest.raises(SystemExit) as stopped:
-        cli.main([command, "--help"])
+        main.main([command, "--help"])
     assert stopped.value.code == 0
     said = capsys.readouterr().out
     assert "--data.noise=0.2" in said
@@ -256,10 +256,10 @@ def test_help_teaches_fields_and_methods(command, capsys):
 
 
 def test_values_of_a_sweep_are_parted_outside_brackets():
-    from curvax.training import sweep
+    from curvax.training.compare import grid_search
 
     texts = ["optimizer=sgd(step_decay(0.1, [0.5, 0.75])),adamw(1e-3, b1=0.9)", "rho=0.1"]
-    assert sweep.read_fields(texts) == {
+    assert grid_search.read_fields(texts) == {
         "optimizer": ["sgd(step_decay(0.1, [0.5, 0.75]))", "adamw(1e-3, b1=0.9)"],
         "rho": ["0.1"],
     }

@@ -6,8 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from curvax import models, recipe
-from curvax.training import commands, compare, config, data, preparation, regimes
+from curvax import models
+from curvax.training import parallelism
+from curvax.training.augment import preprocessing
+from curvax.training.compare import commands, comparison
+from curvax.training.config import configs as config
+from curvax.training.config import recipe
+from curvax.training.data import datasets
 from curvax.training.experiment import build, outline
 
 SHAPES = {
@@ -29,18 +34,18 @@ def _stand_ins(monkeypatch):
         classes = 100 if name == "cifar100" else 10
         count = 4000 if name == "mnist" else 1000
         labels = np.arange(count, dtype=np.int32) % classes
-        split = data.Split(np.zeros((count, *SHAPES[name]), np.float32), labels)
-        return data.Dataset(split, split, classes)
+        split = datasets.Split(np.zeros((count, *SHAPES[name]), np.float32), labels)
+        return datasets.Dataset(split, split, classes)
 
-    monkeypatch.setattr(preparation, "in_memory", load)
-    preparation._measured.cache_clear()
+    monkeypatch.setattr(preprocessing, "in_memory", load)
+    preprocessing._measured.cache_clear()
     yield
-    preparation._measured.cache_clear()  # moments of the stand-ins are nobody else's
+    preprocessing._measured.cache_clear()  # moments of the stand-ins are nobody else's
 
 
 def arms_of(loaded):
     """The config of each method, the base first."""
-    return compare.arms(loaded, commands.methods(loaded))
+    return comparison.arms(loaded, commands.methods(loaded))
 
 
 @pytest.mark.parametrize("name", config.names())
@@ -96,7 +101,7 @@ def test_the_papers_runs_climb_by_as_many_examples_whatever_the_devices(name):
     for text in (loaded.optimizer, *loaded.others):
         assert text.startswith("per_group(m, sam_perturb(")
         assert text.endswith(f") | {loaded.base}")  # so the mean comes before the clipping
-    together = {each: regimes._devices_of_a_group(loaded, each) for each in (8, 32, 64, 256)}
+    together = {each: parallelism._devices_of_a_group(loaded, each) for each in (8, 32, 64, 256)}
     if name in ON_IMAGENET:
         assert together == {8: 1, 32: 1, 64: 2, 256: 8}
     else:  # the whole batch

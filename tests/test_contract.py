@@ -16,7 +16,7 @@ import pytest
 from small_problems import assert_trees_close, quick_jit
 
 import curvax as cx
-from curvax.signal import kinds
+from curvax.pipes.signal import kinds
 
 
 def make_params(dtype: Any = jnp.float64) -> Any:

@@ -10,11 +10,11 @@ import numpy as np
 import photographs
 import pytest
 
-from curvax import cli
-from curvax.training import convert, examples, folders, records
-from curvax.training.archives import DataError
-from curvax.training.convert import find_parts
-from curvax.training.records import Shards, read_folder
+from curvax.cli import main
+from curvax.training.data import array_records, convert, image_folders, tf_example
+from curvax.training.data.archives import DataError
+from curvax.training.data.array_records import Shards, read_folder
+from curvax.training.data.convert import find_parts
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_what_cannot_be_decoded_is_listed_with_its_path_and_nothing_is_kept(own,
 
 def test_pictures_that_cannot_be_decoded_can_be_left_out(own, tmp_path, capsys):
     (own / "train/bloom/bloom_3.JPEG").write_bytes(b"")
-    assert cli.main(["convert", str(own), str(tmp_path / "out"), "--skip"]) == 0
+    assert main.main(["convert", str(own), str(tmp_path / "out"), "--skip"]) == 0
     printed = capsys.readouterr().out
     assert "train: 35 pictures in 1 file\n" in printed
     assert "1 picture left out:" in printed
@@ -105,7 +105,7 @@ def test_pictures_that_cannot_be_decoded_can_be_left_out(own, tmp_path, capsys):
 def test_a_part_of_empty_files_is_told(own, tmp_path, capsys, options, words):
     for path in (own / "val").rglob("*.JPEG"):
         path.write_bytes(b"")
-    assert cli.main(["convert", str(own), str(tmp_path / "out"), *options]) == 2
+    assert main.main(["convert", str(own), str(tmp_path / "out"), *options]) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -132,7 +132,7 @@ def test_a_full_disk_is_told_before_and_while_writing(source, tmp_path, monkeypa
     with pytest.raises(DataError, match=r"needs \d+ bytes and 1000000 are free.*Make room"):
         convert.convert(find_parts(source), tmp_path / "out")
     usage.free = 10**12
-    monkeypatch.setattr(records, "shard_name", lambda *_: "/dev/full")
+    monkeypatch.setattr(array_records, "shard_name", lambda *_: "/dev/full")
     with pytest.raises(DataError, match=r"No space left on device.*nothing was kept"):
         convert.convert(find_parts(source), tmp_path / "out")
     assert not any(tmp_path.iterdir())
@@ -154,7 +154,7 @@ def test_stray_files_are_left_aside_and_stray_pictures_refused(own, tmp_path):
     assert "README.txt" in convert.told(summary)
     shutil.copy(own / "train/bloom/bloom_0.JPEG", own / "train/loose.jpg")
     with pytest.raises(DataError, match=r"outside of these it has `loose\.jpg`\. Move"):
-        folders.listing(own / "train")
+        image_folders.listing(own / "train")
 
 
 def test_missing_and_empty_folders_are_told(own, tmp_path):
@@ -225,13 +225,13 @@ def test_missing_and_foreign_files_of_records_are_told(copy, tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         read_folder(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"label\.labels\.txt is no folder .* it is a file"):
-        read_folder(copy / records.CLASSES)
+        read_folder(copy / array_records.CLASSES)
 
 
 @pytest.mark.parametrize("features", [{"objects": {}}, {"label": {"tensor": {}}}])
 def test_records_without_classes_are_told(features, copy):
     told = {"featuresDict": {"features": features}}
-    (copy / records.CLASSES).unlink()
+    (copy / array_records.CLASSES).unlink()
     (copy / "features.json").write_text(json.dumps(told))
     with pytest.raises(DataError, match="no feature `label` with classes"):
         read_folder(copy)
@@ -239,9 +239,9 @@ def test_records_without_classes_are_told(features, copy):
 
 def test_names_that_are_no_text_are_kept():
     name = os.fsdecode(b"caf\xe9.jpg")
-    record = examples.encode(examples.Example(b"", 0, name))
+    record = tf_example.encode(tf_example.Example(b"", 0, name))
     assert b"caf\xe9.jpg" in record
-    assert examples.decode(record).name == "caf\ufffd.jpg"
+    assert tf_example.decode(record).name == "caf\ufffd.jpg"
 
 
 def test_a_missing_part_is_told(converted):
@@ -263,7 +263,7 @@ def test_records_of_something_else_are_told(tmp_path):
 
 def test_numbers_run_through_the_files(tmp_path):
     for number, count in enumerate((2, 3, 1)):
-        name = records.shard_name("x", "train", number, 3)
+        name = array_records.shard_name("x", "train", number, 3)
         writer = convert.ArrayRecordWriter(str(tmp_path / name))
         for i in range(count):
             writer.write(convert.examples.encode(convert.examples.Example(b"", 10 * number + i)))

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from scipy.ndimage import convolve1d
 
-from curvax.training import corruptions
-from curvax.training.corruptions import CORRUPTIONS, STRENGTHS, corrupt
-from curvax.training.data import numbers
-from curvax.training.images import load
+from curvax.training.data.datasets import numbers
+from curvax.training.data.labelled_images import load
+from curvax.training.evaluation import corruptions
+from curvax.training.evaluation.corruptions import CORRUPTIONS, STRENGTHS, corrupt
 
 
 def make_images(side=32, channels=3, count=4):

@@ -14,8 +14,8 @@ from small_problems import EXAMPLES, flat, net, net_batch, net_params, quick_jit
 from trajectories import load_problem, recorded
 
 import curvax as cx
+from curvax.curvature import empirical_fvp, fvp, ggnvp, hvp
 from curvax.likelihoods import categorical, gaussian
-from curvax.oracles import empirical_fvp, fvp, ggnvp, hvp
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
 

@@ -14,8 +14,7 @@ from jax.sharding import PartitionSpec as P
 from small_problems import EXAMPLES, assert_trees_close, flat, net, net_batch, net_params, quick_jit
 
 import curvax as cx
-from curvax.likelihoods import Likelihood, categorical
-from curvax.oracles import (
+from curvax.curvature import (
     empirical_fvp,
     fvp,
     ggnvp,
@@ -25,7 +24,8 @@ from curvax.oracles import (
     linearized_gauss_newton,
     linearized_hessian,
 )
-from curvax.oracles.gauss_newton import model_pass
+from curvax.curvature.gauss_newton import model_pass
+from curvax.likelihoods import Likelihood, categorical
 
 KEY = jax.random.key(7)
 LOSS = categorical("y", weights="w")

@@ -14,10 +14,10 @@ import pytest
 from scipy.io import savemat
 from sklearn.datasets import load_diabetes
 
-from curvax.training import data, sources, tables, texts
-from curvax.training.archives import DataError
-from curvax.training.data import Split
-from curvax.training.images import checked, flip_labels, load, moments, normalise
+from curvax.training.data import datasets, sources, tabular, text
+from curvax.training.data.archives import DataError
+from curvax.training.data.datasets import Split
+from curvax.training.data.labelled_images import checked, flip_labels, load, moments, normalise
 
 
 def make_split(size=200, classes=4, seed=0):
@@ -227,7 +227,7 @@ def test_labels_beyond_the_classes_are_refused(tmp_path):
 
 
 def test_a_table_is_standardised_by_its_training_part():
-    once, other = tables.load("diabetes", seed=0), tables.load("diabetes", seed=1)
+    once, other = tabular.load("diabetes", seed=0), tabular.load("diabetes", seed=1)
     assert once.train.inputs.shape == (354, 10)
     assert once.test.labels.shape == (88, 1)
     for values in once.train:
@@ -245,7 +245,7 @@ def test_a_table_is_standardised_by_its_training_part():
 def test_windows_of_a_text_are_followed_by_their_next_byte(tmp_path):
     written = bytes(range(100)) * 2
     (tmp_path / "own.txt").write_bytes(written)
-    read = texts.load("text", path=tmp_path / "own.txt", length=7)
+    read = text.load("text", path=tmp_path / "own.txt", length=7)
     assert read.classes == 256
     assert (read.train.size, read.test.size) == (25, 3)
     inputs, labels = (np.concatenate(parts) for parts in zip(read.train, read.test))
@@ -259,25 +259,25 @@ def test_windows_of_a_text_are_followed_by_their_next_byte(tmp_path):
 
 
 def test_pythons_reference_is_the_text_that_help_shows():
-    read = texts.load("pydoc", length=64)
+    read = text.load("pydoc", length=64)
     windows = {
         bytes(x.astype(np.uint8)) for x in np.concatenate([read.train.inputs, read.test.inputs])
     }
     assert topics[min(topics)].encode()[:64] in windows
     assert 8.5 < read.train.size / read.test.size < 9.1
-    assert not np.array_equal(read.test.inputs, texts.load("pydoc", seed=1).test.inputs)
+    assert not np.array_equal(read.test.inputs, text.load("pydoc", seed=1).test.inputs)
 
 
 @pytest.mark.parametrize(
     ("kind", "options", "words"),
     [
-        (tables, {"name": "longley"}, "`diabetes`.*`longley`"),
-        (tables, {"name": "diabetes", "path": "own.csv"}, "own.csv"),
-        (texts, {"name": "kjv"}, "`pydoc`.*`kjv`"),
-        (texts, {"name": "text"}, "`path`"),
-        (texts, {"name": "text", "path": "/nowhere"}, "/nowhere cannot be read: No such file"),
-        (texts, {"name": "pydoc", "length": 10**6}, "`length` is 1000000"),
-        (texts, {"name": "pydoc", "length": 0}, "`length` is 0"),
+        (tabular, {"name": "longley"}, "`diabetes`.*`longley`"),
+        (tabular, {"name": "diabetes", "path": "own.csv"}, "own.csv"),
+        (text, {"name": "kjv"}, "`pydoc`.*`kjv`"),
+        (text, {"name": "text"}, "`path`"),
+        (text, {"name": "text", "path": "/nowhere"}, "/nowhere cannot be read: No such file"),
+        (text, {"name": "pydoc", "length": 10**6}, "`length` is 1000000"),
+        (text, {"name": "pydoc", "length": 0}, "`length` is 0"),
     ],
 )
 def test_tables_and_texts_that_are_not_there_are_said(kind, options, words):
@@ -288,7 +288,7 @@ def test_tables_and_texts_that_are_not_there_are_said(kind, options, words):
 def test_a_python_without_its_reference_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     with pytest.raises(DataError, match="without its reference"):
-        texts.load("pydoc")
+        text.load("pydoc")
 
 
 # Label noise
@@ -336,7 +336,7 @@ def test_impossible_noise_is_refused(rate, classes):
 )
 def test_a_part_has_its_size_and_the_shares_of_the_classes(amount, size):
     split = make_split()
-    part = data.take(split, amount, seed=5)
+    part = datasets.take(split, amount, seed=5)
     assert len(part.labels) == size
     expected = np.bincount(split.labels) * size / 200
     assert np.all(np.abs(np.bincount(part.labels, minlength=4) - expected) <= 1)
@@ -345,13 +345,13 @@ def test_a_part_has_its_size_and_the_shares_of_the_classes(amount, size):
 
 def test_a_smaller_part_is_contained_in_a_larger_one():
     split = make_split()
-    small, large = (set(identities(data.take(split, f, seed=5))) for f in (0.1, 0.25))
+    small, large = (set(identities(datasets.take(split, f, seed=5))) for f in (0.1, 0.25))
     assert small < large
 
 
 def test_held_out_examples_and_the_rest_are_the_whole():
     split = make_split()
-    train, validation = data.hold_out(split, seed=2)
+    train, validation = datasets.hold_out(split, seed=2)
     assert len(validation.labels) == 20
     both = np.concatenate([identities(train), identities(validation)])
     np.testing.assert_array_equal(np.sort(both), np.arange(200))
@@ -361,7 +361,7 @@ def test_held_out_examples_and_the_rest_are_the_whole():
 
 def test_what_is_held_out_says_nothing_about_what_is_noisy():
     split = make_split(2000)
-    _, validation = data.hold_out(split, 0.5, seed=7)
+    _, validation = datasets.hold_out(split, 0.5, seed=7)
     noisy = flip_labels(split.labels, 0.5, 4, seed=7) != split.labels
     shared = noisy[identities(validation)].sum()
     assert abs(shared - 500) < 5 * np.sqrt(2000) / 4  # hypergeometric
@@ -369,7 +369,7 @@ def test_what_is_held_out_says_nothing_about_what_is_noisy():
 
 def test_labels_with_axes_make_no_classes():
     split = make_split(40)
-    part = data.take(Split(split.inputs, split.inputs), 0.5, seed=5)
+    part = datasets.take(Split(split.inputs, split.inputs), 0.5, seed=5)
     assert part.size == 20
     np.testing.assert_array_equal(part.labels, part.inputs)
     assert identities(part).tolist() != list(range(20))
@@ -378,22 +378,22 @@ def test_labels_with_axes_make_no_classes():
 @pytest.mark.parametrize("amount", [0, -0.5, 201, 0.001])
 def test_impossible_parts_are_refused(amount):
     with pytest.raises(DataError, match=f"up to 200.*{amount}"):
-        data.take(make_split(), amount, seed=0)
+        datasets.take(make_split(), amount, seed=0)
     with pytest.raises(DataError, match="empty"):
-        data.hold_out(make_split(), max(amount, 1), seed=0)
+        datasets.hold_out(make_split(), max(amount, 1), seed=0)
 
 
 # Numbers
 
 
 def test_bytes_become_the_unit_interval_and_others_keep_their_value():
-    scaled = data.numbers(np.array([0, 51, 255], np.uint8))
+    scaled = datasets.numbers(np.array([0, 51, 255], np.uint8))
     np.testing.assert_array_equal(scaled, np.array([0, 0.2, 1], np.float32))
     assert scaled.dtype == np.float32
     floats = np.array([0.25, 1], np.float32)
-    assert data.numbers(floats) is floats
-    assert data.numbers(np.array([3, 300])).dtype == np.int32
-    assert data.numbers(np.array([0.5])).dtype == np.float32
+    assert datasets.numbers(floats) is floats
+    assert datasets.numbers(np.array([3, 300])).dtype == np.int32
+    assert datasets.numbers(np.array([0.5])).dtype == np.float32
 
 
 def test_normalised_images_have_mean_zero_and_deviation_one():
@@ -402,7 +402,7 @@ def test_normalised_images_have_mean_zero_and_deviation_one():
     mean, std = moments(images)
     np.testing.assert_allclose(mean, images.mean((0, 1, 2)) / 255, rtol=1e-6)
     np.testing.assert_allclose(std[:2], images[..., :2].std((0, 1, 2)) / 255, rtol=1e-5)
-    scaled = normalise(data.numbers(images), mean, std)
+    scaled = normalise(datasets.numbers(images), mean, std)
     np.testing.assert_allclose(scaled.mean((0, 1, 2)), 0, atol=1e-5)
     np.testing.assert_allclose(scaled.std((0, 1, 2)), [1, 1, 0], atol=1e-5)
 
@@ -413,18 +413,18 @@ def test_normalised_images_have_mean_zero_and_deviation_one():
 def test_an_epoch_shows_each_example_once_in_an_order_of_its_own():
     split = make_split(60)
     epochs: list[list[int]] = [[], []]
-    for number, batch in enumerate(data.batches(split, 20, seed=4, epochs=2)):
+    for number, batch in enumerate(datasets.batches(split, 20, seed=4, epochs=2)):
         rows = batch["input"][:, 0, 0, 0].astype(int)
         np.testing.assert_array_equal(batch["label"], split.labels[rows])
         epochs[number // 3].extend(rows)
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(60))
     assert epochs[0] != epochs[1]
-    first = next(data.batches(split, 60, seed=5))["input"][:, 0, 0, 0].tolist()
+    first = next(datasets.batches(split, 60, seed=5))["input"][:, 0, 0, 0].tolist()
     assert first != epochs[0]
 
 
 def test_batches_are_floats_and_integers_of_known_type():
-    batch = next(data.batches(Split(make_images(8, 3, 3, 1), np.arange(8)), 4))
+    batch = next(datasets.batches(Split(make_images(8, 3, 3, 1), np.arange(8)), 4))
     assert batch["input"].dtype == np.float32
     assert batch["input"].max() <= 1
     assert batch["label"].dtype == np.int32
@@ -432,7 +432,7 @@ def test_batches_are_floats_and_integers_of_known_type():
 
 
 def test_a_place_in_the_data_is_resumed_exactly():
-    fresh = lambda: data.batches(make_split(50), 8, seed=9)
+    fresh = lambda: datasets.batches(make_split(50), 8, seed=9)
     one, other = fresh(), fresh()
     for _ in range(15):  # into the third epoch
         next(one)
@@ -443,7 +443,7 @@ def test_a_place_in_the_data_is_resumed_exactly():
 
 def test_the_last_batch_of_a_test_is_filled_up_and_masked():
     split = make_split(10)
-    batches = list(data.batches(split, 4, shuffle=False, epochs=1, drop_remainder=False))
+    batches = list(datasets.batches(split, 4, shuffle=False, epochs=1, drop_remainder=False))
     assert [batch["mask"].tolist() for batch in batches] == [
         [True] * 4,
         [True] * 4,
@@ -456,8 +456,8 @@ def test_the_last_batch_of_a_test_is_filled_up_and_masked():
 
 def test_the_shards_of_a_batch_are_the_batch():
     split = make_split(40)
-    whole = next(data.batches(split, 12, seed=1))
-    parts = [next(data.batches(split, 12, seed=1, shard=i, shards=3)) for i in range(3)]
+    whole = next(datasets.batches(split, 12, seed=1))
+    parts = [next(datasets.batches(split, 12, seed=1, shard=i, shards=3)) for i in range(3)]
     for name, value in whole.items():
         np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), value)
 
@@ -473,7 +473,7 @@ def test_the_shards_of_a_batch_are_the_batch():
 )
 def test_impossible_batches_are_refused(options, words):
     with pytest.raises(DataError, match=words):
-        data.batches(make_split(40), **options)
+        datasets.batches(make_split(40), **options)
 
 
 @pytest.mark.parametrize(
@@ -496,4 +496,4 @@ def test_images_without_channels_are_refused():
 
 def test_inputs_and_labels_of_different_number_are_refused():
     with pytest.raises(DataError, match="6 inputs and 5 labels"):
-        data.batches(Split(make_images(6, 2, 2, 1), np.zeros(5, np.int32)), 2)
+        datasets.batches(Split(make_images(6, 2, 2, 1), np.zeros(5, np.int32)), 2)

@@ -10,7 +10,7 @@ import pytest
 from small_problems import net_params, quick_jit
 
 import curvax as cx
-from curvax import scalars
+from curvax.arithmetic import safe_math
 
 X = jax.random.normal(jax.random.key(0), (8, 4))
 Y = jax.random.normal(jax.random.key(1), (8, 2))
@@ -101,15 +101,15 @@ def after_a_step_at(power: Any) -> jax.Array:
 
 def test_roots_powers_and_quotients_of_zero():
     value = lambda f, *x: (f(*x), *jax.grad(f, tuple(range(len(x))))(*map(jnp.asarray, x)))
-    np.testing.assert_allclose(value(scalars.root, 0.0), (0, 0))
-    np.testing.assert_allclose(value(scalars.root, 4.0), (2, 0.25))
-    np.testing.assert_allclose(value(scalars.power, 0.0, 0.5), (0, 0, 0))
-    np.testing.assert_allclose(value(scalars.power, 0.0, 1.0), (0, 1, 0))
-    np.testing.assert_allclose(value(scalars.power, 0.0, 0.0), (1, 0, 0))
-    np.testing.assert_allclose(value(scalars.power, 4.0, 0.5), (2, 0.25, 2 * np.log(4)))
-    np.testing.assert_allclose(value(scalars.quotient, 0.0, 1e-200), (0, 1e200, 0))
-    np.testing.assert_allclose(value(scalars.quotient, 3.0, 2.0), (1.5, 0.5, -0.75))
-    np.testing.assert_allclose(value(scalars.ratio, 3.0, 0.0), (0, 0, 0))
+    np.testing.assert_allclose(value(safe_math.root, 0.0), (0, 0))
+    np.testing.assert_allclose(value(safe_math.root, 4.0), (2, 0.25))
+    np.testing.assert_allclose(value(safe_math.power, 0.0, 0.5), (0, 0, 0))
+    np.testing.assert_allclose(value(safe_math.power, 0.0, 1.0), (0, 1, 0))
+    np.testing.assert_allclose(value(safe_math.power, 0.0, 0.0), (1, 0, 0))
+    np.testing.assert_allclose(value(safe_math.power, 4.0, 0.5), (2, 0.25, 2 * np.log(4)))
+    np.testing.assert_allclose(value(safe_math.quotient, 0.0, 1e-200), (0, 1e200, 0))
+    np.testing.assert_allclose(value(safe_math.quotient, 3.0, 2.0), (1.5, 0.5, -0.75))
+    np.testing.assert_allclose(value(safe_math.ratio, 3.0, 0.0), (0, 0, 0))
 
 
 # Averages that one step cannot spoil.

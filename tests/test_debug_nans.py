@@ -13,8 +13,8 @@ import pytest
 from small_problems import net, net_batch, net_loss, net_params, quick_jit
 
 import curvax as cx
-from curvax import figures
-from curvax.trees import is_float
+from curvax.arithmetic.trees import is_float
+from curvax.pipes import diagnostics
 
 SGD = optax.scale_by_learning_rate(0.1)
 SAM_UNKNOWN = ("loss", "sigma_max", "surrogate_gap")
@@ -206,7 +206,7 @@ def test_a_checkpoint_with_nan_for_not_measured_is_restored(tmp_path):
     fresh, params, f = tx.init(net_params()), net_params(), split()
     value, gradient = f.value_and_grad(params)
     _, state = tx.update(gradient, fresh, params, value_fn=f, value=value)
-    older = figures.unflagged((fresh[0], *state[1:]))
+    older = diagnostics.unflagged((fresh[0], *state[1:]))
     nan = {name: jax.device_put(np.float32(np.nan)) for name in fresh[0].figures}
     older = (older[0]._replace(figures=nan), *older[1:])
 

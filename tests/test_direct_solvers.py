@@ -19,7 +19,7 @@ from linear_systems import (
 )
 
 from curvax.linalg import Reason, cg, dense, materialize, row_space
-from curvax.products import Product, Root
+from curvax.linear_operator import Product, Root
 
 B = numbers(9, SIZE)
 

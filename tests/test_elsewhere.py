@@ -9,9 +9,10 @@ import pytest
 import regime_run
 from test_data import make_images, write_idx
 
-from curvax import cli
-from curvax.training import pretrained, subjects
-from curvax.training.commands import PLACE
+from curvax.cli import main
+from curvax.training import pretrained
+from curvax.training.compare.commands import PLACE
+from curvax.training.evaluation import trained_runs
 
 DEVICES = 4
 WHERE = ("resume", "evaluate", "inspect")
@@ -35,7 +36,7 @@ def whole(tmp_path_factory):
     ]
     begin = ["train", f"{regime_run.__file__}:shard_map", *fields, f"--devices={DEVICES}"]
     with jax.enable_x64(False):
-        assert cli.main([*begin, f"--runs={root / 'runs'}"]) == 0
+        assert main.main([*begin, f"--runs={root / 'runs'}"]) == 0
     return root
 
 
@@ -93,7 +94,7 @@ def scores(run):
 @pytest.mark.parametrize("command", WHERE)
 def test_data_that_is_not_there_is_asked_for(command, moved, capsys):
     run, _ = moved
-    assert cli.main([command, str(run)]) == 2
+    assert main.main([command, str(run)]) == 2
     said = capsys.readouterr().err
     assert f"{run.parent / 'old'} is not there" in said
     assert "`--data.path=PATH`" in said
@@ -103,7 +104,7 @@ def test_a_run_goes_on_with_its_data_in_another_place(whole, moved):
     run, data = moved
     config = (run / "config.json").read_text()
     cut_short(run, at=2)
-    assert cli.main(["resume", str(run), f"--data.path={data}"]) == 0
+    assert main.main(["resume", str(run), f"--data.path={data}"]) == 0
     (first,) = (whole / "runs").iterdir()
     found, expected = weights(run), weights(first)
     assert found.keys() == expected.keys()
@@ -118,7 +119,7 @@ def test_a_run_goes_on_on_other_devices(fields, whole, moved):
     """Groups are the same, and sums in another order make the difference."""
     run, data = moved
     cut_short(run, at=2)
-    assert cli.main(["resume", str(run), f"--data.path={data}", *fields]) == 0
+    assert main.main(["resume", str(run), f"--data.path={data}", *fields]) == 0
     (first,) = (whole / "runs").iterdir()
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     jax.tree.map(close, weights(run), weights(first))
@@ -126,7 +127,7 @@ def test_a_run_goes_on_on_other_devices(fields, whole, moved):
 
 def test_a_run_is_evaluated_with_its_data_in_another_place(moved):
     run, data = moved
-    assert cli.main(["evaluate", str(run), f"--data.path={data}", "--eval_batch=4"]) == 0
+    assert main.main(["evaluate", str(run), f"--data.path={data}", "--eval_batch=4"]) == 0
     figures = json.loads((seed(run) / "results.json").read_text())
     assert scores(run)["test"]["top1"] == pytest.approx(figures["test_accuracy"])
 
@@ -136,7 +137,7 @@ def test_a_run_is_looked_at_on_the_devices_that_are_there(there, taken, moved, m
     """As many of its four as are there and divide its batch of eight."""
     run, data = moved
     only_devices(monkeypatch, there)
-    (subject,) = subjects.load([run], [f"--data.path={data}"])
+    (subject,) = trained_runs.load([run], [f"--data.path={data}"])
     assert subject.experiment.regime.mesh.size == taken
     figures = json.loads((seed(run) / "results.json").read_text())
     tested = subject.experiment.test(subject.state)
@@ -146,11 +147,11 @@ def test_a_run_is_looked_at_on_the_devices_that_are_there(there, taken, moved, m
 def test_devices_asked_for_must_be_there(moved, monkeypatch, capsys):
     run, data = moved
     only_devices(monkeypatch, 3)
-    assert cli.main(["resume", str(run), f"--data.path={data}"]) == 2
+    assert main.main(["resume", str(run), f"--data.path={data}"]) == 2
     assert "first of the 3 that JAX sees in one process, and was 4" in capsys.readouterr().err
-    assert cli.main(["resume", str(run), f"--data.path={data}", "--devices=none"]) == 2
+    assert main.main(["resume", str(run), f"--data.path={data}", "--devices=none"]) == 2
     assert "8 examples do not go over 3 devices" in capsys.readouterr().err
-    assert cli.main(["evaluate", str(run), f"--data.path={data}", "--devices=9"]) == 2
+    assert main.main(["evaluate", str(run), f"--data.path={data}", "--devices=9"]) == 2
     assert "was 9" in capsys.readouterr().err
 
 
@@ -158,7 +159,7 @@ def test_devices_asked_for_must_be_there(moved, monkeypatch, capsys):
 @pytest.mark.parametrize("other", ["--epochs=9", "--data.noise=0.5", "--devics=1", "--option"])
 def test_nothing_else_of_a_run_changes(command, other, moved, capsys):
     run, data = moved
-    assert cli.main([command, str(run), f"--data.path={data}", other]) == 2
+    assert main.main([command, str(run), f"--data.path={data}", other]) == 2
     said = capsys.readouterr().err
     assert f"keeps its config but for where it computes, and got `{other}`" in said
     assert all(f"`--{field}`" in said for field in PLACE)
@@ -167,6 +168,6 @@ def test_nothing_else_of_a_run_changes(command, other, moved, capsys):
 @pytest.mark.parametrize("command", WHERE)
 def test_help_lists_what_may_change(command, capsys):
     with pytest.raises(SystemExit):
-        cli.main([command, "--help"])
+        main.main([command, "--help"])
     said = capsys.readouterr().out
     assert all(f"--{field}=" in said for field in PLACE)

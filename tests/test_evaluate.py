@@ -16,11 +16,12 @@ import tiny_run
 from ml_collections import ConfigDict
 from test_data import write_idx
 
-from curvax import cli
-from curvax.training import benchmarks, convert, images, jpegs, label_sets, ranking, subjects
-from curvax.training.archives import DataError
-from curvax.training.corruptions import CORRUPTIONS
-from curvax.training.folders import listing
+from curvax.cli import main
+from curvax.training.data import convert, decode, labelled_images
+from curvax.training.data.archives import DataError
+from curvax.training.data.image_folders import listing
+from curvax.training.evaluation import imagenet_real, test_sets, topk, trained_runs
+from curvax.training.evaluation.corruptions import CORRUPTIONS
 
 NAMES = [f"n{number:02}" for number in range(12)]
 CONFIG = """
@@ -57,10 +58,10 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("place")
     write_pictures(place / "pictures/train", 4)
     write_pictures(place / "pictures/val", 3, seed=1)
-    assert cli.main(["convert", str(place / "pictures"), str(place / "records")]) == 0
+    assert main.main(["convert", str(place / "pictures"), str(place / "records")]) == 0
     (place / "small.py").write_text(CONFIG)
     fields = [f"--data.path={place / 'records'}", f"--runs={place / 'runs'}"]
-    assert cli.main(["train", str(place / "small.py"), *fields]) == 0
+    assert main.main(["train", str(place / "small.py"), *fields]) == 0
     return place
 
 
@@ -71,17 +72,17 @@ def run(place):
 
 @pytest.fixture(scope="module")
 def subject(run):
-    return subjects.load([run])[0]
+    return trained_runs.load([run])[0]
 
 
 @pytest.fixture(scope="module")
 def ahead(subject):
-    return ranking.make_ahead(subject.experiment)
+    return topk.make_ahead(subject.experiment)
 
 
 def evaluate(run, *options):
     """The results of the command on the data of its options, or what it exits with."""
-    code = cli.main(["evaluate", str(run), *map(str, options)])
+    code = main.main(["evaluate", str(run), *map(str, options)])
     return code or results_of(run, *(each for each in options if isinstance(each, Path)))
 
 
@@ -101,7 +102,7 @@ def logits_of(subject, root):
     model, state = subject.experiment.model, subject.state
     found = {}
     for _, path in listing(root).pictures:
-        pixels = jpegs.central_crop(path.read_bytes(), 16) / 127.5 - 1
+        pixels = decode.central_crop(path.read_bytes(), 16) / 127.5 - 1
         variables = {"params": state.params, **state.model_state}
         found[path] = np.asarray(apply(model, variables, pixels[None].astype(np.float32)))[0]
     return found
@@ -146,8 +147,8 @@ def test_a_part_of_the_classes_is_chosen_from_alone(subject, ahead, tmp_path):
     names = NAMES[2:9]
     root = write_pictures(tmp_path / "r", 3, names, seed=2)
     (root / "README.txt").write_text("about")
-    (benchmark,) = benchmarks.of_path(root, subject.experiment)
-    found = ranking.rank(subject.experiment, subject.state, benchmark, ahead)
+    (benchmark,) = test_sets.of_path(root, subject.experiment)
+    found = topk.rank(subject.experiment, subject.state, benchmark, ahead)
     logits = logits_of(subject, root)
     assert found.classes == 7
     assert (found.top1, found.top5) == pytest.approx(shares(logits, own_class, range(2, 9)))
@@ -157,8 +158,8 @@ def test_a_part_of_the_classes_is_chosen_from_alone(subject, ahead, tmp_path):
 def test_class_folders_may_be_named_by_numbers(subject, ahead, tmp_path):
     numbers = [str(number) for number in range(12)]
     root = write_pictures(tmp_path / "v2", 3, numbers, seed=3)
-    (benchmark,) = benchmarks.of_path(root, subject.experiment)
-    found = ranking.rank(subject.experiment, subject.state, benchmark, ahead)
+    (benchmark,) = test_sets.of_path(root, subject.experiment)
+    found = topk.rank(subject.experiment, subject.state, benchmark, ahead)
     expected = shares(logits_of(subject, root), lambda path: {int(path.parent.name)})
     assert (found.top1, found.top5) == pytest.approx(expected)
 
@@ -183,7 +184,7 @@ def test_records_of_numbers_are_matched_where_the_run_has_no_names(subject, tmp_
     )
     material = subject.experiment.material
     unnamed = dataclasses.replace(subject.experiment, material=material._replace(names=[]))
-    (benchmark,) = benchmarks.of_path(tmp_path / "made", unnamed)
+    (benchmark,) = test_sets.of_path(tmp_path / "made", unnamed)
     pictures: Any = benchmark.examples
     for number in range(12):
         example = pictures.store.read(number)
@@ -194,7 +195,7 @@ def test_hidden_folders_are_passed_over(place, subject, tmp_path):
     shutil.copytree(place / "pictures/val", tmp_path / "c/fog/1")
     (tmp_path / "c/.cache/1").mkdir(parents=True)
     (tmp_path / "c/fog/.git").mkdir()
-    found = [each.name for each in benchmarks.of_path(tmp_path / "c", subject.experiment)]
+    found = [each.name for each in test_sets.of_path(tmp_path / "c", subject.experiment)]
     assert found == ["fog/1"]
 
 
@@ -216,7 +217,7 @@ def test_pictures_of_the_right_size_are_tested_as_they_are(subject, tmp_path):
     (tmp_path / "exact/n00").mkdir(parents=True)
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
     photographs.Image.fromarray(pixels).save(tmp_path / "exact/n00/x.png")
-    (benchmark,) = benchmarks.of_path(tmp_path / "exact", subject.experiment)
+    (benchmark,) = test_sets.of_path(tmp_path / "exact", subject.experiment)
     np.testing.assert_array_equal(benchmark.examples.gather(np.arange(1))["input"][0], pixels)
 
 
@@ -287,9 +288,9 @@ def test_any_of_a_set_is_right_and_empty_sets_are_left_out(run, subject, validat
 )
 def test_labels_that_do_not_fit_are_refused(subject, validation, tmp_path, content, words):
     (tmp_path / "real.json").write_text(content)
-    (benchmark,) = benchmarks.of_path(validation, subject.experiment)
+    (benchmark,) = test_sets.of_path(validation, subject.experiment)
     with pytest.raises(DataError, match=words):
-        label_sets.with_labels(benchmark, tmp_path / "real.json")
+        imagenet_real.with_labels(benchmark, tmp_path / "real.json")
 
 
 # Faults
@@ -304,7 +305,7 @@ def test_names_and_numbers_of_classes_are_not_mixed(names, found, tmp_path):
     material = SimpleNamespace(names=list(names), classes=len(names))
     trained: Any = SimpleNamespace(config=ConfigDict({"data": options}), material=material)
     with pytest.raises(DataError, match="has the class `0`"):
-        list(benchmarks.of_path(tmp_path, trained))
+        list(test_sets.of_path(tmp_path, trained))
 
 
 def test_classes_that_the_run_does_not_know_are_told(run, tmp_path, capsys):
@@ -334,7 +335,7 @@ def test_a_damaged_picture_and_a_missing_folder_are_told(run, tmp_path, capsys):
 def digits(tmp_path_factory):
     runs = tmp_path_factory.mktemp("digits")
     arguments = ["train", tiny_run.__file__, f"--runs={runs}", "--epochs=1"]
-    assert cli.main([*arguments, "--data.noise=0", "--data.size=256", "--hessian_examples=0"]) == 0
+    assert main.main([*arguments, "--data.noise=0", "--data.size=256", "--hessian_examples=0"]) == 0
     return next(runs.iterdir())
 
 
@@ -359,7 +360,7 @@ def test_digits_under_corruptions(digits, capsys):
 def test_fashion_mnist_under_corruptions(tmp_path):
     """Some of its images, as Debian installs them."""
     try:
-        whole = images.load("fashion_mnist")
+        whole = labelled_images.load("fashion_mnist")
     except DataError:
         pytest.skip("Fashion-MNIST is not installed: apt-get install dataset-fashion-mnist")
     for kind, split, count in (("train", whole.train, 64), ("t10k", whole.test, 300)):
@@ -367,7 +368,7 @@ def test_fashion_mnist_under_corruptions(tmp_path):
     fields = ["--data.name=fashion_mnist", f"--data.path={tmp_path}", "--data.size=64"]
     arguments = ["train", tiny_run.__file__, f"--runs={tmp_path / 'runs'}", "--epochs=1", *fields]
     plain = ["--data.noise=0", "--hessian_examples=0", "--optimizer=sgd(0.1)"]
-    assert cli.main([*arguments, *plain]) == 0
+    assert main.main([*arguments, *plain]) == 0
     (run,) = (tmp_path / "runs").iterdir()
     results = evaluate(run, "--corruptions")
     assert UNDER | {"test", "mean", *CORRUPTIONS} == set(results)
@@ -397,5 +398,5 @@ def test_a_broken_model_scores_nothing(subject, ahead):
     state = subject.state._replace(
         params=jax.tree.map(lambda x: np.full_like(x, np.nan), subject.state.params)
     )
-    found = ranking.rank(subject.experiment, state, benchmarks.of_run(subject.experiment), ahead)
+    found = topk.rank(subject.experiment, state, test_sets.of_run(subject.experiment), ahead)
     assert (found.top1, found.top5) == (0, 0)

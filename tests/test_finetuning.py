@@ -13,10 +13,13 @@ import regime_run
 import tiny_run
 from scipy.ndimage import map_coordinates
 
-from curvax import cli
-from curvax.training import augment, compare, loop, pretrained, subjects, tasks
+from curvax.cli import main
+from curvax.training import loop, pretrained, tasks
+from curvax.training.augment import transforms
 from curvax.training.checkpoints import Checkpoints
-from curvax.training.config import ConfigError, load, override
+from curvax.training.compare import comparison
+from curvax.training.config.configs import ConfigError, load, override
+from curvax.training.evaluation import trained_runs
 from curvax.training.experiment import build, outline
 from curvax.training.pretrained import PretrainedError
 
@@ -34,7 +37,7 @@ def _as_users_have_it():
 def first(tmp_path_factory):
     """The folder of a run."""
     root = tmp_path_factory.mktemp("first")
-    assert cli.main(["train", TINY, f"--runs={root}"]) == 0
+    assert main.main(["train", TINY, f"--runs={root}"]) == 0
     (folder,) = root.iterdir()
     return folder
 
@@ -56,7 +59,7 @@ def results(folder):
 
 
 def test_every_seed_takes_the_weights_and_keeps_its_own_draws(first):
-    (subject,) = subjects.load([first])
+    (subject,) = trained_runs.load([first])
     trained = subject.state.params
     experiment = build(config_of(first))
     one, other = experiment.init(), experiment.reseeded(1).init()
@@ -69,21 +72,21 @@ def test_every_seed_takes_the_weights_and_keeps_its_own_draws(first):
 
 def test_a_run_is_found_from_where_the_command_is_given(first, monkeypatch):
     monkeypatch.chdir(first.parent)
-    (subject,) = subjects.load([first])
+    (subject,) = trained_runs.load([first])
     assert_same(build(config_of(first.name)).init().params, subject.state.params)
 
 
 def test_a_new_head_is_that_of_a_run_from_nothing(first):
     found = build(config_of(first, "--new_head=true")).init().params
     drawn = build(tiny_run.get_config()).init().params
-    (subject,) = subjects.load([first])
+    (subject,) = trained_runs.load([first])
     assert_same(found.pop("head"), drawn["head"])
     assert_same(found, {k: v for k, v in subject.state.params.items() if k != "head"})
 
 
 def test_training_begins_with_the_scores_of_the_first_run(first, tmp_path):
     still = ("--optimizer=sgd(0.0)", "--epochs=1", f"--start={first}")
-    assert cli.main(["train", TINY, *still, f"--runs={tmp_path}"]) == 0
+    assert main.main(["train", TINY, *still, f"--runs={tmp_path}"]) == 0
     (folder,) = tmp_path.iterdir()
     found, expected = results(folder), results(first)
     for name in ("test_accuracy", "test_loss", "train_loss", "lambda_max"):
@@ -93,19 +96,19 @@ def test_training_begins_with_the_scores_of_the_first_run(first, tmp_path):
 def test_a_resumed_run_needs_no_weights_once_it_has_begun(first, tmp_path, capsys):
     weights = shutil.copytree(first, tmp_path / "weights")
     begin = ["train", TINY, f"--start={weights}", f"--runs={tmp_path / 'runs'}"]
-    assert cli.main(begin) == 0
+    assert main.main(begin) == 0
     (folder,) = (tmp_path / "runs").iterdir()
     expected = results(folder)
     weights.rename(tmp_path / "moved")
     (seed,) = folder.glob("*/seed0")
     (seed / "results.json").unlink()
     shutil.rmtree(seed / "checkpoints/12")  # of 12; the one before is of step 9
-    assert cli.main(["resume", str(folder)]) == 0
+    assert main.main(["resume", str(folder)]) == 0
     assert results(folder) | {"seconds": 0} == expected | {"seconds": 0}
-    assert cli.main(["evaluate", str(folder)]) == 0
+    assert main.main(["evaluate", str(folder)]) == 0
     capsys.readouterr()
     shutil.rmtree(seed / "checkpoints")
-    assert cli.main(["resume", str(folder)]) == 2
+    assert main.main(["resume", str(folder)]) == 2
     assert f"`{weights}` does not exist" in capsys.readouterr().err
 
 
@@ -118,7 +121,7 @@ def test_weights_that_do_not_fit_are_refused_before_a_folder_is_made(first, tmp_
         (f"--start={first}", "--model.options.patch=4"): "other shapes have `params/block_0/token",
     }
     for options, said in refused.items():
-        assert cli.main([*begin, *options]) == 2
+        assert main.main([*begin, *options]) == 2
         assert said in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
@@ -134,7 +137,7 @@ def test_a_plan_needs_no_weights():
 def regime_start(tmp_path_factory):
     """A run with batch statistics on eight devices."""
     folder = tmp_path_factory.mktemp("eight")
-    config = compare.variant(regime_run.get_config(), epochs=1)
+    config = comparison.variant(regime_run.get_config(), epochs=1)
     experiment = build(config)
     loop.fit(experiment, folder)
     return folder, Checkpoints(folder / "checkpoints").restore(experiment.shapes)[0]
@@ -144,7 +147,7 @@ def regime_start(tmp_path_factory):
 @pytest.mark.parametrize("regime", REGIMES)
 def test_every_regime_begins_with_weights_and_statistics_where_its_state_lies(regime, regime_start):
     folder, trained = regime_start
-    config = compare.variant(regime_run.get_config(regime), start=str(folder))
+    config = comparison.variant(regime_run.get_config(regime), start=str(folder))
     experiment = build(config)
     state = experiment.init()
     assert_same((state.params, state.model_state), (trained.params, trained.model_state))
@@ -193,11 +196,11 @@ def test_a_published_file_begins_a_run_and_its_head_stays_where_it_fits(classes,
 def test_images_as_large_as_those_of_the_file_fit_it(tmp_path, capsys):
     path, _ = mixer_file(tmp_path, 1000, places=36)  # 12×12 pixels
     begin = ["train", TINY, f"--start={path}", "--epochs=1", f"--runs={tmp_path / 'runs'}"]
-    assert cli.main(begin) == 2
+    assert main.main(begin) == 2
     assert "(36, 4) for (16, 4)" in capsys.readouterr().err
-    assert cli.main([*begin, "--data.side=12"]) == 0
+    assert main.main([*begin, "--data.side=12"]) == 0
     (folder,) = (tmp_path / "runs").iterdir()
-    assert cli.main(["evaluate", str(folder)]) == 0
+    assert main.main(["evaluate", str(folder)]) == 0
     page = json.loads((folder / "evaluate.json").read_text())
     ((_, entry),) = page.items()
     assert entry["results"]["own"]["test"]["top1"] == pytest.approx(
@@ -217,13 +220,13 @@ def bilinear(image, side):
 def test_images_grow_bilinearly_between_the_centres_of_pixels():
     images = np.random.default_rng(0).random((2, 8, 8, 3)).astype(np.float32)
     batch = {"input": jnp.asarray(images), "label": jnp.zeros(2)}
-    grown = augment.resize(12)(jax.random.key(0), batch)["input"]
+    grown = transforms.resize(12)(jax.random.key(0), batch)["input"]
     for n, channel in np.ndindex(2, 3):
         expected = bilinear(images[n, ..., channel], 12)
         np.testing.assert_allclose(grown[n, ..., channel], expected, rtol=1e-5, atol=1e-6)
-    assert augment.resize(8)(jax.random.key(0), batch) is batch
+    assert transforms.resize(8)(jax.random.key(0), batch) is batch
     with pytest.raises(ValueError, match="side of its images"):
-        augment.resize(0)
+        transforms.resize(0)
 
 
 def test_training_and_test_images_have_the_side_of_the_config():

@@ -22,9 +22,9 @@ from noisy_images import BATCH, LIKELIHOOD, NOISE, SIZE, Trainer, images, kept  
 
 from curvax.analysis import Sweep, top_eigenpairs  # noqa: E402
 from curvax.models import build  # noqa: E402
-from curvax.training.archives import DataError  # noqa: E402
-from curvax.training.images import load  # noqa: E402
-from curvax.training.statistics import summarise  # noqa: E402
+from curvax.training.compare.summary import summarise  # noqa: E402
+from curvax.training.data.archives import DataError  # noqa: E402
+from curvax.training.data.labelled_images import load  # noqa: E402
 
 pytestmark = [pytest.mark.evidence, pytest.mark.usefixtures("single_precision")]
 COMMAND = "python -m pytest tests/test_flatness.py -m evidence"

@@ -24,7 +24,7 @@ from noisy_images import SIZE, Trainer, images, kept  # noqa: E402
 from curvax.analysis import m_sharpness  # noqa: E402
 from curvax.models import build  # noqa: E402
 from curvax.plotting.canvas import clean, legend  # noqa: E402
-from curvax.training.statistics import summarise  # noqa: E402
+from curvax.training.compare.summary import summarise  # noqa: E402
 
 pytestmark = [pytest.mark.evidence, pytest.mark.usefixtures("single_precision")]
 COMMAND = "python -m pytest tests/test_generalisation.py -m evidence"

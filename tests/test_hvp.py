@@ -19,7 +19,7 @@ from small_problems import (
 )
 
 import curvax as cx
-from curvax.oracles.hessian import MODES
+from curvax.curvature.hessian import MODES
 
 # Central differences err by about (2e-16)^(2/3) of the product, linear maps by rounding.
 TOLERANCE = {mode: 1e-8 if mode == "finite-differences" else 1e-12 for mode in MODES}

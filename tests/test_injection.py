@@ -11,7 +11,7 @@ import pytest
 from small_problems import assert_trees_close, quick_jit
 
 import curvax as cx
-from curvax.injection import STATIC
+from curvax.hyperparameters import STATIC
 
 BATCH = {"x": jax.random.normal(jax.random.key(1), (8, 4)), "y": jnp.arange(8) % 3}
 PARAMS = {"k": jax.random.normal(jax.random.key(2), (4, 3)), "b": jnp.full(3, 0.1, float)}

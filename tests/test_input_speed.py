@@ -15,8 +15,8 @@ import numpy as np
 import photographs
 import pytest
 
-from curvax.training import convert, data, jpegs, pictures, records
-from curvax.training.pictures import Form
+from curvax.training.data import array_records, convert, datasets, decode, encoded_images
+from curvax.training.data.encoded_images import Form
 
 pytestmark = pytest.mark.evidence
 
@@ -62,13 +62,15 @@ def folder(tmp_path_factory):
 
 def ours(folder, threads):
     form = Form(SIDE, 3, AREA, threads)
-    split = pictures.whole(records.read_folder(folder).part("train"), form).rows(slice(IMAGES))
-    return (batch["input"] for batch in data.batches(split, BATCH, epochs=EPOCHS))
+    split = encoded_images.whole(array_records.read_folder(folder).part("train"), form).rows(
+        slice(IMAGES)
+    )
+    return (batch["input"] for batch in datasets.batches(split, BATCH, epochs=EPOCHS))
 
 
 def plain(folder, crop):
     """A loop of one thread without records, epochs, seeds or labels."""
-    shards = records.read_folder(folder).part("train")
+    shards = array_records.read_folder(folder).part("train")
     contents = [shards.read(number).image for number in range(IMAGES)]
     rng = np.random.default_rng(0)
     for _ in range(EPOCHS):
@@ -80,7 +82,7 @@ def tensorflow(folder, threads):
     """tf.data over the same JPEGs in memory, cropped and resized as TensorFlow's own models do."""
     import tensorflow as tf
 
-    shards = records.read_folder(folder).part("train")
+    shards = array_records.read_folder(folder).part("train")
     contents = [shards.read(number).image for number in range(IMAGES)]
 
     def crop(content):
@@ -107,7 +109,7 @@ def test_speed_of_the_input(folder):
     ways = {
         "curvax, 1 thread": ours(folder, 1),
         f"curvax, {cores} threads": ours(folder, cores),
-        "the same decoding and cropping in a plain loop": plain(folder, jpegs.random_crop),
+        "the same decoding and cropping in a plain loop": plain(folder, decode.random_crop),
     }
     if importlib.util.find_spec("tensorflow"):
         ways |= {

@@ -15,13 +15,15 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import curvax
-from curvax import analysis, cli
-from curvax.inspection import measures, points, survey
+from curvax import analysis
+from curvax.cli import main
+from curvax.inspection import checkpoint_loss, measures, runner
 from curvax.inspection.budget import Budget, Price, Work
 from curvax.inspection.measures import RHO, Measure
-from curvax.training import commands, subjects
 from curvax.training.checkpoints import Checkpoints
-from curvax.training.config import defaults
+from curvax.training.compare import commands
+from curvax.training.config.configs import defaults
+from curvax.training.evaluation import trained_runs
 
 EXAMPLES = 32
 PICTURES = {
@@ -58,7 +60,7 @@ def folder(run, tmp_path_factory):
     """What inspecting it left."""
     root = tmp_path_factory.mktemp("inspected")
     arguments = [str(run), "--budget=30", f"--examples={EXAMPLES}", f"--runs={root}"]
-    assert cli.main(["inspect", *arguments]) == 0
+    assert main.main(["inspect", *arguments]) == 0
     (folder,) = root.iterdir()
     return folder
 
@@ -76,7 +78,7 @@ def told(folder):
 @pytest.fixture(scope="module")
 def sam(run):
     """The loss and the parameters of the second method, put together by hand."""
-    (subject,) = subjects.load([run / "1-sam_perturb-adam" / "seed0"])
+    (subject,) = trained_runs.load([run / "1-sam_perturb-adam" / "seed0"])
     experiment = subject.experiment
     few = experiment.material.train.rows(slice(EXAMPLES))
     whole = jax.tree.map(jnp.asarray, few.gather(np.arange(EXAMPLES)))
@@ -127,7 +129,9 @@ def test_eigenvalues_are_those_of_the_dense_hessian(told, sam):
     hessian = np.asarray(jax.hessian(lambda x: objective(unravel(x)))(flat))
     largest = np.linalg.eigvalsh(hessian)[:-6:-1]
     found = told["measures"]["eigenpairs"]["sam_perturb | adam"]
-    np.testing.assert_allclose(found["values"], largest, atol=points.TOLERANCE * largest[0])
+    np.testing.assert_allclose(
+        found["values"], largest, atol=checkpoint_loss.TOLERANCE * largest[0]
+    )
     for name, block in told["measures"]["blocks"]["sam_perturb | adam"].items():
         fill = {key: jnp.ones_like if key == name else jnp.zeros_like for key in params}
         own = {key: jax.tree.map(fill[key], params[key]) for key in params}
@@ -160,9 +164,9 @@ def stub(name, gradients, clock, takes=None, error=None):
 
 
 def surveyed(monkeypatch, clock, seconds, *stubs):
-    monkeypatch.setattr(survey, "price", lambda point: Price(0.0, 1.0))
+    monkeypatch.setattr(runner, "price", lambda point: Price(0.0, 1.0))
     runs: dict[str, Any] = {"a": None, "b": None}
-    return survey.survey(runs, Budget(seconds, clock), measures=stubs)
+    return runner.survey(runs, Budget(seconds, clock), measures=stubs)
 
 
 def test_what_does_not_fit_is_left_out_and_named_and_the_smaller_goes_on(monkeypatch):
@@ -212,12 +216,12 @@ def test_a_failure_is_told_and_the_rest_goes_on(monkeypatch):
 
 
 def test_a_folder_stands_for_its_first_seeds_an_arm_for_its_first(run):
-    names = lambda *folders: [subject.name for subject in subjects.load(folders)]
+    names = lambda *folders: [subject.name for subject in trained_runs.load(folders)]
     assert names(run) == ["adam", "sam_perturb | adam"]
     arm = run / "0-adam"
     assert names(arm, run) == names(run)
     assert names(arm / "seed1", arm) == ["adam, seed 1", "adam, seed 0"]
-    assert [int(s.state.step) for s in subjects.load([arm])] == [4]
+    assert [int(s.state.step) for s in trained_runs.load([arm])] == [4]
 
 
 def test_checkpoints_are_read_in_silence(run, caplog):
@@ -226,7 +230,7 @@ def test_checkpoints_are_read_in_silence(run, caplog):
 
 
 def complaint(capsys, *folders):
-    assert cli.main(["inspect", *map(str, folders)]) == 2
+    assert main.main(["inspect", *map(str, folders)]) == 2
     return capsys.readouterr().err
 
 
@@ -259,12 +263,12 @@ def test_runs_of_different_tasks_are_refused(run, tmp_path, capsys):
 )
 def test_a_budget_is_a_positive_number(run, option, hint, capsys):
     with pytest.raises(SystemExit):
-        cli.main(["inspect", str(run), option])
+        main.main(["inspect", str(run), option])
     assert hint in capsys.readouterr().err
 
 
 def test_runs_are_inspected_as_they_are(run, capsys):
-    assert cli.main(["inspect", str(run), "--epochs=3"]) == 2
+    assert main.main(["inspect", str(run), "--epochs=3"]) == 2
     assert "--epochs=3" in capsys.readouterr().err
 
 

@@ -8,11 +8,11 @@ import pytest
 
 from curvax.inspection.encoding import encode
 from curvax.inspection.findings import Facts, caveats, findings
-from curvax.inspection.headlines import headlines
 from curvax.inspection.measures import RHO
-from curvax.inspection.rates import peak_rate
-from curvax.inspection.survey import Survey
-from curvax.inspection.words import listing, ratio
+from curvax.inspection.peak_lr import peak_rate
+from curvax.inspection.phrasing import listing, ratio
+from curvax.inspection.runner import Survey
+from curvax.inspection.summary_table import headlines
 from curvax.linalg import Eigenpairs
 
 

@@ -7,8 +7,8 @@ import photographs
 import pytest
 from PIL import Image
 
-from curvax.training import jpegs
-from curvax.training.archives import DataError
+from curvax.training.data import decode
+from curvax.training.data.archives import DataError
 
 
 def png(pixels):
@@ -38,7 +38,7 @@ def read_box(pixels):
 
 
 def test_a_test_shows_the_square_in_the_middle():
-    left, top, right, bottom = read_box(jpegs.central_crop(png(ramp(160, 240)), 70))
+    left, top, right, bottom = read_box(decode.central_crop(png(ramp(160, 240)), 70))
     np.testing.assert_allclose(
         [left, top, right, bottom], [120 - 70, 80 - 70, 120 + 70, 80 + 70], atol=0.6
     )  # 160 · 224/256 = 140, to a bytes' rounding
@@ -49,13 +49,13 @@ def test_a_test_agrees_with_resizing_the_shorter_side_and_cutting():
     short = image.resize((round(256 * image.width / image.height), 256), Image.Resampling.BILINEAR)
     left = (short.width - 224) // 2
     expected = np.asarray(short.crop((left, 16, left + 224, 240)), float)
-    found = jpegs.central_crop(png(np.asarray(image)), 224).astype(float)
+    found = decode.central_crop(png(np.asarray(image)), 224).astype(float)
     assert np.abs(found - expected).mean() < 3  # half a pixel of rounding in the long side
 
 
 def test_a_picture_of_the_right_size_is_taken_whole():
     pixels = ramp(32, 32)
-    np.testing.assert_array_equal(jpegs.central_crop(png(pixels), 32), pixels)
+    np.testing.assert_array_equal(decode.central_crop(png(pixels), 32), pixels)
 
 
 def test_random_crops_lie_inside_and_have_their_areas_and_shapes():
@@ -63,7 +63,7 @@ def test_random_crops_lie_inside_and_have_their_areas_and_shapes():
     content = png(ramp(height, width))
     areas, aspects = [], []
     for seed in range(120):
-        pixels = jpegs.random_crop(content, 24, (0.3, 0.6), np.random.default_rng(seed))
+        pixels = decode.random_crop(content, 24, (0.3, 0.6), np.random.default_rng(seed))
         assert pixels[0, 0, 0] < pixels[0, -1, 0]  # as it is, not mirrored
         left, top, right, bottom = read_box(pixels)
         assert min(left, top) > -1.5
@@ -79,13 +79,13 @@ def test_random_crops_lie_inside_and_have_their_areas_and_shapes():
 
 def test_a_crop_follows_from_its_generator():
     content = png(ramp(90, 90))
-    crop = lambda seed: jpegs.random_crop(content, 16, (0.05, 1.0), np.random.default_rng(seed))
+    crop = lambda seed: decode.random_crop(content, 16, (0.05, 1.0), np.random.default_rng(seed))
     np.testing.assert_array_equal(crop(3), crop(3))
     assert not np.array_equal(crop(3), crop(4))
 
 
 def test_where_no_box_fits_the_whole_is_taken():
-    pixels = jpegs.random_crop(png(ramp(16, 250)), 16, (0.9, 1.0), np.random.default_rng(0))
+    pixels = decode.random_crop(png(ramp(16, 250)), 16, (0.9, 1.0), np.random.default_rng(0))
     left, _, right, _ = read_box(pixels)
     np.testing.assert_allclose([left, right], [0, 250], atol=4)
 
@@ -95,7 +95,7 @@ def test_other_modes_become_colours(mode):
     image = photographs.photographs()["bloom"].crop((0, 0, 80, 60)).convert(mode)
     content = io.BytesIO()
     image.save(content, "PNG" if mode == "P" else "JPEG")
-    found = jpegs.central_crop(content.getvalue(), 24)
+    found = decode.central_crop(content.getvalue(), 24)
     assert found.shape == (24, 24, 3)
     assert found.dtype == np.uint8
 
@@ -111,12 +111,12 @@ def test_other_modes_become_colours(mode):
 def test_damaged_pictures_are_refused(spoil, words):
     content = spoil(photographs.jpeg(photographs.photographs()["bloom"]))
     with pytest.raises(DataError, match=f"cannot be decoded: .*{words}"):
-        jpegs.check(content)
+        decode.check(content)
     with pytest.raises(DataError, match=words):
-        jpegs.central_crop(content, 24)
+        decode.central_crop(content, 24)
 
 
 def test_a_wrong_area_is_not_told_as_damage():
     with pytest.raises(ValueError) as error:
-        jpegs.random_crop(png(ramp(9, 9)), 4, (1.0, 0.1), np.random.default_rng(0))
+        decode.random_crop(png(ramp(9, 9)), 4, (1.0, 0.1), np.random.default_rng(0))
     assert not isinstance(error.value, DataError)

@@ -11,9 +11,10 @@ import pytest
 from flax import nnx
 
 import curvax as cx
-from curvax import Signal, compat, spatial_average, trees
-from curvax.layouts import layout_of_tree
+from curvax import Signal, compat, spatial_average
+from curvax.arithmetic import trees
 from curvax.models import build
+from curvax.parameter_roles.layouts import layout_of_tree
 
 KEY = jax.random.key(0)
 

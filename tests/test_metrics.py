@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from curvax.training import metrics
+from curvax.training.augment import metrics
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(0, 3, (40, 7))

@@ -17,10 +17,10 @@ from small_problems import flat, quick_jit
 
 import curvax as cx
 from curvax import analysis
-from curvax.oracles.differences import differences, largest_singular_value
-from curvax.oracles.hessian import MODES
-from curvax.oracles.programs import refusal
-from curvax.oracles.rounding import rounding
+from curvax.curvature.differentiability import refusal
+from curvax.curvature.finite_differences import differences, largest_singular_value
+from curvax.curvature.hessian import MODES
+from curvax.curvature.working_precision import rounding
 
 X = jax.random.normal(jax.random.key(0), (8, 3))
 W = {"w": 0.3 * jax.random.normal(jax.random.key(1), (3, 3))}

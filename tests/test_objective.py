@@ -12,7 +12,7 @@ import pytest
 from small_problems import EXAMPLES, assert_trees_close, net, net_batch, net_loss, net_params
 
 import curvax as cx
-from curvax.oracles import hvp
+from curvax.curvature import hvp
 
 
 def squared_error(outputs: Any, batch: Any) -> jax.Array:

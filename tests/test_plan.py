@@ -17,11 +17,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import curvax as cx
-from curvax import cli
-from curvax.planning import collectives, hlo, readings, remedies, topologies
+from curvax.cli import main
+from curvax.planning import collectives, compiled_cost, hlo, memory_savers, topologies
 from curvax.planning import plan as plans
 from curvax.training import experiment
-from curvax.training.config import defaults
+from curvax.training.config.configs import defaults
 
 DEVICES, PER_DEVICE = 8, 4
 WEIGHTS = {"in": (64, 96), "hidden": (96, 96), "out": (96, 64)}
@@ -265,7 +265,7 @@ def test_too_few_cpu_devices_say_how_to_get_more():
 
 def test_a_batch_that_does_not_go_over_a_topology_says_what_does(tmp_path, capsys):
     given = ["digits", "--batch=12", "--topology=cpu:8", f"--runs={tmp_path}"]
-    assert cli.main(["plan", *given]) == 2
+    assert main.main(["plan", *given]) == 2
     said = capsys.readouterr().err
     assert "12 examples do not go over 8 devices" in said
     assert "Take a multiple as `batch`, or a smaller topology." in said
@@ -308,11 +308,11 @@ SENT = {
 def test_the_training_step_of_a_config_sends_no_more_than_its_method(text, regime, tmp_path):
     machine = find("cpu:8")
     outline = experiment.outline(small(text, regime), machine.devices)
-    reading = readings.read(outline, machine, tmp_path)
+    reading = compiled_cost.read(outline, machine, tmp_path)
     assert reading.sent / reading.parameters == pytest.approx(SENT[text][regime], rel=0.01)
     assert reading.memory is not None
     assert reading.memory.total == reading.needed
-    again = readings.read(outline, machine, tmp_path)
+    again = compiled_cost.read(outline, machine, tmp_path)
     assert again == reading
 
 
@@ -320,18 +320,18 @@ GROUPED = "per_group(2, sam_perturb(rho)) | pmean_updates(axes) | adamw(0.001)"
 
 
 def test_groups_are_taken_one_by_one_where_they_were_at_once():
-    changed = remedies.one_by_one(GROUPED)
+    changed = memory_savers.one_by_one(GROUPED)
     assert changed == GROUPED.replace("(rho))", "(rho), sequential=True)")
-    assert not remedies.one_by_one(changed)
-    assert not remedies.one_by_one("sam_perturb(rho) | adamw(1e-3)")
+    assert not memory_savers.one_by_one(changed)
+    assert not memory_savers.one_by_one("sam_perturb(rho) | adamw(1e-3)")
     on_lines = "\n  " + GROUPED.replace(" | ", "\n  | ") + "\n"
-    assert remedies.one_by_one(on_lines) == changed
+    assert memory_savers.one_by_one(on_lines) == changed
 
 
 def test_groups_that_fill_a_device_have_no_turns_to_take():
     text = GROUPED.replace("(2,", "(m,")
     for m, turns in ((PER_DEVICE // 2, True), (PER_DEVICE, False), (2 * PER_DEVICE, False)):
-        found = remedies.remedies(small(text, m=m), DEVICES)
+        found = memory_savers.remedies(small(text, m=m), DEVICES)
         assert any("sequential" in change for change in found) == turns
 
 
@@ -339,19 +339,19 @@ def test_groups_that_fill_a_device_have_no_turns_to_take():
 def test_micro_batches_divide_what_a_device_has(batch):
     config = small()
     config.batch = DEVICES * batch
-    found = [each for each in remedies.remedies(config, DEVICES).values() if each.microbatch]
+    found = [each for each in memory_savers.remedies(config, DEVICES).values() if each.microbatch]
     assert [batch % each.microbatch for each in found] == [0] * (batch > 1)
     assert all(each.microbatch < batch for each in found)
 
 
 def test_remedies_are_what_a_config_admits():
-    found = remedies.remedies(small(GROUPED, m=2), DEVICES)
+    found = memory_savers.remedies(small(GROUPED, m=2), DEVICES)
     names = [change.partition("=")[0] for change in found]
     assert names == ["--optimizer", "--microbatch", "--fsdp"]
     assert found["--microbatch=1"].microbatch == 1
     for changed in found.values():
         experiment.outline(changed, find("cpu:8").devices)
-    assert "--model.options.remat=True" in remedies.remedies(small(model="vit_tiny"), DEVICES)
+    assert "--model.options.remat=True" in memory_savers.remedies(small(model="vit_tiny"), DEVICES)
 
 
 WAYS = {
@@ -363,7 +363,7 @@ WAYS = {
 
 @pytest.mark.parametrize("model", WAYS)
 def test_blocks_can_be_compiled_in_as_many_ways_as_the_model_has(model):
-    ways = remedies.layouts(small(model=model))
+    ways = memory_savers.layouts(small(model=model))
     assert list(ways) == WAYS[model]
     for way, config in ways.items():
         assert config.model.options.get("remat", False) == ("remat" in way)
@@ -373,7 +373,7 @@ def test_blocks_can_be_compiled_in_as_many_ways_as_the_model_has(model):
 def plan(tmp_path, *arguments):
     """What `curvax plan` left in its folder."""
     places = [f"--runs={tmp_path / 'runs'}", f"--cache={tmp_path / 'cache'}"]
-    assert cli.main(["plan", *arguments, *places]) == 0
+    assert main.main(["plan", *arguments, *places]) == 0
     (folder,) = (tmp_path / "runs").iterdir()
     return json.loads((folder / "plan.json").read_text()), (folder / "table.txt").read_text()
 
@@ -435,8 +435,8 @@ def test_a_reading_that_was_cut_short_is_read_anew(monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", cut)
         with pytest.raises(KeyboardInterrupt):
-            readings.read(outline, machine, tmp_path)
-    assert readings.read(outline, machine, tmp_path).flops > 0
+            compiled_cost.read(outline, machine, tmp_path)
+    assert compiled_cost.read(outline, machine, tmp_path).flops > 0
 
 
 def test_the_figures_of_a_plan_are_those_of_a_device_beside_the_base():
@@ -446,10 +446,10 @@ def test_the_figures_of_a_plan_are_those_of_a_device_beside_the_base():
     counted = ("all-reduce", 3, 600), ("all-gather", 1, 200)
     sends = {kind: collectives.Collective(times, size) for kind, times, size in counted}
     base, reading = (
-        readings.Reading(400, memory.total, True, memory, flops, sent)
+        compiled_cost.Reading(400, memory.total, True, memory, flops, sent)
         for memory, flops, sent in (
-            (readings.Memory(500, 300, 200, 40, 10), 2e3, {"all-reduce": sends["all-reduce"]}),
-            (readings.Memory(900, 700, 600, 200, 100), 5e3, sends),
+            (compiled_cost.Memory(500, 300, 200, 40, 10), 2e3, {"all-reduce": sends["all-reduce"]}),
+            (compiled_cost.Memory(900, 700, 600, 200, 100), 5e3, sends),
         )
     )
     assert (base.needed, reading.needed) == (650, 1300)
@@ -487,7 +487,7 @@ def test_a_refusal_of_the_compiler_says_how_much_is_needed(monkeypatch, tmp_path
     monkeypatch.setattr(topologies.Topology, "compile", refuse)
     machine = find("cpu:8")
     outline = experiment.outline(small(regime="jit"), machine.devices)
-    reading = readings.read(outline, machine, tmp_path)
+    reading = compiled_cost.read(outline, machine, tmp_path)
     assert not reading.fits
     assert reading.needed == 30.5 * topologies.GIB
-    assert readings.read(outline, machine, tmp_path).needed == reading.needed
+    assert compiled_cost.read(outline, machine, tmp_path).needed == reading.needed

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import pytest
 from test_hlo import LOOPS
 
-from curvax.planning import flops, hlo, readings, remedies, topologies
+from curvax.planning import compiled_cost, flops, hlo, memory_savers, topologies
 from curvax.training import experiment
-from curvax.training.compare import variant
-from curvax.training.config import defaults, load
+from curvax.training.compare.comparison import variant
+from curvax.training.config.configs import defaults, load
 
 pytestmark = [
     pytest.mark.evidence,
@@ -109,7 +109,7 @@ def paper_methods(config):
 
 
 def read(config, machine):
-    return readings.read(experiment.outline(config, machine.devices), machine)
+    return compiled_cost.read(experiment.outline(config, machine.devices), machine)
 
 
 def test_a_device_does_the_same_whatever_their_number():
@@ -147,14 +147,19 @@ def paper_arms():
             config = variant(paper, optimizer=text)
             yield (model, topology, method), machine, config
             if (model, topology, method) == LAID_OUT:
-                ways = list(remedies.layouts(config).items())[1:3]  # the first is the config's own
+                ways = list(memory_savers.layouts(config).items())[
+                    1:3
+                ]  # the first is the config's own
                 yield from (((model, topology, f"{method}, {w}"), machine, c) for w, c in ways)
 
 
 def until_it_fits(arm, machine, config):
     """(arm, reading) of a config and, where it does not fit, of what may help."""
-    take = readings.recall if KEPT else readings.read
-    for change, changed in {"": config, **remedies.remedies(config, len(machine.devices))}.items():
+    take = compiled_cost.recall if KEPT else compiled_cost.read
+    for change, changed in {
+        "": config,
+        **memory_savers.remedies(config, len(machine.devices)),
+    }.items():
         reading = take(experiment.outline(changed, machine.devices), machine)
         yield (*arm[:2], f"{arm[2]}, `{change}`" if change else arm[2]), reading
         if reading is None or reading.fits:

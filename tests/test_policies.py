@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from curvax.training import image_ops as ops
-from curvax.training import policies
+from curvax.training.augment import image_ops as ops
+from curvax.training.augment import policies
 
 KEY = jax.random.key(0)
 GREY = (128, 128, 128)

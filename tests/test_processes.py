@@ -19,10 +19,12 @@ import pytest
 import regime_run
 
 import curvax
-from curvax.training import convert, loop, pretrained, processes, runs
+from curvax.training import loop, pretrained
 from curvax.training.checkpoints import Checkpoints
-from curvax.training.commands import Plan
+from curvax.training.compare.commands import Plan
+from curvax.training.data import convert
 from curvax.training.experiment import build
+from curvax.training.runtime import distributed, run_dir
 
 CONFIG = str(Path(regime_run.__file__))
 WORKER = str(Path(__file__).with_name("process_run.py"))
@@ -274,12 +276,12 @@ def test_sigterm_to_one_saves_in_both(tmp_path):
 def test_only_what_a_lost_process_causes_is_told_as_one(monkeypatch, tmp_path):
     gone = jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllReduce failed: Connection closed by peer")
     full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
-    assert processes.lost(gone, tmp_path) is gone
+    assert distributed.lost(gone, tmp_path) is gone
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    told = processes.lost(gone, tmp_path)
+    told = distributed.lost(gone, tmp_path)
     assert "0 of 2 lost another one" in str(told)
     assert f"curvax resume {tmp_path}" in str(told)
-    assert processes.lost(full, tmp_path) is full
+    assert distributed.lost(full, tmp_path) is full
 
 
 @pytest.mark.parametrize(
@@ -306,8 +308,8 @@ def test_processes_that_resume_two_runs_end_in_order(tmp_path):
     config = regime_run.get_config("shard_map")
     for folder in folders:
         folder.mkdir()
-        runs.write_json(folder / "config.json", config.to_dict())
-        runs.write_json(folder / "plan.json", Plan("train", ["sgd(0.1)"])._asdict())
+        run_dir.write_json(folder / "config.json", config.to_dict())
+        run_dir.write_json(folder / "plan.json", Plan("train", ["sgd(0.1)"])._asdict())
     for status, said in ended(start(2, "resume", own=lambda number: [folders[number]])):
         assert status == 2
         assert "`folder` is 'a' in process 0 and 'b' in process 1" in said
@@ -317,7 +319,7 @@ def test_processes_that_resume_two_runs_end_in_order(tmp_path):
 @pytest.mark.parametrize("coordinator", ["foo", "foo:", ":8476", "foo:port"])
 def test_a_coordinator_has_a_host_and_a_port(coordinator):
     with pytest.raises(ValueError, match=f"HOST:PORT, and was `{coordinator}`. Give"):
-        processes.join(coordinator, 1, 0)
+        distributed.join(coordinator, 1, 0)
 
 
 def test_what_jax_cannot_join_is_told_with_its_cure(monkeypatch):
@@ -326,13 +328,13 @@ def test_what_jax_cannot_join_is_told_with_its_cure(monkeypatch):
 
     monkeypatch.setattr(jax.distributed, "initialize", fail)
     with pytest.raises(ValueError, match=r"10.0.0.1:8476 .*RPC server.* a port that is free"):
-        processes.join("10.0.0.1:8476", 2, 0)
+        distributed.join("10.0.0.1:8476", 2, 0)
     with pytest.raises(ValueError, match=r"found no such group here .*--coordinator HOST:PORT"):
-        processes.join(None, None, None)
+        distributed.join(None, None, None)
 
 
 def test_a_process_is_told_all_or_nothing():
     with pytest.raises(ValueError, match="is told all three"):
-        processes.join("127.0.0.1:1", 2, None)
+        distributed.join("127.0.0.1:1", 2, None)
     with pytest.raises(ValueError, match="numbered from 0 to 1"):
-        processes.join("127.0.0.1:1", 2, 2)
+        distributed.join("127.0.0.1:1", 2, 2)

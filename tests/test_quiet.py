@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from curvax.training.quiet import silence_libtpu
+from curvax.training.runtime.log_filters import silence_libtpu
 
 
 @pytest.mark.parametrize(

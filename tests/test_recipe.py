@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import curvax
-from curvax.recipe import RecipeError, given, outline, parse, vocabulary
+from curvax.training.config.recipe import RecipeError, given, outline, parse, vocabulary
 
 PARAMS = {"w": jnp.array([1.0, -2.0, 3.0])}
 SCALES = jnp.array([1.0, 4.0, 9.0])

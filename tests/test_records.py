@@ -12,12 +12,14 @@ import numpy as np
 import photographs
 import pytest
 
-from curvax.training import compare, convert, data, examples, loop, material, pictures, records
+from curvax.training import loop, run_data
 from curvax.training import tasks as training_tasks
-from curvax.training.archives import DataError
 from curvax.training.checkpoints import Checkpoints
-from curvax.training.config import defaults, override
-from curvax.training.examples import Example
+from curvax.training.compare import comparison
+from curvax.training.config.configs import defaults, override
+from curvax.training.data import array_records, convert, datasets, encoded_images, tf_example
+from curvax.training.data.archives import DataError
+from curvax.training.data.tf_example import Example
 from curvax.training.experiment import build
 
 SIDE = 16
@@ -40,18 +42,18 @@ def make_config(path, **fields):
     config.data.update(name="records", path=str(path), side=SIDE, threads=2)
     config.optimizer = "sam_perturb(0.05) | adamw(cosine(lr))"
     config.update(batch=8, epochs=2, log_every=1, checkpoint_every=3, hessian_examples=0)
-    return compare.variant(config, **fields)
+    return comparison.variant(config, **fields)
 
 
 def load(path, **options):
     config = make_config(path)
     config.data.update(**options)
-    return pictures.load(config.data)
+    return encoded_images.load(config.data)
 
 
 def batches_of(split, shards=1, start=0, **options):
     """The batches of every process, put together again, from the `start`-th on."""
-    parts = [data.batches(split, 8, shard=i, shards=shards, **options) for i in range(shards)]
+    parts = [datasets.batches(split, 8, shard=i, shards=shards, **options) for i in range(shards)]
     for part in parts:
         part.set_state({"next_index": start})
     for each in zip(*parts):
@@ -70,9 +72,9 @@ def write_records(path, some, name="x-train.array_record-00000-of-00001"):
     for file in (name, name.replace("train", "validation")):
         writer = convert.ArrayRecordWriter(str(path / file), "group_size:1")
         for example in some:
-            writer.write(examples.encode(example))
+            writer.write(tf_example.encode(example))
         writer.close()
-    (path / records.CLASSES).write_text("a\nb\nc\n")
+    (path / array_records.CLASSES).write_text("a\nb\nc\n")
     return path
 
 
@@ -88,7 +90,7 @@ def test_batches_are_bytes_with_labels_and_know_their_classes(folder):
     dataset = load(folder)
     assert (dataset.train.size, dataset.test.size, dataset.classes) == (42, 15, 3)
     assert list(dataset.names) == list(photographs.CLASSES)
-    batch = next(data.batches(dataset.train, 8))
+    batch = next(datasets.batches(dataset.train, 8))
     assert batch["input"].shape == (8, SIDE, SIDE, 3)
     assert batch["input"].dtype == np.uint8
     assert batch["label"].dtype == np.int32
@@ -116,7 +118,7 @@ def test_resuming_in_the_middle_of_an_epoch_is_exact(folder, shards):
     straight = list(batches_of(split, epochs=3, seed=1))
     assert len(straight) == 15
     parts = [
-        data.batches(split, 8, epochs=3, seed=1, shard=i, shards=shards) for i in range(shards)
+        datasets.batches(split, 8, epochs=3, seed=1, shard=i, shards=shards) for i in range(shards)
     ]
     for _ in range(7):  # into the second epoch, with two more batches under way
         for part in parts:
@@ -138,7 +140,7 @@ def test_every_example_comes_once_an_epoch_and_is_cropped_anew_in_the_next(folde
         assert not np.array_equal(first, split.gather(np.arange(4), draw)["input"])
     counts = np.zeros(split.size, int)
     whole = {image.tobytes(): i for i, image in enumerate(numbers)}
-    for batch in data.batches(split, 6, shuffle=False, epochs=1):
+    for batch in datasets.batches(split, 6, shuffle=False, epochs=1):
         for image in batch["input"]:
             counts[whole[image.tobytes()]] += 1
     np.testing.assert_array_equal(counts, 1)
@@ -150,7 +152,7 @@ def test_a_test_shows_every_example_once_whatever_divides(folder, shards, batch_
     split = load(folder).test
     seen = []
     for shard in range(shards):
-        for batch in data.batches(
+        for batch in datasets.batches(
             split,
             batch_size,
             shuffle=False,
@@ -167,7 +169,7 @@ def test_a_test_shows_every_example_once_whatever_divides(folder, shards, batch_
 
 def test_a_part_of_the_records_is_the_beginning_of_a_fixed_order(folder):
     split = load(folder).train
-    few, more = (data.take(split, count, seed=0) for count in (10, 20))
+    few, more = (datasets.take(split, count, seed=0) for count in (10, 20))
     assert set(few.chosen) < set(more.chosen)
     assert (few.size, more.size) == (10, 20)
     # an example keeps its crops, whatever else is trained on
@@ -180,17 +182,17 @@ def test_a_part_of_the_records_is_the_beginning_of_a_fixed_order(folder):
 def test_batches_are_made_ahead_while_one_is_trained_on(folder):
     split, asked = load(folder).train, []
 
-    class Watched(pictures.Pictures):
+    class Watched(encoded_images.Pictures):
         def gather(self, rows, draw=None):
             asked.append(threading.current_thread())
             return super().gather(rows, draw)
 
-    batches = data.batches(Watched(*split), 8)
+    batches = datasets.batches(Watched(*split), 8)
     next(batches)
     deadline = time.monotonic() + 20
-    while len(asked) < 1 + pictures.AHEAD and time.monotonic() < deadline:
+    while len(asked) < 1 + encoded_images.AHEAD and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert len(asked) == 1 + pictures.AHEAD
+    assert len(asked) == 1 + encoded_images.AHEAD
     assert threading.current_thread() not in asked
 
 
@@ -199,7 +201,7 @@ def test_batches_are_made_ahead_while_one_is_trained_on(folder):
 
 def test_a_folder_of_tfds_reads_too(tmp_path):
     write_records(tmp_path, some_examples(), "imagenet2012-train.array_record-00000-of-00001")
-    (tmp_path / records.CLASSES).unlink()
+    (tmp_path / array_records.CLASSES).unlink()
     with pytest.raises(DataError, match=r"does not tell its classes.*label.labels.txt"):
         load(tmp_path)
     label = {"pythonClassName": "ClassLabel", "classLabel": {"numClasses": "3"}}
@@ -208,7 +210,7 @@ def test_a_folder_of_tfds_reads_too(tmp_path):
     dataset = load(tmp_path)
     assert (dataset.train.size, dataset.test.size, dataset.classes) == (16, 16, 3)
     np.testing.assert_array_equal(
-        next(data.batches(dataset.test, 4, shuffle=False))["label"], [0, 1, 2, 0]
+        next(datasets.batches(dataset.test, 4, shuffle=False))["label"], [0, 1, 2, 0]
     )
 
 
@@ -241,7 +243,7 @@ def test_what_tfds_itself_wrote_reads_as_it_reads_it(tmp_path):
 
     builder = Small(data_dir=tmp_path / "tfds", file_format="array_record")
     builder.download_and_prepare()
-    folder = records.read_folder(Path(builder.data_dir))
+    folder = array_records.read_folder(Path(builder.data_dir))
     assert (folder.names, folder.classes) == (sorted(photographs.CLASSES), 3)
     for part, count in (("train", 18), ("val", 9)):
         ours = folder.part(part)
@@ -269,14 +271,14 @@ def test_a_missing_path_is_told():
     config = defaults()
     config.data.name = "imagenet"
     with pytest.raises(DataError, match=r"`imagenet` cannot be read.*`curvax convert"):
-        pictures.load(config.data)
+        encoded_images.load(config.data)
 
 
 def test_label_noise_and_autoencoders_are_refused(folder):
     config = make_config(folder)
     config.data.noise = 0.2
     with pytest.raises(DataError, match=r"`data.noise` replaces labels in memory"):
-        material.gather(config, training_tasks.build(config))
+        run_data.gather(config, training_tasks.build(config))
     config = make_config(folder, task="autoencoder")
     config.data.side = None
     with pytest.raises(training_tasks.TaskError, match="images in memory"):
@@ -320,7 +322,7 @@ def test_a_spoilt_record_is_told_with_its_place_and_name(tmp_path, spoil, words)
     some = some_examples()
     some[11] = spoil(some[11])
     split = load(write_records(tmp_path, some)).train
-    told = first_error(data.batches(split, 4, epochs=1))
+    told = first_error(datasets.batches(split, 4, epochs=1))
     assert words in told
     file = tmp_path / "x-train.array_record-00000-of-00001"
     assert told.startswith(f"`p11.JPEG`, record 11 of {file}, cannot be used")
@@ -333,7 +335,7 @@ def test_a_spoilt_record_is_told_with_its_place_and_name(tmp_path, spoil, words)
 def test_pictures_reach_the_model_as_numbers_between_minus_one_and_one(folder):
     config = make_config(folder)
     task = training_tasks.build(config)
-    batch = next(data.batches(task.load(0).test, 8, shuffle=False))
+    batch = next(datasets.batches(task.load(0).test, 8, shuffle=False))
     prepared = task.in_test(batch)
     np.testing.assert_allclose(prepared["input"], batch["input"] / 127.5 - 1, atol=1e-6)
     np.testing.assert_array_equal(np.argmax(prepared["label"], -1), batch["label"])
@@ -362,13 +364,13 @@ def test_moments_of_other_channels_are_refused(folder, name, mean, std, channels
 
 def test_a_run_is_made_ready_from_one_picture(folder, monkeypatch):
     """In each process of a pod: a batch of the whole is thousands."""
-    decode, decoded = pictures.Pictures._decode, set()
+    decode, decoded = encoded_images.Pictures._decode, set()
 
     def counted(self, number, draw):
         decoded.add(number)
         return decode(self, number, draw)
 
-    monkeypatch.setattr(pictures.Pictures, "_decode", counted)
+    monkeypatch.setattr(encoded_images.Pictures, "_decode", counted)
     build(make_config(folder, optimizer="sgd(0.1)"))
     assert decoded == {0}
 

@@ -10,13 +10,13 @@ import pytest
 import regime_run
 from regime_run import DEVICES, GROUPS, changed
 
-from curvax.axes import Neighbours
-from curvax.training import loop, regimes
+from curvax.devices.axes import Neighbours
+from curvax.training import loop, parallelism
 from curvax.training.checkpoints import CheckpointError, Checkpoints
-from curvax.training.config import ConfigError, load
+from curvax.training.config.configs import ConfigError, load
 from curvax.training.experiment import ExperimentError, build, outline
 from curvax.training.loop import NotFinite
-from curvax.training.regimes import RegimeError
+from curvax.training.parallelism import RegimeError
 
 REGIMES = ("jit", "fsdp", "shard_map", "pmap")
 DRY = {"dropout": 0.0}  # which draws for each device anew
@@ -220,7 +220,7 @@ def test_a_nan_on_one_device_stops_all_at_its_step(regime, monkeypatch, tmp_path
 
 def test_devices_lie_in_the_order_of_their_processes():
     devices = jax.devices()[:DEVICES]
-    mesh = regimes.build(regime_run.get_config("shard_map"), devices[::-1]).mesh
+    mesh = parallelism.build(regime_run.get_config("shard_map"), devices[::-1]).mesh
     assert mesh.devices.ravel().tolist() == devices
 
 
@@ -237,22 +237,22 @@ def test_errors_say_what_fits():
     ]
     for fields, said in cases:
         with pytest.raises(RegimeError, match=said):
-            regimes.build(changed(regime_run.get_config("shard_map"), **fields))
+            parallelism.build(changed(regime_run.get_config("shard_map"), **fields))
     with pytest.raises(RegimeError, match="`fsdp` lets the compiler divide"):
-        regimes.build(changed(regime_run.get_config("pmap"), fsdp=True))
+        parallelism.build(changed(regime_run.get_config("pmap"), fsdp=True))
 
 
 @pytest.mark.parametrize("regime", ["jit", "shard_map", "pmap"])
 def test_methods_without_groups_take_any_batch(regime):
     config = changed(regime_run.get_config(regime), m=128, optimizer="sgd(lr)")
-    assert regimes.build(config).group is None
+    assert parallelism.build(config).group is None
 
 
 @pytest.mark.parametrize("text", ["per_group(m, sgd(lr))", "per_group(16, sgd(lr))", "sgd(lr)"])
 def test_devices_share_the_groups_of_the_text_or_else_of_the_config(text):
     fields = {"optimizer": text, "m": 4 if "16" in text else 16}
     found = [
-        regimes.build(changed(regime_run.get_config(regime), **fields)).group
+        parallelism.build(changed(regime_run.get_config(regime), **fields)).group
         for regime in ("jit", "shard_map", "pmap")
     ]
     assert found == [None, "group", Neighbours("batch", 2)]

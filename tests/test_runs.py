@@ -12,9 +12,10 @@ import pytest
 import tiny_run
 
 import curvax
-from curvax import cli
-from curvax.training import commands, compare, runs
-from curvax.training.notice import Stopped
+from curvax.cli import main
+from curvax.training.compare import commands, comparison
+from curvax.training.runtime import run_dir
+from curvax.training.runtime.preemption import Stopped
 
 TINY = str(Path(tiny_run.__file__))
 HOLDER = """
@@ -29,7 +30,7 @@ with runs.held(Path(sys.argv[1])):
 
 def complaint(capsys, *arguments, status=2):
     """What a command that must fail says."""
-    assert cli.main([str(each) for each in arguments]) == status
+    assert main.main([str(each) for each in arguments]) == status
     said = capsys.readouterr().err
     assert said.startswith("curvax: ")
     assert "Traceback" not in said
@@ -40,8 +41,8 @@ def complaint(capsys, *arguments, status=2):
 def begun(tmp_path):
     """The folder of a run that was stopped before its first step."""
     config = commands.configure(TINY, ["--epochs=1"])
-    folder = runs.create(tmp_path, "train", config)
-    runs.write_json(folder / "plan.json", commands.Plan("train", [config.optimizer])._asdict())
+    folder = run_dir.create(tmp_path, "train", config)
+    run_dir.write_json(folder / "plan.json", commands.Plan("train", [config.optimizer])._asdict())
     return folder
 
 
@@ -65,43 +66,46 @@ def test_a_run_under_way_is_refused_to_another_and_free_when_it_is_killed(begun,
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.communicate()
-    with runs.held(begun):
+    with run_dir.held(begun):
         pass
 
 
 def test_a_run_is_held_while_it_trains_and_what_holds_it_is_not_listed(begun, capsys, monkeypatch):
-    train, refused = compare.run, []
+    train, refused = comparison.run, []
 
     def look(experiments, seeds, folder, *rest, **options):
-        with pytest.raises(runs.RunError, match=f"process {os.getpid()} on "), runs.held(folder):
+        with (
+            pytest.raises(run_dir.RunError, match=f"process {os.getpid()} on "),
+            run_dir.held(folder),
+        ):
             pass
         refused.append(folder)
         return train(experiments, seeds, folder, *rest, **options)
 
-    monkeypatch.setattr(compare, "run", look)
+    monkeypatch.setattr(comparison, "run", look)
     (begun / ".lock").write_text("process 1 on a host that is gone")
-    assert cli.main(["resume", str(begun)]) == 0
+    assert main.main(["resume", str(begun)]) == 0
     assert refused == [begun]
     assert list(begun.glob("*/seed0/results.json"))
     (listed,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("In ")]
     assert "config.json, curves.png" in listed
     assert ".lock" not in listed
-    with runs.held(begun):
+    with run_dir.held(begun):
         pass
 
 
-@pytest.mark.skipif(runs.fcntl is None, reason="has no `flock`")
+@pytest.mark.skipif(run_dir.fcntl is None, reason="has no `flock`")
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EIO])
 def test_a_file_system_without_locks_is_no_obstacle(number, tmp_path, monkeypatch):
     def fail(file, operation):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(runs.fcntl, "flock", fail)
+    monkeypatch.setattr(run_dir.fcntl, "flock", fail)
     if number == errno.ENOLCK:
-        with runs.held(tmp_path), runs.held(tmp_path):
+        with run_dir.held(tmp_path), run_dir.held(tmp_path):
             pass
     else:
-        with pytest.raises(OSError, match=os.strerror(number)), runs.held(tmp_path):
+        with pytest.raises(OSError, match=os.strerror(number)), run_dir.held(tmp_path):
             pass
 
 
@@ -120,7 +124,7 @@ def test_a_place_without_room_for_runs_is_met_before_the_preparation(
 
 
 def test_a_place_for_runs_is_looked_at_without_a_trace(tmp_path):
-    runs.check_root(tmp_path / "a" / "b")
+    run_dir.check_root(tmp_path / "a" / "b")
     assert not list(tmp_path.iterdir())
 
 
@@ -131,7 +135,7 @@ def test_a_run_that_is_stopped_says_how_to_go_on(end, status, begun, capsys, mon
     def stop(*_, **__):
         raise end
 
-    monkeypatch.setattr(compare, "run", stop)
+    monkeypatch.setattr(comparison, "run", stop)
     said = complaint(capsys, "resume", begun, status=status)
     assert f"`curvax resume {begun}` goes on from " in said
 

@@ -10,7 +10,8 @@ import pytest
 from small_problems import net, net_batch, net_loss, net_params, quick_jit
 
 import curvax as cx
-from curvax import linalg, trees
+from curvax import linalg
+from curvax.arithmetic import trees
 from curvax.linalg import eigenpairs
 
 pytestmark = pytest.mark.usefixtures("single_precision")

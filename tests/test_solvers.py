@@ -23,7 +23,7 @@ from linear_systems import (
 from trajectories import recorded
 
 from curvax.linalg import Reason, cg, dense, steihaug
-from curvax.products import Product
+from curvax.linear_operator import Product
 
 B = numbers(9, SIZE)
 

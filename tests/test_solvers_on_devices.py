@@ -11,10 +11,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from linear_systems import SIZE, assert_solves, numbers, tree_of, vector_of
 
-from curvax import axes
+from curvax.devices import axes
 from curvax.linalg import cg, dense, materialize, row_space, steihaug
+from curvax.linear_operator import Product, Root
 from curvax.planning import collectives, hlo
-from curvax.products import Product, Root
 
 DEVICES = 8
 pytestmark = pytest.mark.skipif(

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from small_problems import assert_trees_close
 
 import curvax as cx
-from curvax.keys import StateKeys
+from curvax.pipes.state_keys import StateKeys
 
 BATCH = {"x": jax.random.normal(jax.random.key(1), (8, 4)), "y": jnp.arange(8) % 3}
 PARAMS = {"k": jax.random.normal(jax.random.key(2), (4, 3)), "b": jnp.zeros(3)}

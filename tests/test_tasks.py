@@ -11,8 +11,11 @@ import tiny_run
 from jax.flatten_util import ravel_pytree
 
 import curvax
-from curvax.training import compare, config, goals, loop, report, runs, tasks
+from curvax.training import loop, selection_metric, tasks
+from curvax.training.compare import comparison, report
+from curvax.training.config import configs as config
 from curvax.training.experiment import build
+from curvax.training.runtime import run_dir
 from curvax.training.step import objective
 
 MODELS = {
@@ -177,7 +180,7 @@ def test_what_does_not_fit_the_task_is_said(task, fields, words):
 
 
 def test_image_classification_trains_on_soft_labels():
-    own = compare.variant(tiny_run.get_config(), optimizer="sgd(0.1)")
+    own = comparison.variant(tiny_run.get_config(), optimizer="sgd(0.1)")
     own.data.update(smoothing=0.1, augment=["mixup(1.0, 0.5)"])
     experiment = build(own)
     batch = experiment.task.in_training(jax.random.key(0), next(experiment.batches()))
@@ -199,7 +202,7 @@ def test_image_classification_trains_on_soft_labels():
 
 def outcome(goal, value):
     figures = {goal.figure: value, "train_examples": 64, "seconds": 1.0}
-    return [runs.Outcome(figures, [{"step": 1, goal.record: value - 0.25}])]
+    return [run_dir.Outcome(figures, [{"step": 1, goal.record: value - 0.25}])]
 
 
 def test_where_less_is_better_the_verdict_and_the_best_turn_around():
@@ -211,16 +214,16 @@ def test_where_less_is_better_the_verdict_and_the_best_turn_around():
     assert "`b` foretells the test text at 2.250 nats a byte (2.000 at its best epoch)" in words
     assert "0.250 nats ahead" in words
     assert "0.250 nats behind" in report.verdict(own, task, dict(reversed(arms.items())))
-    scores = compare.score(arms, task.goal)
+    scores = comparison.score(arms, task.goal)
     assert report.gains(scores, task.goal) == "b: -0.250 nats against a."
-    better = compare.with_better_base({"x": arms["a"], "y": arms["b"]}, task.goal)
+    better = comparison.with_better_base({"x": arms["a"], "y": arms["b"]}, task.goal)
     assert better["x, better of both"] == arms["b"]
 
 
 def test_the_best_of_a_goal_is_never_one_that_diverged():
-    assert goals.CLASSIFY.best([0.5, float("nan"), 0.75]) == 0.75
-    assert goals.FORETELL.best([0.5, float("nan"), 0.75]) == 0.5
-    assert np.isnan(goals.FORETELL.best([]))
+    assert selection_metric.CLASSIFY.best([0.5, float("nan"), 0.75]) == 0.75
+    assert selection_metric.FORETELL.best([0.5, float("nan"), 0.75]) == 0.5
+    assert np.isnan(selection_metric.FORETELL.best([]))
 
 
 def test_three_methods_get_a_verdict_without_a_lead():
@@ -239,7 +242,7 @@ def test_the_verdict_says_when_the_bases_lowest_loss_was_met():
     def run(*losses):
         records = [{"step": step, "train/loss": loss} for step, loss in enumerate(losses, 1)]
         figures = {task.goal.figure: 1.0, "train_examples": 64, "steps": 3}
-        return [runs.Outcome(figures, records)]
+        return [run_dir.Outcome(figures, records)]
 
     arms = {"a": run(3.0, 1.0, 2.0), "b": run(1.5, 0.75, 0.5), "c": run(3.0, 2.0, 1.5)}
     words = report.verdict(own, task, arms)

@@ -21,24 +21,15 @@ from jax.flatten_util import ravel_pytree
 from tensorboardX.proto.event_pb2 import Event
 
 import curvax
-from curvax.training import (
-    checkpoints,
-    compare,
-    evaluate,
-    goals,
-    images,
-    loop,
-    material,
-    notice,
-    report,
-    runs,
-    tasks,
-)
+from curvax.training import checkpoints, loop, run_data, scoring, selection_metric, tasks
 from curvax.training.checkpoints import CheckpointError, Checkpoints
-from curvax.training.data import Split
+from curvax.training.compare import comparison, report
+from curvax.training.compare.summary import summarise
+from curvax.training.data import labelled_images
+from curvax.training.data.datasets import Split
 from curvax.training.experiment import build
-from curvax.training.notice import Stopped
-from curvax.training.statistics import summarise
+from curvax.training.runtime import preemption, run_dir
+from curvax.training.runtime.preemption import Stopped
 from curvax.training.step import objective, watched_names
 
 CONFIG = tiny_run.get_config()
@@ -46,7 +37,7 @@ STEPS = 12  # 3 epochs of 64 examples in batches of 16
 
 
 def changed(**fields):
-    return compare.variant(CONFIG, **fields)
+    return comparison.variant(CONFIG, **fields)
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +199,7 @@ def test_a_killed_run_resumes_bit_for_bit(experiment, reference, tmp_path):
     command = [sys.executable, "-c", script, str(tmp_path)]
     died = subprocess.run(command, env=os.environ | {"JAX_ENABLE_X64": "1"}, capture_output=True)
     assert died.returncode == -signal.SIGKILL, died.stderr.decode()
-    assert max(record["step"] for record in runs.records(tmp_path)) == 7
+    assert max(record["step"] for record in run_dir.records(tmp_path)) == 7
     assert int(last_state(experiment, tmp_path)[0].step) == 6
     loop.fit(experiment, tmp_path)
     assert_same_run(experiment, tmp_path, reference)
@@ -332,18 +323,18 @@ def test_an_unreadable_checkpoint_is_named_and_the_one_before_it_serves(
 
 
 def test_a_log_opened_again_forgets_what_came_after(tmp_path):
-    log = runs.Log(tmp_path)
+    log = run_dir.Log(tmp_path)
     for step in range(1, 6):
         log.write(step, "train", {"loss": 1 / step, "gap": float("nan")})
     log.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "tra')
-    again = runs.Log(tmp_path, since=3)
+    again = run_dir.Log(tmp_path, since=3)
     again.write(4, "test", {"loss": 7.0})
     again.close()
     wanted = [{"step": s, "train/loss": 1 / s} for s in (1, 2, 3)] + [{"step": 4, "test/loss": 7.0}]
     assert again.records == wanted
-    assert runs.records(tmp_path) == wanted
+    assert run_dir.records(tmp_path) == wanted
 
 
 def events(path):
@@ -357,7 +348,7 @@ def events(path):
 
 def test_tensorboard_is_told_every_step_and_what_to_forget(tmp_path):
     for since in (0, 2):
-        log = runs.Log(tmp_path, since=since)
+        log = run_dir.Log(tmp_path, since=since)
         for step in range(since + 1, since + 4):
             log.write(step, "train", {"loss": 1.0 / step})
         log.close()
@@ -401,11 +392,11 @@ def test_a_notice_between_two_runs_of_several_processes_stops_the_second(monkeyp
         return number == due
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(notice.multihost_utils, "reached_preemption_sync_point", reached)
-    with notice.Notice() as first:
+    monkeypatch.setattr(preemption.multihost_utils, "reached_preemption_sync_point", reached)
+    with preemption.Notice() as first:
         assert not any(first.given() for _ in range(3))
     due = asked[-1] + 1
-    with notice.Notice() as second:
+    with preemption.Notice() as second:
         assert second.given()
     assert asked == list(range(asked[0], asked[0] + 4))
 
@@ -441,12 +432,12 @@ def test_every_watched_flag_has_a_name(experiment):
 
 
 def test_fields_that_came_after_a_run_have_their_defaults(tmp_path):
-    folder = runs.create(tmp_path, "train", CONFIG)
+    folder = run_dir.create(tmp_path, "train", CONFIG)
     file = folder / "config.json"
     old = json.loads(file.read_text())
     del old["start"], old["data"]["labels"], old["data"]["side"]
     file.write_text(json.dumps(old))
-    read = runs.read_config(folder)
+    read = run_dir.read_config(folder)
     assert (read.start, read.data.labels, read.data.side) == (None, None, None)
     assert (read.batch, read.data.noise) == (CONFIG.batch, CONFIG.data.noise)
 
@@ -456,13 +447,13 @@ def test_fields_that_came_after_a_run_have_their_defaults(tmp_path):
 
 def test_held_out_examples_come_from_the_training_set_alone():
     task = tasks.build(CONFIG)
-    whole, parted = (material.gather(CONFIG, task, hold_out) for hold_out in (False, True))
+    whole, parted = (run_data.gather(CONFIG, task, hold_out) for hold_out in (False, True))
     rows = lambda split: {image.tobytes() for image in split.inputs}
     assert rows(parted.train) | rows(parted.test) == rows(whole.train)
     assert not rows(parted.train) & rows(parted.test)
     assert parted.test.size == 6
     assert isinstance(parted.test, Split)
-    right = {i.tobytes(): label for i, label in zip(*images.load("digits").train)}
+    right = {i.tobytes(): label for i, label in zip(*labelled_images.load("digits").train)}
     assert all(right[i.tobytes()] == label for i, label in zip(*parted.test))
     assert np.mean(parted.wrong) == pytest.approx(0.25, abs=0.01)
 
@@ -473,7 +464,7 @@ def test_scores_do_not_depend_on_the_chunks(experiment):
     moved = jax.tree.map(lambda p, z: p + 0.3 * z, state.params, noise)
     state = state._replace(params=moved)  # a head of zeros scores every chunk alike
     whole, parts = (
-        evaluate.average(experiment.scores, state, test, size, experiment.regime)
+        scoring.average(experiment.scores, state, test, size, experiment.regime)
         for size in (test.size, 100)
     )
     assert whole == pytest.approx(parts, rel=1e-6)
@@ -491,7 +482,7 @@ def test_the_largest_eigenvalue_is_the_dense_hessians():
     cross_entropy = optax.softmax_cross_entropy_with_integer_labels
     loss = lambda x: cross_entropy(predict(unravel(x), batch), batch["label"]).mean()
     eigenvalues = np.linalg.eigvalsh(jax.hessian(loss)(flat))
-    found = evaluate.make_largest_eigenvalue(clean)(params, {}, batch)
+    found = scoring.make_largest_eigenvalue(clean)(params, {}, batch)
     assert float(found) == pytest.approx(eigenvalues[np.argmax(np.abs(eigenvalues))], rel=3e-2)
 
 
@@ -506,30 +497,30 @@ def test_the_interval_is_students():
 
 
 def outcome(accuracy):
-    return runs.Outcome({"test_accuracy": accuracy, "seconds": 1.0}, [])
+    return run_dir.Outcome({"test_accuracy": accuracy, "seconds": 1.0}, [])
 
 
 def test_the_better_run_of_the_base_counts_seed_by_seed():
     short, long = [outcome(0.5), outcome(0.8)], [outcome(0.6), outcome(0.7)]
     arms = {"base": short, "longer": long, "sam": short}
-    found = compare.with_better_base(arms, goals.CLASSIFY)
+    found = comparison.with_better_base(arms, selection_metric.CLASSIFY)
     assert [run.figures["test_accuracy"] for run in found["base, better of both"]] == [0.6, 0.8]
-    gain = compare.score(found, goals.CLASSIFY)["sam"].gain
+    gain = comparison.score(found, selection_metric.CLASSIFY)["sam"].gain
     assert gain.mean == pytest.approx(-0.05)
 
 
 def test_a_run_that_diverges_leaves_the_others_their_comparison(tmp_path):
     texts = ["sgd(0.1)", "scale(1e30) | sgd(1e30)"]
-    experiments = {name: build(arm) for name, arm in compare.arms(CONFIG, texts).items()}
+    experiments = {name: build(arm) for name, arm in comparison.arms(CONFIG, texts).items()}
     quiet = lambda name, steps: lambda step, figures: None
     with pytest.raises(loop.NotFinite):
-        compare.run(experiments, 1, tmp_path / "strict", quiet)
-    outcomes = compare.run(experiments, 1, tmp_path / "lenient", quiet, may_diverge=True)
-    scores = compare.score(outcomes, goals.CLASSIFY)
+        comparison.run(experiments, 1, tmp_path / "strict", quiet)
+    outcomes = comparison.run(experiments, 1, tmp_path / "lenient", quiet, may_diverge=True)
+    scores = comparison.score(outcomes, selection_metric.CLASSIFY)
     assert scores["sgd"].reached.mean == outcomes["sgd"][0].figures["test_accuracy"]
     assert np.isnan(scores["scale | sgd"].reached.mean)
-    assert "scale | sgd diverged." in report.gains(scores, goals.CLASSIFY)
-    assert "diverged" in report.as_text(report.score_table(scores, goals.CLASSIFY))
+    assert "scale | sgd diverged." in report.gains(scores, selection_metric.CLASSIFY)
+    assert "diverged" in report.as_text(report.score_table(scores, selection_metric.CLASSIFY))
 
 
 @pytest.mark.parametrize(
@@ -563,7 +554,7 @@ def test_a_run_that_diverges_leaves_the_others_their_comparison(tmp_path):
 def test_the_verdict_says_what_the_figures_say(base, method, said, unsaid):
     config = changed()
     records = [{"step": 1, "test/accuracy": 0.77}, {"step": 2, "train/loss": 1.0}]
-    run = lambda figures: [runs.Outcome(figures | {"train_examples": 64, "steps": 2}, records)]
+    run = lambda figures: [run_dir.Outcome(figures | {"train_examples": 64, "steps": 2}, records)]
     words = report.verdict(config, tasks.build(config), {"a": run(base), "b": run(method)})
     assert all(part in words for part in [*said, "77.0% at its best epoch", "compare tiny_run"])
     assert unsaid not in words
@@ -571,18 +562,18 @@ def test_the_verdict_says_what_the_figures_say(base, method, said, unsaid):
 
 def test_arms_differ_in_what_they_are_named_for():
     texts = ["adamw(1e-3)", "sam_perturb(0.1) | adamw(1e-3)", "sam_perturb(0.2) | adamw(1e-3)"]
-    arms = compare.arms(CONFIG, texts, fair=True)
+    arms = comparison.arms(CONFIG, texts, fair=True)
     assert list(arms) == ["adamw", "adamw, 2 × epochs", *texts[1:]]
     assert [arm.epochs for arm in arms.values()] == [3, 6, 3, 3]
     assert [arm.optimizer for arm in arms.values()] == [texts[0], *texts]
     groups = ["per_group(4, sam_perturb(0.1)) | sgd(1.0)", "per_group(4, sgd(0.1)) | sgd(1.0)"]
-    assert list(compare.arms(CONFIG, groups)) == [
+    assert list(comparison.arms(CONFIG, groups)) == [
         "per_group(sam_perturb) | sgd",
         "per_group(sgd) | sgd",
     ]
 
 
 def test_a_grid_has_every_point_the_last_field_fastest():
-    arms = compare.grid({"m": CONFIG}, {"rho": ["0", "0.1"], "data.noise": ["0.2", "0.4"]})
+    arms = comparison.grid({"m": CONFIG}, {"rho": ["0", "0.1"], "data.noise": ["0.2", "0.4"]})
     settings = [(arm.rho, arm.data.noise) for arm in arms.values()]
     assert settings == [(0.0, 0.2), (0.0, 0.4), (0.1, 0.2), (0.1, 0.4)]

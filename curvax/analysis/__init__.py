@@ -3,7 +3,7 @@
 This package needs JAX and Optax only; pictures of what it returns are made elsewhere.
 """
 
-from curvax.analysis.activations import activation_norms, active_fraction, attention_maps
+from curvax.analysis.activations.measures import activation_norms, active_fraction, attention_maps
 from curvax.analysis.alignment import (
     Alignment,
     GradientAngle,
@@ -11,9 +11,9 @@ from curvax.analysis.alignment import (
     block_norms,
     gradient_angle,
 )
-from curvax.analysis.average_case import RandomSharpness, random_sharpness
 from curvax.analysis.block_spectra import BlockEigenvalue, block_eigenvalues
 from curvax.analysis.blocks import block_masks
+from curvax.analysis.dataset_loss import Sweep
 from curvax.analysis.directions import (
     Trajectory,
     of_block,
@@ -22,12 +22,11 @@ from curvax.analysis.directions import (
 )
 from curvax.analysis.distances import FisherKL, fisher_kl
 from curvax.analysis.filters import filter_normalised
-from curvax.analysis.kernels import ConditionNumber, ntk, ntk_condition_number
 from curvax.analysis.landscapes import Landscape, landscape
 from curvax.analysis.mlp_hessians import MlpBlockHessian, mlp_block_hessians
-from curvax.analysis.spectra import Spectrum, curvature_trace, hessian_spectrum, top_eigenpairs
-from curvax.analysis.sweeps import Sweep
-from curvax.analysis.worst_case import (
+from curvax.analysis.ntk import ConditionNumber, ntk, ntk_condition_number
+from curvax.analysis.random_sharpness import RandomSharpness, random_sharpness
+from curvax.analysis.sharpness import (
     MSharpness,
     Sharpness,
     SurrogateGap,
@@ -35,6 +34,7 @@ from curvax.analysis.worst_case import (
     sharpness,
     surrogate_gap,
 )
+from curvax.analysis.spectra import Spectrum, curvature_trace, hessian_spectrum, top_eigenpairs
 
 __all__ = [
     "Alignment",

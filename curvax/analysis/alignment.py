@@ -5,15 +5,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from curvax import checks, trees
-from curvax.analysis.ascending import ascend, check_ball
+from curvax import checks
+from curvax.analysis.ascent import ascend, check_ball
 from curvax.analysis.blocks import Blocks, block_masks
 from curvax.analysis.directions import stack_of
-from curvax.analysis.whole_sets import Loss, as_loss, walked
-from curvax.axes import AxisNames
+from curvax.analysis.evaluation.whole_sets import Loss, as_loss, walked
+from curvax.arithmetic import trees
+from curvax.arithmetic.trees import Tree
+from curvax.devices.axes import AxisNames
 from curvax.linalg import bases
 from curvax.objective import Objective
-from curvax.trees import Tree
 
 
 class GradientAngle(NamedTuple):

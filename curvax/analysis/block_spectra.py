@@ -7,16 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from curvax import checks, trees
+from curvax import checks
 from curvax.analysis.blocks import Blocks, block_masks
-from curvax.analysis.curvatures import Curvature, Loss, Matrix, evaluate, matrix
+from curvax.analysis.curvature_products import Curvature, Loss, Matrix, evaluate, matrix
+from curvax.analysis.dataset_loss import Sweep
 from curvax.analysis.spectra import start_vector, tolerance
-from curvax.analysis.sweeps import Sweep
-from curvax.axes import AxisNames
+from curvax.arithmetic import trees
+from curvax.arithmetic.trees import Tree
+from curvax.devices.axes import AxisNames
 from curvax.linalg import eigenpairs
 from curvax.linalg.probes import as_key
 from curvax.objective import Objective
-from curvax.trees import Tree
 
 
 class BlockEigenvalue(NamedTuple):

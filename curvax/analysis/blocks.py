@@ -9,8 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 
-from curvax import trees
-from curvax.trees import Path, Tree
+from curvax.arithmetic import trees
+from curvax.arithmetic.trees import Path, Tree
 
 
 @runtime_checkable

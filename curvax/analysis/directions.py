@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from curvax import checks, trees
-from curvax.analysis.curvatures import Curvature, Matvec, matrix
+from curvax import checks
+from curvax.analysis.curvature_products import Curvature, Matvec, matrix
+from curvax.arithmetic import trees
+from curvax.arithmetic.trees import Tree
 from curvax.linalg import bases, gaussian_probe
 from curvax.linalg.probes import as_key
+from curvax.linear_operator import as_product
 from curvax.objective import Objective
-from curvax.products import as_product
-from curvax.trees import Tree
 
 
 class Trajectory(NamedTuple):

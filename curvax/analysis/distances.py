@@ -5,14 +5,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from curvax import axes, checks, trees
-from curvax.analysis.sweeps import Sweep
-from curvax.analysis.whole_sets import as_loss, averaged
-from curvax.axes import AxisNames
+from curvax import checks
+from curvax.analysis.dataset_loss import Sweep
+from curvax.analysis.evaluation.whole_sets import as_loss, averaged
+from curvax.arithmetic import trees
+from curvax.arithmetic.trees import Tree
+from curvax.curvature import fvp
+from curvax.devices import axes
+from curvax.devices.axes import AxisNames
 from curvax.likelihoods import Likelihood
 from curvax.objective import Objective, require_likelihood
-from curvax.oracles import fvp
-from curvax.trees import Tree
 
 
 class FisherKL(NamedTuple):

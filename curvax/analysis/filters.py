@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from curvax import checks, layers, trees
+from curvax import checks
 from curvax.analysis.directions import stack_of
+from curvax.arithmetic import trees
+from curvax.arithmetic.trees import Tree
 from curvax.linalg import bases
-from curvax.roles import Path
-from curvax.trees import Tree
+from curvax.parameter_roles import layers
+from curvax.parameter_roles.roles import Path
 
 
 class _Facts(NamedTuple):

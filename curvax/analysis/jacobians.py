@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from curvax import accumulation, meshes, trees
-from curvax.objective import Objective
-from curvax.oracles.gauss_newton import model_pass
-from curvax.oracles.linearization import localized, refuse_complex_values
-from curvax.trees import Tree
+from curvax.arithmetic import trees
+from curvax.arithmetic.trees import Tree
+from curvax.curvature.gauss_newton import model_pass
+from curvax.curvature.linearization import localized, refuse_complex_values
+from curvax.devices import meshes
+from curvax.objective import Objective, microbatching
 
 NUMBERS = 2**26
 """A Jacobian of 256 MB in float32: what is held at once unless told otherwise."""
@@ -75,13 +76,13 @@ def linear_maps(objective: Objective, params: Tree, chunk: int | None) -> Maps:
 
     def push(v: Tree) -> jax.Array:
         one = lambda i, batch, v: part(i, batch).push(v)
-        found = accumulation.map_over(one, groups, n // chunk, 1, v)
+        found = microbatching.map_over(one, groups, n // chunk, 1, v)
         return meshes.joined(found)
 
     def pull(u: jax.Array) -> Tree:
         cut = meshes.cut(u, n // chunk, chunk)
         one = lambda i, piece: (part(i, piece[0]).pull(piece[1]), None)
-        mean = accumulation.mean_over_scan(one, (groups, cut), n // chunk)
+        mean = microbatching.mean_over_scan(one, (groups, cut), n // chunk)
         return trees.scale(n // chunk, mean)
 
     return Maps(push, pull)

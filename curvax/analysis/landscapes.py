@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from curvax import checks, trees
+from curvax import checks
 from curvax.analysis.directions import stack_of
-from curvax.analysis.whole_sets import Loss, as_loss, averaged
-from curvax.axes import AxisNames
+from curvax.analysis.evaluation.whole_sets import Loss, as_loss, averaged
+from curvax.arithmetic import trees
+from curvax.arithmetic.trees import Tree
+from curvax.devices.axes import AxisNames
 from curvax.linalg import bases
 from curvax.objective import Objective
-from curvax.trees import Tree
 
 
 class Landscape(NamedTuple):

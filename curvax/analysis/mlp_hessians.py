@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from curvax import trees
-from curvax.analysis.compiling import compiled_once
+from curvax.analysis.evaluation.compiling import compiled_once
 from curvax.analysis.jacobians import outputs_alone
+from curvax.arithmetic import trees
+from curvax.arithmetic.trees import Tree
+from curvax.curvature.differentiability import check_mode
+from curvax.curvature.hessian import gradient_and_product, linearized_gradient
 from curvax.objective import Objective, as_objective, require_batch, require_model
-from curvax.oracles.hessian import gradient_and_product, linearized_gradient
-from curvax.oracles.programs import check_mode
-from curvax.trees import Tree
 
 
 class MlpBlockHessian(NamedTuple):

@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from curvax import checks, meshes, trees
-from curvax.analysis.curvatures import Curvature, Loss, Matrix, evaluate, matrix
-from curvax.analysis.deflation import deflated_power
-from curvax.axes import AxisNames
+from curvax import checks
+from curvax.analysis.curvature_products import Curvature, Loss, Matrix, evaluate, matrix
+from curvax.arithmetic import trees
+from curvax.arithmetic.trees import Tree
+from curvax.devices import meshes
+from curvax.devices.axes import AxisNames
 from curvax.linalg import (
     Eigenpairs,
     Estimate,
@@ -20,9 +22,9 @@ from curvax.linalg import (
     rademacher,
     spectral_density,
 )
+from curvax.linalg.deflation import deflated_power
 from curvax.linalg.probes import as_key
 from curvax.objective import Objective
-from curvax.trees import Tree
 
 METHODS: dict[str, Callable[..., Eigenpairs]] = {"lanczos": eigenpairs, "power": deflated_power}
 

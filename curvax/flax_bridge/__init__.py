@@ -7,6 +7,6 @@ from curvax.flax_bridge.layouts import layout
 from curvax.flax_bridge.losses import nnx_loss
 from curvax.flax_bridge.nnx_scopes import named_modules
 from curvax.flax_bridge.train_state import TrainState
-from curvax.layouts import Layout, Leaf, Member
+from curvax.parameter_roles.layouts import Layout, Leaf, Member
 
 __all__ = ["Layout", "Leaf", "Member", "TrainState", "layout", "named_modules", "nnx_loss"]

@@ -5,10 +5,11 @@ from typing import Any
 from flax import linen as nn
 from flax import nnx
 
-from curvax import compat, roles
-from curvax.flax_bridge import linen_facts, nnx_facts
-from curvax.layers import shapes_of
-from curvax.layouts import Layout, assemble, layout_of_tree
+from curvax import compat
+from curvax.flax_bridge import linen_roles, nnx_roles
+from curvax.parameter_roles import roles
+from curvax.parameter_roles.layers import shapes_of
+from curvax.parameter_roles.layouts import Layout, assemble, layout_of_tree
 
 
 def layout(model: Any, variables: Any = None, *inputs: Any, **options: Any) -> Layout:
@@ -31,7 +32,7 @@ def layout(model: Any, variables: Any = None, *inputs: Any, **options: Any) -> L
     """
     if isinstance(model, nnx.Module):
         shapes = shapes_of(compat.as_pure(nnx.state(model, nnx.Param)))
-        return assemble(shapes, nnx_facts.read(model, shapes))
+        return assemble(shapes, nnx_roles.read(model, shapes))
     if not isinstance(model, nn.Module):
         return layout_of_tree(model)
     if variables is None:
@@ -43,5 +44,5 @@ def layout(model: Any, variables: Any = None, *inputs: Any, **options: Any) -> L
     shapes = shapes_of(variables["params"])
     readings = roles.read(shapes)
     if inputs:
-        readings |= linen_facts.read(model, variables, inputs, options)
+        readings |= linen_roles.read(model, variables, inputs, options)
     return assemble(shapes, readings)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 
-from curvax.inspection.points import Point, gradient
+from curvax.inspection.checkpoint_loss import Point, gradient
 
 Clock = Callable[[], float]
 _PACE = 0.2, 5.0

@@ -11,20 +11,20 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column
 
 import curvax
-from curvax.inspection import pictures
+from curvax.inspection import render
 from curvax.inspection.budget import Budget
+from curvax.inspection.checkpoint_loss import Point, point
 from curvax.inspection.encoding import encode
 from curvax.inspection.findings import Facts, caveats, findings
-from curvax.inspection.headlines import headlines
 from curvax.inspection.measures import MEASURES
 from curvax.inspection.page import Content, page
-from curvax.inspection.pictures import Picture
-from curvax.inspection.points import Point, point
-from curvax.inspection.rates import peak_rate
-from curvax.inspection.survey import Omission, Report, Survey, survey
-from curvax.training import runs
-from curvax.training.config import numbers
-from curvax.training.subjects import Subject, load
+from curvax.inspection.peak_lr import peak_rate
+from curvax.inspection.render import Picture
+from curvax.inspection.runner import Omission, Report, Survey, survey
+from curvax.inspection.summary_table import headlines
+from curvax.training.config.configs import numbers
+from curvax.training.evaluation.trained_runs import Subject, load
+from curvax.training.runtime import run_dir
 
 
 def inspect(
@@ -54,15 +54,15 @@ def inspect(
         subjects = load(folders, assignments)
         points = {subject.name: point(subject, examples) for subject in subjects}
         found = survey(points, budget, report)
-    folder = runs.create(root, "inspect", subjects[0].experiment.config)
-    drawn = list(pictures.draw(found))
+    folder = run_dir.create(root, "inspect", subjects[0].experiment.config)
+    drawn = list(render.draw(found))
     found.omissions += [each for each in drawn if isinstance(each, Omission)]
     shown = [each for each in drawn if isinstance(each, Picture)]
     for picture in shown:
         (folder / f"{picture.name}.png").write_bytes(picture.png)
     content = _content(subjects, points, found, shown, budget)
-    runs.write_text(folder / "report.html", page(content))
-    runs.write_json(folder / "inspect.json", _json(content, found, budget))
+    run_dir.write_text(folder / "report.html", page(content))
+    run_dir.write_json(folder / "inspect.json", _json(content, found, budget))
     _tell(console, content, folder)
     return folder
 

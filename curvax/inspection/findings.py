@@ -7,10 +7,10 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from curvax.inspection.headlines import Headline, headlines
 from curvax.inspection.measures import RHO
-from curvax.inspection.survey import Survey
-from curvax.inspection.words import listing, named, ratio
+from curvax.inspection.phrasing import listing, named, ratio
+from curvax.inspection.runner import Survey
+from curvax.inspection.summary_table import Headline, headlines
 
 EQUAL_LOSS = 0.1
 """Relative difference up to which training losses pass for equal."""

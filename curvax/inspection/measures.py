@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from curvax import Objective, analysis
 from curvax.inspection.budget import Work
-from curvax.inspection.points import Point, Predict
+from curvax.inspection.checkpoint_loss import Point, Predict
 from curvax.models import Perceptron
 from curvax.models.perceptron import ACTIVATIONS
 

@@ -9,10 +9,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from curvax.inspection.headlines import Headline
-from curvax.inspection.pictures import DPI, Picture
-from curvax.inspection.survey import Omission
-from curvax.inspection.words import ratio
+from curvax.inspection.phrasing import ratio
+from curvax.inspection.render import DPI, Picture
+from curvax.inspection.runner import Omission
+from curvax.inspection.summary_table import Headline
 
 _STYLE = Path(__file__).with_name("page.css")
 _WIDE = 600

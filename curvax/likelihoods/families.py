@@ -5,10 +5,10 @@ import abc
 import jax
 import jax.numpy as jnp
 
-from curvax import scalars, trees
+from curvax.arithmetic import safe_math, trees
+from curvax.arithmetic.trees import Tree
 from curvax.likelihoods.likelihood import Likelihood
 from curvax.likelihoods.sites import Entry
-from curvax.trees import Tree
 
 
 def categorical(targets: Entry, *, mask: Entry = None, weights: Entry = None) -> Likelihood:
@@ -129,12 +129,12 @@ class Categorical(Likelihood):
 
     def _root(self, z: jax.Array, e: jax.Array) -> jax.Array:
         p = jax.nn.softmax(z)
-        s = scalars.root(p) * e
+        s = safe_math.root(p) * e
         return s - p * jnp.sum(s, axis=-1, keepdims=True)
 
     def _root_transpose(self, z: jax.Array, u: jax.Array) -> jax.Array:
         p = jax.nn.softmax(z)
-        return scalars.root(p) * (u - jnp.sum(p * u, axis=-1, keepdims=True))
+        return safe_math.root(p) * (u - jnp.sum(p * u, axis=-1, keepdims=True))
 
     def _draw(self, key: jax.Array, z: jax.Array) -> jax.Array:
         return jax.random.categorical(key, z)
@@ -166,7 +166,7 @@ class Elementwise(Likelihood):
         return self._variance(z) * v
 
     def _root(self, z: jax.Array, e: jax.Array) -> jax.Array:
-        return scalars.root(self._variance(z)) * e
+        return safe_math.root(self._variance(z)) * e
 
     def _root_transpose(self, z: jax.Array, u: jax.Array) -> jax.Array:
         return self._root(z, u)

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from curvax import scalars, trees
+from curvax.arithmetic import safe_math, trees
+from curvax.arithmetic.trees import Tree
 from curvax.likelihoods import sites
 from curvax.likelihoods.sites import Entry
-from curvax.trees import Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,13 +96,13 @@ class Likelihood(abc.ABC):
     def root(self, outputs: jax.Array, batch: Tree, e: jax.Array) -> jax.Array:
         """B e, where B Bᵀ = ∇²L in the outputs; e is shaped like the outputs."""
         z, _, w = self._at(outputs, batch)
-        return (scalars.root(w) * self._root(z, trees.widen(e))).astype(outputs.dtype)
+        return (safe_math.root(w) * self._root(z, trees.widen(e))).astype(outputs.dtype)
 
     def root_transpose(self, outputs: jax.Array, batch: Tree, u: jax.Array) -> jax.Array:
         """Bᵀ u, shaped like the outputs."""
         z, _, w = self._at(outputs, batch)
         u = _kept(w, trees.widen(u))
-        return (scalars.root(w) * self._root_transpose(z, u)).astype(outputs.dtype)
+        return (safe_math.root(w) * self._root_transpose(z, u)).astype(outputs.dtype)
 
     def sample(self, keys: jax.Array, outputs: jax.Array, batch: Tree) -> jax.Array:
         """Labels y ~ r(·|z).

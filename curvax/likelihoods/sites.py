@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from curvax.trees import Tree
+from curvax.arithmetic.trees import Tree
 
 Entry = Any
 """A key of the batch, or a callable `batch -> array`."""

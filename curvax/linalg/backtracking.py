@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from curvax import axes
-from curvax.trees import Tree
+from curvax.arithmetic.trees import Tree
+from curvax.devices import axes
 
 RATIO = 1.3
 """Of successive steps kept."""

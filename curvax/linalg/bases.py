@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from curvax import trees
-from curvax.trees import Tree
+from curvax.arithmetic import trees
+from curvax.arithmetic.trees import Tree
 
 
 def coefficients(basis: Tree, v: Tree) -> jax.Array:

@@ -6,8 +6,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from curvax import axes, checks, trees
-from curvax.trees import Tree
+from curvax import checks
+from curvax.arithmetic import trees
+from curvax.arithmetic.trees import Tree
+from curvax.devices import axes
 
 
 class Eigenpair(NamedTuple):

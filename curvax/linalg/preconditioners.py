@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from curvax import trees
-from curvax.products import Product
-from curvax.trees import Tree
+from curvax.arithmetic import trees
+from curvax.arithmetic.trees import Tree
+from curvax.linear_operator import Product
 
 Preconditioner = Callable[[Tree], Tree] | float | jax.Array | None
 """A map v ↦ M⁻¹v, a power ξ of the diagonal, or nothing."""

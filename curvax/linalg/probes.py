@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from curvax.trees import Tree
+from curvax.arithmetic.trees import Tree
 
 
 def as_key(key: jax.Array | int) -> jax.Array:

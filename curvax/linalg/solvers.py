@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from curvax import checks, trees
-from curvax.trees import Tree
+from curvax import checks
+from curvax.arithmetic import trees
+from curvax.arithmetic.trees import Tree
 
 
 class Reason(enum.IntEnum):

@@ -1,8 +1,8 @@
 """The papers' methods, each one pipe of stages."""
 
 from curvax.methods.diagonal import adahessian, diagonal_natural_gradient, sophia_g, sophia_h
+from curvax.methods.matrix_free import gauss_newton, hessian_free, natural_gradient, newton_cg
 from curvax.methods.sharpness import gsam, look_sam, sam
-from curvax.methods.solved import gauss_newton, hessian_free, natural_gradient, newton_cg
 
 __all__ = [
     "adahessian",

@@ -6,10 +6,10 @@ import jax
 import optax
 
 from curvax import checks, stages
-from curvax.axes import AxisNames
-from curvax.injection import injectable
+from curvax.devices.axes import AxisNames
+from curvax.hyperparameters import injectable
 from curvax.linalg import rademacher
-from curvax.signal import Stage, pipe
+from curvax.pipes.signal import Stage, pipe
 from curvax.stages import (
     clip_by_diagonal,
     ema_mean,

@@ -6,9 +6,9 @@ from typing import Any, TypeVar
 
 import optax
 
-from curvax.axes import AxisNames
-from curvax.injection import injectable
-from curvax.signal import Stage, pipe
+from curvax.devices.axes import AxisNames
+from curvax.hyperparameters import injectable
+from curvax.pipes.signal import Stage, pipe
 from curvax.stages import gsam_project, keep_orthogonal, pmean_updates, sam_perturb
 
 Method = TypeVar("Method", bound=Callable[..., Stage])

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from curvax.axes import Along, Neighbours
+from curvax.devices.axes import Along, Neighbours
 from curvax.models.layers import classify, require_choice
 
 NORMS = ("batch", "group", "none")

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-from curvax import trees
-from curvax.accumulation import KINDS, Parts
+from curvax.arithmetic import trees
+from curvax.arithmetic.trees import Tree
 from curvax.objective import aux_programs
 from curvax.objective.aux_programs import Info, Root, Unalike
-from curvax.trees import Tree
+from curvax.objective.microbatching import KINDS, Parts
 
 Reductions = str | Tree | Callable[[trees.Path], str | None] | None
 

@@ -1,6 +1,6 @@
 """The loss as the stages see it: a callable of the parameters that can say more than its value.
 
-A stage reaches the loss only through `value_and_grad` and the products of `curvax.oracles`; the
+A stage reaches the loss only through `value_and_grad` and the products of `curvax.curvature`; the
 batch behind it can be swapped (`on`), cut into groups (`groups`) or walked through in micro-batches
 (`microbatch=`), and each piece folds its own number into the dropout key.
 """
@@ -15,12 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from curvax import accumulation, axes, meshes, reductions, trees
+from curvax.arithmetic import trees
+from curvax.arithmetic.trees import Tree, differentiated
+from curvax.devices import axes, meshes
 from curvax.likelihoods import Likelihood
-from curvax.memory import Given, Memory
-from curvax.objective import validation
+from curvax.objective import microbatching, reductions, validation
 from curvax.objective.aux_values import Pass, Reductions, Undecided, check_reductions, in_pieces
-from curvax.trees import Tree, differentiated
+from curvax.objective.gradient_cache import Given, Memory
 
 
 class Objective:
@@ -106,7 +107,7 @@ class Objective:
         validation.check_scale(scale)
         check_reductions(reduce_aux)
         if microbatch is not None:
-            accumulation.check_divides(self.size, microbatch, "`Objective(microbatch=)`")
+            microbatching.check_divides(self.size, microbatch, "`Objective(microbatch=)`")
 
     @property
     def size(self) -> int:
@@ -175,7 +176,7 @@ class Objective:
             ValueError: m does not divide the batch, or that is a part of a group.
         """
         validation.refuse_joined(self.joined)
-        return accumulation.split(self.batch, self.size, m, where)
+        return microbatching.split(self.batch, self.size, m, where)
 
     def first(self, fraction: float) -> Objective:
         """The same loss on the first `fraction` of the batch (at least one example)."""
@@ -185,7 +186,7 @@ class Objective:
         if not self.microbatch or self.microbatch >= count:
             return self._changed(batch=batch, microbatch=None)
         where = f"`Objective(microbatch=)`, on a fraction {fraction} of the batch,"
-        accumulation.check_divides(count, self.microbatch, where)
+        microbatching.check_divides(count, self.microbatch, where)
         return self.on(batch)
 
     def through(self, f: Callable[[Tree], Tree]) -> Objective:
@@ -363,10 +364,10 @@ class Objective:
             return f(part, *rest), part.batch_weight()
 
         where = "`Objective(microbatch=)`"
-        pieces = accumulation.split((self.batch, *beside), self.size, self.microbatch, where)
-        found = accumulation.mean_over_scan(piece, pieces, count)
+        pieces = microbatching.split((self.batch, *beside), self.size, self.microbatch, where)
+        found = microbatching.mean_over_scan(piece, pieces, count)
         # Of a piece of a larger whole, the pieces of the whole are reduced first.
-        return found if self._whole else accumulation.finished(found)
+        return found if self._whole else microbatching.finished(found)
 
     def each(self, f: Callable[..., Tree], *beside: Tree) -> tuple[Tree, jax.Array | None]:
         """`f(the objective on one example, *beside)`, all at once.
@@ -380,7 +381,7 @@ class Objective:
             part = self.piece(batch, i, self.size)
             return f(part, *beside), part.batch_weight()
 
-        return accumulation.stack_over_vmap(one, self.groups(1), self.size, *beside)
+        return microbatching.stack_over_vmap(one, self.groups(1), self.size, *beside)
 
     def example_keys(self, key: jax.Array) -> jax.Array:
         """A key for each example, [n]: `key` folded with the example's number in the global batch,
@@ -388,7 +389,7 @@ class Objective:
         number, _ = self._piece_number(self.batch_axes())
         first = number * self.size
         fold = lambda i, _: (jax.random.fold_in(key, first + i), None)
-        return accumulation.stack_over_vmap(fold, self.groups(1), self.size)[0]
+        return microbatching.stack_over_vmap(fold, self.groups(1), self.size)[0]
 
     def local_axes(self, params: Tree) -> frozenset[str]:
         """The device axes over which this loss is each device's own, or its group's.

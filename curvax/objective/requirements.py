@@ -4,9 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 from curvax import checks
+from curvax.arithmetic.trees import Tree
 from curvax.likelihoods import Likelihood
 from curvax.objective.objective import Objective
-from curvax.trees import Tree
 
 
 def as_objective(value_fn: Callable[..., Any] | None, stage: str, params: Tree = ()) -> Objective:

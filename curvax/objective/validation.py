@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from curvax import trees
+from curvax.arithmetic import trees
+from curvax.arithmetic.trees import Tree
 from curvax.likelihoods import Likelihood
-from curvax.trees import Tree
 
 
 def check_halves(loss: Callable[..., Any], batch: Tree, model: Callable[..., Any] | None) -> None:

@@ -8,11 +8,14 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from curvax.planning import plan, readings, topologies
-from curvax.planning.readings import Reading
-from curvax.planning.remedies import Changes, layouts, remedies
+from curvax.planning import compiled_cost, plan, topologies
+from curvax.planning.compiled_cost import Reading
+from curvax.planning.memory_savers import Changes, layouts, remedies
 from curvax.planning.topologies import Topology
-from curvax.training import compare, experiment, report, runs, sources
+from curvax.training import experiment
+from curvax.training.compare import comparison, report
+from curvax.training.data import sources
+from curvax.training.runtime import run_dir
 
 Read = Callable[[str, ConfigDict], Reading]
 
@@ -38,23 +41,23 @@ def plan_for(
     """
     console, machine = Console(), topologies.find(topology)
     arms = _arms(config, optimizers, variants)
-    with _progress(console, machine, cache or readings.FOLDER) as read:
+    with _progress(console, machine, cache or compiled_cost.FOLDER) as read:
         found = {name: read(name, arm) for name, arm in arms.items()}
         tried = {
             name: _try(name, remedies(arms[name], len(machine.devices)), read)
             for name, reading in found.items()
             if not reading.fits
         }
-    folder = runs.create(root, "plan", config)
-    runs.write_json(folder / "plan.json", plan.as_json(found, tried, machine))
+    folder = run_dir.create(root, "plan", config)
+    run_dir.write_json(folder / "plan.json", plan.as_json(found, tried, machine))
     table, words = plan.table(found, machine), plan.words(found, tried, machine)
-    runs.write_text(folder / "table.txt", f"{report.as_text(table)}\n{words}\n")
+    run_dir.write_text(folder / "table.txt", f"{report.as_text(table)}\n{words}\n")
     console.print(table)
     console.print(f"{words}\nIn {folder}: plan.json, table.txt", markup=False, highlight=False)
 
 
 def _arms(config: ConfigDict, optimizers: Sequence[str], variants: bool) -> Changes:
-    arms = compare.arms(config, optimizers)
+    arms = comparison.arms(config, optimizers)
     if not variants:
         return arms
     return {
@@ -100,7 +103,7 @@ def _progress(console: Console, topology: Topology, cache: Path) -> Iterator[Rea
             task = progress.add_task(name, total=1, doing="building")
             outline = experiment.outline(_unread(config), topology.devices)
             told = lambda what: progress.update(task, doing=what)
-            reading = readings.read(outline, topology, cache, told)
+            reading = compiled_cost.read(outline, topology, cache, told)
             progress.update(task, completed=1, doing="fits" if reading.fits else "does not fit")
             return reading
 

@@ -7,7 +7,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from curvax.planning.readings import Reading
+from curvax.planning.compiled_cost import Reading
 from curvax.planning.topologies import GIB, Topology
 
 Readings = Mapping[str, Reading]

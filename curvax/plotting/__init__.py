@@ -7,16 +7,16 @@ where one is given, else on new axes of pyplot, returns the axes, and leaves all
 This package needs matplotlib, which the `plot` extra brings.
 """
 
-from curvax.plotting.directions import alignment, fisher_kl, gradient_angles
-from curvax.plotting.insides import (
+from curvax.plotting.activations import (
     activation_norms,
     active_fraction,
     attention_maps,
     block_norms,
     mlp_block_hessians,
 )
-from curvax.plotting.kernels import ntk, ntk_spectrum
+from curvax.plotting.directions import alignment, fisher_kl, gradient_angles
 from curvax.plotting.landscapes import landscape, landscape_surface, landscapes, trajectory
+from curvax.plotting.ntk import ntk, ntk_spectrum
 from curvax.plotting.sharpness import (
     m_sharpness,
     random_sharpness,

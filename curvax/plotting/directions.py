@@ -8,13 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from curvax.analysis import Alignment, FisherKL
-from curvax.plotting.canvas import (
-    axes_or_new,
-    finished,
-    logarithmic_if_positive,
-    numbers,
-    runs_of,
-)
+from curvax.plotting.canvas import axes_or_new, finished, logarithmic_if_positive, numbers, runs_of
 from curvax.plotting.curves import draw_fields, draw_line
 
 

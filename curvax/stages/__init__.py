@@ -1,7 +1,7 @@
 """The verbs: estimate, smooth, precondition, solve, perturb, project, average, restrict."""
 
-from curvax.stages.ascending import fisher_ascent
 from curvax.stages.averaging import per_group, pmean_updates
+from curvax.stages.complex_parameters import split_real_and_imaginary
 from curvax.stages.estimation import (
     empirical_fisher_diag,
     empirical_fisher_matvec,
@@ -14,14 +14,13 @@ from curvax.stages.estimation import (
     hutchinson_diag,
     squared_gradient,
 )
-from curvax.stages.levenberg import levenberg_marquardt
+from curvax.stages.levenberg_marquardt import levenberg_marquardt
 from curvax.stages.perturbation import sam_perturb
 from curvax.stages.preconditioning import clip_by_diagonal, scale_by_power
 from curvax.stages.projection import gsam_project, keep_orthogonal, penalize_gap
 from curvax.stages.restriction import partition, restrict
 from curvax.stages.smoothing import accumulate, ema_mean, ema_rms, every, spatial_average
 from curvax.stages.solving import damp, quadratic_step, solve, trust_region
-from curvax.stages.splitting import split_real_and_imaginary
 
 __all__ = [
     "accumulate",
@@ -33,7 +32,6 @@ __all__ = [
     "empirical_fisher_matvec",
     "every",
     "exact_diag",
-    "fisher_ascent",
     "fisher_diag",
     "fisher_matvec",
     "gauss_newton_diag",

@@ -6,13 +6,16 @@ import jax
 import optax
 from jax import lax
 
-from curvax import accumulation, axes, checks, meshes, order, trees
-from curvax.axes import AxisNames
-from curvax.injection import injectable
-from curvax.keys import StateKeys
-from curvax.objective import Objective, as_objective, require_batch
-from curvax.signal import Signal, Stage, pipe, stage, weight_of
-from curvax.trees import Tree, is_float
+from curvax import checks
+from curvax.arithmetic import trees
+from curvax.arithmetic.trees import Tree, is_float
+from curvax.devices import axes, meshes
+from curvax.devices.axes import AxisNames
+from curvax.hyperparameters import injectable
+from curvax.objective import Objective, as_objective, microbatching, require_batch
+from curvax.pipes import order
+from curvax.pipes.signal import Signal, Stage, pipe, stage, weight_of
+from curvax.pipes.state_keys import StateKeys
 
 
 def pmean_updates(axis_name: AxisNames) -> Stage:
@@ -102,7 +105,7 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
     """
     checks.check_count("per_group", m=m)
     inner = pipe(stages)
-    over_groups = accumulation.mean_over_scan if sequential else accumulation.mean_over_vmap
+    over_groups = microbatching.mean_over_scan if sequential else microbatching.mean_over_vmap
 
     def rule(
         signal: Signal, state: Any, params: Tree, *, value_fn: Any = None, **extra: Any
@@ -140,7 +143,7 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
             return (out, keys.without(new)), group.batch_weight()
 
         out, new = over_groups(one, groups, count, params, state)
-        out = out._replace(aux=accumulation.finished(out.aux))
+        out = out._replace(aux=microbatching.finished(out.aux))
         out, new = _laid_out(out, params), meshes.laid_like(new, state)
         whole = averaged.union(axis for axis in within if isinstance(axis, str))
         out = out._replace(local=local - averaged, averaged=whole)

@@ -10,17 +10,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from curvax import axes, checks, order, trees
-from curvax.axes import AxisNames
-from curvax.climbing import Climb, Rules, check_climb
-from curvax.figures import Figures, Flags, Measured, measured, unmeasured
-from curvax.injection import injectable
-from curvax.keys import DrawingKey
-from curvax.linalg import dual_norm
+from curvax import checks
+from curvax.arithmetic import trees
+from curvax.arithmetic.safe_math import root
+from curvax.arithmetic.trees import Path, Tree
+from curvax.devices import axes
+from curvax.devices.axes import AxisNames
+from curvax.hyperparameters import injectable
 from curvax.objective import Objective, as_objective
-from curvax.scalars import root
-from curvax.signal import Signal, Stage, at, stage
-from curvax.trees import Path, Tree
+from curvax.perturbation import dual_norm
+from curvax.perturbation.ball import Climb, Rules, check_climb
+from curvax.pipes import order
+from curvax.pipes.diagnostics import Figures, Flags, Measured, measured, unmeasured
+from curvax.pipes.signal import Signal, Stage, at, stage
+from curvax.pipes.state_keys import DrawingKey
 
 FIGURES = (
     "loss",

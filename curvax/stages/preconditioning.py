@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from curvax import checks, scalars, trees
-from curvax.figures import Figures, Flags, measured, unmeasured
-from curvax.signal import Signal, Stage, StepState, at, stage
-from curvax.trees import Tree
+from curvax import checks
+from curvax.arithmetic import safe_math, trees
+from curvax.arithmetic.trees import Tree
+from curvax.pipes import requirements
+from curvax.pipes.diagnostics import Figures, Flags, measured, unmeasured
+from curvax.pipes.signal import Signal, Stage, StepState, at, stage
 
 
 def scale_by_power(power: Any, *, eps: Any = 1e-8, damping: Any = 0.0) -> Stage:
@@ -38,13 +40,13 @@ def scale_by_power(power: Any, *, eps: Any = 1e-8, damping: Any = 0.0) -> Stage:
 
     def rule(signal: Signal, state: StepState, params: Tree = None, **extra: Any) -> Any:
         del params, extra
-        diagonal = checks.needed_diagonal(
+        diagonal = requirements.needed_diagonal(
             signal.diagonal, "scale_by_power", "divides by a diagonal"
         )
         k, epsilon, lam = (at(x, state.step) for x in (power, eps, damping))
 
         def divide(u: jax.Array, d: jax.Array) -> jax.Array:
-            return _divided(u, scalars.power(d + lam, k) + epsilon, epsilon).astype(u.dtype)
+            return _divided(u, safe_math.power(d + lam, k) + epsilon, epsilon).astype(u.dtype)
 
         updates = jax.tree.map(divide, signal.updates, diagonal)
         return signal._replace(updates=updates), StepState(state.step + 1)
@@ -89,7 +91,7 @@ def clip_by_diagonal(gamma: Any, *, eps: Any = 1e-8, threshold: Any = 1.0) -> St
 
     def rule(signal: Signal, state: ClipState, params: Tree = None, **extra: Any) -> Any:
         del params, extra
-        diagonal = checks.needed_diagonal(
+        diagonal = requirements.needed_diagonal(
             signal.diagonal, "clip_by_diagonal", "divides by a diagonal"
         )
         g, epsilon, limit = (at(x, state.step) for x in (gamma, eps, threshold))
@@ -113,4 +115,4 @@ def _divided(u: jax.Array, denominator: jax.Array, eps: Any) -> jax.Array:
     u = trees.widen(u)
     if not (isinstance(eps, numbers.Real) and float(eps) > 0):
         denominator = jnp.where((u == 0) & (denominator == 0), 1, denominator)
-    return scalars.quotient(u, denominator)
+    return safe_math.quotient(u, denominator)

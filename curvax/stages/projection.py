@@ -5,10 +5,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from curvax import axes, checks, trees
-from curvax.axes import AxisNames
-from curvax.signal import Signal, Stage, StepState, at, stage, weight_of
-from curvax.trees import Tree
+from curvax import checks
+from curvax.arithmetic import trees
+from curvax.arithmetic.trees import Tree
+from curvax.devices import axes
+from curvax.devices.axes import AxisNames
+from curvax.pipes.signal import Signal, Stage, StepState, at, stage, weight_of
 
 
 def gsam_project(alpha: Any, *, onto: str = "perturbed") -> Stage:

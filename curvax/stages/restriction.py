@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from curvax import trees
-from curvax.injection import injectable
+from curvax.arithmetic import trees
+from curvax.arithmetic.trees import Tree
+from curvax.hyperparameters import injectable
+from curvax.linear_operator import Product, as_product
 from curvax.objective import as_objective
-from curvax.products import Product, as_product
-from curvax.signal import Signal, Stage, containing, step
-from curvax.trees import Tree
+from curvax.pipes.signal import Signal, Stage, containing, step
 
 
 @injectable

@@ -5,15 +5,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from curvax import checks, trees
-from curvax.figures import Figures, Flags, measured, unmeasured
-from curvax.injection import injectable
+from curvax import checks
+from curvax.arithmetic import trees
+from curvax.arithmetic.safe_math import root
+from curvax.arithmetic.trees import Tree
+from curvax.hyperparameters import injectable
 from curvax.linalg import Solver
 from curvax.linalg.solvers import check_solver
 from curvax.objective import Objective
-from curvax.scalars import root
-from curvax.signal import Signal, Stage, at, stage
-from curvax.trees import Tree
+from curvax.pipes import requirements
+from curvax.pipes.diagnostics import Figures, Flags, measured, unmeasured
+from curvax.pipes.signal import Signal, Stage, at, stage
 
 
 class DampState(NamedTuple):
@@ -46,7 +48,7 @@ def damp(damping: Any = None) -> Stage:
         signal: Signal, state: DampState, params: Tree = None, *, damping: Any = None, **extra: Any
     ) -> Any:
         del params, extra
-        product = checks.needed_matvec(signal.matvec, "damp", "damps a curvature product")
+        product = requirements.needed_matvec(signal.matvec, "damp", "damps a curvature product")
         lam = at(own, state.step) if own is not None else damping
         if lam is None:
             raise ValueError(
@@ -98,7 +100,9 @@ def solve(solver: Solver) -> Stage:
         signal: Signal, state: SolveState, params: Tree, *, value_fn: Any = None, **extra: Any
     ) -> Any:
         del extra
-        product = checks.needed_matvec(signal.matvec, "solve", "solves with a curvature product")
+        product = requirements.needed_matvec(
+            signal.matvec, "solve", "solves with a curvature product"
+        )
         checks.refuse_local(signal.local, stage="solve")
         score = None
         if isinstance(value_fn, Objective):
@@ -153,7 +157,7 @@ def trust_region(radius: Any) -> Stage:
 
     def rule(signal: Signal, state: TrustRegionState, params: Tree = None, **extra: Any) -> Any:
         del params, extra
-        product = checks.needed_matvec(signal.matvec, "trust_region", "measures a step")
+        product = requirements.needed_matvec(signal.matvec, "trust_region", "measures a step")
         checks.refuse_local(signal.local, stage="trust_region")
         u, one = _scaled(signal.updates)
         square = trees.dot(u, product.curvature(u))
@@ -201,7 +205,7 @@ def quadratic_step(*, momentum: bool = True) -> Stage:
 
     def rule(signal: Signal, state: QuadraticStepState, params: Tree = None, **extra: Any) -> Any:
         del params, extra
-        product = checks.needed_matvec(signal.matvec, "quadratic_step", "minimises a model")
+        product = requirements.needed_matvec(signal.matvec, "quadratic_step", "minimises a model")
         checks.refuse_local(signal.local, stage="quadratic_step")
         g, (u, one) = signal.gradient, _scaled(signal.updates)
         au, gu = product(u), trees.dot(g, u)

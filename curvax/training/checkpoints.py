@@ -11,13 +11,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from curvax import figures
-from curvax.keys import is_key
-from curvax.training import processes, seals
+from curvax.arithmetic.trees import Tree, names
+from curvax.pipes import diagnostics
+from curvax.pipes.state_keys import is_key
 from curvax.training.experiment import Experiment
-from curvax.training.quiet import silent_log
+from curvax.training.runtime import checksums, distributed
+from curvax.training.runtime.log_filters import silent_log
 from curvax.training.step import State
-from curvax.trees import Tree, names
 
 _OWN_FILES = 2**18  # bytes; a checkpoint of a small model took 1.5e5 beside its arrays
 
@@ -100,8 +100,8 @@ class Checkpoints(NoCheckpoints):
             _check_room(self.folder, state)
             with silent_log():
                 self._manager.save(step, args=items)
-            if processes.first():
-                seals.seal(self.folder / str(step))
+            if distributed.first():
+                checksums.seal(self.folder / str(step))
         except jax.errors.JaxRuntimeError:
             raise
         except Exception as error:
@@ -125,7 +125,7 @@ class Checkpoints(NoCheckpoints):
         """
         step = self._manager.latest_step()
         try:
-            seals.check(self.folder / str(step))  # Orbax's reading threads stop noisily
+            checksums.check(self.folder / str(step))  # Orbax's reading threads stop noisily
             with silent_log():
                 state, place = self._read(step, shapes)
         except jax.errors.JaxRuntimeError:
@@ -144,8 +144,8 @@ class Checkpoints(NoCheckpoints):
         except ValueError as error:
             if ".measured" not in str(error):
                 raise
-            state, place = self._read_as(step, figures.unflagged(shapes))
-            return figures.flagged(state, shapes), place
+            state, place = self._read_as(step, diagnostics.unflagged(shapes))
+            return diagnostics.flagged(state, shapes), place
 
     def _read_as(self, step: int | None, shapes: State) -> tuple[State, Any]:
         items = ocp.args.Composite(

@@ -9,16 +9,18 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-from curvax import axes, models, recipe
+from curvax import models
+from curvax.arithmetic.trees import Tree, map_with_path
+from curvax.devices import axes
 from curvax.flax_bridge import Layout, layout
-from curvax.training import config as configs
-from curvax.training import data, evaluate, material, pretrained, regimes, tasks
-from curvax.training.data import Examples
-from curvax.training.material import Material
-from curvax.training.regimes import Jit
+from curvax.training import parallelism, pretrained, run_data, scoring, tasks
+from curvax.training.config import configs, recipe
+from curvax.training.data import datasets
+from curvax.training.data.datasets import Examples
+from curvax.training.parallelism import Jit
+from curvax.training.run_data import Material
 from curvax.training.step import State, init, make_step
 from curvax.training.tasks import Task
-from curvax.trees import Tree, map_with_path
 
 
 class ExperimentError(ValueError):
@@ -37,8 +39,8 @@ class Experiment:
     optimizer: optax.GradientTransformationExtraArgs
     regime: Jit
     step: Any  # compiled (State, batch) -> (State, Measured)
-    scores: evaluate.Scores
-    largest_eigenvalue: evaluate.Curvature
+    scores: scoring.Scores
+    largest_eigenvalue: scoring.Curvature
 
     @property
     def steps_per_epoch(self) -> int:
@@ -85,7 +87,7 @@ class Experiment:
     def batches(self) -> Any:
         """This process's part of shuffled training batches without end, whose place can be kept
         and set."""
-        return data.batches(
+        return datasets.batches(
             self.material.train,
             self.config.batch,
             seed=self.config.seed,
@@ -97,12 +99,12 @@ class Experiment:
         """The same experiment with other parameters, label noise, data order and draws."""
         config = self.config.copy_and_resolve_references()
         config.seed = seed
-        gathered = material.gather(config, self.task, self.hold_out)
+        gathered = run_data.gather(config, self.task, self.hold_out)
         return dataclasses.replace(self, config=config, material=gathered)
 
     def score(self, state: State, split: Examples) -> dict[str, float]:
         """The loss and the task's scores on a split."""
-        return evaluate.average(self.scores, state, split, self.config.eval_batch, self.regime)
+        return scoring.average(self.scores, state, split, self.config.eval_batch, self.regime)
 
     def test(self, state: State) -> dict[str, float]:
         """The scores on the test set, or on what was held out."""
@@ -119,7 +121,7 @@ class Experiment:
             figures["memorised"] = self.score(state, train.rows(wrong))["accuracy"]
         if count := min(self.config.hessian_examples, train.size):
             few = train.rows(slice(count))
-            batch = next(data.batches(few, count, shuffle=False, drop_remainder=False))
+            batch = next(datasets.batches(few, count, shuffle=False, drop_remainder=False))
             value = self.largest_eigenvalue(state.params, state.model_state, batch)
             figures["lambda_max"] = float(value)
         return figures
@@ -138,19 +140,19 @@ def build(config: ConfigDict, *, hold_out: bool = False, begins: bool = True) ->
     """
     configs.check(config)
     task = tasks.build(config)
-    gathered = material.gather(config, task, hold_out)
+    gathered = run_data.gather(config, task, hold_out)
     steps = config.epochs * (gathered.train.size // config.batch)
     if steps < 1:
         raise ExperimentError(
             f"{config.epochs} epochs of {gathered.train.size} training examples in batches "
             f"of {config.batch} are no step. Raise `epochs` or lower `batch`."
         )
-    regime = regimes.build(config)
+    regime = parallelism.build(config)
     example = _as_taken(task, gathered.first)
     model = _model(config, gathered.classes, regime)
     optimizer = _optimizer(config, model, example, regime, steps)
     shapes = jax.eval_shape(lambda: init(model, optimizer, example, config.seed, {}))
-    clean = evaluate.make_clean(model, task)
+    clean = scoring.make_clean(model, task)
     experiment = Experiment(
         config,
         hold_out,
@@ -160,8 +162,8 @@ def build(config: ConfigDict, *, hold_out: bool = False, begins: bool = True) ->
         optimizer,
         regime,
         make_step(model, optimizer, task, regime, shapes, config.microbatch),
-        evaluate.make_scores(clean, task),
-        evaluate.make_largest_eigenvalue(clean),
+        scoring.make_scores(clean, task),
+        scoring.make_largest_eigenvalue(clean),
     )
     batch = {
         name: jax.ShapeDtypeStruct((config.batch, *x.shape[1:]), x.dtype)
@@ -232,8 +234,8 @@ def outline(config: ConfigDict, devices: Sequence[jax.Device]) -> Outline:
         ValueError: a field does not fit.
     """
     configs.check(config)
-    task, facts = tasks.build(config), material.foretell(config)
-    regime = regimes.build(config, devices)
+    task, facts = tasks.build(config), run_data.foretell(config)
+    regime = parallelism.build(config, devices)
     batch = {
         name: jax.ShapeDtypeStruct((config.batch, *x.shape), x.dtype, sharding=regime.split)
         for name, x in {"input": facts.input, "label": facts.label}.items()

@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from curvax.training import processes, runs
 from curvax.training.checkpoints import Checkpoints, NoCheckpoints
 from curvax.training.experiment import Experiment
-from curvax.training.notice import Notice, Stopped
-from curvax.training.runs import Outcome
+from curvax.training.runtime import distributed, run_dir
+from curvax.training.runtime.preemption import Notice, Stopped
+from curvax.training.runtime.run_dir import Outcome
 from curvax.training.step import Measured, State, watched_names
 
 Report = Callable[[int, Mapping[str, float]], None]
@@ -40,7 +40,7 @@ def fit(
         Stopped: the process was asked to terminate; the step it had come to is kept.
         CheckpointError: a checkpoint cannot be written or read.
     """
-    if done := runs.outcome(folder):
+    if done := run_dir.outcome(folder):
         return done
     began = time.perf_counter()
     checkpoints = (
@@ -48,21 +48,21 @@ def fit(
     )
     with contextlib.closing(checkpoints), Notice() as notice:
         state, batches = checkpoints.resume(experiment)
-        log = runs.Log(folder if processes.first() else None, since=int(state.step))
+        log = run_dir.Log(folder if distributed.first() else None, since=int(state.step))
         with contextlib.closing(log):
             trainer = _Trainer(experiment, log, checkpoints, report, notice)
             state = trainer.run(state, batches)
     figures = {"steps": experiment.steps, "seconds": time.perf_counter() - began}
     figures |= experiment.appraise(state)
-    if processes.first():
-        runs.finish(folder, figures)
+    if distributed.first():
+        run_dir.finish(folder, figures)
     return Outcome(figures, log.records)
 
 
 @dataclass
 class _Trainer:
     experiment: Experiment
-    log: runs.Log
+    log: run_dir.Log
     checkpoints: NoCheckpoints
     report: Report
     notice: Notice

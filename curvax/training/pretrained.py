@@ -19,11 +19,11 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from scipy.ndimage import zoom
 
+from curvax.arithmetic.trees import Tree
 from curvax.models import published
 from curvax.models.published import Arrays
-from curvax.training import seals
-from curvax.training.quiet import silent_log
-from curvax.trees import Tree
+from curvax.training.runtime import checksums
+from curvax.training.runtime.log_filters import silent_log
 
 HEAD, REPRESENTATION = "params/head/", "params/pre_logits/"
 POSITIONS = f"params/{published.POSITIONS}"
@@ -121,7 +121,7 @@ def _of_run(folder: Path) -> Arrays:
     """The newest checkpoint of a run of ours."""
     state = _newest(folder) / "state"
     try:
-        seals.check(state.parent)
+        checksums.check(state.parent)
         with silent_log():
             found = _restored(state)
     except Exception as error:

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from curvax.training.goals import Goal
+from curvax.training.selection_metric import Goal
 
 _NAME = Column(no_wrap=True, overflow="ellipsis", max_width=20)
 

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import optax
 
 import curvax
-from curvax import axes
-from curvax.signal import name_of, parts_of
-from curvax.signal import step as apply
+from curvax.arithmetic.trees import Tree, label, names
+from curvax.devices import axes
+from curvax.pipes.signal import name_of, parts_of
+from curvax.pipes.signal import step as apply
 from curvax.training import pretrained
-from curvax.training.augment import Batch
-from curvax.training.regimes import Jit
+from curvax.training.augment.transforms import Batch
+from curvax.training.parallelism import Jit
 from curvax.training.tasks import Task
-from curvax.trees import Tree, label, names
 
 
 class State(NamedTuple):

@@ -10,12 +10,14 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from curvax.likelihoods import Likelihood, bernoulli, categorical, gaussian
-from curvax.training import goals, metrics, preparation, sources, tables, texts
-from curvax.training.augment import Transform
-from curvax.training.data import Dataset, Examples, Split
-from curvax.training.goals import Goal
-from curvax.training.metrics import Metric
-from curvax.training.preparation import Prepare
+from curvax.training import selection_metric
+from curvax.training.augment import metrics, preprocessing
+from curvax.training.augment.metrics import Metric
+from curvax.training.augment.preprocessing import Prepare
+from curvax.training.augment.transforms import Transform
+from curvax.training.data import sources, tabular, text
+from curvax.training.data.datasets import Dataset, Examples, Split
+from curvax.training.selection_metric import Goal
 
 LIKELIHOODS: dict[str, Callable[..., Likelihood]] = {
     "softmax": categorical,
@@ -60,12 +62,12 @@ def _images(config: ConfigDict) -> Task:
     few = sources.of(options).classes <= 10
     return Task(
         "images",
-        lambda seed: preparation.load(options, seed),
+        lambda seed: preprocessing.load(options, seed),
         _likelihood(config, "softmax", "sigmoid"),
         {"accuracy": metrics.top1} | ({} if few else {"top5": metrics.top5}),
-        goals.CLASSIFY,
-        preparation.in_training(config),
-        preparation.in_test(config),
+        selection_metric.CLASSIFY,
+        preprocessing.in_training(config),
+        preprocessing.in_test(config),
     )
 
 
@@ -73,12 +75,12 @@ def _autoencoder(config: ConfigDict) -> Task:
     options = config.data
 
     def load(seed: int) -> Dataset[Split]:
-        images = preparation.load(options, seed)
+        images = preprocessing.load(options, seed)
         train, test = (_own_targets(part) for part in (images.train, images.test))
         return Dataset(train, test)
 
     likelihood, scores = _likelihood(config, "sigmoid"), {"squared_error": metrics.pixel_error}
-    return Task("images", load, likelihood, scores, goals.RECONSTRUCT)
+    return Task("images", load, likelihood, scores, selection_metric.RECONSTRUCT)
 
 
 def _own_targets(part: Examples) -> Split:
@@ -92,17 +94,17 @@ def _own_targets(part: Examples) -> Split:
 
 def _regression(config: ConfigDict) -> Task:
     options = config.data
-    load = lambda seed: tables.load(options.name, path=options.path, seed=seed)
+    load = lambda seed: tabular.load(options.name, path=options.path, seed=seed)
     likelihood, scores = _likelihood(config, "squared"), {"squared_error": metrics.squared_error}
-    return Task("rows", load, likelihood, scores, goals.REGRESS)
+    return Task("rows", load, likelihood, scores, selection_metric.REGRESS)
 
 
 def _language(config: ConfigDict) -> Task:
     options = config.data
     where = {"path": options.path, "length": options.length}
-    load = lambda seed: texts.load(options.name, seed=seed, **where)
+    load = lambda seed: text.load(options.name, seed=seed, **where)
     likelihood, scores = _likelihood(config, "softmax"), {"accuracy": metrics.top1}
-    return Task("windows", load, likelihood, scores, goals.FORETELL)
+    return Task("windows", load, likelihood, scores, selection_metric.FORETELL)
 
 
 TASKS = {

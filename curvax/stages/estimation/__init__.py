@@ -1,6 +1,5 @@
 """Estimators: stages that put a curvature diagonal, or a curvature product, into the signal."""
 
-from curvax.stages.estimation.examples import empirical_fisher_diag, squared_gradient
 from curvax.stages.estimation.hutchinson import hutchinson_diag
 from curvax.stages.estimation.matvecs import (
     empirical_fisher_matvec,
@@ -9,7 +8,8 @@ from curvax.stages.estimation.matvecs import (
     gauss_newton_matvec,
     hessian_matvec,
 )
-from curvax.stages.estimation.outputs import fisher_diag, gauss_newton_diag
+from curvax.stages.estimation.output_noise import fisher_diag, gauss_newton_diag
+from curvax.stages.estimation.per_example import empirical_fisher_diag, squared_gradient
 
 __all__ = [
     "empirical_fisher_diag",

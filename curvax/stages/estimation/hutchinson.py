@@ -3,16 +3,18 @@
 import jax
 import jax.numpy as jnp
 
-from curvax import axes, checks, trees
-from curvax.axes import AxisNames
-from curvax.injection import injectable
+from curvax import checks
+from curvax.arithmetic import trees
+from curvax.arithmetic.trees import Tree
+from curvax.curvature.differentiability import check_mode
+from curvax.curvature.hessian import gradient_and_product, linearized_gradient
+from curvax.devices import axes
+from curvax.devices.axes import AxisNames
+from curvax.hyperparameters import injectable
 from curvax.linalg import estimate_diagonal, rademacher
 from curvax.objective import Objective
-from curvax.oracles.hessian import gradient_and_product, linearized_gradient
-from curvax.oracles.programs import check_mode
-from curvax.signal import Stage
-from curvax.stages.estimation.sharing import Curvature, Sampler, diagonal_stage
-from curvax.trees import Tree
+from curvax.pipes.signal import Stage
+from curvax.stages.estimation.diagonal_stage import Curvature, Sampler, diagonal_stage
 
 
 @injectable

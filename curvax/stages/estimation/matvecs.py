@@ -7,23 +7,24 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from curvax import checks, trees
-from curvax.axes import AxisNames
-from curvax.injection import injectable
-from curvax.keys import DrawingKey
-from curvax.linalg import exact_diagonal
-from curvax.objective import Objective, as_objective
-from curvax.oracles import (
+from curvax import checks
+from curvax.arithmetic import trees
+from curvax.arithmetic.trees import Tree
+from curvax.curvature import (
     linearized_empirical_fisher,
     linearized_fisher,
     linearized_gauss_newton,
     linearized_hessian,
 )
-from curvax.oracles.programs import check_mode
-from curvax.products import Product
-from curvax.signal import Signal, Stage, containing, stage
-from curvax.stages.estimation.sharing import check_fraction, settled, share_gradient
-from curvax.trees import Tree
+from curvax.curvature.differentiability import check_mode
+from curvax.devices.axes import AxisNames
+from curvax.hyperparameters import injectable
+from curvax.linalg import exact_diagonal
+from curvax.linear_operator import Product
+from curvax.objective import Objective, as_objective
+from curvax.pipes.signal import Signal, Stage, containing, stage
+from curvax.pipes.state_keys import DrawingKey
+from curvax.stages.estimation.diagonal_stage import check_fraction, settled, share_gradient
 
 Linearize = Callable[[Objective, Tree, jax.Array | None], tuple[Any, Product]]
 """(objective, parameters, key) ↦ (((L, aux), ∇L), v ↦ C v), one linearisation for both."""

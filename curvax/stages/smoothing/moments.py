@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from curvax import checks, scalars, trees
-from curvax.injection import injectable
-from curvax.signal import Signal, Stage, at, stage
-from curvax.trees import Tree
+from curvax import checks
+from curvax.arithmetic import safe_math, trees
+from curvax.arithmetic.trees import Tree
+from curvax.hyperparameters import injectable
+from curvax.pipes import requirements
+from curvax.pipes.signal import Signal, Stage, at, stage
 
 
 class EmaRmsState(NamedTuple):
@@ -47,10 +49,10 @@ def ema_rms(decay: Any) -> Stage:
 
     def rule(signal: Signal, state: EmaRmsState, params: Tree = None, **extra: Any) -> Any:
         del params, extra
-        diagonal = checks.needed_diagonal(signal.diagonal, "ema_rms", "smooths a diagonal")
+        diagonal = requirements.needed_diagonal(signal.diagonal, "ema_rms", "smooths a diagonal")
         square = jax.tree.map(_square, diagonal)
         weight, square = _faded(at(decay, state.step), state.weight, state.mean_square, square)
-        rms = jax.tree.map(lambda v: scalars.root(v / weight).astype(v.dtype), square)
+        rms = jax.tree.map(lambda v: safe_math.root(v / weight).astype(v.dtype), square)
         return _handed(signal, rms), EmaRmsState(state.step + 1, weight, square)
 
     return stage(lambda params: EmaRmsState(_zero_step(), _no_weight(), _zeros(params)), rule)
@@ -93,7 +95,7 @@ def ema_mean(decay: Any, *, debias: bool = True, lag: int = 0) -> Stage:
 
     def rule(signal: Signal, state: EmaMeanState, params: Tree = None, **extra: Any) -> Any:
         del params, extra
-        diagonal = checks.needed_diagonal(signal.diagonal, "ema_mean", "smooths a diagonal")
+        diagonal = requirements.needed_diagonal(signal.diagonal, "ema_mean", "smooths a diagonal")
         weight, mean = _faded(at(decay, state.step), state.weight, state.mean, diagonal)
         new = EmaMeanState(state.step + 1, weight, mean)
         shown = state if lag else new
@@ -132,7 +134,7 @@ def accumulate(initial: Any = 0.0) -> Stage:
 
     def rule(signal: Signal, state: AccumulateState, params: Tree = None, **extra: Any) -> Any:
         del params, extra
-        diagonal = checks.needed_diagonal(signal.diagonal, "accumulate", "sums a diagonal")
+        diagonal = requirements.needed_diagonal(signal.diagonal, "accumulate", "sums a diagonal")
         total = jax.tree.map(_summed, state.total, diagonal)
         return _handed(signal, total), AccumulateState(total)
 

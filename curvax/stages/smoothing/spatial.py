@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from curvax import checks, layers, trees
-from curvax.injection import injectable
-from curvax.signal import Signal, Stage, stage
-from curvax.trees import Path, Tree
+from curvax import checks
+from curvax.arithmetic import trees
+from curvax.arithmetic.trees import Path, Tree
+from curvax.hyperparameters import injectable
+from curvax.parameter_roles import layers
+from curvax.pipes import requirements
+from curvax.pipes.signal import Signal, Stage, stage
 
 Block = None | int | tuple[int, ...]
 BlockRule = Callable[[Path, jax.Array], Block]
@@ -53,7 +56,9 @@ def spatial_average(
 
     def rule(signal: Signal, state: Any, params: Tree = None, **extra: Any) -> Any:
         del params, extra
-        diagonal = checks.needed_diagonal(signal.diagonal, "spatial_average", "averages a diagonal")
+        diagonal = requirements.needed_diagonal(
+            signal.diagonal, "spatial_average", "averages a diagonal"
+        )
         if magnitudes:
             diagonal = jax.tree.map(jnp.abs, diagonal)
         decide, facts = rule_of(diagonal)

@@ -1,0 +1,97 @@
+"""An objective, a point and a ball ↦ the losses and gradients that an ascent in it visits."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from curvax import checks
+from curvax.arithmetic import trees
+from curvax.arithmetic.trees import Tree
+from curvax.devices import axes
+from curvax.objective import Objective
+from curvax.perturbation import dual_norm
+from curvax.perturbation.ball import Climb, Rules, check_climb
+
+
+class Ascended(NamedTuple):
+    """The losses and gradients at a point and on the way up from it."""
+
+    loss: jax.Array
+    """L(θ), scalar."""
+    gradient: Tree
+    """∇L(θ), in float32 or wider."""
+    visited: jax.Array
+    """L(θ + ε) after each step, [steps]."""
+    last_gradient: Tree
+    """∇L(θ + ε) after the last."""
+
+
+def ascend(
+    objective: Objective,
+    params: Tree,
+    rho: Any,
+    over: tuple[str, ...],
+    number: Any = 0,
+    *,
+    p: float = 2,
+    steps: int = 1,
+    step_size: Any = None,
+    projected: bool = True,
+    ascent: Any = None,
+    mask: Any = None,
+) -> Ascended:
+    """Climbs as `sam_perturb` does with these options, from parameters in float32 or wider.
+
+    Args:
+        objective: the loss.
+        params: the point.
+        rho: a number or a tree prefix of numbers.
+        over: bound device axes; what is returned is the mean over them.
+        number: tells ascents that draw apart.
+        p, steps, step_size, projected, ascent, mask: of `sam_perturb`.
+    """
+    params = trees.wide(params)
+    local = objective.local_axes(params)
+    rules = Rules(dual_norm(p) if ascent is None else ascent, p, mask, params)
+    climb = Climb(
+        objective=objective,
+        params=axes.vary(params, local),
+        rules=rules,
+        keys=tuple(jax.random.fold_in(key, number) for key in rules.keys),
+        radius=trees.broadcast_prefix(rho, params),
+        steps=steps,
+        step_size=step_size,
+        projected=projected,
+        sync=over,
+        local=local,
+    )
+    with jax.default_matmul_precision("highest"):
+        (loss, _), gradient = objective.value_aux_and_grad(climb.params)
+        visited = list(climb.visited(gradient))
+    losses = jnp.stack([value for value, _ in visited])
+    found = Ascended(loss, gradient, losses, visited[-1][1])
+    return axes.mean(found, over, objective.batch_weight())
+
+
+def check_ball(
+    name: str,
+    params: Tree,
+    rho: Any,
+    *,
+    p: Any = 2,
+    steps: Any = 1,
+    step_size: Any = None,
+    projected: Any = True,
+    ascent: Any = None,
+    mask: Any = None,
+) -> None:
+    """Refuses options of `ascend` that are out of range, before anything is compiled.
+
+    Raises:
+        ValueError, TypeError: one is.
+    """
+    del step_size, mask
+    trees.require_floating(params, name)
+    check_climb(name, rho, p, steps, ascent)
+    checks.check_static(name, projected=projected)

@@ -1,0 +1,1 @@
+"""Arithmetic on trees and on numbers that stays in range, derivatives included."""

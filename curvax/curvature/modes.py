@@ -1,0 +1,127 @@
+"""A loss and a point ↦ the first way in which JAX can take products with its Hessian there."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from curvax.arithmetic.trees import Tree
+from curvax.curvature.differentiability import (
+    Function,
+    is_opaque,
+    refusal,
+    refuse_mode,
+    replayed,
+    warn_of_differences,
+)
+from curvax.curvature.finite_differences import differences
+from curvax.curvature.linearization import LossAndGradient
+from curvax.objective import Objective
+
+Matvec = Callable[[Tree], Tree]
+
+
+class Way(NamedTuple):
+    """One way to products, good for a mode."""
+
+    mode: str
+    many: Callable[[Objective, Tree], tuple[LossAndGradient, Matvec]]
+    """(objective, θ) ↦ (((L, aux), ∇L), v ↦ H v)."""
+    once: Callable[[Objective, Tree, Tree], tuple[LossAndGradient, Tree]]
+    """(objective, θ, v) ↦ (((L, aux), ∇L), H v), with micro-batches in the memory of one."""
+    trial: Callable[[Function, Tree], Tree] | None
+    """(∇L, θ) ↦ H θ, which JAX must be able to trace and lower; None if ∇L alone is asked for."""
+
+
+def way_to_products(mode: str, objective: Objective, params: Tree, *, once: bool) -> Way:
+    """The first way that the mode and JAX allow; `once`: the product is taken with one vector.
+
+    A loss of ordinary primitives is linearised as it is. Of any other the derivatives are tried
+    on its traced gradient, at no cost at run time.
+
+    Raises:
+        TypeError: JAX allows none.
+    """
+    allowed = [way for way in WAYS[int(once) :] if mode in ("auto", way.mode)]
+    if allowed[0].trial is None or not is_opaque(objective, params):
+        return allowed[0]
+    gradient = replayed(lambda p: objective.value_aux_and_grad(p)[1], params)
+    what, reasons = "the gradient of this loss", list[str]()
+    for way in allowed:
+        if way.trial is None:
+            warn_of_differences(what, reasons[0])
+            return way
+        derivative = lambda p, trial=way.trial: trial(gradient, p)
+        reasons.append(refusal(derivative, params))
+        if not reasons[-1]:
+            return way
+    raise refuse_mode(mode, what, reasons[0])
+
+
+def gradient_of(objective: Objective) -> Callable[[Tree], tuple[Tree, tuple[jax.Array, Any]]]:
+    """θ ↦ (∇L, (L, aux)), in the order in which JAX differentiates the first."""
+
+    def gradient(params: Tree) -> tuple[Tree, tuple[jax.Array, Any]]:
+        loss, grads = objective.value_aux_and_grad(params)
+        return grads, loss
+
+    return gradient
+
+
+def _linearized(objective: Objective, params: Tree) -> tuple[LossAndGradient, Matvec]:
+    grads, product, loss = jax.linearize(gradient_of(objective), params, has_aux=True)
+    return (loss, grads), product
+
+
+def _pushed(objective: Objective, params: Tree) -> tuple[LossAndGradient, Matvec]:
+    product = lambda v: _pushed_once(objective, params, v)[1]
+    return objective.value_aux_and_grad(params), product
+
+
+def _pushed_once(objective: Objective, params: Tree, v: Tree) -> tuple[LossAndGradient, Tree]:
+    def forward(part: Objective) -> tuple[LossAndGradient, Tree]:
+        grads, product, loss = jax.jvp(gradient_of(part), (params,), (v,), has_aux=True)
+        return (loss, grads), product
+
+    return objective.average(forward)
+
+
+def _reversed(objective: Objective, params: Tree) -> tuple[LossAndGradient, Matvec]:
+    # H is symmetric: the transpose that reverse mode gives is the product itself.
+    grads, pull, loss = jax.vjp(gradient_of(objective), params, has_aux=True)
+    return (loss, grads), lambda v: objective.unscaled(pull(objective.scaled(v))[0])
+
+
+def _reversed_once(objective: Objective, params: Tree, v: Tree) -> tuple[LossAndGradient, Tree]:
+    def reverse(part: Objective) -> tuple[LossAndGradient, Tree]:
+        out, product = _reversed(part, params)
+        return out, product(v)
+
+    return objective.average(reverse)
+
+
+def _differenced(objective: Objective, params: Tree) -> tuple[LossAndGradient, Matvec]:
+    gradient = lambda p: objective.value_aux_and_grad(p)[1]
+    return objective.value_aux_and_grad(params), differences(gradient, params)
+
+
+def _differenced_once(objective: Objective, params: Tree, v: Tree) -> tuple[LossAndGradient, Tree]:
+    out, product = _differenced(objective, params)
+    return out, product(v)
+
+
+WAYS = (
+    Way(
+        "forward-over-reverse", _linearized, _pushed_once,
+        lambda gradient, p: jax.linearize(gradient, p)[1](p),
+    ),
+    Way(
+        "forward-over-reverse", _pushed, _pushed_once,
+        lambda gradient, p: jax.jvp(gradient, (p,), (p,))[1],
+    ),
+    Way(
+        "reverse-over-reverse", _reversed, _reversed_once,
+        lambda gradient, p: jax.vjp(gradient, p)[1](p)[0],
+    ),
+    Way("finite-differences", _differenced, _differenced_once, None),
+)  # fmt: skip

@@ -1,0 +1,1 @@
+"""Devices: named axes to average over, and the layouts of arrays on a mesh."""

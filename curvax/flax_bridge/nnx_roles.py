@@ -1,0 +1,58 @@
+"""An nnx module ↦ what each parameter is, by what its layers declare of themselves.
+
+A layer knows the shape it was built for; axes beyond it were stacked by `nnx.vmap` or `nnx.scan`.
+"""
+
+from flax import nnx
+
+from curvax import compat
+from curvax.parameter_roles import roles
+from curvax.parameter_roles.roles import Path, Reading, Role, Shape
+
+
+def read(model: nnx.Module, shapes: dict[Path, Shape]) -> dict[Path, Reading]:
+    """Readings of all parameters; own `nnx.Param`s go by the layers around them."""
+    attention = {
+        (*path, name)
+        for path, module in _modules(model)
+        if isinstance(module, nnx.MultiHeadAttention)
+        for name in (*roles.ATTENTION, "out")
+    }
+    known = {}
+    for owner, module in _modules(model):
+        for name, (role, built) in _declared(module, owner in attention).items():
+            shape = shapes.get((*owner, name))
+            depth = None if shape is None else roles.removed(shape, built)
+            if shape is not None and depth is not None:
+                known[*owner, name] = roles.placed(role, depth, len(shape))
+    return roles.read(shapes, known)
+
+
+def _modules(model: nnx.Module) -> list[tuple[Path, nnx.Module]]:
+    return [(tuple(map(str, path)), module) for path, module in compat.iter_modules(model)]
+
+
+def _declared(module: nnx.Module, attention: bool) -> dict[str, tuple[Role, Shape]]:
+    """What a layer of Flax was built with: the role and the unstacked shape of each parameter."""
+    if isinstance(module, nnx.Embed):
+        table = roles.linear(1, 1, kind="embedding")
+        return {"embedding": (table, (module.num_embeddings, module.features))}
+    if (kernel := _kernel(module, "attention" if attention else "dense")) is None:
+        return {}
+    role, shape = kernel
+    ends = tuple(n for axis, n in enumerate(shape) if axis not in role.window + role.inputs)
+    return {"kernel": kernel, "bias": (roles.vector("bias", len(ends)), ends)}
+
+
+def _kernel(module: nnx.Module, kind: str) -> tuple[Role, Shape] | None:
+    match module:
+        case nnx.Conv(kernel_size=size, kernel_shape=shape):
+            return roles.convolution(len(size)), shape
+        case nnx.ConvTranspose(kernel_size=size, kernel_shape=shape, transpose_kernel=flip):
+            return roles.convolution(len(size), transposed=flip), shape
+        case nnx.Linear(in_features=n, out_features=m):
+            return roles.linear(1, 1, kind=kind), (n, m)
+        case nnx.LinearGeneral(in_features=n, out_features=m, batch_axis=batch):
+            role = roles.linear(len(n), len(m), kind=kind, batch=len(batch))
+            return role, (*batch.values(), *n, *m)
+    return None

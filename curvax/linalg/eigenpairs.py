@@ -1,0 +1,209 @@
+"""A symmetric product ↦ its extreme eigenpairs, by Lanczos with thick restarts."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from curvax import checks
+from curvax.arithmetic import trees
+from curvax.arithmetic.trees import Tree
+from curvax.devices import axes
+from curvax.linalg import bases
+from curvax.linalg.flatten import ravel, unravel
+from curvax.linalg.lanczos import normalised, widened
+from curvax.linalg.probes import gaussian_probe
+
+Product = Callable[[Tree], Tree]
+
+ENDS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "magnitude": jnp.abs,
+    "largest": lambda values: values,
+    "smallest": lambda values: -values,
+}
+"""Which end of the spectrum: what is wanted most has the largest key."""
+
+JOINED = 1_000_000
+"""Numbers up to which a vector of many leaves is searched as one array: every loop would have
+instructions for every leaf, which take longer to compile than so few numbers to copy."""
+
+
+class Eigenpairs(NamedTuple):
+    """k eigenvalues with their vectors, the most wanted first, and how far to trust each."""
+
+    values: jax.Array
+    """λ, [k]."""
+    vectors: Tree
+    """Orthonormal, stacked along a new first axis [k, ...]."""
+    residuals: jax.Array
+    """‖C v - λ v‖, [k], from products with the vectors themselves: an eigenvalue lies this near."""
+    converged: jax.Array
+    """residual <= tol·max|λ| over all that the search saw, boolean [k]."""
+    products: jax.Array
+    """Products used, those for the residuals included."""
+
+
+class _Search(NamedTuple):
+    basis: Tree
+    """m + 1 orthonormal vectors, or zeros where none is yet."""
+    matrix: jax.Array
+    """The product in that basis, its upper triangle, [m, m]."""
+    kept: jax.Array
+    """How many of them need no product any more."""
+    products: jax.Array
+    scale: jax.Array
+    """The largest magnitude found."""
+    settled: jax.Array
+
+
+def eigenpairs(
+    product: Product,
+    v0: Tree,
+    k: int = 1,
+    *,
+    end: str = "magnitude",
+    tol: float = 1e-6,
+    max_products: int = 1000,
+    subspace: int | None = None,
+) -> Eigenpairs:
+    """The k eigenpairs at one end of the spectrum.
+
+    Lanczos with full re-orthogonalisation in a subspace of fixed size, restarted from its best
+    Ritz vectors (Wu & Simon, Thick-restart Lanczos, SIAM J. Matrix Anal. Appl. 22, 2000). Where
+    the start vector has nothing more to explore a random one goes on, so that eigenvalues come
+    with their multiplicity.
+
+    Args:
+        product: v ↦ C v, symmetric, on trees like `v0`.
+        v0: a start vector, such as a Gaussian probe.
+        k: pairs, at most the number of parameters.
+        end: "magnitude", "largest" or "smallest" (most negative).
+        tol: of each residual, relative to the largest magnitude found.
+        max_products: about that many at most; one subspace is searched in any case.
+        subspace: vectors in memory, 2k + 20 by default.
+
+    Raises:
+        ValueError: k out of range, no such end.
+        TypeError: v0 is complex.
+    """
+    checks.refuse_complex(v0, "eigenpairs")
+    size = sum(x.size for x in jax.tree.leaves(v0))
+    m = _checked(k, size, end, max_products, subspace)
+    search = functools.partial(_searched, k=k, m=m, end=end, tol=tol, max_products=max_products)
+    apply, start = widened(product, v0), trees.wide(v0)
+    if not _joinable(start, size):
+        return search(apply, start)
+    apart = lambda u: unravel(u, start)
+    found = search(lambda u: ravel(apply(apart(u))), ravel(start))
+    return found._replace(vectors=jax.vmap(apart)(found.vectors))
+
+
+def _joinable(v: Tree, size: int) -> bool:
+    """Whether a vector is small, in several leaves, and not divided among devices."""
+    leaves = jax.tree.leaves(v)
+    divided = axes.manual() or any(map(trees.is_sharded, leaves))
+    return len(leaves) > 1 and size <= JOINED and not divided
+
+
+def _searched(
+    apply: Product, v0: Tree, *, k: int, m: int, end: str, tol: float, max_products: int
+) -> Eigenpairs:
+    size = sum(x.size for x in jax.tree.leaves(v0))
+    start = bases.with_row(bases.empty(m + 1, v0), 0, normalised(v0)[1])
+    matrix = jnp.zeros((m, m), jnp.result_type(*jax.tree.leaves(start)))
+    scale = jnp.zeros((), matrix.dtype)
+    search = _Search(start, matrix, jnp.int32(0), jnp.int32(0), scale, jnp.bool_(False))
+    # A subspace that is everything needs no restart, and all of it may be asked for.
+    keep = m if m == size else min(k + max(1, (m - k) // 3), m - 1)
+    turn = lambda s: _restarted(*_extended(apply, v0, s, m), k=k, keep=keep, end=end, tol=tol)
+    within = lambda s: (s.products == 0) | (s.products + m - s.kept <= max_products)
+    search = axes.while_loop(lambda s: ~s.settled & within(s), turn, search)
+    return _measured(apply, search, k, tol)
+
+
+def _checked(k: Any, size: int, end: str, max_products: Any, subspace: Any) -> int:
+    """The number of vectors to keep."""
+    checks.check_count("eigenpairs", k=k, max_products=max_products)
+    if end not in ENDS:
+        raise ValueError(
+            f"`eigenpairs` takes `end` as one of {', '.join(map(repr, ENDS))}, and got {end!r}."
+        )
+    if k > size:
+        raise ValueError(
+            f"`eigenpairs` was asked for {k} pairs of a matrix of {size} rows. Ask for {size} at "
+            "most."
+        )
+    m = min(size, 2 * k + 20 if subspace is None else subspace)
+    if m < min(size, k + 2):
+        raise ValueError(
+            f"`eigenpairs` keeps {k} pairs and room to search in a subspace, and `subspace={m}` "
+            f"leaves none. Use {2 * k + 20}."
+        )
+    return m
+
+
+def _extended(apply: Product, v0: Tree, search: _Search, m: int) -> tuple[_Search, jax.Array]:
+    """The search with its basis filled up by Lanczos, and the coupling to the vector beyond."""
+
+    def body(i: jax.Array, carry: Any) -> Any:
+        basis, matrix, _ = carry
+        w = apply(bases.row(basis, i))
+        w, parts = bases.orthogonal(w, basis)
+        beta, v = normalised(w, scale=trees.norm(parts))
+        v = axes.cond(beta > 0, lambda: v, lambda: _fresh(i, basis, v0))
+        return bases.with_row(basis, i + 1, v), matrix.at[:, i].set(parts[:m]), beta
+
+    start = (search.basis, search.matrix, jnp.zeros((), search.matrix.dtype))
+    start = axes.carried(start, lambda carry: body(jnp.int32(0), carry))
+    basis, matrix, beta = lax.fori_loop(search.kept, m, body, start)
+    products = search.products + m - search.kept
+    return search._replace(basis=basis, matrix=matrix, products=products), beta
+
+
+def _fresh(i: jax.Array, basis: Tree, v0: Tree) -> Tree:
+    """A random vector orthogonal to the basis; 0 where that is everything."""
+    key = axes.vary(jax.random.key(0), axes.varying(i))
+    draw = gaussian_probe(jax.random.fold_in(key, i), v0)
+    w, parts = bases.orthogonal(draw, basis)
+    return normalised(w, scale=trees.norm(parts))[1]
+
+
+def _restarted(
+    search: _Search, beta: jax.Array, *, k: int, keep: int, end: str, tol: float
+) -> _Search:
+    """The search in a basis of its best Ritz vectors and the vector beyond."""
+    m = len(search.matrix)
+    upper = jnp.triu(search.matrix)
+    values, rotation = jnp.linalg.eigh(upper + jnp.triu(upper, 1).T)
+    order = jnp.argsort(-ENDS[end](values))
+    values, rotation = values[order], rotation[:, order]
+    residuals = beta * jnp.abs(rotation[-1])
+    ritz = bases.combination(rotation[:, :keep].T, bases.first(search.basis, m))
+    beyond = bases.row(search.basis, m)
+    basis = bases.with_row(bases.cleared(search.basis, ritz, keep), keep, beyond)
+    scale = jnp.maximum(search.scale, jnp.max(jnp.abs(values)))
+    return search._replace(
+        basis=basis,
+        matrix=jnp.diag(jnp.where(jnp.arange(m) < keep, values, 0)),
+        kept=jnp.int32(keep),
+        scale=scale,
+        settled=jnp.all(residuals[:k] <= 0.5 * tol * scale),
+    )
+
+
+def _measured(apply: Product, search: _Search, k: int, tol: float) -> Eigenpairs:
+    """Values and residuals from a product with each vector."""
+
+    def measure(v: Tree) -> tuple[jax.Array, jax.Array]:
+        cv = apply(v)
+        value = trees.dot(v, cv)
+        return value, trees.norm(trees.add_scaled(cv, -value, v))
+
+    vectors = bases.first(search.basis, k)
+    values, residuals = lax.map(measure, vectors)
+    return Eigenpairs(
+        values, vectors, residuals, residuals <= tol * search.scale, search.products + k
+    )

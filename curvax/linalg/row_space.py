@@ -1,0 +1,77 @@
+"""A x = b through the rows of a root: a batch has fewer outputs than the model parameters."""
+
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from curvax.arithmetic import trees
+from curvax.arithmetic.trees import Tree
+from curvax.linalg.dense import finite_or_zero, solve_symmetric
+from curvax.linalg.flatten import materialize, ravel, unravel
+from curvax.linalg.solvers import Solution, Solver, direct_solver, relative_residual
+from curvax.linear_operator import Product, Root
+
+
+def row_space() -> Solver:
+    """Solves (RᵀR + λI) x = b by the kernel R Rᵀ of the m rows of R.
+
+        (RᵀR + λI)⁻¹ = (I - Rᵀ (R Rᵀ + λI)⁻¹ R) / λ
+
+    For λ None or the number 0, the least-norm solution x = (RᵀR)⁺ b. Exact, with m products and
+    memory m² instead of P²; a traced λ must be positive.
+
+    Raises:
+        ValueError: at a solve, the product does not know its root.
+    """
+
+    def solve(product: Callable[[Tree], Tree], b: Tree) -> Solution:
+        root, damping = _root_of(product)
+        kernel = materialize(lambda u: root.forward(root.transpose(u)), root.rows)
+        one = trees.magnitude(b)
+        rhs = trees.scale(trees.inverse(one), b)
+        rows = ravel(root.forward(rhs))
+        none = damping is None or (isinstance(damping, numbers.Real) and damping == 0)
+        solver = _least_norm if none else _damped
+        x = trees.scale(one, trees.wide(solver(root, kernel, rows, damping, rhs)))
+        flat, reason = finite_or_zero(ravel(x))
+        x = unravel(flat, b)
+        rest = jax.tree.map(lambda y, z: trees.widen(y) - trees.widen(z), b, product(x))
+        residual = relative_residual(rest, b)
+        return Solution(x, jnp.int32(rows.size), residual, reason)
+
+    return direct_solver(solve)
+
+
+def _damped(root: Root, kernel: jax.Array, rows: jax.Array, damping: Any, b: Tree) -> Tree:
+    damping = jnp.asarray(damping, kernel.dtype)
+    inner = solve_symmetric(kernel + damping * jnp.eye(rows.size, dtype=kernel.dtype), rows)
+    along = root.transpose(unravel(inner, root.rows))
+    return trees.scale(1 / damping, trees.add_scaled(b, -1.0, trees.laid_out_like(along, b)))
+
+
+def _least_norm(root: Root, kernel: jax.Array, rows: jax.Array, damping: Any, b: Tree) -> Tree:
+    """(RᵀR)⁺ b = Rᵀ (R Rᵀ)⁺² R b."""
+    del damping
+    # In units of κ, the kernel's size: its inverse square may be out of range.
+    one = trees.magnitude(kernel)
+    values, vectors = jnp.linalg.eigh(kernel * trees.inverse(one))
+    floor = rows.size * jnp.finfo(values.dtype).eps * values[-1]
+    inverse = jnp.where(values > floor, 1 / jnp.where(values > floor, values, 1), 0)
+    with jax.default_matmul_precision("highest"):
+        inner = vectors @ (inverse**2 * (vectors.T @ rows))
+    along = trees.wide(root.transpose(unravel(inner * trees.inverse(one), root.rows)))
+    return trees.laid_out_like(trees.scale(trees.inverse(one), along), b)
+
+
+def _root_of(product: Callable[[Tree], Tree]) -> tuple[Root, Any]:
+    if not isinstance(product, Product) or product.root is None:
+        raise ValueError(
+            "`row_space` solves in the rows of a root R of the curvature, C = RᵀR, and this "
+            "product does not know one. Gauss-Newton and Fisher products of a likelihood know it, "
+            "unless they are made over micro-batches: use `gauss_newton_matvec()` or "
+            "`fisher_matvec()` without `microbatch=`, or solve with `cg(20)` or `dense()`."
+        )
+    return product.root, product.damping

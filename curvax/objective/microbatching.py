@@ -1,0 +1,232 @@
+"""Means over pieces of a batch: split into contiguous pieces, scan, accumulate in float32."""
+
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from curvax.arithmetic.trees import Tree, is_float, is_overwritten, names, ratio, wide_dtype, widen
+from curvax.devices import axes, meshes
+
+KINDS = ("mean", "sum", "max", "min", "last", "concat")
+"""How what pieces give becomes what the whole gives."""
+
+
+@jax.tree_util.register_pytree_node_class
+class Parts:
+    """Values of a piece that are not all averaged: how each is reduced, and what is made of them.
+
+    A kind is one of `KINDS`, or "concat 1" for another axis than the first.
+    """
+
+    def __init__(
+        self, values: list[jax.Array], kinds: tuple[str, ...], finish: Callable[[list[Any]], Tree]
+    ):
+        self.values, self.kinds, self.finish = values, kinds, finish
+
+    def tree_flatten(self) -> Any:
+        return self.values, (self.kinds, self.finish)
+
+    @classmethod
+    def tree_unflatten(cls, static: Any, values: Any) -> "Parts":
+        return cls(list(values), *static)
+
+
+def kinds_of(tree: Tree) -> list[str]:
+    """How each leaf is reduced: those of `Parts` as they say, the largest of states that are
+    overwritten by their gradients, the mean of other floats, and the last of all else."""
+
+    def own(path: Any, x: Any) -> tuple[str, ...]:
+        if isinstance(x, Parts):
+            return x.kinds
+        if not is_float(x):
+            return ("last",)
+        return ("max" if is_overwritten(names(path)) else "mean",)
+
+    nodes = jax.tree.leaves_with_path(tree, is_leaf=lambda x: isinstance(x, Parts))
+    return [kind for path, x in nodes for kind in own(path, x)]
+
+
+def finished(tree: Tree) -> Tree:
+    """The tree with what is made of its `Parts` in their place."""
+    is_parts = lambda x: isinstance(x, Parts)
+    make = lambda x: x.finish(x.values) if is_parts(x) else x
+    return jax.tree.map(make, tree, is_leaf=is_parts)
+
+
+def reduced(kind: str, x: jax.Array) -> jax.Array:
+    """Stacked values [count, ...] of all pieces as one of the whole, but for the mean."""
+    if kind == "last":
+        return meshes.laid_out(x, ())[-1]
+    if kind in ("sum", "max", "min"):
+        reduction: Any = {"sum": jnp.sum, "max": jnp.max, "min": jnp.min}[kind]
+        return reduction(x, axis=0).astype(x.dtype)
+    axis = int(kind.removeprefix("concat") or 0)
+    if axis == 0:
+        return meshes.joined(x)
+    x = jnp.moveaxis(meshes.gathered(x), 0, axis)
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+
+def check_divides(size: int, piece: int, where: str) -> None:
+    """Refuses a piece that is no positive divisor of the batch.
+
+    Raises:
+        ValueError: `piece` does not divide `size`.
+    """
+    if not isinstance(piece, numbers.Integral) or piece < 1 or size % piece:
+        divisors = [n for n in range(1, size + 1) if size % n == 0]
+        raise ValueError(
+            f"{where} cuts the batch into equal pieces, and {piece!r} does not divide its {size} "
+            f"examples: the remainder would be lost or miscounted. Use one of {divisors}, or drop "
+            "the last, shorter batch of an epoch."
+        )
+
+
+def split(batch: Tree, size: int, piece: int, where: str) -> Tree:
+    """Contiguous pieces: leaves [size, ...] become [size/piece, piece, ...].
+
+    On an explicit mesh whole pieces stay on their devices where their number comes out even.
+    """
+    check_divides(size, piece, where)
+    return jax.tree.map(lambda x: meshes.cut(x, size // piece, piece), batch)
+
+
+def mean_over_scan(
+    f: Callable[..., tuple[Tree, jax.Array | None]], pieces: Tree, count: int, *beside: Tree
+) -> Tree:
+    """The mean of `f(i, piece, *beside) -> (tree, weight or None)` over `count` stacked pieces.
+
+    One piece is in memory at a time; on an explicit mesh every device works on its part of each.
+    Floating leaves are averaged in float32 or wider and come back in their own dtype; all other
+    leaves are those of the last piece, but for what `Parts` say.
+    """
+    given, number = pieces, jnp.arange(count)
+    pieces = meshes.arranged(pieces, meshes.within(pieces))
+    first = jax.tree.map(lambda x: x[0], (number, pieces))
+    shapes, weighted = _told(lambda: jax.eval_shape(f, *first, *beside), given)
+    leaves, treedef = jax.tree.flatten(shapes)
+    kinds = kinds_of(shapes)
+    floats = [kind == "mean" for kind in kinds]
+
+    def body(carry: Any, piece: Any) -> Any:
+        sums, weight = carry
+        out, w = f(*piece, *beside)
+        w = jnp.ones((), jnp.float32) if w is None else w
+        x = jax.tree.leaves(out)
+        sums = [s + weighed(w, y).astype(s.dtype) for s, y in zip(sums, _where(x, floats, True))]
+        return (sums, weight + w), _where(x, floats, False)
+
+    start = [_zeros(leaf, leaf, weighted) for leaf in _where(leaves, floats, True)]
+    weight = meshes.zeros((), jnp.float32, None) if weighted is None else _zeros(weighted, weighted)
+    (sums, weight), others = lax.scan(body, (start, weight), (number, pieces))
+    means = iter(
+        ratio(s, weight).astype(leaf.dtype) for s, leaf in zip(sums, _where(leaves, floats, True))
+    )
+    stacked = iter(others)
+    return jax.tree.unflatten(
+        treedef,
+        [next(means) if kind == "mean" else reduced(kind, next(stacked)) for kind in kinds],
+    )
+
+
+def _where(leaves: list[Any], flags: list[bool], value: bool) -> list[Any]:
+    return [leaf for leaf, flag in zip(leaves, flags) if flag is value]
+
+
+def _zeros(leaf: jax.ShapeDtypeStruct, *like: jax.ShapeDtypeStruct | None) -> jax.Array:
+    """Zeros to add leaves to, varying over the axes of all that they are made `like`."""
+    zeros = meshes.zeros(leaf.shape, wide_dtype(leaf.dtype), leaf)
+    return axes.vary(zeros, frozenset().union(*map(axes.varying_of, like)))
+
+
+def mean_over_vmap(
+    f: Callable[..., tuple[Tree, jax.Array | None]], pieces: Tree, count: int, *beside: Tree
+) -> Tree:
+    """The same mean with all pieces at once: parallel, and aligned with a sharded batch."""
+    out, weight = stack_over_vmap(f, pieces, count, *beside)
+
+    def mean(kind: str, x: jax.Array) -> jax.Array:
+        if kind != "mean":
+            return reduced(kind, x)
+        if weight is None:
+            return jnp.mean(widen(x), axis=0).astype(x.dtype)
+        w = lax.expand_dims(ratio(weight, jnp.sum(weight)), range(1, x.ndim))
+        return jnp.sum(weighed(w, x), axis=0).astype(x.dtype)
+
+    leaves, treedef = jax.tree.flatten(out)
+    return jax.tree.unflatten(treedef, map(mean, kinds_of(out), leaves))
+
+
+def stack_over_vmap(
+    f: Callable[..., tuple[Tree, jax.Array | None]], pieces: Tree, count: int, *beside: Tree
+) -> tuple[Tree, jax.Array | None]:
+    """`f(i, piece, *beside)` of all pieces at once, stacked along a new first axis.
+
+    On an explicit mesh pieces that lie on devices of their own are evaluated there, and `beside`
+    (the parameters, say) is gathered where it is split along the same axes. A function that names
+    those axes itself is evaluated with every device at work on its part of each piece.
+    """
+    over = (0, 0, *[None] * len(beside))
+
+    def stacked(lie: tuple[meshes.Axes, meshes.Axes]) -> Any:
+        own = meshes.arranged(pieces, lie)
+        number = meshes.placed(jnp.arange(count), lie[0], own)
+        return jax.vmap(f, over)(number, own, *meshes.gathered(beside, lie[0]))
+
+    apart, within = meshes.lie_along(pieces), meshes.within(pieces)
+    if apart == within:
+        return _told(lambda: stacked(apart), pieces)
+    try:
+        return stacked(apart)
+    except Exception as error:
+        if not meshes.is_about_layouts(error):
+            raise
+        return _told(lambda: stacked(within), pieces)
+
+
+def map_over(f: Callable[..., Tree], pieces: Tree, count: int, chunk: int, *beside: Tree) -> Tree:
+    """`f(i, piece, *beside)` stacked along a new first axis, `chunk` pieces at once."""
+    if chunk >= count:
+        return stack_over_vmap(lambda *args: (f(*args), None), pieces, count, *beside)[0]
+    own = (jnp.arange(count), meshes.arranged(pieces, meshes.within(pieces)))
+    batch_size = None if chunk == 1 else chunk
+    return _told(
+        lambda: lax.map(lambda piece: f(*piece, *beside), own, batch_size=batch_size), pieces
+    )
+
+
+def _told(evaluate: Callable[[], Any], pieces: Tree) -> Any:
+    """What it returns; a layout that the function of the pieces does not take is told.
+
+    Raises:
+        ValueError: on an explicit mesh the function names an axis that cannot split the pieces.
+    """
+    names = meshes.lie_along(pieces)
+    try:
+        return evaluate()
+    except Exception as error:
+        if not any(names) or not meshes.is_about_layouts(error):
+            raise
+        x = jax.tree.leaves(pieces)[0]
+        split = sorted({*names[0], *names[1]})
+        like = meshes.split_leaf(pieces)
+        devices = 1 if like is None else meshes.size_of(tuple(split), like)
+        raise ValueError(
+            f"The batch lies along {split} of an explicit mesh and is cut into {x.shape[0]} pieces "
+            f"of {x.shape[1]} (groups, examples or micro-batches), which the model or the loss "
+            f"does not take, probably because it names an axis itself: {meshes.first_line(error)} "
+            "Name the axes of the batch in the model as its input's type has them, "
+            "`out_sharding=P(jax.typeof(x).sharding.spec[0], None)`, which a piece has none of "
+            "where it lies on one device; or take pieces that are a multiple of "
+            f"{devices} examples, so that each is split along "
+            "those axes."
+        ) from error
+
+
+def weighed(weight: jax.Array, x: jax.Array) -> jax.Array:
+    """weight·x, and 0 where the weight is: what counts for nothing may be NaN."""
+    return jnp.where(weight == 0, 0, weight * widen(x))

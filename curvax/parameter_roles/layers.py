@@ -1,0 +1,158 @@
+"""A tree of parameters ↦ what each leaf is, in the layouts of Flax, Haiku and Equinox.
+
+Flax names a kernel (*window, in, out) `kernel`; Haiku names it `w` under a module that it calls
+`conv2_d` unless told otherwise; Equinox stores (out, in, *window) as `weight` of a class that is
+still seen in the tree. Only what is certain has a window: in another order the same mean would run
+over channels.
+"""
+
+import math
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from curvax.arithmetic import trees
+from curvax.arithmetic.trees import Tree
+from curvax.parameter_roles import roles
+from curvax.parameter_roles.roles import Path, Reading, Role, Shape
+
+HAIKU_CONVOLUTION = re.compile(r"(?:.*_)?conv([123])_?d(_transpose)?(?:_\d+)?")
+HAIKU_LINEAR = re.compile(r"(?:.*_)?linear(?:_\d+)?")
+NAMED_CONVOLUTION = re.compile(r"(?<![a-z])conv(?!e)|conv(?:\d|_|$)", re.IGNORECASE)
+NO_CONVOLUTION = re.compile(
+    r"einsum|att(entio)?n|query|key|value|qkv|^out$|expert|moe|mlp|dense|linear|proj|embed|lora",
+    re.IGNORECASE,
+)
+IN_SEQUENCE = re.compile(r"(?:layers_)?\d+")
+# The sides of windows in use: from 2 x 2 of pooling to 11 x 11 of AlexNet.
+SIDES = range(2, 12)
+
+
+def readings(tree: Tree) -> dict[Path, Reading]:
+    """What each leaf of a tree is."""
+    shapes = shapes_of(tree)
+    inside = {bare(path): shape for path, shape in shapes.items() if bare(path)}
+    read = roles.read_roles(inside, known(tree, inside))
+    return {path: read.get(bare(path), Reading(roles.OTHER)) for path in shapes}
+
+
+def bare(path: Path) -> Path:
+    """A path without the `value` at which an nnx Variable holds its array."""
+    return path[:-1] if path[-1:] == ("value",) else path
+
+
+def shapes_of(tree: Tree) -> dict[Path, Shape]:
+    """The shapes of the arrays of a tree; an Equinox module holds functions too."""
+    leaves = jax.tree.leaves_with_path(tree)
+    return {trees.names(path): tuple(jnp.shape(x)) for path, x in leaves if not callable(x)}
+
+
+def known(tree: Tree, shapes: Mapping[Path, Shape]) -> dict[Path, Reading]:
+    """The leaves that the classes of Equinox or the names of Haiku tell."""
+    told = {
+        (*path, name): role
+        for path, layer in _equinox_layers(tree)
+        for name, role in _equinox_roles(layer).items()
+    }
+    found = {path: _placed(role, shapes[path]) for path, role in told.items() if path in shapes}
+    for owner, layer in roles.layers(shapes).items():
+        if owner and (haiku := _haiku_roles(owner[-1], layer)):
+            found |= {(*owner, name): reading for name, reading in haiku.items()}
+    return found
+
+
+def _placed(role: tuple[Role, int], shape: Shape) -> Reading:
+    """A role of so many own axes, the leading others stacked as `eqx.filter_vmap` does."""
+    own, rank = role
+    return roles.placed(own, tuple(range(len(shape) - rank)), len(shape))
+
+
+def _equinox_layers(tree: Tree) -> Iterator[tuple[Path, Any]]:
+    if (equinox := sys.modules.get("equinox")) is None:
+        return
+    nn = equinox.nn
+    kinds = (
+        nn.Conv, nn.ConvTranspose, nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm,
+        nn.BatchNorm,
+    )  # fmt: skip
+    layer = lambda x: isinstance(x, kinds)
+    for path, x in jax.tree.leaves_with_path(tree, is_leaf=layer):
+        if layer(x):
+            yield trees.names(path), x
+
+
+def _equinox_roles(layer: Any) -> dict[str, tuple[Role, int]]:
+    """The role and the number of own axes of each parameter of a layer of Equinox."""
+    nn = sys.modules["equinox"].nn
+    if isinstance(layer, (nn.Conv, nn.ConvTranspose)):
+        n = layer.num_spatial_dims
+        kernel = Role("convolution", tuple(range(2, 2 + n)), (1,), (0,))
+        return {"weight": (kernel, 2 + n), "bias": (roles.vector("bias", 1 + n), 1 + n)}
+    if isinstance(layer, nn.Linear):
+        return {"weight": (Role("dense", (), (1,), (0,)), 2), "bias": (roles.vector("bias", 1), 1)}
+    if isinstance(layer, nn.Embedding):
+        return {"weight": (roles.linear(1, 1, kind="embedding"), 2)}
+    rank = len(layer.shape) if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)) else 1
+    norm = (roles.vector("norm", rank), rank)
+    return {"weight": norm, "bias": norm}
+
+
+def _haiku_roles(module: str, layer: Mapping[str, Shape]) -> dict[str, Reading]:
+    """What a module of Haiku holds, {w} or {w, b}, by its own name and the shapes."""
+    if "w" not in layer or not set(layer) <= {"w", "b"}:
+        return {}
+    kernel, bias = layer["w"], layer.get("b")
+    role = _haiku_kernel(module.split("/")[-1], kernel, bias)
+    if role is None:
+        return {}
+    depth = len(kernel) - len(role.window + role.inputs + role.outputs)
+    stacked = tuple(range(depth))
+    found = {"w": roles.placed(role, stacked, len(kernel))}
+    if bias is None:
+        return found
+    # A bias along the channels of (n, c, h, w) has an axis of one for each axis of the window.
+    ends = [kernel[depth + axis] for axis in role.outputs]
+    if depth > len(bias) or math.prod(bias) != math.prod([*kernel[:depth], *ends]):
+        return {}
+    vector = roles.vector("bias", len(bias) - depth)
+    return found | {"b": roles.placed(vector, stacked, len(bias))}
+
+
+def _haiku_kernel(name: str, kernel: Shape, bias: Shape | None) -> Role | None:
+    rank = len(kernel)
+    if match := HAIKU_CONVOLUTION.fullmatch(name):
+        n = int(match[1])
+        return roles.convolution(n, transposed=bool(match[2])) if rank >= n + 2 else None
+    if HAIKU_LINEAR.fullmatch(name) or rank == 2:
+        return roles.linear(1, 1) if rank >= 2 else None
+    first, last = _square(kernel[:2]), _square(kernel[-2:])
+    if rank == 4 and NAMED_CONVOLUTION.search(name) and first and not last:
+        return roles.convolution(2, transposed="transpose" in name)
+    return None
+
+
+def _square(sides: Shape) -> bool:
+    return len(set(sides)) == 1 and sides[0] in SIDES
+
+
+def doubtful_window(path: Path, shape: Shape, reading: Reading) -> bool:
+    """Whether a leaf of which nothing is known may be a convolution's kernel.
+
+    By its name, or by a square window of which one side of the shape looks like; by an odd one of
+    one axis where a sequence of layers hides the name.
+    """
+    if reading.role.kind != "other" or len(shape) < 3:
+        return False
+    words = [word for name in bare(path) for word in name.split("/")]
+    if any(map(NAMED_CONVOLUTION.search, words)):
+        return True
+    if any(map(NO_CONVOLUTION.search, words)):
+        return False
+    if len(shape) == 3:
+        within = len(words) > 1 and words[-1] == "kernel" and IN_SEQUENCE.fullmatch(words[-2])
+        return bool(within) and shape[0] in SIDES and shape[0] % 2 == 1
+    return any(_square(sides) and sides[0] > 2 for sides in (shape[:2], shape[-2:]))

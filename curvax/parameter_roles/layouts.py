@@ -1,0 +1,160 @@
+"""A tree of parameters ↦ what each is: the nouns that curvature tools need.
+
+Which axes of a leaf are a convolution's window, which its inputs and outputs, which stack layers
+(`nn.scan`, `nn.vmap`, `nnx.scan`, `nnx.vmap`), and to which block of the network it belongs.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from itertools import product
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from curvax.parameter_roles import layers, roles
+from curvax.parameter_roles.layers import bare
+from curvax.parameter_roles.roles import Axes, Path, Reading, Shape
+
+COMPONENT = re.compile("attention|attn|mlp|ffn|feed_?forward", re.IGNORECASE)
+NUMBERED = re.compile(r"(.*?)_?\d+")
+
+
+class Leaf(NamedTuple):
+    """What one parameter is.
+
+    Attributes:
+        kind: `convolution`, `dense`, `attention` (a projection's kernel), `embedding` (tables,
+            positions, tokens), `norm`, `bias`, or `other` where nothing tells.
+        shape: its stored shape.
+        window: the window axes of a convolution.
+        inputs: the axes summed over in the forward pass.
+        outputs: the axes that come out of it; all own axes of a bias or norm.
+        depth: the axes that stack layers, outermost first.
+        block: the attention, MLP, repeated block or top-level module it belongs to, as a path with
+            `*` for the number of a stacked layer: `block_*/attention`.
+    """
+
+    kind: str
+    shape: Shape
+    window: Axes
+    inputs: Axes
+    outputs: Axes
+    depth: Axes
+    block: str
+
+
+class Member(NamedTuple):
+    """A leaf, or the slice of a stacked leaf, that belongs to a block."""
+
+    path: Path
+    place: tuple[int, ...]
+    """Its number along each of the leaf's `depth` axes."""
+
+
+class Layout(Mapping[Path, Leaf]):
+    """`Leaf` by path, the names from the root of the parameters that the optimiser is given.
+
+    Called as `(path, leaf)` it gives a convolution's window axes and None for anything else, which
+    is what `spatial_average` takes for a block.
+    """
+
+    def __init__(self, leaves: Mapping[Path, Leaf]):
+        self._leaves = dict(leaves)
+
+    def __getitem__(self, path: Path) -> Leaf:
+        """The leaf at a path.
+
+        Raises:
+            KeyError: the model has no such parameter; the error shows the nearest ones.
+        """
+        known = self._leaves
+        # nnx.Optimizer initialises a transformation with Variables, whose arrays sit at `value`.
+        path = path if path in known else bare(path)
+        if path not in known:
+            label, labels = "/".join(path), ["/".join(p) for p in known]
+            raise KeyError(
+                f"The layout knows no parameter `{label}`; near it are "
+                f"{get_close_matches(label, labels, cutoff=0.0)}. It was made for other "
+                "parameters: call `layout(model, variables)` for the tree given to the optimiser."
+            )
+        return known[path]
+
+    def __iter__(self) -> Iterator[Path]:
+        return iter(self._leaves)
+
+    def __len__(self) -> int:
+        return len(self._leaves)
+
+    def __call__(self, path: Path, leaf: Any) -> Axes | None:
+        """The window axes of a convolution's kernel, None for other parameters.
+
+        Raises:
+            ValueError: the leaf has another rank than the one that the layout was made for.
+        """
+        known = self[path]
+        if jnp.ndim(leaf) != len(known.shape):
+            raise ValueError(
+                f"The layout was made for `{'/'.join(path)}` of shape {known.shape} and got shape "
+                f"{jnp.shape(leaf)}. Make it for the parameters as the optimiser sees them."
+            )
+        return known.window or None
+
+    def blocks(self) -> dict[str, list[Member]]:
+        """The members of every block by name, a stacked layer numbered like an unrolled one.
+
+        `block_3` has all of layer 3, `block_3/attention` its attention alone, whether `block` is
+        scanned or `block_3` is a module of its own.
+        """
+        found: dict[str, list[Member]] = {}
+        for path, leaf in self.items():
+            for place in product(*(range(leaf.shape[axis]) for axis in leaf.depth)):
+                parts = leaf.block.replace("*", "{}").format(*place).split("/")
+                for n in range(len(parts)):
+                    name = "/".join(parts[: n + 1])
+                    found.setdefault(name, []).append(Member(path, place))
+        return found
+
+
+def layout_of_tree(tree: Any) -> Layout:
+    """What each parameter of a tree is, by the names of Flax and Haiku, the classes of Equinox, and
+    neighbouring shapes."""
+    shapes = {bare(path): shape for path, shape in layers.shapes_of(tree).items()}
+    return assemble(shapes, roles.read(shapes, layers.known(tree, shapes)))
+
+
+def assemble(shapes: Mapping[Path, Shape], readings: Mapping[Path, Reading]) -> Layout:
+    """The layout of parameters by their shapes and readings."""
+    repeated = _repeated(shapes)
+    return Layout(
+        {
+            path: Leaf(
+                shape=shape,
+                depth=readings[path].depth,
+                block=_block(path, readings[path], repeated),
+                **readings[path].role._asdict(),
+            )
+            for path, shape in shapes.items()
+        }
+    )
+
+
+def _repeated(shapes: Mapping[Path, Shape]) -> set[Path]:
+    """The modules of numbered families that hold modules themselves: block_0, block_1."""
+    modules = {path[:n] for path in shapes for n in range(1, len(path) - 1)}
+    families: dict[tuple[Path, str], set[Path]] = {}
+    for module in modules:
+        if match := NUMBERED.fullmatch(module[-1]):
+            families.setdefault((module[:-1], match[1]), set()).add(module)
+    return {module for family in families.values() if len(family) > 1 for module in family}
+
+
+def _block(path: Path, reading: Reading, repeated: set[Path]) -> str:
+    """The deepest attention or MLP above a leaf, else the block that is repeated, else the top."""
+    components = [n for n in range(1, len(path)) if COMPONENT.search(path[n - 1])]
+    numbered = [n for n in range(1, len(path)) if path[:n] in repeated]
+    end = max([*components[-1:], *numbered[:1], *reading.levels, 0])
+    own = [path[n] + "_*" * reading.levels.count(n + 1) for n in range(end)]
+    embeds = reading.role.kind == "embedding" or "embed" in path[0].lower()
+    top = "embedding" if embeds else path[0]
+    return "/".join(["*"] * reading.levels.count(0) + (own or [top]))

@@ -1,0 +1,23 @@
+"""SAM's perturbation: the direction of the ascent, the ball it stays in, the gradient up there."""
+
+from curvax.perturbation.directions import (
+    Ascent,
+    MetricAscent,
+    asam,
+    asam_all,
+    dual_norm,
+    random_direction,
+    weight_scaled,
+)
+from curvax.perturbation.fisher import fisher_ascent
+
+__all__ = [
+    "Ascent",
+    "MetricAscent",
+    "asam",
+    "asam_all",
+    "dual_norm",
+    "fisher_ascent",
+    "random_direction",
+    "weight_scaled",
+]

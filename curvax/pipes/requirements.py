@@ -1,0 +1,36 @@
+"""What a stage needs of the stages before it, or an error that shows where to put it."""
+
+from typing import Any
+
+from curvax.arithmetic.trees import Tree
+from curvax.linear_operator import Product, as_product
+
+
+def needed_diagonal(diagonal: Tree, stage: str, needs: str) -> Tree:
+    """The diagonal of a signal.
+
+    Raises:
+        ValueError: no earlier stage gave one.
+    """
+    if diagonal is None:
+        raise ValueError(
+            f"`{stage}` {needs}, and no earlier stage gave one. Put an estimator before it, as in "
+            f"`hutchinson_diag() | {stage}(...)`; between stages write `|` or `curvax.pipe`, since "
+            "`optax.chain` hands on nothing but the updates."
+        )
+    return diagonal
+
+
+def needed_matvec(matvec: Any, stage: str, needs: str) -> Product:
+    """The curvature product of a signal.
+
+    Raises:
+        ValueError: no earlier stage gave one.
+    """
+    if matvec is None:
+        raise ValueError(
+            f"`{stage}` {needs}, and no earlier stage gave one. Put one before it, as in "
+            f"`fisher_matvec() | {stage}(...)`; between stages write `|` or `curvax.pipe`, since "
+            "`optax.chain` hands on nothing but the updates."
+        )
+    return as_product(matvec)

@@ -1,0 +1,182 @@
+"""What the estimators share: the stage, the caller's gradient, parts of the batch, and shards."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from curvax import checks
+from curvax.arithmetic import trees
+from curvax.arithmetic.safe_math import root
+from curvax.arithmetic.trees import Tree
+from curvax.devices import axes, meshes
+from curvax.devices.axes import AxisNames
+from curvax.objective import Objective, as_objective, microbatching, refuse_joined, require_batch
+from curvax.pipes.diagnostics import Figures, Flags, Measured, measured, unmeasured
+from curvax.pipes.signal import Signal, Stage, stage
+from curvax.pipes.state_keys import DrawingKey
+
+Sampler = Callable[[jax.Array, Tree], Tree]
+
+
+class Curvature(NamedTuple):
+    """One estimate and the clean pass that came with it."""
+
+    diagonal: Tree
+    variance: Tree
+    loss: tuple[jax.Array, Any]
+    gradient: Tree
+
+
+Estimate = Callable[[Objective, Tree, jax.Array, tuple[str, ...]], Curvature]
+"""(objective, parameters, key, device axes to average over within) ↦ one estimate."""
+
+
+class EstimateState(NamedTuple):
+    key: jax.Array
+    """The data of a key, uint32; draws are keyed by step and by place in the global batch."""
+    step: jax.Array
+    """t, int32 scalar: estimates made."""
+    measured: Flags
+    figures: Figures
+    """`diagonal_relative_error`, with two probes or more."""
+
+
+def diagonal_stage(
+    name: str,
+    estimate: Estimate,
+    key: jax.Array | int,
+    probes: int,
+    fraction: float,
+    shards: int,
+    mean_over: AxisNames,
+    needs: Callable[[Objective], Any] = lambda objective: None,
+) -> Stage:
+    """A stage that sets `diagonal` from random estimates; `needs` refuses what they cannot use."""
+    checks.check_count(name, probes=probes, shards=shards)
+    check_fraction(fraction, name)
+    drawing = DrawingKey(key)
+
+    def init(params: Tree) -> EstimateState:
+        trees.require_floating(params, name)
+        figures = unmeasured(*["diagonal_relative_error"] * (probes > 1))
+        return EstimateState(drawing.initial(), jnp.zeros((), jnp.int32), *figures)
+
+    def rule(
+        signal: Signal, state: EstimateState, params: Tree, *, value_fn: Any = None, **extra: Any
+    ) -> tuple[Signal, EstimateState]:
+        del extra
+        objective = as_objective(value_fn, name, params)
+        needs(objective)
+        here, local, over = settled(signal, objective, params, fraction, mean_over, name)
+        # What is averaged before it is squared, unless each shard is squared on its own.
+        within = over if shards == 1 else ()
+        of_shard = lambda part, params, k: estimate(part, params, k, within)
+        step_key = jax.random.fold_in(drawing.of(state.key), state.step)
+        found, whole = over_shards(of_shard, here, params, step_key, shards, local, name)
+        diagonal, variance = axes.mean((found.diagonal, found.variance), over, here.batch_weight())
+        if shards > 1:  # whose draws are independent
+            variance = trees.scale(1 / axes.index_and_size(over)[1], variance)
+        signal = signal._replace(diagonal=diagonal)
+        if whole and fraction == 1:
+            signal = share_gradient(signal, objective, params, found.loss, found.gradient, local)
+        figures = unmeasured() if probes == 1 else relative_error(diagonal, variance)
+        return signal, EstimateState(state.key, state.step + 1, *figures)
+
+    return stage(init, rule, name=name)
+
+
+def settled(
+    signal: Signal,
+    objective: Objective,
+    params: Tree,
+    fraction: float,
+    mean_over: AxisNames,
+    name: str,
+) -> tuple[Objective, frozenset[str], tuple[str, ...]]:
+    """(the loss on its part of the batch, the axes it is local to, the axes to average over)."""
+    local = objective.local_axes(params)
+    checks.refuse_split(params, objective, stage=name)
+    checks.refuse_summed(signal.updates, local - signal.averaged, stage=name)
+    over = checks.averaged_axes(mean_over, local, stage=name)
+    return part_of(objective, fraction, name), local, over
+
+
+def check_fraction(fraction: Any, name: str) -> None:
+    """Refuses a fraction of the batch that is none, or no plain number."""
+    checks.check_static(name, fraction=fraction)
+    if not 0 < fraction <= 1:
+        raise ValueError(f"`{name}` takes `fraction` in (0, 1], and got {fraction}.")
+
+
+def part_of(objective: Objective, fraction: float, name: str) -> Objective:
+    """The loss on the first `fraction` of the batch."""
+    if fraction == 1:
+        return objective
+    return require_batch(objective, f"{name}(fraction=)").first(fraction)
+
+
+def share_gradient(
+    signal: Signal,
+    objective: Objective,
+    params: Tree,
+    loss: tuple[jax.Array, Any],
+    gradient: Tree,
+    local: frozenset[str],
+) -> Signal:
+    """Passes on the estimator's own gradient where the updates are that very gradient.
+
+    Same numbers; the caller's backward pass becomes dead code, which the compiler drops.
+    """
+    value, aux = loss
+    if objective.gave(params, signal.updates) is None:
+        return signal if signal.value is not None else signal._replace(value=value, aux=aux)
+    gradient = jax.tree.map(lambda own, u: own.astype(u.dtype), gradient, signal.updates)
+    return signal._replace(updates=gradient, gradient=gradient, value=value, aux=aux, local=local)
+
+
+def over_shards(
+    estimate: Callable[[Objective, Tree, jax.Array], Curvature],
+    objective: Objective,
+    params: Tree,
+    key: jax.Array,
+    shards: int,
+    local: frozenset[str],
+    name: str,
+) -> tuple[Curvature, bool]:
+    """The estimate with one probe a shard, and whether it was made on the whole batch at once."""
+    if shards == 1:
+        return estimate(objective, params, key), True
+    refuse_joined(objective.joined)
+    # A group of `per_group` is cut by itself, and its key is its own.
+    over = () if objective.grouped else tuple(a for a in axes.manual() if a in local)
+    device, devices = axes.index_and_size(over)
+    if shards % devices:
+        raise ValueError(
+            f"`{name}(shards={shards})` cuts the global batch into equal parts, and "
+            f"{shards} is no multiple of the {devices} devices. Use a multiple."
+        )
+    here = shards // devices
+    if here == 1:
+        return estimate(objective, params, jax.random.fold_in(key, device)), True
+    objective = require_batch(objective, f"{name}(shards=)")
+    microbatching.check_divides(objective.size, here, f"`{name}(shards={shards})`")
+
+    def piece(i: jax.Array, batch: Tree, params: Tree) -> tuple[Curvature, jax.Array | None]:
+        part = objective.piece(batch, i, here)
+        own = jax.random.fold_in(key, device * here + i)
+        return estimate(part, params, own), part.batch_weight()
+
+    groups = objective.groups(objective.size // here)
+    found = microbatching.mean_over_vmap(piece, groups, here, params)
+    lay = lambda tree: meshes.laid_like(tree, params)
+    found = found._replace(diagonal=lay(found.diagonal), gradient=lay(found.gradient))
+    if jax.tree.leaves(found.variance):
+        found = found._replace(variance=lay(found.variance))
+    return found._replace(variance=trees.scale(1 / here, found.variance)), False
+
+
+def relative_error(diagonal: Tree, variance: Tree) -> Measured:
+    error = trees.ratio(root(trees.total(variance)), trees.norm(diagonal))
+    return measured({"diagonal_relative_error": error})

@@ -1,0 +1,157 @@
+"""Damping that follows how well the quadratic model foretold the loss."""
+
+import numbers
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from curvax import checks
+from curvax.arithmetic import trees
+from curvax.arithmetic.trees import Tree
+from curvax.devices.axes import AxisNames
+from curvax.objective import Objective, as_objective
+from curvax.pipes import requirements
+from curvax.pipes.diagnostics import Figures, Flags, measured, remeasured, unmeasured
+from curvax.pipes.signal import Signal, Stage, containing, pipe
+
+FACTORS = {"poor": 1.5, "good": 2 / 3, "rejected": 4.0}
+"""What λ is multiplied by: below a ratio of ¼, above ¾, and when the loss rose."""
+
+SPAN = 1e10
+"""λ stays within this factor of its start, well inside float32: from 0 or ∞ none leads back."""
+
+
+class LevenbergMarquardtState(NamedTuple):
+    next_damping: jax.Array
+    """λ of the next step, a scalar of the default float type."""
+    rejected: jax.Array
+    """Rejections in a row, int32 scalar."""
+    inner: Any
+    """The state of the stages inside."""
+    measured: Flags
+    figures: Figures
+    """`reduction_ratio` and `kl`."""
+
+
+def levenberg_marquardt(
+    stages: optax.GradientTransformation,
+    damping: Any = 1.0,
+    *,
+    reject: bool = True,
+    mean_over: AxisNames = None,
+) -> Stage:
+    """Adapts the λ of `damp()` inside, and undoes steps that raise the loss.
+
+        ρ = (L(θ + δ) - L(θ)) / (gᵀδ + ½ δᵀCδ),   λ ← 3/2 λ if ρ < ¼,   λ ← 2/3 λ if ρ > ¾
+
+    It wraps the pipe up to and including its learning rate, so that δ is the step taken, and
+    compares loss and model on the same batch: two forward passes and one product more. A rejected
+    step gives zero updates, quadruples λ and leaves the inner state as it was but for its figures;
+    from the second rejection in a row on that state starts anew, counts of schedules and draws
+    too, since a velocity that points uphill would be rejected for ever. λ stays within a factor
+    of 10¹⁰ of its start. Martens, Hessian-free optimization (ICML 2010), section 4.1;
+    arXiv:1412.1193, section 10.
+
+    Args:
+        stages: such as `fisher_matvec() | damp() | solve(cg(20)) |
+            optax.scale_by_learning_rate(1.0)`.
+        damping: λ > 0 at the start.
+        reject: whether steps that raise the loss, by more than a few units of rounding, or to NaN,
+            are undone; otherwise they only raise λ.
+        mean_over: the device axis, or axes, to average the losses over.
+
+    Returns:
+        A stage that needs `value_fn`. Its figures are `reduction_ratio` and `kl` ½ δᵀCδ, beside
+        the `damping` of `damp`.
+
+    Raises:
+        ValueError: λ out of range; at update, stages that give no curvature product.
+    """
+    checks.check_range("damping", damping, 0, jnp.inf, stage="levenberg_marquardt")
+    _refuse_zero(damping)
+    inner = pipe(stages)
+
+    def init(params: Tree) -> LevenbergMarquardtState:
+        lam = jnp.array(damping, jnp.result_type(float))
+        figures = unmeasured("reduction_ratio", "kl")
+        return LevenbergMarquardtState(lam, jnp.zeros((), jnp.int32), inner.init(params), *figures)
+
+    def rule(
+        signal: Signal,
+        state: LevenbergMarquardtState,
+        params: Tree,
+        *,
+        value_fn: Any = None,
+        **extra: Any,
+    ) -> tuple[Signal, LevenbergMarquardtState]:
+        objective = as_objective(value_fn, "levenberg_marquardt", params)
+        local = objective.local_axes(params)
+        over = checks.averaged_axes(mean_over, local, stage="levenberg_marquardt")
+        extra |= {"value_fn": value_fn, "damping": state.next_damping}
+        out, new_inner = inner.update(signal, state.inner, params, **extra)
+        checks.refuse_local(out.local, stage="levenberg_marquardt")
+        trial = _try(objective, params, out, over)
+        undone = trial.rose & reject
+        fresh = _select(state.rejected > 0, inner.init(params), state.inner)
+        zeros = jax.tree.map(jnp.zeros_like, out.updates)
+        figures = dict(reduction_ratio=trial.ratio, kl=jnp.where(undone, 0.0, trial.kl))
+        new_state = LevenbergMarquardtState(
+            _adapted(state.next_damping, trial, damping),
+            jnp.where(undone, state.rejected + 1, 0),
+            remeasured(_select(undone, fresh, new_inner), new_inner),
+            *measured(figures),
+        )
+        return out._replace(updates=_select(undone, zeros, out.updates)), new_state
+
+    return containing(init, rule, inner, evaluates_loss=True)
+
+
+class _Trial(NamedTuple):
+    """What came of a step."""
+
+    ratio: jax.Array
+    kl: jax.Array
+    rose: jax.Array
+    """The loss rose, or is no number."""
+    flat: jax.Array
+    """The model foretold no more than rounding: the ratio says nothing."""
+
+
+def _try(objective: Objective, params: Tree, out: Signal, over: tuple[str, ...]) -> _Trial:
+    product = requirements.needed_matvec(
+        out.matvec, "levenberg_marquardt", "judges a quadratic model"
+    )
+    delta = out.updates
+    before = objective.mean(params, over)
+    change = objective.mean(optax.apply_updates(params, delta), over) - before
+    kl = 0.5 * trees.dot(delta, product.curvature(delta))
+    model = trees.dot(out.gradient, delta) + kl
+    rounding = 8 * jnp.finfo(before.dtype).eps * jnp.abs(before)
+    return _Trial(
+        ratio=trees.ratio(change, model),
+        kl=kl,
+        rose=~(change <= rounding),
+        flat=jnp.abs(model) <= rounding,
+    )
+
+
+def _adapted(lam: jax.Array, trial: _Trial, start: Any) -> jax.Array:
+    cases = [trial.rose, trial.flat, trial.ratio < 0.25, trial.ratio > 0.75]
+    factor = jnp.select(cases, [FACTORS["rejected"], 1.0, FACTORS["poor"], FACTORS["good"]], 1.0)
+    return jnp.clip(lam * factor, start / SPAN, start * SPAN).astype(lam.dtype)
+
+
+def _refuse_zero(damping: Any) -> None:
+    if isinstance(damping, numbers.Real) and damping == 0:
+        raise ValueError(
+            "`levenberg_marquardt` multiplies λ from step to step, and a `damping` of 0 stays 0. "
+            "Start from a positive one, `levenberg_marquardt(stages, 1e-3)`; for none at all, "
+            "write `damp(0.0)` and no wrapper."
+        )
+
+
+def _select(predicate: jax.Array, yes: Tree, no: Tree) -> Tree:
+    """Leaf by leaf, typed as varying wherever either is."""
+    return jax.tree.map(lambda a, b: jnp.where(predicate, a, b), yes, no)

@@ -1,0 +1,95 @@
+"""Keeping a diagonal for k steps."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from curvax import checks
+from curvax.arithmetic import trees
+from curvax.arithmetic.trees import Tree
+from curvax.devices import axes
+from curvax.objective import as_objective
+from curvax.pipes import requirements
+from curvax.pipes.signal import Signal, Stage, containing, name_of, parts_of, pipe, step
+
+
+class EveryState(NamedTuple):
+    step: jax.Array
+    """Steps taken, int32 scalar."""
+    diagonal: Tree
+    """The diagonal as last refreshed, in float32 or wider, shaped like the parameters; entries
+    that were not finite as refreshed before, but for the first time."""
+    inner: Any
+    """The state of the stages inside."""
+
+
+def every(k: Any, stages: optax.GradientTransformation) -> Stage:
+    """Refreshes a diagonal every k steps, from the first on, and hands on the kept one in between.
+
+    `every(5, hutchinson_diag()) | ema_rms(b)` feeds the kept diagonal to the average at each step;
+    `every(5, hutchinson_diag() | ema_rms(b))` averages, and counts, refreshes only. A kept step
+    costs one gradient. Under `vmap` both branches run and nothing is saved. Of a refresh that is
+    not finite that step alone sees the entries; what is kept in their place is the last refresh
+    that was. Yao et al., AdaHessian, arXiv:2006.00719, Table 8.
+
+    Args:
+        k: a positive int, or a traced one.
+        stages: stages that make and smooth a diagonal and leave the updates alone.
+
+    Returns:
+        A stage that sets `diagonal`.
+
+    Raises:
+        ValueError: k < 1, or a part that changes the updates.
+    """
+    if not isinstance(k, jax.Array):
+        checks.check_count("every", k=k)
+    for part in parts_of(pipe(stages)):
+        if not isinstance(part, Stage):
+            _refuse_change(name_of(part))
+    inner = pipe(stages)
+
+    def init(params: Tree) -> EveryState:
+        zeros = jax.tree.map(lambda x: trees.widen(jnp.zeros_like(x)), params)
+        return EveryState(jnp.zeros((), jnp.int32), zeros, inner.init(params))
+
+    def rule(
+        signal: Signal,
+        state: EveryState,
+        params: Tree = None,
+        *,
+        value_fn: Any = None,
+        **extra: Any,
+    ) -> Any:
+        # A copy has no memory of gradients given: nothing inside shares the caller's backward
+        # pass, which a kept step needs.
+        objective = as_objective(value_fn, "every", params)
+        fresh = objective.on(objective.batch)
+
+        def refresh() -> tuple[Tree, Tree, Any]:
+            given = Signal(signal.updates, signal.gradient, signal.diagonal, local=signal.local)
+            below = []
+            for part, place in zip(parts_of(inner), state.inner, strict=True):
+                given, new = step(part, given, place, params, value_fn=fresh, **extra)
+                if not trees.same_leaves(given.updates, signal.updates):
+                    _refuse_change(name_of(part))
+                below.append(new)
+            diagonal = requirements.needed_diagonal(given.diagonal, "every", "keeps a diagonal")
+            diagonal = trees.cast_like(diagonal, state.diagonal)
+            good = lambda x, old: jnp.where(jnp.isfinite(x) | (state.step == 0), x, old)
+            return diagonal, jax.tree.map(good, diagonal, state.diagonal), tuple(below)
+
+        keep = lambda: (state.diagonal, state.diagonal, state.inner)
+        diagonal, kept, below = axes.cond(state.step % k == 0, refresh, keep)
+        return signal._replace(diagonal=diagonal), EveryState(state.step + 1, kept, below)
+
+    return containing(init, rule, inner)
+
+
+def _refuse_change(name: str) -> None:
+    raise ValueError(
+        f"`every` keeps a diagonal and nothing else, and `{name}` inside it changes the updates. "
+        f"Move it out, `every(k, ...) | {name}(...)`; `sam_perturb` has an `every=` of its own."
+    )

@@ -1,0 +1,1 @@
+"""Runs compared: several methods over seeds, grids of settings, tables, plots, costs."""

@@ -1,0 +1,127 @@
+"""A grid of settings scored on held-out training examples: what it was asked and what it found."""
+
+import itertools
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from rich.table import Table
+
+from curvax.training.compare.comparison import Outcomes, values
+from curvax.training.compare.report import spread
+from curvax.training.compare.summary import Summary, summarise
+from curvax.training.runtime import run_dir
+from curvax.training.selection_metric import Goal
+
+MOST_FIELDS = 2
+Fields = Mapping[str, Sequence[str]]
+
+
+class SweepError(ValueError):
+    """A sweep that cannot be read."""
+
+
+class Grid(NamedTuple):
+    """One method's held-out score at every point."""
+
+    goal: Goal
+    method: str
+    fields: Fields
+    points: list[tuple[str, ...]]  # the values, the last field fastest
+    scores: list[Summary]  # at each point
+
+    @property
+    def best(self) -> int:
+        """The number of the best point; one that diverged never is."""
+        return int(np.argmax([self.goal.worth(score.mean) for score in self.scores]))
+
+    @property
+    def title(self) -> str:
+        return f"held-out {self.goal.title}"
+
+    def array(self, part: str) -> np.ndarray:
+        """A part of the summaries, one axis for each field."""
+        values = [getattr(score, part) for score in self.scores]
+        return np.reshape(values, [len(v) for v in self.fields.values()])
+
+
+def read_fields(texts: Sequence[str]) -> dict[str, list[str]]:
+    """`["rho=0.1,0.2"]` ↦ `{"rho": ["0.1", "0.2"]}`; commas inside brackets do not part values.
+
+    Raises:
+        SweepError: no `=`, a field named twice, or more than two fields.
+    """
+    fields: dict[str, list[str]] = {}
+    for text in texts:
+        name, equals, values = text.partition("=")
+        if not equals or not values or name in fields:
+            raise SweepError(
+                f"`--sweep {text}` is no list of values. Write each field once, as "
+                "`--sweep rho=0.05,0.1,0.2`."
+            )
+        fields[name] = _split(values)
+    if len(fields) > MOST_FIELDS:
+        raise SweepError(
+            f"A sweep has one field (a curve) or two (a heat map), and {len(fields)} were given: "
+            f"{', '.join(fields)}."
+        )
+    return fields
+
+
+def _split(values: str) -> list[str]:
+    """Splits at the commas outside brackets."""
+    parts, depth = [""], 0
+    for character in values:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
+def grids(outcomes: Outcomes, methods: Sequence[str], fields: Fields, goal: Goal) -> list[Grid]:
+    """The outcomes of `compare.grid`'s arms, sorted by method and point."""
+    points = list(itertools.product(*fields.values()))
+    scores = [summarise(values(arm, goal.figure)) for arm in outcomes.values()]
+    size = len(points)
+    return [
+        Grid(goal, method, fields, points, scores[i * size : (i + 1) * size])
+        for i, method in enumerate(methods)
+    ]
+
+
+def table(found: Sequence[Grid]) -> Table:
+    """One row for each point, one column of held-out scores for each method."""
+    page = Table(*found[0].fields, *(f"{grid.title}, {grid.method}" for grid in found))
+    for number, point in enumerate(found[0].points):
+        page.add_row(*point, *(spread(grid.scores[number], grid.goal.form) for grid in found))
+    return page
+
+
+def words(found: Sequence[Grid], config_name: str) -> str:
+    """The best point of each method, and the command that uses it."""
+    lines = []
+    for grid in found:
+        setting = [f"{field}={value}" for field, value in zip(grid.fields, grid.points[grid.best])]
+        options = shlex.join(f"--{part}" for part in setting)
+        score = grid.goal.form.format(grid.scores[grid.best].mean)
+        lines.append(
+            f"Best for {grid.method}: {', '.join(setting)}, {grid.title} {score}. To test it: "
+            f"curvax compare {config_name} {options}"
+        )
+    return "\n".join([*lines, "The test set was not looked at."])
+
+
+def write(folder: Path, found: Sequence[Grid]) -> None:
+    """`sweep.json`: every point of every method with its score."""
+    page = {
+        grid.method: [
+            dict(zip(grid.fields, point)) | score._asdict()
+            for point, score in zip(grid.points, grid.scores)
+        ]
+        for grid in found
+    }
+    run_dir.write_json(folder / "sweep.json", page)

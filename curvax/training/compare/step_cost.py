@@ -1,0 +1,124 @@
+"""What a step costs: FLOPs, temporary memory and time, and their ratios to the base's.
+
+FLOPs and memory are the compiler's own count for the compiled step. It counts the body of a scan
+once, so compare models with unrolled layers. Clocks are read in turn, base and methods in one
+process, so that whatever else the machine does meets all of them.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from rich.markup import escape
+from rich.table import Table
+
+from curvax.training.experiment import Experiment
+from curvax.training.loop import Report
+from curvax.training.runtime import run_dir
+
+_READING = 0.05  # seconds that one reading takes at least, far above the clock's grain
+
+
+class Cost(NamedTuple):
+    """The cost of one training step."""
+
+    flops: float
+    temporary_bytes: float
+    seconds: np.ndarray  # [rounds]
+
+
+def measure(
+    experiments: Mapping[str, Experiment],
+    rounds: int = 30,
+    report: Report = lambda *_: None,
+) -> dict[str, Cost]:
+    """Compiles a step of every arm and reads its clock once a round, all arms in turn."""
+    steps = [_Step(experiment) for experiment in experiments.values()]
+    readings = np.empty((len(steps), rounds))
+    for turn in range(rounds):
+        readings[:, turn] = [step.read() for step in steps]
+        report(turn + 1, {})
+    return {
+        name: Cost(step.flops, step.temporary_bytes, seconds)
+        for name, step, seconds in zip(experiments, steps, readings)
+    }
+
+
+class _Step:
+    """A compiled training step that repeats itself on one batch."""
+
+    def __init__(self, experiment: Experiment):
+        self.state = experiment.init()
+        self.batch = experiment.regime.place(next(experiment.batches()))
+        self.step = experiment.step
+        compiled = self.step.lower(self.state, self.batch).compile()  # that the calls run too
+        self.flops = float(compiled.cost_analysis()["flops"])
+        self.temporary_bytes = float(compiled.memory_analysis().temp_size_in_bytes)
+        self.repeats = 1
+        self.read()  # the first call is not like the others
+        self.repeats = math.ceil(_READING / self.read())
+
+    def read(self) -> float:
+        """Seconds of one step, over enough of them to fill a reading."""
+        began = time.perf_counter()
+        for _ in range(self.repeats):
+            self.state, measured = self.step(self.state, self.batch)
+        jax.block_until_ready((self.state, measured))
+        return (time.perf_counter() - began) / self.repeats
+
+
+class Ratio(NamedTuple):
+    """A cost in units of the base's; the times pair by pair."""
+
+    flops: float
+    temporary_bytes: float
+    median: float
+    least: float
+    greatest: float
+
+
+def ratio(cost: Cost, base: Cost) -> Ratio:
+    times = cost.seconds / base.seconds
+    return Ratio(
+        cost.flops / base.flops,
+        cost.temporary_bytes / max(base.temporary_bytes, 1.0),
+        float(np.median(times)),
+        float(times.min()),
+        float(times.max()),
+    )
+
+
+def table(costs: dict[str, Cost]) -> Table:
+    """A row for each figure, a column for each method; the first is the base."""
+    base = next(iter(costs.values()))
+    page = Table("a step", *map(escape, costs))
+    rows: dict[str, Callable[[Cost, Ratio], str]] = {
+        "milliseconds": lambda cost, _: f"{1e3 * np.median(cost.seconds):.3g}",
+        "× base, median": lambda _, r: f"{r.median:.3f}",
+        f"range of {len(base.seconds)} pairs": lambda _, r: f"{r.least:.2f} to {r.greatest:.2f}",
+        "GFLOP": lambda cost, _: f"{cost.flops / 1e9:.4g}",
+        "FLOPs × base": lambda _, r: f"{r.flops:.3f}",
+        "temporary MB": lambda cost, _: f"{cost.temporary_bytes / 1e6:.3g}",
+        "memory × base": lambda _, r: f"{r.temporary_bytes:.3f}",
+    }
+    for heading, cell in rows.items():
+        page.add_row(heading, *(cell(cost, ratio(cost, base)) for cost in costs.values()))
+    return page
+
+
+def write(folder: Path, costs: dict[str, Cost]) -> None:
+    """`bench.json`: every cost, every reading, and the ratios to the first."""
+    base = next(iter(costs.values()))
+    page = {
+        name: {
+            **cost._asdict(),
+            "seconds": cost.seconds.tolist(),
+            "ratio": ratio(cost, base)._asdict(),
+        }
+        for name, cost in costs.items()
+    }
+    run_dir.write_json(folder / "bench.json", page)

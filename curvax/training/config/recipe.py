@@ -1,0 +1,261 @@
+"""A method as text: `sam_perturb(0.2) | gsam_project(0.4) | adamw(cosine(1e-3, warmup=10))`.
+
+    text  = call ('|' call)*
+    value = literal | [value, ...] | name | call | text
+
+The text is read as a Python expression and evaluated node by node, never by `eval`: a call can
+reach curvax's public names, the Optax functions annotated as returning a transformation,
+`optax.schedules`, the schedules of `curvax.run_length` and whatever the caller adds, nothing else.
+Every error points at the node it is about.
+"""
+
+import ast
+import difflib
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NoReturn
+
+import optax
+
+import curvax
+from curvax.training.config import run_schedules
+
+_NO_NAMES: Mapping[str, Any] = types.MappingProxyType({})
+_LITERALS = (bool, int, float, str, types.NoneType)
+
+
+class RecipeError(ValueError):
+    """A method's text that cannot be read: what is wrong, the line, and a caret under the place."""
+
+
+def parse(
+    text: str, *, steps: int | None = None, names: Mapping[str, Any] = _NO_NAMES
+) -> optax.GradientTransformationExtraArgs:
+    """Reads a method's text.
+
+        parse("sam_perturb(rho) | sgd(cosine(0.1), momentum=0.9)", steps=100, names={"rho": 0.05})
+
+    Args:
+        text: parts joined by `|`, on one line or several.
+        steps: length of the run, for `cosine`, `linear`, `constant` and `step_decay`.
+        names: further names that the text may use; they win over all others.
+
+    Raises:
+        RecipeError: unknown names and arguments (with near matches), anything that is not a call,
+            a literal or a list, and whatever a factory refuses, each with a caret at its node.
+    """
+    reader = _Reader(text, {**vocabulary(steps), **names})
+    return reader.pipe(reader.tree())
+
+
+def read(text: str, names: Mapping[str, Any]) -> Any:
+    """The value of any text of this grammar, with `names` as its whole vocabulary.
+
+    Raises:
+        RecipeError: as in `parse`.
+    """
+    reader = _Reader(text, names)
+    return reader.value(reader.tree())
+
+
+def vocabulary(steps: int | None = None) -> dict[str, Any]:
+    """All that a text may name; of two with one name curvax's wins."""
+    stretched = (
+        run_schedules.cosine,
+        run_schedules.linear,
+        run_schedules.constant,
+        run_schedules.step_decay,
+    )
+    return {
+        **_optax_names(),
+        **{f.__name__: functools.partial(f, steps=steps) for f in stretched},
+        **{name: getattr(curvax, name) for name in curvax.__all__},
+    }
+
+
+@functools.cache
+def _optax_names() -> Mapping[str, Any]:
+    schedules = {name: f for name, f in vars(optax.schedules).items() if inspect.isfunction(f)}
+    parts = {name: f for name, f in vars(optax).items() if _returns_transformation(f)}
+    public = {name: f for name, f in (schedules | parts).items() if not name.startswith("_")}
+    return types.MappingProxyType(public)
+
+
+def _returns_transformation(f: Any) -> bool:
+    if not inspect.isfunction(f):
+        return False
+    returned = inspect.signature(f).return_annotation
+    return inspect.isclass(returned) and issubclass(returned, optax.GradientTransformation)
+
+
+class _Reader:
+    """One text, its vocabulary, and the values of its nodes."""
+
+    def __init__(self, text: str, names: Mapping[str, Any]):
+        self.text = text
+        self.names = names
+        self.start = len(text) - len(text.lstrip())
+        self.source = text[self.start :].replace("\n", " ").rstrip()
+
+    def tree(self) -> ast.expr:
+        if not self.source:
+            self.fail(0, "A method's text is empty. Write at least one part, as `sgd(0.1)`.")
+        try:
+            return ast.parse(self.source, mode="eval").body
+        except SyntaxError as error:
+            place = (error.offset or len(self.source) + 1) - 1
+            self.fail(place, f"A method's text is calls joined by `|`: {error.msg}.")
+
+    def pipe(self, node: ast.expr) -> Any:
+        parts = [self.part(operand) for operand in _operands(node)]
+        return self.build(node, curvax.pipe, *parts)
+
+    def part(self, node: ast.expr) -> optax.GradientTransformation:
+        value = self.value(node)
+        if isinstance(value, optax.GradientTransformation):
+            return value
+        written = ast.unparse(node)
+        if isinstance(node, ast.Name) and callable(value):
+            self.fail(node, f"`{written}` is a part only once called: write `{written}(...)`.")
+        self.fail(
+            node,
+            f"Parts joined by `|` are gradient transformations, and `{written}` gives "
+            f"{type(value).__name__}. Write a stage or an optimiser here, as `adamw(1e-3)`.",
+        )
+
+    def value(self, node: ast.expr) -> Any:
+        match node:
+            case ast.BinOp(op=ast.BitOr()):
+                return self.pipe(node)
+            case ast.Call(func=ast.Name(id=name)):
+                return self.call(node, name)
+            case ast.Name(id=name):
+                return self.look_up(node, name)
+            case ast.Constant(value=value) if isinstance(value, _LITERALS):
+                return value
+            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
+                return -value
+            case ast.List(elts=items):
+                return [self.value(item) for item in items]
+            case ast.Tuple(elts=items):
+                return tuple(self.value(item) for item in items)
+            case ast.Dict(keys=keys, values=values) if all(keys):
+                return {self.value(k): self.value(v) for k, v in zip(keys, values) if k is not None}
+        self.fail(
+            node,
+            "A method's text has calls joined by `|`, and as arguments literals, lists, names and "
+            f"further calls. `{ast.unparse(node)}` is none of these{_hint(node)}.",
+        )
+
+    def call(self, node: ast.Call, name: str) -> Any:
+        factory = self.look_up(node.func, name)
+        if not callable(factory):
+            self.fail(node, f"`{name}` is the value {factory!r}, which cannot be called.")
+        self.check_keywords(node, name, factory)
+        positional = [self.value(argument) for argument in node.args]
+        named = {keyword.arg: self.value(keyword.value) for keyword in node.keywords if keyword.arg}
+        return self.build(node, factory, *positional, **named)
+
+    def check_keywords(self, node: ast.Call, name: str, factory: Callable[..., Any]) -> None:
+        parameters = inspect.signature(factory).parameters
+        accepts_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        written = [keyword.arg for keyword in node.keywords]
+        for index, keyword in enumerate(node.keywords):
+            if keyword.arg is None:
+                self.fail(keyword.value, "`**` is not read here. Write the arguments by name.")
+            if keyword.arg in written[:index]:
+                self.fail(keyword, f"`{name}` is given its argument `{keyword.arg}` twice.")
+            if keyword.arg not in parameters and not accepts_any:
+                message = f"`{name}` has no argument `{keyword.arg}`"
+                self.fail(keyword, message + near(keyword.arg, parameters))
+
+    def look_up(self, node: ast.expr, name: str) -> Any:
+        if name not in self.names:
+            self.fail(
+                node, f"Nothing that a text may name is called `{name}`{near(name, self.names)}"
+            )
+        return self.names[name]
+
+    def build(self, node: ast.expr, factory: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        try:
+            return factory(*args, **named)
+        except Exception as error:
+            self.fail(node, str(error) or type(error).__name__, error)
+
+    def fail(self, at: Any, message: str, cause: Exception | None = None) -> NoReturn:
+        raise RecipeError(f"{message}\n{self.caret(at)}") from cause
+
+    def caret(self, at: ast.expr | ast.keyword | int) -> str:
+        """The line of the text that holds the place, and a caret beneath it."""
+        if not isinstance(at, int):
+            at = len(self.source.encode()[: at.col_offset].decode())
+        before = self.text[: self.start + at]
+        line = self.text.split("\n")[before.count("\n")]
+        return f"    {line}\n    {' ' * len(before.rpartition(chr(10))[2])}^"
+
+
+def outline(text: str, *, deep: bool = False) -> str:
+    """The names of a method's parts: `sam_perturb(0.2) | adamw(1e-3)` ↦ `sam_perturb | adamw`.
+
+    Args:
+        deep: with those of the calls inside, as `per_group(sam_perturb) | adamw(cosine)`.
+    """
+    return " | ".join(_name(part, deep=deep) for part in parts(text))
+
+
+def parts(text: str) -> list[ast.expr]:
+    """The parts of a method's text, as they are written."""
+    return _operands(_Reader(text, {}).tree())
+
+
+def given(text: str, factory: str, argument: str, names: Mapping[str, Any]) -> list[Any]:
+    """What a method's text gives an argument, in each call of a factory.
+
+        given("per_group(m, sam_perturb(0.05)) | sgd(0.1)", "per_group", "m", {"m": 32}) == [32]
+
+    Raises:
+        RecipeError: as in `parse`, of that argument alone.
+    """
+    reader = _Reader(text, {**vocabulary(), **names})
+    place = list(inspect.signature(reader.names[factory]).parameters).index(argument)
+    found = []
+    for node in ast.walk(reader.tree()):
+        match node:
+            case ast.Call(func=ast.Name(id=name)) if name == factory:
+                found += node.args[place : place + 1]
+                found += [word.value for word in node.keywords if word.arg == argument]
+    return [reader.value(node) for node in found]
+
+
+def _name(node: ast.expr, *, deep: bool) -> str:
+    if not isinstance(node, ast.Call):
+        return ast.unparse(node)
+    name = ast.unparse(node.func)
+    arguments = [*node.args, *(keyword.value for keyword in node.keywords)]
+    inside = [each for each in arguments if isinstance(each, ast.Call | ast.BinOp)]
+    if not (deep and inside):
+        return name
+    pipes = (" | ".join(_name(part, deep=True) for part in _operands(each)) for each in inside)
+    return f"{name}({', '.join(pipes)})"
+
+
+def _operands(node: ast.expr) -> list[ast.expr]:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        return [*_operands(node.left), *_operands(node.right)]
+    return [node]
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown name: what is spelt nearly so, if anything is."""
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    return f". Did you mean {' or '.join(f'`{c}`' for c in close)}?" if close else "."
+
+
+def _hint(node: ast.expr) -> str:
+    if isinstance(node, ast.Attribute):
+        return f": write `{node.attr}` without what stands before it"
+    if isinstance(node, ast.Call):
+        return f": call a plain name instead of `{ast.unparse(node.func)}`"
+    return ""

@@ -1,0 +1,1 @@
+"""Data sets: where examples come from, and the batches that are made of them."""

