@@ -17,7 +17,7 @@ Cost: on one GPU about a day for each run of SAM, half of that for SGD; an estim
 
 from ml_collections import ConfigDict
 
-from curvax.training.config.configs import defaults
+from curvax.training.config import defaults
 
 
 def get_config() -> ConfigDict:

@@ -16,7 +16,7 @@ Cost: on one GPU about an hour for each run of AdaHessian, a third of that for S
 
 from ml_collections import ConfigDict
 
-from curvax.training.config.configs import defaults
+from curvax.training.config import defaults
 
 
 def get_config() -> ConfigDict:

@@ -16,7 +16,7 @@ Cost: seconds on two CPU cores.
 
 from ml_collections import ConfigDict
 
-from curvax.training.config.configs import defaults
+from curvax.training.config import defaults
 
 
 def get_config() -> ConfigDict:

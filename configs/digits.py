@@ -17,7 +17,7 @@ Cost: a minute on two idle CPU cores, half of it compilation; two on busy ones.
 
 from ml_collections import ConfigDict
 
-from curvax.training.config.configs import defaults
+from curvax.training.config import defaults
 
 
 def get_config() -> ConfigDict:

@@ -13,7 +13,7 @@ Cost: a quarter of a minute a run for Adam and a minute and a half for AdaHessia
 
 from ml_collections import ConfigDict
 
-from curvax.training.config.configs import defaults
+from curvax.training.config import defaults
 
 
 def get_config() -> ConfigDict:

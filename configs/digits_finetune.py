@@ -22,7 +22,7 @@ run of the second half a minute.
 
 from ml_collections import ConfigDict
 
-from curvax.training.config.configs import defaults
+from curvax.training.config import defaults
 
 
 def get_config(stage: str = "few") -> ConfigDict:

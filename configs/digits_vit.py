@@ -15,7 +15,7 @@ Cost: half a minute a run on two CPU cores.
 
 from ml_collections import ConfigDict
 
-from curvax.training.config.configs import defaults
+from curvax.training.config import defaults
 
 
 def get_config() -> ConfigDict:

@@ -14,7 +14,7 @@ Cost: about a minute a run on two CPU cores.
 
 from ml_collections import ConfigDict
 
-from curvax.training.config.configs import defaults
+from curvax.training.config import defaults
 
 
 def get_config() -> ConfigDict:

@@ -16,7 +16,7 @@ Cost: three gradients a step for AdaHessian; an epoch has 5004 steps.
 
 from ml_collections import ConfigDict
 
-from curvax.training.config.configs import defaults
+from curvax.training.config import defaults
 
 
 def get_config() -> ConfigDict:

@@ -20,7 +20,7 @@ ResNet-152; an epoch has 312 steps.
 
 from ml_collections import ConfigDict
 
-from curvax.training.config.configs import defaults
+from curvax.training.config import defaults
 
 
 def get_config(depth: str = "50") -> ConfigDict:

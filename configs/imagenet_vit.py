@@ -23,7 +23,7 @@ SAM on 256 chips of v5e for B/16, 15 of the 17 GB on v3:4x8; AdaHessian there ne
 
 from ml_collections import ConfigDict
 
-from curvax.training.config.configs import defaults
+from curvax.training.config import defaults
 
 
 def get_config(size: str = "b32") -> ConfigDict:

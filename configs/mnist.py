@@ -13,7 +13,7 @@ Cost: a quarter of a minute a run on two CPU cores, and the compilation.
 
 from ml_collections import ConfigDict
 
-from curvax.training.config.configs import defaults
+from curvax.training.config import defaults
 
 
 def get_config() -> ConfigDict:

@@ -15,7 +15,7 @@ Cost: 20 seconds a run for Adam and a minute for AdaHessian on two CPU cores.
 
 from ml_collections import ConfigDict
 
-from curvax.training.config.configs import defaults
+from curvax.training.config import defaults
 
 
 def get_config() -> ConfigDict:

@@ -24,7 +24,7 @@ included.
 
 from ml_collections import ConfigDict
 
-from curvax.training.config.configs import defaults
+from curvax.training.config import defaults
 
 
 def get_config() -> ConfigDict:

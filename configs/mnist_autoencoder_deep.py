@@ -24,7 +24,7 @@ setting; with 4000 images 30 to 80 seconds a step for the latter, so an hour for
 
 from ml_collections import ConfigDict
 
-from curvax.training.config.configs import defaults
+from curvax.training.config import defaults
 
 
 def get_config() -> ConfigDict:

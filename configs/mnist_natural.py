@@ -14,7 +14,7 @@ Cost: 4 seconds for Adam and 12 and 14 for the others on two busy CPU cores, com
 
 from ml_collections import ConfigDict
 
-from curvax.training.config.configs import defaults
+from curvax.training.config import defaults
 
 
 def get_config() -> ConfigDict:

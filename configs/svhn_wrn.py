@@ -16,7 +16,7 @@ Cost: on one GPU about two days for each run of SAM, half of that for SGD; an es
 
 from ml_collections import ConfigDict
 
-from curvax.training.config.configs import defaults
+from curvax.training.config import defaults
 
 
 def get_config() -> ConfigDict:

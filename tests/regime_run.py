@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from curvax import models
 from curvax.devices.axes import Along
 from curvax.models.convnets import synced
-from curvax.training.config.configs import defaults
+from curvax.training.config import defaults
 
 DEVICES = 8
 GROUPS = "per_group(m, sam_perturb(rho) | gsam_project(0.2)) | pmean_updates(axes)"

@@ -22,7 +22,7 @@ from curvax.inspection.budget import Budget, Price, Work
 from curvax.inspection.measures import RHO, Measure
 from curvax.training.checkpoints import Checkpoints
 from curvax.training.compare import commands
-from curvax.training.config.configs import defaults
+from curvax.training.config import defaults
 from curvax.training.evaluation import trained_runs
 
 EXAMPLES = 32

@@ -21,7 +21,7 @@ from curvax.cli import main
 from curvax.planning import collectives, compiled_cost, hlo, memory_savers, topologies
 from curvax.planning import plan as plans
 from curvax.training import experiment
-from curvax.training.config.configs import defaults
+from curvax.training.config import defaults
 
 DEVICES, PER_DEVICE = 8, 4
 WEIGHTS = {"in": (64, 96), "hidden": (96, 96), "out": (96, 64)}

@@ -21,7 +21,7 @@ from test_hlo import LOOPS
 from curvax.planning import compiled_cost, flops, hlo, memory_savers, topologies
 from curvax.training import experiment
 from curvax.training.compare.comparison import variant
-from curvax.training.config.configs import defaults, load
+from curvax.training.config import defaults, load
 
 pytestmark = [
     pytest.mark.evidence,

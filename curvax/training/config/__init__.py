@@ -1,1 +1,20 @@
-"""The config of a run: its fields, and the method as text."""
+"""The config of a run: its fields (`configs`), the method as text (`recipe`), and its schedules.
+
+A config file needs one name, `from curvax.training.config import defaults`. It is imported when
+asked for, since `recipe` does without ml_collections.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from curvax.training.config.configs import defaults
+
+__all__ = ["defaults"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "defaults":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from curvax.training.config import configs
+
+    return configs.defaults
