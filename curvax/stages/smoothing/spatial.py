@@ -106,7 +106,7 @@ def _facts(tree: Tree) -> Facts:
 def _warn_of_windows(params: Tree) -> None:
     """Says which leaves may be convolutions and are not averaged."""
     shapes, read = layers.shapes_of(params), layers.readings(params)
-    doubtful = [path for path in shapes if layers.doubtful_window(path, shapes[path], read[path])]
+    doubtful = layers.doubtful_windows(shapes, read)
     if doubtful:
         found = ", ".join(f"`{'/'.join(path)}` {shapes[path]}" for path in doubtful[:3])
         more = f" and {len(doubtful) - 3} more" if len(doubtful) > 3 else ""
