@@ -84,11 +84,10 @@ def test_norm_at_zero_infinity_and_nan():
     assert trees.magnitude(jnp.array([jnp.nan])) == 1
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-def test_the_unit_vector_of_nothing_has_length_zero(dtype):
+def test_the_unit_vector_of_nothing_has_length_zero():
     length = jax.jit(lambda x: trees.norm(trees.unit(x)))
-    assert length(jnp.zeros(3, dtype)) == 0
-    assert abs(length(jnp.ones(3, dtype)) - 1) < 1e-6
+    assert length(jnp.zeros(3)) == 0
+    assert abs(length(jnp.ones(3)) - 1) < 1e-6
 
 
 def test_derivatives_of_the_unit_vector_are_autodiffs():
