@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
         "levenberg_marquardt(gauss_newton_matvec() | damp() | solve(cg(20)) "
         "| scale_by_learning_rate(1.0))"
     )
-    config.base = "adam(3e-2)"
-    config.beside = True
+    config.baseline = "adam(3e-2)"
+    config.train_baselines = True
     config.update(epochs=30, batch=354, log_every=1, checkpoint_every=10)
     return config

@@ -24,9 +24,9 @@ def get_config() -> ConfigDict:
     config = defaults(lr=1e-3, base_lr=5e-4, rho=0.2, alpha=0.3)
     config.model.name = "mixer_tiny"
     config.model.options.update(depth=2, scan=False)
-    config.data.update(name="digits", size=512, noise=0.4)
+    config.data.update(name="digits", num_train=512, label_noise=0.4)
     config.optimizer = "sam_perturb(rho) | gsam_project(alpha) | adamw(cosine(lr))"
-    config.base = "adamw(cosine(base_lr))"
-    config.beside = True
+    config.baseline = "adamw(cosine(base_lr))"
+    config.train_baselines = True
     config.checkpoint_every = 80
     return config

@@ -6,8 +6,8 @@ fine-tuning by SAM. All at a scale of our own: 4000 of MNIST's images, then 50 i
 made as large, the same ten classes, whose head stays. All settings are chosen here, none was swept.
 
 Command: curvax train digits_finetune:mnist
-         curvax compare digits_finetune --seeds 3 --start=runs/FOLDER/1-sam_perturb-adamw
-         (FOLDER is the one that the first left; 0-adamw in it is the other arm; without --start
+         curvax compare digits_finetune --seeds 3 --init_from=runs/FOLDER/1-sam_perturb-adamw
+         (FOLDER is the one that the first left; 0-adamw in it is the other arm; without --init_from
          from nothing)
 
 Expected: on MNIST, with one seed, AdamW names 92.4 % of the test images rightly and SAM 93.4 %,
@@ -33,11 +33,11 @@ def get_config(stage: str = "few") -> ConfigDict:
     config.data.update(mean=(0.5,), std=(0.5,))  # the same for both
     if stage == "mnist":
         config.data.name = "mnist"
-        config.base = "adamw(cosine(lr))"
-        config.update(beside=True, epochs=10, hessian_examples=256)
+        config.baseline = "adamw(cosine(lr))"
+        config.update(train_baselines=True, epochs=10, hessian_examples=256)
     else:
-        config.data.update(name="digits", size=50, side=28)
-        config.base = "sgd(cosine(0.03), momentum=0.9)"
+        config.data.update(name="digits", num_train=50, image_size=28)
+        config.baseline = "sgd(cosine(0.03), momentum=0.9)"
         config.update(batch=25, epochs=50, test_every=10, hessian_examples=0)
-    config.optimizer = f"sam_perturb(rho) | {config.base}"
+    config.optimizer = f"sam_perturb(rho) | {config.baseline}"
     return config

@@ -20,8 +20,8 @@ from curvax.training.config import defaults
 def get_config() -> ConfigDict:
     config = defaults(lr=0.003, rho=0.2)
     config.model.name = "resnet8"
-    config.data.update(name="digits", size=512, noise=0.4)
+    config.data.update(name="digits", num_train=512, label_noise=0.4)
     config.optimizer = "sam_perturb(rho) | sgd(cosine(lr), momentum=0.9)"
-    config.base = "sgd(cosine(lr), momentum=0.9)"
+    config.baseline = "sgd(cosine(lr), momentum=0.9)"
     config.checkpoint_every = 80
     return config

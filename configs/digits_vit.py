@@ -22,8 +22,8 @@ def get_config() -> ConfigDict:
     config = defaults(lr=2e-3, rho=0.4)
     config.model.name = "vit_tiny"
     config.model.options.update(depth=2, scan=False)
-    config.data.update(name="digits", size=512, noise=0.4)
+    config.data.update(name="digits", num_train=512, label_noise=0.4)
     config.optimizer = "sam_perturb(rho) | adamw(cosine(lr))"
-    config.base = "adamw(cosine(lr))"
+    config.baseline = "adamw(cosine(lr))"
     config.checkpoint_every = 80
     return config

@@ -23,14 +23,14 @@ def get_config() -> ConfigDict:
     config = defaults(lr=0.15)
     config.model.name = "resnet18"
     config.model.options.dtype = "bfloat16"
-    config.data.update(name="imagenet", area=(0.08, 1.0), augment=["flip()"])
+    config.data.update(name="imagenet", crop_area=(0.08, 1.0), augment=["flip()"])
     config.optimizer = (
         "adahessian(step_decay(lr, at=[0.3333, 0.6667]), weight_decay=6.7e-4, mean_over=axes)"
     )
-    config.base = (
+    config.baseline = (
         "pmean_updates(axes) | add_decayed_weights(1e-4)"
         " | sgd(step_decay(0.1, at=[0.3333, 0.6667]), momentum=0.9)"
     )
-    config.update(regime="shard_map", batch=256, eval_batch=256, epochs=90)
+    config.update(parallelism="shard_map", batch=256, eval_batch=256, epochs=90)
     config.update(log_every=50, hessian_examples=0)
     return config

@@ -33,11 +33,11 @@ def get_config() -> ConfigDict:
     config.model.name = "autoencoder_tiny"
     config.data.name = "mnist"
     config.optimizer = "natural_gradient(1.0, damping=1.0, solver=cg(10))"
-    config.base = "adam(1e-2)"
-    config.others = [
+    config.baseline = "adam(1e-2)"
+    config.more_optimizers = [
         "levenberg_marquardt(fisher_matvec() | damp() | solve(cg(10)) | quadratic_step() "
         "| scale_by_learning_rate(1.0), 150.0)"
     ]
-    config.beside = True
+    config.train_baselines = True
     config.update(epochs=15, batch=500, log_every=1, hessian_examples=0)
     return config

@@ -22,11 +22,11 @@ def get_config() -> ConfigDict:
     config.model.name = "mlp"
     config.data.name = "mnist"
     config.optimizer = "natural_gradient(1.0, damping=0.1, solver=cg(10))"
-    config.base = "adam(cosine(1e-2))"
-    config.others = [
+    config.baseline = "adam(cosine(1e-2))"
+    config.more_optimizers = [
         "levenberg_marquardt(fisher_matvec() | damp() | solve(cg(10)) "
         "| scale_by_learning_rate(1.0))"
     ]
-    config.beside = True
+    config.train_baselines = True
     config.update(epochs=10, batch=500, log_every=1)
     return config

@@ -26,10 +26,10 @@ def get_config() -> ConfigDict:
     config = defaults(lr=3e-3)
     config.task = "language"
     config.model.name = "lm_tiny"
-    config.data.update(name="pydoc", size=3200)
+    config.data.update(name="pydoc", num_train=3200)
     config.optimizer = "sophia_g(cosine(lr))"
-    config.base = "adamw(cosine(1e-2))"
-    config.others = ["adahessian(cosine(0.05))"]
-    config.beside = True
+    config.baseline = "adamw(cosine(1e-2))"
+    config.more_optimizers = ["adahessian(cosine(0.05))"]
+    config.train_baselines = True
     config.update(epochs=4, batch=32, hessian_examples=0)
     return config

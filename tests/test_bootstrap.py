@@ -51,7 +51,7 @@ def split_of(experiment) -> Any:
 def true_labels(seed):
     """The training set's own, in its order: what `take` keeps for a seed and no noise changes."""
     config = tiny_run.get_config()
-    config.data.noise = 0.0
+    config.data.label_noise = 0.0
     return split_of(build(comparison.variant(config, seed=seed))).labels
 
 
@@ -97,7 +97,7 @@ def test_data_may_lie_in_another_place_than_that_of_the_run(tmp_path):
 
 
 def test_a_run_on_predicted_labels_trains_and_says_how_many_are_wrong(first, tmp_path, capsys):
-    arguments = ["train", TINY, f"--data.labels={first}", "--beside=true", *FEW]
+    arguments = ["train", TINY, f"--data.labels={first}", "--train_baselines=true", *FEW]
     assert main.main([*arguments, f"--runs={tmp_path}"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     wrong = build(config_of(first)).material.wrong
@@ -115,13 +115,13 @@ def complaint(capsys, *arguments):
 def test_what_cannot_predict_the_labels_is_refused_before_a_folder_is_made(first, tmp_path, capsys):
     arguments = ("train", TINY, *FEW, f"--runs={tmp_path / 'runs'}")
     refused = {
-        (f"--data.labels={first}", "--data.noise=0.5"): "`data.noise` of",
-        (f"--data.labels={first}", "--data.size=32"): "is `64` where here it is `32`",
+        (f"--data.labels={first}", "--data.label_noise=0.5"): "`data.label_noise` of",
+        (f"--data.labels={first}", "--data.num_train=32"): "is `64` where here it is `32`",
         (f"--data.labels={first}", "--seed=5"): "predicted by a run of seed 5, and",
         (f"--data.labels={first}/0-adamw/seed1",): "is of seed1",
         (f"--data.labels={tmp_path / 'gone'}",): "gone does not exist",
         (f"--data.labels={tmp_path}",): "has these: none",
-        (f"--data.labels={first}", "--task=autoencoder"): "`data.noise` is for labelled images",
+        (f"--data.labels={first}", "--task=autoencoder"): "`data.label_noise` is for labelled",
     }
     for options, said in refused.items():
         assert said in complaint(capsys, *arguments, *options)
@@ -139,7 +139,7 @@ def test_a_run_that_is_not_done_or_has_several_methods_or_is_a_sweep_is_refused(
     shutil.copytree(copy / "0-adamw", copy / "1-sgd")
     with pytest.raises(BootstrapError, match="0-adamw, 1-sgd"):
         build(config_of(copy))
-    plan = copy / "plan.json"
+    plan = copy / "run.json"
     plan.write_text(plan.read_text().replace('"fields": {}', '"fields": {"lr": ["1"]}'))
     with pytest.raises(BootstrapError, match="is a sweep"):
         build(config_of(copy / "1-sgd"))

@@ -25,13 +25,13 @@ def whole(tmp_path_factory):
     (root / "data").mkdir()
     for part, count in (("train", 16), ("t10k", 12)):
         write_idx(root / "data", part, make_images(count, 28, 28), np.arange(count) % 10)
-    fields = ["--data.name=mnist", f"--data.path={root / 'data'}", "--data.size=16"]
+    fields = ["--data.name=mnist", f"--data.path={root / 'data'}", "--data.num_train=16"]
     fields += [
         "--model.options.dropout=0.0",
-        "--data.noise=0",
+        "--data.label_noise=0",
         "--batch=8",
         "--epochs=2",
-        "--keep=9",
+        "--keep_checkpoints=9",
         "--checkpoint_every=1",
     ]
     begin = ["train", f"{regime_run.__file__}:shard_map", *fields, f"--devices={DEVICES}"]
@@ -113,7 +113,7 @@ def test_a_run_goes_on_with_its_data_in_another_place(whole, moved):
 
 
 @pytest.mark.parametrize(
-    "fields", [["--devices=1"], ["--devices=2", "--regime=jit", "--fsdp=True"]]
+    "fields", [["--devices=1"], ["--devices=2", "--parallelism=jit", "--fsdp=True"]]
 )
 def test_a_run_goes_on_on_other_devices(fields, whole, moved):
     """Groups are the same, and sums in another order make the difference."""
@@ -156,7 +156,7 @@ def test_devices_asked_for_must_be_there(moved, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("command", WHERE)
-@pytest.mark.parametrize("other", ["--epochs=9", "--data.noise=0.5", "--devics=1", "--option"])
+@pytest.mark.parametrize("other", ["--epochs=9", "--data.seq_len=5", "--devics=1", "--option"])
 def test_nothing_else_of_a_run_changes(command, other, moved, capsys):
     run, data = moved
     assert main.main([command, str(run), f"--data.path={data}", other]) == 2

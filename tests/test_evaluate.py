@@ -33,7 +33,7 @@ def get_config():
     config.model.options.update(
         depth=1, scan=False, width=8, token_width=4, channel_width=8, patch=4
     )
-    config.data.update(name="records", side=16)
+    config.data.update(name="records", image_size=16)
     config.optimizer = "adamw(1e-2)"
     config.update(batch=16, epochs=1, eval_batch=8, hessian_examples=0)
     return config
@@ -301,7 +301,7 @@ def test_labels_that_do_not_fit_are_refused(subject, validation, tmp_path, conte
 )
 def test_names_and_numbers_of_classes_are_not_mixed(names, found, tmp_path):
     write_pictures(tmp_path, 1, list(found))
-    options = ConfigDict({"name": "records", "side": 8, "threads": None})
+    options = ConfigDict({"name": "records", "image_size": 8, "threads": None})
     material = SimpleNamespace(names=list(names), classes=len(names))
     trained: Any = SimpleNamespace(config=ConfigDict({"data": options}), material=material)
     with pytest.raises(DataError, match="has the class `0`"):
@@ -335,7 +335,12 @@ def test_a_damaged_picture_and_a_missing_folder_are_told(run, tmp_path, capsys):
 def digits(tmp_path_factory):
     runs = tmp_path_factory.mktemp("digits")
     arguments = ["train", tiny_run.__file__, f"--runs={runs}", "--epochs=1"]
-    assert main.main([*arguments, "--data.noise=0", "--data.size=256", "--hessian_examples=0"]) == 0
+    assert (
+        main.main(
+            [*arguments, "--data.label_noise=0", "--data.num_train=256", "--hessian_examples=0"]
+        )
+        == 0
+    )
     return next(runs.iterdir())
 
 
@@ -365,9 +370,9 @@ def test_fashion_mnist_under_corruptions(tmp_path):
         pytest.skip("Fashion-MNIST is not installed: apt-get install dataset-fashion-mnist")
     for kind, split, count in (("train", whole.train, 64), ("t10k", whole.test, 300)):
         write_idx(tmp_path, kind, split.inputs[:count, ..., 0], split.labels[:count])
-    fields = ["--data.name=fashion_mnist", f"--data.path={tmp_path}", "--data.size=64"]
+    fields = ["--data.name=fashion_mnist", f"--data.path={tmp_path}", "--data.num_train=64"]
     arguments = ["train", tiny_run.__file__, f"--runs={tmp_path / 'runs'}", "--epochs=1", *fields]
-    plain = ["--data.noise=0", "--hessian_examples=0", "--optimizer=sgd(0.1)"]
+    plain = ["--data.label_noise=0", "--hessian_examples=0", "--optimizer=sgd(0.1)"]
     assert main.main([*arguments, *plain]) == 0
     (run,) = (tmp_path / "runs").iterdir()
     results = evaluate(run, "--corruptions")

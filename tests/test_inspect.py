@@ -37,14 +37,14 @@ def tiny(**fields):
     config = defaults(lr=1e-2, rho=0.05)
     config.name = "tiny"
     config.model = {"name": "mlp", "options": {"widths": (6,), "activation": "gelu"}}
-    config.data.update(size=64, noise=0.25)
+    config.data.update(num_train=64, label_noise=0.25)
     config.update(batch=16, epochs=1, hessian_examples=0, optimizer="sam_perturb(rho) | adam(lr)")
-    config.update(base="adam(cosine(3e-2))", **fields)
+    config.update(baseline="adam(cosine(3e-2))", **fields)
     return config
 
 
 def trained(root, config):
-    commands.start(config, commands.Plan("compare", commands.methods(config), seeds=2), root)
+    commands.start(config, commands.RunSpec("compare", commands.methods(config), seeds=2), root)
     (folder,) = root.iterdir()
     return folder
 

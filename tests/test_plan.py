@@ -285,7 +285,7 @@ def small(optimizer="adamw(1e-3)", regime="shard_map", model="mlp", **numbers):
     config.model.name = model
     if model == "mlp":
         config.model.options.widths = [64]
-    config.update(optimizer=optimizer, regime=regime, batch=DEVICES * PER_DEVICE)
+    config.update(optimizer=optimizer, parallelism=regime, batch=DEVICES * PER_DEVICE)
     return config
 
 
@@ -378,7 +378,7 @@ def plan(tmp_path, *arguments):
     return json.loads((folder / "plan.json").read_text()), (folder / "table.txt").read_text()
 
 
-TINY = ["digits", "--model.options.depth=1", "--model.options.width=16", "--regime=shard_map"]
+TINY = ["digits", "--model.options.depth=1", "--model.options.width=16", "--parallelism=shard_map"]
 PAIR = ["--optimizers", "pmean_updates(axes) | sgd(0.1)", "sam(sgd(0.1), 0.1, mean_over=axes)"]
 
 
@@ -393,14 +393,14 @@ def test_the_command_leaves_a_table_and_its_numbers(tmp_path, capsys):
 
 
 def test_the_command_plans_the_program_that_pmap_runs(tmp_path):
-    found, _ = plan(tmp_path, *TINY, "--regime=pmap", "--topology=cpu:8", *PAIR)
+    found, _ = plan(tmp_path, *TINY, "--parallelism=pmap", "--topology=cpu:8", *PAIR)
     for arm in found["arms"].values():
         assert arm["figures"]["sent, × parameters"] == pytest.approx(1, abs=0.02)
         assert arm["memory"]["aliased"] >= arm["parameters"]  # the state is handed on
 
 
 def test_the_command_compiles_blocks_in_every_way_that_is_asked_for(tmp_path):
-    vit = ["digits_vit", "--model.options.depth=2", "--regime=shard_map"]
+    vit = ["digits_vit", "--model.options.depth=2", "--parallelism=shard_map"]
     found, table = plan(tmp_path, *vit, "--topology=cpu:8", *PAIR[:2], "--variants")
     assert [name.partition(", ")[2] for name in found["arms"]] == WAYS["vit_tiny"]
     scanned, recomputed, unrolled, _ = found["arms"].values()
@@ -416,7 +416,7 @@ def test_where_a_step_does_not_fit_what_may_help_is_compiled(tmp_path, monkeypat
     monkeypatch.setattr(topologies, "find", lambda name: machine)
     found, table = plan(tmp_path, *TINY, "--topology=cpu:8", *PAIR[:2])
     (tried,) = found["tried"].values()
-    expected = ["--model.options.remat=True", "--microbatch=4", "--fsdp=True --regime=jit"]
+    expected = ["--model.options.remat=True", "--microbatch=4", "--fsdp=True --parallelism=jit"]
     assert list(tried) == expected
     assert "does not fit" in table
     assert "Each of these fits" not in table

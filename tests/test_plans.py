@@ -93,19 +93,19 @@ def small_vit(devices):
     config = defaults(lr=3e-3, rho=0.2, alpha=0.6)
     config.model.update(name="vit_tiny", options={"patch": 4, "depth": 2, "dropout": 0.0})
     config.data.update(name="cifar10", mean=(0.5,) * 3, std=(0.5,) * 3)
-    config.update(regime="shard_map", batch=PER_DEVICE * devices, epochs=300)
+    config.update(parallelism="shard_map", batch=PER_DEVICE * devices, epochs=300)
     return config
 
 
 def paper_methods(config):
     """The texts of the methods of one of the papers' ImageNet configs, and AdaHessian's there."""
-    own = [config.optimizer, *config.others]
+    own = [config.optimizer, *config.more_optimizers]
     (gsam,) = (text for text in own if "gsam_project" in text)
     (sam,) = (text for text in own if text != gsam)
     rate = "linear(lr, warmup=10000, end=lr_min)" if "lr_min" in config else "cosine(lr)"
     decay = "weight_decay=0.3, mask=kernels" if "lr_min" in config else "weight_decay=1e-4"
     adahessian = f"adahessian({rate}, {decay}, mean_over=axes)"
-    return {"base": config.base, "SAM": sam, "GSAM": gsam, "AdaHessian": adahessian}
+    return {"base": config.baseline, "SAM": sam, "GSAM": gsam, "AdaHessian": adahessian}
 
 
 def read(config, machine):

@@ -21,7 +21,7 @@ import regime_run
 import curvax
 from curvax.training import loop, pretrained
 from curvax.training.checkpoints import Checkpoints
-from curvax.training.compare.commands import Plan
+from curvax.training.compare.commands import RunSpec
 from curvax.training.data import convert
 from curvax.training.experiment import build
 from curvax.training.runtime import distributed, run_dir
@@ -86,7 +86,7 @@ def end_of(folder, regime):
     """The state that a run of any layout ended with, as one process reads it."""
     with jax.enable_x64(False):
         experiment = build(
-            regime_run.changed(regime_run.get_config(regime), devices=1, regime="jit")
+            regime_run.changed(regime_run.get_config(regime), devices=1, parallelism="jit")
         )
         kept = Checkpoints(only(folder, "*/*/seed0/checkpoints"), read_only=True)
         state = kept.restore(experiment.shapes)[0]
@@ -216,7 +216,7 @@ def test_two_processes_begin_with_weights_and_predicted_labels(undisturbed, tmp_
     regime, whole = undisturbed
     first = only(whole, "*/*/seed0")
     still = ["--optimizer=pmean_updates(axes) | sgd(0.0)", "--epochs=1"]
-    taken = [f"--start={first}", f"--data.labels={first}"]
+    taken = [f"--init_from={first}", f"--data.labels={first}"]
     carried_out(2, "train", f"{CONFIG}:{regime}", *still, *taken, "--runs", tmp_path)
     found, expected = weights(tmp_path), weights(whole)
     for name, x in expected.items():
@@ -254,8 +254,8 @@ def records(tmp_path_factory):
     """The folder of a run by two processes on pictures in records, and that of its data."""
     root = photographs.write_parts(tmp_path_factory.mktemp("records"), 64, 5)
     convert.convert(convert.find_parts(root), root / "made")
-    pictures = ["--data.name=records", f"--data.path={root / 'made'}", "--data.side=8"]
-    pictures += ["--data.size=192", "--data.noise=0.0"]
+    pictures = ["--data.name=records", f"--data.path={root / 'made'}", "--data.image_size=8"]
+    pictures += ["--data.num_train=192", "--data.label_noise=0.0"]
     carried_out(2, "train", f"{CONFIG}:shard_map", *pictures, "--runs", root / "whole")
     return root / "whole", root
 
@@ -309,7 +309,7 @@ def test_processes_that_resume_two_runs_end_in_order(tmp_path):
     for folder in folders:
         folder.mkdir()
         run_dir.write_json(folder / "config.json", config.to_dict())
-        run_dir.write_json(folder / "plan.json", Plan("train", ["sgd(0.1)"])._asdict())
+        run_dir.write_spec(folder, RunSpec("train", ["sgd(0.1)"])._asdict())
     for status, said in ended(start(2, "resume", own=lambda number: [folders[number]])):
         assert status == 2
         assert "`folder` is 'a' in process 0 and 'b' in process 1" in said

@@ -39,7 +39,7 @@ def make_config(path, **fields):
     config.model.options.update(
         depth=1, scan=False, width=8, token_width=4, channel_width=8, patch=4
     )
-    config.data.update(name="records", path=str(path), side=SIDE, threads=2)
+    config.data.update(name="records", path=str(path), image_size=SIDE, threads=2)
     config.optimizer = "sam_perturb(0.05) | adamw(cosine(lr))"
     config.update(batch=8, epochs=2, log_every=1, checkpoint_every=3, hessian_examples=0)
     return comparison.variant(config, **fields)
@@ -261,10 +261,10 @@ def test_another_number_of_classes_than_imagenets_is_refused(folder):
 
 @pytest.mark.parametrize("area", ["(1.0, 0.1)", "(0.5,)", "(0.1, 3.0)", "(0, 1)", "('a', 'b')"])
 def test_an_area_that_is_no_range_of_shares_is_refused(folder, area):
-    config = override(make_config(folder), [f"--data.area={area}"])
-    with pytest.raises(DataError, match=rf"`data.area` is .* and was {re.escape(area)}"):
+    config = override(make_config(folder), [f"--data.crop_area={area}"])
+    with pytest.raises(DataError, match=rf"`data.crop_area` is .* and was {re.escape(area)}"):
         build(config)
-    assert load(folder, area=[0.2, 0.2]).train.form.area == (0.2, 0.2)
+    assert load(folder, crop_area=[0.2, 0.2]).train.form.area == (0.2, 0.2)
 
 
 def test_a_missing_path_is_told():
@@ -276,11 +276,11 @@ def test_a_missing_path_is_told():
 
 def test_label_noise_and_autoencoders_are_refused(folder):
     config = make_config(folder)
-    config.data.noise = 0.2
-    with pytest.raises(DataError, match=r"`data.noise` replaces labels in memory"):
+    config.data.label_noise = 0.2
+    with pytest.raises(DataError, match=r"`data.label_noise` replaces labels in memory"):
         run_data.gather(config, training_tasks.build(config))
     config = make_config(folder, task="autoencoder")
-    config.data.side = None
+    config.data.image_size = None
     with pytest.raises(training_tasks.TaskError, match="images in memory"):
         training_tasks.build(config).load(0)
 

@@ -140,7 +140,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     with jax.enable_x64(False):
         for regime in REGIMES:
-            loop.fit(build(config_of(regime, keep=9)), folder / regime)
+            loop.fit(build(config_of(regime, keep_checkpoints=9)), folder / regime)
     return folder
 
 
@@ -227,12 +227,12 @@ def test_devices_lie_in_the_order_of_their_processes():
 def test_errors_say_what_fits():
     cases: list[tuple[dict[str, Any], str]] = [
         ({"batch": 68}, "do not go over 8 devices.*fewer devices, as with `--devices=4`"),
-        ({"regime": "xmap"}, "`regime` is one of jit, shard_map, pmap"),
+        ({"parallelism": "xmap"}, "`parallelism` is one of jit, shard_map, pmap"),
         ({"devices": 9}, "takes the first of the 8 .* was 9 .* `--devices=none` takes all"),
         ({"m": 12}, "a batch of 64 and the 8 of each of 8 devices .* `--m=4`"),
         ({"m": 32, "batch": 48}, "with `--batch=48` goes `--m=6`"),
         ({"m": 128}, "with `--batch=64` goes `--m=64`"),
-        ({"m": 128, "regime": "jit"}, "a batch of 64 evenly. The two .* goes `--m=64`"),
+        ({"m": 128, "parallelism": "jit"}, "a batch of 64 evenly. The two .* goes `--m=64`"),
         ({"optimizer": "per_group(12, sgd(lr))"}, r"goes `per_group\(4, \.\.\.\)`"),
     ]
     for fields, said in cases:

@@ -42,7 +42,7 @@ def begun(tmp_path):
     """The folder of a run that was stopped before its first step."""
     config = commands.configure(TINY, ["--epochs=1"])
     folder = run_dir.create(tmp_path, "train", config)
-    run_dir.write_json(folder / "plan.json", commands.Plan("train", [config.optimizer])._asdict())
+    run_dir.write_spec(folder, commands.RunSpec("train", [config.optimizer])._asdict())
     return folder
 
 
@@ -116,7 +116,7 @@ def test_a_file_system_without_locks_is_no_obstacle(number, tmp_path, monkeypatc
 def test_a_place_without_room_for_runs_is_met_before_the_preparation(
     command, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(commands.Plan, "prepare", None)
+    monkeypatch.setattr(commands.RunSpec, "prepare", None)
     (tmp_path / "file").touch()
     said = complaint(capsys, command, TINY, "--runs", tmp_path / "file" / "runs")
     assert f"no folder can be made in {tmp_path / 'file'} (Not a directory)" in said
@@ -149,9 +149,9 @@ def test_a_run_that_is_stopped_says_how_to_go_on(end, status, begun, capsys, mon
         ("config.json", "{", "Expecting property name"),
         ("config.json", "{}", "it holds no config"),
         ("config.json", "[]", "it holds no config"),
-        ("plan.json", "", "Expecting value"),
-        ("plan.json", '{"x": 1}', "it holds no plan"),
-        ("plan.json", '{"command": "trian", "optimizers": []}', "it holds no plan"),
+        ("run.json", "", "Expecting value"),
+        ("run.json", '{"x": 1}', "it names no command"),
+        ("run.json", '{"command": "trian", "optimizers": []}', "it names no command"),
     ],
 )
 def test_a_damaged_file_of_a_run_is_named(name, text, cause, begun, capsys):

@@ -33,11 +33,11 @@ def tiny(task, **fields):
     own = config.defaults(lr=1e-2)
     name, options = MODELS[task]
     own.model = {"name": name, "options": options}
-    own.data.update(name=DATA.get(task, "digits"), size=64, length=8)
+    own.data.update(name=DATA.get(task, "digits"), num_train=64, seq_len=8)
     own.update(
         name="tiny", task=task, devices=1, batch=16, epochs=3, log_every=1, hessian_examples=16
     )
-    own.update(optimizer="adam(lr)", base="sgd(lr)")
+    own.update(optimizer="adam(lr)", baseline="sgd(lr)")
     own.update(fields)
     return own
 
@@ -161,12 +161,12 @@ def test_a_method_that_solves_with_the_curvature_trains(task):
         ("images", {"task": "speech"}, "images, autoencoder, regression, language.*`speech`"),
         ("regression", {"loss": "softmax"}, "squared for the task `regression`.*`softmax`"),
         ("images", {"loss": "squared"}, "softmax, sigmoid for the task `images`"),
-        ("language", {"data.noise": 0.2}, "`data.noise` is for labelled images"),
+        ("language", {"data.label_noise": 0.2}, "`data.label_noise` is for labelled images"),
         ("autoencoder", {"data.augment": ["flip()"]}, "`data.augment` is for labelled images"),
         ("autoencoder", {"data.name": "diabetes"}, "no data set `diabetes`"),
         ("regression", {"data.name": "digits"}, "`digits`"),
         ("language", {"data.name": "digits"}, "`pydoc`.*`digits`"),
-        ("language", {"data.length": 0}, "`length` is 0"),
+        ("language", {"data.seq_len": 0}, "`length` is 0"),
         ("autoencoder", {"model.name": "mlp"}, "`mlp` was built with None"),
         ("images", {"model.name": "autoencoder"}, "`autoencoder` was built with 10"),
     ],
@@ -181,7 +181,7 @@ def test_what_does_not_fit_the_task_is_said(task, fields, words):
 
 def test_image_classification_trains_on_soft_labels():
     own = comparison.variant(tiny_run.get_config(), optimizer="sgd(0.1)")
-    own.data.update(smoothing=0.1, augment=["mixup(1.0, 0.5)"])
+    own.data.update(label_smoothing=0.1, augment=["mixup(1.0, 0.5)"])
     experiment = build(own)
     batch = experiment.task.in_training(jax.random.key(0), next(experiment.batches()))
     np.testing.assert_allclose(batch["label"].sum(-1), 1, rtol=1e-6)

@@ -435,11 +435,11 @@ def test_fields_that_came_after_a_run_have_their_defaults(tmp_path):
     folder = run_dir.create(tmp_path, "train", CONFIG)
     file = folder / "config.json"
     old = json.loads(file.read_text())
-    del old["start"], old["data"]["labels"], old["data"]["side"]
+    del old["init_from"], old["data"]["labels"], old["data"]["image_size"]
     file.write_text(json.dumps(old))
     read = run_dir.read_config(folder)
-    assert (read.start, read.data.labels, read.data.side) == (None, None, None)
-    assert (read.batch, read.data.noise) == (CONFIG.batch, CONFIG.data.noise)
+    assert (read.init_from, read.data.labels, read.data.image_size) == (None, None, None)
+    assert (read.batch, read.data.label_noise) == (CONFIG.batch, CONFIG.data.label_noise)
 
 
 # Data and scores.
@@ -574,6 +574,6 @@ def test_arms_differ_in_what_they_are_named_for():
 
 
 def test_a_grid_has_every_point_the_last_field_fastest():
-    arms = comparison.grid({"m": CONFIG}, {"rho": ["0", "0.1"], "data.noise": ["0.2", "0.4"]})
-    settings = [(arm.rho, arm.data.noise) for arm in arms.values()]
+    arms = comparison.grid({"m": CONFIG}, {"rho": ["0", "0.1"], "data.label_noise": ["0.2", "0.4"]})
+    settings = [(arm.rho, arm.data.label_noise) for arm in arms.values()]
     assert settings == [(0.0, 0.2), (0.0, 0.4), (0.1, 0.2), (0.1, 0.4)]

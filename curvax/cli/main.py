@@ -28,7 +28,7 @@ _FIELDS = """\
 fields:
   Any field of the config takes a value, dots reaching inside:
 
-    --epochs=30  --data.noise=0.2  --model.options.depth=4
+    --epochs=30  --data.label_noise=0.2  --model.options.depth=4
     --optimizer="sam_perturb(0.1) | adamw(cosine(1e-3, warmup=100))"
 
   The optimiser's text is the method: parts joined by `|`, each a call of one of curvax's stages
@@ -44,7 +44,7 @@ _PLACE = """\
 fields:
   A run keeps its config but for where it computes, which these change for this time:
 
-    --data.path=/data/records  --data.threads=8  --devices=1  --regime=jit  --fsdp=True
+    --data.path=/data/records  --data.threads=8  --devices=1  --parallelism=jit  --fsdp=True
     --eval_batch=64
 
   --data.path is where the data that the run was trained on lies now. --devices=none takes all.
@@ -224,7 +224,7 @@ class _Parser(argparse.ArgumentParser):
             "--optimizers",
             nargs="+",
             metavar="TEXT",
-            help="the methods, the base first; by default the config's base, optimizer and others",
+            help="the methods, the baseline first; by default those of the config",
         )
 
 
@@ -374,8 +374,8 @@ def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 
     with distributed.together():
         config = commands.configure(arguments.config, overrides)
-    methods = commands.methods(config) if config.beside else [config.optimizer]
-    commands.start(config, commands.Plan("train", methods), arguments.runs)
+    methods = commands.methods(config) if config.train_baselines else [config.optimizer]
+    commands.start(config, commands.RunSpec("train", methods), arguments.runs)
 
 
 def _compare(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -387,10 +387,10 @@ def _compare(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         fields = grid_search.read_fields(arguments.sweep)
     if fields:
         methods = arguments.optimizers or [config.optimizer]
-        plan = commands.Plan("sweep", methods, arguments.seeds, fields=fields)
+        plan = commands.RunSpec("sweep", methods, arguments.seeds, fields=fields)
     else:
         methods = arguments.optimizers or commands.methods(config)
-        plan = commands.Plan("compare", methods, arguments.seeds, arguments.fair)
+        plan = commands.RunSpec("compare", methods, arguments.seeds, arguments.fair)
     commands.start(config, plan, arguments.runs)
 
 

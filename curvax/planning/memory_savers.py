@@ -34,7 +34,7 @@ def remedies(config: ConfigDict, devices: int) -> Changes:
     if size := _microbatch(config, devices):
         found[f"--microbatch={size}"] = variant(config, microbatch=size)
     if not config.fsdp:
-        found["--fsdp=True --regime=jit"] = variant(config, fsdp=True, regime="jit")
+        found["--fsdp=True --parallelism=jit"] = variant(config, fsdp=True, parallelism="jit")
     return found
 
 
@@ -87,7 +87,7 @@ def _microbatch(config: ConfigDict, devices: int) -> int:
 
     Under `jit` a part of the batch would be a part of the devices.
     """
-    if config.regime == "jit" and devices > 1:
+    if config.parallelism == "jit" and devices > 1:
         return 0
     here = config.microbatch or config.batch // devices
     whole = math.gcd(here, *parallelism.group_sizes(config))

@@ -56,7 +56,7 @@ class Experiment:
         return _as_taken(self.task, self.material.first)
 
     def init(self) -> State:
-        """The state before the first step, on the devices: drawn, and trained where `start` says.
+        """The state before the first step, on the devices, with the weights of `init_from`, if any.
 
         Raises:
             PretrainedError: as in `trained`.
@@ -69,12 +69,12 @@ class Experiment:
         return self.regime.laid_out(jax.eval_shape(self._init, {}))
 
     def trained(self) -> Tree:
-        """The variables that `start` gives, as NumPy arrays, or none of them.
+        """The variables that `init_from` gives, as NumPy arrays, or none of them.
 
         Raises:
             PretrainedError: they cannot be read, or are those of another model.
         """
-        path, new_head = self.config.start, self.config.new_head
+        path, new_head = self.config.init_from, self.config.new_head
         if path is None:
             return {}
         shapes = jax.eval_shape(self._init, {})
@@ -132,8 +132,7 @@ def build(config: ConfigDict, *, hold_out: bool = False, begins: bool = True) ->
 
     Args:
         hold_out: keep 10 % of the training set out of training and score on it, not on test.
-        begins: whether its training begins, with the weights of `start`, which are looked at then;
-            checkpoints do not need them.
+        begins: check the weights of `init_from`; a run that resumes from a checkpoint needs none.
 
     Raises:
         ValueError: a field does not fit.

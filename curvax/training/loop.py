@@ -44,7 +44,9 @@ def fit(
         return done
     began = time.perf_counter()
     checkpoints = (
-        Checkpoints(folder / "checkpoints", experiment.config.keep) if folder else NoCheckpoints()
+        Checkpoints(folder / "checkpoints", experiment.config.keep_checkpoints)
+        if folder
+        else NoCheckpoints()
     )
     with contextlib.closing(checkpoints), Notice() as notice:
         state, batches = checkpoints.resume(experiment)

@@ -238,20 +238,21 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ji
         )
     names: tuple[str, ...] = (BATCH,)
     shape: tuple[int, ...] = (len(found),)
-    together = _devices_of_a_group(config, 1 if config.regime == "jit" else len(found))
-    if config.regime == "shard_map" and together > 1:
+    together = _devices_of_a_group(config, 1 if config.parallelism == "jit" else len(found))
+    if config.parallelism == "shard_map" and together > 1:
         names, shape = (BATCH, GROUP), (len(found) // together, together)
     mesh = Mesh(np.array(found).reshape(shape), names)
-    return REGIMES[config.regime](mesh, config.fsdp, together)
+    return REGIMES[config.parallelism](mesh, config.fsdp, together)
 
 
 def _check(config: ConfigDict) -> None:
-    if config.regime not in REGIMES:
-        raise RegimeError(f"`regime` is one of {', '.join(REGIMES)}, and was `{config.regime}`.")
-    if config.fsdp and config.regime != "jit":
+    if config.parallelism not in REGIMES:
+        known = ", ".join(REGIMES)
+        raise RegimeError(f"`parallelism` is one of {known}, and was `{config.parallelism}`.")
+    if config.fsdp and config.parallelism != "jit":
         raise RegimeError(
             f"`fsdp` lets the compiler divide the parameters, which it does under `jit`, and the "
-            f"regime is `{config.regime}`. Leave out one of the two."
+            f"`parallelism` is `{config.parallelism}`. Leave out one of the two."
         )
 
 

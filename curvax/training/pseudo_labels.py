@@ -20,7 +20,7 @@ from curvax.training.data.datasets import Split
 from curvax.training.runtime import run_dir
 
 _ARM, _SEED = re.compile(r"\d+-.*"), re.compile(r"seed\d+")
-_SHARED = ("name", "size", "noise")
+_SHARED = ("name", "num_train", "label_noise")
 """Fields of `data` that say which examples a run was trained on, and under which labels."""
 
 
@@ -118,7 +118,7 @@ def _seeds(arm: Path, given: Path) -> str:
 
 def _require_same_data(root: Path, first: ConfigDict, config: ConfigDict) -> None:
     """Refuses a run that was not trained on the examples whose labels it is to predict."""
-    if run_dir.read_json(root / "plan.json")["fields"]:
+    if run_dir.read_spec(root)["fields"]:
         raise BootstrapError(
             f"`data.labels` names a run on the whole training set, and {root} is a sweep, which "
             "holds a part of it out. Train with the settings that it chose."

@@ -39,8 +39,8 @@ def gather(config: ConfigDict, task: Task, hold_out: bool = False) -> Material:
     """
     seed, dataset = config.seed, task.load(config.seed)
     train, test = dataset.train, dataset.test
-    if config.data.size is not None:
-        train = datasets.take(train, config.data.size, seed=seed)
+    if config.data.num_train is not None:
+        train = datasets.take(train, config.data.num_train, seed=seed)
     if hold_out:
         train, test = datasets.hold_out(train, seed=seed)
     train, wrong = _relabelled(train, dataset, config)
@@ -51,14 +51,14 @@ def _relabelled(
     train: Examples, dataset: Dataset[Examples], config: ConfigDict
 ) -> tuple[Examples, np.ndarray]:
     """With wrong labels, or with those that a run predicts which was trained on wrong ones."""
-    rate, predicted = config.data.noise, config.data.labels is not None
+    rate, predicted = config.data.label_noise, config.data.labels is not None
     if not (rate or predicted) or dataset.classes is None:
         return train, np.zeros(train.size, bool)
     if not isinstance(train, Split):
         raise DataError(
-            f"`data.{'labels' if predicted else 'noise'}` replaces labels in memory, and those of "
-            f"`{config.data.name}` are in its records. Leave it out, or convert pictures in other "
-            "class folders."
+            f"`data.{'labels' if predicted else 'label_noise'}` replaces labels in memory, and "
+            f"those of `{config.data.name}` are in its records. Leave it out, or convert images in "
+            "other class folders."
         )
     if predicted:
         labels = pseudo_labels.predictions(config, train)
@@ -82,7 +82,7 @@ def foretell(config: ConfigDict) -> Facts:
         source = sources.of(config.data)
         pixels = jax.ShapeDtypeStruct(source.shape, source.dtype)
         label = jax.ShapeDtypeStruct((), jnp.int32)
-        return Facts(config.data.size or source.train, source.classes, pixels, label)
+        return Facts(config.data.num_train or source.train, source.classes, pixels, label)
     gathered = gather(config, tasks.build(config))
     train = gathered.train
     example = train.gather(np.arange(1))

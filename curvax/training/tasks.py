@@ -101,7 +101,7 @@ def _regression(config: ConfigDict) -> Task:
 
 def _language(config: ConfigDict) -> Task:
     options = config.data
-    where = {"path": options.path, "length": options.length}
+    where = {"path": options.path, "length": options.seq_len}
     load = lambda seed: text.load(options.name, seed=seed, **where)
     likelihood, scores = _likelihood(config, "softmax"), {"accuracy": metrics.top1}
     return Task("windows", load, likelihood, scores, selection_metric.FORETELL)
@@ -126,7 +126,7 @@ def _likelihood(config: ConfigDict, *fitting: str) -> Callable[..., Likelihood]:
 
 
 def _refuse_changes(config: ConfigDict) -> None:
-    for field in ("noise", "labels", "smoothing", "augment", "side"):
+    for field in ("label_noise", "labels", "label_smoothing", "augment", "image_size"):
         if config.data[field]:
             raise TaskError(
                 f"`data.{field}` is for labelled images, and the task is `{config.task}`. Leave it "

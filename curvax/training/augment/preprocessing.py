@@ -50,7 +50,7 @@ def in_training(config: ConfigDict) -> Transform:
     """What happens to a training batch: labels become rows, then come the config's augmentations.
 
     `normalise()` may stand among them; it comes after them where it does not. The size that
-    `data.side` says comes last, and does nothing where they gave it, as `inception_crop` may.
+    `data.image_size` says comes last, and does nothing where they gave it, as `inception_crop` may.
 
     Raises:
         RecipeError: a text of `data.augment` cannot be read.
@@ -61,7 +61,9 @@ def in_training(config: ConfigDict) -> Transform:
     if not any("normalise" in text for text in texts):
         texts.append("normalise()")
     changes = [recipe.read(text, names) for text in texts]
-    return transforms.compose(_rows(config, config.data.smoothing), *changes, *_resize(config))
+    return transforms.compose(
+        _rows(config, config.data.label_smoothing), *changes, *_resize(config)
+    )
 
 
 def in_test(config: ConfigDict) -> Prepare:
@@ -71,7 +73,7 @@ def in_test(config: ConfigDict) -> Prepare:
 
 
 def _resize(config: ConfigDict) -> list[Transform]:
-    side = config.data.side
+    side = config.data.image_size
     return [] if side is None else [transforms.resize(side)]
 
 

@@ -18,20 +18,19 @@ from curvax.training.compare import comparison, grid_search, plots, report, step
 from curvax.training.compare.comparison import Arms, Outcomes
 from curvax.training.config import configs
 from curvax.training.config.configs import ConfigError
+from curvax.training.config.renamed import current
 from curvax.training.data.image_folders import visible
 from curvax.training.experiment import Experiment, build
 from curvax.training.runtime import distributed, run_dir
 from curvax.training.runtime.preemption import Stopped
 from curvax.training.tasks import Task
 
-_PLAN = "plan.json"
-
-PLACE = ("data.path", "data.threads", "regime", "devices", "fsdp", "eval_batch")
+PLACE = ("data.path", "data.threads", "parallelism", "devices", "fsdp", "eval_batch")
 """Fields that say where and on what a run computes, not what: all that may change once it began."""
 _OF_HOST = ("data.path", "data.threads")
 
 
-class Plan(NamedTuple):
+class RunSpec(NamedTuple):
     """What is done with a config; kept in the run's folder, so that it can be resumed."""
 
     command: str  # "train", "compare" or "sweep"
@@ -75,7 +74,8 @@ def placed(config: ConfigDict, assignments: Sequence[str]) -> ConfigDict:
     """
     fields = ", ".join(f"`--{field}`" for field in PLACE)
     for assignment in assignments:
-        if assignment.removeprefix("--").partition("=")[0] not in PLACE:
+        name = assignment.removeprefix("--").partition("=")[0]
+        if current(name, warn=False) not in PLACE:
             raise ConfigError(
                 f"A run keeps its config but for where it computes, and got `{assignment}`. What "
                 f"may change, each as `--field=value`, is {fields}; for the rest begin another run "
@@ -93,10 +93,10 @@ def placed(config: ConfigDict, assignments: Sequence[str]) -> ConfigDict:
 
 def methods(config: ConfigDict) -> list[str]:
     """The texts of a config's methods: its base, its own, and the others."""
-    return [config.base, config.optimizer, *config.others]
+    return [config.baseline, config.optimizer, *config.more_optimizers]
 
 
-def start(config: ConfigDict, plan: Plan, root: Path) -> None:
+def start(config: ConfigDict, plan: RunSpec, root: Path) -> None:
     """Carries a plan out in a new run folder under `root`."""
     distributed.require_same(_options(config, plan))
     with distributed.together():
@@ -106,7 +106,7 @@ def start(config: ConfigDict, plan: Plan, root: Path) -> None:
     name = ""
     if distributed.first():
         folder = run_dir.create(root, plan.command, config)
-        run_dir.write_json(folder / _PLAN, plan._asdict())
+        run_dir.write_spec(folder, plan._asdict())
         name = str(folder)
     _carry_out(config, plan, experiments, Path(distributed.agreed(name)))
 
@@ -132,29 +132,29 @@ def resume(folder: Path, assignments: Sequence[str] = ()) -> None:
     _carry_out(config, plan, experiments, folder)
 
 
-def _options(config: ConfigDict, plan: Plan) -> dict[str, Any]:
+def _options(config: ConfigDict, plan: RunSpec) -> dict[str, Any]:
     """All that a run is told, by name, but for what each host has its own way."""
-    told = dict(configs.flat(config.to_dict())) | plan._asdict()
+    told = configs.flat(config) | plan._asdict()
     return {name: value for name, value in told.items() if name not in _OF_HOST}
 
 
-def read(folder: Path) -> tuple[ConfigDict, Plan]:
+def read(folder: Path) -> tuple[ConfigDict, RunSpec]:
     """The config of a run folder, and what is done with it.
 
     Raises:
         RunError: the folder is not a run's, or a file of it is damaged.
     """
-    config, page = run_dir.read_config(folder), run_dir.read_json(folder / _PLAN)
+    config, page = run_dir.read_config(folder), run_dir.read_spec(folder)
     try:
-        plan = Plan(**page)
+        plan = RunSpec(**page)
         _FINISH[plan.command]
     except (TypeError, KeyError) as error:
-        raise run_dir.damaged(folder / _PLAN, "it holds no plan") from error
+        raise run_dir.bad_spec(folder) from error
     return config, plan
 
 
 def _carry_out(
-    config: ConfigDict, plan: Plan, experiments: Mapping[str, Experiment], folder: Path
+    config: ConfigDict, plan: RunSpec, experiments: Mapping[str, Experiment], folder: Path
 ) -> None:
     with _way_back(folder), _held(folder):
         console = Console(quiet=not distributed.first())
@@ -204,7 +204,7 @@ def _way_back(folder: Path) -> Iterator[None]:
 
 
 def _finish_training(
-    config: ConfigDict, plan: Plan, task: Task, outcomes: Outcomes, folder: Path
+    config: ConfigDict, plan: RunSpec, task: Task, outcomes: Outcomes, folder: Path
 ) -> tuple[Table, str]:
     plots.draw(outcomes, folder / "curves.png", task.goal)
     table = report.run_table({name: arm[0].figures for name, arm in outcomes.items()})
@@ -212,7 +212,7 @@ def _finish_training(
 
 
 def _finish_comparison(
-    config: ConfigDict, plan: Plan, task: Task, outcomes: Outcomes, folder: Path
+    config: ConfigDict, plan: RunSpec, task: Task, outcomes: Outcomes, folder: Path
 ) -> tuple[Table, str]:
     plots.draw(outcomes, folder / "curves.png", task.goal)
     if plan.fair:
@@ -224,7 +224,7 @@ def _finish_comparison(
 
 
 def _finish_sweep(
-    config: ConfigDict, plan: Plan, task: Task, outcomes: Outcomes, folder: Path
+    config: ConfigDict, plan: RunSpec, task: Task, outcomes: Outcomes, folder: Path
 ) -> tuple[Table, str]:
     names = comparison.labels(plan.optimizers)
     grids = grid_search.grids(outcomes, names, plan.fields, task.goal)
@@ -240,7 +240,7 @@ def measure_costs(config: ConfigDict, optimizers: Sequence[str], pairs: int, roo
     """`curvax bench`: the costs of a step of each method, printed and kept in a new folder."""
     console = Console()
     run_dir.check_root(root)
-    experiments = Plan("bench", optimizers).prepare(config)
+    experiments = RunSpec("bench", optimizers).prepare(config)
     goal = next(iter(experiments.values())).task.goal
     with progress.bar(console, goal) as row:
         costs = step_cost.measure(experiments, pairs, row("pairs", pairs))

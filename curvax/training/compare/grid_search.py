@@ -12,6 +12,7 @@ from rich.table import Table
 from curvax.training.compare.comparison import Outcomes, values
 from curvax.training.compare.report import spread
 from curvax.training.compare.summary import Summary, summarise
+from curvax.training.config.renamed import current
 from curvax.training.runtime import run_dir
 from curvax.training.selection_metric import Goal
 
@@ -56,6 +57,7 @@ def read_fields(texts: Sequence[str]) -> dict[str, list[str]]:
     fields: dict[str, list[str]] = {}
     for text in texts:
         name, equals, values = text.partition("=")
+        name = current(name)
         if not equals or not values or name in fields:
             raise SweepError(
                 f"`--sweep {text}` is no list of values. Write each field once, as "

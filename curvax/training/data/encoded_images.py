@@ -102,7 +102,7 @@ def load(options: ConfigDict) -> Dataset[Pictures]:
 
     Raises:
         DataError: there are no such records, they have other classes than they should, or
-            `data.area` is no range of shares.
+            `data.crop_area` is no range of shares.
     """
     source, folder = sources.of(options), array_records.read_folder(sources.records_folder(options))
     if folder.classes not in (None, source.classes):
@@ -111,7 +111,7 @@ def load(options: ConfigDict) -> Dataset[Pictures]:
             f'{folder.classes}. Take `data.name` = "records" for pictures of your own.'
         )
     side = source.shape[0]
-    form = Form(side, source.classes, _range(options.area), options.threads)
+    form = Form(side, source.classes, _range(options.crop_area), options.threads)
     train, test = (whole(folder.part(*part), form) for part in (sources.TRAIN, sources.TEST))
     return Dataset(train, test, source.classes, folder.names)
 
@@ -122,13 +122,13 @@ def whole(store: Store, form: Form) -> Pictures:
 
 
 def _range(area: Any) -> tuple[float, float]:
-    """`data.area` as it should be; errors as in `load`."""
+    """`data.crop_area` as it should be; errors as in `load`."""
     match area:
         case (float() | int() as least, float() | int() as greatest) if 0 < least <= greatest <= 1:
             return least, greatest
     raise DataError(
-        "`data.area` is the least and the greatest share of a picture that a training crop takes, "
-        f"above 0 and at most 1, and was {area}. Half of the picture or more is `(0.5, 1.0)`."
+        "`data.crop_area` is the least and the greatest share of an image that a training crop "
+        f"takes, above 0 and at most 1, and was {area}. Half of the image or more is `(0.5, 1.0)`."
     )
 
 

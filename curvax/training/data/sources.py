@@ -49,7 +49,7 @@ def of(options: ConfigDict) -> Source:
     source = find(options.name)
     if not source.records:
         return source
-    side = options.side or SIDE
+    side = options.image_size or SIDE
     source = source._replace(shape=(side, side, 3))
     if source.classes:
         return source

@@ -86,7 +86,7 @@ def of_path(path: Path, experiment: Experiment) -> Iterator[Benchmark]:
             f"`--data` gives pictures, and the run was trained on `{options.name}`, whose images "
             "are none. Leave it out for the run's own test set, or take `--corruptions`."
         )
-    form = Form(options.side or sources.SIDE, classes, threads=options.threads)
+    form = Form(options.image_size or sources.SIDE, classes, threads=options.threads)
     names = experiment.material.names
     if any(path.glob("*.array_record-*")):
         yield _of_records(path, names, form)

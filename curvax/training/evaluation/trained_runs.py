@@ -11,8 +11,9 @@ from ml_collections import ConfigDict
 
 from curvax.training.checkpoints import Checkpoints
 from curvax.training.compare import commands, comparison
-from curvax.training.compare.commands import Plan
+from curvax.training.compare.commands import RunSpec
 from curvax.training.experiment import Experiment
+from curvax.training.runtime import run_dir
 from curvax.training.runtime.run_dir import RunError
 from curvax.training.step import State
 
@@ -36,7 +37,7 @@ class _Place(NamedTuple):
     seed: int
     arm: str
     config: ConfigDict
-    plan: Plan
+    plan: RunSpec
 
 
 def load(folders: Sequence[Path], assignments: Sequence[str] = ()) -> list[Subject]:
@@ -79,11 +80,11 @@ def _newest(experiment: Experiment, folder: Path) -> State:
 
 def _seeds(folder: Path) -> Iterator[Path]:
     """The folders of the seeds that a folder stands for."""
-    if _SEED.fullmatch(folder.name) and _is_run(folder.parent.parent):
+    if _SEED.fullmatch(folder.name) and run_dir.is_run(folder.parent.parent):
         yield folder
-    elif _ARM.fullmatch(folder.name) and _is_run(folder.parent):
+    elif _ARM.fullmatch(folder.name) and run_dir.is_run(folder.parent):
         yield _first_seed(folder)
-    elif _is_run(folder):
+    elif run_dir.is_run(folder):
         arms = [each for each in folder.iterdir() if _ARM.fullmatch(each.name)]
         yield from map(_first_seed, sorted(arms, key=lambda arm: _number(_ARM, arm)))
     else:
@@ -91,10 +92,6 @@ def _seeds(folder: Path) -> Iterator[Path]:
             f"{folder} holds no run. Pass a folder that `curvax train` or `curvax compare` left, "
             "or one of those inside it: an arm, as 0-adamw, or a seed of one, as 0-adamw/seed0."
         )
-
-
-def _is_run(folder: Path) -> bool:
-    return (folder / "plan.json").exists()
 
 
 def _number(pattern: re.Pattern[str], folder: Path) -> int:

@@ -1,6 +1,6 @@
 """A folder of runs: its config, their figures, their checkpoints and what they came to.
 
-config.json, plan.json      every field and what is done with them, enough to resume
+config.json, run.json       all fields, and the command with its methods: enough to resume
 table.txt, curves.png ...   what it came to
 .lock                       who trains it, or did last
 0-adamw/seed0/              a run of the first method
@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from curvax.training.config import configs
+from curvax.training.config.renamed import DataConfig, RunConfig, translated
 from curvax.training.runtime.tensorboard import Events
 
 try:
@@ -36,6 +37,7 @@ Record = dict[str, float]
 """The step, and figures named `train/loss`, `test/accuracy` and so on."""
 
 _CONFIG, _METRICS, _RESULTS = "config.json", "metrics.jsonl", "results.json"
+_SPEC, _OLD_SPEC = "run.json", "plan.json"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
@@ -107,17 +109,50 @@ def finish(folder: Path | None, figures: Mapping[str, float]) -> None:
 
 
 def read_config(folder: Path) -> ConfigDict:
-    """The config of a run; fields that came after it have their defaults.
+    """The config of a run.
+
+    Renamed fields are read under their old names too, and fields that a later version of curvax
+    added have their defaults.
 
     Raises:
         RunError: the folder holds no run, or the file is damaged.
     """
     path, known = folder / _CONFIG, configs.defaults().to_dict()
-    read = read_json(path)
+    stored = read_json(path)
     try:
-        return ConfigDict({**known, **read, "data": {**known["data"], **read["data"]}}).lock()
-    except (TypeError, KeyError) as error:
+        stored = translated(stored)
+        data = DataConfig({**known["data"], **stored["data"]})
+        return RunConfig({**known, **stored, "data": data}).lock()
+    except (AttributeError, TypeError, KeyError) as error:
         raise damaged(path, "it holds no config") from error
+
+
+def read_spec(folder: Path) -> Any:
+    """The contents of run.json, or of plan.json, its name in older runs; errors as `read_config`.
+
+    The file says which command and which methods the run belongs to.
+    """
+    return read_json(_spec_file(folder))
+
+
+def write_spec(folder: Path, page: Any) -> None:
+    """Keeps in run.json what `read_spec` reads."""
+    write_json(folder / _SPEC, page)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether `read_spec` finds a file in this folder."""
+    return _spec_file(folder).exists()
+
+
+def _spec_file(folder: Path) -> Path:
+    current, old = folder / _SPEC, folder / _OLD_SPEC
+    return old if old.exists() and not current.exists() else current
+
+
+def bad_spec(folder: Path) -> "RunError":
+    """The error for a run.json that names no command and methods."""
+    return damaged(_spec_file(folder), "it names no command and methods")
 
 
 def read_json(path: Path) -> Any:
