@@ -256,6 +256,15 @@ def test_help_teaches_fields_and_methods(command, capsys):
     assert "sam_perturb(0.1) | adamw" in said
 
 
+def test_help_lists_every_command(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main.main(["--help"])
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    for command in main.COMMANDS:
+        assert f"{command.name:10}{command.summary}\n" in said
+
+
 def test_values_of_a_sweep_are_parted_outside_brackets():
     from curvax.training.compare import grid_search
 

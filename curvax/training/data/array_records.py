@@ -109,7 +109,7 @@ def read_folder(folder: Path) -> Folder:
     if not parts:
         raise DataError(
             f"{folder} holds no array_record files, named as NAME-train.array_record-00000-of-00004"
-            ". `curvax convert PICTURES FOLDER` makes them from a folder of class folders."
+            ". `curvax convert IMAGES FOLDER` makes them from a folder of class folders."
         )
     for paths in parts.values():
         _require_all(paths)

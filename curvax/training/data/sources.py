@@ -127,7 +127,7 @@ TRAIN, TEST = ("train",), ("validation", "test", "val")
 _CIFAR = "https://www.cs.toronto.edu/~kriz/cifar.html"
 _SVHN = "http://ufldl.stanford.edu/housenumbers"
 _CONVERT = (
-    "Give the folder that `curvax convert PICTURES FOLDER` made, or that of array_record files by "
+    "Give the folder that `curvax convert IMAGES FOLDER` made, or that of array_record files by "
     "tensorflow-datasets, as `path`."
 )
 _SYMMETRIC: Moments = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
