@@ -45,7 +45,7 @@ def _stand_ins(monkeypatch):
 
 def arms_of(loaded):
     """The config of each method, the base first."""
-    return comparison.arms(loaded, commands.methods(loaded))
+    return comparison.variants(loaded, commands.methods(loaded))
 
 
 @pytest.mark.parametrize("name", config.names())
@@ -68,7 +68,7 @@ def test_a_config_builds_with_its_method_and_its_base(name):
     loaded.devices = 1
     for arm in arms_of(loaded).values():
         experiment = build(arm)
-        assert experiment.steps == arm.epochs * (experiment.material.train.size // arm.batch)
+        assert experiment.steps == arm.epochs * (experiment.data.train.size // arm.batch)
 
 
 VARIANTS = {

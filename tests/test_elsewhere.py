@@ -11,7 +11,7 @@ from test_data import make_images, write_idx
 
 from curvax.cli import main
 from curvax.training import pretrained
-from curvax.training.compare.commands import PLACE
+from curvax.training.compare.commands import OVERRIDABLE
 from curvax.training.evaluation import trained_runs
 
 DEVICES = 4
@@ -96,7 +96,7 @@ def test_data_that_is_not_there_is_asked_for(command, moved, capsys):
     run, _ = moved
     assert main.main([command, str(run)]) == 2
     said = capsys.readouterr().err
-    assert f"{run.parent / 'old'} is not there" in said
+    assert f"{run.parent / 'old'} does not exist" in said
     assert "`--data.path=PATH`" in said
 
 
@@ -138,7 +138,7 @@ def test_a_run_is_looked_at_on_the_devices_that_are_there(there, taken, moved, m
     run, data = moved
     only_devices(monkeypatch, there)
     (subject,) = trained_runs.load([run], [f"--data.path={data}"])
-    assert subject.experiment.regime.mesh.size == taken
+    assert subject.experiment.parallelism.mesh.size == taken
     figures = json.loads((seed(run) / "results.json").read_text())
     tested = subject.experiment.test(subject.state)
     assert tested["loss"] == pytest.approx(figures["test_loss"], rel=1e-5)
@@ -150,7 +150,7 @@ def test_devices_asked_for_must_be_there(moved, monkeypatch, capsys):
     assert main.main(["resume", str(run), f"--data.path={data}"]) == 2
     assert "first of the 3 that JAX sees in one process, and was 4" in capsys.readouterr().err
     assert main.main(["resume", str(run), f"--data.path={data}", "--devices=none"]) == 2
-    assert "8 examples do not go over 3 devices" in capsys.readouterr().err
+    assert "8 examples do not divide over 3 devices" in capsys.readouterr().err
     assert main.main(["evaluate", str(run), f"--data.path={data}", "--devices=9"]) == 2
     assert "was 9" in capsys.readouterr().err
 
@@ -161,8 +161,8 @@ def test_nothing_else_of_a_run_changes(command, other, moved, capsys):
     run, data = moved
     assert main.main([command, str(run), f"--data.path={data}", other]) == 2
     said = capsys.readouterr().err
-    assert f"keeps its config but for where it computes, and got `{other}`" in said
-    assert all(f"`--{field}`" in said for field in PLACE)
+    assert f"is fixed except for hardware and paths, and got `{other}`" in said
+    assert all(f"`--{field}`" in said for field in OVERRIDABLE)
 
 
 @pytest.mark.parametrize("command", WHERE)
@@ -170,4 +170,4 @@ def test_help_lists_what_may_change(command, capsys):
     with pytest.raises(SystemExit):
         main.main([command, "--help"])
     said = capsys.readouterr().out
-    assert all(f"--{field}=" in said for field in PLACE)
+    assert all(f"--{field}=" in said for field in OVERRIDABLE)

@@ -62,7 +62,7 @@ def test_every_seed_takes_the_weights_and_keeps_its_own_draws(first):
     (subject,) = trained_runs.load([first])
     trained = subject.state.params
     experiment = build(config_of(first))
-    one, other = experiment.init(), experiment.reseeded(1).init()
+    one, other = experiment.init(), experiment.with_seed(1).init()
     for state in (one, other):
         assert int(state.step) == 0
         assert_same(state.params, trained)
@@ -140,7 +140,7 @@ def test_a_plan_needs_no_weights():
 def regime_start(tmp_path_factory):
     """A run with batch statistics on eight devices."""
     folder = tmp_path_factory.mktemp("eight")
-    config = comparison.variant(regime_run.get_config(), epochs=1)
+    config = comparison.replace(regime_run.get_config(), epochs=1)
     experiment = build(config)
     loop.fit(experiment, folder)
     return folder, Checkpoints(folder / "checkpoints").restore(experiment.shapes)[0]
@@ -150,7 +150,7 @@ def regime_start(tmp_path_factory):
 @pytest.mark.parametrize("regime", REGIMES)
 def test_every_regime_begins_with_weights_and_statistics_where_its_state_lies(regime, regime_start):
     folder, trained = regime_start
-    config = comparison.variant(regime_run.get_config(regime), init_from=str(folder))
+    config = comparison.replace(regime_run.get_config(regime), init_from=str(folder))
     experiment = build(config)
     state = experiment.init()
     assert_same((state.params, state.model_state), (trained.params, trained.model_state))
@@ -158,7 +158,9 @@ def test_every_regime_begins_with_weights_and_statistics_where_its_state_lies(re
     places = jax.tree.map(lambda x: x.sharding.spec, (state, experiment.shapes))
     assert places[0] == places[1]
     if regime == "fsdp":
-        _, measured = experiment.step(state, experiment.regime.place(next(experiment.batches())))
+        _, measured = experiment.step(
+            state, experiment.parallelism.place(next(experiment.batches()))
+        )
         assert measured.finite.all()
 
 

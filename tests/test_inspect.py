@@ -80,7 +80,7 @@ def sam(run):
     """The loss and the parameters of the second method, put together by hand."""
     (subject,) = trained_runs.load([run / "1-sam_perturb-adam" / "seed0"])
     experiment = subject.experiment
-    few = experiment.material.train.rows(slice(EXAMPLES))
+    few = experiment.data.train.rows(slice(EXAMPLES))
     whole = jax.tree.map(jnp.asarray, few.gather(np.arange(EXAMPLES)))
     batch = experiment.task.in_test(whole)
     predict = lambda params, batch: experiment.model.apply({"params": params}, batch["input"])
@@ -166,7 +166,7 @@ def stub(name, gradients, clock, takes=None, error=None):
 def surveyed(monkeypatch, clock, seconds, *stubs):
     monkeypatch.setattr(runner, "price", lambda point: Price(0.0, 1.0))
     runs: dict[str, Any] = {"a": None, "b": None}
-    return runner.survey(runs, Budget(seconds, clock), measures=stubs)
+    return runner.measure_all(runs, Budget(seconds, clock), measures=stubs)
 
 
 def test_what_does_not_fit_is_left_out_and_named_and_the_smaller_goes_on(monkeypatch):

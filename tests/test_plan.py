@@ -267,7 +267,7 @@ def test_a_batch_that_does_not_go_over_a_topology_says_what_does(tmp_path, capsy
     given = ["digits", "--batch=12", "--topology=cpu:8", f"--runs={tmp_path}"]
     assert main.main(["plan", *given]) == 2
     said = capsys.readouterr().err
-    assert "12 examples do not go over 8 devices" in said
+    assert "12 examples do not divide over 8 devices" in said
     assert "Take a multiple as `batch`, or a smaller topology." in said
     assert "--devices" not in said
 
@@ -331,7 +331,7 @@ def test_groups_are_taken_one_by_one_where_they_were_at_once():
 def test_groups_that_fill_a_device_have_no_turns_to_take():
     text = GROUPED.replace("(2,", "(m,")
     for m, turns in ((PER_DEVICE // 2, True), (PER_DEVICE, False), (2 * PER_DEVICE, False)):
-        found = memory_savers.remedies(small(text, m=m), DEVICES)
+        found = memory_savers.candidates(small(text, m=m), DEVICES)
         assert any("sequential" in change for change in found) == turns
 
 
@@ -339,19 +339,21 @@ def test_groups_that_fill_a_device_have_no_turns_to_take():
 def test_micro_batches_divide_what_a_device_has(batch):
     config = small()
     config.batch = DEVICES * batch
-    found = [each for each in memory_savers.remedies(config, DEVICES).values() if each.microbatch]
+    found = [each for each in memory_savers.candidates(config, DEVICES).values() if each.microbatch]
     assert [batch % each.microbatch for each in found] == [0] * (batch > 1)
     assert all(each.microbatch < batch for each in found)
 
 
 def test_remedies_are_what_a_config_admits():
-    found = memory_savers.remedies(small(GROUPED, m=2), DEVICES)
+    found = memory_savers.candidates(small(GROUPED, m=2), DEVICES)
     names = [change.partition("=")[0] for change in found]
     assert names == ["--optimizer", "--microbatch", "--fsdp"]
     assert found["--microbatch=1"].microbatch == 1
     for changed in found.values():
         experiment.outline(changed, find("cpu:8").devices)
-    assert "--model.options.remat=True" in memory_savers.remedies(small(model="vit_tiny"), DEVICES)
+    assert "--model.options.remat=True" in memory_savers.candidates(
+        small(model="vit_tiny"), DEVICES
+    )
 
 
 WAYS = {
@@ -363,7 +365,7 @@ WAYS = {
 
 @pytest.mark.parametrize("model", WAYS)
 def test_blocks_can_be_compiled_in_as_many_ways_as_the_model_has(model):
-    ways = memory_savers.layouts(small(model=model))
+    ways = memory_savers.block_layouts(small(model=model))
     assert list(ways) == WAYS[model]
     for way, config in ways.items():
         assert config.model.options.get("remat", False) == ("remat" in way)
@@ -446,7 +448,7 @@ def test_the_figures_of_a_plan_are_those_of_a_device_beside_the_base():
     counted = ("all-reduce", 3, 600), ("all-gather", 1, 200)
     sends = {kind: collectives.Collective(times, size) for kind, times, size in counted}
     base, reading = (
-        compiled_cost.Reading(400, memory.total, True, memory, flops, sent)
+        compiled_cost.CompiledCost(400, memory.total, True, memory, flops, sent)
         for memory, flops, sent in (
             (compiled_cost.Memory(500, 300, 200, 40, 10), 2e3, {"all-reduce": sends["all-reduce"]}),
             (compiled_cost.Memory(900, 700, 600, 200, 100), 5e3, sends),

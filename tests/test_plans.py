@@ -147,7 +147,7 @@ def paper_arms():
             config = variant(paper, optimizer=text)
             yield (model, topology, method), machine, config
             if (model, topology, method) == LAID_OUT:
-                ways = list(memory_savers.layouts(config).items())[
+                ways = list(memory_savers.block_layouts(config).items())[
                     1:3
                 ]  # the first is the config's own
                 yield from (((model, topology, f"{method}, {w}"), machine, c) for w, c in ways)
@@ -158,7 +158,7 @@ def until_it_fits(arm, machine, config):
     take = compiled_cost.recall if KEPT else compiled_cost.read
     for change, changed in {
         "": config,
-        **memory_savers.remedies(config, len(machine.devices)),
+        **memory_savers.candidates(config, len(machine.devices)),
     }.items():
         reading = take(experiment.outline(changed, machine.devices), machine)
         yield (*arm[:2], f"{arm[2]}, `{change}`" if change else arm[2]), reading

@@ -122,7 +122,7 @@ def test_two_processes_come_to_what_one_comes_to(undisturbed, tmp_path):
     alone = tmp_path / "run" / "0-arm" / "seed0"
     alone.mkdir(parents=True)
     with jax.enable_x64(False):
-        figures = loop.fit(build(regime_run.get_config(regime)), alone).figures
+        figures = loop.fit(build(regime_run.get_config(regime)), alone).metrics
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4)
     jax.tree.map(close, end_of(folder, regime), end_of(tmp_path, regime))
     found = json.loads(only(folder, "*/*/seed0/results.json").read_text())
@@ -224,7 +224,7 @@ def test_two_processes_begin_with_weights_and_predicted_labels(undisturbed, tmp_
             np.testing.assert_array_equal(found[name], x)
     config = regime_run.get_config(regime)
     config.data.labels = str(first)
-    wrong = build(config).material.wrong.mean()
+    wrong = build(config).data.wrong.mean()
     results = json.loads(only(tmp_path, "*/*/seed0/results.json").read_text())
     assert results["wrong_labels"] == pytest.approx(wrong)
 

@@ -42,7 +42,7 @@ def make_config(path, **fields):
     config.data.update(name="records", path=str(path), image_size=SIDE, threads=2)
     config.optimizer = "sam_perturb(0.05) | adamw(cosine(lr))"
     config.update(batch=8, epochs=2, log_every=1, checkpoint_every=3, hessian_examples=0)
-    return comparison.variant(config, **fields)
+    return comparison.replace(config, **fields)
 
 
 def load(path, **options):
@@ -182,7 +182,7 @@ def test_a_part_of_the_records_is_the_beginning_of_a_fixed_order(folder):
 def test_batches_are_made_ahead_while_one_is_trained_on(folder):
     split, asked = load(folder).train, []
 
-    class Watched(encoded_images.Pictures):
+    class Watched(encoded_images.EncodedImages):
         def gather(self, rows, draw=None):
             asked.append(threading.current_thread())
             return super().gather(rows, draw)
@@ -278,7 +278,7 @@ def test_label_noise_and_autoencoders_are_refused(folder):
     config = make_config(folder)
     config.data.label_noise = 0.2
     with pytest.raises(DataError, match=r"`data.label_noise` replaces labels in memory"):
-        run_data.gather(config, training_tasks.build(config))
+        run_data.load(config, training_tasks.build(config))
     config = make_config(folder, task="autoencoder")
     config.data.image_size = None
     with pytest.raises(training_tasks.TaskError, match="images in memory"):
@@ -364,13 +364,13 @@ def test_moments_of_other_channels_are_refused(folder, name, mean, std, channels
 
 def test_a_run_is_made_ready_from_one_picture(folder, monkeypatch):
     """In each process of a pod: a batch of the whole is thousands."""
-    decode, decoded = encoded_images.Pictures._decode, set()
+    decode, decoded = encoded_images.EncodedImages._decode, set()
 
     def counted(self, number, draw):
         decoded.add(number)
         return decode(self, number, draw)
 
-    monkeypatch.setattr(encoded_images.Pictures, "_decode", counted)
+    monkeypatch.setattr(encoded_images.EncodedImages, "_decode", counted)
     build(make_config(folder, optimizer="sgd(0.1)"))
     assert decoded == {0}
 
@@ -380,8 +380,8 @@ def test_a_run_on_records_resumes_in_the_middle_of_an_epoch(folder, tmp_path):
     config.data.augment = ["mixup()", "rand_augment(2, 10)"]
     experiment = build(config)
     whole = loop.fit(experiment, tmp_path / "whole")
-    assert whole.figures["steps"] == 10
-    assert whole.figures["train_examples"] == 42
+    assert whole.metrics["steps"] == 10
+    assert whole.metrics["train_examples"] == 42
 
     def stop(step, figures):
         if step == 4:  # of 5 in an epoch, a step after a checkpoint
@@ -391,7 +391,7 @@ def test_a_run_on_records_resumes_in_the_middle_of_an_epoch(folder, tmp_path):
         loop.fit(experiment, tmp_path / "parted", stop)
     parted = loop.fit(build(config), tmp_path / "parted")
     assert parted.records == whole.records
-    assert parted.figures | {"seconds": 0} == whole.figures | {"seconds": 0}
+    assert parted.metrics | {"seconds": 0} == whole.metrics | {"seconds": 0}
 
 
 def test_a_run_that_meets_a_spoilt_record_goes_on_once_it_is_mended(tmp_path):
@@ -405,7 +405,7 @@ def test_a_run_that_meets_a_spoilt_record_goes_on_once_it_is_mended(tmp_path):
     with pytest.raises(DataError, match=r"`p11.JPEG`, record 11 .* cannot be used"):
         loop.fit(build(config), tmp_path / "parted")
     kept = Checkpoints(tmp_path / "parted" / "checkpoints", read_only=True)
-    assert 0 < int(kept.restore(experiment.shapes)[0].step) < whole.figures["steps"]
+    assert 0 < int(kept.restore(experiment.shapes)[0].step) < whole.metrics["steps"]
     write_records(tmp_path / "records", some)
     mended = loop.fit(build(config), tmp_path / "parted")
     assert mended.records == whole.records

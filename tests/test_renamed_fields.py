@@ -169,7 +169,7 @@ def test_an_old_name_on_the_command_line_warns_and_works(name):
 
 def test_an_old_name_may_change_where_a_run_computes():
     with pytest.warns(FutureWarning, match="`regime` is now called `parallelism`"):
-        changed = commands.placed(tiny_run.get_config(), ["--regime=pmap"])
+        changed = commands.with_overrides(tiny_run.get_config(), ["--regime=pmap"])
     assert changed.parallelism == "pmap"
 
 

@@ -21,8 +21,8 @@ TINY = str(Path(tiny_run.__file__))
 HOLDER = """
 import sys, time
 from pathlib import Path
-from curvax.training import runs
-with runs.held(Path(sys.argv[1])):
+from curvax.training.runtime import run_dir
+with run_dir.locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(300)
 """
@@ -66,7 +66,7 @@ def test_a_run_under_way_is_refused_to_another_and_free_when_it_is_killed(begun,
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.communicate()
-    with run_dir.held(begun):
+    with run_dir.locked(begun):
         pass
 
 
@@ -76,7 +76,7 @@ def test_a_run_is_held_while_it_trains_and_what_holds_it_is_not_listed(begun, ca
     def look(experiments, seeds, folder, *rest, **options):
         with (
             pytest.raises(run_dir.RunError, match=f"process {os.getpid()} on "),
-            run_dir.held(folder),
+            run_dir.locked(folder),
         ):
             pass
         refused.append(folder)
@@ -90,7 +90,7 @@ def test_a_run_is_held_while_it_trains_and_what_holds_it_is_not_listed(begun, ca
     (listed,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("In ")]
     assert "config.json, curves.png" in listed
     assert ".lock" not in listed
-    with run_dir.held(begun):
+    with run_dir.locked(begun):
         pass
 
 
@@ -102,10 +102,10 @@ def test_a_file_system_without_locks_is_no_obstacle(number, tmp_path, monkeypatc
 
     monkeypatch.setattr(run_dir.fcntl, "flock", fail)
     if number == errno.ENOLCK:
-        with run_dir.held(tmp_path), run_dir.held(tmp_path):
+        with run_dir.locked(tmp_path), run_dir.locked(tmp_path):
             pass
     else:
-        with pytest.raises(OSError, match=os.strerror(number)), run_dir.held(tmp_path):
+        with pytest.raises(OSError, match=os.strerror(number)), run_dir.locked(tmp_path):
             pass
 
 

@@ -23,7 +23,7 @@ fields:
   CONFIG is a name that `curvax configs` lists, or a path to a .py file with a `get_config()`.
 """
 
-PLACE = """\
+RUN_FIELDS = """\
 fields:
   The config of an existing run is fixed, except for hardware and paths, which may be set for this
   command:

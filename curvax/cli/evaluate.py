@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from curvax.cli.command import PLACE, Command
+from curvax.cli.command import RUN_FIELDS, Command
 
 _DESCRIPTION = """\
 Test the newest checkpoints of a run: top-1 and top-5 accuracy. Prints a table and keeps the
@@ -40,4 +40,4 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     commands.command(arguments.folder, *options, overrides)
 
 
-EVALUATE = Command("evaluate", "test on other data", _DESCRIPTION, _add_arguments, _run, PLACE)
+EVALUATE = Command("evaluate", "test on other data", _DESCRIPTION, _add_arguments, _run, RUN_FIELDS)

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from curvax.cli.command import PLACE, Command, add_runs_folder, positive, positive_number
+from curvax.cli.command import RUN_FIELDS, Command, add_runs_folder, positive, positive_number
 
 _DESCRIPTION = """\
 Measure the loss around the newest checkpoints of runs of one task, side by side: spectrum of the
@@ -47,4 +47,4 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     commands.inspect(arguments.folders, *options, overrides)
 
 
-INSPECT = Command("inspect", "measure trained runs", _DESCRIPTION, _add_arguments, _run, PLACE)
+INSPECT = Command("inspect", "measure trained runs", _DESCRIPTION, _add_arguments, _run, RUN_FIELDS)

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from curvax.cli.command import PLACE, Command, add_processes
+from curvax.cli.command import RUN_FIELDS, Command, add_processes
 
 _DESCRIPTION = """\
 Continue an interrupted `train` or `compare` from its newest checkpoints. Parameters, optimiser
@@ -26,4 +26,4 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     commands.resume(arguments.folder, overrides)
 
 
-RESUME = Command("resume", "continue a run", _DESCRIPTION, _add_arguments, _run, PLACE)
+RESUME = Command("resume", "continue a run", _DESCRIPTION, _add_arguments, _run, RUN_FIELDS)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 
-from curvax.inspection.checkpoint_loss import Point, gradient
+from curvax.inspection.checkpoint_loss import CheckpointLoss, gradient
 
 Clock = Callable[[], float]
 _PACE = 0.2, 5.0
@@ -31,7 +31,7 @@ class Price(NamedTuple):
         return work.compilations * self.compilation + work.gradients * self.gradient
 
 
-def price(point: Point, clock: Clock = time.perf_counter) -> Price:
+def price(point: CheckpointLoss, clock: Clock = time.perf_counter) -> Price:
     """Takes a gradient a few times: the first time it is compiled."""
 
     def seconds() -> float:

@@ -16,12 +16,12 @@ from curvax.flax_bridge import Layout, layout
 from curvax.linalg import Eigenpairs
 from curvax.training.data import datasets
 from curvax.training.data.datasets import Examples
-from curvax.training.evaluation.trained_runs import Subject
+from curvax.training.evaluation.trained_runs import TrainedRun
 
 TOP = 5
 """Eigenpairs; the least that λ₁/λ₅ takes. Foret et al., SAM, arXiv:2010.01412, section 4.2."""
 TOLERANCE = 1e-3
-"""Of an eigenvalue's residual: three digits, more than a picture shows."""
+"""Of an eigenvalue's residual: three digits, more than a figure shows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Predict:
 
 
 @dataclasses.dataclass(frozen=True)
-class Point:
+class CheckpointLoss:
     """A point of a loss. Equal models share what is compiled."""
 
     objective: Objective  # on training examples, with the labels that were trained on
@@ -77,23 +77,23 @@ def gradient(objective: Objective, params: Tree) -> Tree:
     return objective.value_and_grad(params)[1]
 
 
-def point(subject: Subject, examples: int) -> Point:
+def checkpoint_loss(run: TrainedRun, examples: int) -> CheckpointLoss:
     """The loss on the first examples of the training set, and of the test set, at a state."""
-    experiment, state = subject.experiment, subject.state
+    experiment, state = run.experiment, run.state
     variables = {"params": state.params, **state.model_state}
-    return Point(
-        _objective(subject, experiment.material.train, examples),
-        _objective(subject, experiment.material.test, examples),
+    return CheckpointLoss(
+        _objective(run, experiment.data.train, examples),
+        _objective(run, experiment.data.test, examples),
         state.params,
         layout(experiment.model, variables, experiment.example),
     )
 
 
-def _objective(subject: Subject, split: Examples, examples: int) -> Objective:
-    experiment = subject.experiment
+def _objective(run: TrainedRun, split: Examples, examples: int) -> Objective:
+    experiment = run.experiment
     n = min(examples, split.size)
     whole = next(datasets.batches(split.rows(slice(n)), n, shuffle=False))
     batch = experiment.task.in_test({name: jnp.asarray(x) for name, x in whole.items()})
     repeated = lambda x: jnp.broadcast_to(x, (n, *x.shape))
-    batch["state"] = jax.tree.map(repeated, subject.state.model_state)
+    batch["state"] = jax.tree.map(repeated, run.state.model_state)
     return Objective(experiment.task.likelihood("label"), batch, model=Predict(experiment.model))

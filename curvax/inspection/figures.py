@@ -1,4 +1,4 @@
-"""Which pictures there are: of which measure, where on the page, how drawn, and what each shows."""
+"""Which figures there are: of which measure, where on the page, how drawn, and what each shows."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -10,20 +10,20 @@ from matplotlib.axes import Axes
 from curvax import plotting
 from curvax.inspection.measures import DEVIATION, RHO
 from curvax.inspection.phrasing import listing
-from curvax.inspection.runner import Survey
+from curvax.inspection.runner import Results
 from curvax.plotting.canvas import clean
 
 Runs = Mapping[str, Any]
 
 
-class Plate(NamedTuple):
-    """How one picture is made."""
+class FigureSpec(NamedTuple):
+    """How one figure is made."""
 
     name: str
     measure: str
     section: str
     caption: str
-    draw: Callable[[Runs, Survey], Any]  # ({run: result}, all results) ↦ axes of one figure
+    draw: Callable[[Runs, Results], Any]  # ({run: result}, all results) ↦ axes of one figure
     alt: Callable[[Runs], str]
 
 
@@ -36,19 +36,19 @@ def _numbers(what: str, pick: Callable[[Any], Any], form: str = "{:.3g}") -> Cal
     return lambda runs: f"{what} {listing(_fields(runs, lambda r: float(pick(r))), form)}."
 
 
-def _over_radii(runs: Runs, found: Survey) -> Axes:
+def _over_radii(runs: Runs, found: Results) -> Axes:
     ax = plotting.sharpness_profile(_fields(runs, lambda r: (list(r), list(r.values()))))
     ax.set(xscale="log", yscale="log")
     return ax
 
 
-def _angles(runs: Runs, found: Survey) -> Axes:
+def _angles(runs: Runs, found: Results) -> Axes:
     ax = plotting.gradient_angles(_fields(runs, lambda r: (list(r), list(r.values()))))
     ax.set(xscale="log", xlabel="radius ρ")
     return ax
 
 
-def _gaps(runs: Runs, found: Survey) -> np.ndarray:
+def _gaps(runs: Runs, found: Results) -> np.ndarray:
     panels = _panels(len(runs), sharey=True)
     for ax, (run, gaps) in zip(panels, runs.items()):
         largest = found.of("eigenpairs").get(run)
@@ -63,7 +63,7 @@ def _gaps(runs: Runs, found: Survey) -> np.ndarray:
     return panels
 
 
-def _lines(runs: Runs, found: Survey) -> Axes:
+def _lines(runs: Runs, found: Results) -> Axes:
     ax = None
     for run, slices in runs.items():
         ax = plotting.landscape(slices.line, ax=ax, label=run)
@@ -72,7 +72,7 @@ def _lines(runs: Runs, found: Survey) -> Axes:
     return ax
 
 
-def _attention(runs: Runs, found: Survey) -> np.ndarray:
+def _attention(runs: Runs, found: Results) -> np.ndarray:
     """A row for each run, a column for each layer: the mean over heads of the first example."""
     columns = max(map(len, runs.values()))
     size = (2.9 * columns + 0.4, 2.6 * len(runs) + 0.2)
@@ -86,7 +86,7 @@ def _attention(runs: Runs, found: Survey) -> np.ndarray:
     return panels
 
 
-def _kernel_spectra(runs: Runs, found: Survey) -> Axes:
+def _kernel_spectra(runs: Runs, found: Results) -> Axes:
     ax = plotting.ntk_spectrum(_fields(runs, lambda r: r.eigenvalues))
     ax.legend(loc="upper right", frameon=False, fontsize="small")  # where no falling curve goes
     return ax
@@ -107,8 +107,8 @@ def _legend_below(panels: np.ndarray) -> None:
     panels[0].figure.legend(*handles, **place)
 
 
-PLATES = (
-    Plate(
+FIGURES = (
+    FigureSpec(
         "eigenvalues",
         "eigenpairs",
         "Spectrum",
@@ -117,7 +117,7 @@ PLATES = (
         lambda runs, _: plotting.eigenvalues(runs),
         _numbers("Largest eigenvalues by rank. The first is", lambda r: r.values[0]),
     ),
-    Plate(
+    FigureSpec(
         "density",
         "spectrum",
         "Spectrum",
@@ -126,7 +126,7 @@ PLATES = (
         lambda runs, _: plotting.spectral_density(runs),
         _numbers("Spectral density. The spectrum ends at", lambda r: r.largest),
     ),
-    Plate(
+    FigureSpec(
         "blocks",
         "blocks",
         "Block by block",
@@ -138,7 +138,7 @@ PLATES = (
             lambda r: max(float(block.value) for block in r.values()),
         ),
     ),
-    Plate(
+    FigureSpec(
         "factors",
         "perceptron",
         "Block by block",
@@ -150,7 +150,7 @@ PLATES = (
             lambda r: next(iter(r.values())).largest.mean(),
         ),
     ),
-    Plate(
+    FigureSpec(
         "sharpness",
         "sharpness",
         "Sharpness",
@@ -158,7 +158,7 @@ PLATES = (
         _over_radii,
         _numbers(f"Sharpness over the radius. At ρ = {RHO} it is", lambda r: r[RHO].value),
     ),
-    Plate(
+    FigureSpec(
         "m_sharpness",
         "m_sharpness",
         "Sharpness",
@@ -166,7 +166,7 @@ PLATES = (
         lambda runs, _: plotting.m_sharpness(runs),
         _numbers("m-sharpness over m. At the least m it is", lambda r: r[min(r)].value),
     ),
-    Plate(
+    FigureSpec(
         "random_sharpness",
         "random_sharpness",
         "Sharpness",
@@ -175,7 +175,7 @@ PLATES = (
         lambda runs, _: plotting.random_sharpness(runs),
         _numbers("Rise of the test loss, draw by draw. The mean is", lambda r: r.value),
     ),
-    Plate(
+    FigureSpec(
         "surrogate_gap",
         "surrogate_gap",
         "Sharpness",
@@ -184,7 +184,7 @@ PLATES = (
         _gaps,
         _numbers(f"Estimates of λ_max over ρ. At ρ = {RHO} 2h/ρ² is", lambda r: r[RHO].sigma_max),
     ),
-    Plate(
+    FigureSpec(
         "line",
         "landscape",
         "Landscapes",
@@ -195,7 +195,7 @@ PLATES = (
             lambda r: r.line.losses[-1],
         ),
     ),
-    Plate(
+    FigureSpec(
         "plane",
         "landscape",
         "Landscapes",
@@ -204,7 +204,7 @@ PLATES = (
         lambda runs, _: plotting.landscapes(_fields(runs, lambda r: r.plane)),
         _numbers("Training loss in a plane. Its highest value is", lambda r: r.plane.losses.max()),
     ),
-    Plate(
+    FigureSpec(
         "surface",
         "landscape",
         "Landscapes",
@@ -212,7 +212,7 @@ PLATES = (
         lambda runs, _: plotting.landscapes(_fields(runs, lambda r: r.plane), surface=True),
         _numbers("The same as surfaces. The lowest loss is", lambda r: r.plane.losses.min()),
     ),
-    Plate(
+    FigureSpec(
         "active",
         "inside",
         "Inside the network",
@@ -225,7 +225,7 @@ PLATES = (
             "{:.0%}",
         ),
     ),
-    Plate(
+    FigureSpec(
         "activations",
         "inside",
         "Inside the network",
@@ -235,7 +235,7 @@ PLATES = (
             "Norm of the activations. At the first it is", lambda r: next(iter(r.norms.values()))
         ),
     ),
-    Plate(
+    FigureSpec(
         "weights",
         "weights",
         "Inside the network",
@@ -243,7 +243,7 @@ PLATES = (
         lambda runs, _: plotting.block_norms(runs),
         _numbers("Norm of the weights of each block. The largest is", lambda r: max(r.values())),
     ),
-    Plate(
+    FigureSpec(
         "attention",
         "attention",
         "Inside the network",
@@ -254,7 +254,7 @@ PLATES = (
             lambda r: next(iter(r.values()))[0].mean(0).max(),
         ),
     ),
-    Plate(
+    FigureSpec(
         "alignment",
         "alignment",
         "The gradient",
@@ -266,7 +266,7 @@ PLATES = (
             "{:.0%}",
         ),
     ),
-    Plate(
+    FigureSpec(
         "angle",
         "gradient_angle",
         "The gradient",
@@ -279,7 +279,7 @@ PLATES = (
             "{:.0f}",
         ),
     ),
-    Plate(
+    FigureSpec(
         "kernel",
         "kernel",
         "Neural tangent kernel",

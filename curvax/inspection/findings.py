@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from curvax.inspection.measures import RHO
 from curvax.inspection.phrasing import listing, named, ratio
-from curvax.inspection.runner import Survey
-from curvax.inspection.summary_table import Headline, headlines
+from curvax.inspection.runner import Results
+from curvax.inspection.summary_table import SummaryRow, summary_rows
 
 EQUAL_LOSS = 0.1
 """Relative difference up to which training losses pass for equal."""
@@ -18,7 +18,7 @@ EQUAL_LOSS = 0.1
 Lines = Iterator[str]
 
 
-class Facts(NamedTuple):
+class RunFacts(NamedTuple):
     """What of a run bears on how its numbers are read."""
 
     model: str
@@ -28,9 +28,9 @@ class Facts(NamedTuple):
     normalised: bool  # the model keeps batch statistics
 
 
-def findings(found: Survey) -> list[str]:
+def findings(found: Results) -> list[str]:
     """What the numbers say, the most telling first."""
-    lines = headlines(found)
+    lines = summary_rows(found)
     parts = (
         _plain(lines, "largest", "The largest eigenvalue of the Hessian is {}."),
         _plain(lines, "sharpness", f"Within a ball of radius {RHO} the loss rises by {{}}."),
@@ -47,7 +47,7 @@ def findings(found: Survey) -> list[str]:
     return list(itertools.chain.from_iterable(parts))
 
 
-def caveats(found: Survey, facts: Mapping[str, Facts]) -> list[str]:
+def caveats(found: Results, facts: Mapping[str, RunFacts]) -> list[str]:
     """What to bear in mind when reading them."""
     parts = (
         _unfinished(facts),
@@ -59,12 +59,12 @@ def caveats(found: Survey, facts: Mapping[str, Facts]) -> list[str]:
     return list(itertools.chain.from_iterable(parts))
 
 
-def _plain(lines: Mapping[str, Headline], name: str, sentence: str) -> Lines:
+def _plain(lines: Mapping[str, SummaryRow], name: str, sentence: str) -> Lines:
     if name in lines:
         yield sentence.format(listing(lines[name].values, lines[name].form))
 
 
-def _by_block(found: Survey) -> Lines:
+def _by_block(found: Results) -> Lines:
     values = {
         run: {name: float(block.value) for name, block in _leaves(blocks).items()}
         for run, blocks in found.of("blocks").items()
@@ -81,7 +81,7 @@ def _by_block(found: Survey) -> Lines:
         )
 
 
-def _active(found: Survey) -> Lines:
+def _active(found: Results) -> Lines:
     shares = {
         run: {name: float(x) for name, x in inside.active.items()}
         for run, inside in found.of("inside").items()
@@ -115,7 +115,7 @@ def _leaves(blocks: Mapping[str, Any]) -> dict[str, Any]:
     return {name: block for name, block in blocks.items() if not inner(name)}
 
 
-def _gap(lines: Mapping[str, Headline]) -> Lines:
+def _gap(lines: Mapping[str, SummaryRow]) -> Lines:
     if not {"gap", "gap_corrected", "largest"} <= lines.keys():
         return
     plain, corrected, largest = (lines[n].values for n in ("gap", "gap_corrected", "largest"))
@@ -130,7 +130,7 @@ def _gap(lines: Mapping[str, Headline]) -> Lines:
     )
 
 
-def _average(found: Survey) -> Lines:
+def _average(found: Results) -> Lines:
     results = found.of("random_sharpness")
     if not results:
         return
@@ -149,13 +149,13 @@ def _average(found: Survey) -> Lines:
     yield f"Under random perturbations the test loss changes by {told}; {end}."
 
 
-def _unfinished(facts: Mapping[str, Facts]) -> Lines:
+def _unfinished(facts: Mapping[str, RunFacts]) -> Lines:
     for run, own in facts.items():
         if own.step < own.steps:
             yield f"`{run}` is looked at after step {own.step} of {own.steps}, before its end."
 
 
-def _models(facts: Mapping[str, Facts]) -> Lines:
+def _models(facts: Mapping[str, RunFacts]) -> Lines:
     models = {run: own.model for run, own in facts.items()}
     if len(set(models.values())) > 1:
         yield (
@@ -164,7 +164,7 @@ def _models(facts: Mapping[str, Facts]) -> Lines:
         )
 
 
-def _rates(facts: Mapping[str, Facts]) -> Lines:
+def _rates(facts: Mapping[str, RunFacts]) -> Lines:
     rates = {run: own.rate for run, own in facts.items() if own.rate is not None}
     unknown = [run for run, own in facts.items() if own.rate is None]
     if unknown:
@@ -182,8 +182,8 @@ def _rates(facts: Mapping[str, Facts]) -> Lines:
         yield f"The learning rates are equal at their peak, {next(iter(rates.values())):g}."
 
 
-def _losses(found: Survey) -> Lines:
-    line = headlines(found).get("loss")
+def _losses(found: Results) -> Lines:
+    line = summary_rows(found).get("loss")
     if line is None or len(line.values) < 2:
         return
     low, high = min(line.values.values()), max(line.values.values())
@@ -197,7 +197,7 @@ def _losses(found: Survey) -> Lines:
         yield f"The training losses are equal to {EQUAL_LOSS:.0%} ({told})."
 
 
-def _unconverged(found: Survey) -> Lines:
+def _unconverged(found: Results) -> Lines:
     pairs = found.of("eigenpairs")
     open_ = [run for run, found_ in pairs.items() if not found_.converged[0]]
     if open_:
@@ -207,7 +207,7 @@ def _unconverged(found: Survey) -> Lines:
         yield f"{count} eigenvalues of blocks did not converge; they are drawn hollow."
 
 
-def _singular(found: Survey) -> Lines:
+def _singular(found: Results) -> Lines:
     conditions = {run: kernel.condition for run, kernel in found.of("kernel").items()}
     unsure = [run for run, condition in conditions.items() if not condition.converged]
     if unsure:
@@ -217,7 +217,7 @@ def _singular(found: Survey) -> Lines:
         )
 
 
-def _rescaling(facts: Mapping[str, Facts]) -> Lines:
+def _rescaling(facts: Mapping[str, RunFacts]) -> Lines:
     if any(own.normalised for own in facts.values()):
         yield (
             "The model has batch norm, so that its weights can be rescaled without changing what "

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from curvax.inspection.budget import Budget, price
-from curvax.inspection.checkpoint_loss import Point
+from curvax.inspection.checkpoint_loss import CheckpointLoss
 from curvax.inspection.measures import MEASURES, Measure
 
 Report = Callable[[int, str], None]
@@ -25,7 +25,7 @@ class Omission(NamedTuple):
 
 
 @dataclasses.dataclass
-class Survey:
+class Results:
     """What was found."""
 
     results: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
@@ -38,18 +38,18 @@ class Survey:
         return self.results.get(measure, {})
 
 
-def survey(
-    points: Mapping[str, Point],
+def measure_all(
+    points: Mapping[str, CheckpointLoss],
     budget: Budget,
     report: Report = lambda count, what: None,
     measures: tuple[Measure, ...] = MEASURES,
-) -> Survey:
+) -> Results:
     """Takes the measures in their order, each at all points, as far as the budget goes.
 
     One that does not fit is left out, and smaller ones after it are still taken. What a measure
     refuses or meets is noted, and the others go on.
     """
-    found = Survey()
+    found = Results()
     report(0, "the price of a gradient")
     prices = {name: price(point) for name, point in points.items()}
     for number, measure in enumerate(measures):
@@ -67,8 +67,8 @@ def survey(
 
 
 def _where_it_applies(
-    measure: Measure, points: Mapping[str, Point], found: Survey
-) -> dict[str, Point]:
+    measure: Measure, points: Mapping[str, CheckpointLoss], found: Results
+) -> dict[str, CheckpointLoss]:
     excuses = {name: measure.excuse(point) for name, point in points.items()}
     for reason in dict.fromkeys(filter(None, excuses.values())):
         runs = tuple(name for name, excuse in excuses.items() if excuse == reason)
@@ -77,7 +77,11 @@ def _where_it_applies(
 
 
 def _leave_out(
-    measure: Measure, apt: Mapping[str, Point], budget: Budget, estimate: float, found: Survey
+    measure: Measure,
+    apt: Mapping[str, CheckpointLoss],
+    budget: Budget,
+    estimate: float,
+    found: Results,
 ) -> None:
     reason = (
         f"It was expected to take {budget.pace * estimate:.0f} s, and {budget.left:.0f} s of the "
@@ -86,7 +90,7 @@ def _leave_out(
     found.omissions.append(Omission(measure.title, tuple(apt), "budget", reason))
 
 
-def _take(measure: Measure, name: str, point: Point, found: Survey) -> None:
+def _take(measure: Measure, name: str, point: CheckpointLoss, found: Results) -> None:
     try:
         result = _on_host(measure.take(point))
     except ValueError as error:  # how `curvax.analysis` says that something does not apply

@@ -7,10 +7,10 @@ import numpy as np
 
 from curvax.inspection.measures import DEVIATION, RHO
 from curvax.inspection.phrasing import written
-from curvax.inspection.runner import Survey
+from curvax.inspection.runner import Results
 
 
-class Headline(NamedTuple):
+class SummaryRow(NamedTuple):
     """A number of every run."""
 
     name: str
@@ -69,11 +69,11 @@ _ROWS = (
 )  # fmt: skip
 
 
-def headlines(found: Survey) -> dict[str, Headline]:
+def summary_rows(found: Results) -> dict[str, SummaryRow]:
     """Those of the measures that were taken, by name."""
     rows = ((row, found.of(row.measure)) for row in _ROWS)
-    every = (Headline(r.name, r.title, r.form, _finite(r.number, runs)) for r, runs in rows)
-    return {headline.name: headline for headline in every if headline.values}
+    every = (SummaryRow(r.name, r.title, r.form, _finite(r.number, runs)) for r, runs in rows)
+    return {row.name: row for row in every if row.values}
 
 
 def _finite(number: Callable[[Any], Any], runs: Mapping[str, Any]) -> dict[str, float]:

@@ -21,7 +21,7 @@ AHEAD = 2
 """Batches: while one is trained on, the next is whole and the one after it is being decoded."""
 
 
-class Store(Protocol):
+class ImageStore(Protocol):
     """Examples as they are kept, each by its number."""
 
     @property
@@ -35,7 +35,7 @@ class Store(Protocol):
         """Where it is, in words."""
 
 
-class Form(NamedTuple):
+class DecodeOptions(NamedTuple):
     """What is made of a picture."""
 
     side: int  # pixels
@@ -44,11 +44,11 @@ class Form(NamedTuple):
     threads: int | None = None  # as many as there are cores by default
 
 
-class Pictures(NamedTuple):
+class EncodedImages(NamedTuple):
     """Some of the pictures of a store."""
 
-    store: Store
-    form: Form
+    store: ImageStore
+    options_: DecodeOptions
     chosen: np.ndarray  # [N] numbers in the store
 
     @property
@@ -67,21 +67,21 @@ class Pictures(NamedTuple):
         return rng.permutation(self.size)
 
     def gather(self, rows: np.ndarray, draw: Draw | None = None) -> dict[str, np.ndarray]:
-        """Pictures uint8 [B, side, side, 3] and labels int32 [B].
+        """EncodedImages uint8 [B, side, side, 3] and labels int32 [B].
 
         Raises:
             DataError: a picture that cannot be decoded, or a label that there is not.
         """
         numbers, places = np.unique(self.chosen[rows], return_inverse=True)
         decode = functools.partial(self._decode, draw=draw)
-        pixels, labels = zip(*_pool(self.form.threads).map(decode, numbers.tolist()))
+        pixels, labels = zip(*_pool(self.options_.threads).map(decode, numbers.tolist()))
         return {
             "input": np.stack([pixels[i] for i in places]),
             "label": np.array(labels, np.int32)[places],
         }
 
     def _decode(self, number: int, draw: Draw | None) -> tuple[np.ndarray, int]:
-        side, classes, area, _ = self.form
+        side, classes, area, _ = self.options_
         image, label, name = self.store.read(number)
         try:
             if not 0 <= label < classes:
@@ -97,7 +97,7 @@ class Pictures(NamedTuple):
             ) from error
 
 
-def load(options: ConfigDict) -> Dataset[Pictures]:
+def load(options: ConfigDict) -> Dataset[EncodedImages]:
     """The data set of a config's `data` whose examples are records.
 
     Raises:
@@ -111,14 +111,14 @@ def load(options: ConfigDict) -> Dataset[Pictures]:
             f'{folder.classes}. Take `data.name` = "records" for pictures of your own.'
         )
     side = source.shape[0]
-    form = Form(side, source.classes, _range(options.crop_area), options.threads)
-    train, test = (whole(folder.part(*part), form) for part in (sources.TRAIN, sources.TEST))
+    options_ = DecodeOptions(side, source.classes, _range(options.crop_area), options.threads)
+    train, test = (whole(folder.part(*part), options_) for part in (sources.TRAIN, sources.TEST))
     return Dataset(train, test, source.classes, folder.names)
 
 
-def whole(store: Store, form: Form) -> Pictures:
+def whole(store: ImageStore, options_: DecodeOptions) -> EncodedImages:
     """All pictures of a store."""
-    return Pictures(store, form, np.arange(store.size))
+    return EncodedImages(store, options_, np.arange(store.size))
 
 
 def _range(area: Any) -> tuple[float, float]:

@@ -69,7 +69,7 @@ def listing(root: Path) -> ClassFolders:
     require_folder(root, "class folders")
     inside = list(visible(root))
     folders = [path for path in inside if path.is_dir()]
-    if stray := [path for path in inside if is_picture(path)]:
+    if stray := [path for path in inside if is_image(path)]:
         raise DataError(
             f"{root} should hold a folder of pictures for each class, and outside of these it has "
             f"{_few([path.name for path in stray])}. Move such pictures into their classes' "
@@ -82,18 +82,18 @@ def listing(root: Path) -> ClassFolders:
         )
     content = {folder.name: list(visible(folder)) for folder in folders}
     pictures = [(name, path) for name, paths in content.items() for path in paths]
-    kept = [(name, path) for name, path in pictures if is_picture(path)]
+    kept = [(name, path) for name, path in pictures if is_image(path)]
     if empty := sorted(set(content) - {name for name, _ in kept}):
         raise DataError(
             f"The class folder {root / empty[0]} holds no pictures ({', '.join(sorted(_SUFFIXES))})"
             ". Fill it, or remove it."
         )
     aside = [path for path in inside if path.is_file()]
-    aside += [path for _, path in pictures if not is_picture(path)]
+    aside += [path for _, path in pictures if not is_image(path)]
     return ClassFolders(root, list(content), kept, aside)
 
 
-def is_picture(path: Path) -> bool:
+def is_image(path: Path) -> bool:
     """Whether it is a file that its name says is a picture."""
     return path.suffix.lower() in _SUFFIXES and path.is_file()
 

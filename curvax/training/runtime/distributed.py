@@ -148,7 +148,7 @@ def require_same(options: Mapping[str, Any]) -> None:
                 )
 
 
-def way_back(folder: Path) -> str:
+def resume_hint(folder: Path) -> str:
     """What a process that is not the first says when it begins.
 
     Between CPUs the library that sends (Gloo) may abort this process as soon as another dies, in a

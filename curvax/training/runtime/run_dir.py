@@ -1,13 +1,13 @@
-"""A folder of runs: its config, their figures, their checkpoints and what they came to.
+"""A folder of runs: its config, their metrics, their checkpoints and what they came to.
 
 config.json, run.json       all fields, and the command with its methods: enough to resume
 table.txt, curves.png ...   what it came to
 .lock                       who trains it, or did last
 0-adamw/seed0/              a run of the first method
-    metrics.jsonl           one line of figures for each logged step
+    metrics.jsonl           one line of metrics for each logged step
     events.out...           the same for TensorBoard
     checkpoints/            the newest few
-    results.json            the figures at the end; its presence says that the run is done
+    results.json            the metrics at the end; its presence says that the run is done
 """
 
 import contextlib
@@ -34,7 +34,7 @@ except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
 Record = dict[str, float]
-"""The step, and figures named `train/loss`, `test/accuracy` and so on."""
+"""The step, and metrics named `train/loss`, `test/accuracy` and so on."""
 
 _CONFIG, _METRICS, _RESULTS = "config.json", "metrics.jsonl", "results.json"
 _SPEC, _OLD_SPEC = "run.json", "plan.json"
@@ -46,7 +46,7 @@ class RunError(ValueError):
 
 
 class Log:
-    """The figures of a run by step: in memory, and in a folder as JSON lines and for TensorBoard.
+    """The metrics of a run by step: in memory, and in a folder as JSON lines and for TensorBoard.
 
     A figure that is not a number is left out of the lines. A log opened again `since` a step
     forgets what came after it.
@@ -61,8 +61,8 @@ class Log:
             self._lines = (folder / _METRICS).open("a")
             self._events = Events(folder, since)
 
-    def write(self, step: int, split: str, figures: Mapping[str, Any]) -> None:
-        numbers = {f"{split}/{name}": float(value) for name, value in sorted(figures.items())}
+    def write(self, step: int, split: str, metrics: Mapping[str, Any]) -> None:
+        numbers = {f"{split}/{name}": float(value) for name, value in sorted(metrics.items())}
         record: Record = {"step": step, **{k: v for k, v in numbers.items() if math.isfinite(v)}}
         self.records.append(record)
         if self._lines and self._events:
@@ -86,7 +86,7 @@ class Log:
 class Outcome(NamedTuple):
     """What a run came to."""
 
-    figures: dict[str, float]  # at the end
+    metrics: dict[str, float]  # at the end
     records: list[Record]  # on the way
 
 
@@ -102,10 +102,10 @@ def outcome(folder: Path | None) -> Outcome | None:
     return Outcome(json.loads((folder / _RESULTS).read_text()), records(folder))
 
 
-def finish(folder: Path | None, figures: Mapping[str, float]) -> None:
+def finish(folder: Path | None, metrics: Mapping[str, float]) -> None:
     """Marks the run in the folder as done."""
     if folder is not None:
-        write_json(folder / _RESULTS, dict(figures))
+        write_json(folder / _RESULTS, dict(metrics))
 
 
 def read_config(folder: Path) -> ConfigDict:
@@ -226,7 +226,7 @@ def create(root: Path, command: str, config: ConfigDict) -> Path:
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """A run folder that is this process's alone; the system lets go of it whenever that ends.
 
     Where the file system has no locks, it is anybody's.
