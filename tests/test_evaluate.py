@@ -101,7 +101,7 @@ def logits_of(subject, root):
     """Naively, one picture at a time: {file: logits of all classes}."""
     model, state = subject.experiment.model, subject.state
     found = {}
-    for _, path in listing(root).pictures:
+    for _, path in listing(root).images:
         pixels = decode.central_crop(path.read_bytes(), 16) / 127.5 - 1
         variables = {"params": state.params, **state.model_state}
         found[path] = np.asarray(apply(model, variables, pixels[None].astype(np.float32)))[0]

@@ -98,7 +98,7 @@ def test_what_to_bear_in_mind(found):
     }
     said = caveats(found, about)
     for words in (
-        "`sgd` is looked at after step 5 of 10",
+        "`sgd` is measured at step 5 of 10",
         "The models differ.",
         "The learning rates differ (0.1 in `sgd` and 0.01 in `sam`)",
         "The training losses differ (0.2 in `sgd` and 0.5 in `sam`)",

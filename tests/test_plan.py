@@ -268,7 +268,7 @@ def test_a_batch_that_does_not_go_over_a_topology_says_what_does(tmp_path, capsy
     assert main.main(["plan", *given]) == 2
     said = capsys.readouterr().err
     assert "12 examples do not divide over 8 devices" in said
-    assert "Take a multiple as `batch`, or a smaller topology." in said
+    assert "Use a multiple as `batch`, or a smaller topology." in said
     assert "--devices" not in said
 
 

@@ -202,7 +202,7 @@ def test_batches_are_made_ahead_while_one_is_trained_on(folder):
 def test_a_folder_of_tfds_reads_too(tmp_path):
     write_records(tmp_path, some_examples(), "imagenet2012-train.array_record-00000-of-00001")
     (tmp_path / array_records.CLASSES).unlink()
-    with pytest.raises(DataError, match=r"does not tell its classes.*label.labels.txt"):
+    with pytest.raises(DataError, match=r"does not name its classes.*label.labels.txt"):
         load(tmp_path)
     label = {"pythonClassName": "ClassLabel", "classLabel": {"numClasses": "3"}}
     features = {"featuresDict": {"features": {"image": {}, "label": label}}}
@@ -255,7 +255,7 @@ def test_what_tfds_itself_wrote_reads_as_it_reads_it(tmp_path):
 
 
 def test_another_number_of_classes_than_imagenets_is_refused(folder):
-    with pytest.raises(DataError, match=r"1000 classes, and \S+ tells of 3.*\"records\""):
+    with pytest.raises(DataError, match=r"1000 classes, and \S+ has 3.*\"records\""):
         load(folder, name="imagenet")
 
 
@@ -264,7 +264,7 @@ def test_an_area_that_is_no_range_of_shares_is_refused(folder, area):
     config = override(make_config(folder), [f"--data.crop_area={area}"])
     with pytest.raises(DataError, match=rf"`data.crop_area` is .* and was {re.escape(area)}"):
         build(config)
-    assert load(folder, crop_area=[0.2, 0.2]).train.form.area == (0.2, 0.2)
+    assert load(folder, crop_area=[0.2, 0.2]).train.decoding.area == (0.2, 0.2)
 
 
 def test_a_missing_path_is_told():
@@ -313,8 +313,8 @@ def first_error(batches, seconds=60):
             lambda e: e._replace(image=e.image[: len(e.image) // 2]),
             "it cannot be decoded: image file is truncated",
         ),
-        (lambda e: e._replace(image=b"GIF?"), "it cannot be decoded: no format"),
-        (lambda e: e._replace(label=3), "its label is 3 where there are 3 classes"),
+        (lambda e: e._replace(image=b"GIF?"), "it cannot be decoded: Pillow does not know"),
+        (lambda e: e._replace(label=3), "its label is 3, and there are 3 classes"),
         (lambda e: e._replace(label=-1), "its label is -1"),
     ],
 )
@@ -343,7 +343,7 @@ def test_pictures_reach_the_model_as_numbers_between_minus_one_and_one(folder):
     scaled = training_tasks.build(config).in_test(batch)["input"]
     np.testing.assert_allclose(scaled, batch["input"] / (255, 255, 127.5), atol=1e-6)
     config.data.std = None
-    with pytest.raises(DataError, match="normalise together"):
+    with pytest.raises(DataError, match="are used together"):
         training_tasks.build(config)
 
 

@@ -17,7 +17,7 @@ image is decoded once, and those that cannot be decoded are named.
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("pictures", type=Path, metavar="IMAGES", help="folder of class folders")
+    parser.add_argument("images", type=Path, metavar="IMAGES", help="folder of class folders")
     parser.add_argument("out", type=Path, metavar="FOLDER", help="the new folder of records")
     parser.add_argument(
         "--validation", type=Path, metavar="IMAGES", help="class folders of the validation set"
@@ -32,7 +32,7 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 
     if overrides:
         raise ValueError(f"`curvax convert` has no option {overrides[0]}.")
-    convert.command(arguments.pictures, arguments.out, arguments.validation, arguments.skip)
+    convert.command(arguments.images, arguments.out, arguments.validation, arguments.skip)
 
 
 CONVERT = Command("convert", "image folders to records", _DESCRIPTION, _add_arguments, _run)

@@ -1,4 +1,4 @@
-"""A trained state ↦ the loss around it, as the measures see it: examples, parameters, layout."""
+"""A trained state ↦ the loss around it, as the measures take it: objective, parameters, layout."""
 
 import dataclasses
 import functools
@@ -19,17 +19,17 @@ from curvax.training.data.datasets import Examples
 from curvax.training.evaluation.trained_runs import TrainedRun
 
 TOP = 5
-"""Eigenpairs; the least that λ₁/λ₅ takes. Foret et al., SAM, arXiv:2010.01412, section 4.2."""
+"""Number of eigenpairs, as λ₁/λ₅ needs. Foret et al., SAM, arXiv:2010.01412, section 4.2."""
 TOLERANCE = 1e-3
-"""Of an eigenvalue's residual: three digits, more than a figure shows."""
+"""Relative residual of an eigenvalue: three digits, more than a figure shows."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Predict:
-    """A model as in evaluation, `(params, batch) -> outputs`; equal models are equal.
+    """A model in evaluation mode, `(params, batch) -> outputs`; hashable by its model.
 
-    The batch brings the model's state, such as batch statistics, once for each example, so that
-    what is compiled for one run serves all runs of its model.
+    The batch holds the model's state, such as batch statistics, once per example, so that all runs
+    of a model share compiled functions.
     """
 
     model: nn.Module
@@ -41,9 +41,9 @@ class Predict:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointLoss:
-    """A point of a loss. Equal models share what is compiled."""
+    """The loss around one checkpoint. Runs of equal models share compiled functions."""
 
-    objective: Objective  # on training examples, with the labels that were trained on
+    objective: Objective  # on training examples, with the labels used in training
     held_out: Objective  # on test examples
     params: Tree
     layout: Layout
@@ -55,13 +55,13 @@ class CheckpointLoss:
 
     @functools.cached_property
     def outputs(self) -> int:
-        """The numbers that the model gives for an example."""
+        """The number of model outputs per example."""
         found = jax.eval_shape(lambda p: self.objective.outputs(p)[0], self.params)
         return found.size // self.objective.size
 
     @functools.cached_property
     def pairs(self) -> Eigenpairs:
-        """The eigenpairs of the Hessian at the upper end."""
+        """The eigenpairs of the Hessian with the largest eigenvalues."""
         k = min(TOP, self.size)
         return top_eigenpairs(
             self.objective, self.params, k, end="largest", tol=TOLERANCE, max_products=300
@@ -78,7 +78,7 @@ def gradient(objective: Objective, params: Tree) -> Tree:
 
 
 def checkpoint_loss(run: TrainedRun, examples: int) -> CheckpointLoss:
-    """The loss on the first examples of the training set, and of the test set, at a state."""
+    """The loss of a run on the first `examples` of its training set and of its test set."""
     experiment, state = run.experiment, run.state
     variables = {"params": state.params, **state.model_state}
     return CheckpointLoss(

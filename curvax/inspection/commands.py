@@ -1,4 +1,4 @@
-"""What `curvax inspect` does: loads runs, measures them within a budget, writes a folder."""
+"""`curvax inspect`: loads runs, measures them within a time budget, writes a report."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,20 +34,20 @@ def inspect(
     root: Path,
     assignments: Sequence[str] = (),
 ) -> Path:
-    """Looks at the newest checkpoints of runs, and leaves what is found in a new folder.
+    """Measures the newest checkpoints of runs and writes a report into a new folder.
 
     Args:
-        folders: runs, arms or seeds; the first is what the others are compared with.
-        minutes: the budget of loading and measuring; drawing comes on top.
-        examples: of the training set, and of the test set, at most.
+        folders: of runs, variants or seeds; the others are compared with the first.
+        minutes: time budget of loading and measuring; drawing is extra.
+        examples: number of training examples, and of test examples, at most.
         root: where the new folder goes.
-        assignments: as in `runs.load`.
+        assignments: as in `trained_runs.load`.
 
     Returns:
         The folder, with inspect.json, report.html and the figures.
 
     Raises:
-        RunError, CheckpointError, ConfigError: as in `runs.load`.
+        RunError, CheckpointError, ConfigError: as in `trained_runs.load`.
     """
     budget, console = Budget(60 * minutes), Console()
     with _bar(console, minutes) as report:
@@ -63,7 +63,7 @@ def inspect(
     content = _content(runs, points, found, shown, budget)
     run_dir.write_text(folder / "report.html", page(content))
     run_dir.write_json(folder / "inspect.json", _json(content, found, budget))
-    _tell(console, content, folder)
+    _print_summary(console, content, folder)
     return folder
 
 
@@ -81,7 +81,7 @@ def _content(
     return Content(
         title=f"The geometry of {config.name}",
         lead=f"The loss around the newest checkpoint of each run, on the first {size} training "
-        f"{task.examples} of {config.data.name} with the labels that were trained on.",
+        f"{task.examples} of {config.data.name} with the labels used in training.",
         findings=findings(found),
         caveats=caveats(found, facts),
         about={s.name: _about(s, points[s.name], facts[s.name].rate) for s in runs},
@@ -90,7 +90,7 @@ def _content(
         omissions=found.omissions,
         closing=f"curvax {curvax.__version__}, {time.strftime('%Y-%m-%d %H:%M')}. Measuring took "
         f"{found.seconds:.0f} s of a budget of {budget.seconds:.0f} s. All numbers are in "
-        "`inspect.json` beside this page.",
+        "`inspect.json` next to this page.",
     )
 
 
@@ -112,7 +112,7 @@ def _about(run: TrainedRun, point: CheckpointLoss, rate: float | None) -> dict[s
     form = lambda split: metric.form.format(experiment.score(run.state, split)[metric.name])
     return {
         "method": f"`{config.optimizer}`",
-        "learning rate at its peak": "not read" if rate is None else f"{rate:g}",
+        "learning rate at its peak": "unknown" if rate is None else f"{rate:g}",
         "model": f"{config.model.name}, {point.size:,} parameters",
         "wrong labels": f"{experiment.data.wrong.mean():.0%}",
         "seed": str(config.seed),
@@ -136,19 +136,19 @@ def _json(content: Content, found: Results, budget: Budget) -> dict[str, Any]:
     }
 
 
-def _tell(console: Console, content: Content, folder: Path) -> None:
+def _print_summary(console: Console, content: Content, folder: Path) -> None:
     for sentence in (*content.findings, *content.caveats):
         console.print(f"- {sentence}", markup=False, highlight=False)
     for omission in content.omissions:
         if omission.kind != "inapplicable":
-            text = f"- Not here: {omission.measure}. {omission.reason}"
+            text = f"- Left out: {omission.measure}. {omission.reason}"
             console.print(text, markup=False, highlight=False)
     console.print(f"Open {folder / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
 def _bar(console: Console, minutes: float) -> Iterator[Report]:
-    """A bar over the measures, with the time beside the budget."""
+    """A progress bar over the measures, with the time spent and the budget."""
     columns = (
         BarColumn(bar_width=20),
         TextColumn("{task.completed:.0f}/{task.total:.0f}"),

@@ -1,6 +1,6 @@
-"""Numbers of runs ↦ sentences: what differs between them, where, and what to bear in mind.
+"""Results ↦ sentences about the differences between runs, and caveats.
 
-The first run is what the others are compared with. Runs are named in backticks.
+The other runs are compared with the first. Runs are named in backticks.
 """
 
 import itertools
@@ -13,23 +13,23 @@ from curvax.inspection.runner import Results
 from curvax.inspection.summary_table import SummaryRow, summary_rows
 
 EQUAL_LOSS = 0.1
-"""Relative difference up to which training losses pass for equal."""
+"""Relative difference up to which training losses count as equal."""
 
 Lines = Iterator[str]
 
 
 class RunFacts(NamedTuple):
-    """What of a run bears on how its numbers are read."""
+    """Properties of a run that matter for reading its numbers."""
 
     model: str
-    rate: float | None  # the learning rate at its peak, where the method's text tells
+    rate: float | None  # peak learning rate; None if it cannot be read from the text
     step: int
     steps: int
     normalised: bool  # the model keeps batch statistics
 
 
 def findings(found: Results) -> list[str]:
-    """What the numbers say, the most telling first."""
+    """Sentences about the results, the most informative first."""
     lines = summary_rows(found)
     parts = (
         _plain(lines, "largest", "The largest eigenvalue of the Hessian is {}."),
@@ -48,7 +48,7 @@ def findings(found: Results) -> list[str]:
 
 
 def caveats(found: Results, facts: Mapping[str, RunFacts]) -> list[str]:
-    """What to bear in mind when reading them."""
+    """Sentences about how far the results can be compared."""
     parts = (
         _unfinished(facts),
         *((_models(facts), _rates(facts), _losses(found)) if len(facts) > 1 else ()),
@@ -93,7 +93,7 @@ def _active(found: Results) -> Lines:
 
 
 def _moved(base: Mapping[str, float], own: Mapping[str, float], start: str, form: str) -> Lines:
-    """Where two runs differ by the largest factor, and where by the least."""
+    """A sentence about where two runs differ by the largest and by the least factor."""
     factors = {
         name: max(own[name] / base[name], base[name] / own[name])
         for name in base
@@ -110,7 +110,7 @@ def _moved(base: Mapping[str, float], own: Mapping[str, float], start: str, form
 
 
 def _leaves(blocks: Mapping[str, Any]) -> dict[str, Any]:
-    """The blocks that are not made up of others."""
+    """The blocks that contain no other blocks."""
     inner = lambda name: any(other.startswith(f"{name}/") for other in blocks)
     return {name: block for name, block in blocks.items() if not inner(name)}
 
@@ -152,7 +152,7 @@ def _average(found: Results) -> Lines:
 def _unfinished(facts: Mapping[str, RunFacts]) -> Lines:
     for run, own in facts.items():
         if own.step < own.steps:
-            yield f"`{run}` is looked at after step {own.step} of {own.steps}, before its end."
+            yield f"`{run}` is measured at step {own.step} of {own.steps}, before its end."
 
 
 def _models(facts: Mapping[str, RunFacts]) -> Lines:
@@ -201,7 +201,7 @@ def _unconverged(found: Results) -> Lines:
     pairs = found.of("eigenpairs")
     open_ = [run for run, found_ in pairs.items() if not found_.converged[0]]
     if open_:
-        yield f"λ_max of {named(open_)} did not converge: its residual tells how far to trust it."
+        yield f"λ_max of {named(open_)} did not converge: its residual bounds its error."
     count = sum(not b.converged for own in found.of("blocks").values() for b in own.values())
     if count:
         yield f"{count} eigenvalues of blocks did not converge; they are drawn hollow."
@@ -213,13 +213,13 @@ def _singular(found: Results) -> Lines:
     if unsure:
         yield (
             f"The smallest eigenvalue of the neural tangent kernel of {named(unsure)} is not large "
-            "beside rounding: its condition number is an order of magnitude, if it is finite."
+            "compared with rounding errors: its condition number is at most an order of magnitude."
         )
 
 
 def _rescaling(facts: Mapping[str, RunFacts]) -> Lines:
     if any(own.normalised for own in facts.values()):
         yield (
-            "The model has batch norm, so that its weights can be rescaled without changing what "
-            "it computes, and eigenvalues change with them: read them beside the weight norms."
+            "The model has batch norm, so that its weights can be rescaled without changing its "
+            "outputs, and eigenvalues change with them: compare them together with weight norms."
         )

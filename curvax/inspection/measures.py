@@ -1,6 +1,6 @@
-"""What is measured at a point, ordered by worth, with what it takes and where it does not apply.
+"""The measures of `curvax inspect`, the most informative first, with their cost.
 
-Radii, probes and grids are the same for every run, so that what differs is the runs.
+Radii, probes and grids are the same for every run, so that the runs can be compared.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,17 +19,17 @@ RHO = 0.05
 """SAM's default radius; Foret et al., arXiv:2010.01412."""
 RHOS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 GROUPS = (4, 32)
-"""m of m-sharpness, with the whole set; Foret et al., section 4.1."""
+"""m of m-sharpness, in addition to the whole set; Foret et al., section 4.1."""
 DEVIATION = 0.01
-"""Of each entry of a random perturbation."""
+"""Standard deviation of each entry of a random perturbation."""
 KERNEL_ROWS = 1024
 KERNEL_BYTES = 2**28
-"""Of the Jacobian of one example, so that the kernel stays a matter of seconds."""
+"""Largest Jacobian of one example, so that the kernel takes seconds."""
 HELD_BASIS = 2**22
-"""Parameters up to which Lanczos may keep forty vectors of their size in memory."""
+"""Number of parameters up to which Lanczos keeps its forty vectors in memory."""
 PERCEPTRON_EXAMPLES = 64
 SHOWN = 4
-"""Examples whose attention is kept."""
+"""Number of examples whose attention is kept."""
 
 
 class Measure(NamedTuple):
@@ -40,7 +40,7 @@ class Measure(NamedTuple):
     take: Callable[[CheckpointLoss], Any]
     work: Callable[[CheckpointLoss], Work]
     excuse: Callable[[CheckpointLoss], str] = lambda point: ""
-    """Why it does not apply, or nothing."""
+    """The reason why the measure does not apply; \"\" if it does."""
 
 
 class LossSlices(NamedTuple):
@@ -51,7 +51,7 @@ class LossSlices(NamedTuple):
 
 
 class ActivationStats(NamedTuple):
-    """What goes on between the inputs and the outputs, by activation."""
+    """Statistics of the hidden units, by activation."""
 
     active: Mapping[str, jax.Array]
     norms: Mapping[str, jax.Array]
@@ -123,7 +123,7 @@ def weights(point: CheckpointLoss) -> Any:
 
 
 def m_sharpness(point: CheckpointLoss) -> Any:
-    """{m: MSharpness}, the last of them of the whole."""
+    """{m: MSharpness}, the last for the whole set."""
     take = lambda m: analysis.m_sharpness(point.objective, point.params, RHO, m)
     return {m: take(m) for m in _groups(point)}
 
@@ -193,7 +193,7 @@ def _has_no_attention(point: CheckpointLoss) -> str:
 
 
 def _is_no_perceptron(point: CheckpointLoss) -> str:
-    return "" if isinstance(_model(point), Perceptron) else "The model is no perceptron."
+    return "" if isinstance(_model(point), Perceptron) else "The model is not a perceptron."
 
 
 def _has_too_many_outputs(point: CheckpointLoss) -> str:
@@ -215,7 +215,7 @@ def _kernel_work(point: CheckpointLoss) -> Work:
 
 
 def _with_pairs(compilations: float, gradients: float) -> Callable[[CheckpointLoss], Work]:
-    """Of what needs the eigenpairs, for which a point is searched once."""
+    """The work of a measure that needs the eigenpairs, which are computed once per checkpoint."""
 
     def work(point: CheckpointLoss) -> Work:
         search = Work(0, 0) if "pairs" in vars(point) else Work(10, 76)
@@ -246,5 +246,5 @@ MEASURES = (
     Measure("spectrum", "spectral density", spectrum, _each(15, 102)),
     Measure("m_sharpness", "m-sharpness", m_sharpness, _each(16, 3)),
 )
-"""The most telling first. What each takes was timed on a small MLP-Mixer on two CPU cores, in units
-of compiling and of taking its gradient."""
+"""The most informative first. Work was timed for a small MLP-Mixer on two CPU cores, in units of
+compiling and of evaluating its gradient."""

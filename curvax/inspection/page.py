@@ -1,4 +1,4 @@
-"""Sentences, tables and figures ↦ one HTML page that needs nothing but itself."""
+"""Sentences, tables and figures ↦ one self-contained HTML page."""
 
 import base64
 import re
@@ -16,23 +16,23 @@ from curvax.inspection.summary_table import SummaryRow
 
 _STYLE = Path(__file__).with_name("page.css")
 _WIDE = 600
-"""Pixels as shown from which a figure has a row of its own."""
+"""Width in CSS pixels above which a figure has a row of its own."""
 _KINDS = {
-    "budget": "Left out for want of time",
+    "budget": "Left out for lack of time",
     "inapplicable": "Does not apply",
     "failed": "Failed",
 }
 
 
 class Content(NamedTuple):
-    """What the page tells."""
+    """The content of a page."""
 
     title: str
     lead: str
     findings: Sequence[str]
     caveats: Sequence[str]
     about: Mapping[str, Mapping[str, str]]
-    """{run: {what of it: what it is}}"""
+    """{run: {property: value}}"""
     rows: Sequence[SummaryRow]
     figures: Sequence[RenderedFigure]
     omissions: Sequence[Omission]
@@ -104,9 +104,9 @@ def _about(runs: Mapping[str, Mapping[str, str]]) -> str:
 
 
 def _numbers(rows: Sequence[SummaryRow], runs: list[str]) -> str:
-    rows = [(each.title, [_number(each, run, runs[0]) for run in runs]) for each in rows]
-    note = "<p>In small print: beside the first run.</p>" if len(runs) > 1 else ""
-    return _table(runs, rows) + note
+    cells = [(row.title, [_number(row, run, runs[0]) for run in runs]) for row in rows]
+    note = "<p>In small print: compared with the first run.</p>" if len(runs) > 1 else ""
+    return _table(runs, cells) + note
 
 
 def _number(row: SummaryRow, run: str, first: str) -> str:
@@ -146,16 +146,16 @@ def _figure(figure: RenderedFigure) -> str:
 
 
 def _omitted(omissions: Sequence[Omission]) -> str:
-    told = (
+    sentences = (
         f"{_KINDS[each.kind]}: {each.measure} ({', '.join(f'`{run}`' for run in each.runs)}). "
         f"{each.reason}"
         for each in omissions
     )
-    return _list(list(told))
+    return _list(list(sentences))
 
 
 def _marked(text: str) -> str:
-    """Text whose names in backticks are code."""
+    """Escapes a text, and turns names in backticks into code."""
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
 
 

@@ -1,4 +1,4 @@
-"""A survey ↦ its figures, each with what it shows in words for those who do not see it."""
+"""Results ↦ rendered figures, with captions and alternative texts."""
 
 import io
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ DPI = 150
 
 
 class RenderedFigure(NamedTuple):
-    """A drawn result."""
+    """A figure as PNG."""
 
     name: str
     section: str
@@ -24,15 +24,16 @@ class RenderedFigure(NamedTuple):
 
 
 def draw(found: Results) -> Iterator[RenderedFigure | Omission]:
-    """A figure for each result that there is; one that cannot be drawn is an omission."""
+    """Draws a figure for every measure with results; a failure becomes an omission."""
     for spec in FIGURES:
         runs = found.of(spec.measure)
         if not runs:
             continue
         open_before = set(plt.get_fignums())
         try:
-            png, alt = _png(spec.draw(runs, found)), spec.alt(runs)
-        except Exception as error:  # the numbers and the other figures are worth having
+            also = () if spec.also is None else (found.of(spec.also),)
+            png, alt = _png(spec.draw(runs, *also)), spec.alt(runs)
+        except Exception as error:  # numbers and other figures are still useful
             reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             yield Omission(f"figure of {spec.name}", tuple(runs), "failed", reason)
         else:

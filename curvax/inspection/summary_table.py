@@ -1,4 +1,4 @@
-"""What was measured ↦ one number a run for each measure, as tables and sentences take it."""
+"""Results ↦ the main number of each measure and run, for the table and the sentences."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -11,12 +11,12 @@ from curvax.inspection.runner import Results
 
 
 class SummaryRow(NamedTuple):
-    """A number of every run."""
+    """One number of every run."""
 
     name: str
     title: str
     form: str
-    values: dict[str, float]  # of those runs that have it
+    values: dict[str, float]  # run ↦ number, where it is finite
 
     def said(self, run: str) -> str:
         return written(self.values[run], self.form)
@@ -70,7 +70,7 @@ _ROWS = (
 
 
 def summary_rows(found: Results) -> dict[str, SummaryRow]:
-    """Those of the measures that were taken, by name."""
+    """The rows of all measures with results, by name."""
     rows = ((row, found.of(row.measure)) for row in _ROWS)
     every = (SummaryRow(r.name, r.title, r.form, _finite(r.number, runs)) for r, runs in rows)
     return {row.name: row for row in every if row.values}

@@ -104,8 +104,8 @@ def _folder(given: Path, seed: int) -> Path:
     if not folder.is_dir() or (_SEED.fullmatch(given.name) and given.name != folder.name):
         raise PseudoLabelError(
             f"Label noise is drawn by the seed, so the labels of seed {seed} are predicted by a "
-            f"run of seed {seed}, and {given} is of {_seeds(variants[0], given)}. Train it first, or "
-            "give the folder that holds the seeds."
+            f"run of seed {seed}, and {given} is of {_seeds(variants[0], given)}. Train it first, "
+            "or give the folder that holds the seeds."
         )
     return folder
 

@@ -95,7 +95,12 @@ def _own_targets(part: Examples) -> Split:
 
 def _regression(config: ConfigDict) -> Task:
     options = config.data
-    load = lambda seed: tabular.load(options.name, path=options.path, seed=seed)
+    if options.path is not None:
+        raise TaskError(
+            "The task `regression` uses a table that comes with scikit-learn, and `data.path` is "
+            f"{options.path}. Leave it out."
+        )
+    load = lambda seed: tabular.load(options.name, seed=seed)
     likelihood, scores = _likelihood(config, "squared"), {"squared_error": metrics.squared_error}
     return Task("rows", load, likelihood, scores, selection_metric.REGRESSION)
 

@@ -80,8 +80,8 @@ def with_overrides(config: ConfigDict, assignments: Sequence[str]) -> ConfigDict
         if current(name, warn=False) not in OVERRIDABLE:
             raise ConfigError(
                 "The config of a run is fixed except for hardware and paths, and got "
-                f"`{assignment}`. The fields that may change, as `--field=value`, are {fields}. For "
-                "others start a new run with `curvax train`."
+                f"`{assignment}`. The fields that may change, as `--field=value`, are {fields}. "
+                "For others start a new run with `curvax train`."
             )
     changed = configs.override(config, assignments)
     path = changed.data.path

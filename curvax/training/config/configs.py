@@ -1,8 +1,8 @@
-"""Configs: where they are found, what fields they have, and how the command line changes them.
+"""Configs: finding and loading them, their fields, and overrides from the command line.
 
 A config is a Python file whose `get_config()` returns a locked `ConfigDict`: `defaults()` with some
-fields set. Numbers among its top-level fields are names that the optimiser's text may use, so
-`sam_perturb(rho)` with `config.rho = 0.2` can be swept as `rho`.
+fields set. The optimiser's text may use the names of numeric top-level fields: `sam_perturb(rho)`
+with `defaults(rho=0.2)` can be swept as `rho`.
 """
 
 import ast
@@ -36,18 +36,18 @@ _LOWEST = {
     "keep_checkpoints": 1,
     "hessian_examples": 0,
 }
-"""The least value of fields that count."""
+"""The least value of integer fields."""
 
 
 class ConfigError(ValueError):
-    """A config that cannot be found or read, or a field it does not have."""
+    """A config that cannot be found or read, or an unknown or invalid field."""
 
 
 def defaults(**numbers: float) -> ConfigDict:
-    """The fields of every experiment, locked.
+    """The default config, locked: its fields can be set, and no others added.
 
     Args:
-        **numbers: further top-level fields for the optimiser's text to name, as `rho=0.2`.
+        **numbers: further top-level fields that the optimiser's text may use, as `rho=0.2`.
     """
     fields: dict[str, Any] = {
         "name": "experiment",  # in the run folder's name; `load` sets the config file's own
@@ -101,23 +101,26 @@ def defaults(**numbers: float) -> ConfigDict:
 
 
 def folder() -> Path:
-    """Where the configs that come with curvax are: in the package, or beside it in a checkout."""
+    """The folder of curvax's own configs: in the installed package, or next to it in a checkout."""
     package = Path(curvax.__file__).parent
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
 
 
 def names() -> list[str]:
+    """The names of curvax's own configs, sorted."""
     return sorted(path.stem for path in folder().glob("*.py"))
 
 
 def load(name: str) -> ConfigDict:
-    """The config of that name, or of that path to a Python file.
+    """Loads a config.
 
-    What follows a colon, as in `imagenet_vit:b16`, is the variant that `get_config` is given.
+    Args:
+        name: one of `names()` or the path of a .py file; after a colon the argument of its
+            `get_config`, as in `imagenet_vit:b16`.
 
     Raises:
-        ConfigError: there is none, or it cannot be read.
+        ConfigError: there is no such config, or it cannot be read.
     """
     path, (_, _, variant) = find(name), name.partition(":")
     try:
@@ -132,7 +135,7 @@ def load(name: str) -> ConfigDict:
 
 
 def find(name: str) -> Path:
-    """The file of a config; errors as in `load`."""
+    """The file of a config; arguments and errors as in `load`."""
     name = name.partition(":")[0]
     path = Path(name) if name.endswith(".py") else folder() / f"{name}.py"
     if not path.is_file():
@@ -144,7 +147,7 @@ def find(name: str) -> Path:
 
 
 def docstring(name: str) -> str:
-    """What a config says of itself: paper, command, expected result, cost; errors as in `load`."""
+    """A config's docstring: paper, command, expected result, cost; errors as in `load`."""
     return ast.get_docstring(ast.parse(find(name).read_text())) or ""
 
 
@@ -155,12 +158,16 @@ def flat(config: ConfigDict) -> dict[str, Any]:
 
 
 def override(config: ConfigDict, assignments: Sequence[str]) -> ConfigDict:
-    """A copy of the config with `--field=value` applied, dots reaching inside.
+    """A copy of the config with `--field=value` assignments applied.
+
+    Args:
+        config: not changed.
+        assignments: fields of nested configs have dotted names; old names work with a warning.
 
     Raises:
-        ConfigError: an unknown field (with near matches), or a value of another type.
+        ConfigError: an unknown field (the message has near matches), or a value of another type.
     """
-    changed = copy.deepcopy(config)  # with the types of the fields that are not set
+    changed = copy.deepcopy(config)  # keeps the types of unset fields
     for assignment in assignments:
         name, equals, text = assignment.removeprefix("--").partition("=")
         if not (assignment.startswith("--") and equals):
@@ -193,12 +200,12 @@ def assign(config: ConfigDict, name: str, text: str) -> None:
             parent[leaf] = value(text, kind)
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"The field `{name}` has the type `{kind.__name__}`, and `{text}` has another."
+            f"The field `{name}` has the type `{kind.__name__}`, and `{text}` does not."
         ) from error
 
 
 def value(text: str, kind: type = object) -> Any:
-    """What a text stands for: `true`, `false`, `none`, a Python literal, or itself, a string."""
+    """The value of a text: `true`, `false`, `none`, a Python literal, or else the string itself."""
     if text.lower() in _WORDS:
         return _WORDS[text.lower()]
     try:
@@ -208,18 +215,18 @@ def value(text: str, kind: type = object) -> Any:
 
 
 def check(config: ConfigDict) -> None:
-    """Refuses fields that are no whole numbers where they should be, or too low.
+    """Checks that integer fields are integers and not too low.
 
     Raises:
-        ConfigError: naming the field.
+        ConfigError: one is not; the message names the field.
     """
     fields, standard = flat(config), flat(defaults())
     for name, lowest in _LOWEST.items():
-        left_out = fields[name] is None and standard[name] is None
-        if not left_out and (type(fields[name]) is not int or fields[name] < lowest):
+        unset = fields[name] is None and standard[name] is None
+        if not unset and (type(fields[name]) is not int or fields[name] < lowest):
             raise ConfigError(f"`{name}` is a whole number from {lowest}, and was {fields[name]}.")
 
 
 def numbers(config: ConfigDict) -> dict[str, float]:
-    """The top-level numbers, which the optimiser's text may name."""
+    """The numeric top-level fields, which the optimiser's text may use."""
     return {name: v for name, v in config.items() if type(v) in (int, float)}

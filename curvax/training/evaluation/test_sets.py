@@ -86,26 +86,26 @@ def of_path(path: Path, experiment: Experiment) -> Iterator[EvalSet]:
             f"`--data` gives encoded images, and the run was trained on `{options.name}`, which "
             "has none. Leave it out for the run's own test set, or use `--corruptions`."
         )
-    form = DecodeOptions(options.image_size or sources.SIDE, classes, threads=options.threads)
+    decoding = DecodeOptions(options.image_size or sources.SIDE, classes, threads=options.threads)
     names = experiment.data.names
     if any(path.glob("*.array_record-*")):
-        yield _of_records(path, names, form)
+        yield _of_records(path, names, decoding)
         return
     for name, listing in _sets(path):
         numbers = _numbers(listing.names, names, classes, path)
         files = listing.files(dict(zip(listing.names, numbers)))
         among = np.isin(np.arange(classes), numbers)
-        yield EvalSet(name or path.resolve().name, encoded_images.whole(files, form), among)
+        yield EvalSet(name or path.resolve().name, encoded_images.whole(files, decoding), among)
 
 
-def _of_records(path: Path, names: Sequence[str], form: DecodeOptions) -> EvalSet:
+def _of_records(path: Path, names: Sequence[str], decoding: DecodeOptions) -> EvalSet:
     folder = array_records.read_folder(path)
     store: ImageStore = folder.part(*sources.TEST, *sources.TRAIN)
-    among = np.ones(form.classes, bool)
+    among = np.ones(decoding.classes, bool)
     if folder.names and list(names) != folder.names:
-        numbers = _numbers(folder.names, names, form.classes, path)
-        store, among = _Relabelled(store, numbers), np.isin(np.arange(form.classes), numbers)
-    return EvalSet(path.resolve().name, encoded_images.whole(store, form), among)
+        numbers = _numbers(folder.names, names, decoding.classes, path)
+        store, among = _Relabelled(store, numbers), np.isin(np.arange(decoding.classes), numbers)
+    return EvalSet(path.resolve().name, encoded_images.whole(store, decoding), among)
 
 
 def _sets(root: Path, name: str = "") -> Iterator[tuple[str, image_folders.ClassFolders]]:
