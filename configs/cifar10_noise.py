@@ -1,4 +1,4 @@
-"""SAM beside SGD under label noise: ResNet-32 on CIFAR-10, 40 % of the training labels wrong.
+"""SGD and SAM under label noise: ResNet-32 on CIFAR-10, 40 % of the training labels wrong.
 
 Paper: Foret et al., SAM, arXiv:2010.01412, section 3.3 and Table 4: model, epochs and ρ. All other
 settings are those of its code for WRN-28-10, since the text does not say, except for the weight

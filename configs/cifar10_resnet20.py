@@ -1,4 +1,4 @@
-"""AdaHessian beside SGD: ResNet-20 on CIFAR-10.
+"""SGD and AdaHessian: ResNet-20 on CIFAR-10.
 
 Paper: Yao et al., AdaHessian, arXiv:2006.00719, Table 2; learning rate, eps, betas and a weight
 decay that is divided by the learning rate are those of the authors' code

@@ -1,4 +1,4 @@
-"""SAM beside SGD: WRN-28-10 on CIFAR-10.
+"""SGD and SAM: WRN-28-10 on CIFAR-10.
 
 Paper: Foret et al., SAM, arXiv:2010.01412, section 3.1 and Table 1, with the settings of its code:
 batch 256, learning rate 0.1, weight decay 5e-4 on every parameter, clipping at 5, 200 epochs. The

@@ -1,7 +1,7 @@
-"""AdaHessian beside Adam: a small ResNet on digits, rightly labelled.
+"""Adam and AdaHessian: a small ResNet on digits with clean labels.
 
 Paper: Yao et al., AdaHessian, arXiv:2006.00719, section "Image Classification" (there ResNet-20 on
-CIFAR-10), with its learning rate, eps and betas, at a scale of our own.
+CIFAR-10), with its learning rate, eps and betas, at a small scale.
 
 Command: curvax compare digits_adahessian --seeds 3
 

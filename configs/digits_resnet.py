@@ -1,7 +1,7 @@
-"""SAM beside SGD with momentum: a small ResNet on digits, 40 % of them wrongly labelled.
+"""SGD with momentum and SAM: a small ResNet on digits, 40 % of them wrongly labelled.
 
 Paper: the label noise of Foret et al., SAM, arXiv:2010.01412, section 3.3 (there ResNet-32 on
-CIFAR-10), at a scale of our own; all settings ours.
+CIFAR-10), at a small scale; all settings are chosen here.
 
 Command: curvax compare digits_resnet --seeds 3 --fair
 

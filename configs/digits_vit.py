@@ -1,7 +1,8 @@
-"""SAM beside AdamW: a small vision transformer on digits, 40 % of them wrongly labelled.
+"""AdamW and SAM: a small vision transformer on digits, 40 % of them wrongly labelled.
 
 Paper: Chen et al., When Vision Transformers Outperform ResNets, arXiv:2106.01548, with the label
-noise of Foret et al., SAM, arXiv:2010.01412, section 3.3, at a scale of our own; all settings ours.
+noise of Foret et al., SAM, arXiv:2010.01412, section 3.3, at a small scale; all settings are chosen
+here.
 
 Command: curvax compare digits_vit --seeds 3 --fair
 

@@ -1,8 +1,8 @@
-"""SAM beside AdamW: a small MLP-Mixer on Fashion-MNIST with 40 % wrong labels.
+"""AdamW and SAM: a small MLP-Mixer on Fashion-MNIST with 40 % wrong labels.
 
 Paper: Foret et al., SAM, arXiv:2010.01412: its label noise (section 3.3) on one of its data sets
-(appendix B.1), at a scale of our own; all settings ours. The images are read from the IDX files of
-Debian's package dataset-fashion-mnist, or from --data.path=FOLDER.
+(appendix B.1), at a small scale; all settings are chosen here. The images are read from the IDX
+files of Debian's package dataset-fashion-mnist, or from --data.path=FOLDER.
 
 Command: curvax compare fashion_mixer --seeds 3 --fair
 

@@ -1,4 +1,4 @@
-"""SAM beside SGD: WRN-28-10 on Fashion-MNIST.
+"""SGD and SAM: WRN-28-10 on Fashion-MNIST.
 
 Paper: Foret et al., SAM, arXiv:2010.01412, appendix B.1 and Table 5, batch 256 of appendix C.1. Its
 learning rate, decay and ρ are in Table 7, whose values we did not have; they, the epochs, the crops

@@ -1,4 +1,4 @@
-"""SAM beside SGD in fine-tuning: weights from ImageNet on CIFAR-10, CIFAR-100, Flowers or Pets.
+"""SGD and SAM in fine-tuning: weights from ImageNet on CIFAR-10, CIFAR-100, Flowers or Pets.
 
 Paper: Chen et al., When Vision Transformers Outperform ResNets, arXiv:2106.01548, section 5.5 and
 Table 6: resolution 224 and "vanilla SGD", which is all that it says; and Foret et al., SAM,

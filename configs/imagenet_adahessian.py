@@ -1,4 +1,4 @@
-"""AdaHessian beside SGD: ResNet-18 on ImageNet.
+"""SGD and AdaHessian: ResNet-18 on ImageNet.
 
 Paper: Yao et al., AdaHessian, arXiv:2006.00719, Table 2; learning rate 0.15, eps, betas and a
 weight decay that is divided by the learning rate are those of the authors' code for ResNet-20 and

@@ -1,4 +1,4 @@
-"""SAM and GSAM beside SGD: ResNet-50, 101 or 152 on ImageNet.
+"""SGD, SAM and GSAM: ResNet-50, 101 or 152 on ImageNet.
 
 Paper: Foret et al., SAM, arXiv:2010.01412, section 3.1 and Table 2: batch 4096, learning rate 1.0
 along a cosine, momentum 0.9, weight decay 1e-4, ρ = 0.05, 100, 200 or 400 epochs, on 32 cores, each

@@ -1,4 +1,4 @@
-"""GSAM and SAM beside AdamW: ViT-S/32, S/16, B/32 or B/16 on ImageNet alone.
+"""AdamW, SAM and GSAM: ViT-S/32, S/16, B/32 or B/16 on ImageNet alone.
 
 Paper: Zhuang et al., GSAM, arXiv:2203.08065, Table 1, and Chen et al., When Vision Transformers
 Outperform ResNets, arXiv:2106.01548, with the settings of GSAM in google-research/big_vision

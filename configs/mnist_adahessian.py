@@ -1,7 +1,7 @@
-"""AdaHessian beside Adam: a small ResNet on MNIST's digits, rightly labelled.
+"""Adam and AdaHessian: a small ResNet on MNIST's digits with clean labels.
 
 Paper: Yao et al., AdaHessian, arXiv:2006.00719, section "Image Classification", with its learning
-rate, eps and betas, at a scale of our own.
+rate, eps and betas, at a small scale.
 
 Command: curvax compare mnist_adahessian --seeds 3
 

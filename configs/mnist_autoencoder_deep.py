@@ -1,8 +1,8 @@
-"""kfac-jax's setting beside Adam: the deep autoencoder on MNIST's digits, on the whole batch.
+"""Adam and kfac-jax's method: the deep autoencoder on MNIST's digits, on the whole batch.
 
 Paper: the 784-1000-500-250-30-250-500-1000-784 network of Hinton and Salakhutdinov, Science 313
-(2006), on which Martens, Deep learning via Hessian-free optimization (ICML 2010), and Martens and
-Grosse, K-FAC, arXiv:1503.05671, measured themselves. The method is the setting of kfac-jax's
+(2006), the benchmark of Martens, Deep learning via Hessian-free optimization (ICML 2010), and
+Martens and Grosse, K-FAC, arXiv:1503.05671. The method is the setting of kfac-jax's
 example, its examples/autoencoder_mnist/pipeline.py, with the exact Fisher matrix and CG in the
 place of Kronecker factors: the whole training set as one batch, damping adapted from 150 on,
 learning rate and momentum from the quadratic model. This differs from theirs in: 60 steps instead
