@@ -11,11 +11,11 @@ Command: curvax train digits_finetune:mnist
          (FOLDER is the run folder of the first command, and 0-adamw in it holds AdamW's weights;
          without --init_from training starts from random weights)
 
-Expected: on MNIST, with one seed, AdamW classifies 92.4 % of the test images correctly and SAM 93.4
-%, largest Hessian eigenvalue 15.4 against 4.3. Over three seeds of the 50 digits SGD reaches 67.9 ±
-1.8 % from random weights, 75.7 ± 4.8 % from AdamW's weights and 80.3 ± 3.9 % from SAM's, each seed
-in that order; SAM in fine-tuning 67.5 ± 2.9, 77.4 ± 6.1 and 80.9 ± 5.3 %, within a standard
-deviation of SGD.
+Expected: on MNIST, with one seed, AdamW classifies 92.4 % of the test images correctly and SAM
+93.4 %, largest Hessian eigenvalue 15.4 against 4.3. Over three seeds of the 50 digits SGD reaches
+67.9 ± 1.8 % from random weights, 75.7 ± 4.8 % from AdamW's weights and 80.3 ± 3.9 % from SAM's,
+each seed in that order; SAM in fine-tuning 67.5 ± 2.9, 77.4 ± 6.1 and 80.9 ± 5.3 %, within a
+standard deviation of SGD.
 
 Cost: the first took five minutes on two overloaded CPU cores and half of that in CPU time, each
 run of the second half a minute.

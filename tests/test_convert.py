@@ -151,7 +151,7 @@ def test_stray_files_are_left_aside_and_stray_pictures_refused(own, tmp_path):
     (own / "train/.DS_Store").write_text("")
     summary = convert.convert(find_parts(own), tmp_path / "out")
     assert [path.name for path in summary.aside] == ["README.txt", "notes.txt"]
-    assert "README.txt" in convert.told(summary)
+    assert "README.txt" in convert.as_text(summary)
     shutil.copy(own / "train/bloom/bloom_0.JPEG", own / "train/loose.jpg")
     with pytest.raises(DataError, match=r"outside of these it has `loose\.jpg`\. Move"):
         image_folders.listing(own / "train")
@@ -266,7 +266,7 @@ def test_numbers_run_through_the_files(tmp_path):
         name = array_records.shard_name("x", "train", number, 3)
         writer = convert.ArrayRecordWriter(str(tmp_path / name))
         for i in range(count):
-            writer.write(convert.examples.encode(convert.examples.Example(b"", 10 * number + i)))
+            writer.write(tf_example.encode(tf_example.Example(b"", 10 * number + i)))
         writer.close()
     shards = Shards(sorted(tmp_path.iterdir()))
     assert [shards.read(n).label for n in range(6)] == [0, 1, 10, 11, 12, 20]

@@ -20,8 +20,9 @@ from test_hlo import LOOPS
 
 from curvax.planning import compiled_cost, flops, hlo, memory_savers, topologies
 from curvax.training import experiment
-from curvax.training.compare.comparison import variant
-from curvax.training.config import defaults, load
+from curvax.training.compare.comparison import replace
+from curvax.training.config import defaults
+from curvax.training.config.configs import load
 
 pytestmark = [
     pytest.mark.evidence,
@@ -117,7 +118,7 @@ def test_a_device_does_the_same_whatever_their_number():
     machines = {n: topologies.find(f"v5e:{shape}") for shape, n in SHAPES.items()}
     for name, text in methods("adamw(lr)", "adahessian(0.15, mean_over=axes)").items():
         found = {
-            n: read(variant(small_vit(n), optimizer=text), machine)
+            n: read(replace(small_vit(n), optimizer=text), machine)
             for n, machine in machines.items()
         }
         rows += [[name, n, *row(each)] for n, each in found.items()]
@@ -144,7 +145,7 @@ def paper_arms():
     for topology, (model, name) in itertools.product(TOPOLOGIES, PAPERS.items()):
         paper, machine = load(name), topologies.find(topology)
         for method, text in paper_methods(paper).items():
-            config = variant(paper, optimizer=text)
+            config = replace(paper, optimizer=text)
             yield (model, topology, method), machine, config
             if (model, topology, method) == LAID_OUT:
                 ways = list(memory_savers.block_layouts(config).items())[

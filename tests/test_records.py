@@ -16,7 +16,8 @@ from curvax.training import loop, run_data
 from curvax.training import tasks as training_tasks
 from curvax.training.checkpoints import Checkpoints
 from curvax.training.compare import comparison
-from curvax.training.config import defaults, override
+from curvax.training.config import defaults
+from curvax.training.config.configs import override
 from curvax.training.data import array_records, convert, datasets, encoded_images, tf_example
 from curvax.training.data.archives import DataError
 from curvax.training.data.tf_example import Example

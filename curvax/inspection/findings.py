@@ -73,8 +73,8 @@ def _by_block(found: Results) -> Lines:
         return
     base, *others = values
     sharpest = {run: max(own, key=own.__getitem__) for run, own in values.items()}
-    told = (f"`{block}` in `{run}` ({values[run][block]:.3g})" for run, block in sharpest.items())
-    yield f"The block of largest eigenvalue is {', '.join(told)}."
+    listed = (f"`{block}` in `{run}` ({values[run][block]:.3g})" for run, block in sharpest.items())
+    yield f"The block of largest eigenvalue is {', '.join(listed)}."
     for run in others:
         yield from _moved(
             values[base], values[run], f"From `{base}` to `{run}` λ_max changes most in", "{:.3g}"
@@ -119,14 +119,14 @@ def _gap(lines: Mapping[str, SummaryRow]) -> Lines:
     if not {"gap", "gap_corrected", "largest"} <= lines.keys():
         return
     plain, corrected, largest = (lines[n].values for n in ("gap", "gap_corrected", "largest"))
-    told = [
+    listed = [
         f"{plain[run]:.3g} and {corrected[run]:.3g} in `{run}`, where it is {largest[run]:.3g}"
         for run in largest
         if run in plain and run in corrected
     ]
     yield (
         f"The surrogate gap at ρ = {RHO} estimates λ_max, by 2h/ρ² and less the part of the "
-        f"gradient, at {'; '.join(told)}."
+        f"gradient, at {'; '.join(listed)}."
     )
 
 
@@ -144,9 +144,9 @@ def _average(found: Results) -> Lines:
         ]
     if unclear:
         ends += [f"in {named(unclear)} that is within two standard errors of nothing"]
-    told = listing(values, "{:+.2g}")
+    listed = listing(values, "{:+.2g}")
     end = ", and ".join(ends) or "the condition of SAM's Theorem 2 holds there"
-    yield f"Under random perturbations the test loss changes by {told}; {end}."
+    yield f"Under random perturbations the test loss changes by {listed}; {end}."
 
 
 def _unfinished(facts: Mapping[str, RunFacts]) -> Lines:
@@ -187,14 +187,14 @@ def _losses(found: Results) -> Lines:
     if line is None or len(line.values) < 2:
         return
     low, high = min(line.values.values()), max(line.values.values())
-    told = listing(line.values, line.form, compared=False)
+    listed = listing(line.values, line.form, compared=False)
     if high - low > EQUAL_LOSS * abs(high):
         yield (
-            f"The training losses differ ({told}). The curvature of a loss changes with its value, "
-            "so not all of the difference is one of flatness."
+            f"The training losses differ ({listed}). The curvature of a loss changes with its "
+            "value, so not all of the difference is one of flatness."
         )
     else:
-        yield f"The training losses are equal to {EQUAL_LOSS:.0%} ({told})."
+        yield f"The training losses are equal to {EQUAL_LOSS:.0%} ({listed})."
 
 
 def _unconverged(found: Results) -> Lines:

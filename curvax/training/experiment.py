@@ -215,7 +215,7 @@ def _optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """Parses the config's optimiser text.
 
-    Beside the config's numbers the text may name `layout`, the parameter roles for
+    In addition to the config's numbers the text may name `layout`, the parameter roles for
     `spatial_average`; `axes`, the device axes to average over; and `kernels`, the mask of all
     parameters called "kernel", for a weight decay.
     """

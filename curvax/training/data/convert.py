@@ -49,10 +49,10 @@ def command(images: Path, out: Path, validation: Path | None, skip: bool) -> Non
     with Progress(console=console) as progress:
         bar = progress.add_task(_counted(total, "image"), total=total)
         summary = convert(parts, out, skip=skip, report=lambda n: progress.advance(bar, n))
-    console.print(told(summary), markup=False, highlight=False, soft_wrap=True)
+    console.print(as_text(summary), markup=False, highlight=False, soft_wrap=True)
 
 
-def told(summary: Summary) -> str:
+def as_text(summary: Summary) -> str:
     """The summary as text."""
     lines = [f"{summary.folder}: images of {_counted(summary.classes, 'class')}"]
     lines += [
