@@ -143,7 +143,7 @@ class Program:
         return min(bounds, default=1)
 
     def _compared(self, name: str) -> Iterator[tuple[int, Instruction, Instruction]]:
-        """The comparisons of a condition: (1 if equality holds it true, lesser, greater)."""
+        """The comparisons of a condition: (1 if the loop goes on at equality, lesser, greater)."""
         for each in self.computations[name]:
             if each.opcode == "fusion":
                 yield from (
