@@ -55,9 +55,7 @@ class _Step:
         self.state = experiment.init()
         self.batch = experiment.parallelism.place(next(experiment.batches()))
         self.step = experiment.step
-        compiled = self.step.lower(
-            self.state, self.batch
-        ).compile()  # the program that calls run too
+        compiled = self.step.lower(self.state, self.batch).compile()  # what `self.step` runs
         self.flops = float(compiled.cost_analysis()["flops"])
         self.temporary_bytes = float(compiled.memory_analysis().temp_size_in_bytes)
         self.repeats = 1

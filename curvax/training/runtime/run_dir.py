@@ -150,7 +150,7 @@ def _spec_file(folder: Path) -> Path:
     return old if old.exists() and not current.exists() else current
 
 
-def bad_spec(folder: Path) -> "RunError":
+def bad_spec(folder: Path) -> RunError:
     """The error for a run.json that names no command and methods."""
     return damaged(_spec_file(folder), "it names no command and methods")
 
