@@ -172,7 +172,7 @@ def test_missing_and_empty_folders_are_told(own, tmp_path):
 
 def test_a_class_of_the_second_part_alone_is_refused(own, tmp_path):
     (own / "val/bloom").rename(own / "val/blossom")
-    with pytest.raises(DataError, match=r"`blossom`.*3 classes, `bloom`, `hopper`, `temple`,"):
+    with pytest.raises(DataError, match=r"`blossom`.*3 classes, `bloom`, `hopper`, `temple`\."):
         convert.convert(find_parts(own), tmp_path / "out")
 
 
