@@ -1,4 +1,4 @@
-"""SAM beside SGD: WRN-28-10 on CIFAR-100.
+"""SGD and SAM: WRN-28-10 on CIFAR-100.
 
 Paper: Foret et al., SAM, arXiv:2010.01412, section 3.1 and Table 1, with the settings of its code:
 batch 256, learning rate 0.1, weight decay 5e-4 on every parameter, clipping at 5, 200 epochs. The
@@ -24,10 +24,10 @@ def get_config() -> ConfigDict:
     config = defaults(rho=0.1, m=256)
     config.model.name = "wrn28_10"
     config.data.update(name="cifar100", augment=["shift_crop(4)", "flip()"])
-    config.base = (
+    config.baseline = (
         "pmean_updates(axes) | clip_by_global_norm(5.0) | add_decayed_weights(5e-4)"
         " | sgd(cosine(0.1), momentum=0.9)"
     )
-    config.optimizer = f"per_group(m, sam_perturb(rho)) | {config.base}"
+    config.optimizer = f"per_group(m, sam_perturb(rho)) | {config.baseline}"
     config.update(epochs=200, batch=256, log_every=50)
     return config

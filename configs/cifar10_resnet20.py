@@ -1,4 +1,4 @@
-"""AdaHessian beside SGD: ResNet-20 on CIFAR-10.
+"""SGD and AdaHessian: ResNet-20 on CIFAR-10.
 
 Paper: Yao et al., AdaHessian, arXiv:2006.00719, Table 2; learning rate, eps, betas and a weight
 decay that is divided by the learning rate are those of the authors' code
@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     config.optimizer = (
         "adahessian(step_decay(0.15), weight_decay=3.3e-3, mean_over=axes)"  # 5e-4 / 0.15
     )
-    config.base = (
+    config.baseline = (
         "pmean_updates(axes) | add_decayed_weights(5e-4) | sgd(step_decay(0.1), momentum=0.9)"
     )
     config.update(epochs=160, batch=256, log_every=50)

@@ -1,7 +1,7 @@
-"""SAM beside SGD with momentum: a small ResNet on digits, 40 % of them wrongly labelled.
+"""SGD with momentum and SAM: a small ResNet on digits, 40 % of them wrongly labelled.
 
 Paper: the label noise of Foret et al., SAM, arXiv:2010.01412, section 3.3 (there ResNet-32 on
-CIFAR-10), at a scale of our own; all settings ours.
+CIFAR-10), at a small scale; all settings are chosen here.
 
 Command: curvax compare digits_resnet --seeds 3 --fair
 
@@ -20,8 +20,8 @@ from curvax.training.config import defaults
 def get_config() -> ConfigDict:
     config = defaults(lr=0.003, rho=0.2)
     config.model.name = "resnet8"
-    config.data.update(name="digits", size=512, noise=0.4)
+    config.data.update(name="digits", num_train=512, label_noise=0.4)
     config.optimizer = "sam_perturb(rho) | sgd(cosine(lr), momentum=0.9)"
-    config.base = "sgd(cosine(lr), momentum=0.9)"
+    config.baseline = "sgd(cosine(lr), momentum=0.9)"
     config.checkpoint_every = 80
     return config

@@ -1,7 +1,8 @@
-"""SAM beside AdamW: a small vision transformer on digits, 40 % of them wrongly labelled.
+"""AdamW and SAM: a small vision transformer on digits, 40 % of them wrongly labelled.
 
 Paper: Chen et al., When Vision Transformers Outperform ResNets, arXiv:2106.01548, with the label
-noise of Foret et al., SAM, arXiv:2010.01412, section 3.3, at a scale of our own; all settings ours.
+noise of Foret et al., SAM, arXiv:2010.01412, section 3.3, at a small scale; all settings are chosen
+here.
 
 Command: curvax compare digits_vit --seeds 3 --fair
 
@@ -22,8 +23,8 @@ def get_config() -> ConfigDict:
     config = defaults(lr=2e-3, rho=0.4)
     config.model.name = "vit_tiny"
     config.model.options.update(depth=2, scan=False)
-    config.data.update(name="digits", size=512, noise=0.4)
+    config.data.update(name="digits", num_train=512, label_noise=0.4)
     config.optimizer = "sam_perturb(rho) | adamw(cosine(lr))"
-    config.base = "adamw(cosine(lr))"
+    config.baseline = "adamw(cosine(lr))"
     config.checkpoint_every = 80
     return config

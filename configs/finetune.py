@@ -1,4 +1,4 @@
-"""SAM beside SGD in fine-tuning: weights from ImageNet on CIFAR-10, CIFAR-100, Flowers or Pets.
+"""SGD and SAM in fine-tuning: weights from ImageNet on CIFAR-10, CIFAR-100, Flowers or Pets.
 
 Paper: Chen et al., When Vision Transformers Outperform ResNets, arXiv:2106.01548, section 5.5 and
 Table 6: resolution 224 and "vanilla SGD", which is all that it says; and Foret et al., SAM,
@@ -9,12 +9,12 @@ on Flowers and Pets) along a cosine after 500 (100) of warm-up, the learning rat
 decay, inception crops and flips, a head that starts at zero. Chosen here: activations in bf16, no
 dropout, m the whole batch. Of Table 3's nine sets these four are offered.
 
-Command: curvax compare finetune:cifar10 --start=ViT-B_16.npz --data.path=cifar-10-python.tar.gz
+Command: curvax compare finetune:cifar10 --init_from=ViT-B_16.npz --data.path=cifar-10-python.tar.gz
          (finetune:cifar100, :flowers and :pets, the last two on records that `curvax convert` made
          of their training and test pictures; after a dash another model, as finetune:pets-mixer_b16
          or finetune:pets-resnet50. The first two models' weights by SAM and without are published
          with google-research/vision_transformer, at gs://vit_models and gs://mixer_models; of
-         ResNets, and of all others, --start takes a run of imagenet_resnet and its like. A run of
+         other models --init_from takes a run of your own, as of imagenet_resnet. A run of
          imagenet_vit has no class token: --model.options.pool=mean. On one GPU --microbatch=64)
 
 Expected: in Table 6 by SGD from weights without SAM and with it, on CIFAR-10, CIFAR-100, Flowers
@@ -47,15 +47,16 @@ def get_config(variant: str = "cifar10") -> ConfigDict:
     config.model.options.dtype = "bfloat16"
     if config.model.name.startswith("vit"):
         config.model.options.update(pool="token", dropout=0.0)
-    crop = [f"inception_crop({SIDE})"] if in_memory else []  # pictures are cropped when decoded
-    config.data.update(name=name if in_memory else "records", side=SIDE, augment=[*crop, "flip()"])
+    crop = [f"inception_crop({SIDE})"] if in_memory else []  # records are cropped when decoded
+    config.data.update(name=name if in_memory else "records", image_size=SIDE)
+    config.data.augment = [*crop, "flip()"]
     config.data.update(mean=(0.5,) * 3, std=(0.5,) * 3)  # as the published weights take images
-    config.start = "ViT-B_16.npz"
-    config.base = (
+    config.init_from = "ViT-B_16.npz"
+    config.baseline = (
         "pmean_updates(axes) | clip_by_global_norm(1.0)"
         " | sgd(cosine(lr, warmup=warmup), momentum=0.9)"
     )
-    config.optimizer = f"per_group(m, sam_perturb(rho)) | {config.base}"
+    config.optimizer = f"per_group(m, sam_perturb(rho)) | {config.baseline}"
     config.update(epochs=EPOCHS[name], batch=512, hessian_examples=0)
     config.update(test_every=5 if in_memory else 20)
     return config

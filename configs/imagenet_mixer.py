@@ -1,4 +1,4 @@
-"""GSAM and SAM beside AdamW: MLP-Mixer S/32, S/16, S/8, B/32 or B/16 on ImageNet alone.
+"""AdamW, SAM and GSAM: MLP-Mixer S/32, S/16, S/8, B/32 or B/16 on ImageNet alone.
 
 Paper: Zhuang et al., GSAM, arXiv:2203.08065, Table 1, and Chen et al., When Vision Transformers
 Outperform ResNets, arXiv:2106.01548, with the settings of `imagenet_vit`. Neither the texts nor

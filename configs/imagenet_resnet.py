@@ -1,4 +1,4 @@
-"""SAM and GSAM beside SGD: ResNet-50, 101 or 152 on ImageNet.
+"""SGD, SAM and GSAM: ResNet-50, 101 or 152 on ImageNet.
 
 Paper: Foret et al., SAM, arXiv:2010.01412, section 3.1 and Table 2: batch 4096, learning rate 1.0
 along a cosine, momentum 0.9, weight decay 1e-4, ρ = 0.05, 100, 200 or 400 epochs, on 32 cores, each
@@ -27,11 +27,11 @@ def get_config(depth: str = "50") -> ConfigDict:
     config = defaults(lr=1.0, rho=0.05, alpha=0.2, m=128)
     config.model.name = f"resnet{depth}"
     config.model.options.dtype = "bfloat16"
-    config.data.update(name="imagenet", area=(0.08, 1.0), augment=["flip()"])
+    config.data.update(name="imagenet", crop_area=(0.08, 1.0), augment=["flip()"])
     base = "pmean_updates(axes) | add_decayed_weights(1e-4) | sgd(cosine(lr), momentum=0.9)"
-    config.base = base
+    config.baseline = base
     config.optimizer = f"per_group(m, sam_perturb(rho)) | {base}"
-    config.others = [f"per_group(m, sam_perturb(rho) | gsam_project(alpha)) | {base}"]
-    config.update(regime="shard_map", batch=4096, eval_batch=4096, epochs=100, test_every=5)
+    config.more_optimizers = [f"per_group(m, sam_perturb(rho) | gsam_project(alpha)) | {base}"]
+    config.update(parallelism="shard_map", batch=4096, eval_batch=4096, epochs=100, test_every=5)
     config.update(log_every=50, hessian_examples=0)
     return config

@@ -1,4 +1,4 @@
-"""GSAM and SAM beside AdamW: ViT-S/32, S/16, B/32 or B/16 on ImageNet alone.
+"""AdamW, SAM and GSAM: ViT-S/32, S/16, B/32 or B/16 on ImageNet alone.
 
 Paper: Zhuang et al., GSAM, arXiv:2203.08065, Table 1, and Chen et al., When Vision Transformers
 Outperform ResNets, arXiv:2106.01548, with the settings of GSAM in google-research/big_vision
@@ -38,9 +38,9 @@ def get_config(size: str = "b32") -> ConfigDict:
     radius = f"rho_like({rate}, rho_max, rho_min, lr_max=lr, lr_min=lr_min)"
     adamw = f"adamw({rate}, weight_decay=0.3, mask=kernels)"
     base = f"pmean_updates(axes) | clip_by_global_norm(1.0) | {adamw}"
-    config.base = base
+    config.baseline = base
     config.optimizer = f"per_group(m, sam_perturb({radius}) | gsam_project(alpha)) | {base}"
-    config.others = [f"per_group(m, sam_perturb(rho)) | {base}"]
-    config.update(regime="shard_map", batch=4096, eval_batch=4096, epochs=300, test_every=8)
+    config.more_optimizers = [f"per_group(m, sam_perturb(rho)) | {base}"]
+    config.update(parallelism="shard_map", batch=4096, eval_batch=4096, epochs=300, test_every=8)
     config.update(log_every=50, hessian_examples=0)
     return config

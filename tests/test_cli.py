@@ -29,9 +29,9 @@ def complaint(capsys, *arguments):
 
 
 def test_train_leaves_a_run_folder_and_resume_finds_it_done(tmp_path, capsys):
-    folder = run("train", TINY, "--beside=true", "--epochs=2", runs=tmp_path)
+    folder = run("train", TINY, "--train_baselines=true", "--epochs=2", runs=tmp_path)
     files = {path.name for path in folder.iterdir()}
-    assert files >= {"config.json", "plan.json", "table.txt", "curves.png"}
+    assert files >= {"config.json", "run.json", "table.txt", "curves.png"}
     assert json.loads((folder / "config.json").read_text())["epochs"] == 2
     base, method = sorted(path for path in folder.iterdir() if path.is_dir())
     for each in (base, method):
@@ -95,8 +95,9 @@ def get_config():
     config = defaults(lr=3e-2)
     config.task, config.data.name, config.model.name = "regression", "diabetes", "mlp"
     config.model.options.widths = (8,)
-    config.update(base="adam(lr)", optimizer="gauss_newton(damping=1.0)", others=["sgd(lr)"])
-    config.update(beside=True, devices=1, batch=354, epochs=2, log_every=1, hessian_examples=0)
+    config.update(baseline="adam(lr)", optimizer="gauss_newton(damping=1.0)")
+    config.update(more_optimizers=["sgd(lr)"], train_baselines=True, devices=1)
+    config.update(batch=354, epochs=2, log_every=1, hessian_examples=0)
     return config
 """
 
@@ -149,7 +150,7 @@ def test_bench_counts_sam_as_two_gradients(tmp_path):
     ("field", "hint"),
     [
         ("--epoch=3", "`epochs`"),
-        ("--data.nois=0.3", "`data.noise`"),
+        ("--data.nois=0.3", "`data.label_noise`"),
         ("--epochs=many", "`int`"),
         ("--data.augment=flip()", "`list`"),
         ("epochs=3", "`--field=value`"),
@@ -160,7 +161,7 @@ def test_bench_counts_sam_as_two_gradients(tmp_path):
         ("--data.name=digit", "digits"),
         ("--data.augment=['flop()']", "`flip`"),
         ("--microbatch=5", "microbatch"),
-        ("--data.noise=1.5", "rate"),
+        ("--data.label_noise=1.5", "rate"),
         ("--batch=0", "`batch` is a whole number from 1, and was 0"),
         ("--hessian_examples=-3", "`hessian_examples` is a whole number from 0, and was -3"),
         ("--checkpoint_every=2.5", "`int`"),
@@ -251,8 +252,17 @@ def test_help_teaches_fields_and_methods(command, capsys):
         main.main([command, "--help"])
     assert stopped.value.code == 0
     said = capsys.readouterr().out
-    assert "--data.noise=0.2" in said
+    assert "--data.label_noise=0.2" in said
     assert "sam_perturb(0.1) | adamw" in said
+
+
+def test_help_lists_every_command(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main.main(["--help"])
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    for command in main.COMMANDS:
+        assert f"{command.name:10}{command.summary}\n" in said
 
 
 def test_values_of_a_sweep_are_parted_outside_brackets():

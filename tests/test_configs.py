@@ -45,7 +45,7 @@ def _stand_ins(monkeypatch):
 
 def arms_of(loaded):
     """The config of each method, the base first."""
-    return comparison.arms(loaded, commands.methods(loaded))
+    return comparison.variants(loaded, commands.methods(loaded))
 
 
 @pytest.mark.parametrize("name", config.names())
@@ -61,14 +61,14 @@ def test_a_config_opens_with_paper_command_result_and_cost(name):
 def test_a_config_builds_with_its_method_and_its_base(name):
     loaded = config.load(name)
     assert loaded.is_locked
-    if loaded.data.name == "imagenet" or loaded.start:  # what is not here
+    if loaded.data.name == "imagenet" or loaded.init_from:  # what is not here
         for arm in arms_of(loaded).values():
             outline(arm, jax.devices()[:1])
         return
     loaded.devices = 1
     for arm in arms_of(loaded).values():
         experiment = build(arm)
-        assert experiment.steps == arm.epochs * (experiment.material.train.size // arm.batch)
+        assert experiment.steps == arm.epochs * (experiment.data.train.size // arm.batch)
 
 
 VARIANTS = {
@@ -98,15 +98,15 @@ ADAHESSIAN = ("imagenet_adahessian", "cifar10_resnet20")
 def test_the_papers_runs_climb_by_as_many_examples_whatever_the_devices(name):
     loaded = config.load(name)
     assert loaded.m == GROUPS[name]
-    for text in (loaded.optimizer, *loaded.others):
+    for text in (loaded.optimizer, *loaded.more_optimizers):
         assert text.startswith("per_group(m, sam_perturb(")
-        assert text.endswith(f") | {loaded.base}")  # so the mean comes before the clipping
+        assert text.endswith(f") | {loaded.baseline}")  # so the mean comes before the clipping
     together = {each: parallelism._devices_of_a_group(loaded, each) for each in (8, 32, 64, 256)}
     if name in ON_IMAGENET:
         assert together == {8: 1, 32: 1, 64: 2, 256: 8}
     else:  # the whole batch
         assert together == {each: each for each in together}
-    assert (name in ON_IMAGENET) == (loaded.batch == 4096) == (loaded.regime == "shard_map")
+    assert (name in ON_IMAGENET) == (loaded.batch == 4096) == (loaded.parallelism == "shard_map")
 
 
 @pytest.mark.parametrize("regime", ["jit", "shard_map", "pmap"])
@@ -115,7 +115,7 @@ def test_the_papers_methods_go_in_every_regime(name, regime):
     loaded = config.load(name)
     with loaded.unlocked():
         loaded.model = {"name": "mlp", "options": {"widths": [4]}}  # the methods, in a second
-    loaded.update(regime=regime, start=None)
+    loaded.update(parallelism=regime, init_from=None)
     for arm in arms_of(loaded).values():
         sketch = outline(arm, jax.devices()[:8])
         state, _ = sketch.step.eval_shape(sketch.state, sketch.batch)
@@ -157,7 +157,7 @@ def test_gsams_radius_and_rate_are_those_of_big_vision():
 
 COUNTS = dict.fromkeys(
     ("epochs", "batch", "microbatch", "devices", "eval_batch", "log_every", "test_every",
-     "checkpoint_every", "keep", "data.side", "data.threads"), 1,
+     "checkpoint_every", "keep_checkpoints", "data.image_size", "data.threads"), 1,
 ) | {"seed": 0, "hessian_examples": 0}  # fmt: skip
 
 

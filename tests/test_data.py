@@ -272,12 +272,11 @@ def test_pythons_reference_is_the_text_that_help_shows():
     ("kind", "options", "words"),
     [
         (tabular, {"name": "longley"}, "`diabetes`.*`longley`"),
-        (tabular, {"name": "diabetes", "path": "own.csv"}, "own.csv"),
         (text, {"name": "kjv"}, "`pydoc`.*`kjv`"),
         (text, {"name": "text"}, "`path`"),
         (text, {"name": "text", "path": "/nowhere"}, "/nowhere cannot be read: No such file"),
-        (text, {"name": "pydoc", "length": 10**6}, "`length` is 1000000"),
-        (text, {"name": "pydoc", "length": 0}, "`length` is 0"),
+        (text, {"name": "pydoc", "length": 10**6}, "windows of 1000000 bytes"),
+        (text, {"name": "pydoc", "length": 0}, "windows of 0 bytes"),
     ],
 )
 def test_tables_and_texts_that_are_not_there_are_said(kind, options, words):

@@ -11,7 +11,7 @@ from test_data import make_images, write_idx
 
 from curvax.cli import main
 from curvax.training import pretrained
-from curvax.training.compare.commands import PLACE
+from curvax.training.compare.commands import OVERRIDABLE
 from curvax.training.evaluation import trained_runs
 
 DEVICES = 4
@@ -25,13 +25,13 @@ def whole(tmp_path_factory):
     (root / "data").mkdir()
     for part, count in (("train", 16), ("t10k", 12)):
         write_idx(root / "data", part, make_images(count, 28, 28), np.arange(count) % 10)
-    fields = ["--data.name=mnist", f"--data.path={root / 'data'}", "--data.size=16"]
+    fields = ["--data.name=mnist", f"--data.path={root / 'data'}", "--data.num_train=16"]
     fields += [
         "--model.options.dropout=0.0",
-        "--data.noise=0",
+        "--data.label_noise=0",
         "--batch=8",
         "--epochs=2",
-        "--keep=9",
+        "--keep_checkpoints=9",
         "--checkpoint_every=1",
     ]
     begin = ["train", f"{regime_run.__file__}:shard_map", *fields, f"--devices={DEVICES}"]
@@ -96,7 +96,7 @@ def test_data_that_is_not_there_is_asked_for(command, moved, capsys):
     run, _ = moved
     assert main.main([command, str(run)]) == 2
     said = capsys.readouterr().err
-    assert f"{run.parent / 'old'} is not there" in said
+    assert f"{run.parent / 'old'} does not exist" in said
     assert "`--data.path=PATH`" in said
 
 
@@ -113,7 +113,7 @@ def test_a_run_goes_on_with_its_data_in_another_place(whole, moved):
 
 
 @pytest.mark.parametrize(
-    "fields", [["--devices=1"], ["--devices=2", "--regime=jit", "--fsdp=True"]]
+    "fields", [["--devices=1"], ["--devices=2", "--parallelism=jit", "--fsdp=True"]]
 )
 def test_a_run_goes_on_on_other_devices(fields, whole, moved):
     """Groups are the same, and sums in another order make the difference."""
@@ -138,7 +138,7 @@ def test_a_run_is_looked_at_on_the_devices_that_are_there(there, taken, moved, m
     run, data = moved
     only_devices(monkeypatch, there)
     (subject,) = trained_runs.load([run], [f"--data.path={data}"])
-    assert subject.experiment.regime.mesh.size == taken
+    assert subject.experiment.parallelism.mesh.size == taken
     figures = json.loads((seed(run) / "results.json").read_text())
     tested = subject.experiment.test(subject.state)
     assert tested["loss"] == pytest.approx(figures["test_loss"], rel=1e-5)
@@ -150,19 +150,19 @@ def test_devices_asked_for_must_be_there(moved, monkeypatch, capsys):
     assert main.main(["resume", str(run), f"--data.path={data}"]) == 2
     assert "first of the 3 that JAX sees in one process, and was 4" in capsys.readouterr().err
     assert main.main(["resume", str(run), f"--data.path={data}", "--devices=none"]) == 2
-    assert "8 examples do not go over 3 devices" in capsys.readouterr().err
+    assert "8 examples do not divide over 3 devices" in capsys.readouterr().err
     assert main.main(["evaluate", str(run), f"--data.path={data}", "--devices=9"]) == 2
     assert "was 9" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", WHERE)
-@pytest.mark.parametrize("other", ["--epochs=9", "--data.noise=0.5", "--devics=1", "--option"])
+@pytest.mark.parametrize("other", ["--epochs=9", "--data.seq_len=5", "--devics=1", "--option"])
 def test_nothing_else_of_a_run_changes(command, other, moved, capsys):
     run, data = moved
     assert main.main([command, str(run), f"--data.path={data}", other]) == 2
     said = capsys.readouterr().err
-    assert f"keeps its config but for where it computes, and got `{other}`" in said
-    assert all(f"`--{field}`" in said for field in PLACE)
+    assert f"is fixed except for hardware and paths, and got `{other}`" in said
+    assert all(f"`--{field}`" in said for field in OVERRIDABLE)
 
 
 @pytest.mark.parametrize("command", WHERE)
@@ -170,4 +170,4 @@ def test_help_lists_what_may_change(command, capsys):
     with pytest.raises(SystemExit):
         main.main([command, "--help"])
     said = capsys.readouterr().out
-    assert all(f"--{field}=" in said for field in PLACE)
+    assert all(f"--{field}=" in said for field in OVERRIDABLE)

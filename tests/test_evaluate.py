@@ -33,7 +33,7 @@ def get_config():
     config.model.options.update(
         depth=1, scan=False, width=8, token_width=4, channel_width=8, patch=4
     )
-    config.data.update(name="records", side=16)
+    config.data.update(name="records", image_size=16)
     config.optimizer = "adamw(1e-2)"
     config.update(batch=16, epochs=1, eval_batch=8, hessian_examples=0)
     return config
@@ -77,7 +77,7 @@ def subject(run):
 
 @pytest.fixture(scope="module")
 def ahead(subject):
-    return topk.make_ahead(subject.experiment)
+    return topk.make_rank(subject.experiment)
 
 
 def evaluate(run, *options):
@@ -101,7 +101,7 @@ def logits_of(subject, root):
     """Naively, one picture at a time: {file: logits of all classes}."""
     model, state = subject.experiment.model, subject.state
     found = {}
-    for _, path in listing(root).pictures:
+    for _, path in listing(root).images:
         pixels = decode.central_crop(path.read_bytes(), 16) / 127.5 - 1
         variables = {"params": state.params, **state.model_state}
         found[path] = np.asarray(apply(model, variables, pixels[None].astype(np.float32)))[0]
@@ -148,7 +148,7 @@ def test_a_part_of_the_classes_is_chosen_from_alone(subject, ahead, tmp_path):
     root = write_pictures(tmp_path / "r", 3, names, seed=2)
     (root / "README.txt").write_text("about")
     (benchmark,) = test_sets.of_path(root, subject.experiment)
-    found = topk.rank(subject.experiment, subject.state, benchmark, ahead)
+    found = topk.evaluate(subject.experiment, subject.state, benchmark, ahead)
     logits = logits_of(subject, root)
     assert found.classes == 7
     assert (found.top1, found.top5) == pytest.approx(shares(logits, own_class, range(2, 9)))
@@ -159,7 +159,7 @@ def test_class_folders_may_be_named_by_numbers(subject, ahead, tmp_path):
     numbers = [str(number) for number in range(12)]
     root = write_pictures(tmp_path / "v2", 3, numbers, seed=3)
     (benchmark,) = test_sets.of_path(root, subject.experiment)
-    found = topk.rank(subject.experiment, subject.state, benchmark, ahead)
+    found = topk.evaluate(subject.experiment, subject.state, benchmark, ahead)
     expected = shares(logits_of(subject, root), lambda path: {int(path.parent.name)})
     assert (found.top1, found.top5) == pytest.approx(expected)
 
@@ -182,8 +182,8 @@ def test_records_of_numbers_are_matched_where_the_run_has_no_names(subject, tmp_
     convert.convert(
         convert.find_parts(write_pictures(tmp_path / "v2", 1, numbers)), tmp_path / "made"
     )
-    material = subject.experiment.material
-    unnamed = dataclasses.replace(subject.experiment, material=material._replace(names=[]))
+    data = subject.experiment.data
+    unnamed = dataclasses.replace(subject.experiment, data=data._replace(names=[]))
     (benchmark,) = test_sets.of_path(tmp_path / "made", unnamed)
     pictures: Any = benchmark.examples
     for number in range(12):
@@ -283,7 +283,7 @@ def test_any_of_a_set_is_right_and_empty_sets_are_left_out(run, subject, validat
         ("[[1], [12]]", "lists of classes from 0 to 11"),
         ('{"a": 1}', "lists of classes"),
         ("[[1", "cannot be read"),
-        (json.dumps([[]] * 12), r"/real\.json gives none to any picture of `val`"),
+        (json.dumps([[]] * 12), r"/real\.json gives none to any image of `val`"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(subject, validation, tmp_path, content, words):
@@ -301,9 +301,9 @@ def test_labels_that_do_not_fit_are_refused(subject, validation, tmp_path, conte
 )
 def test_names_and_numbers_of_classes_are_not_mixed(names, found, tmp_path):
     write_pictures(tmp_path, 1, list(found))
-    options = ConfigDict({"name": "records", "side": 8, "threads": None})
-    material = SimpleNamespace(names=list(names), classes=len(names))
-    trained: Any = SimpleNamespace(config=ConfigDict({"data": options}), material=material)
+    options = ConfigDict({"name": "records", "image_size": 8, "threads": None})
+    data = SimpleNamespace(names=list(names), classes=len(names))
+    trained: Any = SimpleNamespace(config=ConfigDict({"data": options}), data=data)
     with pytest.raises(DataError, match="has the class `0`"):
         list(test_sets.of_path(tmp_path, trained))
 
@@ -335,7 +335,12 @@ def test_a_damaged_picture_and_a_missing_folder_are_told(run, tmp_path, capsys):
 def digits(tmp_path_factory):
     runs = tmp_path_factory.mktemp("digits")
     arguments = ["train", tiny_run.__file__, f"--runs={runs}", "--epochs=1"]
-    assert main.main([*arguments, "--data.noise=0", "--data.size=256", "--hessian_examples=0"]) == 0
+    assert (
+        main.main(
+            [*arguments, "--data.label_noise=0", "--data.num_train=256", "--hessian_examples=0"]
+        )
+        == 0
+    )
     return next(runs.iterdir())
 
 
@@ -365,9 +370,9 @@ def test_fashion_mnist_under_corruptions(tmp_path):
         pytest.skip("Fashion-MNIST is not installed: apt-get install dataset-fashion-mnist")
     for kind, split, count in (("train", whole.train, 64), ("t10k", whole.test, 300)):
         write_idx(tmp_path, kind, split.inputs[:count, ..., 0], split.labels[:count])
-    fields = ["--data.name=fashion_mnist", f"--data.path={tmp_path}", "--data.size=64"]
+    fields = ["--data.name=fashion_mnist", f"--data.path={tmp_path}", "--data.num_train=64"]
     arguments = ["train", tiny_run.__file__, f"--runs={tmp_path / 'runs'}", "--epochs=1", *fields]
-    plain = ["--data.noise=0", "--hessian_examples=0", "--optimizer=sgd(0.1)"]
+    plain = ["--data.label_noise=0", "--hessian_examples=0", "--optimizer=sgd(0.1)"]
     assert main.main([*arguments, *plain]) == 0
     (run,) = (tmp_path / "runs").iterdir()
     results = evaluate(run, "--corruptions")
@@ -398,5 +403,5 @@ def test_a_broken_model_scores_nothing(subject, ahead):
     state = subject.state._replace(
         params=jax.tree.map(lambda x: np.full_like(x, np.nan), subject.state.params)
     )
-    found = topk.rank(subject.experiment, state, test_sets.of_run(subject.experiment), ahead)
+    found = topk.evaluate(subject.experiment, state, test_sets.of_run(subject.experiment), ahead)
     assert (found.top1, found.top5) == (0, 0)

@@ -43,7 +43,7 @@ def first(tmp_path_factory):
 
 
 def config_of(start, *fields):
-    return override(tiny_run.get_config(), [f"--start={start}", *fields])
+    return override(tiny_run.get_config(), [f"--init_from={start}", *fields])
 
 
 def assert_same(tree, expected):
@@ -62,7 +62,7 @@ def test_every_seed_takes_the_weights_and_keeps_its_own_draws(first):
     (subject,) = trained_runs.load([first])
     trained = subject.state.params
     experiment = build(config_of(first))
-    one, other = experiment.init(), experiment.reseeded(1).init()
+    one, other = experiment.init(), experiment.with_seed(1).init()
     for state in (one, other):
         assert int(state.step) == 0
         assert_same(state.params, trained)
@@ -85,7 +85,7 @@ def test_a_new_head_is_that_of_a_run_from_nothing(first):
 
 
 def test_training_begins_with_the_scores_of_the_first_run(first, tmp_path):
-    still = ("--optimizer=sgd(0.0)", "--epochs=1", f"--start={first}")
+    still = ("--optimizer=sgd(0.0)", "--epochs=1", f"--init_from={first}")
     assert main.main(["train", TINY, *still, f"--runs={tmp_path}"]) == 0
     (folder,) = tmp_path.iterdir()
     found, expected = results(folder), results(first)
@@ -95,7 +95,7 @@ def test_training_begins_with_the_scores_of_the_first_run(first, tmp_path):
 
 def test_a_resumed_run_needs_no_weights_once_it_has_begun(first, tmp_path, capsys):
     weights = shutil.copytree(first, tmp_path / "weights")
-    begin = ["train", TINY, f"--start={weights}", f"--runs={tmp_path / 'runs'}"]
+    begin = ["train", TINY, f"--init_from={weights}", f"--runs={tmp_path / 'runs'}"]
     assert main.main(begin) == 0
     (folder,) = (tmp_path / "runs").iterdir()
     expected = results(folder)
@@ -115,10 +115,13 @@ def test_a_resumed_run_needs_no_weights_once_it_has_begun(first, tmp_path, capsy
 def test_weights_that_do_not_fit_are_refused_before_a_folder_is_made(first, tmp_path, capsys):
     begin = ["train", TINY, f"--runs={tmp_path / 'runs'}"]
     refused = {
-        (f"--start={tmp_path / 'absent.npz'}",): "absent.npz` does not exist",
-        (f"--start={tmp_path}",): "there are: none",
-        (f"--start={first}", "--model.options.depth=2"): "it lacks `params/block_1/",
-        (f"--start={first}", "--model.options.patch=4"): "other shapes have `params/block_0/token",
+        (f"--init_from={tmp_path / 'absent.npz'}",): "absent.npz` does not exist",
+        (f"--init_from={tmp_path}",): "there are: none",
+        (f"--init_from={first}", "--model.options.depth=2"): "it lacks `params/block_1/",
+        (
+            f"--init_from={first}",
+            "--model.options.patch=4",
+        ): "other shapes have `params/block_0/token",
     }
     for options, said in refused.items():
         assert main.main([*begin, *options]) == 2
@@ -137,7 +140,7 @@ def test_a_plan_needs_no_weights():
 def regime_start(tmp_path_factory):
     """A run with batch statistics on eight devices."""
     folder = tmp_path_factory.mktemp("eight")
-    config = comparison.variant(regime_run.get_config(), epochs=1)
+    config = comparison.replace(regime_run.get_config(), epochs=1)
     experiment = build(config)
     loop.fit(experiment, folder)
     return folder, Checkpoints(folder / "checkpoints").restore(experiment.shapes)[0]
@@ -147,7 +150,7 @@ def regime_start(tmp_path_factory):
 @pytest.mark.parametrize("regime", REGIMES)
 def test_every_regime_begins_with_weights_and_statistics_where_its_state_lies(regime, regime_start):
     folder, trained = regime_start
-    config = comparison.variant(regime_run.get_config(regime), start=str(folder))
+    config = comparison.replace(regime_run.get_config(regime), init_from=str(folder))
     experiment = build(config)
     state = experiment.init()
     assert_same((state.params, state.model_state), (trained.params, trained.model_state))
@@ -155,7 +158,9 @@ def test_every_regime_begins_with_weights_and_statistics_where_its_state_lies(re
     places = jax.tree.map(lambda x: x.sharding.spec, (state, experiment.shapes))
     assert places[0] == places[1]
     if regime == "fsdp":
-        _, measured = experiment.step(state, experiment.regime.place(next(experiment.batches())))
+        _, measured = experiment.step(
+            state, experiment.parallelism.place(next(experiment.batches()))
+        )
         assert measured.finite.all()
 
 
@@ -195,10 +200,10 @@ def test_a_published_file_begins_a_run_and_its_head_stays_where_it_fits(classes,
 
 def test_images_as_large_as_those_of_the_file_fit_it(tmp_path, capsys):
     path, _ = mixer_file(tmp_path, 1000, places=36)  # 12×12 pixels
-    begin = ["train", TINY, f"--start={path}", "--epochs=1", f"--runs={tmp_path / 'runs'}"]
+    begin = ["train", TINY, f"--init_from={path}", "--epochs=1", f"--runs={tmp_path / 'runs'}"]
     assert main.main(begin) == 2
     assert "(36, 4) for (16, 4)" in capsys.readouterr().err
-    assert main.main([*begin, "--data.side=12"]) == 0
+    assert main.main([*begin, "--data.image_size=12"]) == 0
     (folder,) = (tmp_path / "runs").iterdir()
     assert main.main(["evaluate", str(folder)]) == 0
     page = json.loads((folder / "evaluate.json").read_text())
@@ -232,7 +237,7 @@ def test_images_grow_bilinearly_between_the_centres_of_pixels():
 def test_training_and_test_images_have_the_side_of_the_config():
     plain, sized = (
         build(override(tiny_run.get_config(), ["--data.augment=[]", *more]))
-        for more in ([], ["--data.side=12"])
+        for more in ([], ["--data.image_size=12"])
     )
     batch = next(sized.batches())
     assert batch["input"].shape == (16, 8, 8, 1)  # bytes are few to move
@@ -246,7 +251,7 @@ def test_training_and_test_images_have_the_side_of_the_config():
 
 
 def test_the_outline_of_resized_images_is_that_of_the_built_step():
-    config = override(tiny_run.get_config(), ["--data.side=12"])
+    config = override(tiny_run.get_config(), ["--data.image_size=12"])
     sketch, built = outline(config, jax.devices()[:1]), build(config)
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
     assert shapes(sketch.state) == shapes(built.shapes)
@@ -256,7 +261,9 @@ def test_the_outline_of_resized_images_is_that_of_the_built_step():
 
 def test_a_crop_that_has_the_side_is_not_resized_again():
     crop = ["--data.augment=['inception_crop(12)']"]
-    configs = (override(tiny_run.get_config(), crop + more) for more in ([], ["--data.side=12"]))
+    configs = (
+        override(tiny_run.get_config(), crop + more) for more in ([], ["--data.image_size=12"])
+    )
     batch, key = next(build(tiny_run.get_config()).batches()), jax.random.key(0)
     plain, sized = (tasks.build(config).in_training(key, batch)["input"] for config in configs)
     np.testing.assert_array_equal(sized, plain)
@@ -285,8 +292,13 @@ def test_fine_tuning_is_500_or_10_000_steps_on_its_data():
 
 
 def test_only_images_of_a_classifier_are_resized():
-    fields = ["--task=autoencoder", "--data.side=12", "--data.noise=0", "--data.augment=[]"]
-    with pytest.raises(ValueError, match=r"`data\.side` is for labelled images"):
+    fields = [
+        "--task=autoencoder",
+        "--data.image_size=12",
+        "--data.label_noise=0",
+        "--data.augment=[]",
+    ]
+    with pytest.raises(ValueError, match=r"`data\.image_size` is for labelled images"):
         build(override(tiny_run.get_config(), fields))
 
 

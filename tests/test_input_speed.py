@@ -16,7 +16,7 @@ import photographs
 import pytest
 
 from curvax.training.data import array_records, convert, datasets, decode, encoded_images
-from curvax.training.data.encoded_images import Form
+from curvax.training.data.encoded_images import DecodeOptions
 
 pytestmark = pytest.mark.evidence
 
@@ -61,7 +61,7 @@ def folder(tmp_path_factory):
 
 
 def ours(folder, threads):
-    form = Form(SIDE, 3, AREA, threads)
+    form = DecodeOptions(SIDE, 3, AREA, threads)
     split = encoded_images.whole(array_records.read_folder(folder).part("train"), form).rows(
         slice(IMAGES)
     )

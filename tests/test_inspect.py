@@ -37,14 +37,14 @@ def tiny(**fields):
     config = defaults(lr=1e-2, rho=0.05)
     config.name = "tiny"
     config.model = {"name": "mlp", "options": {"widths": (6,), "activation": "gelu"}}
-    config.data.update(size=64, noise=0.25)
+    config.data.update(num_train=64, label_noise=0.25)
     config.update(batch=16, epochs=1, hessian_examples=0, optimizer="sam_perturb(rho) | adam(lr)")
-    config.update(base="adam(cosine(3e-2))", **fields)
+    config.update(baseline="adam(cosine(3e-2))", **fields)
     return config
 
 
 def trained(root, config):
-    commands.start(config, commands.Plan("compare", commands.methods(config), seeds=2), root)
+    commands.start(config, commands.RunSpec("compare", commands.methods(config), seeds=2), root)
     (folder,) = root.iterdir()
     return folder
 
@@ -80,7 +80,7 @@ def sam(run):
     """The loss and the parameters of the second method, put together by hand."""
     (subject,) = trained_runs.load([run / "1-sam_perturb-adam" / "seed0"])
     experiment = subject.experiment
-    few = experiment.material.train.rows(slice(EXAMPLES))
+    few = experiment.data.train.rows(slice(EXAMPLES))
     whole = jax.tree.map(jnp.asarray, few.gather(np.arange(EXAMPLES)))
     batch = experiment.task.in_test(whole)
     predict = lambda params, batch: experiment.model.apply({"params": params}, batch["input"])
@@ -166,7 +166,7 @@ def stub(name, gradients, clock, takes=None, error=None):
 def surveyed(monkeypatch, clock, seconds, *stubs):
     monkeypatch.setattr(runner, "price", lambda point: Price(0.0, 1.0))
     runs: dict[str, Any] = {"a": None, "b": None}
-    return runner.survey(runs, Budget(seconds, clock), measures=stubs)
+    return runner.measure_all(runs, Budget(seconds, clock), measures=stubs)
 
 
 def test_what_does_not_fit_is_left_out_and_named_and_the_smaller_goes_on(monkeypatch):

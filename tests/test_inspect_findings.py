@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from curvax.inspection.encoding import encode
-from curvax.inspection.findings import Facts, caveats, findings
+from curvax.inspection.findings import RunFacts, caveats, findings
 from curvax.inspection.measures import RHO
 from curvax.inspection.peak_lr import peak_rate
 from curvax.inspection.phrasing import listing, ratio
-from curvax.inspection.runner import Survey
-from curvax.inspection.summary_table import headlines
+from curvax.inspection.runner import Results
+from curvax.inspection.summary_table import summary_rows
 from curvax.linalg import Eigenpairs
 
 
@@ -37,7 +37,7 @@ def blocks(**values):
 @pytest.fixture
 def found():
     """Two runs of which the second is flatter, most so in one block."""
-    return Survey(
+    return Results(
         {
             "eigenpairs": {"sgd": pairs(104.0, 50, 40, 30, 20), "sam": pairs(4.0, 3, 2.5, 2.2, 2)},
             "surrogate_gap": {
@@ -61,7 +61,7 @@ def found():
 
 
 def facts(**changes):
-    return Facts("mlp", 0.1, 10, 10, False)._replace(**changes)
+    return RunFacts("mlp", 0.1, 10, 10, False)._replace(**changes)
 
 
 def test_the_sentences_give_numbers_ratios_and_places(found):
@@ -98,7 +98,7 @@ def test_what_to_bear_in_mind(found):
     }
     said = caveats(found, about)
     for words in (
-        "`sgd` is looked at after step 5 of 10",
+        "`sgd` is measured at step 5 of 10",
         "The models differ.",
         "The learning rates differ (0.1 in `sgd` and 0.01 in `sam`)",
         "The training losses differ (0.2 in `sgd` and 0.5 in `sam`)",
@@ -121,8 +121,8 @@ def test_equal_settings_are_told_as_equal(found):
 
 
 def test_a_survey_without_results_says_nothing():
-    assert findings(Survey()) == []
-    assert headlines(Survey()) == {}
+    assert findings(Results()) == []
+    assert summary_rows(Results()) == {}
 
 
 @pytest.mark.parametrize(

@@ -267,8 +267,8 @@ def test_a_batch_that_does_not_go_over_a_topology_says_what_does(tmp_path, capsy
     given = ["digits", "--batch=12", "--topology=cpu:8", f"--runs={tmp_path}"]
     assert main.main(["plan", *given]) == 2
     said = capsys.readouterr().err
-    assert "12 examples do not go over 8 devices" in said
-    assert "Take a multiple as `batch`, or a smaller topology." in said
+    assert "12 examples do not divide over 8 devices" in said
+    assert "Use a multiple as `batch`, or a smaller topology." in said
     assert "--devices" not in said
 
 
@@ -285,7 +285,7 @@ def small(optimizer="adamw(1e-3)", regime="shard_map", model="mlp", **numbers):
     config.model.name = model
     if model == "mlp":
         config.model.options.widths = [64]
-    config.update(optimizer=optimizer, regime=regime, batch=DEVICES * PER_DEVICE)
+    config.update(optimizer=optimizer, parallelism=regime, batch=DEVICES * PER_DEVICE)
     return config
 
 
@@ -331,7 +331,7 @@ def test_groups_are_taken_one_by_one_where_they_were_at_once():
 def test_groups_that_fill_a_device_have_no_turns_to_take():
     text = GROUPED.replace("(2,", "(m,")
     for m, turns in ((PER_DEVICE // 2, True), (PER_DEVICE, False), (2 * PER_DEVICE, False)):
-        found = memory_savers.remedies(small(text, m=m), DEVICES)
+        found = memory_savers.candidates(small(text, m=m), DEVICES)
         assert any("sequential" in change for change in found) == turns
 
 
@@ -339,19 +339,21 @@ def test_groups_that_fill_a_device_have_no_turns_to_take():
 def test_micro_batches_divide_what_a_device_has(batch):
     config = small()
     config.batch = DEVICES * batch
-    found = [each for each in memory_savers.remedies(config, DEVICES).values() if each.microbatch]
+    found = [each for each in memory_savers.candidates(config, DEVICES).values() if each.microbatch]
     assert [batch % each.microbatch for each in found] == [0] * (batch > 1)
     assert all(each.microbatch < batch for each in found)
 
 
 def test_remedies_are_what_a_config_admits():
-    found = memory_savers.remedies(small(GROUPED, m=2), DEVICES)
+    found = memory_savers.candidates(small(GROUPED, m=2), DEVICES)
     names = [change.partition("=")[0] for change in found]
     assert names == ["--optimizer", "--microbatch", "--fsdp"]
     assert found["--microbatch=1"].microbatch == 1
     for changed in found.values():
         experiment.outline(changed, find("cpu:8").devices)
-    assert "--model.options.remat=True" in memory_savers.remedies(small(model="vit_tiny"), DEVICES)
+    assert "--model.options.remat=True" in memory_savers.candidates(
+        small(model="vit_tiny"), DEVICES
+    )
 
 
 WAYS = {
@@ -363,7 +365,7 @@ WAYS = {
 
 @pytest.mark.parametrize("model", WAYS)
 def test_blocks_can_be_compiled_in_as_many_ways_as_the_model_has(model):
-    ways = memory_savers.layouts(small(model=model))
+    ways = memory_savers.block_layouts(small(model=model))
     assert list(ways) == WAYS[model]
     for way, config in ways.items():
         assert config.model.options.get("remat", False) == ("remat" in way)
@@ -378,7 +380,7 @@ def plan(tmp_path, *arguments):
     return json.loads((folder / "plan.json").read_text()), (folder / "table.txt").read_text()
 
 
-TINY = ["digits", "--model.options.depth=1", "--model.options.width=16", "--regime=shard_map"]
+TINY = ["digits", "--model.options.depth=1", "--model.options.width=16", "--parallelism=shard_map"]
 PAIR = ["--optimizers", "pmean_updates(axes) | sgd(0.1)", "sam(sgd(0.1), 0.1, mean_over=axes)"]
 
 
@@ -393,14 +395,14 @@ def test_the_command_leaves_a_table_and_its_numbers(tmp_path, capsys):
 
 
 def test_the_command_plans_the_program_that_pmap_runs(tmp_path):
-    found, _ = plan(tmp_path, *TINY, "--regime=pmap", "--topology=cpu:8", *PAIR)
+    found, _ = plan(tmp_path, *TINY, "--parallelism=pmap", "--topology=cpu:8", *PAIR)
     for arm in found["arms"].values():
         assert arm["figures"]["sent, × parameters"] == pytest.approx(1, abs=0.02)
         assert arm["memory"]["aliased"] >= arm["parameters"]  # the state is handed on
 
 
 def test_the_command_compiles_blocks_in_every_way_that_is_asked_for(tmp_path):
-    vit = ["digits_vit", "--model.options.depth=2", "--regime=shard_map"]
+    vit = ["digits_vit", "--model.options.depth=2", "--parallelism=shard_map"]
     found, table = plan(tmp_path, *vit, "--topology=cpu:8", *PAIR[:2], "--variants")
     assert [name.partition(", ")[2] for name in found["arms"]] == WAYS["vit_tiny"]
     scanned, recomputed, unrolled, _ = found["arms"].values()
@@ -416,7 +418,7 @@ def test_where_a_step_does_not_fit_what_may_help_is_compiled(tmp_path, monkeypat
     monkeypatch.setattr(topologies, "find", lambda name: machine)
     found, table = plan(tmp_path, *TINY, "--topology=cpu:8", *PAIR[:2])
     (tried,) = found["tried"].values()
-    expected = ["--model.options.remat=True", "--microbatch=4", "--fsdp=True --regime=jit"]
+    expected = ["--model.options.remat=True", "--microbatch=4", "--fsdp=True --parallelism=jit"]
     assert list(tried) == expected
     assert "does not fit" in table
     assert "Each of these fits" not in table
@@ -446,7 +448,7 @@ def test_the_figures_of_a_plan_are_those_of_a_device_beside_the_base():
     counted = ("all-reduce", 3, 600), ("all-gather", 1, 200)
     sends = {kind: collectives.Collective(times, size) for kind, times, size in counted}
     base, reading = (
-        compiled_cost.Reading(400, memory.total, True, memory, flops, sent)
+        compiled_cost.CompiledCost(400, memory.total, True, memory, flops, sent)
         for memory, flops, sent in (
             (compiled_cost.Memory(500, 300, 200, 40, 10), 2e3, {"all-reduce": sends["all-reduce"]}),
             (compiled_cost.Memory(900, 700, 600, 200, 100), 5e3, sends),

@@ -20,8 +20,9 @@ from test_hlo import LOOPS
 
 from curvax.planning import compiled_cost, flops, hlo, memory_savers, topologies
 from curvax.training import experiment
-from curvax.training.compare.comparison import variant
-from curvax.training.config import defaults, load
+from curvax.training.compare.comparison import replace
+from curvax.training.config import defaults
+from curvax.training.config.configs import load
 
 pytestmark = [
     pytest.mark.evidence,
@@ -93,19 +94,19 @@ def small_vit(devices):
     config = defaults(lr=3e-3, rho=0.2, alpha=0.6)
     config.model.update(name="vit_tiny", options={"patch": 4, "depth": 2, "dropout": 0.0})
     config.data.update(name="cifar10", mean=(0.5,) * 3, std=(0.5,) * 3)
-    config.update(regime="shard_map", batch=PER_DEVICE * devices, epochs=300)
+    config.update(parallelism="shard_map", batch=PER_DEVICE * devices, epochs=300)
     return config
 
 
 def paper_methods(config):
     """The texts of the methods of one of the papers' ImageNet configs, and AdaHessian's there."""
-    own = [config.optimizer, *config.others]
+    own = [config.optimizer, *config.more_optimizers]
     (gsam,) = (text for text in own if "gsam_project" in text)
     (sam,) = (text for text in own if text != gsam)
     rate = "linear(lr, warmup=10000, end=lr_min)" if "lr_min" in config else "cosine(lr)"
     decay = "weight_decay=0.3, mask=kernels" if "lr_min" in config else "weight_decay=1e-4"
     adahessian = f"adahessian({rate}, {decay}, mean_over=axes)"
-    return {"base": config.base, "SAM": sam, "GSAM": gsam, "AdaHessian": adahessian}
+    return {"base": config.baseline, "SAM": sam, "GSAM": gsam, "AdaHessian": adahessian}
 
 
 def read(config, machine):
@@ -117,7 +118,7 @@ def test_a_device_does_the_same_whatever_their_number():
     machines = {n: topologies.find(f"v5e:{shape}") for shape, n in SHAPES.items()}
     for name, text in methods("adamw(lr)", "adahessian(0.15, mean_over=axes)").items():
         found = {
-            n: read(variant(small_vit(n), optimizer=text), machine)
+            n: read(replace(small_vit(n), optimizer=text), machine)
             for n, machine in machines.items()
         }
         rows += [[name, n, *row(each)] for n, each in found.items()]
@@ -144,10 +145,10 @@ def paper_arms():
     for topology, (model, name) in itertools.product(TOPOLOGIES, PAPERS.items()):
         paper, machine = load(name), topologies.find(topology)
         for method, text in paper_methods(paper).items():
-            config = variant(paper, optimizer=text)
+            config = replace(paper, optimizer=text)
             yield (model, topology, method), machine, config
             if (model, topology, method) == LAID_OUT:
-                ways = list(memory_savers.layouts(config).items())[
+                ways = list(memory_savers.block_layouts(config).items())[
                     1:3
                 ]  # the first is the config's own
                 yield from (((model, topology, f"{method}, {w}"), machine, c) for w, c in ways)
@@ -158,7 +159,7 @@ def until_it_fits(arm, machine, config):
     take = compiled_cost.recall if KEPT else compiled_cost.read
     for change, changed in {
         "": config,
-        **memory_savers.remedies(config, len(machine.devices)),
+        **memory_savers.candidates(config, len(machine.devices)),
     }.items():
         reading = take(experiment.outline(changed, machine.devices), machine)
         yield (*arm[:2], f"{arm[2]}, `{change}`" if change else arm[2]), reading

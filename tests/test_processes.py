@@ -21,7 +21,7 @@ import regime_run
 import curvax
 from curvax.training import loop, pretrained
 from curvax.training.checkpoints import Checkpoints
-from curvax.training.compare.commands import Plan
+from curvax.training.compare.commands import RunSpec
 from curvax.training.data import convert
 from curvax.training.experiment import build
 from curvax.training.runtime import distributed, run_dir
@@ -86,7 +86,7 @@ def end_of(folder, regime):
     """The state that a run of any layout ended with, as one process reads it."""
     with jax.enable_x64(False):
         experiment = build(
-            regime_run.changed(regime_run.get_config(regime), devices=1, regime="jit")
+            regime_run.changed(regime_run.get_config(regime), devices=1, parallelism="jit")
         )
         kept = Checkpoints(only(folder, "*/*/seed0/checkpoints"), read_only=True)
         state = kept.restore(experiment.shapes)[0]
@@ -122,7 +122,7 @@ def test_two_processes_come_to_what_one_comes_to(undisturbed, tmp_path):
     alone = tmp_path / "run" / "0-arm" / "seed0"
     alone.mkdir(parents=True)
     with jax.enable_x64(False):
-        figures = loop.fit(build(regime_run.get_config(regime)), alone).figures
+        figures = loop.fit(build(regime_run.get_config(regime)), alone).metrics
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4)
     jax.tree.map(close, end_of(folder, regime), end_of(tmp_path, regime))
     found = json.loads(only(folder, "*/*/seed0/results.json").read_text())
@@ -216,7 +216,7 @@ def test_two_processes_begin_with_weights_and_predicted_labels(undisturbed, tmp_
     regime, whole = undisturbed
     first = only(whole, "*/*/seed0")
     still = ["--optimizer=pmean_updates(axes) | sgd(0.0)", "--epochs=1"]
-    taken = [f"--start={first}", f"--data.labels={first}"]
+    taken = [f"--init_from={first}", f"--data.labels={first}"]
     carried_out(2, "train", f"{CONFIG}:{regime}", *still, *taken, "--runs", tmp_path)
     found, expected = weights(tmp_path), weights(whole)
     for name, x in expected.items():
@@ -224,7 +224,7 @@ def test_two_processes_begin_with_weights_and_predicted_labels(undisturbed, tmp_
             np.testing.assert_array_equal(found[name], x)
     config = regime_run.get_config(regime)
     config.data.labels = str(first)
-    wrong = build(config).material.wrong.mean()
+    wrong = build(config).data.wrong.mean()
     results = json.loads(only(tmp_path, "*/*/seed0/results.json").read_text())
     assert results["wrong_labels"] == pytest.approx(wrong)
 
@@ -254,8 +254,8 @@ def records(tmp_path_factory):
     """The folder of a run by two processes on pictures in records, and that of its data."""
     root = photographs.write_parts(tmp_path_factory.mktemp("records"), 64, 5)
     convert.convert(convert.find_parts(root), root / "made")
-    pictures = ["--data.name=records", f"--data.path={root / 'made'}", "--data.side=8"]
-    pictures += ["--data.size=192", "--data.noise=0.0"]
+    pictures = ["--data.name=records", f"--data.path={root / 'made'}", "--data.image_size=8"]
+    pictures += ["--data.num_train=192", "--data.label_noise=0.0"]
     carried_out(2, "train", f"{CONFIG}:shard_map", *pictures, "--runs", root / "whole")
     return root / "whole", root
 
@@ -309,7 +309,7 @@ def test_processes_that_resume_two_runs_end_in_order(tmp_path):
     for folder in folders:
         folder.mkdir()
         run_dir.write_json(folder / "config.json", config.to_dict())
-        run_dir.write_json(folder / "plan.json", Plan("train", ["sgd(0.1)"])._asdict())
+        run_dir.write_spec(folder, RunSpec("train", ["sgd(0.1)"])._asdict())
     for status, said in ended(start(2, "resume", own=lambda number: [folders[number]])):
         assert status == 2
         assert "`folder` is 'a' in process 0 and 'b' in process 1" in said
@@ -329,12 +329,12 @@ def test_what_jax_cannot_join_is_told_with_its_cure(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", fail)
     with pytest.raises(ValueError, match=r"10.0.0.1:8476 .*RPC server.* a port that is free"):
         distributed.join("10.0.0.1:8476", 2, 0)
-    with pytest.raises(ValueError, match=r"found no such group here .*--coordinator HOST:PORT"):
+    with pytest.raises(ValueError, match=r"found none of these here .*--coordinator HOST:PORT"):
         distributed.join(None, None, None)
 
 
 def test_a_process_is_told_all_or_nothing():
-    with pytest.raises(ValueError, match="is told all three"):
+    with pytest.raises(ValueError, match="needs all three"):
         distributed.join("127.0.0.1:1", 2, None)
     with pytest.raises(ValueError, match="numbered from 0 to 1"):
         distributed.join("127.0.0.1:1", 2, 2)

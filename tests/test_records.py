@@ -16,7 +16,8 @@ from curvax.training import loop, run_data
 from curvax.training import tasks as training_tasks
 from curvax.training.checkpoints import Checkpoints
 from curvax.training.compare import comparison
-from curvax.training.config import defaults, override
+from curvax.training.config import defaults
+from curvax.training.config.configs import override
 from curvax.training.data import array_records, convert, datasets, encoded_images, tf_example
 from curvax.training.data.archives import DataError
 from curvax.training.data.tf_example import Example
@@ -39,10 +40,10 @@ def make_config(path, **fields):
     config.model.options.update(
         depth=1, scan=False, width=8, token_width=4, channel_width=8, patch=4
     )
-    config.data.update(name="records", path=str(path), side=SIDE, threads=2)
+    config.data.update(name="records", path=str(path), image_size=SIDE, threads=2)
     config.optimizer = "sam_perturb(0.05) | adamw(cosine(lr))"
     config.update(batch=8, epochs=2, log_every=1, checkpoint_every=3, hessian_examples=0)
-    return comparison.variant(config, **fields)
+    return comparison.replace(config, **fields)
 
 
 def load(path, **options):
@@ -182,7 +183,7 @@ def test_a_part_of_the_records_is_the_beginning_of_a_fixed_order(folder):
 def test_batches_are_made_ahead_while_one_is_trained_on(folder):
     split, asked = load(folder).train, []
 
-    class Watched(encoded_images.Pictures):
+    class Watched(encoded_images.EncodedImages):
         def gather(self, rows, draw=None):
             asked.append(threading.current_thread())
             return super().gather(rows, draw)
@@ -202,7 +203,7 @@ def test_batches_are_made_ahead_while_one_is_trained_on(folder):
 def test_a_folder_of_tfds_reads_too(tmp_path):
     write_records(tmp_path, some_examples(), "imagenet2012-train.array_record-00000-of-00001")
     (tmp_path / array_records.CLASSES).unlink()
-    with pytest.raises(DataError, match=r"does not tell its classes.*label.labels.txt"):
+    with pytest.raises(DataError, match=r"does not name its classes.*label.labels.txt"):
         load(tmp_path)
     label = {"pythonClassName": "ClassLabel", "classLabel": {"numClasses": "3"}}
     features = {"featuresDict": {"features": {"image": {}, "label": label}}}
@@ -255,16 +256,16 @@ def test_what_tfds_itself_wrote_reads_as_it_reads_it(tmp_path):
 
 
 def test_another_number_of_classes_than_imagenets_is_refused(folder):
-    with pytest.raises(DataError, match=r"1000 classes, and \S+ tells of 3.*\"records\""):
+    with pytest.raises(DataError, match=r"1000 classes, and \S+ has 3.*\"records\""):
         load(folder, name="imagenet")
 
 
 @pytest.mark.parametrize("area", ["(1.0, 0.1)", "(0.5,)", "(0.1, 3.0)", "(0, 1)", "('a', 'b')"])
 def test_an_area_that_is_no_range_of_shares_is_refused(folder, area):
-    config = override(make_config(folder), [f"--data.area={area}"])
-    with pytest.raises(DataError, match=rf"`data.area` is .* and was {re.escape(area)}"):
+    config = override(make_config(folder), [f"--data.crop_area={area}"])
+    with pytest.raises(DataError, match=rf"`data.crop_area` is .* and was {re.escape(area)}"):
         build(config)
-    assert load(folder, area=[0.2, 0.2]).train.form.area == (0.2, 0.2)
+    assert load(folder, crop_area=[0.2, 0.2]).train.decoding.area == (0.2, 0.2)
 
 
 def test_a_missing_path_is_told():
@@ -276,11 +277,11 @@ def test_a_missing_path_is_told():
 
 def test_label_noise_and_autoencoders_are_refused(folder):
     config = make_config(folder)
-    config.data.noise = 0.2
-    with pytest.raises(DataError, match=r"`data.noise` replaces labels in memory"):
-        run_data.gather(config, training_tasks.build(config))
+    config.data.label_noise = 0.2
+    with pytest.raises(DataError, match=r"`data.label_noise` replaces labels in memory"):
+        run_data.load(config, training_tasks.build(config))
     config = make_config(folder, task="autoencoder")
-    config.data.side = None
+    config.data.image_size = None
     with pytest.raises(training_tasks.TaskError, match="images in memory"):
         training_tasks.build(config).load(0)
 
@@ -313,8 +314,8 @@ def first_error(batches, seconds=60):
             lambda e: e._replace(image=e.image[: len(e.image) // 2]),
             "it cannot be decoded: image file is truncated",
         ),
-        (lambda e: e._replace(image=b"GIF?"), "it cannot be decoded: no format"),
-        (lambda e: e._replace(label=3), "its label is 3 where there are 3 classes"),
+        (lambda e: e._replace(image=b"GIF?"), "it cannot be decoded: Pillow does not know"),
+        (lambda e: e._replace(label=3), "its label is 3, and there are 3 classes"),
         (lambda e: e._replace(label=-1), "its label is -1"),
     ],
 )
@@ -343,7 +344,7 @@ def test_pictures_reach_the_model_as_numbers_between_minus_one_and_one(folder):
     scaled = training_tasks.build(config).in_test(batch)["input"]
     np.testing.assert_allclose(scaled, batch["input"] / (255, 255, 127.5), atol=1e-6)
     config.data.std = None
-    with pytest.raises(DataError, match="normalise together"):
+    with pytest.raises(DataError, match="are used together"):
         training_tasks.build(config)
 
 
@@ -364,13 +365,13 @@ def test_moments_of_other_channels_are_refused(folder, name, mean, std, channels
 
 def test_a_run_is_made_ready_from_one_picture(folder, monkeypatch):
     """In each process of a pod: a batch of the whole is thousands."""
-    decode, decoded = encoded_images.Pictures._decode, set()
+    decode, decoded = encoded_images.EncodedImages._decode, set()
 
     def counted(self, number, draw):
         decoded.add(number)
         return decode(self, number, draw)
 
-    monkeypatch.setattr(encoded_images.Pictures, "_decode", counted)
+    monkeypatch.setattr(encoded_images.EncodedImages, "_decode", counted)
     build(make_config(folder, optimizer="sgd(0.1)"))
     assert decoded == {0}
 
@@ -380,8 +381,8 @@ def test_a_run_on_records_resumes_in_the_middle_of_an_epoch(folder, tmp_path):
     config.data.augment = ["mixup()", "rand_augment(2, 10)"]
     experiment = build(config)
     whole = loop.fit(experiment, tmp_path / "whole")
-    assert whole.figures["steps"] == 10
-    assert whole.figures["train_examples"] == 42
+    assert whole.metrics["steps"] == 10
+    assert whole.metrics["train_examples"] == 42
 
     def stop(step, figures):
         if step == 4:  # of 5 in an epoch, a step after a checkpoint
@@ -391,7 +392,7 @@ def test_a_run_on_records_resumes_in_the_middle_of_an_epoch(folder, tmp_path):
         loop.fit(experiment, tmp_path / "parted", stop)
     parted = loop.fit(build(config), tmp_path / "parted")
     assert parted.records == whole.records
-    assert parted.figures | {"seconds": 0} == whole.figures | {"seconds": 0}
+    assert parted.metrics | {"seconds": 0} == whole.metrics | {"seconds": 0}
 
 
 def test_a_run_that_meets_a_spoilt_record_goes_on_once_it_is_mended(tmp_path):
@@ -405,7 +406,7 @@ def test_a_run_that_meets_a_spoilt_record_goes_on_once_it_is_mended(tmp_path):
     with pytest.raises(DataError, match=r"`p11.JPEG`, record 11 .* cannot be used"):
         loop.fit(build(config), tmp_path / "parted")
     kept = Checkpoints(tmp_path / "parted" / "checkpoints", read_only=True)
-    assert 0 < int(kept.restore(experiment.shapes)[0].step) < whole.figures["steps"]
+    assert 0 < int(kept.restore(experiment.shapes)[0].step) < whole.metrics["steps"]
     write_records(tmp_path / "records", some)
     mended = loop.fit(build(config), tmp_path / "parted")
     assert mended.records == whole.records

@@ -16,7 +16,7 @@ from curvax.training.checkpoints import CheckpointError, Checkpoints
 from curvax.training.config.configs import ConfigError, load
 from curvax.training.experiment import ExperimentError, build, outline
 from curvax.training.loop import NotFinite
-from curvax.training.parallelism import RegimeError
+from curvax.training.parallelism import ParallelismError
 
 REGIMES = ("jit", "fsdp", "shard_map", "pmap")
 DRY = {"dropout": 0.0}  # which draws for each device anew
@@ -64,7 +64,7 @@ def stepped(experiment, count=2):
     """The state after some steps, and what the last measured."""
     state, batches = experiment.init(), experiment.batches()
     for _ in range(count):
-        state, measured = experiment.step(state, experiment.regime.place(next(batches)))
+        state, measured = experiment.step(state, experiment.parallelism.place(next(batches)))
     return state, measured
 
 
@@ -78,7 +78,7 @@ def alone(request):
     """A method, and what two steps of it come to on one device."""
     with jax.enable_x64(False):
         state, measured = stepped(build(config_of("jit", request.param, devices=1)))
-        return request.param, jax.device_get((state.params, measured.figures))
+        return request.param, jax.device_get((state.params, measured.metrics))
 
 
 @pytest.mark.parametrize("regime", REGIMES)
@@ -89,10 +89,10 @@ def test_every_regime_takes_the_same_steps(regime, alone):
     state, measured = stepped(experiment)
     # AdaHessian's quotients turn a rounding of 1e-7 into some 1e-4 of a step of 1e-2.
     assert_close(state.params, params, atol=1e-5, rtol=1e-4)
-    assert figures.keys() == measured.figures.keys()
+    assert figures.keys() == measured.metrics.keys()
     for name in figures:
         np.testing.assert_allclose(
-            measured.figures[name], figures[name], rtol=2e-3, atol=1e-5, err_msg=name
+            measured.metrics[name], figures[name], rtol=2e-3, atol=1e-5, err_msg=name
         )
     assert measured.finite.all()
 
@@ -108,7 +108,9 @@ def test_fsdp_divides_parameters_and_moments():
         assert shard.data.size * DEVICES == x.size
         longest = max(n for n in x.shape if n % DEVICES == 0)
         assert longest // DEVICES in shard.data.shape
-    stepped_once, _ = experiment.step(state, experiment.regime.place(next(experiment.batches())))
+    stepped_once, _ = experiment.step(
+        state, experiment.parallelism.place(next(experiment.batches()))
+    )
     kinds = lambda tree: [x.sharding.spec for x in jax.tree.leaves(tree)]
     assert kinds(stepped_once) == kinds(experiment.shapes)
 
@@ -119,7 +121,7 @@ def test_the_outline_of_a_step_is_the_step(regime):
     sketch = outline(config, jax.devices()[:DEVICES])
     planned = sketch.step.lower(sketch.state, sketch.batch)
     built = build(config)
-    state, batch = built.init(), built.regime.place(next(built.batches()))
+    state, batch = built.init(), built.parallelism.place(next(built.batches()))
     assert planned.as_text() == built.step.lower(state, batch).as_text()
     assert planned.compile().memory_analysis().alias_size_in_bytes > 0
     assert jax.tree.map(lambda x: (x.shape, x.dtype), dict(batch)) == jax.tree.map(
@@ -140,7 +142,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     with jax.enable_x64(False):
         for regime in REGIMES:
-            loop.fit(build(config_of(regime, keep=9)), folder / regime)
+            loop.fit(build(config_of(regime, keep_checkpoints=9)), folder / regime)
     return folder
 
 
@@ -173,7 +175,7 @@ def test_a_checkpoint_reads_under_any_regime(regime, runs):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(_raw(a), _raw(b)), found, expected)
     assert found_place == place
     layout = jax.tree.map(lambda x: x.sharding, found)
-    assert layout == reader.regime.layout(found)
+    assert layout == reader.parallelism.layout(found)
 
 
 @pytest.mark.parametrize("regime", ["shard_map", "pmap", "one device"])
@@ -226,19 +228,22 @@ def test_devices_lie_in_the_order_of_their_processes():
 
 def test_errors_say_what_fits():
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"batch": 68}, "do not go over 8 devices.*fewer devices, as with `--devices=4`"),
-        ({"regime": "xmap"}, "`regime` is one of jit, shard_map, pmap"),
-        ({"devices": 9}, "takes the first of the 8 .* was 9 .* `--devices=none` takes all"),
+        ({"batch": 68}, "do not divide over 8 devices.*fewer devices, as with `--devices=4`"),
+        ({"parallelism": "xmap"}, "`parallelism` is one of jit, shard_map, pmap"),
+        ({"devices": 9}, "selects the first of the 8 .* was 9 .* `--devices=none` uses all"),
         ({"m": 12}, "a batch of 64 and the 8 of each of 8 devices .* `--m=4`"),
-        ({"m": 32, "batch": 48}, "with `--batch=48` goes `--m=6`"),
-        ({"m": 128}, "with `--batch=64` goes `--m=64`"),
-        ({"m": 128, "regime": "jit"}, "a batch of 64 evenly. The two .* goes `--m=64`"),
-        ({"optimizer": "per_group(12, sgd(lr))"}, r"goes `per_group\(4, \.\.\.\)`"),
+        ({"m": 32, "batch": 48}, "With `--batch=48` use for instance `--m=6`"),
+        ({"m": 128}, "With `--batch=64` use for instance `--m=64`"),
+        (
+            {"m": 128, "parallelism": "jit"},
+            "a batch of 64 evenly. With .* use .* `--m=64`",
+        ),
+        ({"optimizer": "per_group(12, sgd(lr))"}, r"use for instance `per_group\(4, \.\.\.\)`"),
     ]
     for fields, said in cases:
-        with pytest.raises(RegimeError, match=said):
+        with pytest.raises(ParallelismError, match=said):
             parallelism.build(changed(regime_run.get_config("shard_map"), **fields))
-    with pytest.raises(RegimeError, match="`fsdp` lets the compiler divide"):
+    with pytest.raises(ParallelismError, match="`fsdp` lets the compiler divide"):
         parallelism.build(changed(regime_run.get_config("pmap"), fsdp=True))
 
 

@@ -21,8 +21,8 @@ TINY = str(Path(tiny_run.__file__))
 HOLDER = """
 import sys, time
 from pathlib import Path
-from curvax.training import runs
-with runs.held(Path(sys.argv[1])):
+from curvax.training.runtime import run_dir
+with run_dir.locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(300)
 """
@@ -42,7 +42,7 @@ def begun(tmp_path):
     """The folder of a run that was stopped before its first step."""
     config = commands.configure(TINY, ["--epochs=1"])
     folder = run_dir.create(tmp_path, "train", config)
-    run_dir.write_json(folder / "plan.json", commands.Plan("train", [config.optimizer])._asdict())
+    run_dir.write_spec(folder, commands.RunSpec("train", [config.optimizer])._asdict())
     return folder
 
 
@@ -66,7 +66,7 @@ def test_a_run_under_way_is_refused_to_another_and_free_when_it_is_killed(begun,
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.communicate()
-    with run_dir.held(begun):
+    with run_dir.locked(begun):
         pass
 
 
@@ -76,7 +76,7 @@ def test_a_run_is_held_while_it_trains_and_what_holds_it_is_not_listed(begun, ca
     def look(experiments, seeds, folder, *rest, **options):
         with (
             pytest.raises(run_dir.RunError, match=f"process {os.getpid()} on "),
-            run_dir.held(folder),
+            run_dir.locked(folder),
         ):
             pass
         refused.append(folder)
@@ -90,7 +90,7 @@ def test_a_run_is_held_while_it_trains_and_what_holds_it_is_not_listed(begun, ca
     (listed,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("In ")]
     assert "config.json, curves.png" in listed
     assert ".lock" not in listed
-    with run_dir.held(begun):
+    with run_dir.locked(begun):
         pass
 
 
@@ -102,10 +102,10 @@ def test_a_file_system_without_locks_is_no_obstacle(number, tmp_path, monkeypatc
 
     monkeypatch.setattr(run_dir.fcntl, "flock", fail)
     if number == errno.ENOLCK:
-        with run_dir.held(tmp_path), run_dir.held(tmp_path):
+        with run_dir.locked(tmp_path), run_dir.locked(tmp_path):
             pass
     else:
-        with pytest.raises(OSError, match=os.strerror(number)), run_dir.held(tmp_path):
+        with pytest.raises(OSError, match=os.strerror(number)), run_dir.locked(tmp_path):
             pass
 
 
@@ -116,7 +116,7 @@ def test_a_file_system_without_locks_is_no_obstacle(number, tmp_path, monkeypatc
 def test_a_place_without_room_for_runs_is_met_before_the_preparation(
     command, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(commands.Plan, "prepare", None)
+    monkeypatch.setattr(commands.RunSpec, "prepare", None)
     (tmp_path / "file").touch()
     said = complaint(capsys, command, TINY, "--runs", tmp_path / "file" / "runs")
     assert f"no folder can be made in {tmp_path / 'file'} (Not a directory)" in said
@@ -149,9 +149,9 @@ def test_a_run_that_is_stopped_says_how_to_go_on(end, status, begun, capsys, mon
         ("config.json", "{", "Expecting property name"),
         ("config.json", "{}", "it holds no config"),
         ("config.json", "[]", "it holds no config"),
-        ("plan.json", "", "Expecting value"),
-        ("plan.json", '{"x": 1}', "it holds no plan"),
-        ("plan.json", '{"command": "trian", "optimizers": []}', "it holds no plan"),
+        ("run.json", "", "Expecting value"),
+        ("run.json", '{"x": 1}', "it names no command"),
+        ("run.json", '{"command": "trian", "optimizers": []}', "it names no command"),
     ],
 )
 def test_a_damaged_file_of_a_run_is_named(name, text, cause, begun, capsys):

@@ -33,11 +33,11 @@ def tiny(task, **fields):
     own = config.defaults(lr=1e-2)
     name, options = MODELS[task]
     own.model = {"name": name, "options": options}
-    own.data.update(name=DATA.get(task, "digits"), size=64, length=8)
+    own.data.update(name=DATA.get(task, "digits"), num_train=64, seq_len=8)
     own.update(
         name="tiny", task=task, devices=1, batch=16, epochs=3, log_every=1, hessian_examples=16
     )
-    own.update(optimizer="adam(lr)", base="sgd(lr)")
+    own.update(optimizer="adam(lr)", baseline="sgd(lr)")
     own.update(fields)
     return own
 
@@ -94,7 +94,7 @@ def test_curvature_sees_the_two_halves_of_the_loss(experiment):
 
 
 def test_scores_over_the_test_set_are_those_of_all_outputs(experiment):
-    state, split = experiment.init(), experiment.material.test
+    state, split = experiment.init(), experiment.data.test
     experiment.config.eval_batch = 50  # does not divide any
     found = experiment.test(state)
     inputs, labels = (jnp.asarray(part) for part in split)
@@ -143,7 +143,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(experiment, tmp_path, monkeypatc
     figures, wanted = (json.loads((f / "results.json").read_text()) for f in (parted, whole))
     assert figures | {"seconds": 0} == wanted | {"seconds": 0}
     assert {"test_loss", "lambda_max", "train_loss"} <= figures.keys()
-    assert experiment.task.goal.figure in figures
+    assert experiment.task.metric.result_key in figures
 
 
 @pytest.mark.parametrize("task", NEW)
@@ -161,12 +161,13 @@ def test_a_method_that_solves_with_the_curvature_trains(task):
         ("images", {"task": "speech"}, "images, autoencoder, regression, language.*`speech`"),
         ("regression", {"loss": "softmax"}, "squared for the task `regression`.*`softmax`"),
         ("images", {"loss": "squared"}, "softmax, sigmoid for the task `images`"),
-        ("language", {"data.noise": 0.2}, "`data.noise` is for labelled images"),
+        ("language", {"data.label_noise": 0.2}, "`data.label_noise` is for labelled images"),
         ("autoencoder", {"data.augment": ["flip()"]}, "`data.augment` is for labelled images"),
         ("autoencoder", {"data.name": "diabetes"}, "no data set `diabetes`"),
         ("regression", {"data.name": "digits"}, "`digits`"),
+        ("regression", {"data.path": "own.csv"}, "own.csv"),
         ("language", {"data.name": "digits"}, "`pydoc`.*`digits`"),
-        ("language", {"data.length": 0}, "`length` is 0"),
+        ("language", {"data.seq_len": 0}, "windows of 0 bytes"),
         ("autoencoder", {"model.name": "mlp"}, "`mlp` was built with None"),
         ("images", {"model.name": "autoencoder"}, "`autoencoder` was built with 10"),
     ],
@@ -180,8 +181,8 @@ def test_what_does_not_fit_the_task_is_said(task, fields, words):
 
 
 def test_image_classification_trains_on_soft_labels():
-    own = comparison.variant(tiny_run.get_config(), optimizer="sgd(0.1)")
-    own.data.update(smoothing=0.1, augment=["mixup(1.0, 0.5)"])
+    own = comparison.replace(tiny_run.get_config(), optimizer="sgd(0.1)")
+    own.data.update(label_smoothing=0.1, augment=["mixup(1.0, 0.5)"])
     experiment = build(own)
     batch = experiment.task.in_training(jax.random.key(0), next(experiment.batches()))
     np.testing.assert_allclose(batch["label"].sum(-1), 1, rtol=1e-6)
@@ -200,36 +201,36 @@ def test_image_classification_trains_on_soft_labels():
 # Goals
 
 
-def outcome(goal, value):
-    figures = {goal.figure: value, "train_examples": 64, "seconds": 1.0}
-    return [run_dir.Outcome(figures, [{"step": 1, goal.record: value - 0.25}])]
+def outcome(metric, value):
+    figures = {metric.result_key: value, "train_examples": 64, "seconds": 1.0}
+    return [run_dir.Outcome(figures, [{"step": 1, metric.log_key: value - 0.25}])]
 
 
 def test_where_less_is_better_the_verdict_and_the_best_turn_around():
     own = tiny("language")
     task = tasks.build(own)
-    arms = {"a": outcome(task.goal, 2.5), "b": outcome(task.goal, 2.25)}
+    arms = {"a": outcome(task.metric, 2.5), "b": outcome(task.metric, 2.25)}
     words = report.verdict(own, task, arms)
     assert "64 windows of pydoc" in words
-    assert "`b` foretells the test text at 2.250 nats a byte (2.000 at its best epoch)" in words
+    assert "`b` predicts the test text at 2.250 nats a byte (2.000 at its best epoch)" in words
     assert "0.250 nats ahead" in words
     assert "0.250 nats behind" in report.verdict(own, task, dict(reversed(arms.items())))
-    scores = comparison.score(arms, task.goal)
-    assert report.gains(scores, task.goal) == "b: -0.250 nats against a."
-    better = comparison.with_better_base({"x": arms["a"], "y": arms["b"]}, task.goal)
+    scores = comparison.score(arms, task.metric)
+    assert report.gains(scores, task.metric) == "b: -0.250 nats against a."
+    better = comparison.with_better_baseline({"x": arms["a"], "y": arms["b"]}, task.metric)
     assert better["x, better of both"] == arms["b"]
 
 
 def test_the_best_of_a_goal_is_never_one_that_diverged():
-    assert selection_metric.CLASSIFY.best([0.5, float("nan"), 0.75]) == 0.75
-    assert selection_metric.FORETELL.best([0.5, float("nan"), 0.75]) == 0.5
-    assert np.isnan(selection_metric.FORETELL.best([]))
+    assert selection_metric.CLASSIFICATION.best([0.5, float("nan"), 0.75]) == 0.75
+    assert selection_metric.LANGUAGE.best([0.5, float("nan"), 0.75]) == 0.5
+    assert np.isnan(selection_metric.LANGUAGE.best([]))
 
 
 def test_three_methods_get_a_verdict_without_a_lead():
     own = tiny("regression")
     task = tasks.build(own)
-    arms = {name: outcome(task.goal, 0.5) for name in "abc"}
+    arms = {name: outcome(task.metric, 0.5) for name in "abc"}
     words = report.verdict(own, task, arms)
     assert all(f"`{name}` predicts the test targets" in words for name in "abc")
     assert "At the end" not in words
@@ -241,10 +242,10 @@ def test_the_verdict_says_when_the_bases_lowest_loss_was_met():
 
     def run(*losses):
         records = [{"step": step, "train/loss": loss} for step, loss in enumerate(losses, 1)]
-        figures = {task.goal.figure: 1.0, "train_examples": 64, "steps": 3}
+        figures = {task.metric.result_key: 1.0, "train_examples": 64, "steps": 3}
         return [run_dir.Outcome(figures, records)]
 
     arms = {"a": run(3.0, 1.0, 2.0), "b": run(1.5, 0.75, 0.5), "c": run(3.0, 2.0, 1.5)}
     words = report.verdict(own, task, arms)
-    assert "`b` came down to the lowest training loss of the base, 1, at step 2 of 3." in words
-    assert "`c` came down" not in words
+    assert "`b` reached the lowest training loss of the baseline, 1, at step 2 of 3." in words
+    assert "`c` reached the lowest" not in words

@@ -37,7 +37,7 @@ STEPS = 12  # 3 epochs of 64 examples in batches of 16
 
 
 def changed(**fields):
-    return comparison.variant(CONFIG, **fields)
+    return comparison.replace(CONFIG, **fields)
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +119,10 @@ def test_batch_statistics_and_figures_are_those_of_the_clean_pass():
         stepped.model_state,
         new,
     )
-    assert measured.figures["accuracy"] == pytest.approx(accuracy)
+    assert measured.metrics["accuracy"] == pytest.approx(accuracy)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
-    assert measured.figures["loss"] == pytest.approx(float(loss), rel=1e-5)
-    assert measured.figures["perturbed_loss"] > 1.01 * loss
+    assert measured.metrics["loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert measured.metrics["perturbed_loss"] > 1.01 * loss
 
 
 def test_perturbations_are_float32_where_activations_are_bfloat16():
@@ -166,8 +166,8 @@ def test_micro_batches_change_nothing_but_rounding():
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), whole.params, parts.params
     )
-    for name, figure in of_whole.figures.items():
-        np.testing.assert_allclose(figure, of_parts.figures[name], rtol=1e-3, err_msg=name)
+    for name, figure in of_whole.metrics.items():
+        np.testing.assert_allclose(figure, of_parts.metrics[name], rtol=1e-3, err_msg=name)
 
 
 # Kept and resumed.
@@ -253,7 +253,7 @@ def test_leaves_that_orbax_would_write_over_each_other_are_named(tmp_path):
         (OSError(28, "No space left on device"), "Make room"),
         (OSError(122, "Disk quota exceeded"), "Make room"),
         (ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device"), "Make room"),
-        (PermissionError(13, "Permission denied"), "Let the run write"),
+        (PermissionError(13, "Permission denied"), "Make the folder writable"),
         (ValueError("Unsupported type: <class 'str'> for key: ('a',)."), "disk is not the cause"),
     ],
 )
@@ -272,7 +272,7 @@ def test_what_kept_a_checkpoint_from_disk_is_told_as_it_is(error, cure, tmp_path
 def test_a_run_that_is_done_is_read_not_run(experiment, reference, monkeypatch):
     monkeypatch.setattr(loop, "_Trainer", None)
     outcome = loop.fit(experiment, reference)
-    assert outcome.figures["steps"] == STEPS
+    assert outcome.metrics["steps"] == STEPS
     assert outcome.records[-1]["step"] == STEPS
 
 
@@ -435,11 +435,11 @@ def test_fields_that_came_after_a_run_have_their_defaults(tmp_path):
     folder = run_dir.create(tmp_path, "train", CONFIG)
     file = folder / "config.json"
     old = json.loads(file.read_text())
-    del old["start"], old["data"]["labels"], old["data"]["side"]
+    del old["init_from"], old["data"]["labels"], old["data"]["image_size"]
     file.write_text(json.dumps(old))
     read = run_dir.read_config(folder)
-    assert (read.start, read.data.labels, read.data.side) == (None, None, None)
-    assert (read.batch, read.data.noise) == (CONFIG.batch, CONFIG.data.noise)
+    assert (read.init_from, read.data.labels, read.data.image_size) == (None, None, None)
+    assert (read.batch, read.data.label_noise) == (CONFIG.batch, CONFIG.data.label_noise)
 
 
 # Data and scores.
@@ -447,7 +447,7 @@ def test_fields_that_came_after_a_run_have_their_defaults(tmp_path):
 
 def test_held_out_examples_come_from_the_training_set_alone():
     task = tasks.build(CONFIG)
-    whole, parted = (run_data.gather(CONFIG, task, hold_out) for hold_out in (False, True))
+    whole, parted = (run_data.load(CONFIG, task, hold_out) for hold_out in (False, True))
     rows = lambda split: {image.tobytes() for image in split.inputs}
     assert rows(parted.train) | rows(parted.test) == rows(whole.train)
     assert not rows(parted.train) & rows(parted.test)
@@ -459,12 +459,12 @@ def test_held_out_examples_come_from_the_training_set_alone():
 
 
 def test_scores_do_not_depend_on_the_chunks(experiment):
-    state, test = experiment.init(), experiment.material.test
+    state, test = experiment.init(), experiment.data.test
     noise = curvax.gaussian_probe(jax.random.key(0), state.params)
     moved = jax.tree.map(lambda p, z: p + 0.3 * z, state.params, noise)
     state = state._replace(params=moved)  # a head of zeros scores every chunk alike
     whole, parts = (
-        scoring.average(experiment.scores, state, test, size, experiment.regime)
+        scoring.average(experiment.scores, state, test, size, experiment.parallelism)
         for size in (test.size, 100)
     )
     assert whole == pytest.approx(parts, rel=1e-6)
@@ -503,24 +503,24 @@ def outcome(accuracy):
 def test_the_better_run_of_the_base_counts_seed_by_seed():
     short, long = [outcome(0.5), outcome(0.8)], [outcome(0.6), outcome(0.7)]
     arms = {"base": short, "longer": long, "sam": short}
-    found = comparison.with_better_base(arms, selection_metric.CLASSIFY)
-    assert [run.figures["test_accuracy"] for run in found["base, better of both"]] == [0.6, 0.8]
-    gain = comparison.score(found, selection_metric.CLASSIFY)["sam"].gain
+    found = comparison.with_better_baseline(arms, selection_metric.CLASSIFICATION)
+    assert [run.metrics["test_accuracy"] for run in found["base, better of both"]] == [0.6, 0.8]
+    gain = comparison.score(found, selection_metric.CLASSIFICATION)["sam"].gain
     assert gain.mean == pytest.approx(-0.05)
 
 
 def test_a_run_that_diverges_leaves_the_others_their_comparison(tmp_path):
     texts = ["sgd(0.1)", "scale(1e30) | sgd(1e30)"]
-    experiments = {name: build(arm) for name, arm in comparison.arms(CONFIG, texts).items()}
+    experiments = {name: build(arm) for name, arm in comparison.variants(CONFIG, texts).items()}
     quiet = lambda name, steps: lambda step, figures: None
     with pytest.raises(loop.NotFinite):
         comparison.run(experiments, 1, tmp_path / "strict", quiet)
     outcomes = comparison.run(experiments, 1, tmp_path / "lenient", quiet, may_diverge=True)
-    scores = comparison.score(outcomes, selection_metric.CLASSIFY)
-    assert scores["sgd"].reached.mean == outcomes["sgd"][0].figures["test_accuracy"]
+    scores = comparison.score(outcomes, selection_metric.CLASSIFICATION)
+    assert scores["sgd"].reached.mean == outcomes["sgd"][0].metrics["test_accuracy"]
     assert np.isnan(scores["scale | sgd"].reached.mean)
-    assert "scale | sgd diverged." in report.gains(scores, selection_metric.CLASSIFY)
-    assert "diverged" in report.as_text(report.score_table(scores, selection_metric.CLASSIFY))
+    assert "scale | sgd diverged." in report.gains(scores, selection_metric.CLASSIFICATION)
+    assert "diverged" in report.as_text(report.score_table(scores, selection_metric.CLASSIFICATION))
 
 
 @pytest.mark.parametrize(
@@ -562,18 +562,18 @@ def test_the_verdict_says_what_the_figures_say(base, method, said, unsaid):
 
 def test_arms_differ_in_what_they_are_named_for():
     texts = ["adamw(1e-3)", "sam_perturb(0.1) | adamw(1e-3)", "sam_perturb(0.2) | adamw(1e-3)"]
-    arms = comparison.arms(CONFIG, texts, fair=True)
+    arms = comparison.variants(CONFIG, texts, fair=True)
     assert list(arms) == ["adamw", "adamw, 2 × epochs", *texts[1:]]
     assert [arm.epochs for arm in arms.values()] == [3, 6, 3, 3]
     assert [arm.optimizer for arm in arms.values()] == [texts[0], *texts]
     groups = ["per_group(4, sam_perturb(0.1)) | sgd(1.0)", "per_group(4, sgd(0.1)) | sgd(1.0)"]
-    assert list(comparison.arms(CONFIG, groups)) == [
+    assert list(comparison.variants(CONFIG, groups)) == [
         "per_group(sam_perturb) | sgd",
         "per_group(sgd) | sgd",
     ]
 
 
 def test_a_grid_has_every_point_the_last_field_fastest():
-    arms = comparison.grid({"m": CONFIG}, {"rho": ["0", "0.1"], "data.noise": ["0.2", "0.4"]})
-    settings = [(arm.rho, arm.data.noise) for arm in arms.values()]
+    arms = comparison.grid({"m": CONFIG}, {"rho": ["0", "0.1"], "data.label_noise": ["0.2", "0.4"]})
+    settings = [(arm.rho, arm.data.label_noise) for arm in arms.values()]
     assert settings == [(0.0, 0.2), (0.0, 0.4), (0.1, 0.2), (0.1, 0.4)]

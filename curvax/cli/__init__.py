@@ -1,5 +1,1 @@
-"""The command line of curvax: `curvax train`, `compare`, `inspect`, `plan` and the others."""
-
-from curvax.cli.main import main
-
-__all__ = ["main"]
+"""The command line of curvax: `main` reads it, and each command has a module of its own."""

@@ -1,1 +1,1 @@
-"""Trained runs ↦ the geometry of their losses: numbers, pictures, and a page that compares them."""
+"""The geometry of the losses of trained runs: numbers, figures, and a page that compares them."""

@@ -1,4 +1,4 @@
-"""Seconds that may be spent ↦ which measures fit, by estimates that learn from what was spent."""
+"""A time budget: estimates of the cost of measures, corrected by the time actually spent."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -7,32 +7,32 @@ from typing import NamedTuple
 
 import jax
 
-from curvax.inspection.checkpoint_loss import Point, gradient
+from curvax.inspection.checkpoint_loss import CheckpointLoss, gradient
 
 Clock = Callable[[], float]
 _PACE = 0.2, 5.0
-"""How far the estimates may be off before they are trusted more than the clock."""
+"""Bounds of the correction factor of estimates."""
 
 
 class Work(NamedTuple):
-    """What a measure takes: programs to compile and gradients, or what costs as much."""
+    """The work of a measure, in equivalents of compilations and of gradients."""
 
     compilations: float
     gradients: float
 
 
 class Price(NamedTuple):
-    """What work costs at a point, in seconds."""
+    """The seconds of a unit of work for one checkpoint."""
 
-    compilation: float  # of a gradient; next to nothing for a model that was compiled before
+    compilation: float  # of a gradient; near 0 for a model compiled before
     gradient: float
 
     def of(self, work: Work) -> float:
         return work.compilations * self.compilation + work.gradients * self.gradient
 
 
-def price(point: Point, clock: Clock = time.perf_counter) -> Price:
-    """Takes a gradient a few times: the first time it is compiled."""
+def price(point: CheckpointLoss, clock: Clock = time.perf_counter) -> Price:
+    """Times a gradient: the first evaluation includes its compilation."""
 
     def seconds() -> float:
         began = clock()
@@ -44,7 +44,7 @@ def price(point: Point, clock: Clock = time.perf_counter) -> Price:
 
 
 class Budget:
-    """Seconds from now on, and how the estimates have kept so far."""
+    """A number of seconds from now on, and the accuracy of estimates so far."""
 
     def __init__(self, seconds: float, clock: Clock = time.perf_counter):
         self.seconds = seconds
@@ -61,14 +61,14 @@ class Budget:
 
     @property
     def pace(self) -> float:
-        """Seconds taken for each that was estimated."""
+        """The ratio of time taken to time estimated."""
         if not self._estimated:
             return 1.0
         return min(max(self._taken / self._estimated, _PACE[0]), _PACE[1])
 
     @contextmanager
     def spending(self, estimate: float) -> Iterator[None]:
-        """Learns from what is done inside how good the estimate was."""
+        """Times the block, to correct further estimates."""
         before = self._clock()
         yield
         self._estimated += estimate

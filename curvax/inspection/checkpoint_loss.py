@@ -1,4 +1,4 @@
-"""A trained state ↦ the loss around it, as the measures see it: examples, parameters, layout."""
+"""A trained state ↦ the loss around it, as the measures take it: objective, parameters, layout."""
 
 import dataclasses
 import functools
@@ -16,20 +16,20 @@ from curvax.flax_bridge import Layout, layout
 from curvax.linalg import Eigenpairs
 from curvax.training.data import datasets
 from curvax.training.data.datasets import Examples
-from curvax.training.evaluation.trained_runs import Subject
+from curvax.training.evaluation.trained_runs import TrainedRun
 
 TOP = 5
-"""Eigenpairs; the least that λ₁/λ₅ takes. Foret et al., SAM, arXiv:2010.01412, section 4.2."""
+"""Number of eigenpairs, as λ₁/λ₅ needs. Foret et al., SAM, arXiv:2010.01412, section 4.2."""
 TOLERANCE = 1e-3
-"""Of an eigenvalue's residual: three digits, more than a picture shows."""
+"""Relative residual of an eigenvalue: three digits, more than a figure shows."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Predict:
-    """A model as in evaluation, `(params, batch) -> outputs`; equal models are equal.
+    """A model in evaluation mode, `(params, batch) -> outputs`; hashable by its model.
 
-    The batch brings the model's state, such as batch statistics, once for each example, so that
-    what is compiled for one run serves all runs of its model.
+    The batch holds the model's state, such as batch statistics, once per example, so that all runs
+    of a model share compiled functions.
     """
 
     model: nn.Module
@@ -40,10 +40,10 @@ class Predict:
 
 
 @dataclasses.dataclass(frozen=True)
-class Point:
-    """A point of a loss. Equal models share what is compiled."""
+class CheckpointLoss:
+    """The loss around one checkpoint. Runs of equal models share compiled functions."""
 
-    objective: Objective  # on training examples, with the labels that were trained on
+    objective: Objective  # on training examples, with the labels used in training
     held_out: Objective  # on test examples
     params: Tree
     layout: Layout
@@ -55,13 +55,13 @@ class Point:
 
     @functools.cached_property
     def outputs(self) -> int:
-        """The numbers that the model gives for an example."""
+        """The number of model outputs per example."""
         found = jax.eval_shape(lambda p: self.objective.outputs(p)[0], self.params)
         return found.size // self.objective.size
 
     @functools.cached_property
     def pairs(self) -> Eigenpairs:
-        """The eigenpairs of the Hessian at the upper end."""
+        """The eigenpairs of the Hessian with the largest eigenvalues."""
         k = min(TOP, self.size)
         return top_eigenpairs(
             self.objective, self.params, k, end="largest", tol=TOLERANCE, max_products=300
@@ -77,23 +77,23 @@ def gradient(objective: Objective, params: Tree) -> Tree:
     return objective.value_and_grad(params)[1]
 
 
-def point(subject: Subject, examples: int) -> Point:
-    """The loss on the first examples of the training set, and of the test set, at a state."""
-    experiment, state = subject.experiment, subject.state
+def checkpoint_loss(run: TrainedRun, examples: int) -> CheckpointLoss:
+    """The loss of a run on the first `examples` of its training set and of its test set."""
+    experiment, state = run.experiment, run.state
     variables = {"params": state.params, **state.model_state}
-    return Point(
-        _objective(subject, experiment.material.train, examples),
-        _objective(subject, experiment.material.test, examples),
+    return CheckpointLoss(
+        _objective(run, experiment.data.train, examples),
+        _objective(run, experiment.data.test, examples),
         state.params,
         layout(experiment.model, variables, experiment.example),
     )
 
 
-def _objective(subject: Subject, split: Examples, examples: int) -> Objective:
-    experiment = subject.experiment
+def _objective(run: TrainedRun, split: Examples, examples: int) -> Objective:
+    experiment = run.experiment
     n = min(examples, split.size)
     whole = next(datasets.batches(split.rows(slice(n)), n, shuffle=False))
     batch = experiment.task.in_test({name: jnp.asarray(x) for name, x in whole.items()})
     repeated = lambda x: jnp.broadcast_to(x, (n, *x.shape))
-    batch["state"] = jax.tree.map(repeated, subject.state.model_state)
+    batch["state"] = jax.tree.map(repeated, run.state.model_state)
     return Objective(experiment.task.likelihood("label"), batch, model=Predict(experiment.model))

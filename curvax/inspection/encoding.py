@@ -1,4 +1,4 @@
-"""What measures return ↦ what JSON can hold, names kept."""
+"""Results of measures ↦ JSON values."""
 
 import math
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def encode(value: Any) -> Any:
-    """Named tuples and mappings as objects, arrays as lists; what is not finite as null."""
+    """Named tuples and mappings become objects, arrays lists, and non-finite numbers null."""
     if hasattr(value, "_asdict"):
         fields = value._asdict().items()
         return {name: encode(x) for name, x in fields if x is not None}

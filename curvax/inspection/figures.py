@@ -1,4 +1,4 @@
-"""Which pictures there are: of which measure, where on the page, how drawn, and what each shows."""
+"""The figures of a report: their measures, sections, captions, drawings and alternative texts."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -10,21 +10,22 @@ from matplotlib.axes import Axes
 from curvax import plotting
 from curvax.inspection.measures import DEVIATION, RHO
 from curvax.inspection.phrasing import listing
-from curvax.inspection.runner import Survey
 from curvax.plotting.canvas import clean
 
 Runs = Mapping[str, Any]
+"""Run ↦ the result of a measure."""
 
 
-class Plate(NamedTuple):
-    """How one picture is made."""
+class FigureSpec(NamedTuple):
+    """How one figure is made."""
 
     name: str
     measure: str
     section: str
     caption: str
-    draw: Callable[[Runs, Survey], Any]  # ({run: result}, all results) ↦ axes of one figure
+    draw: Callable[..., Any]  # {run: result} ↦ axes of one figure
     alt: Callable[[Runs], str]
+    also: str | None = None  # a second measure, whose results `draw` takes as its second argument
 
 
 def _fields(runs: Runs, pick: Callable[[Any], Any]) -> dict[str, Any]:
@@ -32,26 +33,26 @@ def _fields(runs: Runs, pick: Callable[[Any], Any]) -> dict[str, Any]:
 
 
 def _numbers(what: str, pick: Callable[[Any], Any], form: str = "{:.3g}") -> Callable[[Runs], str]:
-    """An alternative text: what is shown, and its main number for every run."""
+    """An alternative text: a description, and the main number of every run."""
     return lambda runs: f"{what} {listing(_fields(runs, lambda r: float(pick(r))), form)}."
 
 
-def _over_radii(runs: Runs, found: Survey) -> Axes:
+def _over_radii(runs: Runs) -> Axes:
     ax = plotting.sharpness_profile(_fields(runs, lambda r: (list(r), list(r.values()))))
     ax.set(xscale="log", yscale="log")
     return ax
 
 
-def _angles(runs: Runs, found: Survey) -> Axes:
+def _angles(runs: Runs) -> Axes:
     ax = plotting.gradient_angles(_fields(runs, lambda r: (list(r), list(r.values()))))
     ax.set(xscale="log", xlabel="radius ρ")
     return ax
 
 
-def _gaps(runs: Runs, found: Survey) -> np.ndarray:
+def _gaps(runs: Runs, eigenpairs: Runs) -> np.ndarray:
     panels = _panels(len(runs), sharey=True)
     for ax, (run, gaps) in zip(panels, runs.items()):
-        largest = found.of("eigenpairs").get(run)
+        largest = eigenpairs.get(run)
         every = None if largest is None else dict.fromkeys(gaps, largest.values)
         plotting.surrogate_gap(gaps, every, xlabel="radius ρ", ax=ax)
         ax.set_xscale("log")
@@ -63,7 +64,7 @@ def _gaps(runs: Runs, found: Survey) -> np.ndarray:
     return panels
 
 
-def _lines(runs: Runs, found: Survey) -> Axes:
+def _lines(runs: Runs) -> Axes:
     ax = None
     for run, slices in runs.items():
         ax = plotting.landscape(slices.line, ax=ax, label=run)
@@ -72,8 +73,8 @@ def _lines(runs: Runs, found: Survey) -> Axes:
     return ax
 
 
-def _attention(runs: Runs, found: Survey) -> np.ndarray:
-    """A row for each run, a column for each layer: the mean over heads of the first example."""
+def _attention(runs: Runs) -> np.ndarray:
+    """A row per run, a column per layer: the mean over heads for the first example."""
     columns = max(map(len, runs.values()))
     size = (2.9 * columns + 0.4, 2.6 * len(runs) + 0.2)
     _, panels = plt.subplots(len(runs), columns, figsize=size, squeeze=False, layout="constrained")
@@ -86,9 +87,9 @@ def _attention(runs: Runs, found: Survey) -> np.ndarray:
     return panels
 
 
-def _kernel_spectra(runs: Runs, found: Survey) -> Axes:
+def _kernel_spectra(runs: Runs) -> Axes:
     ax = plotting.ntk_spectrum(_fields(runs, lambda r: r.eigenvalues))
-    ax.legend(loc="upper right", frameon=False, fontsize="small")  # where no falling curve goes
+    ax.legend(loc="upper right", frameon=False, fontsize="small")  # falling curves leave it free
     return ax
 
 
@@ -107,84 +108,85 @@ def _legend_below(panels: np.ndarray) -> None:
     panels[0].figure.legend(*handles, **place)
 
 
-PLATES = (
-    Plate(
+FIGURES = (
+    FigureSpec(
         "eigenvalues",
         "eigenpairs",
         "Spectrum",
         "The largest eigenvalues of the Hessian of the training loss by rank. Bars are residuals: "
         "an eigenvalue lies within each.",
-        lambda runs, _: plotting.eigenvalues(runs),
+        lambda runs: plotting.eigenvalues(runs),
         _numbers("Largest eigenvalues by rank. The first is", lambda r: r.values[0]),
     ),
-    Plate(
+    FigureSpec(
         "density",
         "spectrum",
         "Spectrum",
         "How the eigenvalues are spread, on a logarithmic scale: most are near 0, a few stand out. "
         "The band is the standard error over probes.",
-        lambda runs, _: plotting.spectral_density(runs),
+        lambda runs: plotting.spectral_density(runs),
         _numbers("Spectral density. The spectrum ends at", lambda r: r.largest),
     ),
-    Plate(
+    FigureSpec(
         "blocks",
         "blocks",
         "Block by block",
-        "λ_max of each block of the network by itself: where the curvature is, and where it "
-        "differs. Hollow dots did not converge.",
-        lambda runs, _: plotting.block_eigenvalues(runs),
+        "λ_max of each block of the network alone: where the curvature is, and where the runs "
+        "differ. Hollow dots did not converge.",
+        lambda runs: plotting.block_eigenvalues(runs),
         _numbers(
             "Largest eigenvalue of every block. That of the sharpest is",
             lambda r: max(float(block.value) for block in r.values()),
         ),
     ),
-    Plate(
+    FigureSpec(
         "factors",
         "perceptron",
         "Block by block",
-        "Which of its factors makes a block's λ_max what it is: inputs, weights above, slopes and "
-        "bends of the activation, share of active units. Means over examples.",
-        lambda runs, _: plotting.mlp_block_hessians(runs),
+        "The factors of a block's λ_max: inputs, weights above, first and second derivatives of "
+        "the activation, share of active units. Means over examples.",
+        lambda runs: plotting.mlp_block_hessians(runs),
         _numbers(
             "λ_max of every layer and its factors. λ_max of the first layer is",
             lambda r: next(iter(r.values())).largest.mean(),
         ),
     ),
-    Plate(
+    FigureSpec(
         "sharpness",
         "sharpness",
         "Sharpness",
-        "How far the loss rises at worst within a radius of ρ, as three steps of ascent find it.",
+        "The largest rise of the loss within a radius of ρ, found by three steps of ascent.",
         _over_radii,
         _numbers(f"Sharpness over the radius. At ρ = {RHO} it is", lambda r: r[RHO].value),
     ),
-    Plate(
+    FigureSpec(
         "m_sharpness",
         "m_sharpness",
         "Sharpness",
         f"The mean sharpness of groups of m examples, each in a ball of its own of radius {RHO}.",
-        lambda runs, _: plotting.m_sharpness(runs),
+        lambda runs: plotting.m_sharpness(runs),
         _numbers("m-sharpness over m. At the least m it is", lambda r: r[min(r)].value),
     ),
-    Plate(
+    FigureSpec(
         "random_sharpness",
         "random_sharpness",
         "Sharpness",
-        "How far the loss on test examples rises at random perturbations of standard deviation "
+        "The rise of the loss on test examples under random perturbations of standard deviation "
         f"{DEVIATION}.",
-        lambda runs, _: plotting.random_sharpness(runs),
+        lambda runs: plotting.random_sharpness(runs),
         _numbers("Rise of the test loss, draw by draw. The mean is", lambda r: r.value),
     ),
-    Plate(
+    FigureSpec(
         "surrogate_gap",
         "surrogate_gap",
         "Sharpness",
         "λ_max as the surrogate gap h estimates it, by 2h/ρ² and without the part that is the "
-        "gradient's, beside λ_max by Lanczos. The smaller ρ, the more of h is ρ‖∇L‖.",
+        "gradient's, next to λ_max by Lanczos. The smaller ρ, the more of h is ρ‖∇L‖.",
         _gaps,
         _numbers(f"Estimates of λ_max over ρ. At ρ = {RHO} 2h/ρ² is", lambda r: r[RHO].sigma_max),
+        also="eigenpairs",
     ),
-    Plate(
+    FigureSpec(
         "line",
         "landscape",
         "Landscapes",
@@ -195,83 +197,83 @@ PLATES = (
             lambda r: r.line.losses[-1],
         ),
     ),
-    Plate(
+    FigureSpec(
         "plane",
         "landscape",
         "Landscapes",
         "The training loss in a plane of two random directions, the same for all runs and each "
         "filter scaled to the norm of that filter of the weights. One scale for all.",
-        lambda runs, _: plotting.landscapes(_fields(runs, lambda r: r.plane)),
+        lambda runs: plotting.landscapes(_fields(runs, lambda r: r.plane)),
         _numbers("Training loss in a plane. Its highest value is", lambda r: r.plane.losses.max()),
     ),
-    Plate(
+    FigureSpec(
         "surface",
         "landscape",
         "Landscapes",
         "The same planes as surfaces, at one scale of heights.",
-        lambda runs, _: plotting.landscapes(_fields(runs, lambda r: r.plane), surface=True),
+        lambda runs: plotting.landscapes(_fields(runs, lambda r: r.plane), surface=True),
         _numbers("The same as surfaces. The lowest loss is", lambda r: r.plane.losses.min()),
     ),
-    Plate(
+    FigureSpec(
         "active",
         "inside",
         "Inside the network",
         "The share of units that are active, at each activation: the fewer, the flatter the loss "
         "in the weights before them.",
-        lambda runs, _: plotting.active_fraction(_fields(runs, lambda r: r.active)),
+        lambda runs: plotting.active_fraction(_fields(runs, lambda r: r.active)),
         _numbers(
             "Share of active units at each activation. At the first it is",
             lambda r: next(iter(r.active.values())),
             "{:.0%}",
         ),
     ),
-    Plate(
+    FigureSpec(
         "activations",
         "inside",
         "Inside the network",
-        "The norm of what comes out of each activation, a mean over examples.",
-        lambda runs, _: plotting.activation_norms(_fields(runs, lambda r: r.norms)),
+        "The norm of the output of each activation, a mean over examples.",
+        lambda runs: plotting.activation_norms(_fields(runs, lambda r: r.norms)),
         _numbers(
             "Norm of the activations. At the first it is", lambda r: next(iter(r.norms.values()))
         ),
     ),
-    Plate(
+    FigureSpec(
         "weights",
         "weights",
         "Inside the network",
         "The norm of the weights of each block. Larger weights make the same radius smaller.",
-        lambda runs, _: plotting.block_norms(runs),
+        lambda runs: plotting.block_norms(runs),
         _numbers("Norm of the weights of each block. The largest is", lambda r: max(r.values())),
     ),
-    Plate(
+    FigureSpec(
         "attention",
         "attention",
         "Inside the network",
-        "What every token of the first example attends to, a mean over heads. One scale for all.",
+        "The attention of every token of the first example, a mean over heads. One scale for all.",
         _attention,
         _numbers(
             "Attention maps. The largest weight in the first layer is",
             lambda r: next(iter(r.values()))[0].mean(0).max(),
         ),
     ),
-    Plate(
+    FigureSpec(
         "alignment",
         "alignment",
         "The gradient",
         "How much of the gradient's squared length lies along the first eigenvectors.",
-        lambda runs, _: plotting.alignment(runs),
+        lambda runs: plotting.alignment(runs),
         _numbers(
             "Share of the gradient in the top eigenspace. In the end it is",
             lambda r: r.share,
             "{:.0%}",
         ),
     ),
-    Plate(
+    FigureSpec(
         "angle",
         "gradient_angle",
         "The gradient",
-        "How far the gradient turns on the way to the worst point within ρ: what SAM and GSAM "
-        "make use of.",
+        "The angle between the gradient and that at the worst point within ρ, on which SAM and "
+        "GSAM depend.",
         _angles,
         _numbers(
             f"Angle between the gradients. At ρ = {RHO} it is in degrees",
@@ -279,7 +281,7 @@ PLATES = (
             "{:.0f}",
         ),
     ),
-    Plate(
+    FigureSpec(
         "kernel",
         "kernel",
         "Neural tangent kernel",

@@ -1,4 +1,4 @@
-"""Sentences, tables and pictures ↦ one HTML page that needs nothing but itself."""
+"""Sentences, tables and figures ↦ one self-contained HTML page."""
 
 import base64
 import re
@@ -10,31 +10,31 @@ from pathlib import Path
 from typing import NamedTuple
 
 from curvax.inspection.phrasing import ratio
-from curvax.inspection.render import DPI, Picture
+from curvax.inspection.render import DPI, RenderedFigure
 from curvax.inspection.runner import Omission
-from curvax.inspection.summary_table import Headline
+from curvax.inspection.summary_table import SummaryRow
 
 _STYLE = Path(__file__).with_name("page.css")
 _WIDE = 600
-"""Pixels as shown from which a picture has a row of its own."""
+"""Width in CSS pixels above which a figure has a row of its own."""
 _KINDS = {
-    "budget": "Left out for want of time",
+    "budget": "Left out for lack of time",
     "inapplicable": "Does not apply",
     "failed": "Failed",
 }
 
 
 class Content(NamedTuple):
-    """What the page tells."""
+    """The content of a page."""
 
     title: str
     lead: str
     findings: Sequence[str]
     caveats: Sequence[str]
     about: Mapping[str, Mapping[str, str]]
-    """{run: {what of it: what it is}}"""
-    headlines: Sequence[Headline]
-    pictures: Sequence[Picture]
+    """{run: {property: value}}"""
+    rows: Sequence[SummaryRow]
+    figures: Sequence[RenderedFigure]
     omissions: Sequence[Omission]
     closing: str
 
@@ -78,10 +78,10 @@ def page(content: Content) -> str:
 def _parts(content: Content) -> Iterator[tuple[str, str]]:
     yield "In short", _list(content.findings) + _aside(content.caveats)
     yield "The runs", _about(content.about)
-    if content.headlines:
-        yield "The numbers", _numbers(content.headlines, list(content.about))
-    for section, pictures in groupby(content.pictures, key=lambda picture: picture.section):
-        yield section, f'<div class="figures">{"".join(map(_figure, pictures))}</div>\n'
+    if content.rows:
+        yield "The numbers", _numbers(content.rows, list(content.about))
+    for section, figures in groupby(content.figures, key=lambda figure: figure.section):
+        yield section, f'<div class="figures">{"".join(map(_figure, figures))}</div>\n'
     if content.omissions:
         yield "What is not here", _omitted(content.omissions)
 
@@ -103,20 +103,20 @@ def _about(runs: Mapping[str, Mapping[str, str]]) -> str:
     return _table(list(runs), rows)
 
 
-def _numbers(headlines: Sequence[Headline], runs: list[str]) -> str:
-    rows = [(each.title, [_number(each, run, runs[0]) for run in runs]) for each in headlines]
-    note = "<p>In small print: beside the first run.</p>" if len(runs) > 1 else ""
-    return _table(runs, rows) + note
+def _numbers(rows: Sequence[SummaryRow], runs: list[str]) -> str:
+    cells = [(row.title, [_number(row, run, runs[0]) for run in runs]) for row in rows]
+    note = "<p>In small print: compared with the first run.</p>" if len(runs) > 1 else ""
+    return _table(runs, cells) + note
 
 
-def _number(headline: Headline, run: str, first: str) -> str:
-    if run not in headline.values:
+def _number(row: SummaryRow, run: str, first: str) -> str:
+    if run not in row.values:
         return _cell("–")
     compared = ""
-    if run != first and first in headline.values:
-        words = ratio(headline.values[run], headline.values[first])
+    if run != first and first in row.values:
+        words = ratio(row.values[run], row.values[first])
         compared = f"<small>{escape(words)}</small>" if words else ""
-    return f'<td class="number">{escape(headline.said(run))}{compared}</td>'
+    return f'<td class="number">{escape(row.said(run))}{compared}</td>'
 
 
 def _table(runs: list[str], rows: Sequence[tuple[str, list[str]]]) -> str:
@@ -134,28 +134,28 @@ def _cell(text: str) -> str:
     return f"<td>{_marked(text)}</td>"
 
 
-def _figure(picture: Picture) -> str:
-    width, height = (int(96 / DPI * pixels) for pixels in struct.unpack(">II", picture.png[16:24]))
-    content = base64.b64encode(picture.png).decode()
+def _figure(figure: RenderedFigure) -> str:
+    width, height = (int(96 / DPI * pixels) for pixels in struct.unpack(">II", figure.png[16:24]))
+    content = base64.b64encode(figure.png).decode()
     wide = ' class="wide"' if width > _WIDE else ""
     return (
-        f'<figure id="figure-{picture.name}"{wide}><img src="data:image/png;base64,{content}" '
-        f'width="{width}" height="{height}" alt="{escape(picture.alt)}">'
-        f"<figcaption>{_marked(picture.caption)}</figcaption></figure>\n"
+        f'<figure id="figure-{figure.name}"{wide}><img src="data:image/png;base64,{content}" '
+        f'width="{width}" height="{height}" alt="{escape(figure.alt)}">'
+        f"<figcaption>{_marked(figure.caption)}</figcaption></figure>\n"
     )
 
 
 def _omitted(omissions: Sequence[Omission]) -> str:
-    told = (
+    sentences = (
         f"{_KINDS[each.kind]}: {each.measure} ({', '.join(f'`{run}`' for run in each.runs)}). "
         f"{each.reason}"
         for each in omissions
     )
-    return _list(list(told))
+    return _list(list(sentences))
 
 
 def _marked(text: str) -> str:
-    """Text whose names in backticks are code."""
+    """Escapes a text, and turns names in backticks into code."""
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
 
 

@@ -1,4 +1,4 @@
-"""A method's text ↦ its learning rate, where the text tells: what eigenvalues depend on."""
+"""An optimiser's text ↦ its peak learning rate, on which eigenvalues depend."""
 
 import ast
 import inspect
@@ -12,16 +12,16 @@ _STRETCHED = ("cosine", "linear", "constant", "step_decay")
 
 
 def peak_rate(text: str, names: Mapping[str, float]) -> float | None:
-    """The learning rate, at its peak, of the last part of a pipe that has one.
+    """The peak learning rate of the last part of a pipe that has one.
 
         peak_rate("sam_perturb(rho) | adamw(cosine(lr))", {"lr": 1e-3})  # 0.001
 
     Args:
-        text: a method's text, as `curvax.recipe` reads it.
-        names: numbers that it may name.
+        text: an optimiser's text, as in `recipe.parse`.
+        names: numbers that it may use.
 
     Returns:
-        None where there is no such part, or its rate is no number and no schedule of the run.
+        None if there is no such part, or its rate is neither a number nor a run schedule.
     """
     known = vocabulary()
     for part in reversed(parts(text)):
@@ -32,7 +32,7 @@ def peak_rate(text: str, names: Mapping[str, float]) -> float | None:
 
 
 def _takes_a_rate(factory: Any) -> bool:
-    """Whether a learning rate is its first argument."""
+    """Whether the first argument is called `learning_rate`."""
     if not inspect.isfunction(factory):
         return False
     return next(iter(inspect.signature(factory).parameters), None) == "learning_rate"

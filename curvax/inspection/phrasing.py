@@ -1,21 +1,20 @@
-"""Numbers ↦ the phrases that compare them."""
+"""Numbers ↦ phrases that compare them."""
 
 import math
 from collections.abc import Mapping
 
 ALIKE = 1.05
-"""The ratio of two numbers up to which they pass for the same."""
+"""The ratio up to which two numbers count as the same."""
 
 
 def written(value: float, form: str) -> str:
-    """A number in its format, without an exponent as long as it can be read so."""
+    """A formatted number, without an exponent below ten million."""
     text = form.format(value)
     return f"{float(text):,.0f}" if "e+" in text and abs(value) < 1e7 else text
 
 
 def ratio(value: float, base: float) -> str:
-    """`26 times smaller`, `31 % larger`, `about the same`; nothing where signs differ or
-    one of them is infinite."""
+    """`26 times smaller`, `31% larger`, `about the same`; "" if signs differ or one is infinite."""
     if not 0 < value * base < math.inf:
         return ""
     larger, factor = abs(value) > abs(base), max(value / base, base / value)
@@ -28,8 +27,7 @@ def ratio(value: float, base: float) -> str:
 
 
 def listing(values: Mapping[str, float], form: str, *, compared: bool = True) -> str:
-    """`` `119` in `sgd` and 4.5 in `sam` (26 times smaller) ``, the first being what the others
-    are compared with."""
+    """``119 in `sgd` and 4.5 in `sam` (26 times smaller)``: compares with the first value."""
     (first, base), *others = values.items()
     parts = [f"{written(base, form)} in `{first}`"]
     for run, value in others:
@@ -49,6 +47,6 @@ def _and(parts: list[str]) -> str:
 
 
 def _round(factor: float) -> str:
-    """To two digits, without an exponent."""
+    """Rounds to two digits, without an exponent."""
     unit = 10.0 ** (math.floor(math.log10(factor)) - 1)
     return f"{round(factor / unit) * unit:,.{1 if factor < 9.95 else 0}f}"

@@ -1,4 +1,4 @@
-"""A survey ↦ its pictures, each with what it shows in words for those who do not see it."""
+"""Results ↦ rendered figures, with captions and alternative texts."""
 
 import io
 from collections.abc import Iterator
@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 
-from curvax.inspection.figures import PLATES
-from curvax.inspection.runner import Omission, Survey
+from curvax.inspection.figures import FIGURES
+from curvax.inspection.runner import Omission, Results
 
 DPI = 150
 
 
-class Picture(NamedTuple):
-    """A drawn result."""
+class RenderedFigure(NamedTuple):
+    """A figure as PNG."""
 
     name: str
     section: str
@@ -23,20 +23,21 @@ class Picture(NamedTuple):
     png: bytes
 
 
-def draw(found: Survey) -> Iterator[Picture | Omission]:
-    """A picture for each result that there is; one that cannot be drawn is an omission."""
-    for plate in PLATES:
-        runs = found.of(plate.measure)
+def draw(found: Results) -> Iterator[RenderedFigure | Omission]:
+    """Draws a figure for every measure with results; a failure becomes an omission."""
+    for spec in FIGURES:
+        runs = found.of(spec.measure)
         if not runs:
             continue
         open_before = set(plt.get_fignums())
         try:
-            png, alt = _png(plate.draw(runs, found)), plate.alt(runs)
-        except Exception as error:  # the numbers and the other pictures are worth having
+            also = () if spec.also is None else (found.of(spec.also),)
+            png, alt = _png(spec.draw(runs, *also)), spec.alt(runs)
+        except Exception as error:  # numbers and other figures are still useful
             reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-            yield Omission(f"picture of {plate.name}", tuple(runs), "failed", reason)
+            yield Omission(f"figure of {spec.name}", tuple(runs), "failed", reason)
         else:
-            yield Picture(plate.name, plate.section, plate.caption, alt, png)
+            yield RenderedFigure(spec.name, spec.section, spec.caption, alt, png)
         finally:
             for number in set(plt.get_fignums()) - open_before:
                 plt.close(number)

@@ -1,4 +1,4 @@
-"""Points and a budget ↦ what was measured at each, and what was left out and why."""
+"""Checkpoints and a time budget ↦ results of measures, and what was left out and why."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -8,67 +8,73 @@ import jax
 import numpy as np
 
 from curvax.inspection.budget import Budget, price
-from curvax.inspection.checkpoint_loss import Point
+from curvax.inspection.checkpoint_loss import CheckpointLoss
 from curvax.inspection.measures import MEASURES, Measure
 
 Report = Callable[[int, str], None]
-"""Told how many measures are over, and what begins."""
+"""`report(count, next)`, called with the number of measures done and the name of the next."""
 
 
 class Omission(NamedTuple):
-    """Something that is not in the results."""
+    """A measure or figure that is missing from the results."""
 
-    measure: str  # its title
+    measure: str  # title
     runs: tuple[str, ...]
     kind: str  # "budget", "inapplicable" or "failed"
     reason: str
 
 
 @dataclasses.dataclass
-class Survey:
-    """What was found."""
+class Results:
+    """The results of all measures."""
 
     results: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    """{measure: {run: what it returned, on the host}}"""
+    """{measure: {run: result, on the host}}"""
     omissions: list[Omission] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
 
     def of(self, measure: str) -> dict[str, Any]:
-        """{run: result}, empty where nothing was found."""
+        """{run: result}; empty if the measure has none."""
         return self.results.get(measure, {})
 
 
-def survey(
-    points: Mapping[str, Point],
+def measure_all(
+    points: Mapping[str, CheckpointLoss],
     budget: Budget,
     report: Report = lambda count, what: None,
     measures: tuple[Measure, ...] = MEASURES,
-) -> Survey:
-    """Takes the measures in their order, each at all points, as far as the budget goes.
+) -> Results:
+    """Takes the measures in order, each for all runs, as far as the budget allows.
 
-    One that does not fit is left out, and smaller ones after it are still taken. What a measure
-    refuses or meets is noted, and the others go on.
+    A measure that does not fit is left out, and cheaper ones after it are still taken. Errors of a
+    measure become omissions.
+
+    Args:
+        points: run ↦ the loss around its checkpoint.
+        budget: the time limit.
+        report: called before every measure and run.
+        measures: the most informative first.
     """
-    found = Survey()
-    report(0, "the price of a gradient")
+    found = Results()
+    report(0, "timing a gradient")
     prices = {name: price(point) for name, point in points.items()}
     for number, measure in enumerate(measures):
-        apt = _where_it_applies(measure, points, found)
-        estimate = sum(prices[name].of(measure.work(point)) for name, point in apt.items())
-        if apt and budget.pace * estimate > budget.left:
-            _leave_out(measure, apt, budget, estimate, found)
+        applicable = _applicable(measure, points, found)
+        estimate = sum(prices[name].of(measure.work(point)) for name, point in applicable.items())
+        if applicable and budget.pace * estimate > budget.left:
+            _leave_out(measure, applicable, budget, estimate, found)
             continue
         with budget.spending(estimate):
-            for name, point in apt.items():
+            for name, point in applicable.items():
                 report(number, f"{measure.title}, {name}")
                 _take(measure, name, point, found)
     found.seconds = budget.spent
     return found
 
 
-def _where_it_applies(
-    measure: Measure, points: Mapping[str, Point], found: Survey
-) -> dict[str, Point]:
+def _applicable(
+    measure: Measure, points: Mapping[str, CheckpointLoss], found: Results
+) -> dict[str, CheckpointLoss]:
     excuses = {name: measure.excuse(point) for name, point in points.items()}
     for reason in dict.fromkeys(filter(None, excuses.values())):
         runs = tuple(name for name, excuse in excuses.items() if excuse == reason)
@@ -77,21 +83,25 @@ def _where_it_applies(
 
 
 def _leave_out(
-    measure: Measure, apt: Mapping[str, Point], budget: Budget, estimate: float, found: Survey
+    measure: Measure,
+    applicable: Mapping[str, CheckpointLoss],
+    budget: Budget,
+    estimate: float,
+    found: Results,
 ) -> None:
     reason = (
         f"It was expected to take {budget.pace * estimate:.0f} s, and {budget.left:.0f} s of the "
         f"budget of {budget.seconds:.0f} s were left."
     )
-    found.omissions.append(Omission(measure.title, tuple(apt), "budget", reason))
+    found.omissions.append(Omission(measure.title, tuple(applicable), "budget", reason))
 
 
-def _take(measure: Measure, name: str, point: Point, found: Survey) -> None:
+def _take(measure: Measure, name: str, point: CheckpointLoss, found: Results) -> None:
     try:
         result = _on_host(measure.take(point))
-    except ValueError as error:  # how `curvax.analysis` says that something does not apply
+    except ValueError as error:  # `curvax.analysis` raises it for inapplicable measures
         found.omissions.append(Omission(measure.title, (name,), "inapplicable", str(error)))
-    except Exception as error:  # a device out of memory, say: the other measures are worth having
+    except Exception as error:  # out of memory, for instance; continue with other measures
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         found.omissions.append(Omission(measure.title, (name,), "failed", reason))
     else:
@@ -99,7 +109,7 @@ def _take(measure: Measure, name: str, point: Point, found: Survey) -> None:
 
 
 def _on_host(value: Any) -> Any:
-    """Arrays as those of NumPy. A tree map would sort the blocks of a network by name."""
+    """Converts arrays to NumPy. Not by a tree map, which would sort the blocks of a network."""
     if isinstance(value, dict):
         return {name: _on_host(x) for name, x in value.items()}
     if isinstance(value, tuple):

@@ -1,4 +1,4 @@
-"""What was measured ↦ one number a run for each measure, as tables and sentences take it."""
+"""Results ↦ the main number of each measure and run, for the table and the sentences."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -7,16 +7,16 @@ import numpy as np
 
 from curvax.inspection.measures import DEVIATION, RHO
 from curvax.inspection.phrasing import written
-from curvax.inspection.runner import Survey
+from curvax.inspection.runner import Results
 
 
-class Headline(NamedTuple):
-    """A number of every run."""
+class SummaryRow(NamedTuple):
+    """One number of every run."""
 
     name: str
     title: str
     form: str
-    values: dict[str, float]  # of those runs that have it
+    values: dict[str, float]  # run ↦ number, where it is finite
 
     def said(self, run: str) -> str:
         return written(self.values[run], self.form)
@@ -69,11 +69,11 @@ _ROWS = (
 )  # fmt: skip
 
 
-def headlines(found: Survey) -> dict[str, Headline]:
-    """Those of the measures that were taken, by name."""
+def summary_rows(found: Results) -> dict[str, SummaryRow]:
+    """The rows of all measures with results, by name."""
     rows = ((row, found.of(row.measure)) for row in _ROWS)
-    every = (Headline(r.name, r.title, r.form, _finite(r.number, runs)) for r, runs in rows)
-    return {headline.name: headline for headline in every if headline.values}
+    every = (SummaryRow(r.name, r.title, r.form, _finite(r.number, runs)) for r, runs in rows)
+    return {row.name: row for row in every if row.values}
 
 
 def _finite(number: Callable[[Any], Any], runs: Mapping[str, Any]) -> dict[str, float]:

@@ -1,1 +1,1 @@
-"""What a training step needs on machines that are not at hand, read from the compiled program."""
+"""Memory and cost of a training step on other machines, from the compiled program."""

@@ -1,4 +1,4 @@
-"""What `curvax plan` does, given a config: compile, read, say what helps, and keep it all."""
+"""`curvax plan`: compiles a config's methods for a topology, and reports memory and cost."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -8,16 +8,17 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from curvax.planning import compiled_cost, plan, topologies
-from curvax.planning.compiled_cost import Reading
-from curvax.planning.memory_savers import Changes, layouts, remedies
+from curvax.planning import compiled_cost, memory_savers, plan, topologies
+from curvax.planning.compiled_cost import CompiledCost
+from curvax.planning.memory_savers import Changes
 from curvax.planning.topologies import Topology
 from curvax.training import experiment
 from curvax.training.compare import comparison, report
 from curvax.training.data import sources
 from curvax.training.runtime import run_dir
 
-Read = Callable[[str, ConfigDict], Reading]
+Compile = Callable[[str, ConfigDict], CompiledCost]
+"""(name for the display, config) ↦ the cost of its step."""
 
 
 def plan_for(
@@ -32,53 +33,61 @@ def plan_for(
     """Compiles a step of each method for a topology; prints the plan and keeps it in a new folder.
 
     Args:
-        optimizers: the methods' texts, the base first.
+        config: shared by all methods but for `optimizer`.
+        optimizers: the methods' texts, the baseline first.
+        topology: as in `topologies.find`.
         variants: compile each with the model's blocks scanned, unrolled and recomputed.
-        cache: where readings are kept for another time, by default `readings.FOLDER`.
+        cache: folder of earlier results, by default `compiled_cost.FOLDER`.
+        root: where the new folder goes.
 
     Raises:
-        ValueError: a field does not fit, or the topology is none.
+        ValueError: a field does not fit, or there is no such topology.
     """
     console, machine = Console(), topologies.find(topology)
-    arms = _arms(config, optimizers, variants)
-    with _progress(console, machine, cache or compiled_cost.FOLDER) as read:
-        found = {name: read(name, arm) for name, arm in arms.items()}
+    configs = _configs(config, optimizers, block_layouts=variants)
+    with _progress(console, machine, cache or compiled_cost.FOLDER) as compiled:
+        costs = {name: compiled(name, each) for name, each in configs.items()}
         tried = {
-            name: _try(name, remedies(arms[name], len(machine.devices)), read)
-            for name, reading in found.items()
-            if not reading.fits
+            name: _try(
+                name, memory_savers.candidates(configs[name], len(machine.devices)), compiled
+            )
+            for name, cost in costs.items()
+            if not cost.fits
         }
     folder = run_dir.create(root, "plan", config)
-    run_dir.write_json(folder / "plan.json", plan.as_json(found, tried, machine))
-    table, words = plan.table(found, machine), plan.words(found, tried, machine)
-    run_dir.write_text(folder / "table.txt", f"{report.as_text(table)}\n{words}\n")
+    run_dir.write_json(folder / "plan.json", plan.as_json(costs, tried, machine))
+    table, summary = plan.table(costs, machine), plan.summary(costs, tried, machine)
+    run_dir.write_text(folder / "table.txt", f"{report.as_text(table)}\n{summary}\n")
     console.print(table)
-    console.print(f"{words}\nIn {folder}: plan.json, table.txt", markup=False, highlight=False)
+    console.print(f"{summary}\nIn {folder}: plan.json, table.txt", markup=False, highlight=False)
 
 
-def _arms(config: ConfigDict, optimizers: Sequence[str], variants: bool) -> Changes:
-    arms = comparison.arms(config, optimizers)
-    if not variants:
-        return arms
+def _configs(config: ConfigDict, optimizers: Sequence[str], *, block_layouts: bool) -> Changes:
+    methods = comparison.variants(config, optimizers)
+    if not block_layouts:
+        return methods
     return {
-        f"{name}, {way}": changed
-        for name, arm in arms.items()
-        for way, changed in layouts(arm).items()
+        f"{name}, {layout}": changed
+        for name, method in methods.items()
+        for layout, changed in memory_savers.block_layouts(method).items()
     }
 
 
-def _try(name: str, changes: Changes, read: Read) -> dict[str, Reading]:
-    """The readings of an arm's changes, up to the first that fits."""
-    tried: dict[str, Reading] = {}
+def _try(name: str, changes: Changes, compiled: Compile) -> dict[str, CompiledCost]:
+    """The costs under each change, up to the first that fits."""
+    tried: dict[str, CompiledCost] = {}
     for change, config in changes.items():
-        tried[change] = read(f"{name} {change}", config)
+        tried[change] = compiled(f"{name} {change}", config)
         if tried[change].fits:
             break
     return tried
 
 
-def _unread(config: ConfigDict) -> ConfigDict:
-    """The config with numbers in the place of the pixels' moments that data would be read for."""
+def _without_data(config: ConfigDict) -> ConfigDict:
+    """The config with fixed pixel statistics, if they would be measured on the training images.
+
+    The values do not change the cost of a step.
+    """
     given = config.task != "images" or config.data.mean is not None
     if given or sources.find(config.data.name).moments is not None:
         return config
@@ -89,8 +98,8 @@ def _unread(config: ConfigDict) -> ConfigDict:
 
 
 @contextmanager
-def _progress(console: Console, topology: Topology, cache: Path) -> Iterator[Read]:
-    """Yields `(name, config) -> reading`, each with a line that tells what it waits for."""
+def _progress(console: Console, topology: Topology, cache: Path) -> Iterator[Compile]:
+    """Yields a `Compile` that shows a line for each step and what it is waiting for."""
     columns = (
         SpinnerColumn(finished_text="✓"),
         TextColumn("{task.description}", markup=False),
@@ -99,12 +108,12 @@ def _progress(console: Console, topology: Topology, cache: Path) -> Iterator[Rea
     )
     with Progress(*columns, console=console) as progress:
 
-        def read(name: str, config: ConfigDict) -> Reading:
+        def compiled(name: str, config: ConfigDict) -> CompiledCost:
             task = progress.add_task(name, total=1, doing="building")
-            outline = experiment.outline(_unread(config), topology.devices)
-            told = lambda what: progress.update(task, doing=what)
-            reading = compiled_cost.read(outline, topology, cache, told)
-            progress.update(task, completed=1, doing="fits" if reading.fits else "does not fit")
-            return reading
+            outline = experiment.outline(_without_data(config), topology.devices)
+            report_phase = lambda phase: progress.update(task, doing=phase)
+            cost = compiled_cost.read(outline, topology, cache, report_phase)
+            progress.update(task, completed=1, doing="fits" if cost.fits else "does not fit")
+            return cost
 
-        yield read
+        yield compiled

@@ -1,7 +1,7 @@
-"""A training step compiled for a topology ↦ what each device needs for it: memory, FLOPs, sends.
+"""A training step and a topology ↦ memory, FLOPs and collectives of the compiled step, per device.
 
-A reading is kept under the hash of the program before its compilation, the versions of the
-compilers and the topology, since a compilation takes minutes and a reading is a few numbers.
+A compilation takes minutes and its result is a few numbers, so results are cached in a folder. The
+key is a hash of the lowered program, the versions of the compilers and the topology.
 """
 
 import hashlib
@@ -29,11 +29,11 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": GIB}
 
 
 class Memory(NamedTuple):
-    """Bytes on one device, as the compiler lays them out."""
+    """Bytes on one device, by the compiler's memory analysis."""
 
     arguments: int
     outputs: int
-    aliased: int  # of the outputs, that take the place of arguments
+    aliased: int  # outputs written over donated arguments
     temporaries: int
     code: int
 
@@ -42,8 +42,11 @@ class Memory(NamedTuple):
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
 
 
-class Reading(NamedTuple):
-    """What one step needs of each device. A step that does not fit has no more than `needed`."""
+class CompiledCost(NamedTuple):
+    """The cost of one step on each device.
+
+    For a step whose compilation ran out of memory, only the first three fields are known.
+    """
 
     parameters: int  # bytes of all parameters of the model
     needed: float  # bytes of memory
@@ -51,7 +54,7 @@ class Reading(NamedTuple):
     memory: Memory | None = None
     flops: float = float("nan")
     collectives: Mapping[str, Collective] = MappingProxyType({})
-    seconds: float = 0.0  # that its compilation took
+    seconds: float = 0.0  # of compilation
 
     def as_json(self) -> dict[str, Any]:
         memory = self.memory and self.memory._asdict()
@@ -65,38 +68,38 @@ class Reading(NamedTuple):
 
 
 def read(
-    outline: Any, topology: Topology, folder: Path = FOLDER, told: Callable[[str], None] = print
-) -> Reading:
-    """The reading of a step, from the folder if it was compiled before.
+    outline: Any, topology: Topology, folder: Path = FOLDER, report: Callable[[str], None] = print
+) -> CompiledCost:
+    """The cost of a step, read from the cache or compiled.
 
     Args:
-        outline: `step`, jitted, and the shapes of its `state` and `batch`, laid out on the devices.
-        topology: that it is for.
-        folder: where readings are kept; made where it is missing.
-        told: called with what is being done, before each part that takes long.
+        outline: the jitted `step`, and `state` and `batch` as sharded shapes on the devices.
+        topology: the machine to compile for.
+        folder: the cache; created if it is missing.
+        report: called with "tracing" and "compiling" before these phases.
 
     Raises:
-        JaxRuntimeError: the compiler fails for another reason than memory.
+        JaxRuntimeError: the compiler fails for a reason other than memory.
     """
-    told("tracing")
+    report("tracing")
     lowered = outline.step.lower(outline.state, outline.batch)
     file = _file(folder, lowered, topology)
-    if reading := _kept(file):
-        return reading
-    told("compiling")
+    if cost := _cached(file):
+        return cost
+    report("compiling")
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(outline.state.params))
-    reading = _compile(lowered, size, topology)
+    cost = _compile(lowered, size, topology)
     folder.mkdir(parents=True, exist_ok=True)
-    run_dir.write_text(file, json.dumps(reading.as_json()))
-    return reading
+    run_dir.write_text(file, json.dumps(cost.as_json()))
+    return cost
 
 
-def recall(outline: Any, topology: Topology, folder: Path = FOLDER) -> Reading | None:
-    """The reading of a step if it was compiled before."""
-    return _kept(_file(folder, outline.step.lower(outline.state, outline.batch), topology))
+def recall(outline: Any, topology: Topology, folder: Path = FOLDER) -> CompiledCost | None:
+    """The cost of a step if it is in the cache, or None."""
+    return _cached(_file(folder, outline.step.lower(outline.state, outline.batch), topology))
 
 
-def _compile(lowered: Any, parameters: int, topology: Topology) -> Reading:
+def _compile(lowered: Any, parameters: int, topology: Topology) -> CompiledCost:
     began = time.perf_counter()
     try:
         compiled = topology.compile(lowered)
@@ -105,7 +108,7 @@ def _compile(lowered: Any, parameters: int, topology: Topology) -> Reading:
         if "RESOURCE_EXHAUSTED" not in str(error) or found is None:
             raise
         needed = float(found[1]) * _UNITS[found[2]]
-        return Reading(parameters, needed, fits=False, seconds=time.perf_counter() - began)
+        return CompiledCost(parameters, needed, fits=False, seconds=time.perf_counter() - began)
     program = hlo.read(compiled)
     stats = compiled.memory_analysis()
     memory = Memory(
@@ -115,7 +118,7 @@ def _compile(lowered: Any, parameters: int, topology: Topology) -> Reading:
         temporaries=stats.temp_size_in_bytes,
         code=stats.generated_code_size_in_bytes,
     )
-    return Reading(
+    return CompiledCost(
         parameters,
         memory.total,
         topology.chip is None or memory.total <= topology.chip.memory,
@@ -139,10 +142,10 @@ def _version(name: str) -> str:
         return "none"
 
 
-def _kept(file: Path) -> Reading | None:
+def _cached(file: Path) -> CompiledCost | None:
     if not file.exists():
         return None
     fields = json.loads(file.read_text())
     memory = fields["memory"] and Memory(**fields["memory"])
     sent = {kind: Collective(**each) for kind, each in fields["collectives"].items()}
-    return Reading(**{**fields, "memory": memory, "collectives": sent})
+    return CompiledCost(**{**fields, "memory": memory, "collectives": sent})

@@ -1,8 +1,8 @@
-"""FLOPs of a compiled program with every trip of its loops.
+"""FLOPs of a compiled program, with every iteration of its loops.
 
-XLA's count, to which each further trip of a loop adds what the instructions of its body do. Those
-are counted as XLA counts: two for each product in a dot or a convolution, padding left out; one for
-each element of other arithmetic; none for transcendental functions.
+XLA's own count includes the body of a loop once; here every further iteration adds the FLOPs of the
+body's instructions. The rules are XLA's: two per product in a dot or a convolution, padding left
+out; one per element of other arithmetic; none for transcendental functions.
 """
 
 import math
@@ -25,15 +25,15 @@ def count(compiled: Any, program: Program) -> float:
     """FLOPs of one run on one device.
 
     Args:
-        compiled: what `lowered.compile()` gave.
-        program: its text, parsed.
+        compiled: the result of `lowered.compile()`.
+        program: its parsed text.
     """
     further = program.total(of) - program.total(of, loops=False)
     return float(compiled.cost_analysis()["flops"]) + further
 
 
 def of(instruction: Instruction) -> float:
-    """FLOPs of one instruction, without what it calls."""
+    """FLOPs of one instruction, without the computations it calls."""
     if instruction.opcode == "dot":
         return _dot(instruction)
     if instruction.opcode == "convolution":
@@ -50,10 +50,10 @@ def _dot(instruction: Instruction) -> float:
 
 
 def _convolution(instruction: Instruction) -> float:
-    """Twice the products that meet no padding.
+    """Twice the number of products outside of the padding.
 
-    TPUs write matrix products as convolutions too: without a window, or with a dimension of the
-    batch as one, dilated such that of all its places only the diagonal counts.
+    On TPUs matrix products are convolutions too: without a window, or with a batch dimension as a
+    window dimension, dilated such that only its diagonal contributes.
     """
     image, kernel, _ = _labels(instruction)
     x, w = (dict(zip(*pair)) for pair in zip((image, kernel), _operand_sizes(instruction)))
@@ -83,7 +83,7 @@ def _window(instruction: Instruction) -> dict[str, list[list[int]]]:
 
 
 def _places(image: int, kernel: int, window: dict[str, list[int]]) -> int:
-    """How many pairs of an output and a kernel place along one dimension meet the image."""
+    """The number of (output, kernel) index pairs along one dimension that fall inside the image."""
     one = [1]
     stride, dilation = window.get("stride", one)[0], window.get("rhs_dilate", one)[0]
     spread = window.get("lhs_dilate", one)[0]

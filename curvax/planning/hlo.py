@@ -1,9 +1,9 @@
-"""The text of a compiled program ↦ its instructions, and sums over them that count every trip.
+"""The text of a compiled program ↦ its instructions, and sums over them that respect loops.
 
-XLA's own cost analysis counts the body of a loop once. Here a loop's body counts as often as the
-loop runs: by the trip count that the compiler wrote down or else, as for TPUs, from the bound, the
-start and the step of the counter. A loop that may also end before its bound, as that of conjugate
-gradients, counts up to the bound.
+XLA's own cost analysis counts the body of a loop once. Here it counts as often as the loop runs: by
+the trip count that the compiler recorded or else, as for TPUs, from bound, start and step of the
+loop counter. A loop that may stop before its bound, as in conjugate gradients, counts up to the
+bound. Parsed by hand, since XLA offers no Python interface to the instructions of a program.
 """
 
 import functools
@@ -23,7 +23,7 @@ _BRANCHES = re.compile(r"\b(?:true_computation|false_computation)=%([\w.\-]+)")
 _BRANCH_LIST = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
-# What hands its first operand on as it is.
+# Opcodes that pass their first operand on unchanged.
 _SAME = {"copy", "bitcast", "convert", "copy-start", "copy-done", "reshape"}
 
 
@@ -39,7 +39,7 @@ class Shape(NamedTuple):
 
     @property
     def bytes(self) -> float:
-        """Without the padding of any layout; 0 for a token."""
+        """Without layout padding; 0 for a token."""
         if self.dtype == "pred":
             return self.elements
         bits = re.search(r"\d+", self.dtype)
@@ -52,10 +52,10 @@ class Instruction:
 
     name: str
     opcode: str
-    shapes: tuple[Shape, ...]  # of what it gives, a tuple's one after another
+    shapes: tuple[Shape, ...]  # of the result; a tuple's, flattened
     operands: tuple["Instruction", ...]
-    literal: str  # what stands in the parentheses: a constant's value, a parameter's number
-    attributes: str  # what comes after them
+    literal: str  # the text in parentheses: a constant's value, a parameter's number
+    attributes: str  # the text after the parentheses
     home: str  # the name of its computation
 
     @property
@@ -63,7 +63,7 @@ class Instruction:
         return sum(shape.bytes for shape in self.shapes)
 
     def attribute(self, name: str) -> str:
-        """The value of an attribute up to the next comma or brace; "" without it."""
+        """The value of an attribute up to the next comma or brace; "" if it is absent."""
         found = re.search(rf"\b{name}=\{{?([^,}}]*)", self.attributes)
         return found[1] if found else ""
 
@@ -84,7 +84,7 @@ class Instruction:
 
 @dataclass
 class Computation:
-    """Instructions in the order of the text, each after its operands."""
+    """Instructions in the order of the text, in which operands come first."""
 
     instructions: dict[str, Instruction] = field(default_factory=dict)
     root: str = ""
@@ -93,7 +93,8 @@ class Computation:
         return iter(self.instructions.values())
 
 
-Measure = Callable[[Instruction], float]
+InstructionCost = Callable[[Instruction], float]
+"""Instruction ↦ a number to sum, without the computations that the instruction calls."""
 
 
 @dataclass(frozen=True)
@@ -103,19 +104,19 @@ class Program:
     computations: dict[str, Computation]
     entry: str
 
-    def total(self, measure: Measure, *, loops: bool = True) -> float:
-        """The sum of a measure over what one run of the program executes.
+    def total(self, cost: InstructionCost, *, loops: bool = True) -> float:
+        """The sum of a cost over all instructions that one run of the program executes.
 
-        Of a conditional the branch with the greatest sum counts, of a reduction each application.
+        A conditional counts its most costly branch, a reduction every application of its function.
 
         Args:
-            measure: instruction ↦ number, without what the instruction calls.
-            loops: count the body of a loop as often as it runs; or once, as XLA does.
+            cost: of one instruction.
+            loops: count the body of a loop as often as it runs; False counts it once, as XLA does.
         """
 
         @functools.cache
         def of(name: str) -> float:
-            return sum(measure(each) + called(each) for each in self.computations[name])
+            return sum(cost(each) + called(each) for each in self.computations[name])
 
         def called(instruction: Instruction) -> float:
             if instruction.branches:
@@ -134,7 +135,7 @@ class Program:
         return [each for c in self.computations.values() for each in c if each.opcode == "while"]
 
     def trips(self, loop: Instruction) -> int:
-        """How often a loop runs, at most; 1 where nothing tells."""
+        """The largest number of iterations of a loop; 1 if it cannot be derived."""
         if known := _KNOWN_TRIPS.search(loop.attributes):
             return int(known[1])
         condition = loop.attribute("condition").lstrip("%")
@@ -142,7 +143,7 @@ class Program:
         return min(bounds, default=1)
 
     def _compared(self, name: str) -> Iterator[tuple[int, Instruction, Instruction]]:
-        """What a condition compares: (is equality allowed, lesser, greater)."""
+        """The comparisons of a condition: (1 if the loop goes on at equality, lesser, greater)."""
         for each in self.computations[name]:
             if each.opcode == "fusion":
                 yield from (
@@ -156,7 +157,7 @@ class Program:
                     yield int(direction[1] == "E"), lesser, greater
 
     def _count(self, loop: Instruction, compared: tuple[int, Instruction, Instruction]) -> int:
-        """The trips until the counter meets its bound; 0 where this compares no counter."""
+        """The iterations until the counter reaches its bound; 0 if no counter is compared."""
         equal, counter, bound = compared
         counter, stop = _source(counter), _constant(bound)
         if counter.opcode != "get-tuple-element" or stop is None:
@@ -169,7 +170,7 @@ class Program:
         return max(0, math.ceil((stop + equal - (start or 0)) / step))
 
     def _step(self, instruction: Instruction) -> int:
-        """What a counter gains in a trip, 1 where it does not show."""
+        """The increment of a counter per iteration; 1 if it cannot be derived."""
         source = _source(instruction)
         operands = source.operands
         if source.opcode == "fusion":
@@ -182,12 +183,12 @@ class Program:
 
 
 def read(compiled: Any) -> Program:
-    """The program that `lowered.compile()` gave, for any platform."""
+    """Parses the result of `lowered.compile()`, for any platform."""
     return parse(compiled.as_text())
 
 
 def parse(text: str) -> Program:
-    """A program from its text."""
+    """Parses a program's text."""
     computations: dict[str, Computation] = {}
     name = entry = ""
     for line in text.splitlines():
@@ -224,21 +225,21 @@ def _shape(dtype: str, sizes: str) -> Shape:
 
 
 def _applications(instruction: Instruction) -> int:
-    """How often an instruction applies what it calls."""
+    """How often an instruction applies the computation that it calls."""
     if instruction.opcode == "reduce":
         return instruction.operands[0].shapes[0].elements - instruction.shapes[0].elements
     return int(instruction.opcode in ("fusion", "call", "async-start", "custom-call"))
 
 
 def _source(instruction: Instruction) -> Instruction:
-    """Where a value comes from that was only copied."""
+    """The origin of a value, behind copies and reshapes."""
     while instruction.opcode in _SAME:
         instruction = instruction.operands[0]
     return instruction
 
 
 def _argument(instruction: Instruction, caller: Instruction) -> Instruction:
-    """What a fusion was given for one of its parameters; anything else as it is."""
+    """The operand behind a fusion's parameter; any other instruction unchanged."""
     source = _source(instruction)
     return caller.operands[int(source.literal)] if source.opcode == "parameter" else source
 

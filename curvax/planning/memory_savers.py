@@ -1,6 +1,6 @@
-"""Other configs of the same training: what would make a step fit, and ways to compile its blocks.
+"""Changes of a config that lower its memory, and the ways to compile a model's blocks.
 
-Where the text of the optimiser has groups, `sequential=True` takes them one by one; `remat`
+If the optimiser's text has groups, `sequential=True` processes them one after another; `remat`
 recomputes the blocks of a model in the backward pass; `microbatch` accumulates the gradient over
 fewer examples at a time; `fsdp` divides parameters and optimiser state among the devices.
 """
@@ -12,34 +12,35 @@ from ml_collections import ConfigDict
 
 from curvax import models
 from curvax.training import parallelism, run_data
-from curvax.training.compare.comparison import variant
+from curvax.training.compare.comparison import replace
 
 Changes = dict[str, ConfigDict]
-"""Configs by what was changed, as one would write it on the command line."""
+"""Change, as on the command line ↦ config."""
 
 
-def remedies(config: ConfigDict, devices: int) -> Changes:
-    """The changes that a config still admits, those that cost least first.
+def candidates(config: ConfigDict, devices: int) -> Changes:
+    """The memory-saving changes that a config admits, in order of increasing cost in time.
 
     Args:
-        devices: that its batch is divided over.
+        config: whose step does not fit.
+        devices: number of devices that the batch is divided over.
     """
     found = {}
-    here = config.batch // devices
-    several = max(parallelism.group_sizes(config), default=here) < here  # on a device, in turn
-    if several and (text := one_by_one(config.optimizer)):
-        found[f'--optimizer="{text}"'] = variant(config, optimizer=text)
+    per_device = config.batch // devices
+    largest_group = max(parallelism.group_sizes(config), default=per_device)
+    if largest_group < per_device and (text := one_by_one(config.optimizer)):
+        found[f'--optimizer="{text}"'] = replace(config, optimizer=text)
     if True in _choices(config, "remat") and not config.model.options.get("remat"):
         found["--model.options.remat=True"] = _with_options(config, remat=True)
     if size := _microbatch(config, devices):
-        found[f"--microbatch={size}"] = variant(config, microbatch=size)
+        found[f"--microbatch={size}"] = replace(config, microbatch=size)
     if not config.fsdp:
-        found["--fsdp=True --regime=jit"] = variant(config, fsdp=True, regime="jit")
+        found["--fsdp=True --parallelism=jit"] = replace(config, fsdp=True, parallelism="jit")
     return found
 
 
 def one_by_one(text: str) -> str:
-    """The optimiser's text with its groups in turn; "" where none are at once."""
+    """The optimiser's text with `sequential=True` in every `per_group`; "" if nothing changes."""
     tree = ast.parse(" ".join(text.split("\n")).strip(), mode="eval")
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     groups = [call for call in calls if _groups_at_once(call)]
@@ -48,16 +49,16 @@ def one_by_one(text: str) -> str:
     return ast.unparse(tree) if groups else ""
 
 
-def layouts(config: ConfigDict) -> Changes:
-    """The ways to compile a model's blocks: in a scan or one after another, recomputed or kept."""
+def block_layouts(config: ConfigDict) -> Changes:
+    """The ways to compile a model's blocks: scanned or unrolled, recomputed (`remat`) or not."""
     found = {}
     for unrolled in _choices(config, "scan"):
         for remat in _choices(config, "remat"):
             options = {} if unrolled is None else {"scan": not unrolled}
             options |= {} if remat is None else {"remat": remat}
-            words = [] if unrolled is None else ["unrolled" if unrolled else "scanned"]
-            words += ["remat"] if remat else []
-            found[", ".join(words) or "as it is"] = _with_options(config, **options)
+            names = [] if unrolled is None else ["unrolled" if unrolled else "scanned"]
+            names += ["remat"] if remat else []
+            found[", ".join(names) or "as it is"] = _with_options(config, **options)
     return found
 
 
@@ -67,9 +68,9 @@ def _groups_at_once(call: ast.Call) -> bool:
 
 
 def _choices(config: ConfigDict, option: str) -> list[bool | None]:
-    """Both values of an option of the config's model, or nothing to choose."""
+    """Both values of a boolean option of the config's model; [None] if the model lacks it."""
     model = models.build(
-        config.model.name, run_data.foretell(config).classes, **config.model.options
+        config.model.name, run_data.data_spec(config).classes, **config.model.options
     )
     return [False, True] if hasattr(model, option) else [None]
 
@@ -82,13 +83,13 @@ def _with_options(config: ConfigDict, **options: bool) -> ConfigDict:
 
 
 def _microbatch(config: ConfigDict, devices: int) -> int:
-    """Half the examples that a device has in memory at once, or the next part that divides them; 0
-    where that cannot be.
+    """The largest divisor, up to a half, of the examples that a device has in memory at once.
 
-    Under `jit` a part of the batch would be a part of the devices.
+    0 if there is none, and under `jit` on several devices, where a slice of the batch would lie on
+    a subset of the devices.
     """
-    if config.regime == "jit" and devices > 1:
+    if config.parallelism == "jit" and devices > 1:
         return 0
-    here = config.microbatch or config.batch // devices
-    whole = math.gcd(here, *parallelism.group_sizes(config))
+    at_once = config.microbatch or config.batch // devices
+    whole = math.gcd(at_once, *parallelism.group_sizes(config))
     return next((part for part in range(whole // 2, 0, -1) if whole % part == 0), 0)

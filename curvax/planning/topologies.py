@@ -1,7 +1,7 @@
-"""Machines that are not at hand: the devices of a TPU topology, or virtual CPU devices.
+"""Machines to compile for: the devices of a TPU topology, or virtual CPU devices.
 
-A topology's devices can be compiled for and never run. TPU topologies are answered by `libtpu`,
-which needs no TPU.
+Programs are compiled for these devices and never run. TPU topologies come from `libtpu`, which
+needs no TPU.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ from jax.experimental.compilation_cache import compilation_cache
 
 GIB = 2**30
 
-# Without these libtpu asks the network which machine it is on, tells what it did not hear, and
-# refuses to be loaded twice, as beside a training; the type is any that it knows.
+# Without these libtpu queries the network for the machine it is on, logs that it got no answer, and
+# refuses to be loaded while another process uses it. Any known accelerator type will do.
 _ALONE = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -31,22 +31,21 @@ _ALONE = {
 
 
 class TopologyError(ValueError):
-    """A topology that there is not, or that nothing here can answer for."""
+    """An unknown topology, or one that cannot be compiled for here."""
 
 
 class Chip(NamedTuple):
-    """What one device of a generation has."""
+    """One device of a TPU generation."""
 
     memory: float  # bytes of HBM that a program may use
     peak: float  # FLOP/s in bfloat16
-    example: str  # a topology of it
-    options: Mapping[str, Any] = MappingProxyType({})  # to ask libtpu with
+    example: str  # a topology's name
+    options: Mapping[str, Any] = MappingProxyType({})  # for libtpu
 
 
-# HBM as libtpu 0.0.42.1 says in its error when a program needs more, which is a little below what
-# is built in. Peaks from docs.cloud.google.com/tpu/docs/{v3,v4,v5e,v5p,v6e}, by chip; a chip of v3
-# is two devices, and one of v4 a single one when its cores work together ("megacore"), as JAX has
-# it on the machine.
+# HBM: the limit in libtpu 0.0.42.1's out-of-memory error, a little below the built-in size. Peaks,
+# per chip: docs.cloud.google.com/tpu/docs/{v3,v4,v5e,v5p,v6e}. A v3 chip is two devices; a v4 chip
+# is one device with its cores combined ("megacore"), as JAX presents it on the machine.
 CHIPS = {
     "v3": Chip(15.48 * GIB, 123e12 / 2, "v3:4x8"),
     "v4": Chip(30.75 * GIB, 275e12, "v4:4x4x4", {"chip_config_name": "megacore"}),
@@ -61,10 +60,13 @@ class Topology(NamedTuple):
 
     name: str
     devices: Sequence[Any]
-    chip: Chip | None  # None for CPUs, whose memory is the machine's
+    chip: Chip | None  # None for CPUs, whose memory is not limited
 
     def compile(self, lowered: Any) -> Any:
-        """What was lowered for these devices, compiled; JAX's cache cannot read theirs again."""
+        """Compiles a program lowered for these devices.
+
+        Without JAX's compilation cache, which cannot read such programs back.
+        """
         if self.chip is None:
             return lowered.compile()
         enabled = jax.config.values["jax_enable_compilation_cache"]
@@ -79,13 +81,13 @@ def find(name: str) -> Topology:
     """The topology of that name.
 
     Args:
-        name: a TPU generation and its chips in each direction, as "v5e:16x16", or "cpu:8" for so
-            many virtual CPU devices, which must be asked for before JAX has made its devices.
+        name: a TPU generation and its chips in each direction, as "v5e:16x16"; or "cpu:8" for
+            eight virtual CPU devices, which must be requested before JAX initialises its devices.
 
     Raises:
         TopologyError: an unknown name or shape, no `libtpu`, or too few CPU devices.
     """
-    jax.config.update("jax_platforms", "cpu")  # no accelerator is needed, nor taken from others
+    jax.config.update("jax_platforms", "cpu")  # leaves accelerators to other processes
     kind, _, shape = name.partition(":")
     if kind == "cpu" and shape.isdigit() and int(shape) > 0:
         return Topology(name, _cpu(int(shape)), None)
@@ -93,7 +95,7 @@ def find(name: str) -> Topology:
         raise TopologyError(_unknown(name, "There is no such topology."))
     if importlib.util.find_spec("libtpu") is None:
         raise TopologyError(
-            f"The topology `{name}` is answered by `libtpu`, which is not installed: "
+            f"The topology `{name}` needs `libtpu`, which is not installed: "
             "pip install 'curvax[tpu]'. Without it `cpu:8` plans for eight virtual CPU devices."
         )
     chip = CHIPS[kind]
@@ -111,7 +113,7 @@ def _tpu(name: str, chip: Chip) -> Sequence[Any]:
 
 
 def _cpu(count: int) -> Sequence[Any]:
-    with contextlib.suppress(RuntimeError):  # there are devices already, perhaps enough
+    with contextlib.suppress(RuntimeError):  # JAX has devices already, perhaps enough
         jax.config.update("jax_num_cpu_devices", count)
     devices = jax.devices("cpu")
     if len(devices) < count:
@@ -124,12 +126,12 @@ def _cpu(count: int) -> Sequence[Any]:
 
 def _switch_cache(on: bool) -> None:
     jax.config.update("jax_enable_compilation_cache", on)
-    compilation_cache.reset_cache()  # asks the switch anew
+    compilation_cache.reset_cache()  # makes JAX read the setting again
 
 
 def _unknown(name: str, why: str) -> str:
     known = ", ".join(f"`{chip.example}`" for chip in CHIPS.values())
     return (
-        f"`{name}` is no topology to plan for. {why} A TPU generation and its chips in each "
+        f"`{name}` is not a topology to plan for. {why} A TPU generation and its chips in each "
         f"direction make one, as {known}; `cpu:8` is eight virtual CPU devices."
     )

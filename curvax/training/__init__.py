@@ -1,1 +1,1 @@
-"""Experiments: data, augmentation, the loop, checkpoints, and what runs are compared by."""
+"""Experiments: data, augmentation, training loop, checkpoints, comparison and evaluation."""

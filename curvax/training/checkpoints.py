@@ -1,4 +1,4 @@
-"""Checkpoints of a run: state and place in the data, written whole or not at all, by Orbax."""
+"""Checkpoints of a run, by Orbax: state and position in the data, written whole or not at all."""
 
 import errno
 import shutil
@@ -19,22 +19,22 @@ from curvax.training.runtime import checksums, distributed
 from curvax.training.runtime.log_filters import silent_log
 from curvax.training.step import State
 
-_OWN_FILES = 2**18  # bytes; a checkpoint of a small model took 1.5e5 beside its arrays
+_OWN_FILES = 2**18  # bytes for Orbax's own files; 1.5e5 were measured with a small model
 
 
 class CheckpointError(OSError):
-    """A checkpoint that could not be written or read; the others are untouched."""
+    """A checkpoint that could not be written or read; other checkpoints are unchanged."""
 
 
 class _DiskFull(OSError):
-    """Not even begun."""
+    """Too little room to begin a checkpoint."""
 
 
 class NoCheckpoints:
-    """The checkpoints of a run that keeps none."""
+    """The interface of `Checkpoints`, for a run that keeps none."""
 
     def resume(self, experiment: Experiment) -> tuple[State, Any]:
-        """State and batches to begin with."""
+        """The state and the batches to start from."""
         return experiment.init(), experiment.batches()
 
     def save(self, state: State, place: Any) -> None:
@@ -48,12 +48,11 @@ class NoCheckpoints:
 
 
 class Checkpoints(NoCheckpoints):
-    """The newest few checkpoints of a run, by step.
+    """The newest `keep` checkpoints of a run, by step.
 
-    A checkpoint is on disk before the next step begins, so that a full disk is met where it can
-    still be answered, and donated buffers are never read late. Those that are `read_only` may
-    belong to a run that goes on. Arrays of no entries, which Orbax refuses, are left out and made
-    anew.
+    Checkpoints are written synchronously, so that a full disk is reported at the step that met it,
+    and donated buffers are not read after the next step has started. With `read_only` the run may
+    still be training. Empty arrays, which Orbax refuses, are left out and created on restoring.
     """
 
     def __init__(self, folder: Path, keep: int = 2, *, read_only: bool = False):
@@ -69,7 +68,7 @@ class Checkpoints(NoCheckpoints):
             self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def resume(self, experiment: Experiment) -> tuple[State, Any]:
-        """State and batches as the newest checkpoint has them, or at the start, which is then kept.
+        """State and batches of the newest checkpoint, or those of step 0, which are then saved.
 
         Raises:
             CheckpointError: as in `save` and `restore`.
@@ -84,11 +83,11 @@ class Checkpoints(NoCheckpoints):
         return state, batches
 
     def save(self, state: State, place: Any) -> None:
-        """Writes the state and the place in the data (anything that JSON can hold).
+        """Writes the state and the position in the data, a JSON value.
 
         Raises:
-            CheckpointError: the disk is full or cannot be written, or Orbax cannot keep a leaf.
-            JaxRuntimeError: not the disk failed, but a device or another process.
+            CheckpointError: the disk is full or not writable, or Orbax cannot store a leaf.
+            JaxRuntimeError: a device or another process failed.
         """
         step = int(state.step)
         items = ocp.args.Composite(
@@ -113,19 +112,23 @@ class Checkpoints(NoCheckpoints):
             ) from error
 
     def restore(self, shapes: State) -> tuple[State, Any]:
-        """The newest state, of these shapes and laid out like them, and the place in the data.
+        """The newest state, and the position in the data.
 
-        It may have been written under another regime, on other devices or by other processes, or
-        with the optimiser's keys typed and figures not measured marked by NaN, as earlier
-        versions of curvax did.
+        The checkpoint may have been written under another parallelism, on other devices or by
+        another number of processes. Two older formats are read too: typed random keys in the
+        optimiser's state, and NaN for diagnostics that were not measured.
+
+        Args:
+            shapes: shapes, dtypes and shardings of the state.
 
         Raises:
-            CheckpointError: there is none, or it is damaged or of another model or optimiser.
+            CheckpointError: there is none, it is damaged, or it belongs to another model or
+                optimiser.
             JaxRuntimeError: as in `save`.
         """
         step = self._manager.latest_step()
         try:
-            checksums.check(self.folder / str(step))  # Orbax's reading threads stop noisily
+            checksums.check(self.folder / str(step))  # before Orbax, whose threads print tracebacks
             with silent_log():
                 state, place = self._read(step, shapes)
         except jax.errors.JaxRuntimeError:
@@ -133,8 +136,8 @@ class Checkpoints(NoCheckpoints):
         except Exception as error:
             raise CheckpointError(
                 f"The checkpoint of step {step} in {self.folder} cannot be read "
-                f"({_reason(error)}). Nothing was changed. {self.last_good(but=step)} To go on "
-                f"from there, move the folder {step} away and resume again."
+                f"({_reason(error)}). Nothing was changed. {self.last_good(but=step)} To resume "
+                f"from it, move the folder {step} away and try again."
             ) from error
         return jax.tree.map(_as_asked, shapes, state), place
 
@@ -155,7 +158,7 @@ class Checkpoints(NoCheckpoints):
         return restored.state, restored.place["data"]
 
     def last_good(self, but: int | None = None) -> str:
-        """A sentence that says which checkpoint there is, other than that of the step `but`."""
+        """A sentence that names the newest checkpoint, except that of step `but`."""
         steps = [step for step in self._manager.all_steps() if step != but]
         if not steps:
             return "There is no other checkpoint."
@@ -166,7 +169,7 @@ class Checkpoints(NoCheckpoints):
 
 
 def _check_room(folder: Path, state: State) -> None:
-    """Refuses to begin what cannot be finished: Orbax's writing threads stop noisily.
+    """Checks the free space first, since Orbax's writing threads print tracebacks when they fail.
 
     Raises:
         OSError: the disk has less room than the state and Orbax's own files take.
@@ -178,10 +181,12 @@ def _check_room(folder: Path, state: State) -> None:
 
 
 def _refuse_shared_names(state: Tree) -> None:
-    """Refuses leaves of which Orbax, which joins names by dots, would keep one in the place of all.
+    """Refuses leaves whose names coincide for Orbax, which joins path components by dots.
+
+    Orbax would store only one of them, silently.
 
     Raises:
-        ValueError: two leaves would have one name.
+        ValueError: two leaves have the same name.
     """
     found = Counter(".".join(names(path)) for path, _ in jax.tree.leaves_with_path(state))
     shared = [name for name, times in found.items() if times > 1]
@@ -190,7 +195,7 @@ def _refuse_shared_names(state: Tree) -> None:
 
 
 def _without_empty(state: Tree) -> Tree:
-    """The state, or its shapes, with None for arrays of no entries."""
+    """The state, or its shapes, with None for empty arrays."""
     return jax.tree.map(lambda x: None if _is_empty(x) else x, state)
 
 
@@ -199,7 +204,7 @@ def _is_empty(x: Any) -> bool:
 
 
 def _as_asked(shape: jax.ShapeDtypeStruct, x: Any) -> jax.Array:
-    """What was restored for a leaf, in the form that is asked for."""
+    """A restored leaf in the form of `shape`: an empty array, or a key as its raw data."""
     if _is_empty(shape):
         empty = np.zeros(shape.shape, shape.dtype)
         return jax.make_array_from_callback(shape.shape, shape.sharding, empty.__getitem__)
@@ -210,18 +215,18 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _cure(error: Exception) -> str:
-    """What to do about a checkpoint that could not be written."""
-    said = str(error)
+    """The cure for a checkpoint that could not be written."""
+    message = str(error)
     texts = ("No space left on device", "Disk quota exceeded", "RESOURCE_EXHAUSTED")
     full = isinstance(error, _DiskFull) or getattr(error, "errno", None) in _FULL
-    if full or any(text in said for text in texts):
+    if full or any(text in message for text in texts):
         return "Make room and resume the run."
     if isinstance(error, OSError):
-        return "Let the run write to this folder, or copy it to one where it can, and resume."
-    return "The disk is not the cause: change what this says of the state, and start again."
+        return "Make the folder writable, or copy the run to one that is, and resume."
+    return "The disk is not the cause: change the state as this message says, and start again."
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error's message, without the paths that lead up to the cause."""
+    """The first line of an error's message, without leading paths."""
     line = str(error).strip().partition("\n")[0].rpartition('": ')[2]
     return textwrap.shorten(line, 160) or type(error).__name__

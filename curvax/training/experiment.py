@@ -1,4 +1,4 @@
-"""A config made ready to run: task, model, optimiser, data, and the compiled functions."""
+"""A config made ready to run: task, data, model, optimiser, and the compiled functions."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from curvax.training.config import configs, recipe
 from curvax.training.data import datasets
 from curvax.training.data.datasets import Examples
 from curvax.training.parallelism import Jit
-from curvax.training.run_data import Material
+from curvax.training.run_data import RunData
 from curvax.training.step import State, init, make_step
 from curvax.training.tasks import Task
 
@@ -29,22 +29,22 @@ class ExperimentError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """All that a run needs. Runs of one config under other seeds share the compiled functions."""
+    """All parts of a run. Runs of one config with other seeds share the compiled functions."""
 
     config: ConfigDict
-    hold_out: bool
+    hold_out: bool  # score on 10 % of the training set, not on the test set
     task: Task
-    material: Material
+    data: RunData
     model: nn.Module
     optimizer: optax.GradientTransformationExtraArgs
-    regime: Jit
-    step: Any  # compiled (State, batch) -> (State, Measured)
+    parallelism: Jit
+    step: Any  # compiled (State, batch) ↦ (State, Measured)
     scores: scoring.Scores
-    largest_eigenvalue: scoring.Curvature
+    largest_eigenvalue: scoring.LargestEigenvalue
 
     @property
     def steps_per_epoch(self) -> int:
-        return self.material.train.size // self.config.batch
+        return self.data.train.size // self.config.batch
 
     @property
     def steps(self) -> int:
@@ -52,29 +52,29 @@ class Experiment:
 
     @property
     def example(self) -> jax.ShapeDtypeStruct:
-        """Of an input, [1, ...], as the model takes it."""
-        return _as_taken(self.task, self.material.first)
+        """Shape [1, ...] and dtype of a model input."""
+        return _model_input(self.task, self.data.first)
 
     def init(self) -> State:
-        """The state before the first step, on the devices: drawn, and trained where `start` says.
+        """The state before the first step, on the devices, with the weights of `init_from`, if any.
 
         Raises:
             PretrainedError: as in `trained`.
         """
-        return self.regime.create(self._init, self.regime.lay(self.trained()))
+        return self.parallelism.create(self._init, self.parallelism.shard(self.trained()))
 
     @property
     def shapes(self) -> State:
-        """Those of the state, with its layout."""
-        return self.regime.laid_out(jax.eval_shape(self._init, {}))
+        """The shapes, dtypes and shardings of the state."""
+        return self.parallelism.sharded_shapes(jax.eval_shape(self._init, {}))
 
     def trained(self) -> Tree:
-        """The variables that `start` gives, as NumPy arrays, or none of them.
+        """The variables read from `init_from`, as NumPy arrays; {} if it is not set.
 
         Raises:
-            PretrainedError: they cannot be read, or are those of another model.
+            PretrainedError: they cannot be read, or belong to another model.
         """
-        path, new_head = self.config.start, self.config.new_head
+        path, new_head = self.config.init_from, self.config.new_head
         if path is None:
             return {}
         shapes = jax.eval_shape(self._init, {})
@@ -85,89 +85,95 @@ class Experiment:
         return init(self.model, self.optimizer, self.example, self.config.seed, trained)
 
     def batches(self) -> Any:
-        """This process's part of shuffled training batches without end, whose place can be kept
-        and set."""
+        """An endless iterator over this process's part of shuffled training batches.
+
+        Its position can be saved and restored.
+        """
         return datasets.batches(
-            self.material.train,
+            self.data.train,
             self.config.batch,
             seed=self.config.seed,
             shard=jax.process_index(),
             shards=jax.process_count(),
         )
 
-    def reseeded(self, seed: int) -> "Experiment":
-        """The same experiment with other parameters, label noise, data order and draws."""
+    def with_seed(self, seed: int) -> "Experiment":
+        """The same experiment with another seed for parameters, label noise, order and draws."""
         config = self.config.copy_and_resolve_references()
         config.seed = seed
-        gathered = run_data.gather(config, self.task, self.hold_out)
-        return dataclasses.replace(self, config=config, material=gathered)
+        data = run_data.load(config, self.task, self.hold_out)
+        return dataclasses.replace(self, config=config, data=data)
 
     def score(self, state: State, split: Examples) -> dict[str, float]:
         """The loss and the task's scores on a split."""
-        return scoring.average(self.scores, state, split, self.config.eval_batch, self.regime)
+        return scoring.average(self.scores, state, split, self.config.eval_batch, self.parallelism)
 
     def test(self, state: State) -> dict[str, float]:
-        """The scores on the test set, or on what was held out."""
-        return self.score(state, self.material.test)
+        """The scores on the test set, or on the held-out examples."""
+        return self.score(state, self.data.test)
 
-    def appraise(self, state: State) -> dict[str, float]:
-        """The figures of a trained state: scores, wrong labels learnt, largest eigenvalue."""
-        train, wrong = self.material.train, self.material.wrong
-        figures = {f"test_{name}": value for name, value in self.test(state).items()}
-        figures |= {f"train_{name}": value for name, value in self.score(state, train).items()}
-        figures["train_examples"] = train.size
+    def final_metrics(self, state: State) -> dict[str, float]:
+        """The metrics of a trained state: scores, share of wrong labels fitted, largest eigenvalue.
+
+        Keys are `test_*` and `train_*` for each score, `train_examples`, with wrong labels also
+        `wrong_labels` and `memorised`, and `lambda_max` if `hessian_examples` is above 0.
+        """
+        train, wrong = self.data.train, self.data.wrong
+        metrics = {f"test_{name}": value for name, value in self.test(state).items()}
+        metrics |= {f"train_{name}": value for name, value in self.score(state, train).items()}
+        metrics["train_examples"] = train.size
         if wrong.any():
-            figures["wrong_labels"] = float(wrong.mean())
-            figures["memorised"] = self.score(state, train.rows(wrong))["accuracy"]
+            metrics["wrong_labels"] = float(wrong.mean())
+            metrics["memorised"] = self.score(state, train.rows(wrong))["accuracy"]
         if count := min(self.config.hessian_examples, train.size):
             few = train.rows(slice(count))
             batch = next(datasets.batches(few, count, shuffle=False, drop_remainder=False))
             value = self.largest_eigenvalue(state.params, state.model_state, batch)
-            figures["lambda_max"] = float(value)
-        return figures
+            metrics["lambda_max"] = float(value)
+        return metrics
 
 
 def build(config: ConfigDict, *, hold_out: bool = False, begins: bool = True) -> Experiment:
-    """Makes a config ready to run, and traces one step of it, so that what is wrong shows here.
+    """Makes a config ready to run, and traces one step, so that errors appear here.
 
     Args:
-        hold_out: keep 10 % of the training set out of training and score on it, not on test.
-        begins: whether its training begins, with the weights of `start`, which are looked at then;
-            checkpoints do not need them.
+        config: all fields of the run.
+        hold_out: test on 10 % of the training set, which is then left out of training.
+        begins: check the weights of `init_from`; a run that resumes from a checkpoint needs none.
 
     Raises:
         ValueError: a field does not fit.
     """
     configs.check(config)
     task = tasks.build(config)
-    gathered = run_data.gather(config, task, hold_out)
-    steps = config.epochs * (gathered.train.size // config.batch)
+    data = run_data.load(config, task, hold_out)
+    steps = config.epochs * (data.train.size // config.batch)
     if steps < 1:
         raise ExperimentError(
-            f"{config.epochs} epochs of {gathered.train.size} training examples in batches "
-            f"of {config.batch} are no step. Raise `epochs` or lower `batch`."
+            f"{config.epochs} epochs of {data.train.size} training examples in batches of "
+            f"{config.batch} are no step. Raise `epochs` or lower `batch`."
         )
-    regime = parallelism.build(config)
-    example = _as_taken(task, gathered.first)
-    model = _model(config, gathered.classes, regime)
-    optimizer = _optimizer(config, model, example, regime, steps)
+    mapping = parallelism.build(config)
+    example = _model_input(task, data.first)
+    model = _model(config, data.classes, mapping)
+    optimizer = _optimizer(config, model, example, mapping, steps)
     shapes = jax.eval_shape(lambda: init(model, optimizer, example, config.seed, {}))
-    clean = scoring.make_clean(model, task)
+    eval_objective = scoring.make_eval_objective(model, task)
     experiment = Experiment(
         config,
         hold_out,
         task,
-        gathered,
+        data,
         model,
         optimizer,
-        regime,
-        make_step(model, optimizer, task, regime, shapes, config.microbatch),
-        scoring.make_scores(clean, task),
-        scoring.make_largest_eigenvalue(clean),
+        mapping,
+        make_step(model, optimizer, task, mapping, shapes, config.microbatch),
+        scoring.make_scores(eval_objective, task),
+        scoring.make_largest_eigenvalue(eval_objective),
     )
     batch = {
         name: jax.ShapeDtypeStruct((config.batch, *x.shape[1:]), x.dtype)
-        for name, x in gathered.first.items()
+        for name, x in data.first.items()
     }
     experiment.step.eval_shape(shapes, batch)
     if begins:
@@ -175,28 +181,28 @@ def build(config: ConfigDict, *, hold_out: bool = False, begins: bool = True) ->
     return experiment
 
 
-def _model(config: ConfigDict, classes: int | None, regime: Jit) -> nn.Module:
-    """The model, whose batch norm takes the statistics of a group over all its devices.
+def _model(config: ConfigDict, classes: int | None, mapping: Jit) -> nn.Module:
+    """The model; in groups over several devices, batch norm is synchronised within a group.
 
     Raises:
-        ExperimentError: its options say over which axes, and those are not all.
+        ExperimentError: `sync_over` names some but not all of the device axes.
     """
     model = models.build(config.model.name, classes, **config.model.options)
     over = config.model.options.get("sync_over")
     if over is None:
-        grouped = regime.group is not None and hasattr(model, "sync_over")
-        return model.clone(sync_over=regime.group) if grouped else model
-    if set(axes.as_tuple(over)) != set(regime.axes):
+        grouped = mapping.group is not None and hasattr(model, "sync_over")
+        return model.clone(sync_over=mapping.group) if grouped else model
+    if set(axes.as_tuple(over)) != set(mapping.axes):
         raise ExperimentError(
             f"`model.options.sync_over` takes batch norm over devices, whose axes are "
-            f"{list(regime.axes)} here, and was {over!r}. Leave it out for the statistics of a "
+            f"{list(mapping.axes)} here, and was {over!r}. Leave it out for the statistics of a "
             "group, and under jit of the whole batch, or name all of the axes."
         )
     return model
 
 
-def _as_taken(task: Task, batch: Mapping[str, Any]) -> jax.ShapeDtypeStruct:
-    """Inputs of a batch as the model takes them, which may have another size and dtype."""
+def _model_input(task: Task, batch: Mapping[str, Any]) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of a batch's inputs after preprocessing."""
     return jax.eval_shape(task.in_test, batch)["input"]
 
 
@@ -204,51 +210,53 @@ def _optimizer(
     config: ConfigDict,
     model: nn.Module,
     example: jax.ShapeDtypeStruct,
-    regime: Jit,
+    mapping: Jit,
     steps: int,
 ) -> optax.GradientTransformationExtraArgs:
-    """The method of a config's text, which may also name `layout`, what each parameter is for
-    `spatial_average`, `axes`, the device axes to average over, and `kernels`, the mask of all
-    parameters of that name, as for weight decay."""
-    names = {"layout": _layout(model, example), "axes": regime.axes, "kernels": _kernels}
+    """Parses the config's optimiser text.
+
+    In addition to the config's numbers the text may name `layout`, the parameter roles for
+    `spatial_average`; `axes`, the device axes to average over; and `kernels`, the mask of all
+    parameters called "kernel", for a weight decay.
+    """
+    names = {"layout": _layout(model, example), "axes": mapping.axes, "kernels": _kernels}
     return recipe.parse(config.optimizer, steps=steps, names=configs.numbers(config) | names)
 
 
 def _kernels(params: Tree) -> Tree:
-    """Which leaves are kernels: True or False for each."""
+    """The mask of all leaves called "kernel"."""
     return map_with_path(lambda path, leaf: path[-1] == "kernel", params)
 
 
 class Outline(NamedTuple):
-    """A config's training step without its data, ready to be lowered and compiled."""
+    """A training step without data, ready to be lowered and compiled."""
 
-    step: Any  # jitted, (state, batch) ↦ (state, measured)
-    state: State  # of ShapeDtypeStructs, laid out on the devices
-    batch: dict[str, jax.ShapeDtypeStruct]  # the same
+    step: Any  # jitted (state, batch) ↦ (state, measured)
+    state: State  # of ShapeDtypeStructs with shardings
+    batch: dict[str, jax.ShapeDtypeStruct]  # with shardings
 
 
 def outline(config: ConfigDict, devices: Sequence[jax.Device]) -> Outline:
-    """The step that `build` would make on these devices, which need not be there.
+    """The step that `build` would make on these devices, which may belong to another machine.
 
     Raises:
         ValueError: a field does not fit.
     """
     configs.check(config)
-    task, facts = tasks.build(config), run_data.foretell(config)
-    regime = parallelism.build(config, devices)
+    task, spec = tasks.build(config), run_data.data_spec(config)
+    mapping = parallelism.build(config, devices)
     batch = {
-        name: jax.ShapeDtypeStruct((config.batch, *x.shape), x.dtype, sharding=regime.split)
-        for name, x in {"input": facts.input, "label": facts.label}.items()
+        name: jax.ShapeDtypeStruct((config.batch, *x.shape), x.dtype, sharding=mapping.split)
+        for name, x in {"input": spec.input, "label": spec.label}.items()
     }
-    taken = _as_taken(task, batch)
-    example = jax.ShapeDtypeStruct((1, *taken.shape[1:]), taken.dtype)
-    model = _model(config, facts.classes, regime)
-    optimizer = _optimizer(
-        config, model, example, regime, config.epochs * (facts.size // config.batch)
-    )
+    inputs = _model_input(task, batch)
+    example = jax.ShapeDtypeStruct((1, *inputs.shape[1:]), inputs.dtype)
+    model = _model(config, spec.classes, mapping)
+    steps = config.epochs * (spec.size // config.batch)
+    optimizer = _optimizer(config, model, example, mapping, steps)
     state = jax.eval_shape(lambda: init(model, optimizer, example, config.seed, {}))
-    step = make_step(model, optimizer, task, regime, state, config.microbatch)
-    return Outline(step, regime.laid_out(state), batch)
+    step = make_step(model, optimizer, task, mapping, state, config.microbatch)
+    return Outline(step, mapping.sharded_shapes(state), batch)
 
 
 def _layout(model: nn.Module, example: jax.ShapeDtypeStruct) -> Layout:

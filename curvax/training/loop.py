@@ -1,4 +1,4 @@
-"""The loop of one run: steps, tests, a log, checkpoints, and a stop at NaN."""
+"""The training loop of one run: steps, tests, log, checkpoints, and a stop at NaN."""
 
 import contextlib
 import time
@@ -18,33 +18,39 @@ from curvax.training.runtime.run_dir import Outcome
 from curvax.training.step import Measured, State, watched_names
 
 Report = Callable[[int, Mapping[str, float]], None]
-"""Told the step and the newest figures, for a progress bar."""
+"""`report(step, metrics)`, called with the latest metrics, for a progress bar."""
 
 
 class NotFinite(FloatingPointError):
-    """A loss, gradient or update that is NaN or infinite: the step, and what went bad first."""
+    """A loss, gradient or update that is NaN or infinite; the message names step and leaf."""
 
 
 def fit(
     experiment: Experiment, folder: Path | None = None, report: Report = lambda *_: None
 ) -> Outcome:
-    """Trains to the end: from the newest checkpoint in the folder, if there is one.
+    """Trains to the end, starting from the newest checkpoint in the folder if there is one.
 
-    A resumed run takes the same steps on the same batches with the same keys as one that was never
-    interrupted, bit for bit. A run that is done is read from its folder.
+    A resumed run takes the same steps on the same batches with the same keys as an uninterrupted
+    one, bit for bit. A finished run is read from its folder. With several processes, the first
+    writes log and results for all.
 
-    In a run of several processes the first one writes for all.
+    Args:
+        experiment: the run.
+        folder: of log, checkpoints and results; nothing is written without one.
+        report: called after each logged or tested step.
 
     Raises:
         NotFinite: the loss, a gradient or an update is NaN or infinite.
-        Stopped: the process was asked to terminate; the step it had come to is kept.
+        Stopped: the process was asked to terminate; its last step has been saved.
         CheckpointError: a checkpoint cannot be written or read.
     """
     if done := run_dir.outcome(folder):
         return done
     began = time.perf_counter()
     checkpoints = (
-        Checkpoints(folder / "checkpoints", experiment.config.keep) if folder else NoCheckpoints()
+        Checkpoints(folder / "checkpoints", experiment.config.keep_checkpoints)
+        if folder
+        else NoCheckpoints()
     )
     with contextlib.closing(checkpoints), Notice() as notice:
         state, batches = checkpoints.resume(experiment)
@@ -52,11 +58,11 @@ def fit(
         with contextlib.closing(log):
             trainer = _Trainer(experiment, log, checkpoints, report, notice)
             state = trainer.run(state, batches)
-    figures = {"steps": experiment.steps, "seconds": time.perf_counter() - began}
-    figures |= experiment.appraise(state)
+    metrics = {"steps": experiment.steps, "seconds": time.perf_counter() - began}
+    metrics |= experiment.final_metrics(state)
     if distributed.first():
-        run_dir.finish(folder, figures)
-    return Outcome(figures, log.records)
+        run_dir.finish(folder, metrics)
+    return Outcome(metrics, log.records)
 
 
 @dataclass
@@ -74,41 +80,41 @@ class _Trainer:
         test_every = config.test_every * experiment.steps_per_epoch
         save_every = config.checkpoint_every or experiment.steps_per_epoch
         for step in range(int(state.step) + 1, experiment.steps + 1):
-            state, measured = experiment.step(state, experiment.regime.place(next(batches)))
+            state, measured = experiment.step(state, experiment.parallelism.place(next(batches)))
             self.pending.append(measured)
             last = step == experiment.steps
             logs = step % config.log_every == 0
             stops = self.notice.given()
             tests, saves = last or step % test_every == 0, last or step % save_every == 0 or stops
             if logs or tests or saves:
-                figures = self.settle(step, names)
+                metrics = self.settle(step, names)
                 if logs:
-                    self.log.write(step, "train", figures)
+                    self.log.write(step, "train", metrics)
                 if tests:
                     scores = experiment.test(state)
                     self.log.write(step, "test", scores)
-                    figures |= {f"test_{name}": value for name, value in scores.items()}
-                self.report(step, figures)
+                    metrics |= {f"test_{name}": value for name, value in scores.items()}
+                self.report(step, metrics)
             if saves:
                 self.log.flush()
                 self.checkpoints.save(state, batches.get_state())
-            if stops or (last and self.notice.given()):  # it may have come in the test
+            if stops or (last and self.notice.given()):  # the signal may arrive during the test
                 good = self.checkpoints.last_good()
                 raise Stopped(f"the run was asked to terminate after step {step}. {good}")
         return state
 
     def settle(self, step: int, names: list[str]) -> dict[str, float]:
-        """Waits for the pending steps and returns the figures of the last.
+        """Fetches the measurements of all pending steps and returns the metrics of the last.
 
         Raises:
-            NotFinite: one of them met a NaN or an infinity.
+            NotFinite: a step met a NaN or an infinity.
         """
         measured = jax.device_get(self.pending)
         self.pending.clear()
         for number, one in enumerate(measured, start=step - len(measured) + 1):
             if not one.finite.all():
-                self.stop(number, names[int(np.argmin(one.finite))], float(one.figures["loss"]))
-        return {name: float(value) for name, value in measured[-1].figures.items()}
+                self.stop(number, names[int(np.argmin(one.finite))], float(one.metrics["loss"]))
+        return {name: float(value) for name, value in measured[-1].metrics.items()}
 
     def stop(self, step: int, what: str, loss: float) -> None:
         raise NotFinite(

@@ -1,13 +1,12 @@
-"""Where a run computes: its devices, how state and batches lie on them, how a step is mapped.
+"""The devices of a run, the sharding of state and batches, and how a step is mapped over them.
 
-`jit`         one program for all devices; the compiler divides it, parameters too with `fsdp`
-`shard_map`   a program for each device, which sees its part of the batch and all parameters
-`pmap`        the same, as the papers' code has it
+`jit`         one program for all devices, partitioned by the compiler; with `fsdp` parameters too
+`shard_map`   one program per device, which sees its part of the batch and all parameters
+`pmap`        as `shard_map`, by the older API that the papers' code uses
 
-Between steps the state is the same in all three: global arrays over one mesh, so that a checkpoint,
-an evaluation or another regime need not know which it was. A regime is what turns a step written
-once, `(state, batch) -> (state, measured)` for whatever part of the batch it is given, into the
-step of all devices.
+Each maps a step that is written once, `(state, batch) -> (state, measured)` for any part of a
+batch, over all devices. Between steps the state is the same in all three: global arrays on one
+mesh, so that checkpoints and evaluation work under any parallelism.
 """
 
 import dataclasses
@@ -27,34 +26,34 @@ from curvax.devices.axes import Along, Neighbours
 from curvax.training.config import configs, recipe
 
 Prepare = Callable[[Tree, Tree], Tree]
-"""(state, batch) ↦ batch, over the whole batch, whatever the regime."""
+"""(state, batch) ↦ batch; always applied to the whole batch."""
 Core = Callable[[Tree, Tree], tuple[Tree, Tree]]
-"""(state, batch) ↦ (state, measured), over a device's part of it under a mapped regime."""
+"""(state, batch) ↦ (state, measured); under shard_map and pmap applied to a device's part."""
 
 P = PartitionSpec
 BATCH, GROUP = "batch", "group"
 
 
-class RegimeError(ValueError):
-    """Devices that a run's batch cannot be divided over."""
+class ParallelismError(ValueError):
+    """Devices that a run's batch or groups cannot be divided over."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Jit:
-    """One program over the global batch, which the compiler divides among the devices."""
+    """One program over the global batch, partitioned by the compiler."""
 
     mesh: Mesh
     fsdp: bool = False
-    together: int = 1  # devices that share a group of examples, where each sees its own part
+    group_devices: int = 1  # devices per group of examples, under shard_map and pmap
 
     @property
     def group(self) -> Along | None:
-        """Along what such devices lie, if they are several."""
+        """The axis along which the devices of a group lie; None for groups of one device."""
         return None
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """The device axes that a step sees."""
+        """The device axes that a step is mapped over."""
         return ()
 
     @property
@@ -63,14 +62,14 @@ class Jit:
 
     @property
     def split(self) -> NamedSharding:
-        """Along the leading axis, in contiguous parts."""
+        """The sharding of a batch: along its leading axis, in contiguous parts."""
         return NamedSharding(self.mesh, P(self.mesh.axis_names))
 
     def layout(self, shapes: Tree) -> Tree:
-        """How a state of these shapes lies on the devices.
+        """The sharding of each leaf of a state.
 
-        With `fsdp` every floating leaf that has an axis which they divide is split along its
-        longest such; counts and keys stay whole.
+        With `fsdp` a floating leaf is split along its longest axis that is divisible by the number
+        of devices. Leaves without such an axis, counts and keys are replicated.
         """
         if not self.fsdp:
             return jax.tree.map(lambda _: self.replicated, shapes)
@@ -84,28 +83,28 @@ class Jit:
         axis = shape.index(max(fitting))
         return P(*[None] * axis, self.mesh.axis_names)
 
-    def laid_out(self, shapes: Tree) -> Tree:
-        """The shapes with their layout."""
+    def sharded_shapes(self, shapes: Tree) -> Tree:
+        """The shapes with their shardings."""
         struct = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
         return jax.tree.map(struct, shapes, self.layout(shapes))
 
-    def lay(self, arrays: Tree) -> Tree:
-        """NumPy arrays that every process has, laid out like a state of their shapes."""
-        lay = lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
-        return jax.tree.map(lay, arrays, self.layout(arrays))
+    def shard(self, arrays: Tree) -> Tree:
+        """Shards NumPy arrays, of which every process has all, by `layout`."""
+        shard = lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+        return jax.tree.map(shard, arrays, self.layout(arrays))
 
     def create(self, init: Callable[..., Tree], *arguments: Tree) -> Tree:
-        """What `init` makes, made where it will lie."""
+        """The state `init(*arguments)`, computed directly in its sharding."""
         shapes = jax.eval_shape(init, *arguments)
         return jax.jit(init, out_shardings=self.layout(shapes))(*arguments)
 
     def place(self, batch: Tree) -> Tree:
-        """This process's part of a batch as a part of the global one."""
+        """The global batch, from each process's part."""
         place = functools.partial(jax.make_array_from_process_local_data, self.split)
         return jax.tree.map(place, batch)
 
     def map(self, prepare: Prepare, core: Core, shapes: Tree) -> Any:
-        """The compiled step; it takes the state's buffers over."""
+        """The compiled step of all devices; it donates the state's buffers."""
         layout = self.layout(shapes)
         return jax.jit(
             lambda state, batch: self.mapped(core)(state, prepare(state, batch)),
@@ -119,7 +118,7 @@ class Jit:
 
 
 class ShardMap(Jit):
-    """One program for each device, over its contiguous part of the batch."""
+    """One program per device, over its contiguous part of the batch."""
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -127,7 +126,7 @@ class ShardMap(Jit):
 
     @property
     def group(self) -> Along | None:
-        return GROUP if self.together > 1 else None
+        return GROUP if self.group_devices > 1 else None
 
     def mapped(self, core: Core) -> Core:
         return jax.shard_map(
@@ -139,29 +138,29 @@ class ShardMap(Jit):
 
 
 class Pmap(ShardMap):
-    """The same by `jax.pmap`, whose arrays are each process's own."""
+    """One program per device by `jax.pmap`, whose arrays are local to each process."""
 
     @property
     def group(self) -> Along | None:
-        return Neighbours(BATCH, self.together) if self.together > 1 else None
+        return Neighbours(BATCH, self.group_devices) if self.group_devices > 1 else None
 
     def map(self, prepare: Prepare, core: Core, shapes: Tree) -> "_Pmapped":
         return _Pmapped(self, prepare, core)
 
 
 class _Pmapped:
-    """A step in two programs: pmap cannot be a part of one that sees the whole batch."""
+    """A step of two programs, since `prepare` needs the whole batch and pmap cannot be nested."""
 
-    def __init__(self, regime: Pmap, prepare: Prepare, core: Core):
-        self._mesh = regime.mesh
-        self._prepare = jax.jit(prepare, out_shardings=regime.split)
+    def __init__(self, parallelism: Pmap, prepare: Prepare, core: Core):
+        self._mesh = parallelism.mesh
+        self._prepare = jax.jit(prepare, out_shardings=parallelism.split)
         self._core = jax.pmap(
             core,
             axis_name=BATCH,
             in_axes=(None, 0),
             out_axes=None,
             donate_argnums=0,
-            devices=list(regime.mesh.devices.flat),
+            devices=list(parallelism.mesh.devices.flat),
         )
 
     def __call__(self, state: Tree, batch: Tree) -> tuple[Tree, Tree]:
@@ -173,7 +172,7 @@ class _Pmapped:
         return _as_global(state, self._mesh), measured
 
     def lower(self, state: Tree, batch: Tree) -> Any:
-        """The mapped program, which is all but the draws of a batch."""
+        """Lowers the mapped program; `prepare` is a program of its own."""
         return self._core.lower(*self._shapes(state, batch))
 
     def eval_shape(self, state: Tree, batch: Tree) -> Any:
@@ -188,17 +187,17 @@ class _Pmapped:
         return state, jax.tree.map(part, whole)
 
     def _stacked(self, batch: Tree) -> Tree:
-        """A process's part [n, ...] as [devices, n / devices, ...]."""
+        """A process's part [n, ...] reshaped to [devices, n / devices, ...]."""
         return jax.tree.map(lambda x: x.reshape(self._here, -1, *x.shape[1:]), batch)
 
     @property
     def _here(self) -> int:
-        """The devices of a process, which all have as many."""
+        """The number of devices of a process, the same in all."""
         return self._mesh.size // jax.process_count()
 
 
 def _as_global(tree: Tree, mesh: Mesh) -> Tree:
-    """Arrays alike on the devices of each process as arrays of all processes."""
+    """Global replicated arrays from arrays that are replicated within each process."""
     is_key = lambda x: jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
     keys = jax.tree.map(is_key, tree)
     raw = jax.tree.map(lambda x, key: jax.random.key_data(x) if key else x, tree, keys)
@@ -207,21 +206,20 @@ def _as_global(tree: Tree, mesh: Mesh) -> Tree:
     return jax.tree.map(back, whole, keys)
 
 
-REGIMES = {"jit": Jit, "shard_map": ShardMap, "pmap": Pmap}
+PARALLELISMS = {"jit": Jit, "shard_map": ShardMap, "pmap": Pmap}
 
 
 def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Jit:
-    """The regime of a config, on its devices, or on these.
+    """The parallelism of a config, on its devices or on those given.
 
-    Neighbouring devices belong to one process, so that its part of a batch is contiguous. Under
-    `shard_map` the `m` of `per_group(m, ...)`, where that is above the examples of a device, gives
-    the mesh a second axis, "group", along which lie the devices that share a group; `pmap` has one
-    axis, along which they lie in a row. A method without groups goes by the config's number `m`,
-    for its batch norm.
+    Devices are ordered by process, so that a process's part of a batch is contiguous. If the `m` of
+    `per_group(m, ...)` exceeds the examples per device, several devices share a group. Under
+    `shard_map` they lie along a second mesh axis, "group"; under `pmap` they are neighbours on its
+    one axis. A method without groups uses the config's number `m`, for its batch norm.
 
     Raises:
-        RegimeError: an unknown regime, options that do not go together, devices that do not divide
-            the batch, or groups that do not.
+        ParallelismError: an unknown `parallelism`, options that exclude each other, or devices or
+            groups that do not divide the batch.
     """
     _check(config)
     found = list(jax.devices() if devices is None else devices)
@@ -232,59 +230,60 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ji
         fewer = f"fewer devices, as with `--devices={math.gcd(config.batch, len(found))}`"
         if devices is not None:
             fewer = "a smaller topology"
-        raise RegimeError(
-            f"A batch is divided equally, and {config.batch} examples do not go over {len(found)} "
-            f"devices. Take a multiple as `batch`, or {fewer}."
+        raise ParallelismError(
+            f"A batch is divided equally among the devices, and {config.batch} examples do not "
+            f"divide over {len(found)} devices. Use a multiple as `batch`, or {fewer}."
         )
     names: tuple[str, ...] = (BATCH,)
     shape: tuple[int, ...] = (len(found),)
-    together = _devices_of_a_group(config, 1 if config.regime == "jit" else len(found))
-    if config.regime == "shard_map" and together > 1:
-        names, shape = (BATCH, GROUP), (len(found) // together, together)
+    group_devices = _devices_of_a_group(config, 1 if config.parallelism == "jit" else len(found))
+    if config.parallelism == "shard_map" and group_devices > 1:
+        names, shape = (BATCH, GROUP), (len(found) // group_devices, group_devices)
     mesh = Mesh(np.array(found).reshape(shape), names)
-    return REGIMES[config.regime](mesh, config.fsdp, together)
+    return PARALLELISMS[config.parallelism](mesh, config.fsdp, group_devices)
 
 
 def _check(config: ConfigDict) -> None:
-    if config.regime not in REGIMES:
-        raise RegimeError(f"`regime` is one of {', '.join(REGIMES)}, and was `{config.regime}`.")
-    if config.fsdp and config.regime != "jit":
-        raise RegimeError(
-            f"`fsdp` lets the compiler divide the parameters, which it does under `jit`, and the "
-            f"regime is `{config.regime}`. Leave out one of the two."
+    if config.parallelism not in PARALLELISMS:
+        known = ", ".join(PARALLELISMS)
+        raise ParallelismError(f"`parallelism` is one of {known}, and was `{config.parallelism}`.")
+    if config.fsdp and config.parallelism != "jit":
+        raise ParallelismError(
+            "`fsdp` lets the compiler divide the parameters, which needs `parallelism=jit`, and "
+            f"`parallelism` is `{config.parallelism}`. Leave out one of the two."
         )
 
 
 def _first(devices: list[jax.Device], count: int) -> list[jax.Device]:
     if not 0 < count <= len(devices) or jax.process_count() > 1:
-        raise RegimeError(
-            f"`devices` takes the first of the {len(devices)} that JAX sees in one process, and "
-            f"was {count} in {jax.process_count()} processes. `--devices=none` takes all."
+        raise ParallelismError(
+            f"`devices` selects the first of the {len(devices)} devices of a single process, and "
+            f"was {count} with {jax.process_count()} processes. `--devices=none` uses all."
         )
     return devices[:count]
 
 
 def group_sizes(config: ConfigDict) -> set[int]:
-    """The examples of a group, each `m` of `per_group` in the method's text."""
+    """The group sizes of a method: each integer `m` of `per_group(m, ...)` in its text."""
     given = recipe.given(config.optimizer, "per_group", "m", configs.numbers(config))
     return {m for m in given if isinstance(m, int)}
 
 
 def _devices_of_a_group(config: ConfigDict, devices: int) -> int:
-    """How many devices share a group, at least 1."""
-    sizes, named, here = group_sizes(config), config.get("m"), config.batch // devices
+    """The number of devices that share a group, at least 1."""
+    sizes, named, per_device = group_sizes(config), config.get("m"), config.batch // devices
     m = max(sizes, default=named)
-    fits = lambda n: config.batch % n == 0 and 0 in (n % here, here % n)
+    fits = lambda n: config.batch % n == 0 and 0 in (n % per_device, per_device % n)
     if not isinstance(m, int) or m < 1:
-        return 1  # of which `per_group` says what is wrong
+        return 1  # `per_group` itself raises the error
     if fits(m):
-        return max(m // here, 1)
+        return max(m // per_device, 1)
     if not sizes:
         return 1
-    whole = next(n for n in (math.gcd(m, config.batch), here) if fits(n))
-    cure = f"--m={whole}" if m == named else f"per_group({whole}, ...)"
-    each = f" and the {here} of each of {devices} devices" if devices > 1 else ""
-    raise RegimeError(
-        f"Groups of {m} examples do not divide a batch of {config.batch}{each} evenly. The "
-        f"two go together: with `--batch={config.batch}` goes `{cure}`."
+    fitting = next(n for n in (math.gcd(m, config.batch), per_device) if fits(n))
+    cure = f"--m={fitting}" if m == named else f"per_group({fitting}, ...)"
+    each = f" and the {per_device} of each of {devices} devices" if devices > 1 else ""
+    raise ParallelismError(
+        f"Groups of {m} examples do not divide a batch of {config.batch}{each} evenly. With "
+        f"`--batch={config.batch}` use for instance `{cure}`."
     )

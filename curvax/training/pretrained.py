@@ -1,8 +1,8 @@
-"""Trained weights ↦ the start of another run: our own checkpoints, or published `.npz` files.
+"""Pretrained weights for another run: from curvax's own checkpoints, or published `.npz` files.
 
-The depth may be scanned in one and unrolled in the other. Where the classes differ the head starts
-anew, as the model's own does: from zeros in ViT and Mixer, as in the authors' fine-tuning, drawn in
-ResNets. Where the image has another size the positions are interpolated.
+Blocks may be scanned in one model and unrolled in the other. If the classes differ, the head keeps
+its own initialisation: zeros in ViT and Mixer, as in the authors' fine-tuning, random in ResNets.
+If the image size differs, position embeddings are interpolated.
 """
 
 import math
@@ -33,25 +33,25 @@ _SHOWN = 8  # names in an error
 
 
 class PretrainedError(ValueError):
-    """Weights that cannot be read, or are those of another model."""
+    """Weights that cannot be read, or belong to another model."""
 
 
 def read(path: str | Path, model: nn.Module, variables: Tree, *, new_head: bool = False) -> Tree:
-    """The values of a trained model for these variables, all or all but the head's.
+    """Reads pretrained values for a model's variables, all or all except the head's.
 
     Args:
         path: a published `.npz`, a run's folder or its `checkpoints`.
-        model: whose variables they are.
-        variables: what `model.init` gives, or the shapes and dtypes of it.
-        new_head: leave the head out although it fits, for other classes of the same number. A
-            representation layer (`pre_logits`) goes with the head that it fed.
+        model: the new model.
+        variables: the result of `model.init`, or its shapes and dtypes.
+        new_head: leave the head out even if it fits, for as many but other classes. A
+            representation layer (`pre_logits`) is left out together with the head it feeds.
 
     Returns:
         NumPy arrays under the names of `variables`.
 
     Raises:
-        PretrainedError: nothing there can be read, or it is another model's; the error names what
-            is missing, what is left over, and what has another shape.
+        PretrainedError: nothing can be read, or the weights belong to another model; the message
+            names missing variables, superfluous ones, and those of another shape.
     """
     wanted = flatten_dict(variables, sep="/")
     found = _as_deep(arrays(Path(path).expanduser().absolute()), wanted)
@@ -67,42 +67,42 @@ def read(path: str | Path, model: nn.Module, variables: Tree, *, new_head: bool 
 
 
 def over(variables: Tree, trained: Tree) -> Tree:
-    """The variables, those that `read` found with its values."""
+    """The variables with those in `trained` replaced."""
     whole = flatten_dict(variables, keep_empty_nodes=True) | flatten_dict(trained)
     tree: Tree = unflatten_dict(whole)
     return tree
 
 
 def resized(positions: np.ndarray, count: int) -> np.ndarray:
-    """Embeddings of the places on a square grid, [1, N, width], on another of `count` places.
+    """Interpolates position embeddings [1, N, width] of a square grid to one of `count` positions.
 
-    Bilinear, the corners staying where they are, as in the authors' code of Dosovitskiy et al.,
-    arXiv:2010.11929, section 3.2.
+    Bilinear with fixed corners, as in the authors' code of Dosovitskiy et al., arXiv:2010.11929,
+    section 3.2.
 
     Raises:
-        PretrainedError: a number of places that fills no square.
+        PretrainedError: a number of positions is not a square.
     """
     old, new = math.isqrt(positions.shape[1]), math.isqrt(count)
     if positions.shape[1] == count:
         return positions
     if old**2 != positions.shape[1] or new**2 != count:
         raise PretrainedError(
-            f"Positions are interpolated from square to square, and {positions.shape[1]} places "
-            f"or {count} fill none. Take square images."
+            "Position embeddings are interpolated between square grids, and not both of "
+            f"{positions.shape[1]} and {count} positions are squares. Use square images."
         )
     grid = positions.reshape(old, old, -1).astype(np.float32)
     return zoom(grid, (new / old, new / old, 1), order=1).reshape(1, count, -1)
 
 
 def arrays(path: Path) -> Arrays:
-    """All arrays of a file or of a run's newest checkpoint, their collection before their names.
+    """All arrays of a file or of a run's newest checkpoint, as `collection/name`.
 
     Raises:
         PretrainedError: nothing there can be read.
     """
     if not path.exists():
         raise PretrainedError(
-            f"`{path}` does not exist, and trained weights are to be read from it. Put it back, or "
+            f"`{path}` does not exist, and pretrained weights are read from it. Restore it, or "
             "give a published `.npz` or the folder of a run."
         )
     if path.is_dir():
@@ -118,19 +118,21 @@ def arrays(path: Path) -> Arrays:
 
 
 def _of_run(folder: Path) -> Arrays:
-    """The newest checkpoint of a run of ours."""
+    """The arrays of a run's newest checkpoint."""
     state = _newest(folder) / "state"
     try:
         checksums.check(state.parent)
         with silent_log():
             found = _restored(state)
     except Exception as error:
-        raise PretrainedError(f"`{state}` cannot be read ({error}). Take another one.") from error
+        raise PretrainedError(
+            f"`{state}` cannot be read ({error}). Use another checkpoint."
+        ) from error
     return flatten_dict({"params": found["params"], **found["model_state"]}, sep="/")
 
 
 def _restored(state: Path) -> Tree:
-    """Parameters and model state as NumPy arrays, wherever they lay."""
+    """Parameters and model state as NumPy arrays, whatever their sharding was."""
     handler = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
     described = handler.metadata(state).item_metadata
     parts = {name: described[name] for name in ("params", "model_state")}
@@ -140,12 +142,12 @@ def _restored(state: Path) -> Tree:
 
 
 def _newest(folder: Path) -> Path:
-    """The one checkpoint that a folder stands for."""
+    """The newest checkpoint in a folder of one run."""
     steps = [path.parent for path in sorted(folder.glob("**/state")) if path.parent.name.isdigit()]
     runs = {step.parent for step in steps}
     if len(runs) != 1:
         raise PretrainedError(
-            f"A run has one folder of checkpoints, and in {folder} there are: "
+            f"Weights are read from the checkpoints of one run, and in {folder} there are: "
             f"{_some(map(str, runs)) or 'none'}. Give the folder of one run, such as "
             "RUN/0-sgd/seed0."
         )
@@ -153,7 +155,7 @@ def _newest(folder: Path) -> Path:
 
 
 def _as_deep(arrays: Arrays, wanted: Mapping[str, Any]) -> Arrays:
-    """The layers stacked, or not, as the model has them."""
+    """The arrays with layers stacked if the model scans its blocks, and unstacked otherwise."""
     unrolled: Arrays = {}
     for name, x in arrays.items():
         if _STACKED.match(name):
@@ -191,11 +193,11 @@ def _require_same(
         },
     }
     if any(lists.values()):
-        said = "; ".join(f"{what} {_some(names)}" for what, names in lists.items() if names)
+        differences = "; ".join(f"{what} {_some(names)}" for what, names in lists.items() if names)
         raise PretrainedError(
-            f"Weights are those of the model that takes them, `{type(model).__name__}`, and those "
-            f"of `{path}` are not: {said}. Set the model's options as theirs were: size, `depth`, "
-            "`patch`, `pool='token'` for a class token; `new_head` where the head alone differs."
+            f"The weights of `{path}` do not fit the model, `{type(model).__name__}`: "
+            f"{differences}. Set the model's options as theirs were: size, `depth`, `patch`, "
+            "`pool='token'` for a class token; or `new_head` if only the head differs."
         )
 
 

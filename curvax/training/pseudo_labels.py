@@ -1,4 +1,4 @@
-"""Labels that a trained run predicts, in the place of those that it was trained on.
+"""Training labels predicted by an earlier run.
 
 Foret et al., SAM, arXiv:2010.01412, section 3.3: "the model is first trained as usual and then
 retrained from scratch on the labels predicted by the initially trained model".
@@ -19,29 +19,33 @@ from curvax.training.data import datasets, sources
 from curvax.training.data.datasets import Split
 from curvax.training.runtime import run_dir
 
-_ARM, _SEED = re.compile(r"\d+-.*"), re.compile(r"seed\d+")
-_SHARED = ("name", "size", "noise")
-"""Fields of `data` that say which examples a run was trained on, and under which labels."""
+_VARIANT, _SEED = re.compile(r"\d+-.*"), re.compile(r"seed\d+")
+_SHARED = ("name", "num_train", "label_noise")
+"""Fields of `data` that determine the training examples and their labels."""
 
 
-class BootstrapError(ValueError):
-    """Labels that cannot be had from a run."""
+class PseudoLabelError(ValueError):
+    """Labels that a run cannot predict."""
 
 
 def predictions(config: ConfigDict, train: Split) -> np.ndarray:
-    """The labels int32 [N] that the run of `data.labels` gives to these images.
+    """The labels int32 [N] that the run of `data.labels` predicts for these images.
 
-    They are those of its newest checkpoint without augmentation, `eval_batch` images at a time on
-    one device, so that every process and every resumed run has the same. Wrong labels are drawn by
-    the seed, so each seed takes the run of its own.
+    Predicted by its newest checkpoint without augmentation, in chunks of `eval_batch` on one
+    device, so that every process and every resumed run gets the same labels. Label noise is drawn
+    by the seed, so each seed uses the run of the same seed.
+
+    Args:
+        config: of the new run.
+        train: its training images.
 
     Raises:
-        BootstrapError: there is no such run, or it was trained on something else.
+        PseudoLabelError: there is no such run, or it was trained on other data.
         PretrainedError: its checkpoint cannot be read.
     """
     folder = find(config, config.seed)
     first = run_dir.read_config(folder.parent.parent)
-    first.data.path = config.data.path  # the same data, which may lie elsewhere by now
+    first.data.path = config.data.path  # the same data, which may have moved
     predict = _predictor(first, folder, train)
     chunks = datasets.batches(
         train, min(config.eval_batch, train.size), shuffle=False, epochs=1, drop_remainder=False
@@ -51,20 +55,20 @@ def predictions(config: ConfigDict, train: Split) -> np.ndarray:
 
 
 def find(config: ConfigDict, seed: int) -> Path:
-    """The folder of the run that predicts the labels of a seed; errors as in `predictions`."""
+    """The folder of the run that predicts the labels for a seed; errors as in `predictions`."""
     folder = _folder(Path(config.data.labels).expanduser().resolve(), seed)
     root = folder.parent.parent
     _require_same_data(root, run_dir.read_config(root), config)
     if run_dir.outcome(folder) is None:
-        raise BootstrapError(
-            f"Labels are predicted by a run that is done, and {folder} is not. Go on with it "
+        raise PseudoLabelError(
+            f"Labels are predicted by a finished run, and {folder} is not finished. Continue it "
             f"first: `curvax resume {root}`."
         )
     return folder
 
 
 def _predictor(first: ConfigDict, folder: Path, train: Split) -> Any:
-    """The compiled map batch ↦ int [B], the class that a run's newest state puts first."""
+    """The compiled map batch ↦ int [B], the top-1 class of a run's newest checkpoint."""
     task = tasks.build(first)
     classes = sources.of(first.data).classes
     model = models.build(first.model.name, classes, **first.model.options)
@@ -81,27 +85,27 @@ def _predictor(first: ConfigDict, folder: Path, train: Split) -> Any:
 
 
 def _folder(given: Path, seed: int) -> Path:
-    """The folder of a seed in that of a run with one method, of an arm, or of the seed itself."""
+    """The folder of a seed, given that of a run with one method, of the method, or of the seed."""
     if not given.is_dir():
-        raise BootstrapError(
+        raise PseudoLabelError(
             f"`data.labels` names the run that predicts the labels, and {given} does not exist. "
-            "Put its folder back, also to resume or to look at what was trained on its labels."
+            "Restore its folder; resuming or inspecting a run trained on its labels needs it too."
         )
-    arms = [given] if _ARM.fullmatch(given.name) else _inside(given, _ARM)
+    variants = [given] if _VARIANT.fullmatch(given.name) else _inside(given, _VARIANT)
     if _SEED.fullmatch(given.name):
-        arms = [given.parent]
-    if len(arms) != 1:
-        found = ", ".join(arm.name for arm in arms) or "none"
-        raise BootstrapError(
+        variants = [given.parent]
+    if len(variants) != 1:
+        found = ", ".join(variant.name for variant in variants) or "none"
+        raise PseudoLabelError(
             f"`data.labels` names a run of one method, and {given} has these: {found}. Give the "
             "folder of one, such as RUN/1-sam_perturb-sgd."
         )
-    folder = arms[0] / f"seed{seed}"
+    folder = variants[0] / f"seed{seed}"
     if not folder.is_dir() or (_SEED.fullmatch(given.name) and given.name != folder.name):
-        raise BootstrapError(
-            f"Wrong labels are drawn by the seed, so those of seed {seed} are predicted by a run "
-            f"of seed {seed}, and {given} is of {_seeds(arms[0], given)}. Train it first, or give "
-            "the folder that holds the seeds."
+        raise PseudoLabelError(
+            f"Label noise is drawn by the seed, so the labels of seed {seed} are predicted by a "
+            f"run of seed {seed}, and {given} is of {_seeds(variants[0], given)}. Train it first, "
+            "or give the folder that holds the seeds."
         )
     return folder
 
@@ -110,24 +114,24 @@ def _inside(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
     return sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name))
 
 
-def _seeds(arm: Path, given: Path) -> str:
+def _seeds(variant: Path, given: Path) -> str:
     if _SEED.fullmatch(given.name):
         return given.name
-    return ", ".join(path.name for path in _inside(arm, _SEED)) or "none"
+    return ", ".join(path.name for path in _inside(variant, _SEED)) or "none"
 
 
 def _require_same_data(root: Path, first: ConfigDict, config: ConfigDict) -> None:
-    """Refuses a run that was not trained on the examples whose labels it is to predict."""
-    if run_dir.read_json(root / "plan.json")["fields"]:
-        raise BootstrapError(
+    """Refuses a run that was trained on other examples."""
+    if run_dir.read_spec(root)["fields"]:
+        raise PseudoLabelError(
             f"`data.labels` names a run on the whole training set, and {root} is a sweep, which "
-            "holds a part of it out. Train with the settings that it chose."
+            "holds out a part of it. Train with the settings that it chose."
         )
-    told = {"task": (first.task, config.task)}
-    told |= {f"data.{name}": (first.data[name], config.data[name]) for name in _SHARED}
-    for field, (theirs, ours) in told.items():
+    fields = {"task": (first.task, config.task)}
+    fields |= {f"data.{name}": (first.data[name], config.data[name]) for name in _SHARED}
+    for field, (theirs, ours) in fields.items():
         if theirs != ours:
-            raise BootstrapError(
+            raise PseudoLabelError(
                 f"`data.labels` names a run on the same examples, and `{field}` of {root} is "
-                f"`{theirs}` where here it is `{ours}`. Set both alike."
+                f"`{theirs}` where here it is `{ours}`. Set both to the same value."
             )

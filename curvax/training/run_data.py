@@ -1,4 +1,4 @@
-"""The data of a run: a part of the training set, some of it held out, some of its labels wrong."""
+"""The data of a run: its part of the training set, label noise, and what it is tested on."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,14 +15,14 @@ from curvax.training.data.datasets import Dataset, Examples, Split
 from curvax.training.tasks import Task
 
 
-class Material(NamedTuple):
+class RunData(NamedTuple):
     """The data of a run."""
 
-    train: Examples  # with the labels that it trains on
-    wrong: np.ndarray  # bool [N]: where these are not the labels that came with them
-    test: Examples  # or what was held out
+    train: Examples  # with the labels used in training
+    wrong: np.ndarray  # bool [N]: the label differs from the data set's own
+    test: Examples  # the test set, or the held-out examples
     classes: int | None
-    names: Sequence[str] = ()  # of the classes, where they have any
+    names: Sequence[str] = ()  # of the classes, if they have any
 
     @property
     def first(self) -> dict[str, np.ndarray]:
@@ -30,35 +30,40 @@ class Material(NamedTuple):
         return self.train.gather(np.arange(1))
 
 
-def gather(config: ConfigDict, task: Task, hold_out: bool = False) -> Material:
-    """The data of a config: a part of the training set, some of it held out, some labels wrong.
+def load(config: ConfigDict, task: Task, hold_out: bool = False) -> RunData:
+    """Loads the data of a config.
+
+    Args:
+        config: its `data` fields and `seed` choose examples and labels.
+        task: loads the data set.
+        hold_out: test on 10 % of the training set, which is then left out of training.
 
     Raises:
-        DataError: it cannot be read, or does not fit.
-        BootstrapError, PretrainedError: the run that predicts its labels cannot be had.
+        DataError: the data cannot be read, or a field does not fit them.
+        PseudoLabelError, PretrainedError: the run that predicts the labels cannot be used.
     """
     seed, dataset = config.seed, task.load(config.seed)
     train, test = dataset.train, dataset.test
-    if config.data.size is not None:
-        train = datasets.take(train, config.data.size, seed=seed)
+    if config.data.num_train is not None:
+        train = datasets.take(train, config.data.num_train, seed=seed)
     if hold_out:
         train, test = datasets.hold_out(train, seed=seed)
     train, wrong = _relabelled(train, dataset, config)
-    return Material(train, wrong, test, dataset.classes, dataset.names)
+    return RunData(train, wrong, test, dataset.classes, dataset.names)
 
 
 def _relabelled(
     train: Examples, dataset: Dataset[Examples], config: ConfigDict
 ) -> tuple[Examples, np.ndarray]:
-    """With wrong labels, or with those that a run predicts which was trained on wrong ones."""
-    rate, predicted = config.data.noise, config.data.labels is not None
+    """The examples with label noise or with predicted labels, and which labels are now wrong."""
+    rate, predicted = config.data.label_noise, config.data.labels is not None
     if not (rate or predicted) or dataset.classes is None:
         return train, np.zeros(train.size, bool)
     if not isinstance(train, Split):
         raise DataError(
-            f"`data.{'labels' if predicted else 'noise'}` replaces labels in memory, and those of "
-            f"`{config.data.name}` are in its records. Leave it out, or convert pictures in other "
-            "class folders."
+            f"`data.{'labels' if predicted else 'label_noise'}` replaces labels in memory, and "
+            f"those of `{config.data.name}` are in its records. Leave it out, or convert images in "
+            "other class folders."
         )
     if predicted:
         labels = pseudo_labels.predictions(config, train)
@@ -67,24 +72,23 @@ def _relabelled(
     return train._replace(labels=labels), labels != train.labels
 
 
-class Facts(NamedTuple):
-    """What there is to know of a run's data without reading it."""
+class DataSpec(NamedTuple):
+    """Size and shapes of a run's data."""
 
     size: int  # training examples
     classes: int | None
-    input: jax.ShapeDtypeStruct  # of an example
+    input: jax.ShapeDtypeStruct  # of one example
     label: jax.ShapeDtypeStruct
 
 
-def foretell(config: ConfigDict) -> Facts:
-    """The facts that a training step follows from."""
+def data_spec(config: ConfigDict) -> DataSpec:
+    """The size and shapes that a training step depends on; for images, without reading any."""
     if config.task == "images":
         source = sources.of(config.data)
         pixels = jax.ShapeDtypeStruct(source.shape, source.dtype)
         label = jax.ShapeDtypeStruct((), jnp.int32)
-        return Facts(config.data.size or source.train, source.classes, pixels, label)
-    gathered = gather(config, tasks.build(config))
-    train = gathered.train
-    example = train.gather(np.arange(1))
+        return DataSpec(config.data.num_train or source.train, source.classes, pixels, label)
+    data = load(config, tasks.build(config))
+    example = data.first
     shape = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
-    return Facts(train.size, gathered.classes, shape(example["input"]), shape(example["label"]))
+    return DataSpec(data.train.size, data.classes, shape(example["input"]), shape(example["label"]))

@@ -1,4 +1,4 @@
-"""What a trained state is worth: its scores, and the largest eigenvalue of its Hessian."""
+"""Scores of a trained state, and the largest eigenvalue of its Hessian."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,33 +16,34 @@ from curvax.training.parallelism import Jit
 from curvax.training.step import State
 from curvax.training.tasks import Task
 
-Clean = Callable[[Tree, Batch], curvax.Objective]
-"""(model_state, batch) ↦ the loss on it, with the model as in evaluation."""
+EvalObjective = Callable[[Tree, Batch], curvax.Objective]
+"""(model_state, batch) ↦ the loss on the batch, with the model in evaluation mode."""
 Scores = Callable[[Tree, Tree, Batch], dict[str, jax.Array]]
+"""(params, model_state, batch) ↦ loss, scores and the number of unmasked examples."""
+LargestEigenvalue = Callable[[Tree, Tree, Batch], jax.Array]
+"""(params, model_state, batch) ↦ λ of largest magnitude."""
 _COUNT = "examples"
-Curvature = Callable[[Tree, Tree, Batch], jax.Array]
 
 
-def make_clean(model: nn.Module, task: Task) -> Clean:
-    """The loss over the unmasked examples, without dropout, batch statistics as they are."""
+def make_eval_objective(model: nn.Module, task: Task) -> EvalObjective:
+    """The loss over unmasked examples, without dropout and with fixed batch statistics."""
 
-    def clean(model_state: Tree, batch: Batch) -> curvax.Objective:
+    def eval_objective(model_state: Tree, batch: Batch) -> curvax.Objective:
         def predict(params: Tree, batch: Batch) -> Any:
             return model.apply({"params": params, **model_state}, batch["input"])
 
         likelihood = task.likelihood("label", mask="mask")
         return curvax.Objective(likelihood, task.in_test(batch), model=predict)
 
-    return clean
+    return eval_objective
 
 
-def make_scores(clean: Clean, task: Task) -> Scores:
-    """The compiled map (params, model_state, batch) ↦ loss and scores over unmasked examples, and
-    how many those are."""
+def make_scores(eval_objective: EvalObjective, task: Task) -> Scores:
+    """The compiled scores of a batch, means over its unmasked examples."""
 
     @jax.jit
     def scores(params: Tree, model_state: Tree, batch: Batch) -> dict[str, jax.Array]:
-        objective = clean(model_state, batch)
+        objective = eval_objective(model_state, batch)
         assert objective.model is not None
         outputs, batch = objective.model(params, objective.batch), objective.batch
         found = {
@@ -55,20 +56,23 @@ def make_scores(clean: Clean, task: Task) -> Scores:
 
 
 def average(
-    scores: Scores, state: State, split: Examples, size: int, regime: Jit
+    scores: Scores, state: State, split: Examples, size: int, parallelism: Jit
 ) -> dict[str, float]:
-    """The scores on a split, computed `size` examples at a time, each example counted once."""
+    """The scores over a whole split, in chunks of about `size` examples; each counts once."""
     found = [
-        jax.device_get(scores(state.params, state.model_state, regime.place(chunk)))
-        for chunk in chunks(split, size, regime)
+        jax.device_get(scores(state.params, state.model_state, parallelism.place(chunk)))
+        for chunk in chunks(split, size, parallelism)
     ]
     counts = [one.pop(_COUNT) for one in found]
     return {name: float(np.average([f[name] for f in found], weights=counts)) for name in found[0]}
 
 
-def chunks(split: Examples, size: int, regime: Jit) -> Iterator[dict[str, np.ndarray]]:
-    """This process's part of a split in order, about `size` examples at a time, with masks."""
-    devices = regime.mesh.size
+def chunks(split: Examples, size: int, parallelism: Jit) -> Iterator[dict[str, np.ndarray]]:
+    """This process's part of a split, in order and with masks.
+
+    A chunk has `size` examples, rounded up to a multiple of the number of devices.
+    """
+    devices = parallelism.mesh.size
     return datasets.batches(
         split,
         -(-min(size, split.size) // devices) * devices,
@@ -80,15 +84,15 @@ def chunks(split: Examples, size: int, regime: Jit) -> Iterator[dict[str, np.nda
     )
 
 
-def make_largest_eigenvalue(clean: Clean) -> Curvature:
-    """The map (params, model_state, batch) ↦ λ of largest magnitude of the loss's Hessian.
+def make_largest_eigenvalue(eval_objective: EvalObjective) -> LargestEigenvalue:
+    """The largest eigenvalue of the loss's Hessian in magnitude, by power iteration.
 
-    By power iteration. The residual that stops it bounds λ's relative error by 3 %.
+    The residual at which the iteration stops bounds the relative error of λ by 3 %.
     """
 
     @jax.jit
     def product(params: Tree, model_state: Tree, batch: Batch, v: Tree) -> Tree:
-        return curvax.hvp(clean(model_state, batch), params)(v)
+        return curvax.hvp(eval_objective(model_state, batch), params)(v)
 
     def largest(params: Tree, model_state: Tree, batch: Batch) -> jax.Array:
         def compiled(v: Tree) -> Tree:
@@ -96,7 +100,7 @@ def make_largest_eigenvalue(clean: Clean) -> Curvature:
                 return product(params, model_state, batch, v)
 
         start = curvax.gaussian_probe(jax.random.key(0), params)
-        with jax.disable_jit():  # a loop in Python: XLA's own runs convolutions slowly on CPUs
+        with jax.disable_jit():  # a Python loop: XLA runs convolutions in its loops slowly on CPUs
             return curvax.power_iteration(compiled, start, tol=3e-2).value
 
     return largest

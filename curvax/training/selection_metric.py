@@ -1,29 +1,29 @@
-"""The score by which methods are compared, and how people read it."""
+"""The test score by which methods are compared, and how it is written in tables and sentences."""
 
 import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
 
-class Goal(NamedTuple):
-    """A score, whether more of it is better, and its words."""
+class SelectionMetric(NamedTuple):
+    """A score, its direction, and its wording."""
 
     name: str  # among the scores: "accuracy"
-    form: str  # of its value: "{:.1%}"
-    claim: str  # what a method does that reached it: "classifies {} of the test images correctly"
+    form: str  # of a value: "{:.1%}"
+    claim: str  # verb phrase with the value: "classifies {} of the test images correctly"
     unit: str = ""  # of a difference
-    scale: float = 1  # units of a difference in one of the score
-    digits: int = 3  # of a difference, after the point
-    rises: bool = False  # whether more is better
+    scale: float = 1  # units per difference of one
+    digits: int = 3  # decimals of a difference
+    higher_is_better: bool = False
 
     @property
-    def figure(self) -> str:
-        """Its name among the figures at the end of a run."""
+    def result_key(self) -> str:
+        """Its name in results.json: `test_accuracy`."""
         return f"test_{self.name}"
 
     @property
-    def record(self) -> str:
-        """Its name among the records on the way."""
+    def log_key(self) -> str:
+        """Its name in metrics.jsonl: `test/accuracy`."""
         return f"test/{self.name}"
 
     @property
@@ -32,23 +32,27 @@ class Goal(NamedTuple):
 
     @property
     def over(self) -> str:
-        """What stands between a difference and the base: `points over`."""
-        return f"{self.unit} {'over' if self.rises else 'against'}".strip()
+        """The words between a difference and the baseline: `points over`."""
+        return f"{self.unit} {'over' if self.higher_is_better else 'against'}".strip()
 
-    def worth(self, score: float) -> float:
-        """The higher, the better; a run that diverged is worth least."""
+    def key(self, score: float) -> float:
+        """The sort key of a score: the larger, the better; -∞ for a run that diverged."""
         if math.isnan(score):
             return -math.inf
-        return score if self.rises else -score
+        return score if self.higher_is_better else -score
 
     def best(self, scores: Iterable[float]) -> float:
-        """The best of some scores; NaN where there is none."""
-        return max(scores, key=self.worth, default=math.nan)
+        """The best of some scores; NaN if there are none."""
+        return max(scores, key=self.key, default=math.nan)
 
 
-CLASSIFY = Goal(
+CLASSIFICATION = SelectionMetric(
     "accuracy", "{:.1%}", "classifies {} of the test images correctly", "points", 100, 1, True
 )
-RECONSTRUCT = Goal("loss", "{:.2f}", "reconstructs the test images at a loss of {}", "nats")
-REGRESS = Goal("squared_error", "{:.3f}", "predicts the test targets with a squared error of {}")
-FORETELL = Goal("loss", "{:.3f}", "foretells the test text at {} nats a byte", "nats")
+RECONSTRUCTION = SelectionMetric(
+    "loss", "{:.2f}", "reconstructs the test images at a loss of {}", "nats"
+)
+REGRESSION = SelectionMetric(
+    "squared_error", "{:.3f}", "predicts the test targets with a squared error of {}"
+)
+LANGUAGE = SelectionMetric("loss", "{:.3f}", "predicts the test text at {} nats a byte", "nats")

@@ -1,4 +1,4 @@
-"""One training step: a state and a batch ↦ the next state and what the step measured."""
+"""One training step: (state, batch) ↦ (next state, measurements)."""
 
 import functools
 from typing import Any, NamedTuple
@@ -20,20 +20,20 @@ from curvax.training.tasks import Task
 
 
 class State(NamedTuple):
-    """All that the next step needs, but the place in the data."""
+    """The state of training, except for the position in the data."""
 
     step: jax.Array  # int32 []
     params: Tree
-    model_state: Tree  # batch statistics, {} without
+    model_state: Tree  # batch statistics; {} if the model has none
     opt_state: Tree
-    key: jax.Array  # typed key [], from which each step folds its own
+    key: jax.Array  # typed key []; each step folds its number in
 
 
 class Measured(NamedTuple):
-    """What one step measured, on the device until somebody asks."""
+    """The measurements of one step, on the device until they are fetched."""
 
-    figures: dict[str, jax.Array]  # loss, scores and what the stages record, float32 []
-    finite: jax.Array  # bool [1 + 2·leaves]: the loss, each gradient leaf, each update leaf
+    metrics: dict[str, jax.Array]  # loss, scores and the stages' diagnostics, float32 []
+    finite: jax.Array  # bool [1 + 2·leaves]: of the loss, each gradient leaf, each update leaf
 
 
 def init(
@@ -43,10 +43,14 @@ def init(
     seed: int,
     trained: Tree,
 ) -> State:
-    """The state before the first step, for inputs shaped like `example` [1, ...].
+    """The state before the first step.
 
     Args:
-        trained: variables, or some of them, that stand in the place of drawn ones.
+        model: initialised on zeros.
+        optimizer: its state is initialised too.
+        example: shape [1, ...] and dtype of an input.
+        seed: of the parameters and of all steps.
+        trained: variables that replace the drawn ones, all or some; {} for none.
     """
     of_params, of_steps = jax.random.split(jax.random.key(seed))
     drawn = _variables(model, of_params, jnp.zeros(example.shape, example.dtype))
@@ -69,7 +73,7 @@ def objective(
     key: jax.Array,
     microbatch: int | None = None,
 ) -> curvax.Objective:
-    """The training loss on a batch, whose aux is the new batch statistics and the scores."""
+    """The training loss on a batch; its aux is (new batch statistics, scores)."""
 
     def predict(params: Tree, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
         outputs, new = model.apply(
@@ -96,16 +100,21 @@ def make_step(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
     task: Task,
-    regime: Jit,
+    parallelism: Jit,
     shapes: State,
     microbatch: int | None = None,
 ) -> Any:
     """The compiled step of all devices, (State, batch) ↦ (State, Measured).
 
-    It takes the state's buffers over, so use the state it returns.
+    The state's buffers are donated.
 
     Args:
-        shapes: of the state.
+        model: with parameters as in `shapes`.
+        optimizer: a pipe of stages and transformations, or a single one.
+        task: gives preprocessing, likelihood and scores.
+        parallelism: maps the step over the devices.
+        shapes: the shapes of the state.
+        microbatch: examples in memory at once; the whole batch by default.
     """
     pipe = curvax.pipe(optimizer)
 
@@ -127,25 +136,26 @@ def make_step(
         _refuse_local(signal.local)
         params = optax.apply_updates(state.params, signal.updates)
         watched = _finite((signal.value, gradient, signal.updates))
-        # After the pipe: an estimator has put its own pass in the place of the caller's, which the
-        # compiler then drops.
+        # Aux is read after the pipe: an estimator may have replaced the caller's forward pass by
+        # its own, and the compiler then removes the former.
         (model_state, scores), loss, unsound = axes.mean(
-            (signal.aux, signal.value, 1.0 - watched), regime.axes
+            (signal.aux, signal.value, 1.0 - watched), parallelism.axes
         )
-        figures = {**scores, **curvax.diagnostics(opt_state), "loss": loss}
+        metrics = {**scores, **curvax.diagnostics(opt_state), "loss": loss}
         state = State(state.step + 1, params, model_state, opt_state, state.key)
-        return state, Measured(figures, unsound == 0)
+        return state, Measured(metrics, unsound == 0)
 
-    return regime.map(prepare, core, shapes)
+    return parallelism.map(prepare, core, shapes)
 
 
 def _through(
     pipe: curvax.Stage, signal: curvax.Signal, state: Tree, params: Tree, **extra: Any
 ) -> tuple[curvax.Signal, Tree, Tree]:
-    """What a pipe gives, its state, and the clean gradient before `pmean_updates` averages it.
+    """Applies a pipe: (signal, state, gradient to check for NaNs).
 
-    Whether that is finite each device says of its own. Its mean would be sent for this alone, and
-    so would under jit that of groups, of which what they hand on is taken.
+    The gradient is the clean one before `pmean_updates`: each device checks its local gradient for
+    NaNs, since averaging only for this check would cost an all-reduce. After `per_group` the
+    updates of the groups are checked for the same reason.
     """
     gradient, states = None, []
     for part, inner in zip(parts_of(pipe), state, strict=True):
@@ -159,17 +169,17 @@ def _through(
 
 
 def _keys(state: State) -> jax.Array:
-    """This step's keys, of augmentation and of dropout."""
+    """This step's keys [2]: of augmentation, of dropout."""
     return jax.random.split(jax.random.fold_in(state.key, state.step))
 
 
 def _refuse_local(local: frozenset[str]) -> None:
     if local:
         raise ValueError(
-            f"The optimiser's text leaves each device of {sorted(local)} with updates of its own. "
-            "Average them where the devices should go together again: `sam_perturb(0.05) | "
-            "pmean_updates(axes) | adamw(1e-3)`, or `mean_over=axes` in a method; `axes` is the "
-            "name of the device axes, whatever the regime."
+            f"The optimiser's text leaves the updates different on each device of {sorted(local)}. "
+            "Average them before the optimiser: `sam_perturb(0.05) | pmean_updates(axes) | "
+            "adamw(1e-3)`, or `mean_over=axes` in a method. `axes` stands for the device axes "
+            "under any parallelism."
         )
 
 
@@ -179,7 +189,7 @@ def _finite(watched: Tree) -> jax.Array:
 
 
 def watched_names(params: Tree) -> list[str]:
-    """What each entry of `Measured.finite` is about."""
+    """The name of each entry of `Measured.finite`."""
     leaves = [label(names(path)) for path, _ in jax.tree.leaves_with_path(params)]
     return [
         "the loss",

@@ -1,7 +1,7 @@
-"""What a model is asked for: its examples, the likelihood of its outputs, its scores.
+"""Tasks: the examples of a model, the likelihood of its outputs, and its scores.
 
-Images to be classified, images to be reconstructed, numbers to be predicted, a text to be foretold:
-all that tells them apart is here and in what is named here.
+Image classification, image reconstruction, regression and language modelling differ only in what is
+defined or referred to here.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,30 +17,30 @@ from curvax.training.augment.preprocessing import Prepare
 from curvax.training.augment.transforms import Transform
 from curvax.training.data import sources, tabular, text
 from curvax.training.data.datasets import Dataset, Examples, Split
-from curvax.training.selection_metric import Goal
+from curvax.training.selection_metric import SelectionMetric
 
 LIKELIHOODS: dict[str, Callable[..., Likelihood]] = {
     "softmax": categorical,
     "sigmoid": bernoulli,
     "squared": gaussian,
 }
-"""What `loss` may name: `f(targets, mask=None)`."""
+"""The values of the config's `loss`; each is `f(targets, mask=None)`."""
 
 
 class TaskError(ValueError):
-    """A task that there is not, or fields that do not fit it."""
+    """An unknown task, or fields that do not fit it."""
 
 
 class Task(NamedTuple):
-    """What the model of one config is asked for."""
+    """The task of one config."""
 
-    examples: str  # what they are called
-    load: Callable[[int], Dataset[Examples]]  # by seed
+    examples: str  # the noun for examples: "images"
+    load: Callable[[int], Dataset[Examples]]  # seed ↦ data set
     likelihood: Callable[..., Likelihood]  # f(targets, mask=None)
-    scores: Mapping[str, Metric]  # beside the loss
-    goal: Goal
-    in_training: Transform = lambda key, batch: batch  # what happens to a training batch
-    in_test: Prepare = lambda batch: batch  # and to any other
+    scores: Mapping[str, Metric]  # in addition to the loss
+    metric: SelectionMetric
+    in_training: Transform = lambda key, batch: batch  # applied to training batches
+    in_test: Prepare = lambda batch: batch  # applied to all others
 
 
 def build(config: ConfigDict) -> Task:
@@ -48,7 +48,8 @@ def build(config: ConfigDict) -> Task:
 
     Raises:
         TaskError: there is no task of that name, or a field does not fit it.
-        DataError, RecipeError: the data cannot be read, nor a text of `data.augment`.
+        DataError: the data cannot be read.
+        RecipeError: a text of `data.augment` cannot be parsed.
     """
     if config.task not in TASKS:
         raise TaskError(f"`task` is one of {', '.join(TASKS)}, and was `{config.task}`.")
@@ -65,7 +66,7 @@ def _images(config: ConfigDict) -> Task:
         lambda seed: preprocessing.load(options, seed),
         _likelihood(config, "softmax", "sigmoid"),
         {"accuracy": metrics.top1} | ({} if few else {"top5": metrics.top5}),
-        selection_metric.CLASSIFY,
+        selection_metric.CLASSIFICATION,
         preprocessing.in_training(config),
         preprocessing.in_test(config),
     )
@@ -80,13 +81,13 @@ def _autoencoder(config: ConfigDict) -> Task:
         return Dataset(train, test)
 
     likelihood, scores = _likelihood(config, "sigmoid"), {"squared_error": metrics.pixel_error}
-    return Task("images", load, likelihood, scores, selection_metric.RECONSTRUCT)
+    return Task("images", load, likelihood, scores, selection_metric.RECONSTRUCTION)
 
 
 def _own_targets(part: Examples) -> Split:
     if not isinstance(part, Split):
         raise TaskError(
-            "An autoencoder is trained on images in memory, and these are records. Take another "
+            "An autoencoder is trained on images in memory, and these are records. Use another "
             "`data.name`, or the task `images`."
         )
     return Split(part.inputs, part.inputs)
@@ -94,17 +95,22 @@ def _own_targets(part: Examples) -> Split:
 
 def _regression(config: ConfigDict) -> Task:
     options = config.data
-    load = lambda seed: tabular.load(options.name, path=options.path, seed=seed)
+    if options.path is not None:
+        raise TaskError(
+            "The task `regression` uses a table that comes with scikit-learn, and `data.path` is "
+            f"{options.path}. Leave it out."
+        )
+    load = lambda seed: tabular.load(options.name, seed=seed)
     likelihood, scores = _likelihood(config, "squared"), {"squared_error": metrics.squared_error}
-    return Task("rows", load, likelihood, scores, selection_metric.REGRESS)
+    return Task("rows", load, likelihood, scores, selection_metric.REGRESSION)
 
 
 def _language(config: ConfigDict) -> Task:
     options = config.data
-    where = {"path": options.path, "length": options.length}
+    where = {"path": options.path, "length": options.seq_len}
     load = lambda seed: text.load(options.name, seed=seed, **where)
     likelihood, scores = _likelihood(config, "softmax"), {"accuracy": metrics.top1}
-    return Task("windows", load, likelihood, scores, selection_metric.FORETELL)
+    return Task("windows", load, likelihood, scores, selection_metric.LANGUAGE)
 
 
 TASKS = {
@@ -116,7 +122,7 @@ TASKS = {
 
 
 def _likelihood(config: ConfigDict, *fitting: str) -> Callable[..., Likelihood]:
-    """That of the config's `loss`, the first that fits by default."""
+    """The likelihood that the config's `loss` names, by default the first that fits the task."""
     name = config.loss or fitting[0]
     if name not in fitting:
         raise TaskError(
@@ -126,9 +132,10 @@ def _likelihood(config: ConfigDict, *fitting: str) -> Callable[..., Likelihood]:
 
 
 def _refuse_changes(config: ConfigDict) -> None:
-    for field in ("noise", "labels", "smoothing", "augment", "side"):
+    """Refuses fields that only labelled images have."""
+    for field in ("label_noise", "labels", "label_smoothing", "augment", "image_size"):
         if config.data[field]:
             raise TaskError(
                 f"`data.{field}` is for labelled images, and the task is `{config.task}`. Leave it "
-                "out, or take the task `images`."
+                "out, or use the task `images`."
             )

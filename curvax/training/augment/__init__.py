@@ -1,1 +1,1 @@
-"""Augmentation and preprocessing: what happens to a batch before the model sees it."""
+"""Augmentation and preprocessing of batches, and metrics."""

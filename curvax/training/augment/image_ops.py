@@ -1,15 +1,15 @@
 """Operations of augmentation policies: an image [H, W, C] in [0, 1] and a strength ↦ an image.
 
-They compute what Pillow's operations of the same name compute, without its rounding to bytes; where
-an operation is defined by bytes (posterize, solarize, equalize) the image is read as bytes.
-Strengths may be traced. Three families: a table of grey values, a blend with a degenerate image, a
-map of the plane.
+They equal Pillow's operations of the same name, without the rounding to bytes; operations defined
+on bytes (posterize, solarize, equalize) first round the image. Written by hand because the policies
+need them traced, with traced strengths. Three families: tables of grey values, blends with a
+degenerate image, and maps of the plane.
 """
 
 import jax
 import jax.numpy as jnp
 
-GREY = 128 / 255  # what the reference codes fill uncovered pixels with
+GREY = 128 / 255  # the reference codes' value for uncovered pixels
 
 
 def _bytes(image: jax.Array) -> jax.Array:
@@ -25,29 +25,29 @@ def invert(image: jax.Array) -> jax.Array:
 
 
 def posterize(image: jax.Array, bits: jax.Array | int) -> jax.Array:
-    """Keeps the highest `bits` in 0 … 8 of every byte."""
+    """Keeps the highest `bits`, 0 to 8, of every byte."""
     dropped = 8 - jnp.asarray(bits, jnp.int32)
     return _from_bytes(_bytes(image) >> dropped << dropped, image)
 
 
 def solarize(image: jax.Array, threshold: jax.Array | float) -> jax.Array:
-    """Inverts what is not below the threshold in 0 … 256."""
+    """Inverts bytes from the threshold, 0 to 256, upwards."""
     return jnp.where(_bytes(image) < threshold, image, 1 - image)
 
 
 def solarize_add(image: jax.Array, addition: jax.Array | float) -> jax.Array:
-    """Brightens what is below 128 by `addition` in -255 … 255."""
+    """Adds `addition`, -255 to 255, to bytes below 128."""
     return jnp.where(_bytes(image) < 128, jnp.clip(image + addition / 255, 0, 1), image)
 
 
 def autocontrast(image: jax.Array) -> jax.Array:
-    """Stretches each channel to [0, 1]; a constant one stays."""
+    """Stretches each channel to [0, 1]; constant channels are unchanged."""
     low, high = image.min((0, 1), keepdims=True), image.max((0, 1), keepdims=True)
     return jnp.where(high > low, (image - low) / jnp.where(high > low, high - low, 1), image)
 
 
 def equalize(image: jax.Array) -> jax.Array:
-    """Makes the histogram of each channel as flat as whole steps of Pillow's allow."""
+    """Equalises the histogram of each channel, with Pillow's integer arithmetic."""
 
     def channel(levels: jax.Array) -> jax.Array:
         counts = jnp.bincount(levels.ravel(), length=256).astype(jnp.int32)
@@ -61,34 +61,37 @@ def equalize(image: jax.Array) -> jax.Array:
 
 
 def blend(degenerate: jax.Array, image: jax.Array, factor: jax.Array | float) -> jax.Array:
-    """degenerate + factor · (image - degenerate): factor 1 is the image, above 1 more than that."""
+    """degenerate + factor · (image - degenerate), clipped to [0, 1]."""
     return jnp.clip(degenerate + factor * (image - degenerate), 0, 1)
 
 
 def _luma(image: jax.Array) -> jax.Array:
-    """Brightness [H, W, 1] by ITU-R 601; of an image without three channels their mean."""
+    """Brightness [H, W, 1] by ITU-R 601; the mean of channels that are not three."""
     if image.shape[-1] != 3:
         return image.mean(-1, keepdims=True)
     return jnp.sum(image * jnp.array([[[0.299, 0.587, 0.114]]], image.dtype), -1, keepdims=True)
 
 
 def color(image: jax.Array, factor: jax.Array | float) -> jax.Array:
-    """Factor 0 is grey."""
+    """Changes the saturation; factor 0 is grey, 1 the image."""
     return blend(_luma(image), image, factor)
 
 
 def contrast(image: jax.Array, factor: jax.Array | float) -> jax.Array:
-    """Factor 0 is the mean brightness everywhere."""
+    """Changes the contrast; factor 0 is the mean brightness everywhere, 1 the image."""
     return blend(_luma(image).mean(), image, factor)
 
 
 def brightness(image: jax.Array, factor: jax.Array | float) -> jax.Array:
-    """Factor 0 is black."""
+    """Changes the brightness; factor 0 is black, 1 the image."""
     return blend(jnp.zeros_like(image), image, factor)
 
 
 def sharpness(image: jax.Array, factor: jax.Array | float) -> jax.Array:
-    """Factor 0 is smoothed by the kernel (1 1 1, 1 5 1, 1 1 1) / 13; the border stays."""
+    """Changes the sharpness; factor 1 is the image.
+
+    Factor 0 is its convolution with (1 1 1, 1 5 1, 1 1 1) / 13, except at the border.
+    """
     height, width = image.shape[0] - 2, image.shape[1] - 2
     window = lambda i, j: image[i : i + height, j : j + width]
     total = sum(window(i, j) for i in range(3) for j in range(3))
@@ -97,12 +100,12 @@ def sharpness(image: jax.Array, factor: jax.Array | float) -> jax.Array:
 
 
 def shear_x(image: jax.Array, slope: jax.Array | float, fill: float = GREY) -> jax.Array:
-    """Row y moves left by slope · y, counted from the top."""
+    """Moves row y, counted from the top, left by slope · y."""
     return _resample(image, (1, slope, 0), (0, 1, 0), fill)
 
 
 def shear_y(image: jax.Array, slope: jax.Array | float, fill: float = GREY) -> jax.Array:
-    """Column x moves up by slope · x, counted from the left."""
+    """Moves column x, counted from the left, up by slope · x."""
     return _resample(image, (1, 0, 0), (slope, 1, 0), fill)
 
 
@@ -117,7 +120,7 @@ def translate_y(image: jax.Array, share: jax.Array | float, fill: float = GREY) 
 
 
 def rotate(image: jax.Array, degrees: jax.Array | float, fill: float = GREY) -> jax.Array:
-    """Turns counter-clockwise about the centre."""
+    """Rotates counter-clockwise about the centre."""
     angle = jnp.deg2rad(jnp.asarray(degrees, jnp.float32))
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     x, y = image.shape[1] / 2, image.shape[0] / 2
@@ -130,9 +133,9 @@ Row = tuple[jax.Array | float, jax.Array | float, jax.Array | float]
 
 
 def _resample(image: jax.Array, to_x: Row, to_y: Row, fill: float) -> jax.Array:
-    """The pixel at (x, y) is taken from the nearest to (to_x · (x, y, 1), to_y · (x, y, 1)).
+    """Takes the pixel at (x, y) from the nearest to (to_x · (x, y, 1), to_y · (x, y, 1)).
 
-    Coordinates are of pixel centres, half a pixel from the edge; outside there is `fill`.
+    Coordinates refer to pixel centres, half a pixel from the edge; outside the value is `fill`.
     """
     height, width, _ = image.shape
     x = (jnp.arange(width, dtype=jnp.float32) + 0.5)[None, :]

@@ -1,6 +1,6 @@
-"""Scores of a model: outputs and labels ↦ a mean over examples.
+"""Scores of a model: (outputs, labels) ↦ a mean over examples.
 
-A mask, bool [B], leaves out the copies that fill up the last batch of a test.
+A mask, bool [B], leaves out the padding of the last batch of an evaluation.
 """
 
 from collections.abc import Callable
@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 
 Metric = Callable[..., jax.Array]
-"""`f(outputs, labels, mask=None)` ↦ a scalar, float32 or wider."""
+"""`f(outputs, labels, mask=None)` ↦ scalar, float32 or wider."""
 
 
 def weighted_mean(values: jax.Array, weights: jax.Array | None = None) -> jax.Array:
-    """Σ wᵢ xᵢ / Σ wᵢ of values [B, ...] in float32 or wider, and 0 where all weights are 0.
+    """The weighted mean Σ wᵢ xᵢ / Σ wᵢ, in float32 or wider; 0 if all weights are 0.
 
-    Values with further axes are averaged over those first. With a mask [B] as weights it is the
-    mean of a batch; of the means of batches, weighted by how many examples each had, the mean of
-    all.
+    Args:
+        values: [B, ...], first averaged over further axes.
+        weights: [B], for instance a mask; equal by default.
     """
     values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
     if weights is None:
@@ -25,24 +25,25 @@ def weighted_mean(values: jax.Array, weights: jax.Array | None = None) -> jax.Ar
     values = jnp.mean(values, axis=range(1, values.ndim))
     weights = weights.astype(values.dtype)
     total = jnp.sum(weights)
-    kept = jnp.where(weights == 0, 0, values)  # a masked NaN must not count
+    kept = jnp.where(weights == 0, 0, values)  # a masked NaN has no effect
     return jnp.sum(weights * kept) / jnp.where(total == 0, 1, total)
 
 
-def smooth(labels: jax.Array, smoothing: float) -> jax.Array:
-    """Smoothed rows [B, K]: (1 - ε) y + ε / K. Szegedy et al., arXiv:1512.00567, section 7."""
-    return (1 - smoothing) * labels + smoothing / labels.shape[-1]
-
-
 def top_k(k: int) -> Metric:
-    """The metric (logits, labels, mask=None) ↦ the share whose label is among the k highest logits.
+    """The share of examples whose label is among the k highest logits.
 
-    Logits are [..., classes], labels integers [...] or rows shaped like the logits, which stand for
-    their highest class. A label tied with others counts as ranked behind them, and a logit that is
-    NaN ranks before all: a constant or broken model scores 0.
+    Ties count against the label, and a NaN ranks above all numbers, so that a constant or broken
+    model scores 0.
+
+    Args:
+        k: from 1 to one less than the number of classes.
+
+    Returns:
+        A metric of logits [..., classes] and labels, integers [...] or rows [..., classes] whose
+        highest entry is the label.
 
     Raises:
-        ValueError: k is not in 1 … classes - 1, where every answer would be right.
+        ValueError: k is out of range.
     """
 
     def share(logits: jax.Array, labels: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
@@ -66,7 +67,7 @@ top1, top5 = top_k(1), top_k(5)
 def squared_error(
     outputs: jax.Array, labels: jax.Array, *, mask: jax.Array | None = None
 ) -> jax.Array:
-    """‖z - y‖², averaged over examples."""
+    """The mean over examples of ‖z - y‖²."""
     square = jnp.square(outputs - labels)
     return weighted_mean(jnp.sum(square, axis=range(1, square.ndim)), mask)
 
@@ -74,8 +75,8 @@ def squared_error(
 def pixel_error(
     logits: jax.Array, pixels: jax.Array, *, mask: jax.Array | None = None
 ) -> jax.Array:
-    """‖sigmoid(z) - x‖² of pixels in [0, 1], averaged over images.
+    """The mean over images of ‖sigmoid(z) - x‖², for pixels x in [0, 1].
 
-    What Martens, ICML 2010, and kfac-jax's example report of the autoencoder.
+    The score of the autoencoder in Martens, ICML 2010, and in kfac-jax's example.
     """
     return squared_error(jax.nn.sigmoid(logits), pixels, mask=mask)

@@ -1,7 +1,6 @@
 """RandAugment and AutoAugment: random operations of `image_ops`, each at a level.
 
-At level 10 an operation has the greatest strength that its authors meant; RandAugment's magnitudes
-go beyond.
+Level 10 is an operation's greatest strength in the papers; RandAugment's magnitude may exceed it.
 """
 
 from collections.abc import Callable
@@ -22,7 +21,7 @@ def _plain(op: Callable[[jax.Array], jax.Array]) -> Operation:
 
 
 def _signed(op: Callable[..., jax.Array], greatest: float) -> Operation:
-    """To either side, by chance."""
+    """With a random sign."""
 
     def operation(key: jax.Array, image: jax.Array, level: jax.Array) -> jax.Array:
         strength = greatest * level / 10
@@ -32,7 +31,7 @@ def _signed(op: Callable[..., jax.Array], greatest: float) -> Operation:
 
 
 def _whole(op: Callable[..., jax.Array], greatest: int, *, falling: bool = False) -> Operation:
-    """By the whole number ⌊greatest · level / 10⌋, or by what it leaves of `greatest`."""
+    """With the integer strength ⌊greatest · level / 10⌋, or `greatest` minus that."""
 
     def operation(key: jax.Array, image: jax.Array, level: jax.Array) -> jax.Array:
         strength = jnp.floor(greatest * level / 10).astype(jnp.int32)
@@ -42,7 +41,7 @@ def _whole(op: Callable[..., jax.Array], greatest: int, *, falling: bool = False
 
 
 def _enhanced(op: Callable[..., jax.Array]) -> Operation:
-    """By 0.1 … 1.9, where 1 is the image itself."""
+    """With a factor from 0.1 to 1.9; 1 is the image itself."""
     return lambda key, image, level: op(image, 1.8 * level / 10 + 0.1)
 
 
@@ -72,15 +71,19 @@ _RAND: dict[str, Operation] = {
 
 
 def rand_augment(layers: int = 2, magnitude: float = 15) -> Transform:
-    """`layers` operations, each uniform among 16, all at the same magnitude.
+    """Applies `layers` operations, each uniform among 16, all at the same magnitude.
 
     Cubuk et al., arXiv:1909.13719, with the operations and strengths of the code that big_vision
-    uses, in which 10 is full strength; lengths that it gives in pixels of a 224 image are shares of
-    the side here. (2, 15) are Chen et al.'s, arXiv:2106.01548. As in that code, posterize and
-    solarize grow *milder* with the magnitude: at 15 solarize does nothing.
+    uses; its lengths in pixels of a 224 image are shares of the side here. (2, 15) are the values
+    of Chen et al., arXiv:2106.01548. As in that code, posterize and solarize grow *weaker* with the
+    magnitude: at 15 solarize has no effect.
+
+    Args:
+        layers: at least 1.
+        magnitude: in [0, 20]; 10 is full strength.
 
     Raises:
-        ValueError: no layer, or a negative magnitude.
+        ValueError: `layers` or `magnitude` is out of range.
     """
     if layers < 1 or not 0 <= magnitude <= 20:
         raise ValueError(

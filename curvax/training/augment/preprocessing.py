@@ -1,5 +1,4 @@
-"""Images of a config, and what happens to a batch of them: augmented in training, normalised,
-resized."""
+"""The images of a config, and the transforms of its batches: augmentation, normalisation, size."""
 
 import functools
 from collections.abc import Callable
@@ -30,11 +29,11 @@ AUGMENTATIONS = {
         policies.auto_augment,
     )
 }
-"""What `data.augment` may name."""
+"""The functions that `data.augment` may use, besides `normalise()`."""
 
 
 def load(options: ConfigDict, seed: int) -> Dataset[Examples]:
-    """The data set of a config's `data`; errors as in `images.load` and `pictures.load`."""
+    """The data set of a config's `data`; errors as in `labelled_images` and `encoded_images`."""
     if sources.find(options.name).records:
         return encoded_images.load(options)
     return in_memory(options.name, options.path, seed)
@@ -42,18 +41,18 @@ def load(options: ConfigDict, seed: int) -> Dataset[Examples]:
 
 @functools.lru_cache(maxsize=4)
 def in_memory(name: str, path: str | None, seed: int) -> Dataset[Split]:
-    """`images.load`, the newest few kept."""
+    """`labelled_images.load` with a cache."""
     return labelled_images.load(name, path=path, seed=seed)
 
 
 def in_training(config: ConfigDict) -> Transform:
-    """What happens to a training batch: labels become rows, then come the config's augmentations.
+    """The transform of training batches: one-hot labels, `data.augment`, then `data.image_size`.
 
-    `normalise()` may stand among them; it comes after them where it does not. The size that
-    `data.side` says comes last, and does nothing where they gave it, as `inception_crop` may.
+    `normalise()` is applied after the augmentations, unless `data.augment` places it. Resizing does
+    nothing if the augmentations, as `inception_crop`, already gave the size.
 
     Raises:
-        RecipeError: a text of `data.augment` cannot be read.
+        RecipeError: a text of `data.augment` cannot be parsed.
     """
     normalise = _normalise(config)
     names = AUGMENTATIONS | {"normalise": lambda: normalise}
@@ -61,22 +60,24 @@ def in_training(config: ConfigDict) -> Transform:
     if not any("normalise" in text for text in texts):
         texts.append("normalise()")
     changes = [recipe.read(text, names) for text in texts]
-    return transforms.compose(_rows(config, config.data.smoothing), *changes, *_resize(config))
+    return transforms.compose(
+        _rows(config, config.data.label_smoothing), *changes, *_resize(config)
+    )
 
 
 def in_test(config: ConfigDict) -> Prepare:
-    """What happens to any other batch: labels become rows, images are normalised and resized."""
+    """The transform of all other batches: one-hot labels, normalisation, `data.image_size`."""
     changes = transforms.compose(_rows(config, 0.0), _normalise(config), *_resize(config))
     return functools.partial(changes, jax.random.key(0))  # nothing is drawn
 
 
 def _resize(config: ConfigDict) -> list[Transform]:
-    side = config.data.side
+    side = config.data.image_size
     return [] if side is None else [transforms.resize(side)]
 
 
 def _rows(config: ConfigDict, smoothing: float) -> Transform:
-    """Labels become rows, and bytes numbers in [0, 1]."""
+    """One-hot labels, and images of bytes as numbers in [0, 1]."""
     rows = transforms.one_hot(sources.of(config.data).classes, smoothing)
 
     def transform(key: jax.Array, batch: Batch) -> Batch:
@@ -89,21 +90,22 @@ def _rows(config: ConfigDict, smoothing: float) -> Transform:
 
 
 def _normalise(config: ConfigDict) -> Transform:
-    """By the config's own moments, those of its source, or what is measured, in this order.
+    """Normalises by the config's mean and deviation, the source's, or measured ones, in this order.
 
     Raises:
-        DataError: its own are not two, or are not of as many channels as the images have.
+        DataError: only one of the config's is set, or they have another number of channels than
+            the images.
     """
     options = config.data
     if (options.mean is None) != (options.std is None):
-        raise DataError("`data.mean` and `data.std` normalise together: set both of them or none.")
+        raise DataError("`data.mean` and `data.std` are used together: set both of them or none.")
     source = sources.of(options)
     if options.mean is None:
         return transforms.normalise(*source.moments or _measured(options.name, options.path))
     channels = source.shape[-1]
     if {len(options.mean), len(options.std)} != {channels}:
         raise DataError(
-            "`data.mean` and `data.std` give a number for each channel, of which the images of "
+            "`data.mean` and `data.std` have a number for each channel, of which the images of "
             f"`{options.name}` have {channels}, and were {options.mean} and {options.std}. Give as "
             "many, or leave both out."
         )
@@ -112,8 +114,7 @@ def _normalise(config: ConfigDict) -> Transform:
 
 @functools.lru_cache(maxsize=4)
 def _measured(name: str, path: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation of each channel, of the training set as it is divided under seed 0, so
-    that all seeds of a comparison share them."""
+    """Mean and deviation per channel over the training set of seed 0, the same for all seeds."""
     train = in_memory(name, path, 0).train
     assert isinstance(train, Split)
     return labelled_images.moments(train.inputs)

@@ -1,8 +1,8 @@
-"""Augmentation as pure JAX: each `name(options)` gives a transform (key, batch) ↦ batch.
+"""Augmentation in pure JAX: each `name(options)` returns a transform (key, batch) ↦ batch.
 
-A batch is {"input": float [B, H, W, C], "label": float [B, classes]}, other entries pass through.
-Images lie in [0, 1] until `normalise`. Every example draws from its own key, shapes are static, so
-transforms jit, vmap and shard. Labels are integers [B] until `one_hot`.
+A batch is {"input": float [B, H, W, C], "label": float [B, classes]}; other entries are passed on.
+Images are in [0, 1] before `normalise`, labels integers [B] before `one_hot`. Every example has its
+own key and shapes are static, so that transforms can be jitted, vmapped and sharded.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from numpy.typing import ArrayLike
 
 from curvax.checks import check_range
-from curvax.training.augment import metrics
 from curvax.training.data import labelled_images
 
 Batch = dict[str, jax.Array]
@@ -21,7 +21,7 @@ Transform = Callable[[jax.Array, Batch], Batch]
 
 
 def compose(*transforms: Transform) -> Transform:
-    """The transforms one after the other, each with a key of its own."""
+    """Applies the transforms in order, each with its own key."""
 
     def transform(key: jax.Array, batch: Batch) -> Batch:
         for number, each in enumerate(transforms):
@@ -34,12 +34,13 @@ def compose(*transforms: Transform) -> Transform:
 def per_image(
     change: Callable[[jax.Array, jax.Array], jax.Array], *, branching: bool = False
 ) -> Transform:
-    """Lifts (key, image [H, W, C]) ↦ image to a transform, each image with a key of its own.
+    """Lifts (key, image [H, W, C]) ↦ image to a transform; each image has its own key.
 
     Args:
-        branching: whether each image chooses one of several operations. On a CPU the images then
-            come one after the other and each computes its choice alone, some 20 times faster than
-            all operations on all images, which is what suits wider machines.
+        change: the map of one image.
+        branching: whether `change` selects one of several operations. On a CPU the images are then
+            processed in a loop, and each computes only its own operation, about 20 times faster
+            than all operations on all images, which vmap computes on other platforms.
     """
 
     together = jax.vmap(change)
@@ -56,7 +57,7 @@ def per_image(
 
 
 def normalise(mean: ArrayLike, std: ArrayLike) -> Transform:
-    """(image - mean) / std, channel by channel; `images.moments` gives both."""
+    """(image - mean) / std per channel; `labelled_images.moments` computes both."""
     mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
     return lambda key, batch: (
         batch | {"input": labelled_images.normalise(batch["input"], mean, std)}
@@ -64,35 +65,43 @@ def normalise(mean: ArrayLike, std: ArrayLike) -> Transform:
 
 
 def one_hot(classes: int, smoothing: float = 0.0) -> Transform:
-    """Integer labels [B] as rows [B, classes], smoothed as in `metrics.smooth`."""
+    """Integer labels [B] as rows [B, classes], smoothed: (1 - ε) y + ε / classes.
+
+    Szegedy et al., arXiv:1512.00567, section 7.
+
+    Args:
+        classes: number of classes.
+        smoothing: ε in [0, 1].
+    """
     check_range("smoothing", smoothing, 0, 1, stage="one_hot")
 
     def transform(key: jax.Array, batch: Batch) -> Batch:
         label = jax.nn.one_hot(batch["label"], classes, dtype=jnp.float32)
-        return batch | {"label": metrics.smooth(label, smoothing)}
+        return batch | {"label": optax.smooth_labels(label, smoothing)}
 
     return transform
 
 
 def flip() -> Transform:
-    """Mirrors every second image, by chance, left to right."""
+    """Mirrors each image left to right with probability ½."""
     return per_image(lambda key, image: jnp.where(jax.random.bernoulli(key), image[:, ::-1], image))
 
 
 def shift_crop(pad: int = 4, mode: str = "reflect") -> Transform:
-    """Pads by `pad` pixels on each side and cuts the old size out of a random place.
+    """Pads by `pad` pixels on each side and crops to the old size at a random position.
 
     Foret et al., arXiv:2010.01412, section 3.1; their code reflects, He et al., arXiv:1512.03385,
     fill with zeros.
 
     Args:
+        pad: pixels.
         mode: of `jnp.pad`: "reflect", "constant" (zeros), "edge".
     """
 
     def change(key: jax.Array, image: jax.Array) -> jax.Array:
         if mode == "reflect" and pad >= min(image.shape[:2]):
             raise ValueError(
-                f"`shift_crop` reflects up to one pixel less than the image has, and got `pad` "
+                f"`shift_crop` can reflect up to one pixel less than the image has, and got `pad` "
                 f'{pad} for {image.shape[0]}×{image.shape[1]}. Pad less, or with mode="constant".'
             )
         padded = jnp.pad(image, [(pad, pad), (pad, pad), (0, 0)], mode=mode)
@@ -103,9 +112,9 @@ def shift_crop(pad: int = 4, mode: str = "reflect") -> Transform:
 
 
 def cutout(size: int, fill: float = 0.0) -> Transform:
-    """Fills a square of `size`² pixels whose centre is anywhere in the image, so part may miss it.
+    """Fills a square of `size`² pixels with its centre anywhere in the image.
 
-    DeVries and Taylor, arXiv:1708.04552. They fill with the mean: put it after `normalise`.
+    DeVries and Taylor, arXiv:1708.04552, who fill with the mean: place it after `normalise`.
 
     Raises:
         ValueError: `size` is below 1.
@@ -130,14 +139,14 @@ def erase(key: jax.Array, image: jax.Array, size: jax.Array | int, fill: float) 
 
 
 def mixup(probability: float = 0.5, alpha: float = 0.2) -> Transform:
-    """Mixes examples, with this probability, with their neighbour in the batch, labels alike.
+    """Mixes each example, with this probability, with its neighbour in the batch; labels too.
 
         x̃ᵢ = λᵢ xᵢ + (1 - λᵢ) xᵢ₋₁,   λ ~ Beta(α, α) folded into [½, 1]
 
-    Zhang et al., arXiv:1710.09412, eq. 1. Chen et al., arXiv:2106.01548, say "with probability
-    0.5" and no α; in big_vision `p` is Beta's parameter and every batch is mixed, so they may have
-    meant `mixup(1.0, 0.5)`. The default α is Zhang et al.'s for ImageNet. This differs from both
-    codes in: λ is drawn for each example, not for each batch.
+    Zhang et al., arXiv:1710.09412, eq. 1, with their α for ImageNet as the default. Chen et al.,
+    arXiv:2106.01548, give "probability 0.5" and no α; in big_vision `p` is Beta's parameter and
+    every batch is mixed, so that they may mean `mixup(1.0, 0.5)`. This differs from both codes in:
+    λ is drawn per example, not per batch.
 
     Raises:
         ValueError: a probability outside [0, 1], an α that is not positive, labels not one-hot.
@@ -151,7 +160,7 @@ def mixup(probability: float = 0.5, alpha: float = 0.2) -> Transform:
         if label.ndim != 2:
             raise ValueError(
                 "`mixup` mixes labels of shape [B, classes], and got one of shape "
-                f"{label.shape}. Put `one_hot(classes)` before it."
+                f"{label.shape}. Place `one_hot(classes)` before it."
             )
         of_weight, of_choice = jax.random.split(key)
         weight = jax.random.beta(of_weight, alpha, alpha, (len(image),), jnp.float32)
@@ -168,7 +177,7 @@ def _mixed(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def resize(side: int) -> Transform:
-    """Images of `side` × `side` pixels, bilinearly; those that shrink are smoothed.
+    """Resizes to `side` × `side` pixels, bilinearly, with antialiasing when shrinking.
 
     Raises:
         ValueError: `side` is below 1.
@@ -186,21 +195,22 @@ def resize(side: int) -> Transform:
     return transform
 
 
-_ATTEMPTS = 10  # boxes drawn at once, as torchvision; of a square image none fits once in 10⁸
+_ATTEMPTS = 10  # boxes drawn at once, as in torchvision; all miss a square image once in 10⁸
 
 
 def inception_crop(
     size: int, area: tuple[float, float] = (0.05, 1.0), aspect: tuple[float, float] = (0.75, 4 / 3)
 ) -> Transform:
-    """A box of random area, shape and place, resized to `size` × `size` bilinearly.
+    """Crops a box of random area, shape and position, and resizes it to `size` × `size`.
 
-    Szegedy et al., arXiv:1409.4842, section 6. Boxes are drawn until one lies inside the image;
-    the whole image is taken if none does.
+    Bilinear. Szegedy et al., arXiv:1409.4842, section 6. The first of ten random boxes that fits
+    into the image is taken, or the whole image if none does.
 
     Args:
-        area: the least and greatest share of the image, uniform between; the defaults are
-            big_vision's, torchvision's lower end is 0.08.
-        aspect: the least and greatest width / height, uniform between.
+        size: pixels per side of the result.
+        area: range of the uniform share of the image; the default is big_vision's, torchvision
+            begins at 0.08.
+        aspect: range of the uniform ratio width / height.
     """
     if not (0 < area[0] <= area[1] <= 1 and 0 < aspect[0] <= aspect[1]):
         raise ValueError(
@@ -222,7 +232,7 @@ def inception_crop(
 def _box(
     key: jax.Array, sides: Sequence[int], area: tuple[float, float], aspect: tuple[float, float]
 ) -> tuple[jax.Array, jax.Array]:
-    """Top left corner and extent, float32 [2] each in pixels, of a random box inside the image."""
+    """Top left corner and extent, float32 [2] in pixels, of a random box inside the image."""
     of_area, of_aspect, of_place = jax.random.split(key, 3)
     height, width = sides
     pixels = jax.random.uniform(of_area, (_ATTEMPTS,), jnp.float32, *area) * height * width

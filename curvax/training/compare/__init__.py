@@ -1,1 +1,1 @@
-"""Runs compared: several methods over seeds, grids of settings, tables, plots, costs."""
+"""Comparison of methods over seeds and settings: tables, plots, costs."""

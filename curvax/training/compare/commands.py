@@ -1,4 +1,4 @@
-"""What `curvax train`, `compare`, `bench` and `resume` do, given a config."""
+"""The commands `curvax train`, `compare`, `bench` and `resume`, given a config."""
 
 import contextlib
 import itertools
@@ -15,175 +15,179 @@ from rich.table import Table
 from curvax.training import progress, pseudo_labels
 from curvax.training.checkpoints import CheckpointError
 from curvax.training.compare import comparison, grid_search, plots, report, step_cost
-from curvax.training.compare.comparison import Arms, Outcomes
+from curvax.training.compare.comparison import Outcomes, Variants
 from curvax.training.config import configs
 from curvax.training.config.configs import ConfigError
+from curvax.training.config.renamed import current
 from curvax.training.data.image_folders import visible
 from curvax.training.experiment import Experiment, build
 from curvax.training.runtime import distributed, run_dir
 from curvax.training.runtime.preemption import Stopped
 from curvax.training.tasks import Task
 
-_PLAN = "plan.json"
+OVERRIDABLE = ("data.path", "data.threads", "parallelism", "devices", "fsdp", "eval_batch")
+"""Hardware and path options: the only fields that may differ on resume."""
+_PER_HOST = ("data.path", "data.threads")
+"""Fields that may differ between the processes of a run."""
+_COMMANDS = ("train", "compare", "sweep")
 
-PLACE = ("data.path", "data.threads", "regime", "devices", "fsdp", "eval_batch")
-"""Fields that say where and on what a run computes, not what: all that may change once it began."""
-_OF_HOST = ("data.path", "data.threads")
 
-
-class Plan(NamedTuple):
-    """What is done with a config; kept in the run's folder, so that it can be resumed."""
+class RunSpec(NamedTuple):
+    """The command and methods of a run, kept as run.json in its folder for resuming."""
 
     command: str  # "train", "compare" or "sweep"
-    optimizers: Sequence[str]  # the base first, where there is one
+    optimizers: Sequence[str]  # the methods' texts, the baseline first if there is one
     seeds: int = 1
-    fair: bool = False  # the base may run twice the epochs
-    fields: Mapping[str, Sequence[str]] = {}  # a sweep's values
+    fair: bool = False  # also train the baseline for twice the epochs
+    fields: Mapping[str, Sequence[str]] = {}  # field ↦ values of a sweep
 
-    def arms(self, config: ConfigDict) -> Arms:
-        """The config of every arm, in the order of their folders' numbers."""
-        arms = comparison.arms(config, self.optimizers, fair=self.fair)
-        return comparison.grid(arms, self.fields) if self.fields else arms
+    def variants(self, config: ConfigDict) -> Variants:
+        """The config of every variant, in the order of their folders."""
+        variants = comparison.variants(config, self.optimizers, fair=self.fair)
+        return comparison.grid(variants, self.fields) if self.fields else variants
 
-    def ready(self, arm: ConfigDict, *, begins: bool = False) -> Experiment:
-        """One arm made ready; a sweep's arms are scored on what they held out."""
-        return build(arm, hold_out=bool(self.fields), begins=begins)
+    def build(self, variant: ConfigDict, *, begins: bool = False) -> Experiment:
+        """The experiment of one variant; those of a sweep are tested on held-out examples."""
+        return build(variant, hold_out=bool(self.fields), begins=begins)
 
     def prepare(self, config: ConfigDict, *, begins: bool = True) -> dict[str, Experiment]:
-        """Every arm made ready, and so checked before one begins."""
-        arms = self.arms(config)
-        ready = {name: self.ready(arm, begins=begins) for name, arm in arms.items()}
-        for arm, seed in itertools.product(arms.values(), range(self.seeds)):
-            if arm.data.labels is not None:
-                pseudo_labels.find(arm, arm.seed + seed)
-        return ready
+        """The experiments of all variants, built and so checked before the first is trained."""
+        variants = self.variants(config)
+        built = {name: self.build(variant, begins=begins) for name, variant in variants.items()}
+        for variant, seed in itertools.product(variants.values(), range(self.seeds)):
+            if variant.data.labels is not None:
+                pseudo_labels.find(variant, variant.seed + seed)
+        return built
 
 
 def configure(name: str, assignments: Sequence[str]) -> ConfigDict:
-    """The config of that name with `--field=value` applied; `ConfigError` where that fails."""
+    """Loads a config and applies `--field=value` assignments; errors as in `configs`."""
     return configs.override(configs.load(name), assignments)
 
 
-def placed(config: ConfigDict, assignments: Sequence[str]) -> ConfigDict:
-    """The config of a run where `--field=value` changes fields of `PLACE`.
+def with_overrides(config: ConfigDict, assignments: Sequence[str]) -> ConfigDict:
+    """The config of an existing run with `--field=value` applied to fields of `OVERRIDABLE`.
 
-    It holds for this time: the run's folder keeps the config that it began with.
+    The run's folder keeps its original config.
 
     Raises:
-        ConfigError: another field, or as in `config.override`.
-        RunError: the run's data is not there.
+        ConfigError: another field, or as in `configs.override`.
+        RunError: the run's data are missing.
     """
-    fields = ", ".join(f"`--{field}`" for field in PLACE)
+    fields = ", ".join(f"`--{field}`" for field in OVERRIDABLE)
     for assignment in assignments:
-        if assignment.removeprefix("--").partition("=")[0] not in PLACE:
+        name = assignment.removeprefix("--").partition("=")[0]
+        if current(name, warn=False) not in OVERRIDABLE:
             raise ConfigError(
-                f"A run keeps its config but for where it computes, and got `{assignment}`. What "
-                f"may change, each as `--field=value`, is {fields}; for the rest begin another run "
-                "with `curvax train`."
+                "The config of a run is fixed except for hardware and paths, and got "
+                f"`{assignment}`. The fields that may change, as `--field=value`, are {fields}. "
+                "For others start a new run with `curvax train`."
             )
     changed = configs.override(config, assignments)
     path = changed.data.path
     if path is not None and not Path(path).expanduser().exists():
         raise run_dir.RunError(
-            f"A run needs the data it was trained on, and {path} is not there. Say where that "
-            "data is now with `--data.path=PATH`."
+            f"A run needs the data it was trained on, and {path} does not exist. Give their new "
+            "place as `--data.path=PATH`."
         )
     return changed
 
 
 def methods(config: ConfigDict) -> list[str]:
-    """The texts of a config's methods: its base, its own, and the others."""
-    return [config.base, config.optimizer, *config.others]
+    """The texts of a config's methods: `baseline`, `optimizer` and `more_optimizers`."""
+    return [config.baseline, config.optimizer, *config.more_optimizers]
 
 
-def start(config: ConfigDict, plan: Plan, root: Path) -> None:
-    """Carries a plan out in a new run folder under `root`."""
-    distributed.require_same(_options(config, plan))
+def start(config: ConfigDict, spec: RunSpec, root: Path) -> None:
+    """Trains all variants of a spec in a new run folder under `root`."""
+    distributed.require_same(_options(config, spec))
     with distributed.together():
         if distributed.first():
             run_dir.check_root(root)
-        experiments = plan.prepare(config)
+        experiments = spec.prepare(config)
     name = ""
     if distributed.first():
-        folder = run_dir.create(root, plan.command, config)
-        run_dir.write_json(folder / _PLAN, plan._asdict())
+        folder = run_dir.create(root, spec.command, config)
+        run_dir.write_spec(folder, spec._asdict())
         name = str(folder)
-    _carry_out(config, plan, experiments, Path(distributed.agreed(name)))
+    _train(config, spec, experiments, Path(distributed.agreed(name)))
 
 
 def resume(folder: Path, assignments: Sequence[str] = ()) -> None:
-    """Goes on with what was begun in a run folder; errors as in `read` and `placed`.
+    """Continues the run in a folder; errors as in `read` and `with_overrides`.
 
-    Another place changes its numbers by rounding, and by what goes by device under `shard_map` and
-    `pmap`: dropout, and batch norm and climbing outside of groups. Weights to begin with are looked
-    for where a run has not begun.
+    On other devices the results differ by rounding and, under `shard_map` and `pmap`, by what is
+    computed per device: dropout, and batch norm and perturbations outside of groups. The weights of
+    `init_from` are needed only for variants without a checkpoint.
 
     Args:
-        assignments: `--field=value` for fields of `PLACE`.
+        folder: the run folder.
+        assignments: `--field=value` for fields of `OVERRIDABLE`.
     """
     with distributed.together():
-        config, plan = read(folder)
-        config = placed(config, assignments)
-    distributed.require_same({"folder": folder.resolve().name} | _options(config, plan))
+        config, spec = read(folder)
+        config = with_overrides(config, assignments)
+    distributed.require_same({"folder": folder.resolve().name} | _options(config, spec))
     with distributed.together():
-        experiments = plan.prepare(config, begins=False)
-        for experiment in comparison.not_begun(experiments, plan.seeds, folder):
+        experiments = spec.prepare(config, begins=False)
+        for experiment in comparison.without_checkpoint(experiments, spec.seeds, folder):
             experiment.trained()
-    _carry_out(config, plan, experiments, folder)
+    _train(config, spec, experiments, folder)
 
 
-def _options(config: ConfigDict, plan: Plan) -> dict[str, Any]:
-    """All that a run is told, by name, but for what each host has its own way."""
-    told = dict(configs.flat(config.to_dict())) | plan._asdict()
-    return {name: value for name, value in told.items() if name not in _OF_HOST}
+def _options(config: ConfigDict, spec: RunSpec) -> dict[str, Any]:
+    """All options that must be the same in every process of a run, by name."""
+    options = configs.flat(config) | spec._asdict()
+    return {name: value for name, value in options.items() if name not in _PER_HOST}
 
 
-def read(folder: Path) -> tuple[ConfigDict, Plan]:
-    """The config of a run folder, and what is done with it.
+def read(folder: Path) -> tuple[ConfigDict, RunSpec]:
+    """The config and the spec of a run folder.
 
     Raises:
-        RunError: the folder is not a run's, or a file of it is damaged.
+        RunError: the folder holds no run, or a file of it is damaged.
     """
-    config, page = run_dir.read_config(folder), run_dir.read_json(folder / _PLAN)
+    config, page = run_dir.read_config(folder), run_dir.read_spec(folder)
     try:
-        plan = Plan(**page)
-        _FINISH[plan.command]
-    except (TypeError, KeyError) as error:
-        raise run_dir.damaged(folder / _PLAN, "it holds no plan") from error
-    return config, plan
+        spec = RunSpec(**page)
+    except TypeError as error:
+        raise run_dir.bad_spec(folder) from error
+    if spec.command not in _COMMANDS:
+        raise run_dir.bad_spec(folder)
+    return config, spec
 
 
-def _carry_out(
-    config: ConfigDict, plan: Plan, experiments: Mapping[str, Experiment], folder: Path
+def _train(
+    config: ConfigDict, spec: RunSpec, experiments: Mapping[str, Experiment], folder: Path
 ) -> None:
-    with _way_back(folder), _held(folder):
+    with _resume_hint(folder), _locked(folder):
         console = Console(quiet=not distributed.first())
         _line(console, f"If this is interrupted: curvax resume {folder}")
         if not distributed.first():
-            print(distributed.way_back(folder), file=sys.stderr, flush=True)
+            print(distributed.resume_hint(folder), file=sys.stderr, flush=True)
         task = next(iter(experiments.values())).task
-        with progress.bar(console, task.goal) as row:
-            may_diverge = plan.command != "train"
-            outcomes = comparison.run(experiments, plan.seeds, folder, row, may_diverge=may_diverge)
+        with progress.bar(console, task.metric) as row:
+            may_diverge = spec.command != "train"
+            outcomes = comparison.run(experiments, spec.seeds, folder, row, may_diverge=may_diverge)
         if distributed.first():
-            table, words = _FINISH[plan.command](config, plan, task, outcomes, folder)
-            _publish(console, folder, table, words)
+            table, summary = _finish(config, spec, task, outcomes, folder)
+            _publish(console, folder, table, summary)
         _line(console, f"TensorBoard: tensorboard --logdir {folder}")
 
 
 @contextlib.contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """The folder for this run alone, whose first process holds it."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Locks the folder for this run, in its first process."""
     with contextlib.ExitStack() as hold:
         with distributed.together():
             if distributed.first():
-                hold.enter_context(run_dir.held(folder))
+                hold.enter_context(run_dir.locked(folder))
         yield
 
 
 @contextlib.contextmanager
-def _way_back(folder: Path) -> Iterator[None]:
-    """What ends a run in the folder early says how to go on."""
+def _resume_hint(folder: Path) -> Iterator[None]:
+    """Adds to whatever stops a run early how to resume it."""
     try:
         yield
     except Stopped as stopped:
@@ -198,66 +202,61 @@ def _way_back(folder: Path) -> Iterator[None]:
         raise distributed.lost(error, folder) from error
     except OSError as error:
         raise run_dir.RunError(
-            f"The run folder {folder} could not be written ({error.strerror or error}). What is in "
-            f"it is kept. Make room and go on with `curvax resume {folder}`."
+            f"The run folder {folder} could not be written ({error.strerror or error}). Its "
+            f"content is kept. Make room and continue with `curvax resume {folder}`."
         ) from error
 
 
-def _finish_training(
-    config: ConfigDict, plan: Plan, task: Task, outcomes: Outcomes, folder: Path
+def _finish(
+    config: ConfigDict, spec: RunSpec, task: Task, outcomes: Outcomes, folder: Path
 ) -> tuple[Table, str]:
-    plots.draw(outcomes, folder / "curves.png", task.goal)
-    table = report.run_table({name: arm[0].figures for name, arm in outcomes.items()})
-    return table, report.verdict(config, task, outcomes) if len(outcomes) > 1 else ""
-
-
-def _finish_comparison(
-    config: ConfigDict, plan: Plan, task: Task, outcomes: Outcomes, folder: Path
-) -> tuple[Table, str]:
-    plots.draw(outcomes, folder / "curves.png", task.goal)
-    if plan.fair:
-        outcomes = comparison.with_better_base(outcomes, task.goal)
-    scores = comparison.score(outcomes, task.goal)
-    comparison.write(folder, outcomes, scores, task.goal)
-    plots.draw_scores(outcomes, folder / "compare.png", task.goal)
-    return report.score_table(scores, task.goal), report.gains(scores, task.goal)
+    """Writes the results of a command into its folder; returns the table and the summary."""
+    if spec.command == "sweep":
+        return _finish_sweep(config.name, spec, task, outcomes, folder)
+    plots.draw(outcomes, folder / "curves.png", task.metric)
+    if spec.command == "train":
+        table = report.run_table({name: runs[0].metrics for name, runs in outcomes.items()})
+        return table, report.verdict(config, task, outcomes) if len(outcomes) > 1 else ""
+    if spec.fair:
+        outcomes = comparison.with_better_baseline(outcomes, task.metric)
+    scores = comparison.score(outcomes, task.metric)
+    comparison.write(folder, outcomes, scores, task.metric)
+    plots.draw_scores(outcomes, folder / "compare.png", task.metric)
+    return report.score_table(scores, task.metric), report.gains(scores, task.metric)
 
 
 def _finish_sweep(
-    config: ConfigDict, plan: Plan, task: Task, outcomes: Outcomes, folder: Path
+    name: str, spec: RunSpec, task: Task, outcomes: Outcomes, folder: Path
 ) -> tuple[Table, str]:
-    names = comparison.labels(plan.optimizers)
-    grids = grid_search.grids(outcomes, names, plan.fields, task.goal)
+    methods = comparison.labels(spec.optimizers)
+    grids = grid_search.grids(outcomes, methods, spec.fields, task.metric)
     grid_search.write(folder, grids)
     plots.draw_sweep(grids, folder / "sweep.png")
-    return grid_search.table(grids), grid_search.words(grids, config.name)
-
-
-_FINISH = {"train": _finish_training, "compare": _finish_comparison, "sweep": _finish_sweep}
+    return grid_search.table(grids), grid_search.best_points(grids, name)
 
 
 def measure_costs(config: ConfigDict, optimizers: Sequence[str], pairs: int, root: Path) -> None:
-    """`curvax bench`: the costs of a step of each method, printed and kept in a new folder."""
+    """`curvax bench`: prints the costs of a step of each method and keeps them in a new folder."""
     console = Console()
     run_dir.check_root(root)
-    experiments = Plan("bench", optimizers).prepare(config)
-    goal = next(iter(experiments.values())).task.goal
-    with progress.bar(console, goal) as row:
+    experiments = RunSpec("bench", optimizers).prepare(config)
+    metric = next(iter(experiments.values())).task.metric
+    with progress.bar(console, metric) as row:
         costs = step_cost.measure(experiments, pairs, row("pairs", pairs))
     folder = run_dir.create(root, "bench", config)
     step_cost.write(folder, costs)
     _publish(console, folder, step_cost.table(costs), "")
 
 
-def _publish(console: Console, folder: Path, table: Table, words: str) -> None:
-    """Prints the result, and keeps it in the folder as `table.txt`."""
-    run_dir.write_text(folder / "table.txt", f"{report.as_text(table)}\n{words}\n")
+def _publish(console: Console, folder: Path, table: Table, summary: str) -> None:
+    """Prints the result and keeps it as table.txt."""
+    run_dir.write_text(folder / "table.txt", f"{report.as_text(table)}\n{summary}\n")
     console.print(table)
-    console.print(words, markup=False, highlight=False)
+    console.print(summary, markup=False, highlight=False)
     files = ", ".join(path.name for path in visible(folder) if path.is_file())
     _line(console, f"In {folder}: {files}")
 
 
 def _line(console: Console, text: str) -> None:
-    """A line that is not wrapped, so that its paths can be copied."""
+    """Prints a line without wrapping, so that its paths can be copied."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)

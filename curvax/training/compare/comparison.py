@@ -1,7 +1,7 @@
-"""Methods compared: the same model and data under several pipes, at matched epochs, over seeds.
+"""Several methods on the same model and data, for matched epochs and over seeds.
 
-An arm is one method under one setting, a name and a config. Each of its runs has a folder of its
-own, so that what was stopped goes on where it was.
+A variant is one method with one setting: a name and a config. Every run of a variant, one for each
+seed, has a folder of its own, so that an interrupted comparison resumes where it stopped.
 """
 
 import itertools
@@ -20,42 +20,48 @@ from curvax.training.experiment import Experiment
 from curvax.training.loop import NotFinite, Report, fit
 from curvax.training.runtime import run_dir
 from curvax.training.runtime.run_dir import Outcome
-from curvax.training.selection_metric import Goal
+from curvax.training.selection_metric import SelectionMetric
 
 LARGEST_EIGENVALUE = "lambda_max"
 
-Arms = dict[str, ConfigDict]
+Variants = dict[str, ConfigDict]
+"""Variant ↦ config."""
 Outcomes = Mapping[str, Sequence[Outcome]]
-"""For each arm its runs, one for each seed."""
+"""Variant ↦ its runs, one for each seed."""
 
 
 class Score(NamedTuple):
-    """What an arm reached, over seeds."""
+    """The result of one variant over seeds."""
 
-    reached: Summary  # the score that is the goal
+    reached: Summary  # of the selection metric
     lambda_max: Summary
-    gain: Summary  # of that score over the base's, seed by seed
-    seconds: float  # of a run
+    gain: Summary  # of the selection metric over the baseline's, paired by seed
+    seconds: float  # per run
 
 
-def variant(config: ConfigDict, **fields: object) -> ConfigDict:
+def replace(config: ConfigDict, **fields: object) -> ConfigDict:
     """A copy of the config with some top-level fields changed."""
     changed = config.copy_and_resolve_references()
     changed.update(fields)
     return changed
 
 
-def arms(config: ConfigDict, optimizers: Sequence[str], *, fair: bool = False) -> Arms:
-    """An arm for each method, and with `fair` one for the first, the base, at twice the epochs.
+def variants(config: ConfigDict, optimizers: Sequence[str], *, fair: bool = False) -> Variants:
+    """A variant for each method; with `fair` also the baseline for twice the epochs.
 
-    One SAM step costs two gradients, so the paper lets its base run twice as long and counts the
-    better score. Foret et al., SAM, arXiv:2010.01412, section 3.1.
+    A step of SAM costs two gradients, so the paper also trains its baseline for twice the epochs
+    and counts the better score. Foret et al., SAM, arXiv:2010.01412, section 3.1.
+
+    Args:
+        config: shared by all methods but for `optimizer`.
+        optimizers: the methods' texts, the baseline first.
+        fair: add the longer baseline.
 
     Raises:
         ConfigError: a method is given twice.
-        RecipeError: a text cannot be read.
+        RecipeError: a text cannot be parsed.
     """
-    named = {n: variant(config, optimizer=t) for n, t in zip(labels(optimizers), optimizers)}
+    named = {n: replace(config, optimizer=t) for n, t in zip(labels(optimizers), optimizers)}
     if len(named) < len(optimizers):
         raise ConfigError(
             "Methods are compared by their texts, and one of them is given twice: "
@@ -64,26 +70,26 @@ def arms(config: ConfigDict, optimizers: Sequence[str], *, fair: bool = False) -
     if not fair:
         return named
     base = next(iter(named))
-    longer = variant(named[base], epochs=2 * config.epochs)
+    longer = replace(named[base], epochs=2 * config.epochs)
     return {base: named.pop(base), f"{base}, 2 × epochs": longer, **named}
 
 
 def labels(optimizers: Sequence[str]) -> list[str]:
-    """Short names for the methods: their outlines, deeper ones where these coincide, or else the
-    whole texts."""
+    """Short names for the methods: their outlines, made deeper where two coincide, and whole texts
+    where the deeper outlines still do."""
     found = [outline(text) for text in optimizers]
     for longer in ([outline(text, deep=True) for text in optimizers], optimizers):
         found = [o if found.count(o) == 1 else long for o, long in zip(found, longer)]
     return found
 
 
-def grid(methods: Arms, fields: Mapping[str, Sequence[str]]) -> Arms:
-    """Every method at every point of a grid of field values, the last field fastest."""
-    points: Arms = {}
+def grid(methods: Variants, fields: Mapping[str, Sequence[str]]) -> Variants:
+    """Every method at every point of a grid of field values; the last field varies fastest."""
+    points: Variants = {}
     for (name, config), values in itertools.product(
         methods.items(), itertools.product(*fields.values())
     ):
-        point = variant(config)
+        point = replace(config)
         for field, value in zip(fields, values):
             assign(point, field, value)
         setting = ", ".join(f"{field}={value}" for field, value in zip(fields, values))
@@ -99,25 +105,25 @@ def run(
     *,
     may_diverge: bool = False,
 ) -> dict[str, list[Outcome]]:
-    """Every arm over `seeds` seeds, from its config's own on.
+    """Trains every variant over `seeds` seeds, starting from its config's own.
 
     Args:
-        experiments: the arms, made ready.
-        seeds: runs for each arm.
-        folder: holds the runs' folders; those that are done there are read, not run.
+        experiments: variant ↦ its experiment.
+        seeds: runs per variant.
+        folder: holds the runs' folders; finished runs there are read, not repeated.
         row: starts a row of the progress display, `(name, steps) -> report`.
-        may_diverge: a run that met a NaN counts as one without figures, and the others go on.
+        may_diverge: record a run that met a NaN without metrics, and continue with the others.
 
     Raises:
-        NotFinite: a run met a NaN, without `may_diverge`.
+        NotFinite: a run met a NaN, and `may_diverge` is False.
     """
     outcomes: dict[str, list[Outcome]] = {name: [] for name in experiments}
-    for name, seed, place in places(experiments, seeds, folder):
+    for name, seed, run_folder in run_folders(experiments, seeds, folder):
         experiment = experiments[name]
-        place.mkdir(parents=True, exist_ok=True)
+        run_folder.mkdir(parents=True, exist_ok=True)
         report = row(f"{name}, seed {seed}", experiment.steps)
         try:
-            outcomes[name].append(fit(experiment.reseeded(seed), place, report))
+            outcomes[name].append(fit(experiment.with_seed(seed), run_folder, report))
         except NotFinite:
             if not may_diverge:
                 raise
@@ -125,10 +131,10 @@ def run(
     return outcomes
 
 
-def places(
+def run_folders(
     experiments: Mapping[str, Experiment], seeds: int, folder: Path
 ) -> Iterator[tuple[str, int, Path]]:
-    """The name, the seed and the folder of every run, in their order."""
+    """Variant, seed and folder of every run, in the order of training."""
     for number, (name, experiment) in enumerate(experiments.items()):
         slug = re.sub(r"\W+", "-", name).strip("-")[:60]
         first = experiment.config.seed
@@ -136,52 +142,56 @@ def places(
             yield name, seed, folder / f"{number}-{slug}" / f"seed{seed}"
 
 
-def not_begun(
+def without_checkpoint(
     experiments: Mapping[str, Experiment], seeds: int, folder: Path
 ) -> Iterator[Experiment]:
-    """The arms of runs that have no checkpoint yet."""
-    for name, _, place in places(experiments, seeds, folder):
-        if not any((place / "checkpoints").glob("[0-9]*/")):
+    """The experiments of runs that have no checkpoint yet."""
+    for name, _, run_folder in run_folders(experiments, seeds, folder):
+        if not any((run_folder / "checkpoints").glob("[0-9]*/")):
             yield experiments[name]
 
 
-def with_better_base(outcomes: Outcomes, goal: Goal) -> dict[str, Sequence[Outcome]]:
-    """Puts first, as the base that counts, seed by seed the better of the first two arms."""
+def with_better_baseline(
+    outcomes: Outcomes, metric: SelectionMetric
+) -> dict[str, Sequence[Outcome]]:
+    """Puts a new baseline first: for each seed, the better of the first two variants."""
     (name, short), (_, long), *_ = outcomes.items()
-    worth = lambda run: goal.worth(run.figures.get(goal.figure, math.nan))
-    better = [max(pair, key=worth) for pair in zip(short, long)]
+    key = lambda run: metric.key(run.metrics.get(metric.result_key, math.nan))
+    better = [max(pair, key=key) for pair in zip(short, long)]
     return {f"{name}, better of both": better, **outcomes}
 
 
-def score(outcomes: Outcomes, goal: Goal) -> dict[str, Score]:
-    """The summary of every arm, gains counted from the first."""
-    reached = {name: values(arm, goal.figure) for name, arm in outcomes.items()}
+def score(outcomes: Outcomes, metric: SelectionMetric) -> dict[str, Score]:
+    """Summarises every variant; gains are counted from the first."""
+    reached = {name: values(runs, metric.result_key) for name, runs in outcomes.items()}
     base = next(iter(reached.values()))
     return {
         name: Score(
             summarise(reached[name]),
-            summarise(values(arm, LARGEST_EIGENVALUE)),
+            summarise(values(runs, LARGEST_EIGENVALUE)),
             summarise([ours - theirs for ours, theirs in zip(reached[name], base)]),
-            summarise(values(arm, "seconds")).mean,
+            summarise(values(runs, "seconds")).mean,
         )
-        for name, arm in outcomes.items()
+        for name, runs in outcomes.items()
     }
 
 
-def values(arm: Sequence[Outcome], figure: str) -> list[float]:
-    """A figure of every run of an arm; NaN where it was not measured or the run diverged."""
-    return [run.figures.get(figure, math.nan) for run in arm]
+def values(runs: Sequence[Outcome], name: str) -> list[float]:
+    """A metric of every run; NaN where it was not computed or the run diverged."""
+    return [run.metrics.get(name, math.nan) for run in runs]
 
 
-def write(folder: Path, outcomes: Outcomes, scores: Mapping[str, Score], goal: Goal) -> None:
-    """`compare.json`: for each arm its summaries and the figures of every run."""
+def write(
+    folder: Path, outcomes: Outcomes, scores: Mapping[str, Score], metric: SelectionMetric
+) -> None:
+    """Writes compare.json: for each variant its summaries and the metrics of every run."""
     page = {
         name: {
-            goal.name: scores[name].reached._asdict(),
+            metric.name: scores[name].reached._asdict(),
             "lambda_max": scores[name].lambda_max._asdict(),
             "gain": scores[name].gain._asdict(),
-            "runs": [run.figures for run in arm],
+            "runs": [run.metrics for run in runs],
         }
-        for name, arm in outcomes.items()
+        for name, runs in outcomes.items()
     }
     run_dir.write_json(folder / "compare.json", page)

@@ -1,4 +1,4 @@
-"""PNG curves of runs, drawn without pyplot, so that a caller's own plots are left alone."""
+"""PNG plots of runs, drawn without pyplot, whose global state belongs to the caller."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,18 +10,18 @@ from matplotlib.figure import Figure
 from curvax.training.compare.comparison import LARGEST_EIGENVALUE, Outcomes, values
 from curvax.training.compare.grid_search import Grid
 from curvax.training.runtime.run_dir import Record
-from curvax.training.selection_metric import Goal
+from curvax.training.selection_metric import SelectionMetric
 
 
-def draw(outcomes: Outcomes, path: Path, goal: Goal) -> None:
-    """Figures over steps, a panel for each: for every arm the mean over seeds and the range."""
+def draw(outcomes: Outcomes, path: Path, metric: SelectionMetric) -> None:
+    """Metrics over steps, a panel for each: mean and range over the seeds of each variant."""
     titles = {
         "train/loss": "training loss",
-        goal.record: f"test {goal.title}",
+        metric.log_key: f"test {metric.title}",
         "train/surrogate_gap": "surrogate gap h",
         "train/damping": "damping λ",
     }
-    runs = {name: [run.records for run in arm] for name, arm in outcomes.items()}
+    runs = {name: [run.records for run in runs] for name, runs in outcomes.items()}
     seen = {
         name for repetitions in runs.values() for each in repetitions for r in each for name in r
     }
@@ -58,14 +58,14 @@ def _logarithmic(axes: Axes) -> None:
         axes.set_yscale("log", nonpositive="mask")
 
 
-def draw_scores(outcomes: Outcomes, path: Path, goal: Goal) -> None:
-    """Test score and largest Hessian eigenvalue: a row for each arm, a dot for each seed, a bar at
-    the mean."""
+def draw_scores(outcomes: Outcomes, path: Path, metric: SelectionMetric) -> None:
+    """Test score and largest Hessian eigenvalue: a row per variant, a dot per seed, a bar at the
+    mean."""
     figure = Figure(figsize=(11, 1.4 + 0.5 * len(outcomes)), layout="constrained")
     reached, eigenvalue = figure.subplots(1, 2, sharey=True)
-    _dots(reached, outcomes, goal.figure, f"test {goal.title}")
+    _dots(reached, outcomes, metric.result_key, f"test {metric.title}")
     _dots(eigenvalue, outcomes, LARGEST_EIGENVALUE, "largest Hessian eigenvalue")
-    if all(value > 0 for arm in outcomes.values() for value in values(arm, LARGEST_EIGENVALUE)):
+    if all(value > 0 for runs in outcomes.values() for value in values(runs, LARGEST_EIGENVALUE)):
         eigenvalue.set_xscale("log")
     reached.locator_params(axis="x", nbins=6)
     reached.set_yticks(range(len(outcomes)), list(outcomes))
@@ -74,8 +74,8 @@ def draw_scores(outcomes: Outcomes, path: Path, goal: Goal) -> None:
 
 
 def _dots(axes: Axes, outcomes: Outcomes, figure: str, title: str) -> None:
-    for row, arm in enumerate(outcomes.values()):
-        each = values(arm, figure)
+    for row, runs in enumerate(outcomes.values()):
+        each = values(runs, figure)
         axes.plot(each, [row] * len(each), "o", color=f"C{row}", alpha=0.6)
         axes.plot(np.mean(each), row, "|", color="black", markersize=22, markeredgewidth=2)
     axes.set_title(title)
@@ -83,7 +83,7 @@ def _dots(axes: Axes, outcomes: Outcomes, figure: str, title: str) -> None:
 
 
 def draw_sweep(grids: Sequence[Grid], path: Path) -> None:
-    """The held-out score over one field as curves, over two as heat maps, one for each method."""
+    """Held-out scores: over one field as curves, over two as a heat map for each method."""
     if len(grids[0].fields) == 1:
         figure = Figure(figsize=(5.5, 4.2), layout="constrained")
         _sweep_curves(figure.subplots(), grids)
@@ -117,5 +117,5 @@ def _heat_map(figure: Figure, axes: Axes, grid: Grid) -> None:
     middle = (np.nanmin(means) + np.nanmax(means)) / 2
     for (i, j), mean in np.ndenumerate(means):
         ink = "black" if mean > middle else "white"
-        axes.text(j, i, grid.goal.form.format(mean), ha="center", va="center", color=ink)
+        axes.text(j, i, grid.metric.form.format(mean), ha="center", va="center", color=ink)
     figure.colorbar(image, label=grid.title)

@@ -1,8 +1,8 @@
-"""What a step costs: FLOPs, temporary memory and time, and their ratios to the base's.
+"""The cost of a step: FLOPs, temporary memory and time, and ratios to the baseline's.
 
-FLOPs and memory are the compiler's own count for the compiled step. It counts the body of a scan
-once, so compare models with unrolled layers. Clocks are read in turn, base and methods in one
-process, so that whatever else the machine does meets all of them.
+FLOPs and memory are the compiler's counts for the compiled step. They include the body of a scan
+once, so compare models with unrolled layers. The methods are timed in turn in one process, so that
+other load on the machine affects all of them alike.
 """
 
 import math
@@ -20,7 +20,7 @@ from curvax.training.experiment import Experiment
 from curvax.training.loop import Report
 from curvax.training.runtime import run_dir
 
-_READING = 0.05  # seconds that one reading takes at least, far above the clock's grain
+_TIMING = 0.05  # least seconds of one timing, far above the clock's resolution
 
 
 class Cost(NamedTuple):
@@ -36,34 +36,34 @@ def measure(
     rounds: int = 30,
     report: Report = lambda *_: None,
 ) -> dict[str, Cost]:
-    """Compiles a step of every arm and reads its clock once a round, all arms in turn."""
+    """Compiles a step of every variant, and times each once per round, in turn."""
     steps = [_Step(experiment) for experiment in experiments.values()]
-    readings = np.empty((len(steps), rounds))
+    timings = np.empty((len(steps), rounds))
     for turn in range(rounds):
-        readings[:, turn] = [step.read() for step in steps]
+        timings[:, turn] = [step.time() for step in steps]
         report(turn + 1, {})
     return {
         name: Cost(step.flops, step.temporary_bytes, seconds)
-        for name, step, seconds in zip(experiments, steps, readings)
+        for name, step, seconds in zip(experiments, steps, timings)
     }
 
 
 class _Step:
-    """A compiled training step that repeats itself on one batch."""
+    """A compiled training step, repeated on one batch."""
 
     def __init__(self, experiment: Experiment):
         self.state = experiment.init()
-        self.batch = experiment.regime.place(next(experiment.batches()))
+        self.batch = experiment.parallelism.place(next(experiment.batches()))
         self.step = experiment.step
-        compiled = self.step.lower(self.state, self.batch).compile()  # that the calls run too
+        compiled = self.step.lower(self.state, self.batch).compile()  # what `self.step` runs
         self.flops = float(compiled.cost_analysis()["flops"])
         self.temporary_bytes = float(compiled.memory_analysis().temp_size_in_bytes)
         self.repeats = 1
-        self.read()  # the first call is not like the others
-        self.repeats = math.ceil(_READING / self.read())
+        self.time()  # the first call is slower
+        self.repeats = math.ceil(_TIMING / self.time())
 
-    def read(self) -> float:
-        """Seconds of one step, over enough of them to fill a reading."""
+    def time(self) -> float:
+        """Seconds per step, averaged over `repeats` steps."""
         began = time.perf_counter()
         for _ in range(self.repeats):
             self.state, measured = self.step(self.state, self.batch)
@@ -72,7 +72,7 @@ class _Step:
 
 
 class Ratio(NamedTuple):
-    """A cost in units of the base's; the times pair by pair."""
+    """A cost divided by the baseline's; times are divided round by round."""
 
     flops: float
     temporary_bytes: float
@@ -93,7 +93,7 @@ def ratio(cost: Cost, base: Cost) -> Ratio:
 
 
 def table(costs: dict[str, Cost]) -> Table:
-    """A row for each figure, a column for each method; the first is the base."""
+    """A row for each number, a column for each method; the first is the baseline."""
     base = next(iter(costs.values()))
     page = Table("a step", *map(escape, costs))
     rows: dict[str, Callable[[Cost, Ratio], str]] = {
@@ -111,7 +111,7 @@ def table(costs: dict[str, Cost]) -> Table:
 
 
 def write(folder: Path, costs: dict[str, Cost]) -> None:
-    """`bench.json`: every cost, every reading, and the ratios to the first."""
+    """Writes bench.json: costs, all timings, and ratios to the first method."""
     base = next(iter(costs.values()))
     page = {
         name: {

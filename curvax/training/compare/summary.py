@@ -1,4 +1,4 @@
-"""A few numbers ↦ their mean, spread and confidence interval."""
+"""Mean, standard deviation and confidence interval of a few numbers."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from scipy import stats
 
 
 class Summary(NamedTuple):
-    """Mean, sample standard deviation and half width of the 95 % interval (NaN for one number)."""
+    """Mean, sample standard deviation and half width of the 95 % interval; NaN for one number."""
 
     mean: float
     deviation: float
@@ -17,7 +17,10 @@ class Summary(NamedTuple):
 
 
 def summarise(values: Sequence[float]) -> Summary:
-    """Mean ± t₀.₉₇₅(n-1) s/√n, the interval of Student's t for n numbers of unknown spread."""
+    """The mean with Student's interval for n normal numbers of unknown variance.
+
+    x̄ ± t₀.₉₇₅(n-1) s / √n
+    """
     n = len(values)
     mean = float(np.mean(values))
     if n < 2:

@@ -1,7 +1,7 @@
-"""The config of a run: its fields (`configs`), the method as text (`recipe`), and its schedules.
+"""The config of a run: its fields (`configs`), the optimiser as text (`recipe`), and schedules.
 
-A config file needs one name, `from curvax.training.config import defaults`. It is imported when
-asked for, since `recipe` does without ml_collections.
+A config file needs only `from curvax.training.config import defaults`, which is imported lazily,
+since `recipe` alone works without ml_collections.
 """
 
 from typing import TYPE_CHECKING, Any

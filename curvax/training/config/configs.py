@@ -1,26 +1,28 @@
-"""Configs: where they are found, what fields they have, and how the command line changes them.
+"""Configs: finding and loading them, their fields, and overrides from the command line.
 
 A config is a Python file whose `get_config()` returns a locked `ConfigDict`: `defaults()` with some
-fields set. Numbers among its top-level fields are names that the optimiser's text may use, so
-`sam_perturb(rho)` with `config.rho = 0.2` can be swept as `rho`.
+fields set. The optimiser's text may use the names of numeric top-level fields: `sam_perturb(rho)`
+with `defaults(rho=0.2)` can be swept as `rho`.
 """
 
 import ast
 import copy
 import runpy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 import curvax
 from curvax.training.config.recipe import near
+from curvax.training.config.renamed import DataConfig, RunConfig, current
 
 _WORDS = {"true": True, "false": False, "none": None, "null": None}
 _LOWEST = {
-    "data.side": 1,
+    "data.image_size": 1,
     "data.threads": 1,
     "epochs": 1,
     "batch": 1,
@@ -31,87 +33,94 @@ _LOWEST = {
     "log_every": 1,
     "test_every": 1,
     "checkpoint_every": 1,
-    "keep": 1,
+    "keep_checkpoints": 1,
     "hessian_examples": 0,
 }
-"""The least value of fields that count."""
+"""The least value of integer fields."""
 
 
 class ConfigError(ValueError):
-    """A config that cannot be found or read, or a field it does not have."""
+    """A config that cannot be found or read, or an unknown or invalid field."""
 
 
 def defaults(**numbers: float) -> ConfigDict:
-    """The fields of every experiment, locked.
+    """The default config, locked: its fields can be set, and no others added.
 
     Args:
-        **numbers: further top-level fields for the optimiser's text to name, as `rho=0.2`.
+        **numbers: further top-level fields that the optimiser's text may use, as `rho=0.2`.
     """
     fields: dict[str, Any] = {
-        "name": "experiment",  # of the run's folder; the config file's own name when loaded
+        "name": "experiment",  # in the run folder's name; `load` sets the config file's own
         "task": "images",  # or "autoencoder", "regression", "language"
         "model": {"name": "mixer_tiny", "options": {}},
-        "data": {
-            "name": "digits",
-            "path": placeholder(str),  # folder or archive of data that is not embedded
-            "size": placeholder(int),  # training examples used, all by default
-            "noise": 0.0,  # fraction of the training labels replaced by a wrong one
-            "labels": placeholder(str),  # run whose predictions replace the training labels
-            "smoothing": 0.0,  # of the training labels
-            "augment": [],  # transforms in order, each as text; nothing is mirrored without flip()
-            "length": 64,  # bytes in a window of text
-            "side": placeholder(int),  # pixels of an image, 224 of one made of a picture in ...
-            # ... records by default; images in memory keep their size unless it is given
-            "area": (0.05, 1.0),  # of such a picture that a training crop takes, least and greatest
-            "threads": placeholder(int),  # that decode pictures, one for each core by default
-            "mean": placeholder(tuple),  # that normalises images, a number for each channel in ...
-            "std": placeholder(tuple),  # ... units of [0, 1]; both measured, or the source's own
-        },
+        "data": DataConfig(
+            {
+                "name": "digits",
+                "path": placeholder(str),  # folder or archive of data not in a Python package
+                "num_train": placeholder(int),  # training examples used, all by default
+                "label_noise": 0.0,  # fraction of the training labels replaced by a wrong one
+                "labels": placeholder(str),  # run whose predictions replace the training labels
+                "label_smoothing": 0.0,  # ε of the training labels
+                "augment": [],  # transforms in order, each as text; no mirroring without flip()
+                "seq_len": 64,  # bytes in a window of text
+                "image_size": placeholder(int),  # pixels per side; by default 224 for encoded ...
+                # ... images, and images in memory keep their own size
+                "crop_area": (0.05, 1.0),  # least and greatest share of an encoded image that ...
+                # ... a training crop takes
+                "threads": placeholder(int),  # that decode images, one per core by default
+                "mean": placeholder(tuple),  # per channel, in units of [0, 1], to normalise ...
+                "std": placeholder(tuple),  # ... images; both by default measured or the source's
+            }
+        ),
         "optimizer": "adamw(cosine(1e-3))",
-        "base": "adamw(cosine(1e-3))",  # what `compare` and `bench` measure against
-        "others": [],  # further methods, each as text, that they take in too
-        "beside": False,  # whether `train` trains the base and the others too
+        "baseline": "adamw(cosine(1e-3))",  # first method of `compare`, `bench` and `plan`
+        "more_optimizers": [],  # further methods, each as text, of the same commands
+        "train_baselines": False,  # `train` also trains `baseline` and `more_optimizers`
         "loss": placeholder(str),  # the task's own by default; of images "softmax" or "sigmoid"
-        "start": placeholder(str),  # trained weights to begin with: a run's folder, or a ...
-        "new_head": False,  # ... published .npz; whether their head stays out although it fits
-        "epochs": 60,  # of each example once, but for those left over by whole batches
+        "init_from": placeholder(str),  # pretrained weights: a run's folder or a published .npz
+        "new_head": False,  # leave the pretrained head out even if it fits
+        "epochs": 60,  # passes over the training set, incomplete batches dropped
         "batch": 64,
         "microbatch": placeholder(int),  # examples in memory at once, the whole batch by default
-        "regime": "jit",  # how a step is mapped over the devices, or "shard_map", "pmap"
-        "devices": placeholder(int),  # the first of those there are, all by default
-        "fsdp": False,  # whether parameters and optimiser state are divided among them too
+        "parallelism": "jit",  # how a step is mapped over devices: or "shard_map", "pmap"
+        "devices": placeholder(int),  # use the first so many, all by default
+        "fsdp": False,  # also divide parameters and optimiser state among the devices
         "seed": 0,  # of parameters, label noise, data order, augmentation and dropout
         "eval_batch": 512,
         "log_every": 10,  # steps
         "test_every": 1,  # epochs
         "checkpoint_every": placeholder(int),  # steps, an epoch by default
-        "keep": 2,  # checkpoints
+        "keep_checkpoints": 2,
         "hessian_examples": 512,  # for the largest eigenvalue at the end, 0 for none
-        **numbers,
     }
-    config = ConfigDict(fields).lock()
+    for name, number in numbers.items():
+        fields[current(name)] = number
+    config = RunConfig(fields).lock()
     config.model.options.unlock()  # each model has its own
     return config
 
 
 def folder() -> Path:
-    """Where the configs that come with curvax are: in the package, or beside it in a checkout."""
+    """The folder of curvax's own configs: in the installed package, or next to it in a checkout."""
     package = Path(curvax.__file__).parent
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
 
 
 def names() -> list[str]:
+    """The names of curvax's own configs, sorted."""
     return sorted(path.stem for path in folder().glob("*.py"))
 
 
 def load(name: str) -> ConfigDict:
-    """The config of that name, or of that path to a Python file.
+    """Loads a config.
 
-    What follows a colon, as in `imagenet_vit:b16`, is the variant that `get_config` is given.
+    Args:
+        name: one of `names()` or the path of a .py file; after a colon the argument of its
+            `get_config`, as in `imagenet_vit:b16`.
 
     Raises:
-        ConfigError: there is none, or it cannot be read.
+        ConfigError: there is no such config, or it cannot be read.
     """
     path, (_, _, variant) = find(name), name.partition(":")
     try:
@@ -126,7 +135,7 @@ def load(name: str) -> ConfigDict:
 
 
 def find(name: str) -> Path:
-    """The file of a config; errors as in `load`."""
+    """The file of a config; arguments and errors as in `load`."""
     name = name.partition(":")[0]
     path = Path(name) if name.endswith(".py") else folder() / f"{name}.py"
     if not path.is_file():
@@ -138,46 +147,50 @@ def find(name: str) -> Path:
 
 
 def docstring(name: str) -> str:
-    """What a config says of itself: paper, command, expected result, cost; errors as in `load`."""
+    """A config's docstring: paper, command, expected result, cost; errors as in `load`."""
     return ast.get_docstring(ast.parse(find(name).read_text())) or ""
 
 
-def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every field with its dotted name."""
-    for name, value in config.items():
-        if isinstance(value, Mapping | ConfigDict):
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
+def flat(config: ConfigDict) -> dict[str, Any]:
+    """Every field under its dotted name: `{"data.name": "digits", ...}`."""
+    fields: dict[str, Any] = flatten_dict(config.to_dict(), sep=".")
+    return fields
 
 
 def override(config: ConfigDict, assignments: Sequence[str]) -> ConfigDict:
-    """A copy of the config with `--field=value` applied, dots reaching inside.
+    """A copy of the config with `--field=value` assignments applied.
+
+    Args:
+        config: not changed.
+        assignments: fields of nested configs have dotted names; old names work with a warning.
 
     Raises:
-        ConfigError: an unknown field (with near matches), or a value of another type.
+        ConfigError: an unknown field (the message has near matches), or a value of another type.
     """
-    changed = copy.deepcopy(config)  # with the types of the fields that are not set
+    changed = copy.deepcopy(config)  # keeps the types of unset fields
     for assignment in assignments:
         name, equals, text = assignment.removeprefix("--").partition("=")
         if not (assignment.startswith("--") and equals):
             raise ConfigError(
                 f"`{assignment}` is not an override. Write fields as `--field=value`, for instance "
-                "`--epochs=30` or `--data.noise=0.2`."
+                "`--epochs=30` or `--data.label_noise=0.2`."
             )
-        assign(changed, name, text)
+        assign(changed, current(name), text)
     return changed
 
 
 def assign(config: ConfigDict, name: str, text: str) -> None:
-    """Sets one dotted field to the value that the text stands for; errors as in `override`."""
-    *branches, leaf = name.split(".")
+    """Sets one dotted field, under its current or old name, to the value of a text.
+
+    Errors as in `override`.
+    """
+    *branches, leaf = current(name, warn=False).split(".")
     parent: Any = config
     for branch in branches:
         parent = parent.get(branch) if isinstance(parent, ConfigDict) else None
     free = branches == ["model", "options"]
     if not isinstance(parent, ConfigDict) or (leaf not in parent and not free):
-        known = [field for field, _ in flat(config)]
+        known = list(flat(config))
         raise ConfigError(
             f"The config has no field `{name}`{near(name, known)} It has {', '.join(known)}."
         )
@@ -187,12 +200,12 @@ def assign(config: ConfigDict, name: str, text: str) -> None:
             parent[leaf] = value(text, kind)
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"The field `{name}` has the type `{kind.__name__}`, and `{text}` has another."
+            f"The field `{name}` has the type `{kind.__name__}`, and `{text}` does not."
         ) from error
 
 
 def value(text: str, kind: type = object) -> Any:
-    """What a text stands for: `true`, `false`, `none`, a Python literal, or itself, a string."""
+    """The value of a text: `true`, `false`, `none`, a Python literal, or else the string itself."""
     if text.lower() in _WORDS:
         return _WORDS[text.lower()]
     try:
@@ -202,18 +215,18 @@ def value(text: str, kind: type = object) -> Any:
 
 
 def check(config: ConfigDict) -> None:
-    """Refuses fields that are no whole numbers where they should be, or too low.
+    """Checks that integer fields are integers and not too low.
 
     Raises:
-        ConfigError: naming the field.
+        ConfigError: one is not; the message names the field.
     """
-    fields, standard = dict(flat(config)), dict(flat(defaults()))
+    fields, standard = flat(config), flat(defaults())
     for name, lowest in _LOWEST.items():
-        left_out = fields[name] is None and standard[name] is None
-        if not left_out and (type(fields[name]) is not int or fields[name] < lowest):
+        unset = fields[name] is None and standard[name] is None
+        if not unset and (type(fields[name]) is not int or fields[name] < lowest):
             raise ConfigError(f"`{name}` is a whole number from {lowest}, and was {fields[name]}.")
 
 
 def numbers(config: ConfigDict) -> dict[str, float]:
-    """The top-level numbers, which the optimiser's text may name."""
+    """The numeric top-level fields, which the optimiser's text may use."""
     return {name: v for name, v in config.items() if type(v) in (int, float)}

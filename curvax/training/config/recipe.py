@@ -1,12 +1,12 @@
-"""A method as text: `sam_perturb(0.2) | gsam_project(0.4) | adamw(cosine(1e-3, warmup=10))`.
+"""Optimisers as text: `sam_perturb(0.2) | gsam_project(0.4) | adamw(cosine(1e-3, warmup=10))`.
 
     text  = call ('|' call)*
     value = literal | [value, ...] | name | call | text
 
-The text is read as a Python expression and evaluated node by node, never by `eval`: a call can
-reach curvax's public names, the Optax functions annotated as returning a transformation,
-`optax.schedules`, the schedules of `curvax.run_length` and whatever the caller adds, nothing else.
-Every error points at the node it is about.
+The text is parsed as a Python expression and evaluated node by node, never by `eval`. It can call
+curvax's public names, the Optax functions annotated as returning a transformation, the functions of
+`optax.schedules`, the schedules of `run_schedules`, and names that the caller adds. Every error has
+a caret under its node. Parsed by hand, since a general evaluator would accept arbitrary code.
 """
 
 import ast
@@ -27,31 +27,31 @@ _LITERALS = (bool, int, float, str, types.NoneType)
 
 
 class RecipeError(ValueError):
-    """A method's text that cannot be read: what is wrong, the line, and a caret under the place."""
+    """A text that cannot be parsed; the message has the line with a caret under the node."""
 
 
 def parse(
     text: str, *, steps: int | None = None, names: Mapping[str, Any] = _NO_NAMES
 ) -> optax.GradientTransformationExtraArgs:
-    """Reads a method's text.
+    """Parses the text of an optimiser.
 
         parse("sam_perturb(rho) | sgd(cosine(0.1), momentum=0.9)", steps=100, names={"rho": 0.05})
 
     Args:
         text: parts joined by `|`, on one line or several.
         steps: length of the run, for `cosine`, `linear`, `constant` and `step_decay`.
-        names: further names that the text may use; they win over all others.
+        names: further names that the text may use; they take precedence over all others.
 
     Raises:
-        RecipeError: unknown names and arguments (with near matches), anything that is not a call,
-            a literal or a list, and whatever a factory refuses, each with a caret at its node.
+        RecipeError: an unknown name or argument (the message has near matches), an expression
+            that is not a call, a literal or a list, or an error raised by a factory.
     """
     reader = _Reader(text, {**vocabulary(steps), **names})
     return reader.pipe(reader.tree())
 
 
 def read(text: str, names: Mapping[str, Any]) -> Any:
-    """The value of any text of this grammar, with `names` as its whole vocabulary.
+    """The value of any text of this grammar, which may use `names` only.
 
     Raises:
         RecipeError: as in `parse`.
@@ -61,7 +61,7 @@ def read(text: str, names: Mapping[str, Any]) -> Any:
 
 
 def vocabulary(steps: int | None = None) -> dict[str, Any]:
-    """All that a text may name; of two with one name curvax's wins."""
+    """All names that a text may use; curvax's take precedence over Optax's."""
     stretched = (
         run_schedules.cosine,
         run_schedules.linear,
@@ -91,7 +91,7 @@ def _returns_transformation(f: Any) -> bool:
 
 
 class _Reader:
-    """One text, its vocabulary, and the values of its nodes."""
+    """Evaluates the nodes of one text, given its vocabulary."""
 
     def __init__(self, text: str, names: Mapping[str, Any]):
         self.text = text
@@ -106,7 +106,7 @@ class _Reader:
             return ast.parse(self.source, mode="eval").body
         except SyntaxError as error:
             place = (error.offset or len(self.source) + 1) - 1
-            self.fail(place, f"A method's text is calls joined by `|`: {error.msg}.")
+            self.fail(place, f"A method's text consists of calls joined by `|`: {error.msg}.")
 
     def pipe(self, node: ast.expr) -> Any:
         parts = [self.part(operand) for operand in _operands(node)]
@@ -118,7 +118,7 @@ class _Reader:
             return value
         written = ast.unparse(node)
         if isinstance(node, ast.Name) and callable(value):
-            self.fail(node, f"`{written}` is a part only once called: write `{written}(...)`.")
+            self.fail(node, f"`{written}` is a function, not a part: write `{written}(...)`.")
         self.fail(
             node,
             f"Parts joined by `|` are gradient transformations, and `{written}` gives "
@@ -145,8 +145,8 @@ class _Reader:
                 return {self.value(k): self.value(v) for k, v in zip(keys, values) if k is not None}
         self.fail(
             node,
-            "A method's text has calls joined by `|`, and as arguments literals, lists, names and "
-            f"further calls. `{ast.unparse(node)}` is none of these{_hint(node)}.",
+            "A method's text has calls joined by `|`, with literals, lists, names and further "
+            f"calls as arguments. `{ast.unparse(node)}` is none of these{_hint(node)}.",
         )
 
     def call(self, node: ast.Call, name: str) -> Any:
@@ -164,7 +164,7 @@ class _Reader:
         written = [keyword.arg for keyword in node.keywords]
         for index, keyword in enumerate(node.keywords):
             if keyword.arg is None:
-                self.fail(keyword.value, "`**` is not read here. Write the arguments by name.")
+                self.fail(keyword.value, "`**` is not supported. Write the arguments by name.")
             if keyword.arg in written[:index]:
                 self.fail(keyword, f"`{name}` is given its argument `{keyword.arg}` twice.")
             if keyword.arg not in parameters and not accepts_any:
@@ -173,9 +173,7 @@ class _Reader:
 
     def look_up(self, node: ast.expr, name: str) -> Any:
         if name not in self.names:
-            self.fail(
-                node, f"Nothing that a text may name is called `{name}`{near(name, self.names)}"
-            )
+            self.fail(node, f"Unknown name `{name}`{near(name, self.names)}")
         return self.names[name]
 
     def build(self, node: ast.expr, factory: Callable[..., Any], *args: Any, **named: Any) -> Any:
@@ -188,7 +186,7 @@ class _Reader:
         raise RecipeError(f"{message}\n{self.caret(at)}") from cause
 
     def caret(self, at: ast.expr | ast.keyword | int) -> str:
-        """The line of the text that holds the place, and a caret beneath it."""
+        """The line of the text around a node, with a caret below it."""
         if not isinstance(at, int):
             at = len(self.source.encode()[: at.col_offset].decode())
         before = self.text[: self.start + at]
@@ -200,23 +198,23 @@ def outline(text: str, *, deep: bool = False) -> str:
     """The names of a method's parts: `sam_perturb(0.2) | adamw(1e-3)` ↦ `sam_perturb | adamw`.
 
     Args:
-        deep: with those of the calls inside, as `per_group(sam_perturb) | adamw(cosine)`.
+        deep: with the names of nested calls, as `per_group(sam_perturb) | adamw(cosine)`.
     """
     return " | ".join(_name(part, deep=deep) for part in parts(text))
 
 
 def parts(text: str) -> list[ast.expr]:
-    """The parts of a method's text, as they are written."""
+    """The syntax trees of a text's parts."""
     return _operands(_Reader(text, {}).tree())
 
 
 def given(text: str, factory: str, argument: str, names: Mapping[str, Any]) -> list[Any]:
-    """What a method's text gives an argument, in each call of a factory.
+    """The values that a text passes for one argument, in every call of a factory.
 
         given("per_group(m, sam_perturb(0.05)) | sgd(0.1)", "per_group", "m", {"m": 32}) == [32]
 
     Raises:
-        RecipeError: as in `parse`, of that argument alone.
+        RecipeError: as in `parse`, for that argument only.
     """
     reader = _Reader(text, {**vocabulary(), **names})
     place = list(inspect.signature(reader.names[factory]).parameters).index(argument)
@@ -248,7 +246,7 @@ def _operands(node: ast.expr) -> list[ast.expr]:
 
 
 def near(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown name: what is spelt nearly so, if anything is."""
+    """The end of a sentence about an unknown name: similar names, if there are any."""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
     return f". Did you mean {' or '.join(f'`{c}`' for c in close)}?" if close else "."
 

@@ -1,6 +1,6 @@
-"""Schedules stretched over a whole run: a peak and a length ↦ the value at each step.
+"""Schedules over a whole run: peak and number of steps ↦ the value at each step.
 
-A method's text names them without the length, which the run's config supplies.
+An optimiser's text uses them without `steps`, which the run's config supplies.
 """
 
 from collections.abc import Sequence
@@ -11,16 +11,16 @@ import optax
 def cosine(
     peak: float, warmup: int = 0, end: float = 0.0, *, steps: int | None = None
 ) -> optax.Schedule:
-    """A linear rise from 0 over `warmup` steps, then half a cosine from `peak` down to `end`.
+    """A linear rise from 0 over `warmup` steps, then half a cosine from `peak` to `end`.
 
     Args:
         peak: the largest value.
-        warmup: steps of the rise.
+        warmup: number of steps of the rise.
         end: the value at the last step.
-        steps: length of the run.
+        steps: number of steps of the run.
 
     Raises:
-        ValueError: no length is known, or the warm-up leaves nothing of it.
+        ValueError: `steps` is unknown, or the warm-up is not shorter than the run.
     """
     length = _after_warmup("cosine", warmup, steps)
     alpha = end / peak if peak else 0.0
@@ -30,7 +30,7 @@ def cosine(
 def linear(
     peak: float, warmup: int = 0, end: float = 0.0, *, steps: int | None = None
 ) -> optax.Schedule:
-    """A linear rise from 0 over `warmup` steps, then a straight line from `peak` down to `end`.
+    """A linear rise from 0 over `warmup` steps, then a straight line from `peak` to `end`.
 
     Arguments and errors as in `cosine`.
     """
@@ -52,7 +52,7 @@ def step_decay(
     *,
     steps: int | None = None,
 ) -> optax.Schedule:
-    """A staircase: from `peak` down by `factor` at each of the fractions `at` of the run.
+    """A step function: `peak`, multiplied by `factor` at each of the fractions `at` of the run.
 
     Raises:
         ValueError: as in `cosine`, or a fraction lies outside (0, 1).
@@ -61,7 +61,7 @@ def step_decay(
     if not all(0 < fraction < 1 for fraction in at):
         raise ValueError(
             f"`step_decay` drops at fractions of the run, each between 0 and 1, and `at` is "
-            f"{list(at)}. Write the half of the run as 0.5."
+            f"{list(at)}. Write half of the run as 0.5."
         )
     drops = {round(fraction * (warmup + length)) - warmup: factor for fraction in at}
     return _warmed(peak, warmup, optax.piecewise_constant_schedule(peak, drops))
@@ -70,13 +70,13 @@ def step_decay(
 def _after_warmup(name: str, warmup: int, steps: int | None) -> int:
     if steps is None:
         raise ValueError(
-            f"`{name}` runs over the length of the training run, which is not known here. Give it "
-            f"as `{name}(..., steps=1000)`, or read the text with `parse(text, steps=1000)`."
+            f"`{name}` spans the training run, whose number of steps is not known here. Give it as "
+            f"`{name}(..., steps=1000)`, or parse the text with `parse(text, steps=1000)`."
         )
     if not 0 <= warmup < steps:
         raise ValueError(
             f"`{name}` warms up over a part of the run, and `warmup` is {warmup} of {steps} steps. "
-            "Choose a warm-up from 0 to less than the number of steps."
+            "Use a warm-up of at least 0 and less than the number of steps."
         )
     return steps - warmup
 

@@ -1,1 +1,1 @@
-"""Data sets: where examples come from, and the batches that are made of them."""
+"""Data sets, and batches of their examples."""

@@ -1,7 +1,6 @@
-"""The published image archives: a path ↦ images uint8 [N, H, W, C] and labels int32 [N].
+"""Readers of published image archives: path ↦ images uint8 [N, H, W, C] and labels int32 [N].
 
-Nothing is downloaded and nothing is unpacked on disk. Each reader returns the training and the test
-part, as their authors divided them.
+Nothing is downloaded or unpacked on disk. Each reader returns the authors' training and test parts.
 """
 
 import gzip
@@ -27,14 +26,20 @@ class DataError(ValueError):
 
 
 def require_folder(path: Path, of: str) -> None:
-    """Refuses what is no folder.
+    """Checks that a path is a folder.
+
+    Args:
+        path: the folder.
+        of: its content, for the message.
 
     Raises:
         DataError: it is a file, or does not exist.
     """
     if not path.is_dir():
         cause = "it is a file" if path.exists() else "it does not exist"
-        raise DataError(f"{path} is no folder of {of}: {cause}. Give the folder that holds them.")
+        raise DataError(
+            f"{path} is not a folder of {of}: {cause}. Give the folder that holds them."
+        )
 
 
 def idx(folder: Path) -> tuple[Arrays, Arrays]:
@@ -86,7 +91,7 @@ def _cifar_arrays(path: Path, content: bytes, labels: str) -> Arrays:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads arrays pickled by Python 2 and refuses every other object, which could run code."""
+    """Reads arrays pickled by Python 2, and refuses all other objects, which could run code."""
 
     _ALLOWED: Mapping[str, Any] = {
         "_reconstruct": np.empty(0).__reduce__()[0],
@@ -127,7 +132,7 @@ def _svhn_arrays(path: Path) -> Arrays:
 
 
 def _contents(path: Path, folder: str, names: Collection[str]) -> dict[str, bytes]:
-    """The named files of a .tar.gz, of the folder it extracts to, or of the one around that."""
+    """The named files of a .tar.gz, of the folder it extracts to, or of that folder's parent."""
     if path.is_dir():
         inside = path / folder if (path / folder).is_dir() else path
         return {name: (inside / name).read_bytes() for name in names}
@@ -151,8 +156,8 @@ def _joined(parts: Iterable[Arrays]) -> Arrays:
 
 
 def damaged(path: Path, cause: object) -> DataError:
-    """The error for a file whose content is not what its name says."""
+    """The error for a file whose content does not match its name."""
     return DataError(
-        f"{path} is not the archive its authors published ({cause}): it may be cut short or be "
-        "another file. Fetch it again and give its path."
+        f"{path} is not the archive its authors published ({cause}): it may be truncated or "
+        "be another file. Download it again and give its path."
     )

@@ -1,8 +1,8 @@
-"""A folder of array_record files ↦ its records, each by its number.
+"""A folder of array_record files, with random access to its records.
 
-Files are named as tensorflow-datasets names them, `NAME-train.array_record-00000-of-00004`; what it
-prepared reads like what `curvax convert` wrote, `label.labels.txt` with the names of the classes
-and `features.json` included. Records are read at random places: no buffer shuffles them.
+File names are those of tensorflow-datasets, `NAME-train.array_record-00000-of-00004`. Folders that
+it prepared and folders that `curvax convert` wrote are read alike, with `label.labels.txt` (the
+names of the classes) and `features.json`. Shuffling is by random access, without a buffer.
 """
 
 import functools
@@ -23,16 +23,16 @@ from curvax.training.data.tf_example import Example
 CLASSES = "label.labels.txt"
 _SHARD = re.compile(r"(.+)-(\w+)\.array_record-(\d{5})-of-(\d{5})")
 _AT_RANDOM = "readahead_buffer_size:0,max_parallelism:0"
-_KEPT_OPEN = 256  # files; to open one again takes a tenth of what it takes to decode a picture
+_KEPT_OPEN = 256  # files; opening one takes a tenth of the time of decoding an image
 
 
 def shard_name(name: str, part: str, number: int, of: int) -> str:
-    """The file of one shard of a part, "train" for instance."""
+    """The file name of one shard of a part, "train" for instance."""
     return f"{name}-{part}.array_record-{number:05}-of-{of:05}"
 
 
 class Shards:
-    """The records of one part of a data set, numbered through its files."""
+    """The records of one part of a data set, numbered across its files."""
 
     def __init__(self, paths: Sequence[Path]):
         self.paths = list(paths)
@@ -43,14 +43,14 @@ class Shards:
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """The number of records."""
         return int(self._ends[-1])
 
     def read(self, number: int) -> Example:
-        """One record; threads may ask at once.
+        """Reads one record; thread-safe.
 
         Raises:
-            DataError: its file is damaged there, or it is no picture with a label.
+            DataError: the file is damaged, or the record is not an image with a label.
         """
         path, place = self._find(number)
         try:
@@ -59,11 +59,11 @@ class Shards:
             raise _damaged(path, error) from error
         except DataError as error:
             raise DataError(
-                f"{self.place(number)} cannot be used: {error}. Convert the pictures again."
+                f"{self.place(number)} cannot be used: {error}. Convert the images again."
             ) from error
 
     def place(self, number: int) -> str:
-        """Where a record is, in words."""
+        """The location of a record, for messages."""
         path, place = self._find(number)
         return f"record {place} of {path}"
 
@@ -73,17 +73,17 @@ class Shards:
 
 
 class Folder(NamedTuple):
-    """What there is in a folder of array_record files."""
+    """The content of a folder of array_record files."""
 
     parts: dict[str, list[Path]]  # the files of "train", "validation" and so on, in order
-    names: list[str]  # of the classes, where they are told
-    classes: int | None  # how many there are, where that is told
+    names: list[str]  # of the classes; empty if unknown
+    classes: int | None  # number of classes; None if unknown
 
     def part(self, *names: str) -> Shards:
-        """The first of these parts that there is.
+        """The first of these parts that exists.
 
         Raises:
-            DataError: there is none of them, or a file is damaged.
+            DataError: none of them exists, or a file is damaged.
         """
         for name in names:
             if name in self.parts:
@@ -91,15 +91,15 @@ class Folder(NamedTuple):
         folder = next(iter(self.parts.values()))[0].parent
         raise DataError(
             f"{folder} has the parts {', '.join(self.parts)}, and none called "
-            f"{' or '.join(f'`{name}`' for name in names)}. Convert the pictures of that part too."
+            f"{' or '.join(f'`{name}`' for name in names)}. Convert the images of that part too."
         )
 
 
 def read_folder(folder: Path) -> Folder:
-    """The folder's files, by part.
+    """Lists a folder's files by part.
 
     Raises:
-        DataError: it is no folder, it holds no records, or some of its files are missing.
+        DataError: it is not a folder, holds no records, or misses some of its files.
     """
     require_folder(folder, "array_record files")
     parts: dict[str, list[Path]] = {}
@@ -109,16 +109,16 @@ def read_folder(folder: Path) -> Folder:
     if not parts:
         raise DataError(
             f"{folder} holds no array_record files, named as NAME-train.array_record-00000-of-00004"
-            ". `curvax convert PICTURES FOLDER` makes them from a folder of class folders."
+            ". `curvax convert IMAGES FOLDER` makes them from a folder of class folders."
         )
     for paths in parts.values():
         _require_all(paths)
     names = _names(folder)
-    return Folder(parts, names, len(names) or _told_classes(folder))
+    return Folder(parts, names, len(names) or _number_of_classes(folder))
 
 
 def _require_all(paths: Sequence[Path]) -> None:
-    """Refuses a part of several data sets, or with gaps."""
+    """Refuses a part with files of several data sets, or with missing files."""
     match = _SHARD.fullmatch(paths[0].name)
     assert match is not None
     name, part, _, of = match.groups()
@@ -136,11 +136,11 @@ def _names(folder: Path) -> list[str]:
     return file.read_text().splitlines() if file.exists() else []
 
 
-def _told_classes(folder: Path) -> int | None:
-    """As tensorflow-datasets tells it of its feature "label".
+def _number_of_classes(folder: Path) -> int | None:
+    """The number of classes in the features.json of tensorflow-datasets.
 
     Raises:
-        DataError: it has no such feature, or no classes in it.
+        DataError: the file has no feature "label" with a number of classes.
     """
     file = folder / "features.json"
     if not file.exists():
@@ -150,17 +150,17 @@ def _told_classes(folder: Path) -> int | None:
         return int(features["label"]["classLabel"]["numClasses"])
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
-            f"Pictures in records have one class each, and {file} tells of no feature `label` with "
-            "classes. Take a data set of that kind."
+            f"Images in records have one class each, and {file} has no feature `label` with "
+            "classes. Use a data set of that kind."
         ) from error
 
 
 def _count(path: Path) -> int:
     """The number of records."""
     reader = _opened(path)
-    count = reader.num_records()  # 0 where the file is damaged
+    count = reader.num_records()  # 0 if the file is damaged
     try:
-        reader.close()  # only then it says so
+        reader.close()  # raises the error
     except RuntimeError as error:
         raise _damaged(path, error) from error
     return count
@@ -172,6 +172,6 @@ def _opened(path: Path) -> ArrayRecordReader:
 
 def _damaged(path: Path, error: Exception) -> DataError:
     return DataError(
-        f"{path} cannot be read ({str(error).partition(';')[0]}): it may be cut short. Copy it "
-        "again from where it is whole, or convert the pictures again."
+        f"{path} cannot be read ({str(error).partition(';')[0]}): it may be truncated. Copy it "
+        "again, or convert the images again."
     )

@@ -1,8 +1,8 @@
-"""Folders of pictures ↦ array_record files: what `curvax convert` does.
+"""`curvax convert`: folders of images ↦ array_record files.
 
-Training reads thousands of pictures a second at random places; a file each would cost a search on
-disk each. Every picture is decoded once here, so that no training stops at a damaged one. The
-folder appears under its name when it is whole.
+Training reads thousands of images per second at random; single files would cost a disk seek each.
+Every image is decoded once here, so that no training stops at a damaged one. The new folder appears
+under its name once it is complete.
 """
 
 import contextlib
@@ -23,65 +23,65 @@ from curvax.training.data.archives import DataError
 from curvax.training.data.datasets import stream
 from curvax.training.data.image_folders import ClassFolders, Files
 
-_SHARD = 2**28  # bytes of pictures in a file, in memory at once
-_SHOWN = 20  # damaged pictures by name
-_ROOM = 2**26  # bytes on the disk beside the pictures
+_SHARD = 2**28  # bytes of images per file
+_SHOWN = 20  # damaged images listed by name
+_ROOM = 2**26  # free bytes required in addition to the images
 
 Report = Callable[[int], None]
-"""Told how many more pictures are done."""
+"""`report(count)`, called with the number of further images done."""
 
 
 class Summary(NamedTuple):
-    """What was converted."""
+    """The result of a conversion."""
 
     folder: Path
     classes: int
-    counts: dict[str, tuple[int, int]]  # of each part: pictures and files
-    damaged: list[str]  # what could not be decoded, with its path
-    aside: list[Path]  # files that were no pictures
+    counts: dict[str, tuple[int, int]]  # part ↦ (images, files)
+    damaged: list[str]  # path and error of images that cannot be decoded
+    aside: list[Path]  # files that are not images by their names
 
 
-def command(pictures: Path, out: Path, validation: Path | None, skip: bool) -> None:
-    """`curvax convert`: converts with a progress bar, and says what came of it."""
+def command(images: Path, out: Path, validation: Path | None, skip: bool) -> None:
+    """`curvax convert`: converts with a progress bar and prints a summary."""
     console = Console()
-    parts = find_parts(pictures, validation)
-    total = sum(len(part.pictures) for part in parts.values())
+    parts = find_parts(images, validation)
+    total = sum(len(part.images) for part in parts.values())
     with Progress(console=console) as progress:
-        bar = progress.add_task(_counted(total, "picture"), total=total)
+        bar = progress.add_task(_counted(total, "image"), total=total)
         summary = convert(parts, out, skip=skip, report=lambda n: progress.advance(bar, n))
-    console.print(told(summary), markup=False, highlight=False, soft_wrap=True)
+    console.print(as_text(summary), markup=False, highlight=False, soft_wrap=True)
 
 
-def told(summary: Summary) -> str:
-    """The summary in words."""
-    lines = [f"{summary.folder}: pictures of {_counted(summary.classes, 'class')}"]
+def as_text(summary: Summary) -> str:
+    """The summary as text."""
+    lines = [f"{summary.folder}: images of {_counted(summary.classes, 'class')}"]
     lines += [
-        f"  {part}: {_counted(count, 'picture')} in {_counted(files, 'file')}"
+        f"  {part}: {_counted(count, 'image')} in {_counted(files, 'file')}"
         for part, (count, files) in summary.counts.items()
     ]
     if summary.damaged:
-        lines += [f"{_counted(len(summary.damaged), 'picture')} left out:", *_few(summary.damaged)]
+        lines += [f"{_counted(len(summary.damaged), 'image')} left out:", *_few(summary.damaged)]
     if summary.aside:
-        lines += ["No pictures by their names, left aside:", *_few(map(str, summary.aside))]
+        lines += ["Not images by their names, ignored:", *_few(map(str, summary.aside))]
     return "\n".join(lines)
 
 
-def find_parts(pictures: Path, validation: Path | None = None) -> dict[str, ClassFolders]:
-    """The parts "train" and, where there is one, "validation".
+def find_parts(images: Path, validation: Path | None = None) -> dict[str, ClassFolders]:
+    """Finds the parts "train" and, if there is one, "validation".
 
     Args:
-        pictures: a folder of class folders, or one around `train` and perhaps `val`.
+        images: a folder of class folders, or a folder that holds `train` and perhaps `val`.
         validation: the class folders of the second part.
 
     Raises:
-        DataError: one of them is none.
+        DataError: a folder has no class folders.
     """
-    inside = pictures / "train"
+    inside = images / "train"
     if not inside.is_dir():
-        inside = pictures
+        inside = images
     elif validation is None:
         names = ("val", "validation")
-        validation = next((pictures / n for n in names if (pictures / n).is_dir()), None)
+        validation = next((images / n for n in names if (images / n).is_dir()), None)
     found = {"train": inside} | ({"validation": validation} if validation else {})
     return {part: image_folders.listing(path) for part, path in found.items()}
 
@@ -93,20 +93,23 @@ def convert(
     skip: bool = False,
     report: Report = lambda count: None,
 ) -> Summary:
-    """Writes the parts to a new folder, in an order that a fixed seed shuffles.
+    """Writes the parts to a new folder, in an order shuffled by a fixed seed.
 
     Args:
-        skip: leave pictures out that cannot be decoded; otherwise nothing is kept.
+        parts: part ↦ its class folders.
+        out: the new folder.
+        skip: leave out images that cannot be decoded; otherwise they are an error.
+        report: called after every image.
 
     Raises:
-        DataError: the folder is there already, a class of a later part is not among the first's,
-            pictures cannot be decoded, or the disk is full.
+        DataError: the folder exists, a part has a class that "train" lacks, images cannot be
+            decoded, or the disk is full. Nothing is kept then.
     """
     names = parts["train"].names
     numbers = {name: number for number, name in enumerate(names)}
     files = {part: listing.files(numbers) for part, listing in parts.items()}
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out} is there already. Give a new folder, or remove it.")
+        raise DataError(f"{out} already exists. Give a new folder, or remove it.")
     with _draft(out, files) as draft:
         damaged: list[str] = []
         counts = {
@@ -115,13 +118,13 @@ def convert(
         }
         if damaged and not skip:
             raise DataError(
-                f"{_counted(len(damaged), 'picture')} cannot be decoded, and nothing was kept. "
-                "Replace or remove what follows, or leave it out with `--skip`:\n"
+                f"{_counted(len(damaged), 'image')} cannot be decoded, and nothing was kept. "
+                "Replace or remove the following, or leave them out with `--skip`:\n"
                 + "\n".join(_few(damaged))
             )
         if empty := [part for part, (count, _) in counts.items() if not count]:
             raise DataError(
-                f"There is no picture of `{empty[0]}` that can be decoded, and nothing was kept:\n"
+                f"No image of `{empty[0]}` can be decoded, and nothing was kept:\n"
                 + "\n".join(_few(damaged))
             )
         (draft / array_records.CLASSES).write_text("".join(f"{name}\n" for name in names))
@@ -131,7 +134,7 @@ def convert(
 
 @contextlib.contextmanager
 def _draft(out: Path, files: dict[str, Files]) -> Iterator[Path]:
-    """A folder beside `out` that takes its name at the end, and is removed if it is not reached."""
+    """A temporary folder next to `out`, renamed to it at the end, and removed after an error."""
     draft = out.with_name(out.name + ".part")
     try:
         if draft.exists():
@@ -144,8 +147,8 @@ def _draft(out: Path, files: dict[str, Files]) -> Iterator[Path]:
         draft.rename(out)
     except (OSError, RuntimeError) as error:
         raise DataError(
-            f"The pictures could not be written to {out} ({error}), and nothing was kept. Make "
-            "room, or give another folder."
+            f"The images could not be written to {out} ({error}), and nothing was kept. Make room, "
+            "or give another folder."
         ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -154,7 +157,7 @@ def _draft(out: Path, files: dict[str, Files]) -> Iterator[Path]:
 def _write(
     folder: Path, name: str, part: str, files: Files, damaged: list[str], report: Report
 ) -> tuple[int, int]:
-    """Writes one part, and returns how many pictures in how many files."""
+    """Writes one part, and returns its numbers of images and files."""
     order = stream(0, f"convert {part}").permutation(files.size)
     size = sum(path.stat().st_size for path in files.paths)
     shards = np.array_split(order, min(files.size, 1 + size // _SHARD))
@@ -175,7 +178,7 @@ def _write(
 
 
 def _record(files: Files, row: int) -> tuple[bytes | None, str]:
-    """The record of a picture, or what is wrong with it."""
+    """The record of an image, or None and the error."""
     try:
         example = files.read(row)
         decode.check(example.image)
@@ -185,7 +188,7 @@ def _record(files: Files, row: int) -> tuple[bytes | None, str]:
 
 
 def _few(lines: Sequence[str] | Iterator[str]) -> list[str]:
-    """The first lines, indented, and how many more there are."""
+    """The first lines, indented, and the number of those left out."""
     every = list(lines)
     more = [f"  and {len(every) - _SHOWN} more"] if len(every) > _SHOWN else []
     return [f"  {line}" for line in every[:_SHOWN]] + more

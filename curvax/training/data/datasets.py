@@ -1,4 +1,4 @@
-"""Examples in memory or in files: parts of them, and batches that can be resumed."""
+"""Examples in memory or in files, their subsets, and batches that can be resumed."""
 
 import functools
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ import numpy as np
 from curvax.training.data.archives import DataError
 
 Draw = tuple[int, int]
-"""The seed of a run and the number of an epoch: what a split draws by chance follows from them."""
+"""(seed of the run, number of the epoch), from which random crops are derived."""
 
 
 class Examples(Protocol):
-    """What a model is shown, and what it should say, wherever it is kept."""
+    """Inputs and labels, in memory or in files."""
 
     @property
     def size(self) -> int:
@@ -22,19 +22,20 @@ class Examples(Protocol):
 
     @property
     def ahead(self) -> int:
-        """How many batches to gather before they are asked for."""
+        """The number of batches to prefetch."""
 
     def rows(self, which: np.ndarray | slice) -> Self:
-        """Some of the examples: their numbers, a mask, or a slice."""
+        """A subset, given by indices, a mask, or a slice."""
 
     def order(self, rng: np.random.Generator) -> np.ndarray:
-        """A random order [N] each of whose beginnings is a fair part of the whole."""
+        """A random order, int [N]; every prefix is class-balanced if the labels are in memory."""
 
     def gather(self, rows: np.ndarray, draw: Draw | None = None) -> dict[str, np.ndarray]:
-        """{"input": [B, ...], "label": [B, ...]} of some examples, the same at each call.
+        """A batch {"input": [B, ...], "label": [B, ...]}; deterministic.
 
         Args:
-            draw: from which an example's training crop follows; without it, as in a test.
+            rows: indices [B].
+            draw: determines the random training crops; None gives the crop of an evaluation.
         """
 
 
@@ -63,16 +64,16 @@ class Split(NamedTuple):
 
     @property
     def ahead(self) -> int:
-        return 0  # they are there
+        return 0  # nothing to load
 
     def rows(self, which: np.ndarray | slice) -> Self:
         return self._replace(inputs=self.inputs[which], labels=self.labels[which])
 
     def order(self, rng: np.random.Generator) -> np.ndarray:
-        """A random order each of whose beginnings has the classes in their shares.
+        """A random order in which every prefix is class-balanced.
 
-        The i-th of the n members of a class stands at (i + ½) / n of the way, ties in random order.
-        Labels with further axes make no classes.
+        Member i of the n members of a class is placed at (i + ½) / n of the order; ties are in
+        random order. Labels with more than one axis are not classes.
         """
         shuffled = rng.permutation(self.size)
         if self.labels.ndim > 1:
@@ -84,7 +85,7 @@ class Split(NamedTuple):
         return shuffled[np.argsort(place, kind="stable")]
 
     def gather(self, rows: np.ndarray, draw: Draw | None = None) -> dict[str, np.ndarray]:
-        """The examples as `numbers`."""
+        """A batch, converted by `numbers`."""
         return {"input": numbers(self.inputs[rows]), "label": numbers(self.labels[rows])}
 
 
@@ -92,39 +93,41 @@ Kind = TypeVar("Kind", bound=Examples, covariant=True)
 
 
 class Dataset(NamedTuple, Generic[Kind]):
-    """What a model is trained on, and what it is tested on."""
+    """A training set and a test set."""
 
     train: Kind
     test: Kind
-    classes: int | None = None  # logits or targets of a model; None where its outputs are inputs
-    names: Sequence[str] = ()  # of the classes, where they have any
+    classes: int | None = None  # number of model outputs; None for an autoencoder
+    names: Sequence[str] = ()  # of the classes, if they have any
 
 
 def take(split: Some, amount: float, *, seed: int) -> Some:
-    """A part of the split that keeps the shares of the classes, each to within an example.
+    """A class-balanced subset: the share of each class is kept to within one example.
 
-    With one seed, a smaller part is contained in a larger one.
+    With the same seed, a smaller subset is contained in a larger one.
 
     Args:
-        amount: a fraction in (0, 1], or above 1 a number of examples.
+        split: the examples to choose from.
+        amount: a fraction in (0, 1], or a number of examples above 1.
+        seed: of the choice.
 
     Raises:
-        DataError: nothing would be left, or more is asked for than there is.
+        DataError: the subset would be empty, or larger than the split.
     """
     size = split.size
     count = round(amount * size) if amount <= 1 else round(amount)
     if not 0 < count <= size:
         raise DataError(
-            f"`take` gives a fraction in (0, 1] or a number of examples up to {size}, the size of "
-            f"the split, and got {amount}. Leave it at 1 for all of them."
+            f"`take` needs a fraction in (0, 1] or a number of examples up to {size}, the size of "
+            f"the split, and got {amount}. Use 1 for all examples."
         )
     return divide(split, size - count, seed=seed, purpose="take")[0]
 
 
 def hold_out(split: Some, fraction: float = 0.1, *, seed: int) -> tuple[Some, Some]:
-    """Divides a training set into (training, validation), keeping the shares of the classes.
+    """Splits a training set into class-balanced parts (training, validation).
 
-    The 10 % are Foret et al.'s, arXiv:2010.01412, section 3.1, who chose ρ on them.
+    The default of 10 % is that of Foret et al., arXiv:2010.01412, section 3.1, for choosing ρ.
 
     Raises:
         DataError: one of the two would be empty.
@@ -133,27 +136,31 @@ def hold_out(split: Some, fraction: float = 0.1, *, seed: int) -> tuple[Some, So
     if not 0 < count < split.size:
         raise DataError(
             f"`hold_out` keeps a fraction in (0, 1) for validation, and {fraction} of "
-            f"{split.size} examples leaves one of the two parts empty."
+            f"{split.size} examples leaves one of the two parts empty. Use more examples, or "
+            "another fraction."
         )
     return divide(split, count, seed=seed, purpose="hold_out")
 
 
 def stream(seed: int, purpose: str) -> np.random.Generator:
-    """A stream of its own for each purpose: what is held out says nothing about what is noisy."""
+    """A random generator per seed and purpose.
+
+    Held-out examples and label noise, for instance, are independent.
+    """
     return np.random.default_rng([seed, *purpose.encode()])
 
 
 def divide(split: Some, last: int, *, seed: int, purpose: str) -> tuple[Some, Some]:
-    """All but `last` examples, and those, each part with the shares of the classes and in the
-    order of the split."""
+    """Splits into all but `last` examples and the rest, both class-balanced and in the original
+    order."""
     order = split.order(stream(seed, purpose))
     cut = len(order) - last
     return split.rows(np.sort(order[:cut])), split.rows(np.sort(order[cut:]))
 
 
 def numbers(values: np.ndarray) -> np.ndarray:
-    """Values as a model reads them: bytes, which are pixels, in [0, 1], other integers as int32,
-    the rest as float32."""
+    """Values as a model reads them: bytes as pixels in [0, 1], other integers as int32, the rest as
+    float32."""
     if values.dtype == np.uint8:
         return values.astype(np.float32) / np.float32(255)
     kind = np.int32 if np.issubdtype(values.dtype, np.integer) else np.float32
@@ -171,33 +178,34 @@ def batches(
     shard: int = 0,
     shards: int = 1,
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
-    """Batches {"input": [B, ...], "label": [B, ...]}, epoch after epoch.
+    """An iterator over batches {"input": [B, ...], "label": [B, ...]}.
 
-    A batch follows from its number and the seed alone, so `get_state()` is that number and
-    `set_state()` resumes exactly. Grain counts, and gathers ahead what takes time; whole batches
-    are gathered at once, since its per-example mapping costs milliseconds a batch.
+    A batch depends only on its number and the seed, so that `get_state()` is that number and
+    `set_state()` resumes exactly. Grain counts and prefetches; whole batches are gathered at once,
+    since its mapping of single examples costs milliseconds per batch.
 
     Args:
-        seed: of the order, which differs between epochs, and of what is drawn for each example.
-        shuffle: whether for training, in random order and cropped at random where the examples are
-            files; otherwise in their order, each as in a test.
-        epochs: after how many to end, never by default.
-        drop_remainder: whether to leave out the examples of an epoch that fill no batch. Otherwise
-            the last batch is filled up with copies of its first example, and every batch has a
-            "mask", bool [B], that is False on them.
-        shard, shards: this process gets the contiguous `shard`-th of `shards` equal parts of every
-            batch, so the run is the same on any number of processes.
+        split: the examples.
+        batch_size: B, of the global batch.
+        seed: of the order, which differs between epochs, and of the crops.
+        shuffle: True for training, in random order with random crops of image files; False for
+            evaluation, in the original order with central crops.
+        epochs: number of passes; endless by default.
+        drop_remainder: drop the last, incomplete batch of an epoch. Otherwise it is padded with
+            copies of its first example, and every batch has a "mask", bool [B], False on padding.
+        shard, shards: yield the contiguous `shard`-th of `shards` equal parts of every batch; the
+            global batches are the same for any number of processes.
 
     Raises:
-        DataError: a batch larger than the split, a batch that does not divide into the shards, or
-            inputs and labels that differ in number.
+        DataError: the batch is larger than the split or does not divide into the shards, or inputs
+            and labels differ in number.
     """
     _check_batch(split.size, batch_size, drop_remainder, shard, shards)
     whole, rest = divmod(split.size, batch_size)
     steps = whole if drop_remainder else whole + bool(rest)
     part = slice(shard * batch_size // shards, (shard + 1) * batch_size // shards)
 
-    @functools.lru_cache(maxsize=2)  # batches ahead may be of the next epoch
+    @functools.lru_cache(maxsize=2)  # prefetched batches may belong to the next epoch
     def order(epoch: int) -> np.ndarray:
         rng = stream(seed, f"epoch {epoch}")
         return rng.permutation(split.size) if shuffle else np.arange(split.size)
@@ -219,10 +227,10 @@ def _check_batch(size: int, batch_size: int, drop_remainder: bool, shard: int, s
     if batch_size < 1 or (drop_remainder and batch_size > size):
         raise DataError(
             f"A batch holds at least one example and at most the {size} there are, and got "
-            f"`batch_size` {batch_size}. Take a smaller batch, or `drop_remainder=False`."
+            f"`batch_size` {batch_size}. Use a smaller batch, or `drop_remainder=False`."
         )
     if not 0 <= shard < shards or batch_size % shards:
         raise DataError(
             f"A batch is divided equally and `shard` counts from 0, and got `batch_size` "
-            f"{batch_size}, `shard` {shard}, `shards` {shards}. Take a multiple of {shards}."
+            f"{batch_size}, `shard` {shard}, `shards` {shards}. Use a multiple of {shards}."
         )

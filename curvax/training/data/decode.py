@@ -1,8 +1,8 @@
-"""Encoded pictures ↦ squares of bytes, uint8 [side, side, 3], on the host.
+"""Decoding of images on the host, to squares of bytes, uint8 [side, side, 3].
 
-Pillow decodes JPEG, PNG and the rest without holding Python's lock, so threads share the work. Its
-bilinear filter averages over what an output pixel covers. Grey and CMYK pictures become RGB; a
-camera's note of how it was held is passed over, as ImageNet's users do.
+Pillow decodes JPEG, PNG and other formats without holding Python's lock, so that threads run in
+parallel. Its bilinear filter is antialiased. Grey and CMYK images become RGB; EXIF orientation is
+ignored, as is usual for ImageNet.
 """
 
 import io
@@ -16,35 +16,37 @@ Box = tuple[float, float, float, float]
 """Left, top, right, bottom."""
 
 ASPECT = (3 / 4, 4 / 3)  # width / height of crops
-KEPT = 224 / 256  # of the shorter side, in a test
+KEPT = 224 / 256  # share of the shorter side in central crops
 
-_ATTEMPTS = 10  # boxes drawn at once, as `augment.inception_crop`
+_ATTEMPTS = 10  # boxes drawn at once, as in `transforms.inception_crop`
 
 
 def random_crop(
     content: bytes, side: int, area: tuple[float, float], rng: np.random.Generator
 ) -> np.ndarray:
-    """A box of random area, shape and place, resized.
+    """A box of random area, shape and position, resized to `side` × `side`.
 
-    Szegedy et al., arXiv:1409.4842, section 6; as `augment.inception_crop` does it on the device,
-    where `augment.flip` mirrors.
+    Szegedy et al., arXiv:1409.4842, section 6; the host's version of `transforms.inception_crop`.
 
     Args:
-        area: the least and greatest share of the picture, uniform between.
+        content: an encoded image.
+        side: pixels per side of the result.
+        area: range of the uniform share of the image.
+        rng: draws the box.
 
     Raises:
-        DataError: the content is no picture, or is damaged.
+        DataError: the content is not an image, or is damaged.
     """
     image = _decoded(content)
     return _resized(image, side, _random_box(rng, *image.size, area))
 
 
 def central_crop(content: bytes, side: int) -> np.ndarray:
-    """What a test shows: the square in the middle whose side is 224/256 of the shorter one.
+    """The crop for evaluation: the central square with 224/256 of the shorter side, resized.
 
-    So the shorter side becomes 256 where `side` is 224, as He et al., arXiv:1512.03385, test.
-    A picture of the right size already, as ImageNet-C's, is taken whole; errors as in
-    `random_crop`.
+    For `side` 224 this equals resizing the shorter side to 256 first, as in He et al.,
+    arXiv:1512.03385. An image that already has the size, as in ImageNet-C, is taken whole. Errors
+    as in `random_crop`.
     """
     image = _decoded(content)
     width, height = image.size
@@ -56,17 +58,17 @@ def central_crop(content: bytes, side: int) -> np.ndarray:
 
 
 def check(content: bytes) -> None:
-    """Decodes a picture for the sake of the error that it may raise; as in `random_crop`."""
+    """Decodes an image only to raise the errors of `random_crop`."""
     _decoded(content)
 
 
 def _decoded(content: bytes) -> Image.Image:
-    """The picture in RGB; errors as in `random_crop`."""
+    """The image in RGB; errors as in `random_crop`."""
     try:
         with Image.open(io.BytesIO(content)) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        cause = "no format of pictures that Pillow knows"
+        cause = "Pillow does not know its format"
         if not isinstance(error, Image.UnidentifiedImageError):
             cause = str(error)
         raise DataError(f"it cannot be decoded: {cause}") from error
@@ -79,7 +81,7 @@ def _resized(image: Image.Image, side: int, box: Box) -> np.ndarray:
 def _random_box(
     rng: np.random.Generator, width: int, height: int, area: tuple[float, float]
 ) -> Box:
-    """The first of a few random boxes that lies inside, the whole if none does."""
+    """The first of ten random boxes that fits into the image, or the whole image if none does."""
     pixels = rng.uniform(*area, _ATTEMPTS) * width * height
     ratio = rng.uniform(*ASPECT, _ATTEMPTS)
     extents = np.round(np.sqrt(np.stack([pixels * ratio, pixels / ratio], axis=-1)))

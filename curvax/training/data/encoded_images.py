@@ -1,7 +1,7 @@
-"""Examples that are encoded pictures in files: decoded by threads when a batch is gathered.
+"""Examples that are encoded images in files, decoded by threads when a batch is gathered.
 
-An example's training crop follows from the seed, the epoch and its own number alone, so a batch
-depends neither on how many threads make it nor on how many processes share it.
+The training crop of an example depends only on the seed, the epoch and its own number, so that a
+batch is the same for any number of threads and processes.
 """
 
 import functools
@@ -18,38 +18,38 @@ from curvax.training.data.datasets import Dataset, Draw
 from curvax.training.data.tf_example import Example
 
 AHEAD = 2
-"""Batches: while one is trained on, the next is whole and the one after it is being decoded."""
+"""Prefetched batches: during a step the next one is ready, and the one after it is decoded."""
 
 
-class Store(Protocol):
-    """Examples as they are kept, each by its number."""
+class ImageStore(Protocol):
+    """Encoded examples with random access."""
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """The number of examples."""
 
     def read(self, number: int) -> Example:
-        """One of them; threads may ask at once. DataError where that fails."""
+        """Reads one example; thread-safe; raises DataError."""
 
     def place(self, number: int) -> str:
-        """Where it is, in words."""
+        """The location of an example, for messages."""
 
 
-class Form(NamedTuple):
-    """What is made of a picture."""
+class DecodeOptions(NamedTuple):
+    """How an image is decoded."""
 
-    side: int  # pixels
+    side: int  # pixels per side
     classes: int
-    area: tuple[float, float] = (0.05, 1.0)  # of training crops, a share of the picture
-    threads: int | None = None  # as many as there are cores by default
+    area: tuple[float, float] = (0.05, 1.0)  # range of the share of the image in training crops
+    threads: int | None = None  # one per core by default
 
 
-class Pictures(NamedTuple):
-    """Some of the pictures of a store."""
+class EncodedImages(NamedTuple):
+    """A subset of the images of a store."""
 
-    store: Store
-    form: Form
-    chosen: np.ndarray  # [N] numbers in the store
+    store: ImageStore
+    decoding: DecodeOptions
+    chosen: np.ndarray  # int [N]: numbers in the store
 
     @property
     def size(self) -> int:
@@ -63,29 +63,29 @@ class Pictures(NamedTuple):
         return self._replace(chosen=self.chosen[which])
 
     def order(self, rng: np.random.Generator) -> np.ndarray:
-        """A random order: the labels are in the files, so classes get their shares by chance."""
+        """A random order, not class-balanced, since the labels are in the files."""
         return rng.permutation(self.size)
 
     def gather(self, rows: np.ndarray, draw: Draw | None = None) -> dict[str, np.ndarray]:
-        """Pictures uint8 [B, side, side, 3] and labels int32 [B].
+        """Images uint8 [B, side, side, 3] and labels int32 [B].
 
         Raises:
-            DataError: a picture that cannot be decoded, or a label that there is not.
+            DataError: an image cannot be decoded, or a label is out of range.
         """
         numbers, places = np.unique(self.chosen[rows], return_inverse=True)
         decode = functools.partial(self._decode, draw=draw)
-        pixels, labels = zip(*_pool(self.form.threads).map(decode, numbers.tolist()))
+        pixels, labels = zip(*_pool(self.decoding.threads).map(decode, numbers.tolist()))
         return {
             "input": np.stack([pixels[i] for i in places]),
             "label": np.array(labels, np.int32)[places],
         }
 
     def _decode(self, number: int, draw: Draw | None) -> tuple[np.ndarray, int]:
-        side, classes, area, _ = self.form
+        side, classes, area, _ = self.decoding
         image, label, name = self.store.read(number)
         try:
             if not 0 <= label < classes:
-                raise DataError(f"its label is {label} where there are {classes} classes")
+                raise DataError(f"its label is {label}, and there are {classes} classes")
             if draw is None:
                 return decode.central_crop(image, side), label
             rng = datasets.stream(draw[0], f"crop {draw[1]} {number}")
@@ -93,42 +93,42 @@ class Pictures(NamedTuple):
         except DataError as error:
             raise DataError(
                 f"`{name}`, {self.store.place(number)}, cannot be used: {error}. Replace or remove "
-                "the picture; records are made anew by `curvax convert`."
+                "the image; `curvax convert` makes new records."
             ) from error
 
 
-def load(options: ConfigDict) -> Dataset[Pictures]:
-    """The data set of a config's `data` whose examples are records.
+def load(options: ConfigDict) -> Dataset[EncodedImages]:
+    """The data set of a config's `data`, if it consists of records.
 
     Raises:
-        DataError: there are no such records, they have other classes than they should, or
-            `data.area` is no range of shares.
+        DataError: the records cannot be read, they have another number of classes than the data
+            set of that name, or `data.crop_area` is not a range of shares.
     """
     source, folder = sources.of(options), array_records.read_folder(sources.records_folder(options))
     if folder.classes not in (None, source.classes):
         raise DataError(
-            f"`{options.name}` has {source.classes} classes, and {options.path} tells of "
-            f'{folder.classes}. Take `data.name` = "records" for pictures of your own.'
+            f"`{options.name}` has {source.classes} classes, and {options.path} has "
+            f'{folder.classes}. Use `data.name` = "records" for your own images.'
         )
     side = source.shape[0]
-    form = Form(side, source.classes, _range(options.area), options.threads)
-    train, test = (whole(folder.part(*part), form) for part in (sources.TRAIN, sources.TEST))
+    decoding = DecodeOptions(side, source.classes, _range(options.crop_area), options.threads)
+    train, test = (whole(folder.part(*part), decoding) for part in (sources.TRAIN, sources.TEST))
     return Dataset(train, test, source.classes, folder.names)
 
 
-def whole(store: Store, form: Form) -> Pictures:
-    """All pictures of a store."""
-    return Pictures(store, form, np.arange(store.size))
+def whole(store: ImageStore, decoding: DecodeOptions) -> EncodedImages:
+    """All images of a store."""
+    return EncodedImages(store, decoding, np.arange(store.size))
 
 
 def _range(area: Any) -> tuple[float, float]:
-    """`data.area` as it should be; errors as in `load`."""
+    """`data.crop_area`, checked; errors as in `load`."""
     match area:
         case (float() | int() as least, float() | int() as greatest) if 0 < least <= greatest <= 1:
             return least, greatest
     raise DataError(
-        "`data.area` is the least and the greatest share of a picture that a training crop takes, "
-        f"above 0 and at most 1, and was {area}. Half of the picture or more is `(0.5, 1.0)`."
+        "`data.crop_area` is the least and the greatest share of an image that a training crop "
+        f"takes, above 0 and at most 1, and was {area}. Half of the image or more is `(0.5, 1.0)`."
     )
 
 

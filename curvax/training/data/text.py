@@ -1,4 +1,4 @@
-"""Text as bytes: windows of a fixed length, each byte to be followed by its next."""
+"""Text as bytes, in windows of a fixed length, for predicting the next byte."""
 
 import math
 from importlib import import_module
@@ -17,18 +17,19 @@ TEST = 0.1  # of the windows
 def load(
     name: str, *, path: str | Path | None = None, length: int = 64, seed: int = 0
 ) -> Dataset[Split]:
-    """The text of that name, in windows of `length` bytes and the byte that follows each.
+    """Loads a text as windows of `length` bytes, int32 [N, length]; labels are shifted by one.
 
-    `pydoc` is Python's own reference, 466 kB of English that come with it and differ between its
-    versions; `text` is any file.
+    `pydoc` is Python's own reference, 466 kB of English, which differs between its versions; `text`
+    is any file.
 
     Args:
-        path: the file that is the `text`.
-        length: bytes of a window, int32 [N, length].
-        seed: divides the windows, which lie side by side: nine tenths to train on, one to test.
+        name: `pydoc` or `text`.
+        path: the file of `text`.
+        length: bytes per window.
+        seed: splits the adjacent windows, nine tenths for training and one tenth for testing.
 
     Raises:
-        DataError: an unknown name, a file that cannot be read, or a text too short to be divided.
+        DataError: the name is unknown, the file cannot be read, or the text is too short.
     """
     windows = _windows(np.frombuffer(_read(name, path), np.uint8).astype(np.int32), length)
     last = math.ceil(TEST * windows.size)
@@ -63,13 +64,13 @@ def _reference() -> str:
 
 
 def _windows(text: np.ndarray, length: int) -> Split:
-    """Windows side by side; what is left over at the end is dropped."""
+    """Adjacent windows; an incomplete one at the end is dropped."""
     count = (len(text) - 1) // length if length > 0 else 0
     if count < 2:
         raise DataError(
-            f"A text is divided into two windows at least, and the byte after each: `length` is "
-            f"{length} where there are {len(text)} bytes. Take a longer text, or windows of one "
-            "byte or more that fit."
+            "A text needs at least two windows and the byte after each, and got windows of "
+            f"{length} bytes for {len(text)} bytes of text. Use a longer text, or shorter windows "
+            "of at least one byte."
         )
     rows = lambda start: text[start : start + count * length].reshape(count, length)
     return Split(rows(0), rows(1))

@@ -1,4 +1,4 @@
-"""Records ↦ examples: `tf.train.Example` protocol buffers, read and written without TensorFlow.
+"""Records as `tf.train.Example` protocol buffers, read and written without TensorFlow.
 
     message Bytes { repeated bytes value = 1; }
     message Feature { oneof kind { Bytes bytes_list = 1; Int64s int64_list = 3; } }
@@ -6,7 +6,7 @@
     message Example { Features features = 1; }
 
 The names of the features are those of the `imagenet2012` that tensorflow-datasets writes: "image",
-the encoded picture; "label", an integer; "file_name".
+the encoded image; "label", an integer; "file_name".
 """
 
 import os
@@ -21,15 +21,15 @@ _PACKAGE = "curvax.records"
 
 
 class Example(NamedTuple):
-    """A picture, as it is kept in a file."""
+    """An encoded image with its label."""
 
-    image: bytes  # encoded, JPEG or whatever Pillow reads
+    image: bytes  # JPEG, or another format that Pillow reads
     label: int
-    name: str = ""  # of the file it came from
+    name: str = ""  # of the original file
 
 
 def _message_types() -> Any:
-    """The class `Example` of messages on the wire; fields that nobody reads here are left out."""
+    """The message class `Example`, without the fields that are not read here."""
     kind = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(
         name="curvax_records.proto", package=_PACKAGE, syntax="proto3"
@@ -64,7 +64,7 @@ _Message = _message_types()
 
 
 def encode(example: Example) -> bytes:
-    """The record of an example; the same bytes each time."""
+    """Serialises an example, deterministically."""
     message = _Message()
     feature = message.features.feature
     feature["image"].bytes_list.value.append(example.image)
@@ -74,18 +74,18 @@ def encode(example: Example) -> bytes:
 
 
 def decode(record: bytes) -> Example:
-    """The example in a record; a picture without "file_name" has none.
+    """Parses a record; a missing "file_name" gives an empty name.
 
     Raises:
-        DataError: the record is no `tf.train.Example`, or has no "image" or no "label".
+        DataError: the record is not a `tf.train.Example`, or lacks "image" or "label".
     """
     try:
         feature = _Message.FromString(record).features.feature
     except DecodeError as error:
-        raise DataError("it is no `tf.train.Example`") from error
+        raise DataError("it is not a `tf.train.Example`") from error
     names = feature["file_name"].bytes_list.value or [b""]
     try:
         (image,), (label,) = feature["image"].bytes_list.value, feature["label"].int64_list.value
-    except ValueError as error:  # what is asked for is there, if only empty
+    except ValueError as error:  # looking a feature up creates it, empty
         raise DataError("it has not one `image` and one `label`") from error
     return Example(image, label, names[0].decode(errors="replace"))

@@ -1,1 +1,1 @@
-"""Trained runs on other test sets: ImageNet's variants, corruptions, folders of images."""
+"""Evaluation of trained runs on other sets: ImageNet's variants, corruptions, image folders."""

@@ -1,4 +1,4 @@
-"""What `curvax evaluate` does: the newest checkpoints of a run on one or many test sets."""
+"""`curvax evaluate`: the newest checkpoints of a run on one or many evaluation sets."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -11,17 +11,17 @@ from rich.progress import Progress
 from rich.table import Table
 
 from curvax.training.evaluation import imagenet_real, test_sets, topk, trained_runs
-from curvax.training.evaluation.test_sets import Benchmark
-from curvax.training.evaluation.topk import Found
-from curvax.training.evaluation.trained_runs import Subject
+from curvax.training.evaluation.test_sets import EvalSet
+from curvax.training.evaluation.topk import TopKScores
+from curvax.training.evaluation.trained_runs import TrainedRun
 from curvax.training.experiment import Experiment
 from curvax.training.runtime import run_dir
 
 _FILE, _OWN = "evaluate.json", "own"
 
 Page = dict[str, Any]
-"""What evaluate.json holds: for each method the step and what was found, by the place of the data
-and by test set. Two places may have test sets of one name."""
+"""The content of evaluate.json: {variant: {"step": …, "results": {data path: {set: scores}}}}. Sets
+in two places may have one name."""
 
 
 def command(
@@ -31,78 +31,78 @@ def command(
     corruptions: bool,
     assignments: Sequence[str] = (),
 ) -> None:
-    """`curvax evaluate`: prints tables, and keeps the numbers in evaluate.json of the run's folder.
+    """`curvax evaluate`: prints tables and keeps the numbers in evaluate.json of the run's folder.
 
     Args:
-        folder: of a run, an arm of it or a seed of that.
-        path: pictures or records to test on, rather than the run's own test set.
-        labels: sets of right labels, as ImageNet-ReaL's.
-        corruptions: also test on the run's own test images made worse.
-        assignments: as in `subjects.load`.
+        folder: of a run, of one of its variants, or of a seed.
+        path: images or records to evaluate on; by default the run's own test set.
+        labels: a file of correct labels, as ImageNet-ReaL's.
+        corruptions: also evaluate on corrupted versions of the run's own test images.
+        assignments: as in `trained_runs.load`.
 
     Raises:
-        RunError, CheckpointError, ConfigError: as in `subjects.load`, or a run that names no
-            classes.
-        DataError: there is nothing to test on.
+        RunError: as in `trained_runs.load`, or the run is not of the task `images`.
+        CheckpointError, ConfigError: as in `trained_runs.load`.
+        DataError: there is nothing to evaluate on.
     """
     console, page, where = Console(), {}, _where(path, labels)
-    for subject in trained_runs.load([folder], assignments):
-        _require_classes(subject)
-        found = _examine(subject, console, path, labels, corruptions)
-        page[subject.name] = _entry(subject, where, found)
-        console.print(*_tables(subject.name, found), sep="\n")
+    for run in trained_runs.load([folder], assignments):
+        _require_classes(run)
+        found = _evaluate(run, console, path, labels, corruptions)
+        page[run.name] = _entry(run, where, found)
+        console.print(*_tables(run.name, found), sep="\n")
     _keep(folder / _FILE, page)
     console.print(f"In {folder / _FILE}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _where(path: Path | None, labels: Path | None) -> str:
-    """The place of the pictures and, where they are given, of their labels."""
+    """The path of the images and, if given, of their labels."""
     place = str(path.resolve()) if path else _OWN
     return f"{place}, {labels.resolve()}" if labels else place
 
 
-def _require_classes(subject: Subject) -> None:
-    task = subject.experiment.config.task
+def _require_classes(run: TrainedRun) -> None:
+    task = run.experiment.config.task
     if task != "images":
         raise run_dir.RunError(
-            f"`curvax evaluate` tells how often the class is named rightly, and {subject.folder} "
-            f"is of the task `{task}`. `curvax inspect` takes runs of every task."
+            f"`curvax evaluate` computes classification accuracies, and {run.folder} is of the "
+            f"task `{task}`. `curvax inspect` takes runs of every task."
         )
 
 
-def _examine(
-    subject: Subject, console: Console, path: Path | None, labels: Path | None, corruptions: bool
-) -> list[Found]:
-    """Every test set in turn, under a bar that names it."""
-    _, _, experiment, state = subject
-    ahead, found = topk.make_ahead(experiment), []
+def _evaluate(
+    run: TrainedRun, console: Console, path: Path | None, labels: Path | None, corruptions: bool
+) -> list[TopKScores]:
+    """The scores on every set, under a progress bar that names it."""
+    _, _, experiment, state = run
+    rank, found = topk.make_rank(experiment), []
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("", total=None)
-        for benchmark in _benchmarks(experiment, path, labels, corruptions):
-            progress.update(bar, description=escape(f"{subject.name} on {benchmark.name}"))
-            found.append(topk.rank(experiment, state, benchmark, ahead))
+        for eval_set in _eval_sets(experiment, path, labels, corruptions):
+            progress.update(bar, description=escape(f"{run.name} on {eval_set.name}"))
+            found.append(topk.evaluate(experiment, state, eval_set, rank))
     return found
 
 
-def _benchmarks(
+def _eval_sets(
     experiment: Experiment, path: Path | None, labels: Path | None, corruptions: bool
-) -> Iterator[Benchmark]:
+) -> Iterator[EvalSet]:
     own = test_sets.of_run(experiment)
-    for benchmark in [own] if path is None else test_sets.of_path(path, experiment):
-        yield imagenet_real.with_labels(benchmark, labels) if labels else benchmark
+    for eval_set in [own] if path is None else test_sets.of_path(path, experiment):
+        yield imagenet_real.with_labels(eval_set, labels) if labels else eval_set
     if corruptions:
         yield from test_sets.corrupted(experiment)
 
 
-def _tables(name: str, found: Sequence[Found]) -> Iterator[Table]:
-    """One of the sets that stand alone, and one of corruptions by strength."""
+def _tables(name: str, found: Sequence[TopKScores]) -> Iterator[Table]:
+    """A table of the single sets, and one of corruptions by strength."""
     if alone := [each for each in found if "/" not in each.name]:
         yield _list(name, alone)
     if together := [each for each in found if "/" in each.name]:
         yield _grid(name, together)
 
 
-def _list(name: str, found: Sequence[Found]) -> Table:
+def _list(name: str, found: Sequence[TopKScores]) -> Table:
     table = Table(escape(name), "images", "classes", "top-1", "top-5")
     for each in found:
         scores = _percent(each.top1), _percent(each.top5)
@@ -110,8 +110,8 @@ def _list(name: str, found: Sequence[Found]) -> Table:
     return table
 
 
-def _grid(name: str, found: Sequence[Found]) -> Table:
-    """A row for each corruption, a column for each strength, then means."""
+def _grid(name: str, found: Sequence[TopKScores]) -> Table:
+    """A row for each corruption, a column for each strength, and one for means."""
     score = {each.name: each.top1 for each in found}
     columns = sorted({each.name.rpartition("/")[2] for each in found})
     table = Table(f"{escape(name)}, top-1", *map(escape, columns), topk.MEAN)
@@ -125,14 +125,14 @@ def _percent(share: float | None) -> str:
     return "" if share is None else f"{share:.1%}"
 
 
-def _entry(subject: Subject, where: str, found: Sequence[Found]) -> Page:
+def _entry(run: TrainedRun, where: str, found: Sequence[TopKScores]) -> Page:
     every = [*found, *topk.means(found).values()]
     results = {each.name: each._asdict() for each in every}
-    return {"step": int(subject.state.step), "results": {where: results}}
+    return {"step": int(run.state.step), "results": {where: results}}
 
 
 def _keep(path: Path, page: Page) -> None:
-    """Adds to what was found of the same step before."""
+    """Writes the results, together with earlier ones of the same step."""
     old = json.loads(path.read_text()) if path.exists() else {}
     for name, entry in page.items():
         if old.get(name, {}).get("step") == entry["step"]:

@@ -1,8 +1,8 @@
-"""Images made worse: noise, blur, contrast and pixelation at five strengths.
+"""Corrupted images: noise, blur, lower contrast and pixelation at five strengths.
 
 Hendrycks and Dietterich, arXiv:1903.12261. The strengths are those of their CIFAR-10-C, whose
-images have 32 pixels a side; what is measured in pixels is scaled to the side of larger images.
-This differs from their code in: images stay numbers and are not rounded to bytes, and small images,
+images have 32 pixels per side; lengths in pixels are scaled to the side of larger images. This
+differs from their code in: 1, images are not rounded to bytes; 2, images below 20 pixels per side,
 on which strengths of pixelation would coincide, have strengths of their own.
 """
 
@@ -15,33 +15,33 @@ from scipy import ndimage
 from curvax.training.data import datasets
 
 STRENGTHS = (1, 2, 3, 4, 5)
-_SIDE = 32  # of the images that the strengths are for
+_SIDE = 32  # pixels per side of the images that the strengths refer to
 
 Corruption = Callable[[np.ndarray, float], np.ndarray]
-"""(images [N, H, W, C] in [0, 1], a parameter) ↦ the same, worse."""
+"""(images [N, H, W, C] in [0, 1], parameter) ↦ corrupted images."""
 
 
 def gaussian_noise(images: np.ndarray, deviation: float) -> np.ndarray:
-    """Adds noise to every channel of every pixel, the same at each call."""
+    """Adds Gaussian noise to every channel of every pixel, the same at each call."""
     noise = datasets.stream(0, f"noise {deviation}").normal(0, deviation, images.shape)
     return np.clip(images + noise, 0, 1)
 
 
 def gaussian_blur(images: np.ndarray, deviation: float) -> np.ndarray:
-    """Smooths over a Gaussian, whose deviation is in pixels of an image of 32, or of a smaller one:
-    less than 0.4 of a pixel would do nothing."""
+    """Convolves with a Gaussian; the deviation is in pixels of an image of 32, or of a smaller one,
+    since blurring by less than 0.4 of a pixel has no effect."""
     scaled = deviation * max(images.shape[1] / _SIDE, 1)
     return ndimage.gaussian_filter(images, (0, scaled, scaled, 0), mode="nearest")
 
 
 def contrast(images: np.ndarray, share: float) -> np.ndarray:
-    """Leaves a share of the distance from each channel's mean."""
+    """Scales the distance from each channel's mean by `share`."""
     mean = images.mean((1, 2), keepdims=True)
     return mean + share * (images - mean)
 
 
 def pixelate(images: np.ndarray, share: float) -> np.ndarray:
-    """Shrinks the sides to a share of theirs and enlarges them again, both by boxes."""
+    """Shrinks the sides to a share and enlarges them again, both with box filters."""
     height, width = images.shape[1:3]
     small, whole = (int(width * share), int(height * share)), (width, height)
 
@@ -61,8 +61,8 @@ CORRUPTIONS: dict[str, tuple[Corruption, tuple[float, ...]]] = {
     "contrast": (contrast, (0.75, 0.5, 0.4, 0.3, 0.15)),
     "pixelate": (pixelate, (0.95, 0.9, 0.85, 0.75, 0.65)),
 }
-"""By name: what is done, and its parameter at each strength."""
-_SMALL = 20  # pixels a side, from which on the strengths of pixelation are all different
+"""Name ↦ (corruption, its parameter at each strength)."""
+_SMALL = 20  # pixels per side from which on all strengths of pixelation differ
 _ON_SMALL = {"pixelate": (7 / 8, 6 / 8, 4 / 8, 3 / 8, 2 / 8)}
 
 

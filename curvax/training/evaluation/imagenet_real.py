@@ -1,4 +1,4 @@
-"""ImageNet-ReaL: for each of ImageNet's validation pictures a set of labels, any of which is right.
+"""ImageNet-ReaL: a set of correct labels for each image of ImageNet's validation set.
 
 Beyer et al., arXiv:2006.07159.
 """
@@ -11,39 +11,40 @@ from pathlib import Path
 import numpy as np
 
 from curvax.training.data.archives import DataError
-from curvax.training.data.encoded_images import Pictures
-from curvax.training.evaluation.test_sets import Benchmark
+from curvax.training.data.encoded_images import EncodedImages
+from curvax.training.evaluation.test_sets import EvalSet
 
 _VALIDATION = re.compile(r".*_val_(\d+)\.\w+")
 
 
-def with_labels(benchmark: Benchmark, path: Path) -> Benchmark:
-    """The benchmark with ImageNet-ReaL's labels: any of a set is right, empty sets are left out.
+def with_labels(eval_set: EvalSet, path: Path) -> EvalSet:
+    """An evaluation set with ImageNet-ReaL's labels; images without a correct label are left out.
 
-    The file is a list of sets by the number, from 1, in the names
-    of ImageNet's validation pictures, ILSVRC2012_val_00000001.JPEG.
+    Args:
+        eval_set: images with the names of ImageNet's, ILSVRC2012_val_00000001.JPEG.
+        path: a JSON list of label lists; the number in an image's name, from 1, is the index.
 
     Raises:
-        DataError: the file is none, a picture's name has no number of its, or no picture has a
-            right label.
+        DataError: the file is no such list, the name of an image has no number in the list, or no
+            image has a correct label.
     """
-    sets = _read_sets(path, len(benchmark.among))
-    if not isinstance(benchmark.examples, Pictures):
+    sets = _read_sets(path, len(eval_set.among))
+    if not isinstance(eval_set.examples, EncodedImages):
         raise DataError(
-            "`--labels` go by the names of pictures, and the images of this run have none. Give "
-            "ImageNet's validation pictures, or their records, with `--data`."
+            "`--labels` are found by the names of image files, and the images of this run have "
+            "none. Give ImageNet's validation images, or their records, with `--data`."
         )
-    store, chosen = benchmark.examples.store, benchmark.examples.chosen
+    store, chosen = eval_set.examples.store, eval_set.examples.chosen
     right = [_set_of(store.read(number).name, sets, path) for number in chosen.tolist()]
     kept = np.array([bool(labels) for labels in right])
     if not kept.any():
         raise DataError(
-            f"Pictures without a right label are left out, and {path} gives none to any picture of "
-            f"`{benchmark.name}`. Give the labels of its pictures, or leave out `--labels`."
+            f"Images without a correct label are left out, and {path} gives none to any image of "
+            f"`{eval_set.name}`. Give the labels of its images, or leave out `--labels`."
         )
-    return benchmark._replace(
-        name=f"{benchmark.name}, {path.name}",
-        examples=benchmark.examples.rows(kept),
+    return eval_set._replace(
+        name=f"{eval_set.name}, {path.name}",
+        examples=eval_set.examples.rows(kept),
         right=[labels for labels in right if labels],
     )
 
@@ -68,7 +69,7 @@ def _set_of(name: str, sets: Sequence[Sequence[int]], path: Path) -> Sequence[in
     match = _VALIDATION.fullmatch(name)
     if match is None or not 0 < int(match[1]) <= len(sets):
         raise DataError(
-            f"The picture `{name}` has no number among the {len(sets)} of {path}: names are as "
-            "ILSVRC2012_val_00000001.JPEG. Give ImageNet's validation pictures with `--data`."
+            f"The image `{name}` has no number among the {len(sets)} of {path}: names are as "
+            "ILSVRC2012_val_00000001.JPEG. Give ImageNet's validation images with `--data`."
         )
     return sets[int(match[1]) - 1]

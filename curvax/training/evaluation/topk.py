@@ -1,7 +1,7 @@
-"""Where a trained classifier ranks the right class, over a test set.
+"""Top-1 and top-5 accuracy of a trained classifier on an evaluation set.
 
-The score is that of training: a class tied with the right one ranks before it, and so does a NaN.
-Where some of the classes are not there, as in ImageNet-R, they are not chosen from either.
+As in training, a class tied with the correct one ranks before it, and so does a NaN. Classes that
+an evaluation set lacks, as ImageNet-R does, are excluded from the predictions.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,73 +14,73 @@ import numpy as np
 from curvax.arithmetic.trees import Tree
 from curvax.training import scoring
 from curvax.training.augment.transforms import Batch
-from curvax.training.evaluation.test_sets import Benchmark
+from curvax.training.evaluation.test_sets import EvalSet
 from curvax.training.experiment import Experiment
 from curvax.training.step import State
 
 MEAN = "mean"
-_FEW = 10  # classes, among which a top-5 says little
+_FEW = 10  # classes up to which no top-5 is reported
 
-Ahead = Callable[[Tree, Tree, Batch, jax.Array], jax.Array]
-"""(params, model_state, batch, among) ↦ int32 [B]: how many wrong classes rank before the best of
-the right ones, which "right" of the batch tells, bool [B, classes]."""
+Rank = Callable[[Tree, Tree, Batch, jax.Array], jax.Array]
+"""(params, model_state, batch, among) ↦ int32 [B]: the number of wrong classes that rank before the
+best correct one. batch["right"], bool [B, classes], marks the correct classes."""
 
 
-class Found(NamedTuple):
-    """How a model did on one test set."""
+class TopKScores(NamedTuple):
+    """The result on one evaluation set."""
 
     name: str
     examples: int
-    classes: int  # that it chose from
+    classes: int  # that may be predicted
     top1: float
     top5: float | None
 
 
-def make_ahead(experiment: Experiment) -> Ahead:
-    """The compiled map, for all test sets of an experiment."""
-    clean = scoring.make_clean(experiment.model, experiment.task)
+def make_rank(experiment: Experiment) -> Rank:
+    """The compiled `Rank` of an experiment, for all its evaluation sets."""
+    eval_objective = scoring.make_eval_objective(experiment.model, experiment.task)
 
     @jax.jit
-    def ahead(params: Tree, model_state: Tree, batch: Batch, among: jax.Array) -> jax.Array:
-        right, objective = batch["right"], clean(model_state, batch)
+    def rank_of(params: Tree, model_state: Tree, batch: Batch, among: jax.Array) -> jax.Array:
+        right, objective = batch["right"], eval_objective(model_state, batch)
         assert objective.model is not None
         logits = objective.model(params, objective.batch)
         best = jnp.max(jnp.where(right, logits, -jnp.inf), axis=-1, keepdims=True)
         return jnp.sum(~(logits < best) & ~right & among[None], axis=-1)
 
-    return ahead
+    return rank_of
 
 
-def rank(experiment: Experiment, state: State, benchmark: Benchmark, ahead: Ahead) -> Found:
-    """How often the class is named rightly; errors as in `Examples.gather`."""
-    name, examples, among, _ = benchmark
+def evaluate(experiment: Experiment, state: State, eval_set: EvalSet, rank_of: Rank) -> TopKScores:
+    """Evaluates a state on an evaluation set; errors as in `Examples.gather`."""
+    name, examples, among, _ = eval_set
     places, seen = [], 0
-    for batch in scoring.chunks(examples, experiment.config.eval_batch, experiment.regime):
+    for batch in scoring.chunks(examples, experiment.config.eval_batch, experiment.parallelism):
         count = int(batch["mask"].sum())
-        right = _right(batch["label"], benchmark, slice(seen, seen + count))
-        placed = experiment.regime.place(batch | {"right": right})
-        found = ahead(state.params, state.model_state, placed, jnp.asarray(among))
-        places.append(np.asarray(found)[:count])  # what fills the batch up comes last
+        right = _right(batch["label"], eval_set, slice(seen, seen + count))
+        placed = experiment.parallelism.place(batch | {"right": right})
+        found = rank_of(state.params, state.model_state, placed, jnp.asarray(among))
+        places.append(np.asarray(found)[:count])  # padding comes last
         seen += count
     place = np.concatenate(places)
     top5 = float((place < 5).mean()) if len(among) > _FEW else None
-    return Found(name, len(place), int(among.sum()), float((place < 1).mean()), top5)
+    return TopKScores(name, len(place), int(among.sum()), float((place < 1).mean()), top5)
 
 
-def _right(label: np.ndarray, benchmark: Benchmark, rows: slice) -> np.ndarray:
-    """bool [B, classes]: the right classes of each example."""
-    right = np.zeros((len(label), len(benchmark.among)), bool)
-    if benchmark.right is None:
+def _right(label: np.ndarray, eval_set: EvalSet, rows: slice) -> np.ndarray:
+    """bool [B, classes]: the correct classes of each example."""
+    right = np.zeros((len(label), len(eval_set.among)), bool)
+    if eval_set.right is None:
         right[np.arange(len(label)), label] = True
         return right
-    for row, labels in zip(right, benchmark.right[rows]):
+    for row, labels in zip(right, eval_set.right[rows]):
         row[list(labels)] = True
     return right
 
 
-def means(found: Sequence[Found]) -> dict[str, Found]:
-    """Over sets that lie together, `fog/1` and `fog/2`, and over all that lie in folders."""
-    groups: dict[str, list[Found]] = {}
+def means(found: Sequence[TopKScores]) -> dict[str, TopKScores]:
+    """Means over the sets of one folder, as `fog/1` and `fog/2`, and over all sets in folders."""
+    groups: dict[str, list[TopKScores]] = {}
     for each in found:
         if "/" in each.name:
             groups.setdefault(each.name.rpartition("/")[0], []).append(each)
@@ -89,11 +89,11 @@ def means(found: Sequence[Found]) -> dict[str, Found]:
     return {name: _mean(name, group) for name, group in groups.items()}
 
 
-def _mean(name: str, found: Sequence[Found]) -> Found:
-    """Every set counts alike."""
+def _mean(name: str, found: Sequence[TopKScores]) -> TopKScores:
+    """The mean of the scores, in which every set has the same weight."""
     top1 = float(np.mean([each.top1 for each in found]))
     top5 = [each.top5 for each in found if each.top5 is not None]
-    return Found(
+    return TopKScores(
         name,
         sum(each.examples for each in found),
         found[0].classes,

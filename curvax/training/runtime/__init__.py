@@ -1,1 +1,1 @@
-"""What a run needs of its surroundings: config, folder, processes, signals, logs."""
+"""The surroundings of a run: its folder, processes, signals and logs."""

@@ -1,4 +1,4 @@
-"""Checksums kept beside folders, so that damage is met before anybody reads them."""
+"""Checksums of folders, stored next to them, so that damage is detected before reading."""
 
 import hashlib
 from pathlib import Path
@@ -7,11 +7,11 @@ from curvax.training.runtime.run_dir import write_text
 
 
 class DamageError(OSError):
-    """A folder whose files are not those that were sealed."""
+    """A folder whose files differ from those that `seal` saw."""
 
 
 def seal(folder: Path) -> None:
-    """Keeps the checksum of a folder beside it, and drops those whose folder is gone."""
+    """Stores the checksum of a folder, and removes those of deleted folders."""
     for other in folder.parent.glob("*.sha256"):
         if not other.with_suffix("").is_dir():
             other.unlink()
@@ -19,10 +19,10 @@ def seal(folder: Path) -> None:
 
 
 def check(folder: Path) -> None:
-    """Passes a folder that is as it was sealed, or that was never sealed.
+    """Compares a folder with its checksum, if it has one.
 
     Raises:
-        DamageError: it is not.
+        DamageError: they differ.
     """
     place = _place(folder)
     if place.exists() and place.read_text() != _checksum(folder):

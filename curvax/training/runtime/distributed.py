@@ -1,4 +1,7 @@
-"""The processes of one run: who is first, and what all agree on. Mostly there is one."""
+"""The processes of a run: joining them, exchanging small values, failing together.
+
+With a single process all of this does nothing.
+"""
 
 import contextlib
 import json
@@ -14,27 +17,29 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 HEARTBEAT = 30
-"""Seconds of silence after which a process counts as lost, and the others stop."""
+"""Seconds without a heartbeat after which a process counts as lost, and the others stop."""
 
 
 def join(coordinator: str | None, count: int | None, number: int | None) -> None:
-    """Makes this one of the processes of a run, by JAX's distributed runtime.
+    """Makes this process one of several, by JAX's distributed runtime.
+
+    All arguments are None on TPU pods and under Slurm or MPI, where JAX finds them itself. If the
+    other processes do not join within five minutes, the runtime ends this one.
 
     Args:
-        coordinator: `host:port` of process 0. On TPU pods and under Slurm JAX knows all three.
-        count: of the processes.
-        number: of this one, from 0.
+        coordinator: `host:port` of process 0.
+        count: number of processes.
+        number: this process's number, from 0.
 
     Raises:
-        ValueError: some of the three are given and others are not, one of them cannot be, or JAX
-            cannot join the others. Where they do not come within five minutes, it ends the process.
+        ValueError: only some of the three are given, one is invalid, or JAX cannot join the others.
     """
     given = (coordinator, count, number)
     if any(x is None for x in given) and any(x is not None for x in given):
         raise ValueError(
-            "A process is told all three of `--coordinator HOST:PORT`, `--processes N` and "
-            f"`--process I`, and got {coordinator}, {count} and {number}. Where TPU pods, Slurm or "
-            "MPI start the processes, `--distributed` alone will do."
+            "A process needs all three of `--coordinator HOST:PORT`, `--processes N` and "
+            f"`--process I`, and got {coordinator}, {count} and {number}. If a TPU pod, Slurm or "
+            "MPI starts the processes, `--distributed` alone is enough."
         )
     if coordinator is not None and not re.fullmatch(r".+:\d{1,5}", coordinator):
         raise ValueError(
@@ -52,33 +57,33 @@ def join(coordinator: str | None, count: int | None, number: int | None) -> None
 def _not_joined(coordinator: str | None, error: Exception) -> str:
     if coordinator is None:
         return (
-            f"`--distributed` joins what a TPU pod, Slurm or MPI started, and JAX found no such "
-            f"group here ({error}). Start the processes with one of these, or tell each "
+            "`--distributed` joins processes that a TPU pod, Slurm or MPI started, and JAX found "
+            f"none of these here ({error}). Start the processes with one of them, or give each "
             "`--coordinator HOST:PORT`, `--processes N` and `--process I`."
         )
     return (
         f"This process could not join the others at {coordinator} ({error}). Process 0 listens "
-        "there: give a host of its own and a port that is free."
+        "there: give its own host and a port that is free."
     )
 
 
 def leave(status: int) -> NoReturn:
-    """Ends this process at once, so that JAX's runtime tells the others that it is lost."""
+    """Ends this process at once, so that JAX's runtime reports it as lost to the others."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
 def first() -> bool:
-    """Whether this process writes and prints for all."""
+    """Whether this is the process that writes and prints for all."""
     return jax.process_index() == 0
 
 
 def gathered(value: Any) -> list[Any]:
-    """The value of every process, anything that JSON can hold, in the order of their numbers.
+    """The JSON values of all processes, in the order of their numbers.
 
     Raises:
-        ProcessLost: another one is gone.
+        ProcessLost: another process has died.
     """
     if _alone():
         return [value]
@@ -90,23 +95,26 @@ def gathered(value: Any) -> list[Any]:
         rows = multihost_utils.process_allgather(padded)
     except jax.errors.JaxRuntimeError as error:
         raise ProcessLost(
-            f"{_lost(error)} before the run began. See what that one said, and start all again."
+            f"{_lost(error)} before the run began. See the output of that process, and start all "
+            "again."
         ) from error
     return [json.loads(bytes(row[:length])) for row, length in zip(rows, lengths)]
 
 
 def agreed(value: Any) -> Any:
-    """The first process's value, for all; errors as in `gathered`."""
+    """The value of the first process; errors as in `gathered`."""
     return gathered(value)[0]
 
 
 class Refused(ValueError):
-    """What all processes of a run decline to do, so that all of them end in order."""
+    """An error that all processes raise, so that all of them end in order."""
 
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """What goes well in every process or ends all of them. To one alone errors are themselves.
+    """Runs the block on all processes; if one fails, all raise.
+
+    With a single process errors propagate unchanged.
 
     Raises:
         Refused: the error of this process, or else that of another one.
@@ -128,13 +136,13 @@ def together() -> Iterator[None]:
 
 
 def require_same(options: Mapping[str, Any]) -> None:
-    """Passes processes that were all told the same.
+    """Checks that all processes have the same options.
 
     Args:
-        options: by name, values that JSON can hold.
+        options: name ↦ JSON value.
 
     Raises:
-        Refused: naming the first option that differs.
+        Refused: an option differs; the message names the first.
     """
     first, *others = gathered(options)
     for number, other in enumerate(others, start=1):
@@ -142,17 +150,17 @@ def require_same(options: Mapping[str, Any]) -> None:
             mine, theirs = first.get(name), other.get(name)
             if mine != theirs:
                 raise Refused(
-                    f"All processes of a run are told the same, and `{name}` is {mine!r} in "
+                    f"All processes of a run have the same options, and `{name}` is {mine!r} in "
                     f"process 0 and {theirs!r} in process {number}. Start them with the same "
-                    "options, but for `--process`."
+                    "options, except for `--process`."
                 )
 
 
-def way_back(folder: Path) -> str:
-    """What a process that is not the first says when it begins.
+def resume_hint(folder: Path) -> str:
+    """The message that every process but the first prints when it starts.
 
-    Between CPUs the library that sends (Gloo) may abort this process as soon as another dies, in a
-    thread of its own, before anybody can say what happened.
+    On CPUs the communication library (Gloo) may abort this process from a thread of its own as soon
+    as another one dies, before an error can be reported.
     """
     return (
         f"Process {jax.process_index()} of {jax.process_count()}. If it ends early, another one "
@@ -161,18 +169,19 @@ def way_back(folder: Path) -> str:
 
 
 class ProcessLost(ConnectionError):
-    """A run that cannot go on since one of its processes is gone."""
+    """A run that cannot continue because one of its processes died."""
 
 
 def lost(error: Exception, folder: Path) -> Exception:
-    """What an error of the runtime means to a run of several processes.
+    """The error to raise for an error of JAX's runtime.
 
-    To one alone it is itself, and so is a want of memory, which all meet.
+    With several processes it means that another one was lost, except for a lack of memory. With a
+    single process the error is returned unchanged.
     """
     if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
         return error
     return ProcessLost(
-        f"{_lost(error)} while it trained. What was saved is whole: start all processes again "
+        f"{_lost(error)} during training. Saved checkpoints are intact: start all processes again "
         f"with `curvax resume {folder}`."
     )
 
@@ -183,5 +192,5 @@ def _lost(error: Exception) -> str:
 
 
 def _alone() -> bool:
-    """Whether there are no others; asks for no devices before it must."""
+    """Whether there are no other processes; does not initialise the devices needlessly."""
     return not jax.distributed.is_initialized() or jax.process_count() == 1

@@ -1,4 +1,4 @@
-"""Libraries that log what is raised here anyway, or what nobody needs to know, kept silent."""
+"""Filters for log messages that repeat an error raised here, or that tell nothing."""
 
 import contextlib
 import logging
@@ -10,9 +10,9 @@ _ONE_HOST = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_HOST_BOUNDS": "1,1,1"}
 
 
 def silence_libtpu(devices: Path = Path("/dev")) -> None:
-    """Keeps libtpu, where it is installed and no TPU is, from saying what it did not hear of one.
+    """Keeps libtpu from logging failed queries on a machine without a TPU.
 
-    It goes by the device files of TPUs, `accel*` and `vfio/*`, and must come before JAX has made
+    A TPU is recognised by its device files, `accel*` and `vfio/*`. Call this before JAX initialises
     its devices.
     """
     if not any(devices.glob("accel*")) and not any(devices.glob("vfio/*")):

@@ -1,4 +1,4 @@
-"""Notice to terminate, as schedulers give it before they take a machine away: SIGTERM."""
+"""SIGTERM, which schedulers send before they reclaim a machine."""
 
 import itertools
 import signal
@@ -10,19 +10,19 @@ import jax
 from jax.experimental import multihost_utils
 
 _POINTS = itertools.count()
-"""Numbers of the points at which all processes may stop, on from run to run: the runtime stops them
-at one number, the first that none has reached, which may be in the next run."""
+"""Numbers the points at which all processes may stop, through all runs of a program: the runtime
+stops them at the first number that no process has reached, which may be in the next run."""
 
 
 class Stopped(InterruptedError):
-    """A run that was asked to terminate and has kept where it was."""
+    """A run that was asked to terminate, and has saved a checkpoint."""
 
 
 class Notice:
-    """Whether this run has been asked to terminate, from `with` on.
+    """A context manager that records whether the run has been asked to terminate.
 
-    Several processes agree on the step after which they stop, by JAX's distributed runtime, which
-    listens for the signal itself; it may come to one of them alone.
+    Several processes agree on the step after which they stop by JAX's distributed runtime, which
+    handles the signal itself; it may be sent to one process only.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class Notice:
             signal.signal(signal.SIGTERM, self._before)
 
     def given(self) -> bool:
-        """Whether to stop now, the same answer in every process, as all of them ask as often."""
+        """Whether to stop now; the same in all processes, which must call it equally often."""
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(next(_POINTS))
         return self._asked

@@ -1,13 +1,13 @@
-"""A folder of runs: its config, their figures, their checkpoints and what they came to.
+"""A run folder: config and spec, and for every run its metrics, checkpoints and results.
 
-config.json, plan.json      every field and what is done with them, enough to resume
-table.txt, curves.png ...   what it came to
-.lock                       who trains it, or did last
+config.json, run.json       all fields, and the command with its methods: enough to resume
+table.txt, curves.png ...   the results
+.lock                       the process that trains it, or did last
 0-adamw/seed0/              a run of the first method
-    metrics.jsonl           one line of figures for each logged step
+    metrics.jsonl           one line of metrics per logged step
     events.out...           the same for TensorBoard
     checkpoints/            the newest few
-    results.json            the figures at the end; its presence says that the run is done
+    results.json            the final metrics; its presence marks the run as finished
 """
 
 import contextlib
@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from curvax.training.config import configs
+from curvax.training.config.renamed import DataConfig, RunConfig, translated
 from curvax.training.runtime.tensorboard import Events
 
 try:
@@ -33,21 +34,22 @@ except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
 Record = dict[str, float]
-"""The step, and figures named `train/loss`, `test/accuracy` and so on."""
+"""The step, and metrics under names like `train/loss` and `test/accuracy`."""
 
 _CONFIG, _METRICS, _RESULTS = "config.json", "metrics.jsonl", "results.json"
+_SPEC, _OLD_SPEC = "run.json", "plan.json"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 class RunError(ValueError):
-    """A folder that holds no run, whose run is damaged or held, or that cannot be written."""
+    """A folder that holds no run, is damaged, locked by another process, or not writable."""
 
 
 class Log:
-    """The figures of a run by step: in memory, and in a folder as JSON lines and for TensorBoard.
+    """The metrics of a run by step: in memory, and in a folder as JSON lines and for TensorBoard.
 
-    A figure that is not a number is left out of the lines. A log opened again `since` a step
-    forgets what came after it.
+    Values that are not finite are left out of the lines. A log reopened `since` a step discards
+    later records.
     """
 
     def __init__(self, folder: Path | None = None, since: int = 0):
@@ -59,8 +61,8 @@ class Log:
             self._lines = (folder / _METRICS).open("a")
             self._events = Events(folder, since)
 
-    def write(self, step: int, split: str, figures: Mapping[str, Any]) -> None:
-        numbers = {f"{split}/{name}": float(value) for name, value in sorted(figures.items())}
+    def write(self, step: int, split: str, metrics: Mapping[str, Any]) -> None:
+        numbers = {f"{split}/{name}": float(value) for name, value in sorted(metrics.items())}
         record: Record = {"step": step, **{k: v for k, v in numbers.items() if math.isfinite(v)}}
         self.records.append(record)
         if self._lines and self._events:
@@ -74,7 +76,7 @@ class Log:
             self._events.flush()
 
     def close(self) -> None:
-        """Writes what is pending, as far as that is possible."""
+        """Writes pending records, ignoring write errors."""
         if self._lines and self._events:
             for file in (self._lines, self._events):
                 with contextlib.suppress(OSError):
@@ -82,48 +84,81 @@ class Log:
 
 
 class Outcome(NamedTuple):
-    """What a run came to."""
+    """The result of a run."""
 
-    figures: dict[str, float]  # at the end
-    records: list[Record]  # on the way
+    metrics: dict[str, float]  # final; {} if the run diverged
+    records: list[Record]  # logged during training
 
 
 def records(folder: Path) -> list[Record]:
-    """What was logged; a last line cut short by a crash is dropped."""
+    """The logged records; a last line truncated by a crash is dropped."""
     return list(read_lines(folder / _METRICS))
 
 
 def outcome(folder: Path | None) -> Outcome | None:
-    """What the run in the folder came to, if it is done."""
+    """The result of the run in a folder, or None if it is not finished."""
     if folder is None or not (folder / _RESULTS).exists():
         return None
     return Outcome(json.loads((folder / _RESULTS).read_text()), records(folder))
 
 
-def finish(folder: Path | None, figures: Mapping[str, float]) -> None:
-    """Marks the run in the folder as done."""
+def finish(folder: Path | None, metrics: Mapping[str, float]) -> None:
+    """Writes results.json, which marks the run in the folder as finished."""
     if folder is not None:
-        write_json(folder / _RESULTS, dict(figures))
+        write_json(folder / _RESULTS, dict(metrics))
 
 
 def read_config(folder: Path) -> ConfigDict:
-    """The config of a run; fields that came after it have their defaults.
+    """The config of a run.
+
+    Renamed fields are read under their old names too, and fields that a later version of curvax
+    added have their defaults.
 
     Raises:
         RunError: the folder holds no run, or the file is damaged.
     """
     path, known = folder / _CONFIG, configs.defaults().to_dict()
-    read = read_json(path)
+    stored = read_json(path)
     try:
-        return ConfigDict({**known, **read, "data": {**known["data"], **read["data"]}}).lock()
-    except (TypeError, KeyError) as error:
+        stored = translated(stored)
+        data = DataConfig({**known["data"], **stored["data"]})
+        return RunConfig({**known, **stored, "data": data}).lock()
+    except (AttributeError, TypeError, KeyError) as error:
         raise damaged(path, "it holds no config") from error
 
 
+def read_spec(folder: Path) -> Any:
+    """The contents of run.json, or of plan.json, its name in older runs; errors as `read_config`.
+
+    The file says which command and which methods the run belongs to.
+    """
+    return read_json(_spec_file(folder))
+
+
+def write_spec(folder: Path, page: Any) -> None:
+    """Keeps in run.json what `read_spec` reads."""
+    write_json(folder / _SPEC, page)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether `read_spec` finds a file in this folder."""
+    return _spec_file(folder).exists()
+
+
+def _spec_file(folder: Path) -> Path:
+    current, old = folder / _SPEC, folder / _OLD_SPEC
+    return old if old.exists() and not current.exists() else current
+
+
+def bad_spec(folder: Path) -> RunError:
+    """The error for a run.json that names no command and methods."""
+    return damaged(_spec_file(folder), "it names no command and methods")
+
+
 def read_json(path: Path) -> Any:
-    """The contents of a file that every run's folder has; errors as in `read_config`."""
+    """The contents of a JSON file of a run folder; errors as in `read_config`."""
     if not path.exists():
-        raise RunError(f"{path.parent} holds no run to go on with: `{path.name}` is not there.")
+        raise RunError(f"{path.parent} holds no run: `{path.name}` is missing.")
     try:
         return json.loads(path.read_text())
     except ValueError as error:
@@ -131,15 +166,15 @@ def read_json(path: Path) -> Any:
 
 
 def damaged(path: Path, reason: str) -> RunError:
-    """What to say of a file of a run's folder that cannot be used."""
+    """The error for an unusable file of a run folder."""
     return RunError(
-        f"{path} is damaged ({reason}). Put a copy of the file there, as from another run of the "
+        f"{path} is damaged ({reason}). Restore the file, for instance from another run of the "
         "same command, or train anew."
     )
 
 
 def read_lines(path: Path) -> Iterator[Any]:
-    """The values of a JSON-lines file, up to a line that is cut short."""
+    """The values of a JSON-lines file, up to a truncated line."""
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             yield json.loads(line)
@@ -152,22 +187,22 @@ def write_lines(path: Path, records: list[Any]) -> None:
 
 
 def write_json(path: Path, page: Any) -> None:
-    """Writes a JSON file whole or not at all."""
+    """Writes a JSON file atomically."""
     write_text(path, json.dumps(page, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file atomically."""
     draft = path.with_name(path.name + ".part")
     draft.write_text(text)
     draft.replace(path)
 
 
 def check_root(root: Path) -> None:
-    """Passes a folder in which run folders can be made, or which can be made itself.
+    """Checks that run folders can be created in `root`, which may not exist yet.
 
     Raises:
-        RunError: it cannot be.
+        RunError: they cannot.
     """
     path = root.absolute()
     there = next(each for each in (path, *path.parents) if each.exists())
@@ -175,13 +210,13 @@ def check_root(root: Path) -> None:
         tempfile.TemporaryDirectory(dir=there).cleanup()
     except OSError as error:
         raise RunError(
-            f"Run folders go into {root}, and no folder can be made in {there} ({error.strerror}). "
-            "Name another place with `--runs DIR`."
+            f"Run folders are made in {root}, and no folder can be made in {there} "
+            f"({error.strerror}). Give another folder as `--runs DIR`."
         ) from error
 
 
 def create(root: Path, command: str, config: ConfigDict) -> Path:
-    """A new folder `root/<config>-<command>-<date>-<time>` with the config in it."""
+    """Creates the folder `root/<config>-<command>-<date>-<time>` and writes config.json."""
     folder = root / f"{config.name}-{command}-{time.strftime('%Y%m%d-%H%M%S')}"
     while folder.exists():
         folder = folder.with_name(folder.name + "b")
@@ -191,13 +226,13 @@ def create(root: Path, command: str, config: ConfigDict) -> Path:
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """A run folder that is this process's alone; the system lets go of it whenever that ends.
+def locked(folder: Path) -> Iterator[None]:
+    """Locks a run folder for this process; the system releases the lock when the process ends.
 
-    Where the file system has no locks, it is anybody's.
+    On file systems without locks this does nothing.
 
     Raises:
-        RunError: another process holds it.
+        RunError: another process holds the lock.
     """
     with (folder / ".lock").open("a+") as file:
         try:
@@ -206,8 +241,8 @@ def held(folder: Path) -> Iterator[None]:
         except BlockingIOError as error:
             file.seek(0)
             raise RunError(
-                f"The run in {folder} is under way: {file.read() or 'another process'} holds it. "
-                "Wait until it ends, or stop it, and resume then."
+                f"The run in {folder} is in progress: {file.read() or 'another process'} holds it. "
+                "Wait until it ends, or stop it, and then resume."
             ) from error
         except OSError as error:
             if error.errno not in _NO_LOCKS:

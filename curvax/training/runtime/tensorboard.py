@@ -1,4 +1,4 @@
-"""Scalars for TensorBoard, written in the calling thread, where a full disk can be answered."""
+"""Scalars for TensorBoard, written in the calling thread, so that a full disk raises there."""
 
 import time
 from pathlib import Path
@@ -10,7 +10,7 @@ from tensorboardX.summary import scalar
 
 
 class Events:
-    """An event file that makes TensorBoard forget what earlier ones say of steps after `since`."""
+    """An event file. TensorBoard discards what earlier files hold of steps after `since`."""
 
     def __init__(self, folder: Path, since: int):
         self._writer = EventsWriter(str(folder / "events"), f".{since}")
