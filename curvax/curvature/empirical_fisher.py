@@ -65,13 +65,13 @@ def linearized_empirical_fisher(
 ) -> tuple[LossAndGradient, Product]:
     """(((L, aux), ∇L), `empirical_fvp`); the gradient is that of the whole batch, a pass apart."""
     product = empirical_fvp(objective, params, mode=mode, precision=precision)
-    return objective.value_aux_and_grad(params), product
+    return objective._value_aux_and_grad(params), product
 
 
 def _linearized(objective: Objective, params: Tree, mode: str) -> Product:
     if not objective.microbatch:
         return _outer(objective, params, mode)
-    return Product(lambda v: objective.average(lambda part: _outer(part, params, mode)(v)))
+    return Product(lambda v: objective._microbatch_mean(lambda part: _outer(part, params, mode)(v)))
 
 
 def _outer(objective: Objective, params: Tree, mode: str) -> Product:
@@ -92,14 +92,14 @@ def _scaled_pull(objective: Objective, pull: Callable[[jax.Array], Tree]) -> Any
     """`pull` of scaled losses, which count as they do in the mean that the scale is for."""
 
     def pulled(u: jax.Array) -> Tree:
-        return trees.scale(u.size, objective.unscaled(pull(objective.scaled(u / u.size))))
+        return trees.scale(u.size, objective._unscaled(pull(objective._scaled(u / u.size))))
 
     return at_unit_size(objective, pulled)
 
 
 def _losses(objective: Objective, params: Tree) -> tuple[jax.Array, jax.Array | None]:
     """(ℓ, w) of every example, [n] each."""
-    return objective.each(lambda part, params: part.evaluate(params)[0], params)
+    return objective._map_examples(lambda part, params: part._evaluate(params)[0], params)
 
 
 def _shape(x: jax.Array) -> jax.ShapeDtypeStruct:

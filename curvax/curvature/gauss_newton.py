@@ -99,7 +99,7 @@ class ModelPass:
 
     def pull(self, cotangent: Tree) -> Tree:
         """Jᵀ c for c like the outputs: a backward pass."""
-        return self.objective.unscaled(self.model.pull(self.objective.scaled(cotangent)))
+        return self.objective._unscaled(self.model.pull(self.objective._scaled(cotangent)))
 
     def pull_sum(self, cotangent: Tree, weight: jax.Array) -> Tree:
         """Jᵀ c for c that counts each example fully, as the mean that a scale is chosen for does
@@ -112,11 +112,11 @@ class ModelPass:
         """((L, aux), ∇L)"""
 
         def scaled(z: Tree) -> tuple[jax.Array, jax.Array]:
-            value = self.objective.loss_of(trees.cast_like(z, self.kinds))
-            return self.objective.scaled(value), value
+            value = self.objective._loss_of(trees.cast_like(z, self.kinds))
+            return self.objective._scaled(value), value
 
         (_, value), cotangent = jax.value_and_grad(scaled, has_aux=True)(self.outputs)
-        return (value, self.model.aux), self.objective.unscaled(self.model.pull(cotangent))
+        return (value, self.model.aux), self.objective._unscaled(self.model.pull(cotangent))
 
     def product(self, metric: Metric, *beside: Tree) -> Product:
         """v ↦ Jᵀ M J v, where M = `metric(objective, outputs, *beside)`."""
@@ -168,16 +168,16 @@ def linearized_product(
     def scanned(v: Tree) -> Tree:
         at = lambda part: model_pass(part, params, mode=mode)
         apply = lambda part, *rest: at(part).product(metric, *rest)(v)
-        return objective.average(apply, *beside)
+        return objective._microbatch_mean(apply, *beside)
 
-    gradient = lambda: objective.value_aux_and_grad(params)
+    gradient = lambda: objective._value_aux_and_grad(params)
     return gradient, at_precision(precision, Product(scanned))
 
 
 def loss_curvature(part: Objective, outputs: Tree, *beside: Tree, mode: str = "auto") -> Product:
     """∇²ℓ in the outputs: known to a likelihood, by autodiff for any other loss."""
     if not isinstance(part.loss, Likelihood):
-        return Product(linearized_gradient(Objective(part.loss_of), outputs, mode=mode)[1])
+        return Product(linearized_gradient(Objective(part._loss_of), outputs, mode=mode)[1])
     loss, batch = part.loss, part.batch
     root = Root(
         lambda u: loss.root_transpose(outputs, batch, u),

@@ -70,10 +70,10 @@ def linearized_gradient(
     objective: Objective, params: Tree, *, mode: str = "auto"
 ) -> tuple[LossAndGradient, Matvec]:
     """(((L, aux), ∇L), v ↦ H v) at `params`, one linearisation for all."""
-    own = objective.apart()
+    own = objective._device_part()
     out, product = _own_linearized(own, *localized(own, params), mode)
     product = at_unit_size(own, product)
-    return objective.group_mean(out), lambda v: objective.group_mean(product(v))
+    return objective._group_mean(out), lambda v: objective._group_mean(product(v))
 
 
 def _own_linearized(
@@ -83,7 +83,7 @@ def _own_linearized(
     if own.microbatch:
         # Linear maps of all micro-batches would be as large as that of the whole batch.
         product = lambda v: way.once(own, params, v)[1]
-        out = own.value_aux_and_grad(params)
+        out = own._value_aux_and_grad(params)
     else:
         out, product = way.many(own, params)
     return out, lambda v: product(tangent(v, params, local))
@@ -93,7 +93,7 @@ def gradient_and_product(
     objective: Objective, params: Tree, v: Tree, *, mode: str = "auto"
 ) -> tuple[LossAndGradient, Tree]:
     """(((L, aux), ∇L), H v) in one pass: the gradient shares its backward pass with the product."""
-    own = objective.apart()
+    own = objective._device_part()
     params, local = localized(own, params)
     way = way_to_products(mode, own, params, once=True)
-    return objective.group_mean(way.once(own, params, tangent(v, params, local)))
+    return objective._group_mean(way.once(own, params, tangent(v, params, local)))

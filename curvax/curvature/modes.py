@@ -45,7 +45,7 @@ def way_to_products(mode: str, objective: Objective, params: Tree, *, once: bool
     allowed = [way for way in WAYS[int(once) :] if mode in ("auto", way.mode)]
     if allowed[0].trial is None or not is_opaque(objective, params):
         return allowed[0]
-    gradient = replayed(lambda p: objective.value_aux_and_grad(p)[1], params)
+    gradient = replayed(lambda p: objective._value_aux_and_grad(p)[1], params)
     what, reasons = "the gradient of this loss", list[str]()
     for way in allowed:
         if way.trial is None:
@@ -62,7 +62,7 @@ def gradient_of(objective: Objective) -> Callable[[Tree], tuple[Tree, tuple[jax.
     """θ ↦ (∇L, (L, aux)), in the order in which JAX differentiates the first."""
 
     def gradient(params: Tree) -> tuple[Tree, tuple[jax.Array, Any]]:
-        loss, grads = objective.value_aux_and_grad(params)
+        loss, grads = objective._value_aux_and_grad(params)
         return grads, loss
 
     return gradient
@@ -75,7 +75,7 @@ def _linearized(objective: Objective, params: Tree) -> tuple[LossAndGradient, Ma
 
 def _pushed(objective: Objective, params: Tree) -> tuple[LossAndGradient, Matvec]:
     product = lambda v: _pushed_once(objective, params, v)[1]
-    return objective.value_aux_and_grad(params), product
+    return objective._value_aux_and_grad(params), product
 
 
 def _pushed_once(objective: Objective, params: Tree, v: Tree) -> tuple[LossAndGradient, Tree]:
@@ -83,13 +83,13 @@ def _pushed_once(objective: Objective, params: Tree, v: Tree) -> tuple[LossAndGr
         grads, product, loss = jax.jvp(gradient_of(part), (params,), (v,), has_aux=True)
         return (loss, grads), product
 
-    return objective.average(forward)
+    return objective._microbatch_mean(forward)
 
 
 def _reversed(objective: Objective, params: Tree) -> tuple[LossAndGradient, Matvec]:
     # H is symmetric: the transpose that reverse mode gives is the product itself.
     grads, pull, loss = jax.vjp(gradient_of(objective), params, has_aux=True)
-    return (loss, grads), lambda v: objective.unscaled(pull(objective.scaled(v))[0])
+    return (loss, grads), lambda v: objective._unscaled(pull(objective._scaled(v))[0])
 
 
 def _reversed_once(objective: Objective, params: Tree, v: Tree) -> tuple[LossAndGradient, Tree]:
@@ -97,12 +97,12 @@ def _reversed_once(objective: Objective, params: Tree, v: Tree) -> tuple[LossAnd
         out, product = _reversed(part, params)
         return out, product(v)
 
-    return objective.average(reverse)
+    return objective._microbatch_mean(reverse)
 
 
 def _differenced(objective: Objective, params: Tree) -> tuple[LossAndGradient, Matvec]:
-    gradient = lambda p: objective.value_aux_and_grad(p)[1]
-    return objective.value_aux_and_grad(params), differences(gradient, params)
+    gradient = lambda p: objective._value_aux_and_grad(p)[1]
+    return objective._value_aux_and_grad(params), differences(gradient, params)
 
 
 def _differenced_once(objective: Objective, params: Tree, v: Tree) -> tuple[LossAndGradient, Tree]:

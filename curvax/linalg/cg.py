@@ -14,7 +14,7 @@ from curvax.devices import axes
 from curvax.linalg.backtracking import Score, best, keep, nothing_kept
 from curvax.linalg.cg_loop import Iterate, Rules, System, iterate
 from curvax.linalg.preconditioners import Preconditioner, check_preconditioner, preconditioning
-from curvax.linalg.solvers import Reason, Solution, Solver, stateless
+from curvax.linalg.solvers import Solution, Solver, StopReason, stateless
 
 
 def cg(
@@ -139,7 +139,7 @@ def _length(s: Iterate, curvature: jax.Array) -> tuple[jax.Array, Any]:
     none = curvature <= 0
     fallback = jnp.where(s.i == 0, 1.0, 0.0)
     alpha = jnp.where(none, fallback, 1 / jnp.where(none, 1.0, curvature))
-    return alpha, jnp.where(none, Reason.negative_curvature, Reason.max_steps)
+    return alpha, jnp.where(none, StopReason.negative_curvature, StopReason.max_steps)
 
 
 def _watching(b: Tree, max_steps: int, progress: float | None, backtrack: bool) -> tuple[Any, Any]:
@@ -149,10 +149,10 @@ def _watching(b: Tree, max_steps: int, progress: float | None, backtrack: bool) 
 
     def watch(s: Iterate) -> tuple[Any, Any]:
         models, kept = s.trail
-        reason: Any = Reason.max_steps
+        reason: Any = StopReason.max_steps
         if progress is not None:
             models = models.at[s.i].set(s.model.astype(models.dtype))
-            reason = jnp.where(_stalled(models, s.i, progress), Reason.progress, reason)
+            reason = jnp.where(_stalled(models, s.i, progress), StopReason.progress, reason)
         if backtrack:
             kept = keep(kept, s.x, s.residual, s.i, max_steps)
         return (models, kept), reason

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
 from curvax.devices import axes
-from curvax.linalg.solvers import Reason
+from curvax.linalg.solvers import StopReason
 from curvax.linear_operator import Product
 
 
@@ -36,7 +36,7 @@ class Iterate(NamedTuple):
     i: jax.Array
     """Steps taken, int32 scalar."""
     reason: jax.Array
-    """A `Reason`; `max_steps` as long as there is no other."""
+    """A `StopReason`; `max_steps` as long as there is no other."""
     trail: Any
     """What `watch` keeps."""
 
@@ -45,10 +45,10 @@ class Rules(NamedTuple):
     """What tells one conjugate-gradient solver from another."""
 
     length: Callable[[Iterate, jax.Array], tuple[jax.Array, Any]]
-    """(iterate, pᵀA p / rᵀM⁻¹r) ↦ (how far to go along p, the `Reason` to stop there or
+    """(iterate, pᵀA p / rᵀM⁻¹r) ↦ (how far to go along p, the `StopReason` to stop there or
     `max_steps`)."""
-    watch: Callable[[Iterate], tuple[Any, Any]] = lambda s: (s.trail, Reason.max_steps)
-    """iterate ↦ (its trail, a `Reason` to stop or `max_steps`)."""
+    watch: Callable[[Iterate], tuple[Any, Any]] = lambda s: (s.trail, StopReason.max_steps)
+    """iterate ↦ (its trail, a `StopReason` to stop or `max_steps`)."""
     trail: Any = ()
     """The trail before the start."""
 
@@ -85,7 +85,7 @@ def iterate(system: System, b: Tree, x: Tree, r: Tree, limit: Any) -> Iterate:
     _refuse_own(system.product, b)
     start = _begin(system, b, x, r)
     advance = lambda s: _advance(system, s)
-    go_on = lambda s: (s.reason == Reason.max_steps) & (s.i < limit)
+    go_on = lambda s: (s.reason == StopReason.max_steps) & (s.i < limit)
     return axes.while_loop(go_on, advance, start)
 
 
@@ -104,7 +104,7 @@ def _begin(system: System, b: Tree, x: Tree, r: Tree) -> Iterate:
         model=model,
         residual=residual,
         i=jnp.zeros((), jnp.int32),
-        reason=_reason(system, rz, residual, Reason.max_steps),
+        reason=_reason(system, rz, residual, StopReason.max_steps),
         trail=system.rules.trail,
     )
     return start._replace(trail=system.rules.watch(start)[0])
@@ -130,7 +130,7 @@ def _advance(system: System, s: Iterate) -> Iterate:
         i=s.i + 1,
     )
     trail, watched = system.rules.watch(ahead)
-    reason = jnp.where(stopped == Reason.max_steps, watched, stopped)
+    reason = jnp.where(stopped == StopReason.max_steps, watched, stopped)
     return ahead._replace(trail=trail, reason=_reason(system, rz, residual, reason))
 
 
@@ -142,8 +142,8 @@ def _measure(system: System, r: Tree) -> tuple[Tree, jax.Array, jax.Array]:
 
 def _reason(system: System, rz: jax.Array, residual: jax.Array, otherwise: Any) -> jax.Array:
     broken = ~(rz > 0) | ~jnp.isfinite(rz) | ~jnp.isfinite(residual)
-    reason = jnp.where(broken, Reason.breakdown, otherwise)
-    return jnp.where(residual <= system.tol, Reason.tolerance, reason).astype(jnp.int32)
+    reason = jnp.where(broken, StopReason.breakdown, otherwise)
+    return jnp.where(residual <= system.tol, StopReason.tolerance, reason).astype(jnp.int32)
 
 
 def _refuse_own(product: Callable[[Tree], Tree], b: Tree) -> None:

@@ -10,7 +10,7 @@ from curvax import checks
 from curvax.arithmetic.trees import Tree
 from curvax.devices import axes
 from curvax.linalg.flatten import materialize, ravel, unravel
-from curvax.linalg.solvers import Reason, Solution, Solver, direct_solver, relative_residual
+from curvax.linalg.solvers import Solution, Solver, StopReason, direct_solver, relative_residual
 
 
 def dense() -> Solver:
@@ -41,7 +41,7 @@ def solve_symmetric(matrix: jax.Array, b: jax.Array) -> jax.Array:
 def finite_or_zero(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """x with the reason `direct`, or 0 with `breakdown` where an entry is not finite."""
     fine = jnp.all(jnp.isfinite(x))
-    reason = jnp.where(fine, Reason.direct, Reason.breakdown).astype(jnp.int32)
+    reason = jnp.where(fine, StopReason.direct, StopReason.breakdown).astype(jnp.int32)
     return jnp.where(fine, x, 0), reason
 
 

@@ -12,7 +12,7 @@ from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
 
 
-class Reason(enum.IntEnum):
+class StopReason(enum.IntEnum):
     """Why a solver stopped."""
 
     max_steps = 0
@@ -41,7 +41,7 @@ class Solution(NamedTuple):
     residual: jax.Array
     """‖b - A x‖ / ‖b‖, and 0 for b = 0."""
     reason: jax.Array
-    """A `Reason`, int32 scalar."""
+    """A `StopReason`, int32 scalar."""
 
 
 def check_solver(solver: Any, stage: str) -> None:

@@ -13,7 +13,7 @@ from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
 from curvax.linalg.cg_loop import Iterate, Rules, System, iterate
 from curvax.linalg.preconditioners import Preconditioner, check_preconditioner, preconditioning
-from curvax.linalg.solvers import Reason, Solution, Solver
+from curvax.linalg.solvers import Solution, Solver, StopReason
 
 
 def steihaug(
@@ -51,8 +51,8 @@ def steihaug(
         alpha = 1 / jnp.where(concave, 1.0, curvature)
         edge, inside = _to_boundary(s.x, s.p, edge_at)
         outside = ~inside(alpha)
-        reason = jnp.where(concave, Reason.negative_curvature, Reason.max_steps)
-        reason = jnp.where(outside & ~concave, Reason.boundary, reason)
+        reason = jnp.where(concave, StopReason.negative_curvature, StopReason.max_steps)
+        reason = jnp.where(outside & ~concave, StopReason.boundary, reason)
         return jnp.where(concave | outside, edge, alpha), reason
 
     def solve(

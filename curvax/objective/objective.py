@@ -21,7 +21,7 @@ from curvax.devices import axes, meshes
 from curvax.likelihoods import Likelihood
 from curvax.objective import microbatching, reductions, validation
 from curvax.objective.aux_values import Pass, Reductions, Undecided, check_reductions, in_pieces
-from curvax.objective.gradient_cache import Given, Memory
+from curvax.objective.gradient_cache import CachedGradient, GradientCache
 
 
 class Objective:
@@ -96,7 +96,7 @@ class Objective:
         self.loss, self.batch, self.model, self.has_aux = loss, batch, model, has_aux
         self.key, self.microbatch, self.weight, self.scale = key, microbatch, weight, scale
         self.reduce_aux = reduce_aux
-        self._memory = Memory()
+        self._gradients = GradientCache()
         self._local: dict[Any, frozenset[str]] = {}
         self._part: tuple[Any, int] = (0, 1)
         self._whole: tuple[Any, ...] | None = None
@@ -143,7 +143,7 @@ class Objective:
             piece.microbatch = None
         return piece
 
-    def together(self, over: tuple[axes.Along, ...]) -> Objective:
+    def _as_group(self, over: tuple[axes.Along, ...]) -> Objective:
         """A loss of groups: along bound device axes, whose devices make one, it is their mean.
 
         Value, gradient, Hessian and weight are the group's. What looks into the batch is refused:
@@ -151,18 +151,18 @@ class Objective:
         """
         return self._changed(grouped=True, joined=over)
 
-    def apart(self) -> Objective:
+    def _device_part(self) -> Objective:
         """This device's own loss, where it is a part of a group."""
         return self._changed(joined=()) if self.joined else self
 
-    def group_mean(self, tree: Tree) -> Tree:
+    def _group_mean(self, tree: Tree) -> Tree:
         """The mean over the devices of a group, by weight, of what each found in its own loss."""
-        return axes.mean(tree, self.joined, self.apart().batch_weight())
+        return axes.mean(tree, self.joined, self._device_part().batch_weight())
 
     def _changed(self, **fields: Any) -> Objective:
         """A copy that remembers nothing."""
         other = copy.copy(self)
-        other._memory, other._local, other._whole = Memory(), {}, None
+        other._gradients, other._local, other._whole = GradientCache(), {}, None
         vars(other).update(fields)
         return other
 
@@ -217,14 +217,14 @@ class Objective:
         """L(θ), a scalar in float32 or wider. Safe for anybody's autodiff: the micro-batches are
         scanned with checkpointed bodies. Under device axes take `value_and_grad`, since JAX's own
         derivative of a mean over devices depends on how they are mapped."""
-        own = lambda part: lambda p: part.evaluate(p)[0]
-        value = self.apart().average(
+        own = lambda part: lambda p: part._evaluate(p)[0]
+        value = self._device_part()._microbatch_mean(
             lambda part: (jax.checkpoint(own(part)) if self.microbatch else own(part))(params),
             aux=False,
         )
-        return self.group_mean(value)
+        return self._group_mean(value)
 
-    def mean(self, params: Tree, over: tuple[axes.Along, ...]) -> jax.Array:
+    def _device_mean(self, params: Tree, over: tuple[axes.Along, ...]) -> jax.Array:
         """L(θ), the mean over bound device axes, at a precision at which differences count."""
         with jax.default_matmul_precision("highest"):
             return axes.mean(self(params), over, self.batch_weight())
@@ -235,24 +235,24 @@ class Objective:
         The objective remembers by weak reference which gradient it gave for which parameters, so
         that a curvature estimator can pass on its own copy and the compiler drop this one.
         """
-        (value, aux), grads = self.value_aux_and_grad(params)
+        (value, aux), grads = self._value_aux_and_grad(params)
         if isinstance(aux, Undecided):
             raise ValueError(aux.message)
-        self.remember(params, grads, value, self.local_axes(params))
+        self._remember(params, grads, value, self.local_axes(params))
         return ((value, aux) if self.has_aux else value), grads
 
-    def remember(
+    def _remember(
         self, params: Tree, grads: Tree, value: jax.Array | None, local: frozenset[str]
     ) -> None:
         """Takes note of this loss's own gradient at parameters, for `gave`."""
-        self._memory.keep(params, grads, value, local)
+        self._gradients.store(params, grads, value, local)
 
-    def value_aux_and_grad(self, params: Tree) -> tuple[tuple[jax.Array, Any], Tree]:
+    def _value_aux_and_grad(self, params: Tree) -> tuple[tuple[jax.Array, Any], Tree]:
         """((L(θ), aux), ∇L(θ)), where aux is None without `has_aux`."""
         here = axes.vary(params, self.local_axes(params) | set(self.joined))
-        own = self.apart()
-        (value, aux), grads = own.average(lambda part: own._share(part, here))
-        value, grads = self.group_mean((value, grads))
+        own = self._device_part()
+        (value, aux), grads = own._microbatch_mean(lambda part: own._share(part, here))
+        value, grads = self._group_mean((value, grads))
         return (value, aux), grads
 
     def _share(self, part: Objective, params: Tree) -> tuple[tuple[jax.Array, Any], Tree]:
@@ -276,36 +276,36 @@ class Objective:
             return differentiated(self.evaluate, params)
 
         def scaled(params: Tree) -> tuple[jax.Array, Any]:
-            value, aux = self.evaluate(params)
-            return self.scaled(value if share is None else share * value), (value, aux)
+            value, aux = self._evaluate(params)
+            return self._scaled(value if share is None else share * value), (value, aux)
 
         def back(path: Any, g: jax.Array) -> jax.Array:
             if trees.is_overwritten(path):
                 return g
-            g = self.unscaled(g)
+            g = self._unscaled(g)
             return g if share is None else trees.ratio(trees.widen(g), share).astype(g.dtype)
 
         (_, out), grads = differentiated(scaled, params)
         return out, trees.map_with_path(back, grads)
 
-    def scaled(self, tree: Tree) -> Tree:
+    def _scaled(self, tree: Tree) -> Tree:
         """What is to be pulled back, times `scale`, in float32 or wider; itself without a scale."""
         if self.scale is None:
             return tree
         return trees.scale(self.scale, trees.wide(tree))
 
-    def unscaled(self, tree: Tree) -> Tree:
+    def _unscaled(self, tree: Tree) -> Tree:
         """What was pulled back from something scaled, in float32 or wider."""
         if self.scale is None:
             return tree
         by = lambda x: (x / self.scale).astype(x.dtype)
         return jax.tree.map(by, trees.wide(tree))
 
-    def evaluate(self, params: Tree) -> tuple[jax.Array, Any]:
+    def _evaluate(self, params: Tree) -> tuple[jax.Array, Any]:
         """(L(θ), aux) of the whole batch in one piece."""
         if self.model is not None:
             outputs, aux = self.outputs(params)
-            return self.loss_of(outputs), aux
+            return self._loss_of(outputs), aux
         value, aux = self._called("loss", params)
         return validation.scalar(value, self.has_aux), aux
 
@@ -327,19 +327,19 @@ class Objective:
         here = Pass(both, params, (*rest, *self._keys()), self._whole)
         return in_pieces(here, self.reduce_aux)
 
-    def whole(self) -> tuple[Any, ...]:
+    def _whole_batch(self) -> tuple[Any, ...]:
         """(batch, *keys) of the batch of which this is a piece, or of this one."""
         return self._whole or (self.batch, *self._keys())
 
-    def piece_of(self, whole: tuple[Any, ...]) -> Objective:
+    def _as_piece_of(self, whole: tuple[Any, ...]) -> Objective:
         """The same loss, whose aux is reduced over all pieces of a whole; see `finished`."""
         return self._changed(_whole=whole) if self.has_aux else self
 
-    def loss_of(self, outputs: Tree) -> jax.Array:
+    def _loss_of(self, outputs: Tree) -> jax.Array:
         """L of outputs, the second half of the loss, a scalar in float32 or wider."""
         return validation.scalar(self.loss(outputs, self.batch))
 
-    def average(self, f: Callable[..., Tree], *beside: Tree, aux: bool = True) -> Tree:
+    def _microbatch_mean(self, f: Callable[..., Tree], *beside: Tree, aux: bool = True) -> Tree:
         """The mean over micro-batches of `f(the objective on one of them)`, by weight where there
         is one; `f(self)` without micro-batches. Floating leaves are accumulated in float32, others
         are the last one's; the aux is that of the whole batch.
@@ -355,12 +355,12 @@ class Objective:
         validation.refuse_joined(self.joined)
         if not self.microbatch or self.microbatch == self.size:
             return f(self, *beside)
-        count, whole = self.size // self.microbatch, self.whole()
+        count, whole = self.size // self.microbatch, self._whole_batch()
 
         def piece(i: jax.Array, pieces: Tree) -> tuple[Tree, jax.Array | None]:
             batch, *rest = pieces
             part = self.piece(batch, i, count)
-            part = part.piece_of(whole) if aux else part
+            part = part._as_piece_of(whole) if aux else part
             return f(part, *rest), part.batch_weight()
 
         where = "`Objective(microbatch=)`"
@@ -369,7 +369,7 @@ class Objective:
         # Of a piece of a larger whole, the pieces of the whole are reduced first.
         return found if self._whole else microbatching.finished(found)
 
-    def each(self, f: Callable[..., Tree], *beside: Tree) -> tuple[Tree, jax.Array | None]:
+    def _map_examples(self, f: Callable[..., Tree], *beside: Tree) -> tuple[Tree, jax.Array | None]:
         """`f(the objective on one example, *beside)`, all at once.
 
         Returns:
@@ -386,7 +386,7 @@ class Objective:
     def example_keys(self, key: jax.Array) -> jax.Array:
         """A key for each example, [n]: `key` folded with the example's number in the global batch,
         so that draws are the same on any number of devices and in micro-batches of any size."""
-        number, _ = self._piece_number(self.batch_axes())
+        number, _ = self._piece_number(self._batch_axes())
         first = number * self.size
         fold = lambda i, _: (jax.random.fold_in(key, first + i), None)
         return microbatching.stack_over_vmap(fold, self.groups(1), self.size)[0]
@@ -406,8 +406,8 @@ class Objective:
         return self._local[kind]
 
     def _traced_axes(self, params: Tree) -> frozenset[str]:
-        own = self.apart()
-        loss = lambda p: own.average(lambda part: part.evaluate(p)[0], aux=False)
+        own = self._device_part()
+        loss = lambda p: own._microbatch_mean(lambda part: part._evaluate(p)[0], aux=False)
         traced = jax.make_jaxpr(loss)(params)
         typed = axes.tracked()
         suspects = axes.varying(self.batch) if typed and self.batch is not None else axes.manual()
@@ -426,15 +426,15 @@ class Objective:
         # Of several axes without types, one may only split the model.
         return [set(axes.manual()), *({axis} for axis in self.joined if isinstance(axis, str))]
 
-    def gave(self, params: Tree, updates: Tree) -> Given | None:
+    def cached_gradient(self, params: Tree, updates: Tree) -> CachedGradient | None:
         """The record of `updates` as this objective's own gradient at `params`, if they are."""
-        return self._memory.find(params, updates)
+        return self._gradients.find(params, updates)
 
-    def gave_at(self, params: Tree) -> bool:
+    def has_gradient_at(self, params: Tree) -> bool:
         """Whether `value_and_grad` was called at these very parameters."""
-        return self._memory.at(params)
+        return self._gradients.has(params)
 
-    def recalling(
+    def _inherit_gradients(
         self, outer: Objective, at: tuple[Tree, Tree], here: tuple[Tree, Tree]
     ) -> Objective:
         """This objective, with what another knows of a gradient in other forms of the parameters.
@@ -444,14 +444,14 @@ class Objective:
             at: (parameters, updates) as they are there.
             here: the same (parameters, updates) as they are here.
         """
-        if (given := outer.gave(*at)) is not None:
-            self.remember(*here, given.value, given.local)
-        elif outer.gave_at(at[0]):
+        if (given := outer.cached_gradient(*at)) is not None:
+            self._remember(*here, given.value, given.local)
+        elif outer.has_gradient_at(at[0]):
             # Another gradient than these updates.
-            self.remember(here[0], None, None, frozenset())
+            self._remember(here[0], None, None, frozenset())
         return self
 
-    def shard_number(self, local: frozenset[str]) -> tuple[Any, int]:
+    def _shard_number(self, local: frozenset[str]) -> tuple[Any, int]:
         """(i, n): what this loss is the mean over is the i-th of n contiguous pieces of the global
         batch."""
         number, count = self._piece_number(local)
@@ -465,7 +465,7 @@ class Objective:
         part, parts = self._part
         return device * parts + part, devices * parts
 
-    def batch_axes(self) -> frozenset[str]:
+    def _batch_axes(self) -> frozenset[str]:
         """The device axes over which the batch is each device's own."""
         return axes.varying(self.batch) if axes.tracked() else frozenset(axes.manual())
 
@@ -473,5 +473,5 @@ class Objective:
         """The key of this pass, if there is one."""
         if self.key is None:
             return ()
-        number, count = self._piece_number(self.batch_axes())
+        number, count = self._piece_number(self._batch_axes())
         return (jax.random.fold_in(self.key, number) if count > 1 else self.key,)
