@@ -50,8 +50,8 @@ def __getattr__(name: str) -> Any:
     if name != "Reason":
         raise AttributeError(f"module 'curvax.linalg' has no attribute {name!r}")
     warnings.warn(
-        "`curvax.linalg.Reason` is now `curvax.linalg.StopReason`; the old name will be removed in the "
-        "next release.",
+        "`curvax.linalg.Reason` is now `curvax.linalg.StopReason`; the old name will be removed in "
+        "the next release.",
         DeprecationWarning,
         stacklevel=2,
     )
