@@ -294,7 +294,7 @@ REFUSED = {
     "weight of nothing": (lambda: cx.Objective(net_loss, weight="y"), "no batch"),
     "model of nothing": (lambda: cx.Objective(squared_error, model=net), "no batch"),
     "an unknown weight": (
-        lambda: cx.Objective(net_loss, BATCH, weight="mask"), "weight='mask'.* none of that name"
+        lambda: cx.Objective(net_loss, BATCH, weight="mask"), "weight='mask'.*no entry of that name"
     ),
     "a raw key": (
         lambda: cx.Objective(noisy, jnp.ones(2), key=jax.random.PRNGKey(0)),
