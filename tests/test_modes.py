@@ -26,7 +26,7 @@ X = jax.random.normal(jax.random.key(0), (8, 3))
 W = {"w": 0.3 * jax.random.normal(jax.random.key(1), (3, 3))}
 V = {"w": jax.random.normal(jax.random.key(2), (3, 3))}
 BATCH = {"x": X, "y": jnp.ones(8)}
-SPLITS = "JAX does not differentiate"
+SPLITS = "JAX cannot differentiate"
 # Central differences of gradients in float64; the fixed points settle to 1e-13.
 NEAR: Any = dict(rtol=1e-6, atol=1e-8)
 
