@@ -386,8 +386,8 @@ BAD = {
     "warm_start": (cg, dict(warm_start=1.5), r"`warm_start` in \[0, 1\], and got 1.5"),
     "no step left": (cg, dict(max_steps=1, warm_start=0.5), r"Write `cg\(2, ...\)`"),
     "progress": (cg, dict(progress=-1.0), "`cg` takes `progress`"),
-    "power": (cg, dict(preconditioner=2), r"power ξ in \[0, 1\].*and got 2"),
-    "name": (steihaug, dict(radius=1.0, preconditioner="fisher"), "got 'fisher'"),
+    "power": (cg, dict(preconditioner=2), r"exponent ξ in \[0, 1\].*received 2"),
+    "name": (steihaug, dict(radius=1.0, preconditioner="fisher"), "received 'fisher'"),
     "radius": (steihaug, dict(radius=-1.0), "`steihaug` takes `radius`"),
 }
 
