@@ -207,7 +207,7 @@ def test_micro_batches_are_accumulated_in_float32():
     assert gradient == 1 + 2**-7
 
 
-# Which gradient it gave, and to whom.
+# The gradient cache.
 
 
 def test_it_knows_its_own_gradient():

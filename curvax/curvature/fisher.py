@@ -96,13 +96,13 @@ def _linearized(
     check_mode(mode)
     likelihood = require_likelihood(objective, "The Fisher matrix")
     metric: Metric = loss_curvature
-    beside: tuple[jax.Array, ...] = ()
+    batched: tuple[jax.Array, ...] = ()
     if labels is not None:
         shape = likelihood.label_shape(objective.batch)
-        metric, beside = given_labels, (_by_example(jnp.asarray(labels), shape),)
+        metric, batched = given_labels, (_by_example(jnp.asarray(labels), shape),)
     elif samples is not None and key is not None:
-        metric, beside = drawn_labels, (sample_keys(objective, key, samples),)
-    return linearized_product(objective, params, metric, *beside, mode=mode, precision=precision)
+        metric, batched = drawn_labels, (sample_keys(objective, key, samples),)
+    return linearized_product(objective, params, metric, *batched, mode=mode, precision=precision)
 
 
 def sample_keys(objective: Objective, key: jax.Array, samples: int) -> jax.Array:

@@ -24,7 +24,7 @@ from curvax.linear_operator import Product, Root
 from curvax.objective import Objective, as_objective, require_model
 
 Metric = Callable[..., Product]
-"""`metric(objective, outputs, *beside) -> product`: a curvature in the space of the outputs."""
+"""`metric(objective, outputs, *batched) -> product`: a curvature in the space of the outputs."""
 
 
 def ggnvp(
@@ -132,9 +132,9 @@ class ModelPass:
         (_, value), cotangent = jax.value_and_grad(scaled, has_aux=True)(self.outputs)
         return (value, self.model.aux), self.objective._unscaled(self.model.pull(cotangent))
 
-    def product(self, metric: Metric, *beside: Tree) -> Product:
-        """v ↦ Jᵀ M J v, where M = `metric(objective, outputs, *beside)`."""
-        inner = metric(self.objective, self.outputs, *beside)
+    def product(self, metric: Metric, *batched: Tree) -> Product:
+        """v ↦ Jᵀ M J v, where M = `metric(objective, outputs, *batched)`."""
+        inner = metric(self.objective, self.outputs, *batched)
         return unit_sized(self.objective, inner.within(self.model.push, self.pull))
 
 
@@ -157,7 +157,7 @@ def linearized_product(
     objective: Objective,
     params: Tree,
     metric: Metric,
-    *beside: Tree,
+    *batched: Tree,
     mode: str = "auto",
     precision: Any,
 ) -> tuple[Callable[[], LossAndGradient], Product]:
@@ -168,27 +168,27 @@ def linearized_product(
     Args:
         objective: an objective with a `model`.
         params: the point θ.
-        metric: `metric(objective, outputs, *beside) -> M`.
-        beside: trees with a leading axis of examples, divided like the batch.
+        metric: `metric(objective, outputs, *batched) -> M`.
+        batched: trees with a leading axis of examples, divided like the batch.
         mode: of J v, as in `ggnvp`.
         precision: of matrix products.
     """
     if not objective.microbatch:
         with jax.default_matmul_precision(precision):
             whole = model_pass(objective, params, mode=mode)
-            product = whole.product(metric, *beside)
+            product = whole.product(metric, *batched)
         return whole.loss_and_gradient, at_precision(precision, product)
 
     def scanned(v: Tree) -> Tree:
         at = lambda part: model_pass(part, params, mode=mode)
         apply = lambda part, *rest: at(part).product(metric, *rest)(v)
-        return objective._microbatch_mean(apply, *beside)
+        return objective._microbatch_mean(apply, *batched)
 
     gradient = lambda: objective._value_aux_and_grad(params)
     return gradient, at_precision(precision, Product(scanned))
 
 
-def loss_curvature(part: Objective, outputs: Tree, *beside: Tree, mode: str = "auto") -> Product:
+def loss_curvature(part: Objective, outputs: Tree, *batched: Tree, mode: str = "auto") -> Product:
     """∇²ℓ in the outputs, in closed form for a likelihood and by autodiff for any other loss."""
     if not isinstance(part.loss, Likelihood):
         return Product(linearized_gradient(Objective(part._loss_of), outputs, mode=mode)[1])

@@ -57,9 +57,9 @@ def deflated_power(
 
     def find(carry: tuple[Tree, jax.Array], i: jax.Array) -> tuple[tuple[Tree, jax.Array], None]:
         basis, used = carry
-        beside = lambda v: bases.orthogonal(v, basis)[0]
-        step = lambda v: beside(trees.add_scaled(trees.scale(sign, product(v)), shift, v))
-        pair = power_iteration(step, beside(v0), max_steps=limit, tol=own)
+        deflate = lambda v: bases.orthogonal(v, basis)[0]
+        step = lambda v: deflate(trees.add_scaled(trees.scale(sign, product(v)), shift, v))
+        pair = power_iteration(step, deflate(v0), max_steps=limit, tol=own)
         return (bases.with_row(basis, i, pair.vector), used + pair.steps), None
 
     start = axes.carried((bases.empty(k, v0), used), lambda carry: find(carry, jnp.int32(0))[0])

@@ -99,7 +99,7 @@ def split(batch: Tree, size: int, piece: int, where: str) -> Tree:
 
 
 def mean_over_scan(
-    f: Callable[..., tuple[Tree, jax.Array | None]], pieces: Tree, count: int, *beside: Tree
+    f: Callable[..., tuple[Tree, jax.Array | None]], pieces: Tree, count: int, *shared: Tree
 ) -> Tree:
     """The weighted mean of a function over pieces, with one piece in memory at a time.
 
@@ -108,22 +108,21 @@ def mean_over_scan(
     except in `Parts`.
 
     Args:
-        f: `f(i, piece, *beside) -> (tree, weight or None)`.
+        f: `f(i, piece, *shared) -> (tree, weight or None)`.
         pieces: a tree with leaves [count, ...].
         count: the number of pieces.
-        beside: trees passed to every call, the parameters for example.
+        shared: trees passed to every call, the parameters for example.
     """
-    given, number = pieces, jnp.arange(count)
-    pieces = meshes.arranged(pieces, meshes.within(pieces))
-    first = jax.tree.map(lambda x: x[0], (number, pieces))
-    shapes, weighted = _with_sharding_errors(lambda: jax.eval_shape(f, *first, *beside), given)
+    number, arranged = jnp.arange(count), meshes.arranged(pieces, meshes.within(pieces))
+    first = jax.tree.map(lambda x: x[0], (number, arranged))
+    shapes, weighted = _with_sharding_errors(lambda: jax.eval_shape(f, *first, *shared), pieces)
     leaves, treedef = jax.tree.flatten(shapes)
     kinds = kinds_of(shapes)
     floats = [kind == "mean" for kind in kinds]
 
     def body(carry: Any, piece: Any) -> Any:
         sums, weight = carry
-        out, w = f(*piece, *beside)
+        out, w = f(*piece, *shared)
         w = jnp.ones((), jnp.float32) if w is None else w
         x = jax.tree.leaves(out)
         sums = [s + weighed(w, y).astype(s.dtype) for s, y in zip(sums, _where(x, floats, True))]
@@ -131,7 +130,7 @@ def mean_over_scan(
 
     start = [_zeros(leaf, leaf, weighted) for leaf in _where(leaves, floats, True)]
     weight = meshes.zeros((), jnp.float32, None) if weighted is None else _zeros(weighted, weighted)
-    (sums, weight), others = lax.scan(body, (start, weight), (number, pieces))
+    (sums, weight), others = lax.scan(body, (start, weight), (number, arranged))
     means = iter(
         ratio(s, weight).astype(leaf.dtype) for s, leaf in zip(sums, _where(leaves, floats, True))
     )
@@ -153,10 +152,10 @@ def _zeros(leaf: jax.ShapeDtypeStruct, *like: jax.ShapeDtypeStruct | None) -> ja
 
 
 def mean_over_vmap(
-    f: Callable[..., tuple[Tree, jax.Array | None]], pieces: Tree, count: int, *beside: Tree
+    f: Callable[..., tuple[Tree, jax.Array | None]], pieces: Tree, count: int, *shared: Tree
 ) -> Tree:
     """Like `mean_over_scan` with all pieces in parallel, in the memory of all of them."""
-    out, weight = stack_over_vmap(f, pieces, count, *beside)
+    out, weight = stack_over_vmap(f, pieces, count, *shared)
 
     def mean(kind: str, x: jax.Array) -> jax.Array:
         if kind != "mean":
@@ -171,26 +170,26 @@ def mean_over_vmap(
 
 
 def stack_over_vmap(
-    f: Callable[..., tuple[Tree, jax.Array | None]], pieces: Tree, count: int, *beside: Tree
+    f: Callable[..., tuple[Tree, jax.Array | None]], pieces: Tree, count: int, *shared: Tree
 ) -> tuple[Tree, jax.Array | None]:
     """Applies a function to all pieces in parallel; results are stacked along a new first axis.
 
-    On an explicit mesh a piece that lies on one device is evaluated there, and `beside` is gathered
+    On an explicit mesh a piece that lies on one device is evaluated there, and `shared` is gathered
     if it is sharded along the same axes. If the function names those axes itself, every device
     evaluates its part of each piece instead.
 
     Args:
-        f: `f(i, piece, *beside) -> (tree, weight or None)`.
+        f: `f(i, piece, *shared) -> (tree, weight or None)`.
         pieces: a tree with leaves [count, ...].
         count: the number of pieces.
-        beside: trees passed to every call.
+        shared: trees passed to every call.
     """
-    over = (0, 0, *[None] * len(beside))
+    over = (0, 0, *[None] * len(shared))
 
     def stacked(lie: tuple[meshes.Axes, meshes.Axes]) -> Any:
         own = meshes.arranged(pieces, lie)
         number = meshes.placed(jnp.arange(count), lie[0], own)
-        return jax.vmap(f, over)(number, own, *meshes.gathered(beside, lie[0]))
+        return jax.vmap(f, over)(number, own, *meshes.gathered(shared, lie[0]))
 
     apart, within = meshes.lie_along(pieces), meshes.within(pieces)
     if apart == within:
@@ -203,14 +202,14 @@ def stack_over_vmap(
         return _with_sharding_errors(lambda: stacked(within), pieces)
 
 
-def map_over(f: Callable[..., Tree], pieces: Tree, count: int, chunk: int, *beside: Tree) -> Tree:
-    """`f(i, piece, *beside)` of all pieces, stacked along a new first axis, `chunk` at a time."""
+def map_over(f: Callable[..., Tree], pieces: Tree, count: int, chunk: int, *shared: Tree) -> Tree:
+    """`f(i, piece, *shared)` of all pieces, stacked along a new first axis, `chunk` at a time."""
     if chunk >= count:
-        return stack_over_vmap(lambda *args: (f(*args), None), pieces, count, *beside)[0]
+        return stack_over_vmap(lambda *args: (f(*args), None), pieces, count, *shared)[0]
     own = (jnp.arange(count), meshes.arranged(pieces, meshes.within(pieces)))
     batch_size = None if chunk == 1 else chunk
     return _with_sharding_errors(
-        lambda: lax.map(lambda piece: f(*piece, *beside), own, batch_size=batch_size), pieces
+        lambda: lax.map(lambda piece: f(*piece, *shared), own, batch_size=batch_size), pieces
     )
 
 

@@ -119,6 +119,7 @@ class Objective:
         self._local: dict[Any, frozenset[str]] = {}
         self._part: tuple[Any, int] = (0, 1)
         self._whole: tuple[Any, ...] | None = None
+        # Under `per_group`: whether this is the loss of a group, and the device axes it spans.
         self.grouped = False
         self.joined: tuple[axes.Along, ...] = ()
         validation.check_halves(loss, batch, model)
@@ -498,15 +499,15 @@ class Objective:
         """The loss of given outputs, a scalar in float32 or wider."""
         return validation.scalar(self.loss(outputs, self.batch))
 
-    def _microbatch_mean(self, f: Callable[..., Tree], *beside: Tree, aux: bool = True) -> Tree:
+    def _microbatch_mean(self, f: Callable[..., Tree], *batched: Tree, aux: bool = True) -> Tree:
         """The weighted mean over micro-batches of `f`; `f(self)` without micro-batches.
 
         Floating leaves are accumulated in float32, other leaves are those of the last micro-batch,
         and the aux is that of the whole batch.
 
         Args:
-            f: `f(part, *beside)`, where `part` is the objective on a micro-batch.
-            beside: trees with a leading axis of examples, divided like the batch.
+            f: `f(part, *batched)`, where `part` is the objective on a micro-batch.
+            batched: trees with a leading axis of examples, divided like the batch.
             aux: whether the result of `f` contains the aux.
 
         Raises:
@@ -514,7 +515,7 @@ class Objective:
         """
         validation.refuse_joined(self.joined)
         if not self.microbatch or self.microbatch == self.size:
-            return f(self, *beside)
+            return f(self, *batched)
         count, whole = self.size // self.microbatch, self._whole_batch()
 
         def piece(i: jax.Array, pieces: Tree) -> tuple[Tree, jax.Array | None]:
@@ -524,28 +525,28 @@ class Objective:
             return f(part, *rest), part.batch_weight()
 
         where = "`Objective(microbatch=)`"
-        pieces = microbatching.split((self.batch, *beside), self.size, self.microbatch, where)
+        pieces = microbatching.split((self.batch, *batched), self.size, self.microbatch, where)
         found = microbatching.mean_over_scan(piece, pieces, count)
         # A piece of a larger batch is finished once all pieces of that batch are reduced.
         return found if self._whole else microbatching.finished(found)
 
-    def _map_examples(self, f: Callable[..., Tree], *beside: Tree) -> tuple[Tree, jax.Array | None]:
+    def _map_examples(self, f: Callable[..., Tree], *shared: Tree) -> tuple[Tree, jax.Array | None]:
         """`f` on every example, by `vmap`.
 
         Args:
-            f: `f(example, *beside)`, where `example` is the objective on a batch of one, with a
+            f: `f(example, *shared)`, where `example` is the objective on a batch of one, with a
                 dropout key of its own.
-            beside: trees passed unchanged.
+            shared: trees passed unchanged.
 
         Returns:
             (the results stacked along a new first axis, the weights of the examples [n] or None)
         """
 
-        def one(i: jax.Array, batch: Tree, *beside: Tree) -> tuple[Tree, jax.Array | None]:
+        def one(i: jax.Array, batch: Tree, *shared: Tree) -> tuple[Tree, jax.Array | None]:
             part = self.piece(batch, i, self.size)
-            return f(part, *beside), part.batch_weight()
+            return f(part, *shared), part.batch_weight()
 
-        return microbatching.stack_over_vmap(one, self.groups(1), self.size, *beside)
+        return microbatching.stack_over_vmap(one, self.groups(1), self.size, *shared)
 
     def example_keys(self, key: jax.Array) -> jax.Array:
         """One key for each example: `key` folded with the example's number in the global batch.
