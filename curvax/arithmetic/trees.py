@@ -241,16 +241,16 @@ def magnitude(tree: Tree) -> jax.Array:
     return jnp.where(fine, jnp.clip(below, 1 / edge, edge), 1)
 
 
-def inverse(one: jax.Array) -> jax.Array:
+def inverse(power: jax.Array) -> jax.Array:
     """The reciprocal of a `magnitude`, computed from its bits.
 
     A division would allow XLA to rewrite (a/b)(c/d) as ac/bd, which may overflow.
     """
-    info = jnp.finfo(one.dtype)
+    info = jnp.finfo(power.dtype)
     integer = jnp.dtype(f"uint{info.bits}")
-    unit_bits = lax.bitcast_convert_type(jnp.ones((), one.dtype), integer)
-    bits = unit_bits + unit_bits - lax.bitcast_convert_type(one, integer)
-    return lax.bitcast_convert_type(bits, one.dtype)
+    unit_bits = lax.bitcast_convert_type(jnp.ones((), power.dtype), integer)
+    bits = unit_bits + unit_bits - lax.bitcast_convert_type(power, integer)
+    return lax.bitcast_convert_type(bits, power.dtype)
 
 
 @jax.custom_jvp

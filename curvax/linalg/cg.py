@@ -89,15 +89,15 @@ def cg(
         diagonal: Tree = None,
         score: Score | None = None,
     ) -> tuple[Solution, Any]:
-        ranking = _needed(score) if backtrack else None
+        ranking = _required(score) if backtrack else None
         precondition = preconditioning(preconditioner, product, diagonal, "cg")
         x, start, begun = _start(product, b, state, warm_start)
-        # Scaling by a power of two is exact and keeps the squares of residuals in range.
-        one = trees.magnitude(start)
-        x, r, rhs = (trees.scale(trees.inverse(one), tree) for tree in (x, start, b))
-        restored = lambda x: trees.laid_out_like(trees.scale(one, x), b)
+        # Division by a power of two is exact and keeps the squares of residuals in range.
+        unit = trees.magnitude(start)
+        x, r, rhs = (trees.scale(trees.inverse(unit), tree) for tree in (x, start, b))
+        restored = lambda x: trees.laid_out_like(trees.scale(unit, x), b)
         rules = Rules(_length, *_watching(rhs, max_steps, progress, backtrack))
-        length, begun_at = (trees.norm(tree) * trees.inverse(one) for tree in (b, start))
+        length, begun_at = (trees.norm(tree) * trees.inverse(unit) for tree in (b, start))
         plain, warm = preconditioner is None, warm_start > 0
         system = System(product, precondition, length, begun_at, tol, rules, plain, warm)
         s = iterate(system, rhs, x, r, max_steps - begun)
@@ -112,7 +112,7 @@ def cg(
     return Solver(solve, _zeros if warm_start else stateless)
 
 
-def _needed(score: Score | None) -> Score:
+def _required(score: Score | None) -> Score:
     if score is None:
         raise ValueError(
             "`cg(backtrack=True)` ranks iterates by the loss, and received none. In a pipe, pass "

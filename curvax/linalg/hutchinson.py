@@ -117,8 +117,8 @@ def _over_probes(sample: Callable[[Tree], Tree], probes: Tree) -> Estimate:
 
     # Welford's update of the sum of squared deviations, free of cancellation; deviations are
     # divided by a power of two near the first sample, so that their squares stay in range.
-    one = trees.magnitude(first)
-    shrink = trees.inverse(one)
+    unit = trees.magnitude(first)
+    shrink = trees.inverse(unit)
 
     def body(carry, item):
         mean, square = carry
@@ -136,4 +136,4 @@ def _over_probes(sample: Callable[[Tree], Tree], probes: Tree) -> Estimate:
     )
     rest = jax.tree.map(lambda z: z[1:], probes)
     (mean, square), _ = lax.scan(body, start, (jnp.arange(1, n), rest))
-    return Estimate(mean, jax.tree.map(lambda s: one * root(s / (n * (n - 1))), square))
+    return Estimate(mean, jax.tree.map(lambda s: unit * root(s / (n * (n - 1))), square))

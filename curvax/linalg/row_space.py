@@ -45,12 +45,12 @@ def row_space() -> Solver:
     def solve(product: Callable[[Tree], Tree], b: Tree) -> Solution:
         root, damping = _root_of(product)
         kernel = materialize(lambda u: root.forward(root.transpose(u)), root.rows)
-        one = trees.magnitude(b)
-        rhs = trees.scale(trees.inverse(one), b)
+        unit = trees.magnitude(b)
+        rhs = trees.scale(trees.inverse(unit), b)
         rows = ravel(root.forward(rhs))
         none = damping is None or (isinstance(damping, numbers.Real) and damping == 0)
         solver = _least_norm if none else _damped
-        x = trees.scale(one, trees.wide(solver(root, kernel, rows, damping, rhs)))
+        x = trees.scale(unit, trees.wide(solver(root, kernel, rows, damping, rhs)))
         flat, reason = finite_or_zero(ravel(x))
         x = unravel(flat, b)
         rest = jax.tree.map(lambda y, z: trees.widen(y) - trees.widen(z), b, product(x))
@@ -71,14 +71,14 @@ def _least_norm(root: Root, kernel: jax.Array, rows: jax.Array, damping: Any, b:
     """(RᵀR)⁺ b = Rᵀ (R Rᵀ)⁺² R b."""
     del damping
     # R Rᵀ is divided by a power of two near its norm, since its inverse square may be out of range.
-    one = trees.magnitude(kernel)
-    values, vectors = jnp.linalg.eigh(kernel * trees.inverse(one))
+    unit = trees.magnitude(kernel)
+    values, vectors = jnp.linalg.eigh(kernel * trees.inverse(unit))
     floor = rows.size * jnp.finfo(values.dtype).eps * values[-1]
     inverse = jnp.where(values > floor, 1 / jnp.where(values > floor, values, 1), 0)
     with jax.default_matmul_precision("highest"):
         inner = vectors @ (inverse**2 * (vectors.T @ rows))
-    along = trees.wide(root.transpose(unravel(inner * trees.inverse(one), root.rows)))
-    return trees.laid_out_like(trees.scale(trees.inverse(one), along), b)
+    along = trees.wide(root.transpose(unravel(inner * trees.inverse(unit), root.rows)))
+    return trees.laid_out_like(trees.scale(trees.inverse(unit), along), b)
 
 
 def _root_of(product: Callable[[Tree], Tree]) -> tuple[Root, Any]:

@@ -90,8 +90,8 @@ def spectral_density(
     """
     checks.refuse_complex(probes, "spectral_density")
 
-    def one(z: Tree) -> tuple[jax.Array, jax.Array]:
+    def quadrature(z: Tree) -> tuple[jax.Array, jax.Array]:
         nodes, vectors = jnp.linalg.eigh(lanczos(product, z, k, keep_basis=keep_basis).matrix)
         return nodes, vectors[0] ** 2
 
-    return SpectralDensity(*lax.map(one, probes))
+    return SpectralDensity(*lax.map(quadrature, probes))

@@ -78,17 +78,17 @@ def steihaug(
     ) -> tuple[Solution, Any]:
         del score
         precondition = preconditioning(preconditioner, product, diagonal, "steihaug")
-        # Scaling by a power of two is exact and keeps the squares of residuals in range.
-        one = trees.magnitude(b)
-        rhs = trees.scale(trees.inverse(one), b)
+        # Division by a power of two is exact and keeps the squares of residuals in range.
+        unit = trees.magnitude(b)
+        rhs = trees.scale(trees.inverse(unit), b)
         r = trees.wide(rhs)
         x = jax.tree.map(jnp.zeros_like, r)
-        rules = Rules(functools.partial(step, radius * trees.inverse(one)))
-        length = trees.norm(b) * trees.inverse(one)
+        rules = Rules(functools.partial(step, radius * trees.inverse(unit)))
+        length = trees.norm(b) * trees.inverse(unit)
         plain = preconditioner is None
         system = System(product, precondition, length, length, tol, rules, plain)
         s = iterate(system, rhs, x, r, max_steps)
-        x = trees.laid_out_like(trees.scale(one, s.x), b)
+        x = trees.laid_out_like(trees.scale(unit, s.x), b)
         return Solution(x, s.i, s.residual, s.reason), state
 
     return Solver(solve)

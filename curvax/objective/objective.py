@@ -25,7 +25,7 @@ from curvax.objective.gradient_cache import CachedGradient, GradientCache
 
 
 class Objective:
-    """A loss over a batch, a function of the parameters that stages can evaluate and divide.
+    """A loss of the parameters over a batch, which stages can evaluate, differentiate and divide.
 
         L(θ) = 1/n Σᵢ ℓ(θ, xᵢ)
 
@@ -85,9 +85,10 @@ class Objective:
         a standard deviation, `[0]`) raises an error unless `reduce_aux` names its reduction.
 
     Loss scaling:
-        The second gradient of SAM may overflow at a scale at which the first did not, so the
-        updates are checked too. `optax.apply_if_finite` checks the gradient that it receives and
-        therefore belongs after the stages, `sam(apply_if_finite(base, 3))`.
+        The second gradient of SAM may overflow at a scale at which the first did not. Check the
+        updates too, and if they are not finite skip the step and lower the scale.
+        `optax.apply_if_finite` checks the gradient that it receives and therefore belongs after the
+        stages, `sam(apply_if_finite(base, 3))`.
 
             objective = Objective(loss, batch, scale=dynamic_scale.scale)
             new_scale, finite, _, grads = dynamic_scale.value_and_grad(objective)(params)
