@@ -319,12 +319,3 @@ def _evaluated(program: _Program, inputs: list[Any], run: Run, number: Iterator[
             outs = run(next(number), eqn, values)
         env.update(zip(eqn.outvars, outs))
     return [value(x) for x in program.outvars]
-
-
-def applied(eqn: Any, values: list[Any]) -> list[Any]:
-    """The outputs of one equation."""
-    found = eqn.primitive.get_bind_params(eqn.params)
-    # Before JAX 0.8, `get_bind_params` returns functions separately from the other parameters.
-    functions, params = found if isinstance(found, tuple) else ((), found)
-    out = eqn.primitive.bind(*functions, *values, **params)
-    return list(out) if eqn.primitive.multiple_results else [out]

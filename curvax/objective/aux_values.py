@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from curvax import compat
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
 from curvax.objective import aux_programs
@@ -156,7 +157,7 @@ def _run(traced: Any, of: Pass, roots: list[Root]) -> tuple[list[Any], list[Any]
     kept: dict[Any, Any] = {(r[1], r[3]): None for r in roots if r[0] != "input"}
 
     def run(number: int, eqn: Any, values: list[Any]) -> list[Any]:
-        outs = aux_programs.applied(eqn, values)
+        outs = compat.bind(eqn, values)
         kept.update({(number, k): x for k, x in enumerate(outs) if (number, k) in kept})
         return outs
 
@@ -193,6 +194,6 @@ def _evaluated(program: Any, of: Pass, roots: list[Root], reduced: list[Any]) ->
             return [found.get(place, MISSING) for place in places]
         if any(value is MISSING for value in values):
             return [MISSING] * len(places)
-        return aux_programs.applied(eqn, values)
+        return compat.bind(eqn, values)
 
     return aux_programs.evaluated(program, inputs, run)
