@@ -414,7 +414,7 @@ class Objective:
     ) -> tuple[tuple[jax.Array, Any], Tree]:
         """((L, aux), ∇L) in one piece, differentiated as `scale`·`share`·L."""
         if self.scale is None and share is None:
-            return differentiated(self.evaluate, params)
+            return differentiated(self._evaluate, params)
 
         def scaled(params: Tree) -> tuple[jax.Array, Any]:
             value, aux = self._evaluate(params)
