@@ -372,7 +372,7 @@ class Objective:
             >>> import jax.numpy as jnp, curvax
             >>> objective = curvax.Objective(lambda w, x: jnp.mean((w - x) ** 2), jnp.arange(3.0))
             >>> value, gradient = objective.value_and_grad(jnp.array(4.0))
-            >>> round(float(value), 3), float(gradient)
+            >>> round(float(value), 3), round(float(gradient), 3)
             (9.667, 6.0)
         """
         (value, aux), grads = self._value_aux_and_grad(params)
