@@ -8,14 +8,15 @@ The loss comes in through Optax's own `value_fn`.
 """
 
 import importlib.util
+import warnings
 from typing import Any
 
 from curvax.curvature import empirical_fvp, fvp, ggnvp, hvp
 from curvax.likelihoods import bernoulli, categorical, gaussian, poisson
 from curvax.linalg import (
-    Reason,
     Solution,
     Solver,
+    StopReason,
     cg,
     dense,
     estimate_diagonal,
@@ -92,11 +93,11 @@ from curvax.stages import (
 __all__ = [
     "Objective",
     "Product",
-    "Reason",
     "Signal",
     "Solution",
     "Solver",
     "Stage",
+    "StopReason",
     "accumulate",
     "adahessian",
     "asam",
@@ -173,16 +174,30 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
+_RENAMED = {"Reason": "StopReason"}
+"""Deprecated names, and their successors."""
+
 _PACKAGES = ("analysis", "plotting")
 _FLAX = ("TrainState", "layout", "nnx_loss")
 
 
 def __getattr__(name: str) -> Any:
-    """What few scripts need, imported when first asked for: the names of the Flax bridge, since the
-    core does without Flax, those of `curvax.analysis`, and `curvax.plotting`, since it does without
-    matplotlib."""
+    """Imports at first use what would make `import curvax` slow or need optional packages.
+
+    These are the Flax bridge (Flax), `curvax.plotting` (matplotlib) and the names of
+    `curvax.analysis`. Deprecated names are resolved here too.
+    """
+    if name in _RENAMED:
+        new = _RENAMED[name]
+        warnings.warn(
+            f"`curvax.{name}` is now `curvax.{new}`; the old name will be removed in the next "
+            "release.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return globals()[new]
     if name == "layout" and importlib.util.find_spec("flax") is None:
-        return importlib.import_module("curvax.layouts").layout_of_tree
+        return importlib.import_module("curvax.parameter_roles.layouts").layout_of_tree
     if name in _FLAX:
         return getattr(importlib.import_module("curvax.flax_bridge"), name)
     if name in _PACKAGES:

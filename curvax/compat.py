@@ -1,7 +1,7 @@
-"""What JAX and Flax call differently between the versions that curvax runs on.
+"""Functions whose names or behaviour differ between supported versions of JAX and Flax.
 
-These are JAX 0.7.2 to 0.12 and Flax 0.11.2 to 0.12. Each function says which versions need it and
-what takes its place once they are no longer supported.
+Supported are JAX 0.7.2 to 0.12 and Flax 0.11.2 to 0.12. Each function names the versions that need
+it and its replacement once they are no longer supported.
 """
 
 import sys
@@ -18,7 +18,7 @@ from jax.extend import core
 def bodies(params: dict[str, Any]) -> list[Any]:
     """The programs among the parameters of an equation, as plain jaxprs.
 
-    `jax.extend.core.jaxprs_in_params` stands from JAX 0.10 on; before, `jax.core` has it alone.
+    From JAX 0.10 on, `jax.extend.core.jaxprs_in_params`; before, only `jax.core` has it.
     """
     entries = (x for value in params.values() for x in (value if _is_many(value) else (value,)))
     return [getattr(x, "jaxpr", x) for x in entries if isinstance(x, core.Jaxpr | core.ClosedJaxpr)]
@@ -29,17 +29,17 @@ def _is_many(value: Any) -> bool:
 
 
 def closed(body: Any) -> Any:
-    """A program with its constants.
+    """A program as a `ClosedJaxpr`.
 
-    From JAX 0.12 on `Jaxpr` and `ClosedJaxpr` are one class that holds them.
+    From JAX 0.12 on, `Jaxpr` and `ClosedJaxpr` are one class, which holds the constants.
     """
     return body if hasattr(body, "consts") else core.ClosedJaxpr(body, ())
 
 
 def bind(eqn: core.JaxprEqn, values: list[Any]) -> list[Any]:
-    """The results of an equation.
+    """Evaluates an equation.
 
-    Up to JAX 0.9.1 `get_bind_params` gives functions, which come before the values, and parameters.
+    Up to JAX 0.9.1, `get_bind_params` returns functions, which precede the values, and parameters.
     """
     given = eqn.primitive.get_bind_params(eqn.params)
     functions, params = given if isinstance(given, tuple) else ((), given)
@@ -48,11 +48,11 @@ def bind(eqn: core.JaxprEqn, values: list[Any]) -> list[Any]:
 
 
 def scan_arguments(eqn: core.JaxprEqn) -> tuple[int, int]:
-    """How many arguments of a scan are constants, and how many are carried.
+    """(number of constants, number of carries) among the arguments of a scan.
 
-    JAX 0.12 no longer has `num_consts` and `num_carry` among the parameters. In every version the
-    arguments are constants, carries and sequences, the results carries and sequences, and of
-    these the sequences alone have an axis more than what the body takes and gives.
+    JAX 0.12 dropped `num_consts` and `num_carry` from the parameters. In all versions the arguments
+    are constants, carries and sequences, and the results carries and sequences, and only sequences
+    have one axis more than in the body.
     """
     body = eqn.params["jaxpr"]
     longer = lambda outer, inner: outer.aval.ndim > inner.ndim
@@ -63,9 +63,9 @@ def scan_arguments(eqn: core.JaxprEqn) -> tuple[int, int]:
 
 
 def varying_axes(abstract: Any) -> frozenset[str]:
-    """The device axes over which a value of this type is known to vary.
+    """The device axes over which a value of this type varies, as far as types track it.
 
-    `manual_axis_type.varying` from JAX 0.10 on, `vma` up to 0.9 (None where nothing is tracked).
+    From JAX 0.10 on, `manual_axis_type.varying`; before, `vma`, which may be None.
     """
     kind = getattr(abstract, "manual_axis_type", None)
     found = getattr(abstract, "vma", None) if kind is None else kind.varying
@@ -73,10 +73,10 @@ def varying_axes(abstract: Any) -> frozenset[str]:
 
 
 def cast_to_varying(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """The value typed as varying over axes over which it does not yet.
+    """Types a value as varying over axes over which it does not vary yet.
 
-    `lax.pcast` from JAX 0.8.2 on. Before there is `lax.pvary`, whose transpose is a sum over
-    devices even where types do not track what varies: there it is left out.
+    From JAX 0.8.2 on, `lax.pcast`. Before, `lax.pvary`, whose transpose is a sum over devices even
+    where types do not track what varies; it is not applied there.
     """
     if hasattr(lax, "pcast"):
         return lax.pcast(x, axes, to="varying")
@@ -85,20 +85,20 @@ def cast_to_varying(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 
 def manual_axes() -> tuple[str, ...]:
-    """The device axes that pmap or shard_map bound here, and not those of vmap.
+    """The device axes that `pmap` or `shard_map` bound here, without those of `vmap`.
 
-    JAX 0.7 (and 0.8 and 0.9 with `jax_pmap_shmap_merge` off) implements pmap without shard_map, so
-    that no mesh shows its axis. From 0.10 on the mesh alone tells.
+    From JAX 0.10 on, the axes of the abstract mesh. JAX 0.7 (and 0.8 and 0.9 with
+    `jax_pmap_shmap_merge` off) implements `pmap` without a mesh.
     """
     mesh = tuple(jax.sharding.get_abstract_mesh().manual_axes)
     return (*mesh, *(axis for axis in _axes_of_old_pmap() if axis not in mesh))
 
 
 def _axes_of_old_pmap() -> tuple[str, ...]:
-    """The bound axes that belong to neither a mesh nor a vmap.
+    """The bound axes that belong to neither a mesh nor a `vmap`.
 
-    JAX keeps one list of bound names without their origin. A vmap, and it alone, is at work in a
-    frame of its batching interpreter that holds the name.
+    JAX lists all bound names without their origin. Those of a `vmap` are found in the frames of its
+    batching interpreter on the call stack.
     """
     internals: Any = jax.core
     names = internals.unsafe_get_axis_names_DO_NOT_USE() if _has_old_pmap() else ()
@@ -119,13 +119,13 @@ def _axes_of_vmap(frame: FrameType | None) -> Iterator[str]:
 
 
 LAYOUTS = ("sharding_constraint", "optimization_barrier")
-"""Primitives whose results are their arguments."""
+"""Primitives whose results equal their arguments."""
 
 
 def origin(x: Any) -> Any:
-    """What a traced array was before it was only laid out anew, or cast to a wider float.
+    """The traced array from which x was made by resharding or by casts to wider floats alone.
 
-    JAX 0.10 keeps the equation that made a tracer; where it does not, an array is its own origin.
+    From JAX 0.10 on, a tracer stores the equation that made it. Before, x is its own origin.
     """
     while (eqn := getattr(x, "parent", None)) is not None:
         wider = eqn.primitive.name == "convert_element_type" and _widens(eqn.in_tracers[0], x)
@@ -146,7 +146,7 @@ def _widens(before: Any, after: Any) -> bool:
 def as_pure(tree: Any) -> Any:
     """The values of an nnx state or of a tree of Variables.
 
-    `nnx.as_pure` from Flax 0.12 on; 0.11 calls it `nnx.pure`.
+    From Flax 0.12 on, `nnx.as_pure`; before, `nnx.pure`.
     """
     from flax import nnx
 
@@ -154,9 +154,9 @@ def as_pure(tree: Any) -> Any:
 
 
 def iter_modules(model: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """The modules of an nnx module with their paths, itself last.
+    """The submodules of an nnx module with their paths, the module itself last.
 
-    `nnx.iter_modules` from Flax 0.12 on; 0.11 has it as a method alone, deprecated later.
+    From Flax 0.12 on, `nnx.iter_modules`; before, a method, which was deprecated later.
     """
     from flax import nnx
 

@@ -1,8 +1,8 @@
-"""Options that decide what is computed stay plain values under `optax.inject_hyperparams`.
+"""Keeps static options of curvax's factories static under `optax.inject_hyperparams`.
 
-Optax binds what a factory is given to the factory's signature, then makes arrays of the numbers and
-schedules of the callables. The signature of a curvax factory binds static options in a wrapper,
-which Optax passes on as it is, and the factory unwraps them: none need be named in `static_args`.
+Optax binds the arguments of a factory to its signature, then converts numbers to arrays and treats
+callables as schedules. The signature of a curvax factory wraps its static options in an object that
+Optax passes on unchanged, and the factory unwraps them. Users need not list them in `static_args`.
 """
 
 import functools
@@ -19,13 +19,21 @@ STATIC = frozenset(
         "sampler", "samples", "shards", "solver", "steps",
     }
 )  # fmt: skip
-"""Counts, norms, shares of the batch, seeds, and callables that are no schedules."""
+"""Names of static options: counts, norms, fractions of the batch, seeds, and callables that are
+not schedules."""
 
 _static_of: dict[str, tuple[str, ...]] = {}
 
 
 def injectable(factory: Callable[Options, Made]) -> Callable[Options, Made]:
-    """The factory with its static options kept static by `optax.inject_hyperparams`."""
+    """Decorates a factory so that `optax.inject_hyperparams` leaves its static options unchanged.
+
+    Args:
+        factory: a function whose options in `STATIC` are static.
+
+    Returns:
+        The factory, with a signature that wraps these options.
+    """
     own = inspect.signature(factory)
     _static_of[factory.__name__] = tuple(sorted(STATIC & own.parameters.keys()))
 
@@ -46,7 +54,7 @@ def static_options(factory: str) -> tuple[str, ...]:
 
 
 class _Static:
-    """A value that is neither a number nor a callable."""
+    """A wrapped option, which Optax takes for neither a number nor a schedule."""
 
     def __init__(self, value: Any):
         self.value = value
@@ -56,7 +64,7 @@ class _Static:
 
 
 class _Signature(inspect.Signature):
-    """A signature that binds static options wrapped, defaults included."""
+    """A signature whose `bind` wraps static options, defaults included."""
 
     def bind(self, /, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
         bound = super().bind(*args, **kwargs)
@@ -68,7 +76,7 @@ class _Signature(inspect.Signature):
 
 
 def _is_no_period(name: str, value: Any) -> bool:
-    """Whether this is `every=1`, which traced would cost a branch and an unshared gradient."""
+    """Whether this is `every=1`, which as an array would add a branch and a second gradient."""
     return name == "every" and isinstance(value, int) and value == 1
 
 

@@ -1,4 +1,4 @@
-"""A symmetric product v ↦ C v that may also know its root and its damping."""
+"""A symmetric linear map v ↦ C v on trees, with its damping and, where known, its square root."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from curvax.devices import axes
 
 
 class Root(NamedTuple):
-    """R with C = RᵀR, from the parameters to the rows: the outputs of a batch, say."""
+    """A factor R with C = RᵀR, which maps parameters to rows, such as the outputs of a batch."""
 
     forward: Callable[[Tree], Tree]
     """v ↦ R v."""
@@ -25,10 +25,19 @@ class Root(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """v ↦ (C + λI) v: a callable on trees shaped like the parameters.
+    """A symmetric linear map v ↦ (C + λI) v, callable on trees shaped like the parameters.
 
-    `curvature` is v ↦ C v alone, `root` its factor where there is one, `damping` the λ, and `over`
-    the device axes that C is the mean over.
+    Attributes:
+        curvature: v ↦ C v, without the damping.
+        root: R with C = RᵀR, or None if it is not known. `row_space` needs it.
+        damping: λ, or None for 0.
+        over: device axes over which C has been averaged.
+
+    Examples:
+        >>> import jax.numpy as jnp, curvax
+        >>> product = curvax.Product(lambda v: jnp.array([1.0, 4.0]) * v)
+        >>> product.damped(0.5)(jnp.ones(2)).tolist()
+        [1.5, 4.5]
     """
 
     curvature: Callable[[Tree], Tree]
@@ -41,12 +50,24 @@ class Product:
         return cv if self.damping is None else trees.add_scaled(cv, self.damping, v)
 
     def damped(self, damping: Any) -> "Product":
-        """v ↦ (C + (λ + damping) I) v."""
+        """The product with more damping, v ↦ (C + (λ + damping) I) v.
+
+        Args:
+            damping: a number or a scalar array, in the units of C.
+        """
         total = damping if self.damping is None else self.damping + damping
         return dataclasses.replace(self, damping=total)
 
     def averaged(self, over: tuple[axes.Along, ...], weight: jax.Array | None = None) -> "Product":
-        """The mean of every device's C over bound axes, by weight; its rows are those of all."""
+        """The weighted mean of C over bound device axes.
+
+        Args:
+            over: device axes.
+            weight: the weight of this device, a scalar; None if all devices count equally.
+
+        Returns:
+            A product whose root has the rows of all devices.
+        """
         if not over:
             return self
         return dataclasses.replace(
@@ -57,7 +78,12 @@ class Product:
         )
 
     def within(self, into: Callable[[Tree], Tree], out_of: Callable[[Tree], Tree]) -> "Product":
-        """The block v ↦ Pᵀ C P v, where `into` is P and `out_of` its transpose."""
+        """The product v ↦ Pᵀ C P v, a diagonal block of C for example.
+
+        Args:
+            into: v ↦ P v.
+            out_of: u ↦ Pᵀ u.
+        """
         root = self.root
         if root is not None:
             forward, transpose, rows = root
@@ -67,12 +93,12 @@ class Product:
 
 
 def as_product(matvec: Callable[[Tree], Tree]) -> Product:
-    """A plain callable v ↦ C v as a product."""
+    """Converts a callable v ↦ C v to a `Product`."""
     return matvec if isinstance(matvec, Product) else Product(matvec)
 
 
 def _gathered(root: Root, over: tuple[axes.Along, ...], weight: jax.Array | None) -> Root:
-    """The rows of all devices along a new first axis: Σ_d w_d R_dᵀR_d, Σ w_d = 1."""
+    """The root of Σ_d w_d R_dᵀR_d, Σ w_d = 1: rows of all devices along a new first axis."""
     number, devices = axes.index_and_size(over)
     share = jnp.ones(()) / devices
     if weight is not None:

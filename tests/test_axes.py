@@ -75,7 +75,7 @@ def test_a_forgotten_axis_is_an_error(tx, regime):
 
 def test_a_forgotten_axis_without_a_name_is_an_error():
     step = jax.pmap(update(cx.sam(optax.sgd(0.1))), in_axes=(None, 0))
-    with pytest.raises(ValueError, match=r"device axis.*was not told to average"):
+    with pytest.raises(ValueError, match=r"device axis.*no axis to average over was given"):
         step(PARAMS, BATCH.reshape(8, -1, 3))
 
 

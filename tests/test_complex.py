@@ -107,7 +107,7 @@ def test_stages_within_know_the_own_gradient(conjugated):
     known = []
 
     def rule(signal: Any, state: Any, params: Any, *, value_fn: Any, **extra: Any) -> Any:
-        known.append(value_fn.gave(params, signal.updates) is not None)
+        known.append(value_fn.cached_gradient(params, signal.updates) is not None)
         return signal, state
 
     tx = cx.split_real_and_imaginary(cx.stage(lambda params: (), rule))

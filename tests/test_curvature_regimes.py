@@ -227,7 +227,7 @@ def test_the_gradient_comes_with_the_product(name, microbatch):
         return out, product(direction(params))
 
     out, product = quick_jit(both)(net_params())
-    assert_trees_close(out, objective.value_aux_and_grad(net_params()), tol=1e-14)
+    assert_trees_close(out, objective._value_aux_and_grad(net_params()), tol=1e-14)
     assert_trees_close(product, applied(name, objective), tol=1e-14)
 
 

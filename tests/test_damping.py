@@ -224,7 +224,7 @@ def test_its_figures_are_found_by_name():
             "damping": 3.0,
             "reduction_ratio": 1.0,
             "cg_steps": 2.0,
-            "cg_reason": float(cx.Reason.direct),
+            "cg_reason": float(cx.StopReason.direct),
         }
     )
 

@@ -18,7 +18,7 @@ from linear_systems import (
     vector_of,
 )
 
-from curvax.linalg import Reason, cg, dense, materialize, row_space
+from curvax.linalg import StopReason, cg, dense, materialize, row_space
 from curvax.linear_operator import Product, Root
 
 B = numbers(9, SIZE)
@@ -67,14 +67,14 @@ def test_dense_solves_what_is_definite_and_what_is_not(matrix):
     found = jitted(dense(), matrix, B)
     assert_solves(found.x, np.linalg.solve(matrix, B), 1e-12)
     np.testing.assert_allclose(found.residual, relative_residual(matrix, found.x, B), atol=1e-14)
-    assert found.reason == Reason.direct
+    assert found.reason == StopReason.direct
     assert found.steps == SIZE
 
 
 def test_a_singular_matrix_breaks_and_moves_nothing():
     found = jitted(dense(), np.zeros((SIZE, SIZE)), B)
     np.testing.assert_array_equal(vector_of(found.x), np.zeros(SIZE))
-    assert found.reason == Reason.breakdown
+    assert found.reason == StopReason.breakdown
     assert found.residual == 1
 
 
@@ -102,7 +102,7 @@ def test_row_space_is_the_dense_solution(rows, damping):
     wanted = np.linalg.solve(r.T @ r + float(damping) * np.eye(SIZE), B)
     # The part of b outside the rows is divided by λ.
     assert_solves(found.x, wanted, 1e-13 / float(damping))
-    assert found.reason == Reason.direct
+    assert found.reason == StopReason.direct
     assert found.steps == rows
     assert found.residual < 1e-10
 
@@ -129,7 +129,7 @@ def test_repeated_rows_are_no_trouble_to_the_pseudo_inverse():
 def test_a_traced_damping_of_zero_breaks_and_moves_nothing():
     product, _ = rooted(5, jnp.zeros(()))
     found = row_space()(product, tree_of(jnp.asarray(B)))
-    assert found.reason == Reason.breakdown
+    assert found.reason == StopReason.breakdown
     np.testing.assert_array_equal(vector_of(found.x), np.zeros(SIZE))
 
 

@@ -108,5 +108,5 @@ def test_the_mean_over_devices_is_that_of_the_whole_batch():
 
 def test_a_loss_that_is_no_likelihood_is_refused():
     objective = objective_of("gaussian", loss=lambda z, batch: jnp.mean((z - batch["y"]) ** 2))
-    with pytest.raises(ValueError, match="callable that does not say how labels are distributed"):
+    with pytest.raises(ValueError, match="callable that does not define a distribution of labels"):
         fisher_kl(objective, net_params(), a_step(0.1))

@@ -92,17 +92,17 @@ def test_a_record_goes_with_its_parameters():
         jax.jit(lambda w: objective.value_and_grad(w)[1])(W)
     for _ in range(9):
         _, grads = objective.value_and_grad(params)
-    assert objective.gave(params, grads) is not None
-    assert objective.gave(params, grads + 0) is None
+    assert objective.cached_gradient(params, grads) is not None
+    assert objective.cached_gradient(params, grads + 0) is None
     del grads
     gc.collect()
-    assert objective.gave_at(params)
+    assert objective.has_gradient_at(params)
     # Those of earlier calls go, but for the last, whose gradient was alive in the one after.
-    assert [record.value for record in objective._memory.records] == [None, None]
-    assert not objective.gave_at(W)
+    assert [record.value for record in objective._gradients.records] == [None, None]
+    assert not objective.has_gradient_at(W)
     del params
     gc.collect()
-    assert not objective._memory.records
+    assert not objective._gradients.records
 
 
 def test_decay_of_the_gradients_may_be_a_schedule():

@@ -77,7 +77,7 @@ def test_product_of_a_weighted_keyed_loss_with_aux():
             whole.piece(jax.tree.map(lambda x, i=i: x[2 * i : 2 * i + 2], batch), i, 3)
             for i in range(3)
         ]
-        weighted = [jnp.sum(part.batch["mask"]) * part.evaluate(params)[0] for part in parts]
+        weighted = [jnp.sum(part.batch["mask"]) * part._evaluate(params)[0] for part in parts]
         return sum(weighted) / jnp.sum(batch["mask"])
 
     expected = quick_jit(jax.hessian(mean))(params)

@@ -157,5 +157,5 @@ def test_errors_name_the_option(options, message):
     measure = ntk_condition_number if "method" in options else ntk
     with pytest.raises(ValueError, match=message):
         measure(objective_of(), net_params(), **options)
-    with pytest.raises(ValueError, match="sees the model and the loss"):
+    with pytest.raises(ValueError, match="needs the model and the loss of its outputs"):
         measure(cx.Objective(lambda p, b: jnp.zeros(()), net_batch()), net_params())

@@ -356,7 +356,7 @@ def test_a_likelihood_needs_a_model():
 def test_entries_may_be_places_in_a_tuple():
     z, batch = problem("categorical")
     assert_trees_close(categorical(1)(z, (z, batch["y"])), categorical("y")(z, batch), tol=0)
-    with told(ValueError, "entry 2", "a tuple"):
+    with told(ValueError, "entry 2", "type tuple"):
         categorical(2)(z, (z, batch["y"]))
 
 

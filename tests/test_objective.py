@@ -207,19 +207,19 @@ def test_micro_batches_are_accumulated_in_float32():
     assert gradient == 1 + 2**-7
 
 
-# Which gradient it gave, and to whom.
+# The gradient cache.
 
 
 def test_it_knows_its_own_gradient():
     objective, params = cx.Objective(net_loss, net_batch()), net_params()
     value, grads = objective.value_and_grad(params)
-    given = objective.gave(params, grads)
+    given = objective.cached_gradient(params, grads)
     assert given is not None
     assert given.value is value
-    assert objective.gave(params, jax.tree.map(lambda x: x, grads)) is not None
-    assert objective.gave(params, jax.tree.map(lambda x: x + 0, grads)) is None
-    assert objective.gave(net_params(), grads) is None
-    assert objective.on(objective.batch).gave(params, grads) is None
+    assert objective.cached_gradient(params, jax.tree.map(lambda x: x, grads)) is not None
+    assert objective.cached_gradient(params, jax.tree.map(lambda x: x + 0, grads)) is None
+    assert objective.cached_gradient(net_params(), grads) is None
+    assert objective.on(objective.batch).cached_gradient(params, grads) is None
 
 
 def test_it_keeps_no_gradient_alive():
@@ -294,7 +294,7 @@ REFUSED = {
     "weight of nothing": (lambda: cx.Objective(net_loss, weight="y"), "no batch"),
     "model of nothing": (lambda: cx.Objective(squared_error, model=net), "no batch"),
     "an unknown weight": (
-        lambda: cx.Objective(net_loss, BATCH, weight="mask"), "weight='mask'.* none of that name"
+        lambda: cx.Objective(net_loss, BATCH, weight="mask"), "weight='mask'.*no entry of that name"
     ),
     "a raw key": (
         lambda: cx.Objective(noisy, jnp.ones(2), key=jax.random.PRNGKey(0)),

@@ -358,7 +358,7 @@ def test_a_value_fn_of_other_arguments_names_the_objective():
     grads = jax.grad(net_loss)(params, net_batch())
     with pytest.raises(TypeError, match=r"`loss\(params\)`.*curvax\.Objective\(loss, batch\)"):
         tx.update(grads, tx.init(params), params, value_fn=net_loss)
-    with pytest.raises(TypeError, match=r"`value_fn` is no function but a float.*`value=`"):
+    with pytest.raises(TypeError, match=r"`value_fn` is not a function but a float.*`value=`"):
         tx.update(grads, tx.init(params), params, value_fn=0.3)
 
 

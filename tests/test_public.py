@@ -122,6 +122,13 @@ def test_the_bridge_is_imported_when_asked_for():
         _ = cx.adahesian
 
 
+@pytest.mark.parametrize("module", [cx, cx.linalg], ids=["curvax", "curvax.linalg"])
+def test_the_old_name_of_stop_reason_is_deprecated(module):
+    with pytest.warns(DeprecationWarning, match=r"Reason` is now `curvax.*\.StopReason`"):
+        assert module.Reason is cx.StopReason
+    assert "Reason" not in module.__all__
+
+
 def test_the_core_needs_jax_and_optax_alone():
     program = """
 import sys, jax, optax

@@ -133,10 +133,10 @@ def of_matrix(matrix: jax.Array, b: jax.Array, radius: jax.Array) -> Any:
 
 
 REASONS = {
-    "cg": cx.Reason.tolerance,
-    "preconditioned": cx.Reason.tolerance,
-    "dense": cx.Reason.direct,
-    "steihaug": cx.Reason.boundary,
+    "cg": cx.StopReason.tolerance,
+    "preconditioned": cx.StopReason.tolerance,
+    "dense": cx.StopReason.direct,
+    "steihaug": cx.StopReason.boundary,
 }
 
 
@@ -174,7 +174,7 @@ def test_negative_curvature_is_seen_at_any_scale(scale):
     matrix = np.float32(scale) * np.diag(np.array([1, 2, -3], np.float32))
     b = np.float32(scale) * np.ones(3, np.float32)
     found = cx.cg(5)(lambda v: jnp.asarray(matrix) @ v, jnp.asarray(b))
-    assert found.reason == cx.Reason.negative_curvature
+    assert found.reason == cx.StopReason.negative_curvature
     np.testing.assert_allclose(found.x, b, rtol=1e-6)
 
 
@@ -188,10 +188,10 @@ def test_a_zero_right_hand_side_is_solved_by_zero():
 def test_an_unbounded_and_an_empty_trust_region():
     apply, b = product(MATRIX), tree(jnp.asarray(VECTOR))
     free = cx.steihaug(jnp.inf, 30)(apply, b)
-    assert free.reason == cx.Reason.tolerance
+    assert free.reason == cx.StopReason.tolerance
     np.testing.assert_allclose(flat(free.x), SOLUTION, rtol=1e-3, atol=1e-4)
     none = cx.steihaug(0.0, 30)(apply, b)
-    assert none.reason == cx.Reason.boundary
+    assert none.reason == cx.StopReason.boundary
     assert np.all(flat(none.x) == 0)
 
 
@@ -248,4 +248,4 @@ def test_row_space_at_a_small_gradient():
         base = flat(cx.row_space()(product, gradient).x)
         small = cx.row_space()(product, trees.scale(2.0**-100, gradient))
         np.testing.assert_allclose(flat(small.x), 2.0**-100 * base, rtol=1e-5)
-        assert small.reason == cx.Reason.direct
+        assert small.reason == cx.StopReason.direct

@@ -135,7 +135,7 @@ def test_a_stage_is_called_in_errors_by_its_factory_or_its_name():
     pass_on = lambda signal, state, params, **extra: (signal, state)
     named = cx.stage(lambda params: (), pass_on, name="my_name")
     for tx, name in ((my_stage(), "my_stage"), (named, "my_name")):
-        with pytest.raises(TypeError, match=f"`{name}` was handed masked parameters"):
+        with pytest.raises(TypeError, match=f"`{name}` received masked parameters"):
             optax.masked(tx, {"hidden": True, "out": False}).init(net_params())
 
 

@@ -22,7 +22,7 @@ from linear_systems import (
 )
 from trajectories import recorded
 
-from curvax.linalg import Reason, cg, dense, steihaug
+from curvax.linalg import StopReason, cg, dense, steihaug
 from curvax.linear_operator import Product
 
 B = numbers(9, SIZE)
@@ -76,7 +76,7 @@ def test_as_many_steps_as_there_are_eigenvalues():
     matrix = basis @ np.diag([1.0] * 5 + [2.0] * 4 + [5.0] * 3) @ basis.T
     found = jitted(cg(SIZE, tol=1e-12), matrix, B)
     assert found.steps == 3
-    assert found.reason == Reason.tolerance
+    assert found.reason == StopReason.tolerance
     assert_solves(found.x, np.linalg.solve(matrix, B), 1e-12)
 
 
@@ -85,7 +85,7 @@ def test_it_stops_at_the_first_iterate_within_the_tolerance():
     residuals = [iterate.residual for iterate in textbook_iterates(SIZE, matrix, B)]
     found = jitted(cg(SIZE, tol=1e-2), matrix, B)
     assert found.steps == next(i for i, rest in enumerate(residuals) if rest <= 1e-2)
-    assert found.reason == Reason.tolerance
+    assert found.reason == StopReason.tolerance
 
 
 @pytest.mark.parametrize("solver", [cg(5, warm_start=0.9), steihaug(1.0), dense()])
@@ -96,9 +96,9 @@ def test_nothing_to_solve_takes_no_iteration(solver):
     found, _ = solver.solve(product_of(definite()), zero, state)
     np.testing.assert_array_equal(vector_of(found.x), np.zeros(SIZE))
     assert found.residual == 0
-    if found.reason != Reason.direct:
+    if found.reason != StopReason.direct:
         assert found.steps == 0
-        assert found.reason == Reason.tolerance
+        assert found.reason == StopReason.tolerance
 
 
 @pytest.mark.parametrize("solver", [cg(), cg(2, backtrack=True), steihaug(1.0)])
@@ -166,7 +166,7 @@ def test_a_start_within_the_tolerance_is_kept():
     first, state = solve(solver.init(b))
     second, _ = solve(state)
     assert second.steps == 1
-    assert second.reason == Reason.tolerance
+    assert second.reason == StopReason.tolerance
     np.testing.assert_array_equal(vector_of(second.x), vector_of(first.x))
     # Of what rounding leaves: x is known to 1e-16, and so is the residual.
     np.testing.assert_allclose(second.residual, first.residual, rtol=1e-5, atol=1e-14)
@@ -234,7 +234,7 @@ def test_the_progress_stop_is_martens(epsilon):
     models = [iterate.model for iterate in textbook_iterates(200, matrix, b)]
     solver = cg(200, tol=0.0, progress=epsilon)
     found = jax.jit(lambda b: solver(lambda v: jnp.asarray(matrix) @ v, b))(jnp.asarray(b))
-    assert found.reason == Reason.progress
+    assert found.reason == StopReason.progress
     assert found.steps == stops_at(models, epsilon)
 
 
@@ -245,14 +245,14 @@ def test_progress_is_not_looked_at_before_the_model_has_fallen_below_zero():
     found, _ = solver.solve(product_of(matrix), b, tree_of(jnp.ones(SIZE)))
     x = vector_of(found.x)
     assert 0.5 * x @ matrix @ x > vector_of(b) @ x
-    assert found.reason == Reason.max_steps
+    assert found.reason == StopReason.max_steps
     assert found.steps == SIZE
 
 
 def test_progress_of_zero_never_stops():
     matrix, b = string(20)
     found = cg(15, tol=0.0, progress=0.0)(lambda v: jnp.asarray(matrix) @ v, jnp.asarray(b))
-    assert found.reason == Reason.max_steps
+    assert found.reason == StopReason.max_steps
 
 
 KEPT = [1, 2, 3, 4, 5, 7, 9, 11, 12]
@@ -312,7 +312,7 @@ def test_negative_curvature_at_once_gives_the_preconditioned_gradient():
     solver = cg(preconditioner=product_of(np.linalg.inv(m)))
     found = jitted(solver, -definite(), B)
     assert_solves(found.x, np.linalg.solve(m, B), 1e-12)
-    assert found.reason == Reason.negative_curvature
+    assert found.reason == StopReason.negative_curvature
     assert found.steps == 1
     np.testing.assert_allclose(found.residual, relative_residual(-definite(), found.x, B))
 
@@ -320,7 +320,7 @@ def test_negative_curvature_at_once_gives_the_preconditioned_gradient():
 def test_no_curvature_at_once_gives_the_gradient():
     found = jitted(cg(), 0 * definite(), B)
     np.testing.assert_array_equal(vector_of(found.x), B)
-    assert found.reason == Reason.negative_curvature
+    assert found.reason == StopReason.negative_curvature
     assert found.steps == found.residual == 1
 
 
@@ -336,7 +336,7 @@ def test_negative_curvature_later_gives_the_iterate_before():
     i, x = first_negative(indefinite())
     assert i > 0
     found = jitted(cg(SIZE, tol=0.0), indefinite(), B)
-    assert found.reason == Reason.negative_curvature
+    assert found.reason == StopReason.negative_curvature
     assert found.steps == i + 1
     assert_solves(found.x, x, 1e-10)
     np.testing.assert_allclose(found.residual, relative_residual(indefinite(), found.x, B))
@@ -354,7 +354,7 @@ def test_a_product_that_breaks_gives_the_last_finite_iterate(backtrack):
 
     solver = cg(9, tol=0.0, backtrack=backtrack)
     found = solver(product, tree_of(jnp.asarray(B)), score=lambda x: -jnp.sum(vector_of(x) * B))
-    assert found.reason == Reason.breakdown
+    assert found.reason == StopReason.breakdown
     assert found.steps == 4
     assert_solves(found.x, iterates[3].x, 1e-11)
     np.testing.assert_allclose(found.residual, iterates[3].residual, rtol=1e-10)
@@ -367,14 +367,14 @@ def test_a_vector_that_is_no_number_shows_and_moves_nothing(solver):
     b["bias"] = b["bias"].at[2].set(jnp.nan)
     score = lambda x: jnp.zeros(())
     found, _ = jax.jit(lambda b: solver.solve(product_of(definite()), b, state, score=score))(b)
-    assert found.reason == Reason.breakdown
+    assert found.reason == StopReason.breakdown
     assert np.isnan(found.residual)
     np.testing.assert_array_equal(vector_of(found.x), np.zeros(SIZE))
 
 
 def test_a_preconditioner_that_is_not_definite_shows():
     found = jitted(cg(preconditioner=lambda v: jax.tree.map(jnp.negative, v)), definite(), B)
-    assert found.reason == Reason.breakdown
+    assert found.reason == StopReason.breakdown
     assert found.steps == 0
 
 
@@ -386,8 +386,8 @@ BAD = {
     "warm_start": (cg, dict(warm_start=1.5), r"`warm_start` in \[0, 1\], and got 1.5"),
     "no step left": (cg, dict(max_steps=1, warm_start=0.5), r"Write `cg\(2, ...\)`"),
     "progress": (cg, dict(progress=-1.0), "`cg` takes `progress`"),
-    "power": (cg, dict(preconditioner=2), r"power ξ in \[0, 1\].*and got 2"),
-    "name": (steihaug, dict(radius=1.0, preconditioner="fisher"), "got 'fisher'"),
+    "power": (cg, dict(preconditioner=2), r"exponent ξ in \[0, 1\].*received 2"),
+    "name": (steihaug, dict(radius=1.0, preconditioner="fisher"), "received 'fisher'"),
     "radius": (steihaug, dict(radius=-1.0), "`steihaug` takes `radius`"),
 }
 
@@ -436,5 +436,5 @@ def test_a_thousand_bf16_entries_are_solved_to_float32():
 def test_float32_reaches_a_residual_near_its_rounding():
     matrix = definite().astype(np.float32)
     found = jitted(cg(40, tol=1e-6), matrix, B.astype(np.float32))
-    assert found.reason == Reason.tolerance
+    assert found.reason == StopReason.tolerance
     assert relative_residual(definite(), found.x, B) < 3e-6

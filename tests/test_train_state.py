@@ -118,7 +118,7 @@ def test_fp8_objective_knows_its_own_gradient(fp8, single_precision):
     seen = []
 
     def update(updates, state, params, *, value_fn, value, **extra):
-        given = value_fn.gave(params, updates)
+        given = value_fn.cached_gradient(params, updates)
         seen.append(given is not None and given.value is value)
         return updates, state
 

@@ -20,7 +20,7 @@ from linear_systems import (
     vector_of,
 )
 
-from curvax.linalg import Reason, cg, steihaug
+from curvax.linalg import StopReason, cg, steihaug
 
 B = numbers(9, SIZE)
 
@@ -61,7 +61,7 @@ def test_it_follows_the_path_of_conjugate_gradients_to_the_boundary(share):
     i, edge = edge_of_path(iterates, radius)
     found = jitted(steihaug(radius, SIZE, tol=0.0), matrix, B)
     assert_solves(found.x, edge, 1e-11)
-    assert found.reason == Reason.boundary
+    assert found.reason == StopReason.boundary
     assert found.steps == i + 1
     np.testing.assert_allclose(np.linalg.norm(vector_of(found.x)), radius, rtol=1e-12)
     np.testing.assert_allclose(found.residual, relative_residual(matrix, found.x, B), rtol=1e-9)
@@ -81,14 +81,14 @@ def test_inside_a_large_region_it_is_conjugate_gradients():
     free = jitted(cg(6, tol=0.0), definite(), B)
     found = jitted(steihaug(1e3, 6, tol=0.0), definite(), B)
     np.testing.assert_array_equal(vector_of(found.x), vector_of(free.x))
-    assert found.reason == Reason.max_steps
+    assert found.reason == StopReason.max_steps
 
 
 @pytest.mark.parametrize("radius", [0.3, 5.0])
 def test_negative_curvature_at_once_goes_down_to_the_boundary(radius):
     found = jitted(steihaug(radius), -definite(), B)
     assert_solves(found.x, radius * B / np.linalg.norm(B), 1e-12)
-    assert found.reason == Reason.negative_curvature
+    assert found.reason == StopReason.negative_curvature
     assert found.steps == 1
 
 
@@ -98,7 +98,7 @@ def test_negative_curvature_later_goes_on_down_to_the_boundary():
     radius = 2 * float(jnp.linalg.norm(vector_of(before.x)))
     found = jitted(steihaug(radius, SIZE), matrix, B)
     x = np.asarray(vector_of(found.x))
-    assert found.reason == before.reason == Reason.negative_curvature
+    assert found.reason == before.reason == StopReason.negative_curvature
     assert found.steps == before.steps > 1
     np.testing.assert_allclose(np.linalg.norm(x), radius, rtol=1e-12)
     assert model(matrix, x) < model(matrix, np.asarray(vector_of(before.x)))

@@ -67,7 +67,7 @@ def ascend(
         local=local,
     )
     with jax.default_matmul_precision("highest"):
-        (loss, _), gradient = objective.value_aux_and_grad(climb.params)
+        (loss, _), gradient = objective._value_aux_and_grad(climb.params)
         visited = list(climb.visited(gradient))
     losses = jnp.stack([value for value, _ in visited])
     found = Ascended(loss, gradient, losses, visited[-1][1])

@@ -136,7 +136,7 @@ def _value(objective: Objective, params: Tree) -> jax.Array:
 
 
 def _value_and_grad(objective: Objective, params: Tree) -> tuple[jax.Array, Tree]:
-    (value, _), grads = objective.value_aux_and_grad(params)
+    (value, _), grads = objective._value_aux_and_grad(params)
     return value, grads
 
 

@@ -76,7 +76,7 @@ def _fisher_kl(
         return _divergence(part, z, z_there), _divergence(part, z_there, z)
 
     with jax.default_matmul_precision("highest"):
-        forward, reverse = objective.average(divergences)
+        forward, reverse = objective._microbatch_mean(divergences)
     return axes.mean(FisherKL(form, forward, reverse), over, objective.batch_weight())
 
 

@@ -37,7 +37,7 @@ def outputs_of(objective: Objective, params: Tree) -> jax.Array:
 
 def outputs_alone(objective: Objective, params: Tree) -> jax.Array:
     """The same where each example is a batch of one, [n, C]."""
-    return objective.each(lambda one, params: outputs_of(one, params)[0], params)[0]
+    return objective._map_examples(lambda one, params: outputs_of(one, params)[0], params)[0]
 
 
 def outputs_shape(objective: Objective, params: Tree) -> tuple[int, int]:
@@ -56,7 +56,7 @@ def jacobian(objective: Objective, params: Tree) -> Tree:
     """∂z/∂θ of every example alone: a tree like `params`, leaves [n, C, ...]."""
     params, _ = localized(objective, params)
     one = lambda example, params: jax.jacrev(lambda p: outputs_of(example, p)[0])(params)
-    return objective.each(one, params)[0]
+    return objective._map_examples(one, params)[0]
 
 
 def fitting_chunk(objective: Objective, params: Tree) -> int:

@@ -102,7 +102,7 @@ def _on_grid(
     places = grid.reshape(-1, len(coordinates))
 
     def loss(place: jax.Array) -> jax.Array:
-        return objective.mean(trees.add(params, bases.combination(place, stack)), over)
+        return objective._device_mean(trees.add(params, bases.combination(place, stack)), over)
 
     losses = lax.map(loss, places, batch_size=min(chunk, len(places)))
     return losses.reshape(grid.shape[:-1])

@@ -111,10 +111,10 @@ def _recursion(
     def one(part: Objective, chain: tuple[_Layer, ...]) -> tuple[list[MlpBlockHessian], jax.Array]:
         fed = inputs(part.batch) if callable(inputs) else part.batch[inputs]
         x = trees.widen(fed[0].ravel())
-        return _blocks(chain, x, activation, lambda z: part.loss_of(z[None]), mode)
+        return _blocks(chain, x, activation, lambda z: part._loss_of(z[None]), mode)
 
     with jax.default_matmul_precision("highest"):
-        (blocks, outputs), _ = objective.each(one, chain)
+        (blocks, outputs), _ = objective._map_examples(one, chain)
         expected = outputs_alone(objective, params)
     blocks = [b._replace(weight_norm=b.weight_norm[0]) for b in blocks]
     if outputs.shape != expected.shape:

@@ -99,9 +99,9 @@ def _differences(
     def perturbed(draw: Any) -> jax.Array:
         z = gaussian_probe(draw, params) if probes is None else draw
         scale = trees.ratio(jnp.asarray(rho), trees.norm(z)) if normalised else rho
-        return objective.mean(trees.add_scaled(params, scale, z), over)
+        return objective._device_mean(trees.add_scaled(params, scale, z), over)
 
     draws = keys if probes is None else probes
     count = len(jax.tree.leaves(draws)[0])
     losses = lax.map(perturbed, draws, batch_size=min(chunk, count))
-    return losses - objective.mean(params, over)
+    return losses - objective._device_mean(params, over)

@@ -204,7 +204,7 @@ def _m_sharpness(
 ) -> MSharpness:
     over = _averaged(objective, params, mean_over, "m_sharpness")
     groups, count = objective.groups(m), objective.size // m
-    first = objective.shard_number(objective.local_axes(params))[0] * count
+    first = objective._shard_number(objective.local_axes(params))[0] * count
 
     def one(i: jax.Array, batch: Tree, params: Tree) -> tuple[jax.Array, jax.Array | None]:
         group = objective.piece(batch, i, count)

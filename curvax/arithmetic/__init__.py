@@ -1,1 +1,1 @@
-"""Arithmetic on trees and on numbers that stays in range, derivatives included."""
+"""Arithmetic on numbers and trees whose values and derivatives do not overflow or underflow."""

@@ -1,8 +1,8 @@
-"""Quotients, roots and powers, entry by entry, with a derivative that is finite where they are.
+"""Elementwise quotients, roots and powers with finite derivatives.
 
-The values are JAX's own. The derivatives of JAX's square 1/b, and are ∞ at a zero root: times the
-0 of a unit that is dead they are NaN. Those here are products that stay in range, and 0 where
-there is no finite one.
+Values equal those of `jax.numpy`. The derivatives of `jax.numpy` contain 1/b², which overflows, and
+are ∞ for a root at 0, which times a cotangent of 0 is NaN. The derivatives here stay in range, and
+are 0 where the true one is infinite.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ def _quotient_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def ratio(a: Any, b: Any) -> jax.Array:
-    """a / b, and 0 where b is 0; so is the derivative."""
+    """a / b, with value and derivative 0 where b is 0."""
     return jnp.where(b == 0, 0.0, quotient(a, jnp.where(b == 0, 1.0, b)))
 
 

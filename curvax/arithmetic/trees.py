@@ -1,4 +1,4 @@
-"""Arithmetic on parameter trees, in float32 or wider, with every leaf known by its path."""
+"""Arithmetic on pytrees of parameters in float32 or wider, and names for their leaves."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,11 +11,11 @@ from jax import lax
 from curvax.arithmetic.safe_math import quotient, ratio
 
 Tree = Any
-"""A pytree of arrays; `None` leaves are absent."""
+"""A pytree of arrays; None is an empty subtree."""
 
 
 class Name(str):
-    """One step of a path: a plain string that also answers to JAX's `.key`, `.name` and `.idx`."""
+    """One entry of a path: a string with the attributes `key`, `name` and `idx` of JAX's keys."""
 
     __slots__ = ()
 
@@ -30,38 +30,38 @@ Path = tuple[Name, ...]
 
 
 def names(path: Iterable[Any]) -> Path:
-    """The names along a JAX key path: `('block_0', 'kernel')`."""
+    """The names along a JAX key path, `('block_0', 'kernel')` for example."""
     return tuple(Name(jax.tree_util.keystr((entry,), simple=True)) for entry in path)
 
 
 def label(path: Path) -> str:
-    """A path as a person writes it: `block_0/kernel`."""
+    """A path as text, `block_0/kernel` for example."""
     return "/".join(path) or "(root)"
 
 
 def map_with_path(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
-    """`jax.tree.map` whose function also receives the path as a tuple of names."""
+    """`jax.tree.map` for a function that also receives the path, a tuple of names."""
     return jax.tree.map_with_path(lambda path, *leaves: f(names(path), *leaves), tree, *rest)
 
 
 def same_leaves(a: Tree, b: Tree) -> bool:
-    """Whether two trees hold the very same arrays."""
+    """Whether two trees hold the same arrays, compared by identity."""
     x, y = jax.tree.leaves(a), jax.tree.leaves(b)
     return len(x) == len(y) and all(u is v for u, v in zip(x, y))
 
 
 def is_leaf(tree: Tree) -> bool:
-    """Whether this is one array or number, not a tree of them."""
+    """Whether a tree is a single array or number."""
     leaves = jax.tree.leaves(tree)
     return len(leaves) == 1 and leaves[0] is tree
 
 
 OVERWRITTEN = "_overwrite_with_gradient"
-"""Flax's collection of states whose gradients are their next values, such as the scales of fp8."""
+"""Flax's collection of states whose gradients are their next values, such as fp8 scales."""
 
 
 def is_overwritten(path: Path) -> bool:
-    """Whether the gradient of a leaf is its next value, which is no mean."""
+    """Whether the gradient of a leaf is its next value, so that it must not be averaged."""
     return OVERWRITTEN in path
 
 
@@ -74,15 +74,17 @@ def is_float(leaf: Any) -> bool:
 
 
 def arrays(tree: Tree) -> Tree:
-    """The tree with plain numbers as arrays; arrays of JAX and NumPy stay the objects they are."""
+    """The tree with Python numbers converted to arrays; other leaves are the same objects."""
     if all(hasattr(x, "dtype") for x in jax.tree.leaves(tree)):
         return tree
     return jax.tree.map(lambda x: x if hasattr(x, "dtype") else jnp.asarray(x), tree)
 
 
 def differentiated(f: Callable[[Tree], tuple[Any, Any]], params: Tree) -> tuple[Any, Tree]:
-    """(f(params), the gradient of its first part), where integer leaves have a gradient of zeros of
-    their own dtype, with which Optax leaves them as they are."""
+    """`jax.value_and_grad(f, has_aux=True)(params)`, also for integer leaves.
+
+    Their gradient is 0 in their own dtype, so that Optax leaves them unchanged.
+    """
     if all(is_float(x) for x in jax.tree.leaves(params)):
         return jax.value_and_grad(f, has_aux=True)(params)
     out, grads = jax.value_and_grad(f, has_aux=True, allow_int=True)(params)
@@ -96,7 +98,7 @@ def widen(x: Any) -> jax.Array:
 
 
 def wide_dtype(dtype: Any) -> Any:
-    """That type, or float32 for narrower ones and whole numbers."""
+    """The dtype itself, or float32 for narrower floats and for integers."""
     inexact = jnp.issubdtype(dtype, jnp.inexact)
     return dtype if inexact and jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
 
@@ -111,28 +113,28 @@ def cast_like(tree: Tree, like: Tree) -> Tree:
 
 
 def _cast(x: jax.Array, dtype: Any) -> jax.Array:
-    """x as another type, but no complex number as its real part.
+    """Casts x, but never a complex number to its real part.
 
     Raises:
-        TypeError: x is complex, and the type is not.
+        TypeError: x is complex, and `dtype` is not.
     """
     kind = jnp.complexfloating
     if jnp.issubdtype(x.dtype, kind) and not jnp.issubdtype(dtype, kind):
         raise TypeError(
-            f"A product took a vector of {jnp.dtype(dtype)} to one of {x.dtype}, of which the "
-            "imaginary part would be lost. Write a complex matrix A + iB as the real one "
+            f"A product maps a vector of {jnp.dtype(dtype)} to one of {x.dtype}, whose imaginary "
+            "part would be lost. Write a complex matrix A + iB as the real matrix "
             "[[A, -B], [B, A]] of real and imaginary parts."
         )
     return x.astype(dtype)
 
 
 def is_sharded(x: jax.Array) -> bool:
-    """Whether the type says that an array lies in parts (explicit meshes)."""
+    """Whether an array is sharded along an explicit mesh axis, by its type."""
     return any(entry is not None for entry in jax.typeof(x).sharding.spec)
 
 
 def laid_out_like(tree: Tree, like: Tree) -> Tree:
-    """The same values with the dtypes of `like`, and laid out as its types say."""
+    """The same values with the dtypes and the sharding of `like`."""
 
     def lay(x: jax.Array, y: jax.Array) -> jax.Array:
         x, mine, other = _cast(x, y.dtype), jax.typeof(x).sharding, jax.typeof(y).sharding
@@ -159,7 +161,10 @@ def scale(factor: Any, tree: Tree) -> Tree:
 
 
 def nan_like(x: jax.Array) -> jax.Array:
-    """NaN for what is not known; placed, where `jax_debug_nans` would stop an operation."""
+    """NaNs shaped like x, for unknown values.
+
+    Outside of a trace they are made by NumPy, since `jax_debug_nans` would stop a JAX operation.
+    """
     if isinstance(x, jax.core.Tracer):
         return jnp.full_like(x, jnp.nan)
     return jax.device_put(np.full(x.shape, np.nan, x.dtype))
@@ -171,17 +176,17 @@ def total(tree: Tree) -> jax.Array:
 
 
 def dot(a: Tree, b: Tree) -> jax.Array:
-    """<a, b> over the whole tree (a sum of products: `vdot` refuses sharded parameters)."""
+    """<a, b> over the whole tree, as sums of products: `vdot` does not allow sharded leaves."""
     return total(jax.tree.map(lambda x, y: widen(x) * widen(y), a, b))
 
 
 @jax.custom_jvp
 def norm(tree: Tree) -> jax.Array:
-    """‖a‖₂ over the whole tree, with derivative 0 at 0; no square leaves the range of floats.
+    """‖a‖₂ over the whole tree, with derivative 0 at 0, without overflow or underflow of squares.
 
-    Squares are summed as they are, enlarged and reduced, each by a power of two, and the sum that
-    is in range counts. The largest entry would tell the scale beforehand, at the price of one more
-    exchange between devices where parameters are divided among them.
+    The squares are summed three times: unscaled, scaled up and scaled down by a power of two. The
+    sum that is in range is used. Scaling by the largest entry instead would cost another all-reduce
+    for sharded parameters.
     """
     plain, enlarged, reduced, (large, low, high) = _inner(tree, tree)
     length = jnp.where(plain < low, jnp.sqrt(enlarged) / large, jnp.sqrt(plain))
@@ -195,7 +200,7 @@ def _norm_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def _ranges(dtype: Any) -> tuple[float, float, float]:
-    """(a power of two, below and above which sums of squares another scale is right)."""
+    """(a power of two to scale by, the sums of squares below and above which to use it)."""
     exponent = int(jnp.finfo(dtype).maxexp)
     return 2.0 ** (0.6 * exponent // 1), 2.0 ** (-0.55 * exponent), 2.0 ** (0.78 * exponent)
 
@@ -209,22 +214,22 @@ def unit(tree: Tree) -> Tree:
 
 @unit.defjvp
 def _unit_jvp(primals: Any, tangents: Any) -> tuple[Tree, Tree]:
-    # ∂(a/‖a‖) = (∂a - â<â, ∂a>) / ‖a‖: no power of ‖a‖ but the first.
+    # ∂(a/‖a‖) = (∂a - â<â, ∂a>) / ‖a‖ contains only the first power of ‖a‖.
     length, e = norm(*primals), unit(*primals)
     across = add_scaled(wide(*tangents), -dot(e, *tangents), e)
     return e, scale(ratio(jnp.ones((), length.dtype), length), across)
 
 
 def divided(tree: Tree, length: jax.Array) -> Tree:
-    """a / ‖a‖ for a length known, with the dtypes of a."""
+    """a / ‖a‖ for a known length ‖a‖, with the dtypes of a; a itself for length 0."""
     length = jnp.where(length == 0, 1, length)
     return jax.tree.map(lambda x: quotient(widen(x), length).astype(x.dtype), tree)
 
 
 def magnitude(tree: Tree) -> jax.Array:
-    """The power of two next below ‖a‖₂, a constant; 1 where that is 0 or not finite.
+    """The largest power of two <= ‖a‖₂, without derivative; 1 if ‖a‖ is 0 or not finite.
 
-    In units of it a vector is near 1, and to the last bit what it was; so are its linear maps.
+    Division by it is exact and leaves a norm in [1, 2), except at the limits of the dtype.
     """
     length = lax.stop_gradient(norm(tree))
     info = jnp.finfo(length.dtype)
@@ -236,18 +241,25 @@ def magnitude(tree: Tree) -> jax.Array:
     return jnp.where(fine, jnp.clip(below, 1 / edge, edge), 1)
 
 
-def inverse(one: jax.Array) -> jax.Array:
-    """1 / a `magnitude`, from its bits: XLA turns (a/b)(c/d) into ac/bd, which leaves the range."""
-    info = jnp.finfo(one.dtype)
+def inverse(power: jax.Array) -> jax.Array:
+    """The reciprocal of a `magnitude`, computed from its bits.
+
+    A division would allow XLA to rewrite (a/b)(c/d) as ac/bd, which may overflow.
+    """
+    info = jnp.finfo(power.dtype)
     integer = jnp.dtype(f"uint{info.bits}")
-    unit_bits = lax.bitcast_convert_type(jnp.ones((), one.dtype), integer)
-    bits = unit_bits + unit_bits - lax.bitcast_convert_type(one, integer)
-    return lax.bitcast_convert_type(bits, one.dtype)
+    unit_bits = lax.bitcast_convert_type(jnp.ones((), power.dtype), integer)
+    bits = unit_bits + unit_bits - lax.bitcast_convert_type(power, integer)
+    return lax.bitcast_convert_type(bits, power.dtype)
 
 
 @jax.custom_jvp
 def cosine(a: Tree, b: Tree) -> jax.Array:
-    """<a, b> / ‖a‖‖b‖ over the whole tree, and 0 where one of them is. It waits for no norm."""
+    """<a, b> / ‖a‖‖b‖ over the whole tree, and 0 if a or b is 0.
+
+    The inner product is not computed from normalised vectors, so that on devices it needs no
+    all-reduce after those of the norms.
+    """
     plain, enlarged, reduced, (large, low, high) = _inner(a, b)
     length, other = norm(a), norm(b)
     size = length * other
@@ -265,16 +277,15 @@ def _cosine_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def _inner(a: Tree, b: Tree) -> tuple[jax.Array, jax.Array, jax.Array, tuple[float, float, float]]:
-    """<a, b>, the same with both enlarged, both reduced, and `_ranges`."""
+    """(<a, b>, the same with a and b scaled up, the same scaled down, `_ranges`)."""
     pairs = [(widen(x), widen(y)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b))]
     dtype = jnp.result_type(*(x for pair in pairs for x in pair)) if pairs else jnp.float32
     pairs = [(x.astype(dtype), y.astype(dtype)) for x, y in pairs]
     large, low, high = _ranges(dtype)
 
     def inner(factor: float) -> jax.Array:
-        # XLA joins the factors of (cx)(cy) to c², out of range, but for the minimum; those of
-        # arrays too, where x has been multiplied by a number.
-        first = lambda x: jnp.minimum(x * factor, large)
+        # XLA would simplify (cx)(cy) to c²xy, and c² overflows; `minimum` prevents that.
+        first = lambda x: jnp.minimum(x * factor, jnp.finfo(dtype).max)
         return sum((jnp.sum(first(x) * (y * factor)) for x, y in pairs), jnp.zeros((), dtype))
 
     plain = sum((jnp.sum(x * y) for x, y in pairs), jnp.zeros((), dtype))
@@ -282,12 +293,12 @@ def _inner(a: Tree, b: Tree) -> tuple[jax.Array, jax.Array, jax.Array, tuple[flo
 
 
 def reject(a: Tree, b: Tree) -> Tree:
-    """The part of a orthogonal to b, over the whole tree: a - <a, b̂> b̂."""
+    """The component of a orthogonal to b over the whole tree, a - <a, b̂> b̂."""
     return add_scaled(a, -cosine(a, b) * norm(a), unit(b))
 
 
 def broadcast_prefix(prefix: Tree, tree: Tree) -> Tree:
-    """A leaf of `prefix` for each leaf of `tree` beneath it.
+    """Expands a tree prefix: every leaf of `tree` becomes the leaf of `prefix` above it.
 
     Raises:
         ValueError: `prefix` is not a tree prefix of `tree`.
@@ -296,15 +307,15 @@ def broadcast_prefix(prefix: Tree, tree: Tree) -> Tree:
         spread = jax.tree.map(lambda p, sub: jax.tree.map(lambda _: p, sub), prefix, tree)
     except (ValueError, TypeError) as error:
         raise ValueError(
-            "A tree of options must be a prefix of the parameters: a value or a subtree for each "
-            f"of their branches. Got {jax.tree.structure(prefix)} for parameters "
+            "A tree of options must be a prefix of the parameters, with a value or a subtree for "
+            f"each of their branches, and is {jax.tree.structure(prefix)} for parameters "
             f"{jax.tree.structure(tree)}."
         ) from error
     return spread
 
 
 def require_floating(params: Tree, stage: str) -> None:
-    """Refuses integer leaves where a stage differentiates with respect to every leaf.
+    """Raises if a stage that differentiates with respect to every leaf receives an integer leaf.
 
     Raises:
         TypeError: a leaf has an integer or boolean dtype.

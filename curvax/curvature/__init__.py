@@ -1,4 +1,8 @@
-"""A loss and a point ↦ a linear map v ↦ C v."""
+"""Products with curvature matrices: a loss and a point ↦ a linear map v ↦ C v.
+
+C is the Hessian (`hvp`), the Gauss-Newton matrix (`ggnvp`), the Fisher matrix (`fvp`) or the
+empirical Fisher matrix (`empirical_fvp`).
+"""
 
 from curvax.curvature.empirical_fisher import empirical_fvp, linearized_empirical_fisher
 from curvax.curvature.fisher import fvp, linearized_fisher

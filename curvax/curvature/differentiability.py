@@ -1,4 +1,4 @@
-"""A function and a point ↦ its traced program, and whether JAX can run its derivatives."""
+"""Tests, by tracing alone, whether JAX can compute given derivatives of a function."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,24 +18,24 @@ OPAQUE = (
     "custom_vjp", "custom_partitioning", "pallas_call", "pure_callback", "io_callback", "ffi_call",
     "while",
 )  # fmt: skip
-"""How the names of those primitives start that JAX may differentiate once, but not twice."""
+"""Prefixes of the names of primitives that JAX may differentiate once but not twice."""
 
 NO_FORWARD = "can't apply forward-mode autodiff (jvp) to a custom_vjp function."
-"""What JAX says of `custom_lin`, but only when it compiles."""
+"""JAX's error for the primitive `custom_lin`, which it raises only at compilation."""
 
 
 def check_mode(mode: str) -> None:
-    """Refuses what is no mode of differentiation.
+    """Checks the name of a mode of differentiation.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not in `MODES`.
     """
     if mode not in MODES:
-        raise ValueError(f"`mode` is one of {MODES}, and was {mode!r}.")
+        raise ValueError(f"`mode` is one of {MODES}, and is {mode!r}.")
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:
-    """The equations of a program and of all programs within it."""
+    """The equations of a program, nested programs included."""
     for eqn in jaxpr.eqns:
         yield eqn
         for body in bodies(eqn):
@@ -43,22 +43,22 @@ def equations(jaxpr: Any) -> Iterator[Any]:
 
 
 def bodies(eqn: Any) -> list[Any]:
-    """The programs within an equation."""
+    """The programs that an equation calls."""
     return compat.bodies(eqn.params)
 
 
 def is_opaque(f: Function, params: Tree) -> bool:
-    """Whether a program has a part whose derivatives JAX takes from elsewhere, or may not have."""
+    """Whether a function contains primitives with custom or missing derivatives."""
     return any(
         eqn.primitive.name.startswith(OPAQUE) for eqn in equations(jax.make_jaxpr(f)(params).jaxpr)
     )
 
 
 def replayed(f: Function, params: Tree) -> Function:
-    """f as the program that it is at such parameters, for trials of its derivatives.
+    """f replaced by its trace at such parameters, for trials of its derivatives.
 
-    The caller's code runs here, once, and what it raises comes through; what a trial raises
-    afterwards is a refusal of JAX's.
+    The caller's code runs once, here, so that its own errors surface; errors raised in a trial are
+    then JAX's.
     """
     program, shape = jax.make_jaxpr(f, return_shape=True)(params)
     run, treedef = core.jaxpr_as_fun(program), jax.tree.structure(shape)
@@ -66,10 +66,10 @@ def replayed(f: Function, params: Tree) -> Function:
 
 
 def refusal(derivative: Function, params: Tree) -> str:
-    """Why JAX cannot run a derivative, empty if it can. Nothing is computed.
+    """JAX's error when it traces and lowers a derivative, or "" if it succeeds.
 
-    Some refusals come with the trace, some only with the lowering: of `custom_lin`, and of the
-    derivatives of kernels, which are lowered here each by itself.
+    Nothing is computed. Kernels are lowered one by one, since JAX raises some of their errors only
+    at lowering.
     """
     try:
         kernels = {}
@@ -80,7 +80,7 @@ def refusal(derivative: Function, params: Tree) -> str:
                 kernels[str(eqn.params.get("jaxpr")), _kinds(eqn)] = eqn
         for eqn in kernels.values():
             _lower(eqn)
-    except Exception as error:  # of any type: JAX's own assertions are among them
+    except Exception as error:  # JAX raises many types here, assertions included
         return f"{type(error).__name__}: {error}".strip().partition("\n")[0]
     return ""
 
@@ -103,19 +103,19 @@ def _lower(eqn: Any) -> None:
 
 
 def warn_of_differences(what: str, why: str) -> None:
-    """Says that finite differences take the place of a derivative, and why."""
+    """Warns that finite differences replace a derivative, and why."""
     warnings.warn(
-        f"JAX does not differentiate {what} ({why}), so that finite differences take the place "
-        "of its derivative: right to about the cube root of the precision squared, for two passes "
-        'a product. `mode="finite-differences"` says that they are meant.',
+        f"JAX cannot differentiate {what} ({why}), so that finite differences replace its "
+        "derivative: two passes a product, and a relative error of about ε^⅔ for floats of "
+        'precision ε. Pass `mode="finite-differences"` to silence this warning.',
         stacklevel=2,
     )
 
 
 def refuse_mode(mode: str, what: str, why: str) -> TypeError:
-    """The error of a mode that was asked for and that JAX refuses."""
+    """The error of an explicit mode that JAX does not support for this function."""
     return TypeError(
-        f"`mode={mode!r}` differentiates {what}, and JAX refuses: {why} Write "
-        '`mode="auto"`, which takes the first mode that JAX allows, or '
-        '`mode="finite-differences"`, which asks for no further derivative.'
+        f"`mode={mode!r}` differentiates {what}, and JAX cannot: {why} Write "
+        '`mode="auto"`, which takes the first mode that JAX supports, or '
+        '`mode="finite-differences"`, which needs no further derivative.'
     )

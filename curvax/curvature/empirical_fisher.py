@@ -1,4 +1,4 @@
-"""The losses of single examples and a point ↦ the empirical Fisher product v ↦ F̄ v."""
+"""Products with the empirical Fisher matrix, the mean of the gradients' outer products."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,30 +28,37 @@ def empirical_fvp(
     mode: str = "auto",
     precision: Any = "highest",
 ) -> Product:
-    """The product with the mean of gₙ gₙᵀ over the examples, uncentred, at `params`.
+    """The product with the empirical Fisher matrix, uncentred, at `params`.
 
-        F̄ v = Σₙ wₙ gₙ <gₙ, v> / Σₙ wₙ,   gₙ = ∇L of the n-th example alone
+        F̄ v = Σₙ wₙ gₙ <gₙ, v> / Σₙ wₙ,   gₙ = ∇ℓ(θ, xₙ)
 
-    It takes the labels of the batch, where the Fisher matrix takes the model's own, and is no
-    curvature of anything away from a perfect fit. Martens, arXiv:1412.1193, section 11. The vector
-    of losses is linearised once (with `microbatch=` anew at each application). Local to the device
-    under an axis.
+    It uses the labels of the batch, whereas the Fisher matrix uses labels drawn from the model;
+    the two differ unless the model fits the data. Martens, arXiv:1412.1193, section 11.
+
+    The losses of the examples are linearised once, or with `Objective(microbatch=)` at every
+    product. Under a device axis F̄ is that of this device's part of the batch.
 
     Args:
-        objective: an `Objective` with a batch, with or without `model`. The leading axis counts
-            the examples; each is evaluated as a batch of one, with a dropout key of its own, and
-            has the weight of that batch where there is one.
+        objective: an `Objective` with a batch, with or without `model`. Every example along the
+            leading axis is evaluated as a batch of one, with its own dropout key and weight.
         params: the point θ.
-        mode: of <gₙ, v>, the derivatives of the losses along v, as that of J v in `ggnvp`.
-        precision: of the matrix products (`jax.default_matmul_precision`).
+        mode: how the directional derivatives <gₙ, v> are computed, as for J v in `ggnvp`.
+        precision: of matrix products, as in `jax.default_matmul_precision`.
 
     Returns:
-        A linear map on trees like `params`. Without micro-batches it knows its root,
+        A `Product` on trees like `params`. Without micro-batches it has a root
         R v = √(wₙ/Σw) <gₙ, v>, [n].
 
     Raises:
-        ValueError: the objective has no batch, or an unknown mode.
-        TypeError: JAX does not differentiate the losses in the mode that was asked for.
+        ValueError: the objective has no batch, or `mode` is unknown.
+        TypeError: JAX cannot differentiate the losses in the given mode.
+
+    Examples:
+        >>> import jax.numpy as jnp, curvax
+        >>> loss = lambda w, x: jnp.mean(x @ w)
+        >>> objective = curvax.Objective(loss, jnp.array([[1.0, 0.0], [1.0, 2.0]]))
+        >>> curvax.empirical_fvp(objective, jnp.zeros(2))(jnp.array([1.0, 0.0])).tolist()
+        [1.0, 1.0]
     """
     check_mode(mode)
     objective = require_batch(as_objective(objective, "empirical_fvp", params), "empirical_fvp")
@@ -63,19 +70,19 @@ def empirical_fvp(
 def linearized_empirical_fisher(
     objective: Objective, params: Tree, *, mode: str = "auto", precision: Any = "highest"
 ) -> tuple[LossAndGradient, Product]:
-    """(((L, aux), ∇L), `empirical_fvp`); the gradient is that of the whole batch, a pass apart."""
+    """(((L, aux), ∇L), product of `empirical_fvp`); the gradient takes a pass of its own."""
     product = empirical_fvp(objective, params, mode=mode, precision=precision)
-    return objective.value_aux_and_grad(params), product
+    return objective._value_aux_and_grad(params), product
 
 
 def _linearized(objective: Objective, params: Tree, mode: str) -> Product:
     if not objective.microbatch:
         return _outer(objective, params, mode)
-    return Product(lambda v: objective.average(lambda part: _outer(part, params, mode)(v)))
+    return Product(lambda v: objective._microbatch_mean(lambda part: _outer(part, params, mode)(v)))
 
 
 def _outer(objective: Objective, params: Tree, mode: str) -> Product:
-    """Σₙ wₙ gₙ gₙᵀ / Σₙ wₙ, over the whole batch in one piece."""
+    """The product with Σₙ wₙ gₙ gₙᵀ / Σₙ wₙ, over the whole batch in one piece."""
     params, local = localized(objective, params)
     of = lambda p: _losses(objective, p)
     losses, weight, push, transpose = linearized(of, params, local, mode=mode)
@@ -89,17 +96,17 @@ def _outer(objective: Objective, params: Tree, mode: str) -> Product:
 
 
 def _scaled_pull(objective: Objective, pull: Callable[[jax.Array], Tree]) -> Any:
-    """`pull` of scaled losses, which count as they do in the mean that the scale is for."""
+    """`pull` of scaled losses, each divided by n as in the mean that the scale is chosen for."""
 
     def pulled(u: jax.Array) -> Tree:
-        return trees.scale(u.size, objective.unscaled(pull(objective.scaled(u / u.size))))
+        return trees.scale(u.size, objective._unscaled(pull(objective._scaled(u / u.size))))
 
     return at_unit_size(objective, pulled)
 
 
 def _losses(objective: Objective, params: Tree) -> tuple[jax.Array, jax.Array | None]:
-    """(ℓ, w) of every example, [n] each."""
-    return objective.each(lambda part, params: part.evaluate(params)[0], params)
+    """(losses, weights or None) of all examples, [n] each."""
+    return objective._map_examples(lambda part, params: part._evaluate(params)[0], params)
 
 
 def _shape(x: jax.Array) -> jax.ShapeDtypeStruct:

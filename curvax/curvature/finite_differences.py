@@ -1,4 +1,4 @@
-"""A function and a point ↦ its derivative along a vector, by central differences."""
+"""Directional derivatives by central differences, with a step chosen from dtypes and scales."""
 
 from typing import Any
 
@@ -12,31 +12,37 @@ from curvax.curvature.differentiability import Function
 from curvax.curvature.working_precision import rounding
 
 POWER_STEPS = 3
-"""Of power iteration, from a start without structure: σ is wanted to a few tens of per cent."""
+"""Steps of power iteration for σ, of which an accuracy of some tens of per cent suffices."""
 
 
 def differences(f: Function, params: Tree) -> Function:
-    """v ↦ (f(θ + hv) - f(θ - hv)) / 2h, at full precision of matrix products unless one is set.
+    """The directional derivative of f at `params`, by central differences.
 
-        h‖v‖ = ε^⅓ (1 + ‖θ‖/√P) / σ
+        v ↦ (f(θ + hv) - f(θ - hv)) / 2h,   h‖v‖ = ε^⅓ (1 + ‖θ‖/√P) / σ
 
-    ε is the coarsest precision between θ and f(θ), so that truncation, O(h²), balances rounding,
-    O(ε/h). σ is the largest singular value of v/‖v‖, layer by layer: what moves activations, small
-    for random signs and 1 for a single weight, which multiples of ‖θ‖ serve badly in one.
+    ε is the coarsest floating-point precision between θ and f(θ): with h ~ ε^⅓ the truncation error
+    O(h²) balances the rounding error O(ε/h). σ is the largest singular value of v/‖v‖ over the
+    layers, which bounds how far the step moves activations: it is small for random signs and 1 for
+    a single weight, so that no fixed multiple of ‖θ‖ suits both.
 
-    Errors relative to the product with the Hessian of a tanh network (20-32-32-5, 64 examples,
-    initial weights): along random signs, the gradient and the top eigenvector at most 1e-10 in
-    float64, 5e-5 in float32, 2e-2 with products in float16 and 7e-2 in bfloat16, whatever type
-    holds the parameters; along single weights five times that. With 256 units and six layers random
-    signs are as good, the gradient and the top eigenvector three times worse, single weights at
-    1e-3 in float32 and 3e-1 in bfloat16. Autodiff in bfloat16 errs by 8e-3 there.
+    Measured errors relative to the exact Hessian product of a tanh network (20-32-32-5, 64
+    examples, initial weights), for random signs, the gradient and the top eigenvector: 1e-10 in
+    float64, 5e-5 in float32, 2e-2 with matrix products in float16 and 7e-2 in bfloat16, for any
+    dtype of the parameters; for single weights five times as much. With 256 units and six layers:
+    the same for random signs, three times as much for the gradient and the top eigenvector, 1e-3 in
+    float32 and 3e-1 in bfloat16 for single weights. Autodiff in bfloat16 has an error of 8e-3
+    there.
 
-    The step is made for parameters that matter in units of 1, as those of networks do. Of a loss
-    that turns within 1e-3 of them, differences say nothing: scale such parameters in the model.
+    The step assumes that the loss varies on a scale of about 1 in the parameters, as in neural
+    networks. If it varies within 1e-3, rescale these parameters in the model.
 
     Args:
-        f: a function of trees like the parameters.
+        f: a function of trees like `params`.
         params: the point θ, P entries.
+
+    Returns:
+        A linear map on trees like `params`. Matrix products run at full precision unless
+        `jax_default_matmul_precision` is set.
     """
     f = _precise(f)
     epsilon = rounding(f, params)
@@ -57,13 +63,13 @@ def differences(f: Function, params: Tree) -> Function:
 
 
 def largest_singular_value(tree: Tree) -> jax.Array:
-    """About the largest over all leaves, each a matrix of its last axis and the others."""
+    """Estimates the largest singular value of any leaf, as a matrix [other axes, last axis]."""
     values = [_singular_value(trees.widen(x)) for x in jax.tree.leaves(tree) if x.size]
     return jnp.max(jnp.stack(values)) if values else jnp.zeros(())
 
 
 def _singular_value(x: jax.Array) -> jax.Array:
-    """A few steps of power iteration; sums of products, which suit any sharding."""
+    """A few steps of power iteration, written as sums of products, which any sharding allows."""
     if x.ndim < 2:
         return trees.norm(x)
     rows = tuple(range(x.ndim - 1))

@@ -1,4 +1,4 @@
-"""A likelihood of a model's outputs and a point ↦ the Fisher product v ↦ F v, exact or sampled."""
+"""Products with the Fisher matrix of a model's predictive distribution, exact or sampled."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,33 +27,43 @@ def fvp(
     mode: str = "auto",
     precision: Any = "highest",
 ) -> Product:
-    """The product with the Fisher matrix of the model's distribution at `params`.
+    """The product with the Fisher matrix of the model's predictive distribution at `params`.
 
         F v = Σᵢ wᵢ E_y[g gᵀ] v / Σᵢ wᵢ,   g = ∇_θ log r(y | zᵢ),   y ~ r(· | zᵢ)
 
-    Exact by default, Jᵀ Cov(y) J, which for these likelihoods is the Gauss-Newton matrix. With
-    `samples` or `labels` the expectation is a mean over labels. Linearised once and local to the
-    device, as `ggnvp`. Martens, arXiv:1412.1193, eq. 3.
+    By default F is exact, Jᵀ Cov(y) J, which equals the Gauss-Newton matrix for these likelihoods.
+    With `samples` or `labels` the expectation is a mean over labels. Cost, micro-batches and
+    device axes are as in `ggnvp`. Martens, arXiv:1412.1193, eq. 3.
 
     Args:
         objective: an `Objective` with `model=` and a likelihood as its loss.
         params: the point θ.
-        samples: S, labels drawn for each site, the same at each application, on any number of
-            devices and with any `microbatch`.
-        key: typed, of those draws.
-        labels: the draws themselves, [S, ...] or one [...], where [...] is the shape of hard
+        samples: S >= 1, labels drawn at each site. All products take the same draws, which do not
+            depend on the number of devices or on `microbatch`.
+        key: a typed key for these draws, required with `samples`.
+        labels: draws given explicitly instead, [S, ...] or [...], where [...] is the shape of hard
             targets.
-        mode: of J v, as in `ggnvp`.
-        precision: of the matrix products (`jax.default_matmul_precision`).
+        mode: how J v is computed, as in `ggnvp`.
+        precision: of matrix products, as in `jax.default_matmul_precision`.
 
     Returns:
-        A linear map on trees like `params`. Without micro-batches it knows its root: that of
-        `ggnvp`, or for labels R v = √(w/SΣw) <g, v>, [S, *sites, 1, ...].
+        A `Product` on trees like `params`. Without micro-batches it has a root: that of `ggnvp` if
+        exact, R v = √(w/SΣw) <g, v>, [S, *sites, 1, ...], if sampled.
 
     Raises:
-        ValueError: the loss is no likelihood, an unknown mode, or options that contradict.
-        TypeError: `key` is no typed key, or JAX does not differentiate the model in the mode that
-            was asked for.
+        ValueError: the loss is not a likelihood, `mode` is unknown, or `samples`, `key` and
+            `labels` do not go together.
+        TypeError: `key` is not a typed key, or JAX cannot differentiate the model in the given
+            mode.
+
+    Examples:
+        >>> import jax.numpy as jnp, curvax
+        >>> batch = {"x": jnp.array([[1.0], [2.0]]), "y": jnp.array([0.0, 1.0])}
+        >>> predict = lambda w, batch: batch["x"] @ w
+        >>> objective = curvax.Objective(curvax.bernoulli("y"), batch, model=predict)
+        >>> product = curvax.fvp(objective, jnp.zeros(1))
+        >>> product(jnp.ones(1)).tolist()  # p (1 - p) mean(x²)
+        [0.625]
     """
     _check_draws(samples, key, labels)
     objective = as_objective(objective, "fvp", params)
@@ -69,7 +79,7 @@ def linearized_fisher(
     mode: str = "auto",
     precision: Any = "highest",
 ) -> tuple[LossAndGradient, Product]:
-    """(((L, aux), ∇L), `fvp`) from one linearisation; `key` is read where there are `samples`."""
+    """(((L, aux), ∇L), product of `fvp`) from one linearisation; `key` is unused if exact."""
     gradient, product = _linearized(objective, params, mode, precision, samples, key)
     return gradient(), product
 
@@ -86,36 +96,37 @@ def _linearized(
     check_mode(mode)
     likelihood = require_likelihood(objective, "The Fisher matrix")
     metric: Metric = loss_curvature
-    beside: tuple[jax.Array, ...] = ()
+    batched: tuple[jax.Array, ...] = ()
     if labels is not None:
         shape = likelihood.label_shape(objective.batch)
-        metric, beside = given_labels, (_by_example(jnp.asarray(labels), shape),)
+        metric, batched = given_labels, (_by_example(jnp.asarray(labels), shape),)
     elif samples is not None and key is not None:
-        metric, beside = drawn_labels, (sample_keys(objective, key, samples),)
-    return linearized_product(objective, params, metric, *beside, mode=mode, precision=precision)
+        metric, batched = drawn_labels, (sample_keys(objective, key, samples),)
+    return linearized_product(objective, params, metric, *batched, mode=mode, precision=precision)
 
 
 def sample_keys(objective: Objective, key: jax.Array, samples: int) -> jax.Array:
-    """Keys of S draws for each example, [n, S], by the example's number in the global batch."""
+    """Keys for S draws per example, [n, S], from the example's number in the global batch."""
     return jax.vmap(lambda k: jax.random.split(k, samples))(objective.example_keys(key))
 
 
 def draw(likelihood: Likelihood, keys: jax.Array, outputs: jax.Array, batch: Tree) -> jax.Array:
-    """S labels for each site by keys [n, S]: labels [n, S, ...]."""
+    """Draws S labels at each site, [n, S, ...], from keys [n, S]."""
     sample = lambda k: likelihood.sample(k, outputs, batch)
     return jax.vmap(sample, in_axes=1, out_axes=1)(keys)
 
 
 def drawn_labels(part: Objective, outputs: jax.Array, keys: jax.Array) -> Product:
-    """The sampled Fisher in the outputs, from keys [n, S]."""
+    """The sampled Fisher matrix in the space of the outputs, from keys [n, S]."""
     likelihood = require_likelihood(part, "The Fisher matrix")
     return given_labels(part, outputs, draw(likelihood, keys, outputs, part.batch))
 
 
 def given_labels(part: Objective, outputs: jax.Array, labels: jax.Array) -> Product:
-    """The sampled Fisher in the outputs, from labels [n, S, ...]: the mean of s sᵀ at each site.
+    """The sampled Fisher matrix in the space of the outputs, from labels [n, S, ...].
 
-    Its root is u ↦ √(w/SΣw) <s, u>, one row for each sample and site.
+    At each site this is the mean of s sᵀ over the scores s = ∇_z log r(y | z). Its root is
+    u ↦ √(w/SΣw) <s, u>, one row for each sample and site.
     """
     likelihood, batch = require_likelihood(part, "The Fisher matrix"), part.batch
     scores = lambda y: likelihood.on_labels(y).scores(outputs, batch)
@@ -144,8 +155,8 @@ def _by_example(labels: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         labels = labels[None]
     if labels.shape[1:] != shape:
         raise ValueError(
-            f"`fvp(labels=)` takes labels shaped like hard targets, {list(shape)}, or several such "
-            f"along a new first axis, [S, ...], and got {list(labels.shape)}."
+            f"`fvp(labels=)` takes labels shaped like hard targets, {list(shape)}, or S of them "
+            f"stacked along a new first axis, [S, ...], and received {list(labels.shape)}."
         )
     return jnp.moveaxis(labels, 0, 1)
 
@@ -154,15 +165,15 @@ def _check_draws(samples: Any, key: Any, labels: Any) -> None:
     if labels is not None:
         if samples is not None or key is not None:
             raise ValueError(
-                "`fvp(labels=)` is given the draws, and `samples` and `key` make them. Pass "
-                "either `labels`, or `samples` and `key`."
+                "`fvp` takes the draws themselves as `labels`, or makes them with `samples` and "
+                "`key`, and received both. Pass either `labels`, or `samples` and `key`."
             )
         return
     if (samples is None) != (key is None):
         raise ValueError(
-            "`fvp` draws `samples` labels for each site with `key`, and was given one of the two. "
-            "Pass both, as in `fvp(objective, params, samples=1, key=jax.random.key(0))`; without "
-            "either the Fisher matrix is exact."
+            "`fvp` draws `samples` labels at each site with `key`, and received only one of the "
+            "two. Pass both, as in `fvp(objective, params, samples=1, key=jax.random.key(0))`, or "
+            "neither for the exact Fisher matrix."
         )
     if samples is not None:
         checks.check_count("fvp", samples=samples)

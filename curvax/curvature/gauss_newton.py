@@ -1,4 +1,4 @@
-"""A model, a loss of its outputs and a point ↦ the Gauss-Newton product v ↦ Jᵀ ∇²ℓ J v."""
+"""Products with the Gauss-Newton matrix, v ↦ Jᵀ ∇²ℓ J v, and the linearised model behind them."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ from curvax.linear_operator import Product, Root
 from curvax.objective import Objective, as_objective, require_model
 
 Metric = Callable[..., Product]
-"""`metric(part, outputs, *beside) -> product`: a curvature in the space of the outputs."""
+"""`metric(objective, outputs, *batched) -> product`: a curvature in the space of the outputs."""
 
 
 def ggnvp(
@@ -34,32 +34,43 @@ def ggnvp(
     mode: str = "auto",
     precision: Any = "highest",
 ) -> Product:
-    """The product with the Gauss-Newton matrix of the loss at `params`.
+    """The product with the generalised Gauss-Newton matrix of the loss at `params`.
 
-        G v = Jᵀ ∇²ℓ(z) J v,   z = f(θ)
+        G v = Jᵀ ∇²ℓ(z) J v,   z = f(θ),   J = ∂f/∂θ
 
-    Linearised once, so that each application costs a forward and a backward pass of tangents (with
-    `microbatch=` the model is linearised anew each time, in the memory of one micro-batch). Local
-    to the device under an axis. Martens, arXiv:1412.1193; positive semi-definite where
-    the loss is convex in the outputs, and the Hessian itself where the model is linear.
+    G is positive semi-definite if the loss is convex in the outputs, and equals the Hessian if the
+    model is linear. Martens, arXiv:1412.1193, section 9.
+
+    The model is linearised once, after which a product costs one pass of tangents forward and one
+    of cotangents back. With `Objective(microbatch=)` it is linearised at every product, in the
+    memory of one micro-batch. Under a device axis G is that of this device's part of the batch.
 
     Args:
-        objective: an `Objective` with `model=`; its loss a likelihood or any convex one.
+        objective: an `Objective` with `model=`, whose loss is a likelihood or any other loss
+            of the outputs.
         params: the point θ.
-        mode: of J v: `"forward-over-reverse"`, by forward mode; `"reverse-over-reverse"`, as the
-            transpose of Jᵀ, where a `custom_vjp` has no forward derivative;
-            `"finite-differences"`, of the outputs, where a kernel or a loop has neither, as right
-            as in `hvp`; `"auto"`, the first that JAX allows, with a warning where that is the last.
-            Jᵀ u is by reverse mode, and ∇²ℓ of a loss that is no likelihood in the mode of `hvp`.
-        precision: of the matrix products (`jax.default_matmul_precision`).
+        mode: how J v is computed: by forward mode (`"forward-over-reverse"`), as the transpose of
+            Jᵀ (`"reverse-over-reverse"`), or by differences of the outputs
+            (`"finite-differences"`); `"auto"` takes the first that JAX supports, as in `hvp`. Jᵀ u
+            always takes reverse mode. The mode also applies to ∇²ℓ of a loss that is not a
+            likelihood.
+        precision: of matrix products, as in `jax.default_matmul_precision`.
 
     Returns:
-        A linear map on trees like `params`. With a likelihood and without micro-batches it knows
-        its root, R v = Bᵀ J v, where B Bᵀ = ∇²ℓ.
+        A `Product` on trees like `params`. With a likelihood and without micro-batches it has a
+        root R v = Bᵀ J v, where B Bᵀ = ∇²ℓ.
 
     Raises:
-        ValueError: the objective has no `model`, or an unknown mode.
-        TypeError: JAX does not differentiate the model in the mode that was asked for.
+        ValueError: the objective has no `model`, or `mode` is unknown.
+        TypeError: JAX cannot differentiate the model in the given mode.
+
+    Examples:
+        >>> import jax.numpy as jnp, curvax
+        >>> batch = {"x": jnp.array([[1.0, 0.0], [0.0, 2.0]]), "y": jnp.zeros(2)}
+        >>> predict = lambda w, batch: batch["x"] @ w
+        >>> objective = curvax.Objective(curvax.gaussian("y"), batch, model=predict)
+        >>> curvax.ggnvp(objective, jnp.zeros(2))(jnp.ones(2)).tolist()
+        [0.5, 2.0]
     """
     objective = as_objective(objective, "ggnvp", params)
     return _linearized(objective, params, mode, precision)[1]
@@ -68,7 +79,7 @@ def ggnvp(
 def linearized_gauss_newton(
     objective: Objective, params: Tree, *, mode: str = "auto", precision: Any = "highest"
 ) -> tuple[LossAndGradient, Product]:
-    """(((L, aux), ∇L), `ggnvp`) from one linearisation."""
+    """(((L, aux), ∇L), product of `ggnvp`) from one linearisation."""
     gradient, product = _linearized(objective, params, mode, precision)
     return gradient(), product
 
@@ -84,26 +95,29 @@ def _linearized(
 
 @dataclasses.dataclass(frozen=True)
 class ModelPass:
-    """The model linearised at a point: one forward pass for everything that is pulled back."""
+    """The model linearised at a point: one forward pass, shared by gradient and products."""
 
     objective: Objective
     model: Linearized
 
     kinds: Tree
-    """A tree of arrays or shapes with the dtypes in which the model gives its outputs."""
+    """A tree of arrays or shapes with the dtypes of the model's outputs."""
 
     @property
     def outputs(self) -> Tree:
-        """z, for the whole batch; where the loss is scaled, in float32 or wider."""
+        """z for the whole batch; in float32 or wider if the loss is scaled."""
         return self.model.value
 
     def pull(self, cotangent: Tree) -> Tree:
-        """Jᵀ c for c like the outputs: a backward pass."""
-        return self.objective.unscaled(self.model.pull(self.objective.scaled(cotangent)))
+        """Jᵀ c for a cotangent c of the outputs, by one backward pass."""
+        return self.objective._unscaled(self.model.pull(self.objective._scaled(cotangent)))
 
     def pull_sum(self, cotangent: Tree, weight: jax.Array) -> Tree:
-        """Jᵀ c for c that counts each example fully, as the mean that a scale is chosen for does
-        not; `weight` is that of all examples."""
+        """Jᵀ c for a cotangent of a sum over the examples instead of a mean.
+
+        `Objective(scale=)` is chosen for the mean, so c is divided by the total `weight` of the
+        examples before the backward pass, and the result multiplied by it.
+        """
         if self.objective.scale is None:
             return self.pull(cotangent)
         return trees.scale(weight, self.pull(trees.scale(1 / weight, cotangent)))
@@ -112,20 +126,20 @@ class ModelPass:
         """((L, aux), ∇L)"""
 
         def scaled(z: Tree) -> tuple[jax.Array, jax.Array]:
-            value = self.objective.loss_of(trees.cast_like(z, self.kinds))
-            return self.objective.scaled(value), value
+            value = self.objective._loss_of(trees.cast_like(z, self.kinds))
+            return self.objective._scaled(value), value
 
         (_, value), cotangent = jax.value_and_grad(scaled, has_aux=True)(self.outputs)
-        return (value, self.model.aux), self.objective.unscaled(self.model.pull(cotangent))
+        return (value, self.model.aux), self.objective._unscaled(self.model.pull(cotangent))
 
-    def product(self, metric: Metric, *beside: Tree) -> Product:
-        """v ↦ Jᵀ M J v, where M = `metric(objective, outputs, *beside)`."""
-        inner = metric(self.objective, self.outputs, *beside)
+    def product(self, metric: Metric, *batched: Tree) -> Product:
+        """v ↦ Jᵀ M J v, where M = `metric(objective, outputs, *batched)`."""
+        inner = metric(self.objective, self.outputs, *batched)
         return unit_sized(self.objective, inner.within(self.model.push, self.pull))
 
 
 def model_pass(objective: Objective, params: Tree, *, mode: str = "auto") -> ModelPass:
-    """The objective's model linearised at `params`, over the whole batch in one piece."""
+    """Linearises the objective's model at `params`, on the whole batch in one piece."""
     params, local = localized(objective, params)
     kinds: Tree = None
 
@@ -143,41 +157,41 @@ def linearized_product(
     objective: Objective,
     params: Tree,
     metric: Metric,
-    *beside: Tree,
+    *batched: Tree,
     mode: str = "auto",
     precision: Any,
 ) -> tuple[Callable[[], LossAndGradient], Product]:
-    """(() ↦ ((L, aux), ∇L), v ↦ Jᵀ M J v), one linearisation for both.
+    """(() ↦ ((L, aux), ∇L), v ↦ Jᵀ M J v) from one linearisation.
 
-    With micro-batches the model is linearised in each of them, at each application.
+    With micro-batches the model is linearised on each of them at every product.
 
     Args:
-        objective: has a `model`.
-        params: the point.
-        metric: M, from the objective, its outputs and what lies beside.
-        beside: trees with a leading axis of examples, cut like the batch.
+        objective: an objective with a `model`.
+        params: the point θ.
+        metric: `metric(objective, outputs, *batched) -> M`.
+        batched: trees with a leading axis of examples, divided like the batch.
         mode: of J v, as in `ggnvp`.
-        precision: of the matrix products.
+        precision: of matrix products.
     """
     if not objective.microbatch:
         with jax.default_matmul_precision(precision):
             whole = model_pass(objective, params, mode=mode)
-            product = whole.product(metric, *beside)
+            product = whole.product(metric, *batched)
         return whole.loss_and_gradient, at_precision(precision, product)
 
     def scanned(v: Tree) -> Tree:
         at = lambda part: model_pass(part, params, mode=mode)
         apply = lambda part, *rest: at(part).product(metric, *rest)(v)
-        return objective.average(apply, *beside)
+        return objective._microbatch_mean(apply, *batched)
 
-    gradient = lambda: objective.value_aux_and_grad(params)
+    gradient = lambda: objective._value_aux_and_grad(params)
     return gradient, at_precision(precision, Product(scanned))
 
 
-def loss_curvature(part: Objective, outputs: Tree, *beside: Tree, mode: str = "auto") -> Product:
-    """∇²ℓ in the outputs: known to a likelihood, by autodiff for any other loss."""
+def loss_curvature(part: Objective, outputs: Tree, *batched: Tree, mode: str = "auto") -> Product:
+    """∇²ℓ in the outputs, in closed form for a likelihood and by autodiff for any other loss."""
     if not isinstance(part.loss, Likelihood):
-        return Product(linearized_gradient(Objective(part.loss_of), outputs, mode=mode)[1])
+        return Product(linearized_gradient(Objective(part._loss_of), outputs, mode=mode)[1])
     loss, batch = part.loss, part.batch
     root = Root(
         lambda u: loss.root_transpose(outputs, batch, u),

@@ -1,4 +1,4 @@
-"""A loss and a point ↦ the Hessian product v ↦ H v, and the gradient that comes with it."""
+"""Products with the Hessian, v ↦ H v, and the gradient from the same linearisation."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,29 +28,41 @@ def hvp(
     mode: str = "auto",
     precision: Any = "highest",
 ) -> Product:
-    """The product with the Hessian of the loss at `params`: v ↦ ∇²L(θ) v.
+    """The product with the Hessian of the loss at `params`.
 
-    Linearised once, so that each application costs about one gradient (with `microbatch=`, and
-    where JAX cannot linearise a kernel, the gradient is computed anew each time; memory is that of
-    one micro-batch). Local to the device under an axis.
+        H v = ∇²L(θ) v
+
+    The gradient is linearised once, after which a product costs about one gradient. With
+    `Objective(microbatch=)` it is linearised at every product, in the memory of one micro-batch.
+    Under a device axis the Hessian is that of this device's part of the batch.
 
     Args:
         objective: an `Objective`, or a callable `params -> scalar`.
         params: the point θ.
-        mode: `"forward-over-reverse"`, the cheapest; `"reverse-over-reverse"`, where a
-            `custom_vjp` has no forward derivative; `"finite-differences"`, central, two gradients
-            a product, where a kernel or a loop has neither, right to about 5e-5 where the loss
-            computes in float32 and 7e-2 in bfloat16 (measured in
-            `curvax.curvature.finite_differences`); `"auto"`, the first that JAX allows of the loss,
-            found by tracing, with a warning where that is the last.
-        precision: of the matrix products (`jax.default_matmul_precision`).
+        mode: how the gradient is differentiated.
+
+            - `"forward-over-reverse"`: the cheapest.
+            - `"reverse-over-reverse"`: for a `custom_vjp`, which has no forward derivative.
+            - `"finite-differences"`: central differences of gradients, two a product, for kernels
+              and loops that have neither derivative. The relative error is about 5e-5 in float32
+              and 7e-2 in bfloat16 (see `curvax.curvature.finite_differences`).
+            - `"auto"`: the first of these that JAX supports for this loss, found by tracing, with a
+              warning if that is finite differences.
+        precision: of matrix products, as in `jax.default_matmul_precision`.
 
     Returns:
-        A linear map from trees like `params` to trees like `params`.
+        A `Product`, a linear map on trees like `params`.
 
     Raises:
-        ValueError: an unknown mode.
-        TypeError: JAX does not differentiate this loss in the mode that was asked for.
+        ValueError: `mode` is not one of these.
+        TypeError: JAX cannot differentiate this loss in the given mode.
+
+    Examples:
+        >>> import jax.numpy as jnp, curvax
+        >>> loss = lambda w: jnp.sum(jnp.array([1.0, 3.0]) * w**2)
+        >>> product = curvax.hvp(loss, jnp.zeros(2))
+        >>> product(jnp.array([1.0, 1.0])).tolist()
+        [2.0, 6.0]
     """
     objective = as_objective(objective, "hvp")
     return linearized_hessian(objective, params, mode=mode, precision=precision)[1]
@@ -59,7 +71,7 @@ def hvp(
 def linearized_hessian(
     objective: Objective, params: Tree, *, mode: str = "auto", precision: Any = "highest"
 ) -> tuple[LossAndGradient, Product]:
-    """(((L, aux), ∇L), `hvp`) from one linearisation."""
+    """(((L, aux), ∇L), product of `hvp`) from one linearisation."""
     check_mode(mode)
     with jax.default_matmul_precision(precision):
         out, product = linearized_gradient(objective, params, mode=mode)
@@ -69,11 +81,11 @@ def linearized_hessian(
 def linearized_gradient(
     objective: Objective, params: Tree, *, mode: str = "auto"
 ) -> tuple[LossAndGradient, Matvec]:
-    """(((L, aux), ∇L), v ↦ H v) at `params`, one linearisation for all."""
-    own = objective.apart()
+    """(((L, aux), ∇L), v ↦ H v) from one linearisation, at the current matmul precision."""
+    own = objective._device_part()
     out, product = _own_linearized(own, *localized(own, params), mode)
     product = at_unit_size(own, product)
-    return objective.group_mean(out), lambda v: objective.group_mean(product(v))
+    return objective._group_mean(out), lambda v: objective._group_mean(product(v))
 
 
 def _own_linearized(
@@ -81,9 +93,9 @@ def _own_linearized(
 ) -> tuple[LossAndGradient, Matvec]:
     way = way_to_products(mode, own, params, once=bool(own.microbatch))
     if own.microbatch:
-        # Linear maps of all micro-batches would be as large as that of the whole batch.
+        # The residuals of all micro-batches would take the memory of the whole batch.
         product = lambda v: way.once(own, params, v)[1]
-        out = own.value_aux_and_grad(params)
+        out = own._value_aux_and_grad(params)
     else:
         out, product = way.many(own, params)
     return out, lambda v: product(tangent(v, params, local))
@@ -92,8 +104,8 @@ def _own_linearized(
 def gradient_and_product(
     objective: Objective, params: Tree, v: Tree, *, mode: str = "auto"
 ) -> tuple[LossAndGradient, Tree]:
-    """(((L, aux), ∇L), H v) in one pass: the gradient shares its backward pass with the product."""
-    own = objective.apart()
+    """(((L, aux), ∇L), H v) for a single v, from one forward and backward pass."""
+    own = objective._device_part()
     params, local = localized(own, params)
     way = way_to_products(mode, own, params, once=True)
-    return objective.group_mean(way.once(own, params, tangent(v, params, local)))
+    return objective._group_mean(way.once(own, params, tangent(v, params, local)))

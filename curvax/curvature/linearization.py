@@ -1,4 +1,4 @@
-"""A function and a point ↦ its linear map and the transpose, from one set of residuals."""
+"""Linearisation of a function at a point: v ↦ J v and c ↦ Jᵀ c from one set of residuals."""
 
 import dataclasses
 import functools
@@ -30,12 +30,12 @@ LossAndGradient = tuple[tuple[jax.Array, Any], Tree]
 
 
 class Linearized(NamedTuple):
-    """f at a point θ: its value, and its Jacobian J from one set of residuals."""
+    """The value of a function f at θ, and products with its Jacobian J."""
 
     value: Tree
     aux: Any
     push: Callable[[Tree], Tree]
-    """v ↦ J v, where v is any tree with the structure of θ."""
+    """v ↦ J v for any tree v with the structure of θ."""
     pull: Callable[[Tree], Tree]
     """c ↦ Jᵀ c."""
 
@@ -43,17 +43,18 @@ class Linearized(NamedTuple):
 def linearized(
     f: Callable[[Tree], tuple[Tree, Any]], params: Tree, local: Any = (), *, mode: str = "auto"
 ) -> Linearized:
-    """`f(params) -> (value, aux)` and its linear map at a point, traced once for both directions.
+    """Linearises a function at a point; it is traced once for both directions.
 
-    How J v is taken is found at the first push: Jᵀ c alone asks for nothing but reverse mode.
+    The mode of J v is resolved at the first product with J, since Jᵀ c needs only reverse mode.
 
     Args:
-        f: the function.
-        params: the point, typed as varying over `local`.
+        f: `f(params) -> (value, aux)`.
+        params: the point θ, typed as varying over `local`.
         local: the device axes over which tangents vary.
-        mode: `"forward-over-reverse"`, J by forward mode; `"reverse-over-reverse"`, J as the
-            transpose of Jᵀ, where a `custom_vjp` keeps forward mode out;
-            `"finite-differences"`, of the values; `"auto"`, the first that JAX allows.
+        mode: how J v is computed: `"forward-over-reverse"`, by forward mode;
+            `"reverse-over-reverse"`, as the transpose of Jᵀ, for a `custom_vjp`;
+            `"finite-differences"`, by differences of the value; `"auto"`, the first of these that
+            JAX supports.
     """
     value, jvp, aux = jax.linearize(f, params, has_aux=True)
     refuse_complex_values(value)
@@ -70,32 +71,32 @@ def linearized(
 
 
 def refuse_complex_values(value: Tree) -> None:
-    """Refuses outputs of a model that are complex.
+    """Raises if a model has complex outputs.
 
     Raises:
-        TypeError: they are.
+        TypeError: an output is complex.
     """
     if any(jnp.issubdtype(x.dtype, jnp.complexfloating) for x in jax.tree.leaves(value)):
         raise TypeError(
-            "Gauss-Newton, Fisher and tangent kernels are those of real outputs, and the model "
+            "Gauss-Newton, Fisher and tangent kernels are defined for real outputs, and the model "
             "returns complex ones. Return their real and imaginary parts, "
-            "`jnp.stack([z.real, z.imag], axis=-1)`, and take a loss of these."
+            "`jnp.stack([z.real, z.imag], axis=-1)`, and write the loss for these."
         )
 
 
 def _transpose(pull: Function, value: Tree, v: Tree) -> Tree:
-    # A linear map is its own derivative, wherever that is taken; one that divides by the length of
-    # its argument, or of a part of it, has none at 0.
+    # The derivative of the linear map c ↦ Jᵀ c is the map itself at any c. It is taken at a c
+    # without zeros, since a map that divides by the norm of (a part of) c has no derivative at 0.
     return jax.vjp(pull, jax.tree.map(_generic, value))[1](v)[0]
 
 
 def _mode_of_push(
     mode: str, pushes: dict[str, Function], pull: Function, value: Tree, params: Tree
 ) -> str:
-    """The first mode of J v that is asked for and that JAX allows.
+    """The mode of J v: the given one, or for "auto" the first that JAX supports.
 
     Raises:
-        TypeError: it allows none.
+        TypeError: JAX does not support the given mode.
     """
     if mode == "finite-differences":
         return mode
@@ -104,7 +105,7 @@ def _mode_of_push(
     if forward and mode != "reverse-over-reverse":
         return "forward-over-reverse"
     if mode != "forward-over-reverse":
-        jax.make_jaxpr(pull)(value)  # where a `custom_vjp` of the caller's has a fault of its own
+        jax.make_jaxpr(pull)(value)  # raises the errors of the caller's own `custom_vjp`
         why = refusal(pushes["reverse-over-reverse"], params)
         if not why:
             return "reverse-over-reverse"
@@ -115,19 +116,19 @@ def _mode_of_push(
 
 
 def _blocked(jvp: Function, params: Tree) -> bool:
-    """Whether forward mode meets a `custom_vjp`, which JAX refuses only when it compiles."""
+    """Whether forward mode meets a `custom_vjp`; JAX itself would raise only at compilation."""
     return any(map(blocks_forward, equations(jax.make_jaxpr(jvp)(params).jaxpr)))
 
 
 def _generic(x: jax.Array) -> jax.Array:
-    """Numbers between ½ and 1½ of which no sum or difference is likely to vanish."""
+    """An array of numbers between ½ and 1½ whose sums and differences are unlikely to vanish."""
     places = jnp.arange(x.size, dtype=jnp.float32).reshape(x.shape)
     numbers = 0.5 + (places * 0.6180339887) % 1.0
     return jnp.zeros_like(x) + trees.laid_out_like(numbers, x)
 
 
 def localized(objective: Objective, params: Tree) -> tuple[Tree, frozenset[str]]:
-    """The parameters typed as varying over the device axes of the batch, and those axes."""
+    """(parameters typed as varying over the device axes of the loss, these axes)"""
     params = trees.arrays(params)
     checks.refuse_complex(params, "A product with curvature")
     local = objective.local_axes(params)
@@ -135,22 +136,22 @@ def localized(objective: Objective, params: Tree) -> tuple[Tree, frozenset[str]]
 
 
 def tangent(v: Tree, params: Tree, local: Any) -> Tree:
-    """v with the dtypes of the parameters, varying and laid out like them.
+    """v with the dtypes and the sharding of the parameters, typed as varying over `local`.
 
     Raises:
-        ValueError: v has another structure.
+        ValueError: v has another tree structure.
     """
     found, wanted = str(jax.tree.structure(v)), str(jax.tree.structure(params))
     if found != wanted:
         raise ValueError(
             f"A curvature product takes a vector with the structure of the parameters, {wanted}, "
-            f"and got {found}."
+            f"and received {found}. Build it from the parameters with `jax.tree.map`."
         )
     return axes.vary(trees.laid_out_like(v, params), local)
 
 
 def at_precision(precision: Any, product: Product) -> Product:
-    """The product with every application at a precision of matrix products."""
+    """The same product, evaluated at a given precision of matrix products."""
 
     def wrap(f: Callable[[Tree], Tree]) -> Callable[[Tree], Tree]:
         def wrapped(x: Tree) -> Tree:
@@ -166,8 +167,11 @@ def at_precision(precision: Any, product: Product) -> Product:
 
 
 def at_unit_size(objective: Objective, f: Callable[[Tree], Tree]) -> Callable[[Tree], Tree]:
-    """The linear map f, applied to v over a power of two near its largest entry, where the loss is
-    scaled: passes in half precision would lose what is small in v, as they would of the loss."""
+    """The linear map f, evaluated at v divided by a power of two near its largest entry.
+
+    Only if the loss is scaled: a pass in half precision would flush small entries of v to zero, as
+    it would those of the gradient. The result is multiplied by the same power of two.
+    """
     if objective.scale is None:
         return f
 
@@ -181,7 +185,7 @@ def at_unit_size(objective: Objective, f: Callable[[Tree], Tree]) -> Callable[[T
 
 
 def unit_sized(objective: Objective, product: Product) -> Product:
-    """The product with every application `at_unit_size`."""
+    """The same product, and its root, evaluated as in `at_unit_size`."""
     sized, root = functools.partial(at_unit_size, objective), product.root
     if root is not None:
         forward, transpose = sized(root.forward), sized(root.transpose)

@@ -1,4 +1,4 @@
-"""A loss and a point ↦ the first way in which JAX can take products with its Hessian there."""
+"""The ways to compute Hessian products, and the first of them that JAX supports for a loss."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,30 +22,37 @@ Matvec = Callable[[Tree], Tree]
 
 
 class Way(NamedTuple):
-    """One way to products, good for a mode."""
+    """One way to compute Hessian products."""
 
     mode: str
+    """The mode that it implements, one of `MODES`."""
     many: Callable[[Objective, Tree], tuple[LossAndGradient, Matvec]]
     """(objective, θ) ↦ (((L, aux), ∇L), v ↦ H v)."""
     once: Callable[[Objective, Tree, Tree], tuple[LossAndGradient, Tree]]
     """(objective, θ, v) ↦ (((L, aux), ∇L), H v), with micro-batches in the memory of one."""
     trial: Callable[[Function, Tree], Tree] | None
-    """(∇L, θ) ↦ H θ, which JAX must be able to trace and lower; None if ∇L alone is asked for."""
+    """(∇L, θ) ↦ H θ, which JAX must be able to trace and lower; None if only ∇L is needed."""
 
 
 def way_to_products(mode: str, objective: Objective, params: Tree, *, once: bool) -> Way:
-    """The first way that the mode and JAX allow; `once`: the product is taken with one vector.
+    """The first way that implements the mode and that JAX supports.
 
-    A loss of ordinary primitives is linearised as it is. Of any other the derivatives are tried
-    on its traced gradient, at no cost at run time.
+    A loss of ordinary primitives takes the first way without trials. For other losses the
+    derivatives are tried on the traced gradient, at no cost at run time.
+
+    Args:
+        mode: one of `MODES`.
+        objective: the loss.
+        params: the point θ.
+        once: whether the product is taken with a single vector, so that linearising does not pay.
 
     Raises:
-        TypeError: JAX allows none.
+        TypeError: JAX supports none.
     """
     allowed = [way for way in WAYS[int(once) :] if mode in ("auto", way.mode)]
     if allowed[0].trial is None or not is_opaque(objective, params):
         return allowed[0]
-    gradient = replayed(lambda p: objective.value_aux_and_grad(p)[1], params)
+    gradient = replayed(lambda p: objective._value_aux_and_grad(p)[1], params)
     what, reasons = "the gradient of this loss", list[str]()
     for way in allowed:
         if way.trial is None:
@@ -59,10 +66,10 @@ def way_to_products(mode: str, objective: Objective, params: Tree, *, once: bool
 
 
 def gradient_of(objective: Objective) -> Callable[[Tree], tuple[Tree, tuple[jax.Array, Any]]]:
-    """θ ↦ (∇L, (L, aux)), in the order in which JAX differentiates the first."""
+    """θ ↦ (∇L, (L, aux)), for JAX transformations with `has_aux=True`."""
 
     def gradient(params: Tree) -> tuple[Tree, tuple[jax.Array, Any]]:
-        loss, grads = objective.value_aux_and_grad(params)
+        loss, grads = objective._value_aux_and_grad(params)
         return grads, loss
 
     return gradient
@@ -75,7 +82,7 @@ def _linearized(objective: Objective, params: Tree) -> tuple[LossAndGradient, Ma
 
 def _pushed(objective: Objective, params: Tree) -> tuple[LossAndGradient, Matvec]:
     product = lambda v: _pushed_once(objective, params, v)[1]
-    return objective.value_aux_and_grad(params), product
+    return objective._value_aux_and_grad(params), product
 
 
 def _pushed_once(objective: Objective, params: Tree, v: Tree) -> tuple[LossAndGradient, Tree]:
@@ -83,13 +90,13 @@ def _pushed_once(objective: Objective, params: Tree, v: Tree) -> tuple[LossAndGr
         grads, product, loss = jax.jvp(gradient_of(part), (params,), (v,), has_aux=True)
         return (loss, grads), product
 
-    return objective.average(forward)
+    return objective._microbatch_mean(forward)
 
 
 def _reversed(objective: Objective, params: Tree) -> tuple[LossAndGradient, Matvec]:
-    # H is symmetric: the transpose that reverse mode gives is the product itself.
+    # H is symmetric, so the vector-Jacobian product of the gradient is the Hessian product.
     grads, pull, loss = jax.vjp(gradient_of(objective), params, has_aux=True)
-    return (loss, grads), lambda v: objective.unscaled(pull(objective.scaled(v))[0])
+    return (loss, grads), lambda v: objective._unscaled(pull(objective._scaled(v))[0])
 
 
 def _reversed_once(objective: Objective, params: Tree, v: Tree) -> tuple[LossAndGradient, Tree]:
@@ -97,12 +104,12 @@ def _reversed_once(objective: Objective, params: Tree, v: Tree) -> tuple[LossAnd
         out, product = _reversed(part, params)
         return out, product(v)
 
-    return objective.average(reverse)
+    return objective._microbatch_mean(reverse)
 
 
 def _differenced(objective: Objective, params: Tree) -> tuple[LossAndGradient, Matvec]:
-    gradient = lambda p: objective.value_aux_and_grad(p)[1]
-    return objective.value_aux_and_grad(params), differences(gradient, params)
+    gradient = lambda p: objective._value_aux_and_grad(p)[1]
+    return objective._value_aux_and_grad(params), differences(gradient, params)
 
 
 def _differenced_once(objective: Objective, params: Tree, v: Tree) -> tuple[LossAndGradient, Tree]:

@@ -1,4 +1,4 @@
-"""A function and a point ↦ the coarsest floating numbers that lie between them, by its program."""
+"""The coarsest floating-point precision in the trace of a function, for finite differences."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,14 +14,14 @@ from curvax.curvature.differentiability import Function, bodies
 Vars = set[Any]
 
 REDUCED = {"BF16_BF16_F32": 2.0**-7, "TF32_TF32_F32": 2.0**-10, "F16_F16": 2.0**-10}
-"""ε of the operands of a matrix product, by how the name of its algorithm starts."""
+"""ε of the operands of a matrix product, by the prefix of its algorithm's name."""
 
 DEFAULT = {"tpu": 2.0**-7, "gpu": 2.0**-10}
-"""The same of products in float32 at default precision: bfloat16 on TPUs, TF32 on GPUs."""
+"""ε of matrix products in float32 at default precision: bfloat16 on TPUs, TF32 on GPUs."""
 
 
 def rounding(f: Function, params: Tree) -> float:
-    """ε of the coarsest floating numbers between the parameters and f of them. Traces f once."""
+    """ε of the coarsest floats on the way from the parameters to f(params). Traces f once."""
     program = jax.make_jaxpr(f)(params).jaxpr
     own = [float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(params) if trees.is_float(x)]
     steps = _roundings(program, set(program.invars), set(program.outvars))
@@ -29,7 +29,7 @@ def rounding(f: Function, params: Tree) -> float:
 
 
 def _roundings(jaxpr: Any, depends: Vars, wanted: Vars) -> Iterator[float]:
-    """ε of what depends on some variables, where the wanted ones depend on it."""
+    """ε of every value that depends on variables in `depends` and that `wanted` ones depend on."""
     depends, needed = _dependents(jaxpr, depends), _needed(jaxpr, wanted)
     for eqn in jaxpr.eqns:
         unwanted = eqn.outvars and not needed & set(eqn.outvars)
@@ -49,7 +49,7 @@ def _dependents(jaxpr: Any, roots: Vars) -> Vars:
 
 
 def _reached(eqn: Any, depends: Vars) -> Vars:
-    """The results of an equation that depend on some variables."""
+    """The outputs of an equation that depend on variables in `depends`."""
     inner = bodies(eqn)
     if not inner or not all(_same_results(eqn, body) for body in inner):
         return set(eqn.outvars)
@@ -76,9 +76,9 @@ def _needed(jaxpr: Any, wanted: Vars) -> Vars:
 
 
 def _within(eqn: Any, body: Any, depends: Vars, needed: Vars) -> tuple[Vars, Vars]:
-    """The two sets in the body of an equation: all of it where the two do not correspond."""
+    """(depends, needed) in the body of an equation; all variables if they cannot be matched."""
     inside, wanted = set(body.invars), _variables(body.outvars)
-    if not body.outvars:  # a kernel, which writes to references
+    if not body.outvars:  # a kernel, whose outputs are references that it writes to
         wanted = {var for inner in body.eqns for var in inner.outvars}
     if eqn.primitive.name != "while" and len(body.invars) <= len(eqn.invars):
         pairs = zip(reversed(body.invars), reversed(eqn.invars))
@@ -92,7 +92,7 @@ def _within(eqn: Any, body: Any, depends: Vars, needed: Vars) -> tuple[Vars, Var
 
 
 def _fed_back(eqn: Any, body: Any, inside: Vars, wanted: Vars) -> tuple[Vars, Vars]:
-    """The two sets in the body of a scan, whose carries come back in."""
+    """(depends, needed) in the body of a scan, closed under its carries."""
     longer = lambda outer, inner: outer.aval.ndim > inner.aval.ndim
     sequences = sum(map(longer, eqn.invars, body.invars))
     carried = len(body.outvars) - sum(map(longer, eqn.outvars, body.outvars))

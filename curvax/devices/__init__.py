@@ -1,1 +1,1 @@
-"""Devices: named axes to average over, and the layouts of arrays on a mesh."""
+"""Named device axes to average over, and the sharding of arrays on explicit meshes."""

@@ -1,8 +1,8 @@
-"""Named device axes: which are bound, over which a value varies, and the mean over them.
+"""Named device axes: which ones are bound, which ones a value varies over, and means over them.
 
-One code path serves pmap, shard_map (check_vma on and off), vmap with an axis name, and jit
-without any: a value that is not yet known to vary over an axis is cast, what is bound is averaged,
-what is not bound is left alone.
+The same code runs under `pmap`, under `shard_map` with and without `check_vma`, under `vmap` with
+an axis name, and under plain `jit`: values are cast to "varying" where types require it, means are
+taken over bound axes, and unbound axes are ignored.
 """
 
 from collections.abc import Callable
@@ -28,9 +28,10 @@ AxisNames = str | tuple[str, ...] | None
 
 
 class Neighbours(NamedTuple):
-    """Each `size` devices in a row along an axis, where no axis of a mesh holds just them.
+    """Groups of `size` consecutive devices along an axis, which are not an axis of their own.
 
-    Only where types do not tell what varies, as under pmap: no type says "alike in each row".
+    Used only where types do not track what varies, as under `pmap`, since no type expresses "equal
+    within each group".
     """
 
     axis: str
@@ -38,7 +39,7 @@ class Neighbours(NamedTuple):
 
     @property
     def rows(self) -> list[list[int]]:
-        """The devices of each row, by their number along the axis, which is bound."""
+        """The indices of the devices in each group along the axis, which must be bound."""
         return np.arange(lax.axis_size(self.axis)).reshape(-1, self.size).tolist()
 
     def reduce(self, reduction: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
@@ -46,7 +47,7 @@ class Neighbours(NamedTuple):
 
 
 Along = str | Neighbours
-"""What a mean is taken along."""
+"""An axis, or groups along one, to average over."""
 
 
 def as_tuple(axes: AxisNames) -> tuple[str, ...]:
@@ -56,28 +57,28 @@ def as_tuple(axes: AxisNames) -> tuple[str, ...]:
 
 
 def manual() -> tuple[str, ...]:
-    """The axes that pmap or shard_map bound here (vmap's do not show)."""
+    """The axes that `pmap` or `shard_map` bound here, without those of `vmap`."""
     return compat.manual_axes()
 
 
 def varying(tree: Tree) -> frozenset[str]:
-    """The axes over which some leaf is known to vary (only check_vma=True tells)."""
+    """The axes over which some leaf varies by its type; only `check_vma=True` tracks them."""
     return frozenset().union(*(varying_of(jax.typeof(x)) for x in jax.tree.leaves(tree)))
 
 
 def varying_of(abstract: Any) -> frozenset[str]:
-    """The same of an abstract value or a `ShapeDtypeStruct`."""
+    """The axes over which an abstract value or a `ShapeDtypeStruct` varies."""
     return compat.varying_axes(abstract)
 
 
 def tracked() -> bool:
-    """Whether the types here say what varies: shard_map with check_vma=True."""
+    """Whether types track what varies here, as in `shard_map` with `check_vma=True`."""
     axes = manual()
     return bool(axes) and bool(varying(_cast(jnp.zeros(()), axes)))
 
 
 def vary(tree: Tree, axes: Any) -> Tree:
-    """The same values, typed as varying over those of `axes` that are manual here."""
+    """The same values, typed as varying over those of `axes` that are bound here."""
     wanted = [axis for axis in manual() if axis in frozenset(axes)]
     return jax.tree.map(lambda x: _cast(x, wanted), tree) if wanted else tree
 
@@ -88,7 +89,7 @@ def _cast(x: jax.Array, axes: Any) -> jax.Array:
 
 
 def carried(start: Tree, step: Callable[[Tree], Tree]) -> Tree:
-    """The start of a loop, each leaf varying over every axis over which steps make it vary."""
+    """The initial carry of a loop, varying over all axes over which a step makes it vary."""
     while tracked():
         kinds = jax.eval_shape(step, start)
         wider = jax.tree.map(lambda x, kind: _cast(x, varying_of(kind)), start, kinds)
@@ -101,7 +102,10 @@ def carried(start: Tree, step: Callable[[Tree], Tree]) -> Tree:
 def while_loop(
     go_on: Callable[[Tree], jax.Array], step: Callable[[Tree], Tree], start: Tree
 ) -> Tree:
-    """`lax.while_loop`, where devices may take more steps than others: a count is their own too."""
+    """`lax.while_loop` whose number of steps may differ between devices.
+
+    The whole carry, counters included, is typed as varying over the axes of the condition.
+    """
     start = carried(start, step)
     own = varying_of(jax.eval_shape(go_on, start))
     start, taken = vary(start, own), lambda carry: vary(step(carry), own)
@@ -109,17 +113,17 @@ def while_loop(
 
 
 def bound(axes: AxisNames, *, where: str) -> tuple[str, ...]:
-    """Those of `axes` that are bound; none of them is bound under plain jit, and that is fine.
+    """Those of `axes` that are bound; none under plain `jit`.
 
     Raises:
-        ValueError: other axes are bound here, but not this one.
+        ValueError: an axis is not bound although others are.
     """
     found = tuple(axis for axis in as_tuple(axes) if _is_bound(axis))
     for axis in as_tuple(axes):
         if axis not in found and (manual() or found):
             raise ValueError(
                 f"{where} averages over the axis {axis!r}, which is not bound here; bound are "
-                f"{manual() or found}. Use the name given to pmap or to the mesh of shard_map."
+                f"{manual() or found}. Use the name passed to `pmap` or to the mesh of `shard_map`."
             )
     return found
 
@@ -133,11 +137,16 @@ def _is_bound(axis: str) -> bool:
 
 
 def mean(tree: Tree, axes: tuple[Along, ...], weight: jax.Array | None = None) -> Tree:
-    """The mean over bound axes of every floating leaf, weighted by each device's `weight`.
+    """The weighted mean of every floating leaf over bound axes.
 
-    What is known not to vary over an axis is its own mean there and costs nothing, and counts by
-    the weight of all devices along it; integers, booleans and keys are left alone. Of states
-    that are overwritten by their gradients it is the largest.
+    A leaf that does not vary over an axis, by its type, is its own mean there: it takes no
+    collective, and its weight is the total over the devices along that axis. Integers, booleans and
+    keys are returned unchanged. States that are overwritten by their gradients take the maximum.
+
+    Args:
+        tree: a pytree of arrays.
+        axes: bound axes.
+        weight: the weight of this device, a scalar; None for equal weights.
     """
     if not axes:
         return tree
@@ -160,7 +169,7 @@ def mean(tree: Tree, axes: tuple[Along, ...], weight: jax.Array | None = None) -
 
 
 def total(x: jax.Array, over: tuple[Along, ...]) -> jax.Array:
-    """The sum over bound axes, of one array."""
+    """The sum of an array over bound axes."""
     return _reduced(lax.psum, x, over)
 
 
@@ -175,19 +184,19 @@ def _reduced(
 
 
 def last(x: jax.Array, over: tuple[str, ...]) -> jax.Array:
-    """What the last device along bound axes has, of one array."""
+    """The value of an array on the last device along bound axes."""
     index, size = index_and_size(over)
     return lax.psum(jnp.where(index == size - 1, x, jnp.zeros_like(x)), over).astype(x.dtype)
 
 
 def mean_over_visible(tree: Tree) -> Tree:
-    """The mean over every axis that the types show: one number for all devices."""
+    """The mean over all axes that the tree varies over by its types."""
     axes = varying(tree)
     return mean(tree, tuple(a for a in manual() if a in axes)) if axes else tree
 
 
 def index_and_size(over: tuple[Along, ...]) -> tuple[jax.Array | int, int]:
-    """This device's number along the axes, first axis slowest, and how many there are."""
+    """(index of this device along the axes, first axis slowest, number of devices)"""
     index: jax.Array | int = 0
     size = 1
     for part in over:
@@ -200,8 +209,11 @@ def index_and_size(over: tuple[Along, ...]) -> tuple[jax.Array | int, int]:
 
 
 def last_of_size(size: int, names: tuple[str, ...]) -> tuple[Along, ...] | None:
-    """Along what `size` neighbouring devices lie: the last of these axes that hold just them, or,
-    where types do not tell, a row of the only one."""
+    """The trailing axes in `names` that hold exactly `size` neighbouring devices.
+
+    With a single axis, and if types do not track what varies, `Neighbours` along it. None if there
+    are no such axes.
+    """
     tails = (names[start:] for start in reversed(range(len(names))))
     found = next((tail for tail in tails if lax.axis_size(tail) == size), None)
     if found is None and len(names) == 1 and not tracked() and lax.axis_size(names[0]) % size == 0:
@@ -210,15 +222,15 @@ def last_of_size(size: int, names: tuple[str, ...]) -> tuple[Along, ...] | None:
 
 
 def outside(along: tuple[Along, ...], names: tuple[str, ...]) -> tuple[Along, ...]:
-    """What does not lie along any of the named axes."""
+    """Those of `along` that are not along any of the named axes."""
     axis = lambda part: part.axis if isinstance(part, Neighbours) else part
     return tuple(part for part in along if axis(part) not in names)
 
 
 def cond(predicate: Any, f: Any, g: Any) -> Tree:
-    """`lax.cond(predicate, f, g)` for branches of which only one may vary over a device axis.
+    """`lax.cond(predicate, f, g)` for branches whose results vary over different device axes.
 
-    The predicate must be the same on every device if a branch communicates.
+    The predicate must be equal on all devices if a branch contains a collective.
     """
     if not tracked():
         return lax.cond(predicate, f, g)

@@ -1,7 +1,8 @@
-"""Where arrays of explicit meshes lie, and the same values laid out otherwise.
+"""Sharding of arrays on explicit meshes: reading it from types, and resharding.
 
-A type then says along which axes of the mesh each dimension is split, and a reshape, a slice or a
-loop that has no one layout to come out in is told one here. Without such a mesh all is as it was.
+On a mesh of explicit axes a type says which mesh axes shard each dimension. A reshape, a slice or a
+loop whose output sharding JAX cannot infer is given one here. On other arrays these functions
+change nothing.
 """
 
 import math
@@ -20,7 +21,7 @@ Axes = tuple[str, ...]
 
 
 def split_of(x: jax.Array, dim: int = 0) -> Axes:
-    """The mesh axes along which a dimension is split, slowest first."""
+    """The mesh axes that shard a dimension, slowest first."""
     spec = jax.typeof(x).sharding.spec
     entry = spec[dim] if dim < len(spec) else None
     if isinstance(entry, str):
@@ -29,18 +30,18 @@ def split_of(x: jax.Array, dim: int = 0) -> Axes:
 
 
 def leading(tree: Tree) -> Axes:
-    """The mesh axes along which the first dimension of the leaves is split."""
+    """The mesh axes that shard the first dimension of the leaves."""
     return next(filter(None, map(split_of, jax.tree.leaves(tree))), ())
 
 
 def size_of(names: Axes, x: jax.Array) -> int:
-    """The parts that these axes of the mesh of x make."""
+    """The number of shards along these axes of the mesh of x."""
     shape = jax.typeof(x).sharding.mesh.shape
     return math.prod(shape[name] for name in names)
 
 
 def fitting(names: Axes, x: jax.Array, size: int) -> Axes:
-    """Those of the axes that split a dimension of `size` evenly, the slowest first."""
+    """Those of the axes that divide a dimension of `size` evenly, slowest first."""
     found: Axes = ()
     for name in names:
         if size % size_of((*found, name), x) == 0:
@@ -49,31 +50,31 @@ def fitting(names: Axes, x: jax.Array, size: int) -> Axes:
 
 
 def layout(x: jax.Array, dims: Iterable[Axes]) -> NamedSharding:
-    """A layout on the mesh of x, from the axes of each dimension."""
+    """A sharding on the mesh of x, from the mesh axes of each dimension."""
     return NamedSharding(_mesh(x), P(*(names or None for names in dims)))
 
 
 def _mesh(x: jax.Array) -> Any:
-    """The mesh of x: of an array that has none but a type, that of its type."""
+    """The mesh of x, from its sharding or, for a tracer, from its type."""
     known = None if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
     return known.mesh if isinstance(known, NamedSharding) else jax.typeof(x).sharding.mesh
 
 
 def laid_out(x: jax.Array, *first: Axes) -> jax.Array:
-    """x with its first dimensions split along these axes, the others as they are."""
+    """x with its first dimensions sharded along these axes, and the others unchanged."""
     dims = [split_of(x, dim) for dim in range(x.ndim)]
     wanted = [*first, *dims[len(first) :]]
     return x if wanted == dims else _resharded(x, layout(x, wanted))
 
 
 def placed(x: jax.Array, names: Axes, pieces: Tree) -> jax.Array:
-    """A vector, of no mesh as yet, split along axes of the mesh of pieces."""
+    """A replicated vector, sharded along axes of the mesh of `pieces`."""
     like = split_leaf(pieces)
     return x if like is None or not names else _resharded(x, layout(like, [names]))
 
 
 def gathered(tree: Tree, names: Axes | None = None) -> Tree:
-    """The same tree, split along none of these axes; along none at all where they are None."""
+    """The tree gathered over the named axes; over all axes if `names` is None."""
 
     def gather(x: jax.Array) -> jax.Array:
         if not is_sharded(x):
@@ -87,12 +88,12 @@ def gathered(tree: Tree, names: Axes | None = None) -> Tree:
 
 
 def laid_like(tree: Tree, like: Tree) -> Tree:
-    """The same values and dtypes, laid out like `like` where that is split."""
+    """The same values and dtypes, sharded like `like` where that is sharded."""
     return jax.tree.map(lambda x, y: _like(x, y, ()) if is_sharded(y) else x, tree, like)
 
 
 def stacked_like(stack: Tree, like: Tree) -> Tree:
-    """Trees stacked along a new first axis, each laid out like `like` where that is split."""
+    """Trees stacked along a new first axis, each sharded like `like` where that is sharded."""
     return jax.tree.map(lambda x, y: _like(x, y, ((),)) if is_sharded(y) else x, stack, like)
 
 
@@ -101,10 +102,10 @@ def _like(x: jax.Array, y: jax.Array, first: tuple[Axes, ...]) -> jax.Array:
 
 
 def cut(x: jax.Array, count: int, piece: int) -> jax.Array:
-    """[n, ...] as [count, piece, ...], contiguous.
+    """Reshapes [n, ...] to contiguous pieces [count, piece, ...].
 
-    Of the axes that split n those that can split `count`, so that whole pieces stay on their
-    devices where they do; the others split the examples of each piece, where those come out even.
+    Mesh axes that shard n shard `count` if they divide it, so that whole pieces stay on their
+    devices. The other axes shard the examples of each piece if they divide those.
     """
     shape = (count, piece, *x.shape[1:])
     names = split_of(x)
@@ -117,7 +118,7 @@ def cut(x: jax.Array, count: int, piece: int) -> jax.Array:
 
 
 def joined(x: jax.Array) -> jax.Array:
-    """[count, piece, ...] as [count·piece, ...], split along all axes that split either."""
+    """Reshapes [count, piece, ...] to [count·piece, ...], sharded along the axes of both."""
     shape = (x.shape[0] * x.shape[1], *x.shape[2:])
     if not is_sharded(x):
         return x.reshape(shape)
@@ -127,12 +128,12 @@ def joined(x: jax.Array) -> jax.Array:
 
 
 def by_rows(x: jax.Array) -> jax.Array:
-    """x with whole rows on their devices."""
+    """x sharded along its first dimension alone, with whole rows on their devices."""
     return laid_out(x, split_of(x), *[()] * (x.ndim - 1))
 
 
 def rows(x: jax.Array, n: int) -> jax.Array:
-    """[n, ...] as [n, C], with whole rows on their devices."""
+    """Reshapes [n, ...] to [n, C], with whole rows on their devices."""
     if is_sharded(x):
         x = by_rows(x)
         return lax.reshape(x, (n, x.size // n), out_sharding=layout(x, [split_of(x), ()]))
@@ -140,7 +141,7 @@ def rows(x: jax.Array, n: int) -> jax.Array:
 
 
 def first(x: jax.Array, count: int) -> jax.Array:
-    """The first `count` of [n, ...], split as far as they come out even."""
+    """The first `count` rows of [n, ...], sharded along those axes that divide `count`."""
     if not is_sharded(x):
         return x[:count]
     names = fitting(split_of(x), x, count)
@@ -148,18 +149,18 @@ def first(x: jax.Array, count: int) -> jax.Array:
 
 
 def split_leaf(pieces: Tree) -> jax.Array | None:
-    """A leaf of pieces [count, piece, ...] whose first or second dimension is split."""
+    """A leaf of pieces [count, piece, ...] whose first or second dimension is sharded, or None."""
     return next((x for x in jax.tree.leaves(pieces) if split_of(x, 0) or split_of(x, 1)), None)
 
 
 def lie_along(pieces: Tree) -> tuple[Axes, Axes]:
-    """The mesh axes that split the first two dimensions of pieces [count, piece, ...]."""
+    """The mesh axes that shard the first and the second dimension of pieces [count, piece, ...]."""
     x = split_leaf(pieces)
     return ((), ()) if x is None else (split_of(x, 0), split_of(x, 1))
 
 
 def within(pieces: Tree) -> tuple[Axes, Axes]:
-    """The same where those axes split the examples of each piece alone, as far as they can."""
+    """As `lie_along`, once all axes that divide the second dimension are moved there."""
     x = split_leaf(pieces)
     if x is None:
         return (), ()
@@ -167,7 +168,7 @@ def within(pieces: Tree) -> tuple[Axes, Axes]:
 
 
 def arranged(pieces: Tree, first: tuple[Axes, Axes]) -> Tree:
-    """Pieces [count, piece, ...] whose first two dimensions are split along these axes."""
+    """Pieces [count, piece, ...] resharded along these axes in their first two dimensions."""
     whole = split_leaf(pieces)
     if whole is None:
         return pieces
@@ -180,7 +181,7 @@ def arranged(pieces: Tree, first: tuple[Axes, Axes]) -> Tree:
 
 
 def is_about_layouts(error: Exception) -> bool:
-    """Whether JAX refused a layout (of its types of errors some are not public)."""
+    """Whether an error is about sharding; some of JAX's error types for it are not public."""
     kinds = ("ShardingTypeError", "DuplicateSpecError")
     return type(error).__name__ in kinds or "harding" in str(error)
 
@@ -194,11 +195,11 @@ def _resharded(x: jax.Array, wanted: Any) -> jax.Array:
 
 
 def zeros(shape: Any, dtype: Any, like: Any) -> jax.Array:
-    """Zeros laid out like an abstract value of that shape."""
+    """Zeros, sharded like an abstract value of the same shape."""
     made, lies = jnp.zeros(shape, dtype), getattr(like, "sharding", None)
     split = any(entry is not None for entry in getattr(lies, "spec", ()))
     mesh = jax.sharding.get_abstract_mesh()
     if not shape and AxisType.Explicit in (mesh.axis_types or ()):
-        # A scalar is a constant of no mesh, which `vmap` cannot spread over one.
+        # A scalar constant has no mesh, and `vmap` could not broadcast it to one.
         return _resharded(made, NamedSharding(mesh, P()))
     return _resharded(made, lies) if split else made

@@ -76,4 +76,4 @@ class TrainState(train_state.TrainState, kw_only=True):
         objective = as_objective(value_fn, "TrainState.apply_gradients")
         inner = objective.through(lambda params: {"params": params, OVERWRITE_WITH_GRADIENT: kept})
         own = self.params["params"], grads["params"]
-        return inner.recalling(objective, (self.params, grads), own)
+        return inner._inherit_gradients(objective, (self.params, grads), own)

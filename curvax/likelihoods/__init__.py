@@ -1,4 +1,4 @@
-"""Outputs and targets ↦ a loss that also knows ∇²ℓ, its root, and how to sample labels."""
+"""Likelihoods as losses: they provide ∇²ℓ in the outputs, a root of it, and samples of labels."""
 
 from curvax.likelihoods.families import bernoulli, categorical, gaussian, poisson
 from curvax.likelihoods.likelihood import Likelihood

@@ -1,4 +1,4 @@
-"""The exponential families: ℓ(z, y) = A(z) - <y, z> + const, with ∇A = E y and ∇²A = Cov(y)."""
+"""Exponential families: ℓ(z, y) = A(z) - <y, z> + const, with ∇A = E[y] and ∇²A = Cov(y)."""
 
 import abc
 
@@ -12,82 +12,131 @@ from curvax.likelihoods.sites import Entry
 
 
 def categorical(targets: Entry, *, mask: Entry = None, weights: Entry = None) -> Likelihood:
-    """Cross-entropy of logits: one of C classes at each site.
+    """Softmax cross-entropy of logits, averaged over sites.
 
         ℓ = -Σ_c y_c log p_c,   p = softmax(z),   ∇²ℓ = diag(p) - p pᵀ
 
-    A site is each place with logits: every token of a sequence. With `Objective(model=predict)`
-    the outputs of `predict` are the logits, [..., C].
+    A site is a position that has logits: an image, or every token of a sequence. With
+    `Objective(model=predict)` the outputs of `predict` are the logits z, [..., C].
 
     Args:
-        targets: a key of the batch or a callable `batch -> array`; whole numbers in [0, C),
-            [...], of which one outside makes the loss NaN unless masked; or rows of
-            probabilities, [..., C] (label smoothing, mixup).
-        mask: a key or callable: boolean, True where a site counts; along the sites or their first
-            axes.
-        weights: a key or callable: w >= 0, likewise.
+        targets: a key of the batch or a callable `batch -> array`. Integer classes in [0, C),
+            [...], or rows of probabilities, [..., C] (label smoothing, mixup). A class out of range
+            makes the loss NaN unless its site is masked.
+        mask: a key or callable for a boolean array, True at sites that count; shaped like the
+            sites or their first axes.
+        weights: a key or callable for weights w >= 0 of the sites, shaped likewise.
+
+    Returns:
+        A likelihood, a callable `loss(outputs, batch) -> scalar`.
 
     Raises:
-        TypeError: a mask that is not boolean; targets that are neither whole nor floating.
-        ValueError: shapes that do not fit; a key that the batch has not.
+        TypeError: when called: the mask is not boolean, or targets are neither integers nor floats.
+        ValueError: when called: shapes do not match, or the batch lacks a key.
+
+    Examples:
+        >>> import jax.numpy as jnp, curvax
+        >>> loss = curvax.categorical("label", mask="mask")
+        >>> batch = {"label": jnp.array([0, 2]), "mask": jnp.array([True, False])}
+        >>> round(float(loss(jnp.zeros((2, 4)), batch)), 3)  # log 4
+        1.386
     """
     return Categorical(targets, mask, weights)
 
 
 def bernoulli(targets: Entry, *, mask: Entry = None, weights: Entry = None) -> Likelihood:
-    """Sigmoid cross-entropy of logits, summed over an example's outputs.
+    """Sigmoid cross-entropy of logits, summed over the outputs and averaged over sites.
 
         ℓ = Σ_k -y_k log p_k - (1 - y_k) log(1 - p_k),   p = sigmoid(z),   ∇²ℓ = diag(p (1 - p))
 
-    A site is an example of the leading axis; if mask or weights have more axes, the sites are
-    those.
+    A site is an example of the leading axis, or, if `mask` or `weights` have more axes, a position
+    along those; the loss is summed over the remaining axes of the outputs.
 
     Args:
-        targets: a key of the batch or a callable `batch -> array`; in [0, 1], shaped exactly like
+        targets: a key of the batch or a callable `batch -> array`; y in [0, 1], shaped exactly like
             the outputs.
-        mask: a key or callable: boolean, True where a site counts.
-        weights: a key or callable: w >= 0 for each site.
+        mask: a key or callable for a boolean array, True at sites that count.
+        weights: a key or callable for weights w >= 0 of the sites.
+
+    Returns:
+        A likelihood, a callable `loss(outputs, batch) -> scalar`.
 
     Raises:
-        TypeError: a mask that is not boolean.
-        ValueError: shapes that do not fit; a key that the batch has not.
+        TypeError: when called: the mask is not boolean.
+        ValueError: when called: shapes do not match, or the batch lacks a key.
+
+    Examples:
+        >>> import jax.numpy as jnp, curvax
+        >>> batch = {"y": jnp.array([[0.0, 1.0, 1.0]])}
+        >>> round(float(curvax.bernoulli("y")(jnp.zeros((1, 3)), batch)), 3)  # 3 log 2
+        2.079
     """
     return Bernoulli(targets, mask, weights)
 
 
 def gaussian(targets: Entry, *, mask: Entry = None, weights: Entry = None) -> Likelihood:
-    """Half the squared error, summed over an example's outputs: σ = 1, fixed.
+    """Half the squared error, summed over the outputs and averaged over sites.
 
         ℓ = ½ ‖y - z‖²,   ∇²ℓ = I
 
-    A learned variance is refused: its ∇²ℓ depends on the target, and the Gauss-Newton matrix is
-    no longer the Fisher matrix. Arguments, sites and errors as in `bernoulli`.
+    The negative log-likelihood of a Gaussian of mean z and variance 1, without its constant. A
+    learned variance is not supported: ∇²ℓ would depend on the target, and the Gauss-Newton matrix
+    would not be the Fisher matrix. Sites are those of `bernoulli`.
 
     Args:
-        targets: real numbers.
-        mask: which sites count.
-        weights: how much.
+        targets: a key of the batch or a callable `batch -> array`; real numbers, shaped exactly
+            like the outputs.
+        mask: a key or callable for a boolean array, True at sites that count.
+        weights: a key or callable for weights w >= 0 of the sites.
+
+    Returns:
+        A likelihood, a callable `loss(outputs, batch) -> scalar`.
+
+    Raises:
+        TypeError: when called: the mask is not boolean.
+        ValueError: when called: shapes do not match, or the batch lacks a key.
+
+    Examples:
+        >>> import jax.numpy as jnp, curvax
+        >>> batch = {"y": jnp.array([[1.0], [3.0]])}
+        >>> float(curvax.gaussian("y")(jnp.zeros((2, 1)), batch))  # ½ mean(y²)
+        2.5
     """
     return Gaussian(targets, mask, weights)
 
 
 def poisson(targets: Entry, *, mask: Entry = None, weights: Entry = None) -> Likelihood:
-    """Counts of which the outputs are the log-rates, summed over an example's outputs.
+    """Poisson loss of log-rates, summed over the outputs and averaged over sites.
 
         ℓ = Σ_k exp(z_k) - y_k z_k,   ∇²ℓ = diag(exp z)
 
-    Without the constant log y!. Arguments, sites and errors as in `bernoulli`.
+    The negative log-likelihood of counts y with rates exp(z), without its constant log y!. Sites
+    are those of `bernoulli`.
 
     Args:
-        targets: counts y >= 0.
-        mask: which sites count.
-        weights: how much.
+        targets: a key of the batch or a callable `batch -> array`; counts y >= 0, shaped exactly
+            like the outputs.
+        mask: a key or callable for a boolean array, True at sites that count.
+        weights: a key or callable for weights w >= 0 of the sites.
+
+    Returns:
+        A likelihood, a callable `loss(outputs, batch) -> scalar`.
+
+    Raises:
+        TypeError: when called: the mask is not boolean.
+        ValueError: when called: shapes do not match, or the batch lacks a key.
+
+    Examples:
+        >>> import jax.numpy as jnp, curvax
+        >>> batch = {"y": jnp.array([[2.0], [0.0]])}
+        >>> float(curvax.poisson("y")(jnp.zeros((2, 1)), batch))
+        1.0
     """
     return Poisson(targets, mask, weights)
 
 
 class Categorical(Likelihood):
-    """-Σ y log softmax(z)."""
+    """Softmax cross-entropy, -Σ y log softmax(z)."""
 
     def label_shape(self, batch: Tree) -> tuple[int, ...]:
         return self._sites(self._read("targets", batch), 0)
@@ -98,17 +147,18 @@ class Categorical(Likelihood):
     def _check_targets(self, outputs: tuple[int, ...], targets: jax.Array) -> None:
         if not trees.is_float(targets) and not jnp.issubdtype(targets.dtype, jnp.integer):
             raise TypeError(
-                "`categorical` takes targets that are whole numbers (classes) or floating "
-                f"(probabilities), and these are {targets.dtype}. For two classes coded as one "
-                "yes or no, use `bernoulli`; else cast with `.astype(int)`."
+                "`categorical` takes targets that are integers (classes) or floats "
+                f"(probabilities), and these are {targets.dtype}. For one yes-or-no label use "
+                "`bernoulli`; otherwise cast with `.astype(int)`."
             )
         wanted = outputs if trees.is_float(targets) else outputs[:-1]
         if targets.shape != wanted:
             raise ValueError(
-                f"`categorical` takes logits [..., C] and targets that are whole numbers [...] or "
-                f"probabilities [..., C]. Got logits {list(outputs)} and {targets.dtype} targets "
-                f"{list(targets.shape)} where {list(wanted)} fit. Classes stored as floats are "
-                "cast with `.astype(int)`, a last axis of size one is dropped with `[..., 0]`."
+                f"`categorical` takes logits [..., C] and targets that are integers [...] or "
+                f"probabilities [..., C], and received logits {list(outputs)} and {targets.dtype} "
+                f"targets {list(targets.shape)} instead of {list(wanted)}. Classes stored as "
+                "floats are cast with `.astype(int)`, a last axis of size one is dropped with "
+                "`[..., 0]`."
             )
 
     def _observed(self, y: jax.Array, z: jax.Array) -> jax.Array:
@@ -119,7 +169,7 @@ class Categorical(Likelihood):
         return jnp.where(known, (y == classes).astype(z.dtype), jnp.nan)
 
     def _losses(self, z: jax.Array, y: jax.Array) -> jax.Array:
-        # A class of probability 0 may have a logit of -∞.
+        # A class with target 0 may have a logit of -∞, and 0·(-∞) would be NaN.
         log_p = jnp.where(y == 0, 0, jax.nn.log_softmax(z))
         return -jnp.sum(y * log_p, axis=-1, keepdims=True)
 
@@ -141,7 +191,7 @@ class Categorical(Likelihood):
 
 
 class Elementwise(Likelihood):
-    """A family of one number, with every output of its own."""
+    """A family of one real number, with independent outputs."""
 
     def _sites(self, targets: jax.Array, ndim: int) -> tuple[int, ...]:
         return targets.shape[: max(1, ndim)]
@@ -149,7 +199,7 @@ class Elementwise(Likelihood):
     def _check_targets(self, outputs: tuple[int, ...], targets: jax.Array) -> None:
         if targets.shape != outputs:
             raise ValueError(
-                f"`{self.name}` takes targets shaped like the outputs, and got outputs "
+                f"`{self.name}` takes targets shaped like the outputs, and received outputs "
                 f"{list(outputs)} and targets {list(targets.shape)}: broadcasting would pair each "
                 "output with several targets. Drop a last axis of size one with `[..., 0]`, or "
                 "add it with `[..., None]`."
@@ -160,7 +210,7 @@ class Elementwise(Likelihood):
 
     @abc.abstractmethod
     def _variance(self, z: jax.Array) -> jax.Array:
-        """A''(z)."""
+        """The variance A''(z) of y."""
 
     def _covariance(self, z: jax.Array, v: jax.Array) -> jax.Array:
         return self._variance(z) * v
@@ -173,7 +223,7 @@ class Elementwise(Likelihood):
 
 
 class Bernoulli(Elementwise):
-    """-y log p - (1 - y) log(1 - p), p = sigmoid(z)."""
+    """Sigmoid cross-entropy, -y log p - (1 - y) log(1 - p) with p = sigmoid(z)."""
 
     def _losses(self, z: jax.Array, y: jax.Array) -> jax.Array:
         return y * jax.nn.softplus(-z) + (1 - y) * jax.nn.softplus(z)
@@ -186,7 +236,7 @@ class Bernoulli(Elementwise):
 
 
 class Gaussian(Elementwise):
-    """½ (y - z)²."""
+    """Half the squared error, ½ (y - z)²."""
 
     def _check_targets(self, outputs: tuple[int, ...], targets: jax.Array) -> None:
         if outputs in ((*targets.shape[:-1], 2 * targets.shape[-1]), (*targets.shape, 2)):
@@ -211,7 +261,7 @@ class Gaussian(Elementwise):
 
 
 class Poisson(Elementwise):
-    """exp(z) - y z."""
+    """Poisson loss of log-rates, exp(z) - y z."""
 
     def _losses(self, z: jax.Array, y: jax.Array) -> jax.Array:
         return jnp.exp(z) - y * z
@@ -224,6 +274,7 @@ class Poisson(Elementwise):
 
 
 _VARIANCE = (
-    "A learned variance is no exponential family in its outputs: ∇²ℓ would depend on the target, "
-    "and the Gauss-Newton matrix would not be the Fisher matrix. Return the means alone (σ = 1)."
+    "A learned variance is not an exponential family in its outputs: ∇²ℓ would depend on the "
+    "target, and the Gauss-Newton matrix would not be the Fisher matrix. Return only the means "
+    "(σ = 1)."
 )

@@ -1,4 +1,4 @@
-"""A loss that is a likelihood: -log r(y|z) of outputs z, averaged over sites by weight."""
+"""The base class of likelihoods: -log r(y|z) of outputs z, as a weighted mean over sites."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from curvax.likelihoods.sites import Entry
 
 @dataclasses.dataclass(frozen=True)
 class Likelihood(abc.ABC):
-    """`loss(outputs, batch) -> scalar`, the weighted mean over sites of -log r(y|z).
+    """A negative log-likelihood as a loss `loss(outputs, batch) -> scalar`.
 
-        L = Σᵢ wᵢ ℓ(zᵢ, yᵢ) / Σᵢ wᵢ
+        L = Σᵢ wᵢ ℓ(zᵢ, yᵢ) / Σᵢ wᵢ,   ℓ(z, y) = -log r(y|z)
 
-    A site is what has one weight: a token, an example. All families here are exponential in their
-    outputs, so that ∇²ℓ does not depend on the target and the Gauss-Newton matrix is the Fisher
-    matrix. Martens, arXiv:1412.1193, section 9.
+    A site i is a position that has its own weight, an example or a token. The families are
+    exponential in their outputs, so that ∇²ℓ does not depend on the target and the Gauss-Newton
+    matrix equals the Fisher matrix. Martens, arXiv:1412.1193, section 9.
 
     Args:
         targets: a key of the batch or a callable `batch -> array`.
-        mask: the same, boolean: sites that are False count nothing, even where they are NaN.
-        weights: the same, w >= 0 for each site.
+        mask: a key or callable for a boolean array, False at sites to ignore, even if they are NaN.
+        weights: a key or callable for weights w >= 0 of the sites.
     """
 
     targets: Entry
@@ -41,12 +41,12 @@ class Likelihood(abc.ABC):
 
     @property
     def name(self) -> str:
-        """What the family is called in `curvax`."""
+        """The name of the factory in `curvax`, for errors."""
         return type(self).__name__.lower()
 
     @property
     def weighted(self) -> bool:
-        """Whether sites can differ in weight."""
+        """Whether sites can have different weights."""
         return self.mask is not None or self.weights is not None
 
     def on_labels(self, labels: jax.Array) -> Likelihood:
@@ -54,7 +54,7 @@ class Likelihood(abc.ABC):
         return dataclasses.replace(self, targets=lambda batch: labels)
 
     def check_batch(self, batch: Tree) -> None:
-        """Refuses a batch without the keys that are named here, before anything is computed.
+        """Checks that the batch has the keys named by this likelihood.
 
         Raises:
             ValueError: a key is missing.
@@ -64,37 +64,37 @@ class Likelihood(abc.ABC):
                 sites.read(entry, batch, self._option(name))
 
     def label_shape(self, batch: Tree) -> tuple[int, ...]:
-        """The shape of hard targets: what `sample` returns and `on_labels` takes."""
+        """The shape of hard targets, which `sample` returns and `on_labels` takes."""
         return self._read("targets", batch).shape
 
     def total_weight(self, batch: Tree) -> jax.Array:
-        """Σ w, a scalar; the number of sites where there is neither mask nor weights."""
+        """Σ w, a scalar; the number of sites if there is neither mask nor weights."""
         return jnp.sum(self._weights(batch))
 
     def site_weights(self, outputs: jax.Array, batch: Tree) -> jax.Array:
-        """w / Σ w, shaped [*sites, 1, ...] with as many axes as the outputs; 0 where all are 0."""
+        """w / Σ w, [*sites, 1, ...] with as many axes as the outputs; 0 if all weights are 0."""
         dtype = self._check(outputs, batch)
         w = self._weights(batch)
         return sites.with_axes(trees.ratio(w, jnp.sum(w)).astype(dtype), outputs.ndim)
 
     def __call__(self, outputs: Any, batch: Tree) -> jax.Array:
-        """L, a scalar in float32 or wider; 0 where nothing counts."""
+        """The loss L, a scalar in float32 or wider; 0 if all weights are 0."""
         z, y, w = self._at(outputs, batch)
         return jnp.sum(w * self._losses(z, y))
 
     def scores(self, outputs: jax.Array, batch: Tree) -> jax.Array:
-        """∇_z ℓ of each site, unweighted, shaped like the outputs; 0 where the weight is."""
+        """∇_z ℓ at each site, unweighted, shaped like the outputs; 0 where the weight is 0."""
         z, y, w = self._at(outputs, batch)
         gradient = jax.grad(lambda z: jnp.sum(self._losses(z, y)))(z)
         return _kept(w, gradient).astype(outputs.dtype)
 
     def hessian_product(self, outputs: jax.Array, batch: Tree, v: jax.Array) -> jax.Array:
-        """∇²L v in the outputs: w/Σw · Cov(y) v at each site, shaped like the outputs."""
+        """∇²L v in the outputs, w/Σw · Cov(y) v at each site, shaped like the outputs."""
         z, _, w = self._at(outputs, batch)
         return (w * self._covariance(z, _kept(w, trees.widen(v)))).astype(outputs.dtype)
 
     def root(self, outputs: jax.Array, batch: Tree, e: jax.Array) -> jax.Array:
-        """B e, where B Bᵀ = ∇²L in the outputs; e is shaped like the outputs."""
+        """B e, where B Bᵀ = ∇²L in the outputs; e and the result are shaped like the outputs."""
         z, _, w = self._at(outputs, batch)
         return (safe_math.root(w) * self._root(z, trees.widen(e))).astype(outputs.dtype)
 
@@ -105,16 +105,15 @@ class Likelihood(abc.ABC):
         return (safe_math.root(w) * self._root_transpose(z, u)).astype(outputs.dtype)
 
     def sample(self, keys: jax.Array, outputs: jax.Array, batch: Tree) -> jax.Array:
-        """Labels y ~ r(·|z).
+        """Draws labels y ~ r(·|z).
 
         Args:
-            keys: typed, one for each example of the leading axis.
+            keys: typed keys, one for each example of the leading axis.
             outputs: z.
-            batch: read for mask and weights.
+            batch: the batch, of which mask and weights are read.
 
         Returns:
-            An array shaped like hard targets: whole numbers for `categorical`, floating for the
-            others.
+            An array shaped like hard targets, of integers for `categorical` and floats otherwise.
         """
         z, _, _ = self._at(outputs, batch)
         return jax.vmap(self._draw)(keys, z)
@@ -122,23 +121,23 @@ class Likelihood(abc.ABC):
     def _at(self, outputs: jax.Array, batch: Tree) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(z, y, w / Σw) with as many axes as the outputs, z in float32 or wider.
 
-        Outputs and targets that count for nothing are 0, so that their NaNs reach nobody, nor do
-        those of their derivatives.
+        Outputs and targets of weight 0 are replaced by 0, so that NaNs in them do not reach the
+        loss or its derivatives.
         """
         w, z = self.site_weights(outputs, batch), trees.widen(outputs)
         y = _kept(w, sites.with_axes(self._read("targets", batch), z.ndim))
         return _kept(w, z), self._observed(y, z), w
 
     def _check(self, outputs: Any, batch: Tree) -> Any:
-        """The dtype to compute in: that of the outputs, or float32 if it is wider.
+        """The dtype to compute in, that of the outputs or float32, whichever is wider.
 
         Raises:
-            TypeError: they are no floating array.
-            ValueError: targets of that shape cannot be theirs.
+            TypeError: the outputs are not a floating array.
+            ValueError: the shape of the targets does not match.
         """
         if not hasattr(outputs, "dtype") or not trees.is_float(outputs):
             raise TypeError(
-                f"`{self.name}` reads the outputs of the model as one floating array, and got "
+                f"`{self.name}` takes the outputs of the model as one floating array, and received "
                 f"{_described(outputs)}. {self._cure_for_trees}"
             )
         self._check_targets(outputs.shape, self._read("targets", batch))
@@ -148,7 +147,7 @@ class Likelihood(abc.ABC):
         return sites.read(getattr(self, name), batch, self._option(name))
 
     def _weights(self, batch: Tree) -> jax.Array:
-        """w for each site, in the default float."""
+        """The weight of each site, in the default float dtype."""
         factors = {
             name: self._read(name, batch)
             for name in ("mask", "weights")
@@ -169,17 +168,17 @@ class Likelihood(abc.ABC):
     @property
     def _cure_for_trees(self) -> str:
         return (
-            "If the second part is the new state of the model, write `Objective(..., "
-            "has_aux=True)`; else return the array that the likelihood is of."
+            "If the model also returns its new state, write `Objective(..., has_aux=True)`; "
+            "otherwise return only the array of outputs."
         )
 
     @abc.abstractmethod
     def _sites(self, targets: jax.Array, ndim: int) -> tuple[int, ...]:
-        """The shape of the sites, where the weights have `ndim` axes."""
+        """The shape of the sites, if the weights have `ndim` axes."""
 
     @abc.abstractmethod
     def _check_targets(self, outputs: tuple[int, ...], targets: jax.Array) -> None:
-        """Refuses targets that do not fit outputs of this shape."""
+        """Raises if the targets do not match outputs of this shape."""
 
     @abc.abstractmethod
     def _observed(self, y: jax.Array, z: jax.Array) -> jax.Array:
@@ -195,7 +194,7 @@ class Likelihood(abc.ABC):
 
     @abc.abstractmethod
     def _root(self, z: jax.Array, e: jax.Array) -> jax.Array:
-        """B e at each site, B Bᵀ = Cov(y)."""
+        """B e at each site, where B Bᵀ = Cov(y)."""
 
     @abc.abstractmethod
     def _root_transpose(self, z: jax.Array, u: jax.Array) -> jax.Array:
@@ -203,7 +202,7 @@ class Likelihood(abc.ABC):
 
     @abc.abstractmethod
     def _draw(self, key: jax.Array, z: jax.Array) -> jax.Array:
-        """One label of one example."""
+        """The labels of one example."""
 
 
 def _kept(weight: jax.Array, x: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Where a batch keeps its targets, and how much each of them counts."""
+"""Reads targets, masks and weights from a batch, and checks their shapes."""
 
 from collections.abc import Hashable
 from typing import Any
@@ -13,16 +13,16 @@ Entry = Any
 
 
 def check_entry(entry: Entry, option: str) -> None:
-    """Refuses what can name nothing in a batch: the array itself, say.
+    """Checks that an entry can name an array of the batch.
 
     Raises:
-        TypeError: neither a key nor a callable.
+        TypeError: it is neither a key nor a callable, but the array itself for example.
     """
     if not callable(entry) and not isinstance(entry, Hashable):
         raise TypeError(
-            f"{option} is a key of the batch or a callable `batch -> array`, and was a "
+            f"{option} is a key of the batch or a callable `batch -> array`, and received a "
             f"{type(entry).__name__}. Put the array into the batch and name it here, so that it "
-            "is cut with the batch."
+            "is divided together with the batch."
         )
 
 
@@ -37,36 +37,37 @@ def read(entry: Entry, batch: Tree, option: str) -> jax.Array:
     try:
         return jnp.asarray(batch[entry])
     except (KeyError, IndexError, TypeError) as error:
-        has = list(batch) if isinstance(batch, dict) else f"a {type(batch).__name__}"
+        has = list(batch) if isinstance(batch, dict) else f"the type {type(batch).__name__}"
         raise ValueError(
-            f"{option} names the entry {entry!r} of the batch, which is not there (there is: "
-            f"{has}). Pass a key of the batch, or a callable `batch -> array`."
+            f"{option} names the entry {entry!r} of the batch, which does not exist (the batch "
+            f"has {has}). Pass a key of the batch, or a callable `batch -> array`."
         ) from error
 
 
 def check_mask(mask: jax.Array, option: str) -> None:
-    """Refuses a mask of numbers.
+    """Checks the dtype of a mask.
 
     Raises:
         TypeError: it is not boolean.
     """
     if mask.dtype != bool:
         raise TypeError(
-            f"{option} is boolean, True where a target counts, and has dtype {mask.dtype}. "
+            f"{option} is boolean, True where a target counts, and received {mask.dtype}. "
             "Write `mask > 0`, or pass numbers as `weights=`."
         )
 
 
 def spread(x: jax.Array, sites: tuple[int, ...], option: str) -> jax.Array:
-    """x along the first axes of the sites, in the default float, one value for each.
+    """Broadcasts x from the first axes of the sites to all of them, in the default float dtype.
 
     Raises:
-        ValueError: it does not lie along them.
+        ValueError: its shape is not that of the first axes.
     """
     if x.shape != sites[: x.ndim]:
         raise ValueError(
-            f"{option} has shape {list(x.shape)}, and the targets that it weighs lie along "
-            f"{list(sites)}. It takes one value for each of them, or for each of the first axes."
+            f"{option} has shape {list(x.shape)}, and the targets that it weights have the sites "
+            f"{list(sites)}. Pass one value for each site, or for each position along their first "
+            "axes."
         )
     values = with_axes(x.astype(jnp.result_type(float)), len(sites))
     return jnp.broadcast_to(values, sites)

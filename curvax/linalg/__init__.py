@@ -1,4 +1,10 @@
-"""A product ↦ a number, a diagonal, a solution, a spectrum; nothing here ever sees a loss."""
+"""Solvers, eigenvalues, traces and spectra of a symmetric linear map v ↦ C v, given as a callable.
+
+No module of this package knows about losses or models.
+"""
+
+import warnings
+from typing import Any
 
 from curvax.linalg.cg import cg
 from curvax.linalg.dense import dense
@@ -9,7 +15,7 @@ from curvax.linalg.lanczos import Lanczos, lanczos
 from curvax.linalg.power import Eigenpair, power_iteration
 from curvax.linalg.probes import gaussian_probe, rademacher
 from curvax.linalg.row_space import row_space
-from curvax.linalg.solvers import Reason, Solution, Solver
+from curvax.linalg.solvers import Solution, Solver, StopReason
 from curvax.linalg.spectral_density import SpectralDensity, spectral_density
 from curvax.linalg.steihaug import steihaug
 
@@ -18,10 +24,10 @@ __all__ = [
     "Eigenpairs",
     "Estimate",
     "Lanczos",
-    "Reason",
     "Solution",
     "Solver",
     "SpectralDensity",
+    "StopReason",
     "cg",
     "dense",
     "eigenpairs",
@@ -37,3 +43,16 @@ __all__ = [
     "spectral_density",
     "steihaug",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Resolves the deprecated name `Reason`."""
+    if name != "Reason":
+        raise AttributeError(f"module 'curvax.linalg' has no attribute {name!r}")
+    warnings.warn(
+        "`curvax.linalg.Reason` is now `curvax.linalg.StopReason`; the old name will be removed in "
+        "the next release.",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return StopReason

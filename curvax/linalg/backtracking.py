@@ -1,7 +1,8 @@
-"""Iterates of a solver kept at steps that grow by 1.3, and the way back to the best of them.
+"""Backtracking over the iterates of a solver, kept at steps that grow by a factor of 1.3.
 
-The model is trusted less the longer it is minimised: an earlier iterate may have a lower loss.
-Martens, Deep learning via Hessian-free optimization, ICML 2010, section 4.6.
+Minimising the quadratic model further does not always decrease the loss further, so an earlier
+iterate may have a lower loss. Martens, Deep learning via Hessian-free optimization, ICML 2010,
+section 4.6.
 """
 
 import itertools
@@ -17,22 +18,22 @@ from curvax.arithmetic.trees import Tree
 from curvax.devices import axes
 
 RATIO = 1.3
-"""Of successive steps kept."""
+"""Ratio of successive steps whose iterates are kept; Martens 2010, section 4.6."""
 
 Score = Callable[[Tree], jax.Array]
 
 
 class Kept(NamedTuple):
-    """A slot for each step in `kept_steps`: the latest iterate up to that step."""
+    """One slot for each step in `kept_steps`, with the latest iterate up to that step."""
 
     x: Tree
-    """Leaves [slots, ...], with the dtypes of b."""
+    """The iterates, leaves [slots, ...] with the dtypes of b."""
     residual: jax.Array
-    """‖b - A x‖ / ‖b‖, [slots]."""
+    """‖b - A x‖ / ‖b‖ of each, [slots]."""
 
 
 def kept_steps(max_steps: int) -> list[int]:
-    """⌈1.3ʲ⌉ below `max_steps`, and `max_steps` itself."""
+    """The steps ⌈1.3ʲ⌉ below `max_steps`, and `max_steps`."""
     grown = (math.ceil(RATIO**j) for j in itertools.count())
     return sorted({*itertools.takewhile(lambda step: step < max_steps, grown), max_steps})
 
@@ -44,7 +45,7 @@ def nothing_kept(b: Tree, max_steps: int) -> Kept:
 
 
 def keep(kept: Kept, x: Tree, residual: jax.Array, i: jax.Array, max_steps: int) -> Kept:
-    """With the iterate of step i in its slot, in place of an earlier one there."""
+    """Writes the iterate of step i to its slot, over an earlier one."""
     slot = _slot(i, max_steps)
     put = lambda stack, new: lax.dynamic_update_index_in_dim(
         stack, new.astype(stack.dtype), slot, axis=0
@@ -53,9 +54,12 @@ def keep(kept: Kept, x: Tree, residual: jax.Array, i: jax.Array, max_steps: int)
 
 
 def best(kept: Kept, last: jax.Array, max_steps: int, score: Score) -> tuple[Tree, jax.Array]:
-    """(x, its residual): from the iterate of step `last` back as long as the score falls.
+    """Goes back from the iterate of step `last` as long as the score decreases.
 
-    What scores ∞ or no number is passed over. The start is looked at only where no step was.
+    Iterates that score ∞ or NaN are skipped. Step 0 is used only if there was no other.
+
+    Returns:
+        (x, residual)
     """
 
     def at(slot: jax.Array) -> Kept:

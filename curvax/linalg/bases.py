@@ -1,7 +1,7 @@
-"""Several vectors as one tree, stacked along a new first axis: coefficients and combinations.
+"""Bases: m vectors as one tree with leaves [m, ...], their coefficients and combinations.
 
-Both are products of a matrix and a vector for each leaf, and of a sharded leaf sums of products,
-which no mesh refuses. A loop copies its basis where it writes a vector before it multiplies.
+Sharded leaves take sums of products instead of matrix products, which any mesh allows. In a loop,
+write a vector to the basis after the products with it: XLA copies the basis otherwise.
 """
 
 import jax
@@ -13,7 +13,7 @@ from curvax.arithmetic.trees import Tree
 
 
 def coefficients(basis: Tree, v: Tree) -> jax.Array:
-    """<bᵢ, v> for each vector of the basis, [m]."""
+    """The inner products <bᵢ, v>, [m]."""
 
     def inner(b: jax.Array, x: jax.Array) -> jax.Array:
         x = trees.widen(x)
@@ -25,7 +25,7 @@ def coefficients(basis: Tree, v: Tree) -> jax.Array:
 
 
 def combination(weights: jax.Array, basis: Tree) -> Tree:
-    """Σᵢ wᵢ bᵢ, or for weights [n, m] a new basis of n such sums, one after the other."""
+    """Σᵢ wᵢ bᵢ for weights [m]; for weights [n, m] a basis of n such sums, computed in turn."""
     if weights.ndim > 1:
         return lax.map(lambda w: combination(w, basis), weights)
 
@@ -43,31 +43,32 @@ def row(basis: Tree, i: jax.Array | int) -> Tree:
 
 
 def with_row(basis: Tree, i: jax.Array | int, v: Tree) -> Tree:
-    """The basis with v in the place of bᵢ."""
+    """The basis with bᵢ replaced by v."""
     place = lambda b, x: lax.dynamic_update_index_in_dim(b, x.astype(b.dtype), i, 0)
     return jax.tree.map(place, basis, v)
 
 
 def first(basis: Tree, k: int) -> Tree:
-    """The first k vectors."""
+    """The basis of the first k vectors."""
     return jax.tree.map(lambda b: b[:k], basis)
 
 
 def cleared(basis: Tree, new: Tree, keep: int) -> Tree:
-    """The basis with its first `keep` vectors from `new`, and zeros behind."""
+    """The basis with its first `keep` vectors replaced by those of `new` and the others by 0."""
     return jax.tree.map(lambda b, r: jnp.zeros_like(b).at[:keep].set(r[:keep]), basis, new)
 
 
 def empty(size: int, like: Tree) -> Tree:
-    """`size` zero vectors in float32 or wider."""
+    """A basis of `size` zero vectors shaped like `like`, in float32 or wider."""
     zeros = lambda x: jnp.broadcast_to(trees.widen(jnp.zeros_like(x))[None], (size, *x.shape))
     return jax.tree.map(zeros, like)
 
 
 def orthogonal(v: Tree, basis: Tree) -> tuple[Tree, jax.Array]:
-    """v without its parts along an orthonormal basis, and those parts, [m].
+    """(v minus its projection on an orthonormal basis, its coefficients [m]).
 
-    Twice is enough: what rounding left of them in the first pass goes in the second.
+    By Gram-Schmidt, twice, which suffices for orthogonality to rounding error. Giraud, Langou &
+    Rozložník, Comput. Math. Appl. 50, 2005.
     """
     first = coefficients(basis, v)
     v = trees.add_scaled(v, -1.0, combination(first, basis))

@@ -1,4 +1,4 @@
-"""Conjugate gradients as optimisers want them: preconditioned, warm-started, stopped in time."""
+"""Conjugate gradients with the options of Hessian-free optimisation."""
 
 import math
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from curvax.devices import axes
 from curvax.linalg.backtracking import Score, best, keep, nothing_kept
 from curvax.linalg.cg_loop import Iterate, Rules, System, iterate
 from curvax.linalg.preconditioners import Preconditioner, check_preconditioner, preconditioning
-from curvax.linalg.solvers import Reason, Solution, Solver, stateless
+from curvax.linalg.solvers import Solution, Solver, StopReason, stateless
 
 
 def cg(
@@ -26,37 +26,48 @@ def cg(
     progress: float | None = None,
     backtrack: bool = False,
 ) -> Solver:
-    """Conjugate gradients for A x = b, A symmetric and meant to be positive definite.
+    """Preconditioned conjugate gradients for A x = b, A symmetric positive definite.
 
-    On a direction of negative curvature it stops where it stands, and at the first step goes one
-    length along it: from x = 0 that is the preconditioned gradient M⁻¹b. A number that is not
-    finite ends it with the iterate before.
+    If a direction has negative curvature, the solver returns the current iterate, or at the first
+    step one unit along that direction (the preconditioned gradient M⁻¹b, from x = 0). If a value
+    is not finite, it returns the iterate before. Nocedal & Wright, Numerical Optimization,
+    algorithm 5.3; the options are those of Martens, Deep learning via Hessian-free optimization,
+    ICML 2010 ("Martens" below).
 
     Args:
-        max_steps: products at most; each step takes one, and so does a start that is not zero.
-        tol: stop once ‖b - A x‖ <= tol·‖b‖.
-        preconditioner: None; a callable v ↦ M⁻¹v, M positive definite; or ξ, for the power
-            M = (|D| + λ)^ξ of the `diagonal` handed in and the damping of the product. Martens
-            2010, section 4.7, has ξ = ¾.
-        warm_start: γ in [0, 1]; each solve starts from γ times the last iterate of the one before.
-            0 starts from 0 and keeps nothing. Martens 2010, section 4.5; Martens & Sutskever 2012
-            decay it.
-        progress: ε of the relative stop on φ(x) = ½ xᵀA x - bᵀx, at step i over the last
-            k = max(10, ⌈i/10⌉):
+        max_steps: maximum number of products, at least 1. A step takes one, and so does the
+            residual of a start other than 0.
+        tol: stops once ‖b - A x‖ <= tol·‖b‖, tol >= 0.
+        preconditioner: None; a callable v ↦ M⁻¹v with M positive definite; or an exponent ξ in
+            [0, 1] for M = (|D| + λ)^ξ, where D is the `diagonal` that the solver receives and λ the
+            damping of the product. Martens, section 4.7, uses ξ = 0.75.
+        warm_start: γ in [0, 1]. A solve starts from γ times the solution of the solve before; 0
+            starts from 0 and keeps no state. Martens, section 4.5 (γ = 1); Martens & Sutskever,
+            2012 (γ < 1).
+        progress: ε >= 0, or None. Stops when the model φ(x) = ½ xᵀA x - bᵀx has decreased little
+            over the last k = max(10, ⌈i/10⌉) of i steps:
 
                 i > k,   φ_i < 0,   (φ_i - φ_{i-k}) / φ_i < k ε
 
-            Martens 2010, section 4.4, has ε = 5e-4 and no tolerance.
-        backtrack: keep iterates at steps growing by 1.3, and after the last go back through them
-            as long as `score(x)` falls. Memory of one vector for each; one score for each looked
-            at. Martens 2010, section 4.6.
+            Martens, section 4.4, uses ε = 5e-4 and no tolerance.
+        backtrack: whether to keep iterates, at steps that grow by a factor of 1.3, and to return
+            from the last of them to earlier ones as long as `score(x)` decreases. Costs the memory
+            of a vector for each iterate kept, and one score for each compared. Martens, section
+            4.6.
 
     Returns:
-        A `Solver`. Martens 2010 is Deep learning via Hessian-free optimization, ICML.
+        A `Solver`.
 
     Raises:
-        TypeError, ValueError: an option out of range; at a solve, no diagonal for ξ, no score to
-            go back by.
+        TypeError, ValueError: an option is out of range. When the solver is called: there is no
+            `diagonal` for ξ, or no `score` for `backtrack`.
+
+    Examples:
+        >>> import jax.numpy as jnp, curvax
+        >>> a = jnp.array([[4.0, 1.0], [1.0, 3.0]])
+        >>> solution = curvax.cg(10)(lambda v: a @ v, jnp.array([1.0, 2.0]))
+        >>> [round(float(x), 3) for x in solution.x]
+        [0.091, 0.636]
     """
     checks.check_count("cg", max_steps=max_steps)
     checks.check_static("cg", warm_start=warm_start, progress=progress, backtrack=backtrack)
@@ -66,7 +77,7 @@ def cg(
     check_preconditioner(preconditioner, "cg")
     if warm_start and max_steps == 1:
         raise ValueError(
-            "`cg(1, warm_start=...)` spends its only product on the residual of the start and "
+            "`cg(1, warm_start=...)` uses its only product for the residual of the start and "
             "never takes a step. Write `cg(2, ...)` or more."
         )
 
@@ -78,15 +89,15 @@ def cg(
         diagonal: Tree = None,
         score: Score | None = None,
     ) -> tuple[Solution, Any]:
-        ranking = _needed(score) if backtrack else None
+        ranking = _required(score) if backtrack else None
         precondition = preconditioning(preconditioner, product, diagonal, "cg")
         x, start, begun = _start(product, b, state, warm_start)
-        # Powers of two: iterates in these units are the others to the last bit.
-        one = trees.magnitude(start)
-        x, r, rhs = (trees.scale(trees.inverse(one), tree) for tree in (x, start, b))
-        restored = lambda x: trees.laid_out_like(trees.scale(one, x), b)
+        # Division by a power of two is exact and keeps the squares of residuals in range.
+        unit = trees.magnitude(start)
+        x, r, rhs = (trees.scale(trees.inverse(unit), tree) for tree in (x, start, b))
+        restored = lambda x: trees.laid_out_like(trees.scale(unit, x), b)
         rules = Rules(_length, *_watching(rhs, max_steps, progress, backtrack))
-        length, begun_at = (trees.norm(tree) * trees.inverse(one) for tree in (b, start))
+        length, begun_at = (trees.norm(tree) * trees.inverse(unit) for tree in (b, start))
         plain, warm = preconditioner is None, warm_start > 0
         system = System(product, precondition, length, begun_at, tol, rules, plain, warm)
         s = iterate(system, rhs, x, r, max_steps - begun)
@@ -101,12 +112,12 @@ def cg(
     return Solver(solve, _zeros if warm_start else stateless)
 
 
-def _needed(score: Score | None) -> Score:
+def _required(score: Score | None) -> Score:
     if score is None:
         raise ValueError(
-            "`cg(backtrack=True)` ranks iterates by the loss, and has none to rank them by. In a "
-            "pipe, pass `value_fn=curvax.Objective(...)` to the update; to the solver itself, pass "
-            "`score=`, a callable `x -> scalar`."
+            "`cg(backtrack=True)` ranks iterates by the loss, and received none. In a pipe, pass "
+            "`value_fn=curvax.Objective(...)` to the update; to the solver itself, pass `score=`, "
+            "a callable `x -> scalar`."
         )
     return score
 
@@ -118,7 +129,7 @@ def _zeros(params: Tree) -> Tree:
 def _start(
     product: Callable[[Tree], Tree], b: Tree, state: Tree, decay: float
 ) -> tuple[Tree, Tree, Any]:
-    """(x₀, b - A x₀, products spent on it): none where x₀ or b is 0, or b is NaN."""
+    """(x₀, b - A x₀, products used): no product if x₀ or b is 0, or b is NaN."""
     wide = trees.wide(b)
     cold = _zeros(wide), wide
     if not decay:
@@ -135,24 +146,24 @@ def _start(
 
 
 def _length(s: Iterate, curvature: jax.Array) -> tuple[jax.Array, Any]:
-    """To the minimum along p; without one, one length at the first step, and later none."""
+    """(α to the minimum along p, the reason). With no minimum α is 1 at the first step, else 0."""
     none = curvature <= 0
     fallback = jnp.where(s.i == 0, 1.0, 0.0)
     alpha = jnp.where(none, fallback, 1 / jnp.where(none, 1.0, curvature))
-    return alpha, jnp.where(none, Reason.negative_curvature, Reason.max_steps)
+    return alpha, jnp.where(none, StopReason.negative_curvature, StopReason.max_steps)
 
 
 def _watching(b: Tree, max_steps: int, progress: float | None, backtrack: bool) -> tuple[Any, Any]:
-    """What looks at each iterate, and its trail at the start: (φ of each step, iterates kept)."""
+    """(the `watch` rule, its initial trail), a trail being (φ of every step, iterates kept)."""
     models = () if progress is None else jnp.zeros(max_steps + 1, jnp.result_type(float))
     kept = nothing_kept(b, max_steps) if backtrack else ()
 
     def watch(s: Iterate) -> tuple[Any, Any]:
         models, kept = s.trail
-        reason: Any = Reason.max_steps
+        reason: Any = StopReason.max_steps
         if progress is not None:
             models = models.at[s.i].set(s.model.astype(models.dtype))
-            reason = jnp.where(_stalled(models, s.i, progress), Reason.progress, reason)
+            reason = jnp.where(_stalled(models, s.i, progress), StopReason.progress, reason)
         if backtrack:
             kept = keep(kept, s.x, s.residual, s.i, max_steps)
         return (models, kept), reason

@@ -1,8 +1,8 @@
-"""The loop of preconditioned conjugate gradients, which a solver stops where it sees fit.
+"""The loop of preconditioned conjugate gradients, shared by `cg` and `steihaug`.
 
-Written for device axes and sharded parameters: sums of products in float32 or wider, a carry whose
-leaves vary over the same axes from the first step on, one product a step. Solvers hand it the
-system in units of the first residual, so that its squares stay in range whatever the loss's scale.
+It runs under device axes and on sharded parameters, with one product a step and inner products in
+float32 or wider. Solvers divide the system by (a power of two near) the norm of the first residual,
+so that squares stay in range for any scale of the loss.
 """
 
 from collections.abc import Callable
@@ -14,19 +14,19 @@ import jax.numpy as jnp
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
 from curvax.devices import axes
-from curvax.linalg.solvers import Reason
+from curvax.linalg.solvers import StopReason
 from curvax.linear_operator import Product
 
 
 class Iterate(NamedTuple):
-    """x_i, and what the step to x_{i+1} needs."""
+    """The iterate x_i and the quantities that step i + 1 needs."""
 
     x: Tree
     """Float32 or wider."""
     r: Tree
     """b - A x, float32 or wider."""
     p: Tree
-    """The direction, with the dtypes of b: it enters the product and the step alike."""
+    """The direction, with the dtypes of b, so that the product and the step use the same p."""
     rz: jax.Array
     """rᵀM⁻¹r."""
     model: jax.Array
@@ -36,25 +36,25 @@ class Iterate(NamedTuple):
     i: jax.Array
     """Steps taken, int32 scalar."""
     reason: jax.Array
-    """A `Reason`; `max_steps` as long as there is no other."""
+    """A `StopReason`; `max_steps` while the loop goes on."""
     trail: Any
-    """What `watch` keeps."""
+    """The state of `Rules.watch`."""
 
 
 class Rules(NamedTuple):
-    """What tells one conjugate-gradient solver from another."""
+    """The step length and the stopping rule of a conjugate-gradient solver."""
 
     length: Callable[[Iterate, jax.Array], tuple[jax.Array, Any]]
-    """(iterate, pᵀA p / rᵀM⁻¹r) ↦ (how far to go along p, the `Reason` to stop there or
-    `max_steps`)."""
-    watch: Callable[[Iterate], tuple[Any, Any]] = lambda s: (s.trail, Reason.max_steps)
-    """iterate ↦ (its trail, a `Reason` to stop or `max_steps`)."""
+    """(iterate, pᵀA p / rᵀM⁻¹r) ↦ (the step length along p, a `StopReason` to stop after it or
+    `max_steps` to go on)."""
+    watch: Callable[[Iterate], tuple[Any, Any]] = lambda s: (s.trail, StopReason.max_steps)
+    """iterate ↦ (the new trail, a `StopReason` to stop or `max_steps` to go on)."""
     trail: Any = ()
-    """The trail before the start."""
+    """The initial trail."""
 
 
 class System(NamedTuple):
-    """A x = b, and how to go about it."""
+    """The linear system A x = b and how it is solved."""
 
     product: Callable[[Tree], Tree]
     """v ↦ A v."""
@@ -65,33 +65,33 @@ class System(NamedTuple):
     begun: jax.Array
     """‖b - A x‖ at the start."""
     tol: Any
-    """‖b - A x‖ / ‖b‖ to stop at."""
+    """The value of ‖b - A x‖ / ‖b‖ at which to stop."""
     rules: Rules
     plain: bool = False
     """Whether M is the identity."""
     warm: bool = False
-    """Whether x may be other than 0 at the start."""
+    """Whether the start may differ from 0."""
 
 
 def iterate(system: System, b: Tree, x: Tree, r: Tree, limit: Any) -> Iterate:
-    """Conjugate gradients from x with its residual r, over at most `limit` products.
+    """Runs conjugate gradients from x, with residual r, for at most `limit` products.
 
-    Nocedal & Wright, Numerical Optimization, algorithm 5.3. An iterate that is not finite is
-    dropped for the one before.
+    Nocedal & Wright, Numerical Optimization, algorithm 5.3. If an iterate is not finite, the
+    iterate before is returned.
 
     Raises:
-        ValueError: b is each device's own and the product is averaged over the devices.
+        ValueError: b differs from device to device, and the product is averaged over devices.
     """
     _refuse_own(system.product, b)
     start = _begin(system, b, x, r)
     advance = lambda s: _advance(system, s)
-    go_on = lambda s: (s.reason == Reason.max_steps) & (s.i < limit)
+    go_on = lambda s: (s.reason == StopReason.max_steps) & (s.i < limit)
     return axes.while_loop(go_on, advance, start)
 
 
 def _begin(system: System, b: Tree, x: Tree, r: Tree) -> Iterate:
-    # What is known of the start is not summed again: where parameters are divided among devices
-    # that would be one more exchange.
+    # `begun` is known, and not computed again as a norm: with sharded parameters that would cost
+    # another all-reduce.
     z = system.precondition(r)
     rz = system.begun**2 if system.plain else trees.dot(r, z)
     residual = trees.ratio(system.begun, system.scale)
@@ -104,7 +104,7 @@ def _begin(system: System, b: Tree, x: Tree, r: Tree) -> Iterate:
         model=model,
         residual=residual,
         i=jnp.zeros((), jnp.int32),
-        reason=_reason(system, rz, residual, Reason.max_steps),
+        reason=_reason(system, rz, residual, StopReason.max_steps),
         trail=system.rules.trail,
     )
     return start._replace(trail=system.rules.watch(start)[0])
@@ -112,7 +112,7 @@ def _begin(system: System, b: Tree, x: Tree, r: Tree) -> Iterate:
 
 def _advance(system: System, s: Iterate) -> Iterate:
     ap = trees.laid_out_like(system.product(s.p), s.r)
-    # Both lengths of the form are taken out: as p shrinks, its square times A may vanish.
+    # p and A p are normalised before pᵀA p is computed: as p shrinks, pᵀA p would underflow.
     near_one = trees.inverse(trees.magnitude(jnp.sqrt(jnp.abs(s.rz))))
     curvature = trees.dot(trees.scale(near_one, trees.wide(s.p)), trees.scale(near_one, ap))
     curvature = trees.ratio(curvature, s.rz * near_one * near_one)
@@ -130,7 +130,7 @@ def _advance(system: System, s: Iterate) -> Iterate:
         i=s.i + 1,
     )
     trail, watched = system.rules.watch(ahead)
-    reason = jnp.where(stopped == Reason.max_steps, watched, stopped)
+    reason = jnp.where(stopped == StopReason.max_steps, watched, stopped)
     return ahead._replace(trail=trail, reason=_reason(system, rz, residual, reason))
 
 
@@ -142,8 +142,8 @@ def _measure(system: System, r: Tree) -> tuple[Tree, jax.Array, jax.Array]:
 
 def _reason(system: System, rz: jax.Array, residual: jax.Array, otherwise: Any) -> jax.Array:
     broken = ~(rz > 0) | ~jnp.isfinite(rz) | ~jnp.isfinite(residual)
-    reason = jnp.where(broken, Reason.breakdown, otherwise)
-    return jnp.where(residual <= system.tol, Reason.tolerance, reason).astype(jnp.int32)
+    reason = jnp.where(broken, StopReason.breakdown, otherwise)
+    return jnp.where(residual <= system.tol, StopReason.tolerance, reason).astype(jnp.int32)
 
 
 def _refuse_own(product: Callable[[Tree], Tree], b: Tree) -> None:
@@ -151,8 +151,8 @@ def _refuse_own(product: Callable[[Tree], Tree], b: Tree) -> None:
     if own:
         axis = sorted(own)[0]
         raise ValueError(
-            f"Conjugate gradients were handed a product averaged over the axis {axis!r} and a "
-            "vector that is each device's own: the product would average their directions. "
-            f"Average the vector first, `jax.lax.pmean(b, {axis!r})`, in a pipe with "
+            f"Conjugate gradients received a product averaged over the axis {axis!r} and a "
+            "vector b that differs from device to device: the product would average their "
+            f"directions. Average the vector first, `jax.lax.pmean(b, {axis!r})` or in a pipe "
             f"`pmean_updates({axis!r})`, or keep the product local, `mean_over=()`."
         )

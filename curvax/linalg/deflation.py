@@ -1,4 +1,4 @@
-"""A symmetric product ↦ its extreme eigenpairs, by power iteration beside those already found."""
+"""Extreme eigenpairs of a symmetric product by power iteration with deflation."""
 
 from collections.abc import Callable
 
@@ -19,33 +19,36 @@ Matvec = Callable[[Tree], Tree]
 def deflated_power(
     product: Matvec, v0: Tree, k: int, *, end: str, tol: float, max_products: int
 ) -> Eigenpairs:
-    """The k eigenpairs at one end of the spectrum, each orthogonal to those before.
+    """The k eigenpairs at one end of the spectrum, found one by one, orthogonal to earlier ones.
 
-    For the largest or smallest C is shifted by its own norm, found first, so that the end wanted is
-    the one of largest magnitude.
+    For `end` "largest" or "smallest", ±C is shifted by |λ|_max, which a first power iteration
+    finds, so that the wanted eigenvalues become those of largest magnitude.
 
     Args:
         product: v ↦ C v, symmetric.
         v0: a start vector in float32 or wider.
-        k: pairs.
+        k: number of pairs.
         end: "magnitude", "largest" or "smallest".
-        tol: of each residual, relative to the largest magnitude found.
-        max_products: for all together, shared out evenly.
+        tol: tolerance of each residual ‖C v - λ v‖, relative to the largest magnitude found.
+        max_products: maximum number of products, divided equally among the power iterations.
+
+    Returns:
+        `Eigenpairs`, in the order in which they were found.
 
     Raises:
-        ValueError: k out of range, no such end.
+        ValueError: k is out of range, or `end` unknown.
     """
     checks.check_count("top_eigenpairs", k=k, max_products=max_products)
     size = sum(x.size for x in jax.tree.leaves(v0))
     if end not in ENDS or k > size:
         raise ValueError(
             f"`top_eigenpairs` takes `end` as one of {', '.join(map(repr, ENDS))} and `k` up to "
-            f"the {size} parameters, and got end={end!r}, k={k}."
+            f"the {size} parameters, and received end={end!r}, k={k}."
         )
     sign = -1 if end == "smallest" else 1
     limit = max(1, max_products // (k + (end != "magnitude")))
-    # A residual in C has parts along the earlier vectors, of the length of their residuals; and the
-    # shift at most doubles the eigenvalues that power iteration measures by.
+    # The residual in C also has components along the k earlier vectors, as large as their own
+    # residuals, hence √k; and the shift at most doubles the |λ| that `tol` is relative to, hence 2.
     own = tol / (2 * k**0.5)
     shift, used = jnp.zeros(()), jnp.zeros((), jnp.int32)
     if end != "magnitude":
@@ -54,9 +57,9 @@ def deflated_power(
 
     def find(carry: tuple[Tree, jax.Array], i: jax.Array) -> tuple[tuple[Tree, jax.Array], None]:
         basis, used = carry
-        beside = lambda v: bases.orthogonal(v, basis)[0]
-        step = lambda v: beside(trees.add_scaled(trees.scale(sign, product(v)), shift, v))
-        pair = power_iteration(step, beside(v0), max_steps=limit, tol=own)
+        deflate = lambda v: bases.orthogonal(v, basis)[0]
+        step = lambda v: deflate(trees.add_scaled(trees.scale(sign, product(v)), shift, v))
+        pair = power_iteration(step, deflate(v0), max_steps=limit, tol=own)
         return (bases.with_row(basis, i, pair.vector), used + pair.steps), None
 
     start = axes.carried((bases.empty(k, v0), used), lambda carry: find(carry, jnp.int32(0))[0])

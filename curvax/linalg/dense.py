@@ -1,4 +1,4 @@
-"""A x = b by the whole matrix: for small models, and as the reference for everything else."""
+"""Solves A x = b with the explicit matrix, for small models and as a reference for tests."""
 
 from collections.abc import Callable
 
@@ -10,14 +10,26 @@ from curvax import checks
 from curvax.arithmetic.trees import Tree
 from curvax.devices import axes
 from curvax.linalg.flatten import materialize, ravel, unravel
-from curvax.linalg.solvers import Reason, Solution, Solver, direct_solver, relative_residual
+from curvax.linalg.solvers import Solution, Solver, StopReason, direct_solver, relative_residual
 
 
 def dense() -> Solver:
-    """Solves by the matrix itself: Cholesky, and LU where it is not positive definite.
+    """Solves A x = b with the explicit matrix, by Cholesky or, if A is not positive definite, LU.
 
-    P products and memory P² for P parameters. A singular matrix gives x = 0 and the reason
-    `breakdown`.
+    Takes P products and memory P² for P parameters. If A is singular, x is 0 and the reason
+    `StopReason.breakdown`.
+
+    Returns:
+        A `Solver`.
+
+    Raises:
+        TypeError: when the solver is called: A or b is complex.
+
+    Examples:
+        >>> import jax.numpy as jnp, curvax
+        >>> solution = curvax.dense()(lambda v: jnp.array([1.0, -4.0]) * v, jnp.ones(2))
+        >>> solution.x.tolist()
+        [1.0, -0.25]
     """
 
     def solve(product: Callable[[Tree], Tree], b: Tree) -> Solution:
@@ -39,9 +51,9 @@ def solve_symmetric(matrix: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def finite_or_zero(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """x with the reason `direct`, or 0 with `breakdown` where an entry is not finite."""
+    """(x, `direct`), or (0, `breakdown`) if an entry of x is not finite."""
     fine = jnp.all(jnp.isfinite(x))
-    reason = jnp.where(fine, Reason.direct, Reason.breakdown).astype(jnp.int32)
+    reason = jnp.where(fine, StopReason.direct, StopReason.breakdown).astype(jnp.int32)
     return jnp.where(fine, x, 0), reason
 
 

@@ -1,4 +1,4 @@
-"""A symmetric product ↦ its extreme eigenpairs, by Lanczos with thick restarts."""
+"""Extreme eigenpairs of a symmetric product by thick-restart Lanczos."""
 
 import functools
 from collections.abc import Callable
@@ -24,39 +24,43 @@ ENDS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "largest": lambda values: values,
     "smallest": lambda values: -values,
 }
-"""Which end of the spectrum: what is wanted most has the largest key."""
+"""The ends of the spectrum, each as a sort key that is largest for the most wanted eigenvalue."""
 
 JOINED = 1_000_000
-"""Numbers up to which a vector of many leaves is searched as one array: every loop would have
-instructions for every leaf, which take longer to compile than so few numbers to copy."""
+"""Size up to which vectors of several leaves are flattened to one array for the search.
+
+A loop compiles instructions for every leaf, which for small vectors takes longer than copying them.
+"""
 
 
 class Eigenpairs(NamedTuple):
-    """k eigenvalues with their vectors, the most wanted first, and how far to trust each."""
+    """k eigenvalues, the most wanted first, with vectors and errors."""
 
     values: jax.Array
-    """λ, [k]."""
+    """Eigenvalues λ, [k]."""
     vectors: Tree
-    """Orthonormal, stacked along a new first axis [k, ...]."""
+    """Orthonormal eigenvectors, stacked along a new first axis [k, ...]."""
     residuals: jax.Array
-    """‖C v - λ v‖, [k], from products with the vectors themselves: an eigenvalue lies this near."""
+    """‖C v - λ v‖, [k], from a product with each vector; bounds the distance to an eigenvalue."""
     converged: jax.Array
-    """residual <= tol·max|λ| over all that the search saw, boolean [k]."""
+    """Whether residual <= tol·max|λ|, over all λ that the search saw, boolean [k]."""
     products: jax.Array
-    """Products used, those for the residuals included."""
+    """Products used, including those for the residuals."""
 
 
 class _Search(NamedTuple):
     basis: Tree
-    """m + 1 orthonormal vectors, or zeros where none is yet."""
+    """m + 1 orthonormal vectors, the last ones 0 until they are computed."""
     matrix: jax.Array
-    """The product in that basis, its upper triangle, [m, m]."""
+    """The upper triangle of C in that basis, [m, m]."""
     kept: jax.Array
-    """How many of them need no product any more."""
+    """Number of vectors whose column of `matrix` is known."""
     products: jax.Array
+    """Products used so far."""
     scale: jax.Array
-    """The largest magnitude found."""
+    """The largest |λ| found so far."""
     settled: jax.Array
+    """Whether the k residuals are small enough."""
 
 
 def eigenpairs(
@@ -72,21 +76,24 @@ def eigenpairs(
     """The k eigenpairs at one end of the spectrum.
 
     Lanczos with full re-orthogonalisation in a subspace of fixed size, restarted from its best
-    Ritz vectors (Wu & Simon, Thick-restart Lanczos, SIAM J. Matrix Anal. Appl. 22, 2000). Where
-    the start vector has nothing more to explore a random one goes on, so that eigenvalues come
-    with their multiplicity.
+    Ritz vectors. If the Krylov space of `v0` is exhausted, the search continues with a random
+    vector, so that multiple eigenvalues are found with their multiplicity. Wu & Simon,
+    Thick-restart Lanczos, SIAM J. Matrix Anal. Appl. 22, 2000.
 
     Args:
         product: v ↦ C v, symmetric, on trees like `v0`.
         v0: a start vector, such as a Gaussian probe.
-        k: pairs, at most the number of parameters.
+        k: number of pairs, at most the number of parameters.
         end: "magnitude", "largest" or "smallest" (most negative).
-        tol: of each residual, relative to the largest magnitude found.
-        max_products: about that many at most; one subspace is searched in any case.
-        subspace: vectors in memory, 2k + 20 by default.
+        tol: tolerance of each residual ‖C v - λ v‖, relative to the largest magnitude found.
+        max_products: approximate maximum number of products; one subspace is always searched.
+        subspace: vectors in memory; 2k + 20 by default.
+
+    Returns:
+        `Eigenpairs`.
 
     Raises:
-        ValueError: k out of range, no such end.
+        ValueError: k or `subspace` is out of range, or `end` unknown.
         TypeError: v0 is complex.
     """
     checks.refuse_complex(v0, "eigenpairs")
@@ -102,7 +109,7 @@ def eigenpairs(
 
 
 def _joinable(v: Tree, size: int) -> bool:
-    """Whether a vector is small, in several leaves, and not divided among devices."""
+    """Whether a vector is small, has several leaves, and is not sharded."""
     leaves = jax.tree.leaves(v)
     divided = axes.manual() or any(map(trees.is_sharded, leaves))
     return len(leaves) > 1 and size <= JOINED and not divided
@@ -116,7 +123,7 @@ def _searched(
     matrix = jnp.zeros((m, m), jnp.result_type(*jax.tree.leaves(start)))
     scale = jnp.zeros((), matrix.dtype)
     search = _Search(start, matrix, jnp.int32(0), jnp.int32(0), scale, jnp.bool_(False))
-    # A subspace that is everything needs no restart, and all of it may be asked for.
+    # If the subspace is the whole space, there is no restart, and all of it is kept.
     keep = m if m == size else min(k + max(1, (m - k) // 3), m - 1)
     turn = lambda s: _restarted(*_extended(apply, v0, s, m), k=k, keep=keep, end=end, tol=tol)
     within = lambda s: (s.products == 0) | (s.products + m - s.kept <= max_products)
@@ -125,28 +132,28 @@ def _searched(
 
 
 def _checked(k: Any, size: int, end: str, max_products: Any, subspace: Any) -> int:
-    """The number of vectors to keep."""
+    """The size of the subspace, after checking the options."""
     checks.check_count("eigenpairs", k=k, max_products=max_products)
     if end not in ENDS:
         raise ValueError(
-            f"`eigenpairs` takes `end` as one of {', '.join(map(repr, ENDS))}, and got {end!r}."
+            f"`eigenpairs` takes `end` as one of {', '.join(map(repr, ENDS))}, and received "
+            f"{end!r}."
         )
     if k > size:
         raise ValueError(
-            f"`eigenpairs` was asked for {k} pairs of a matrix of {size} rows. Ask for {size} at "
-            "most."
+            f"`eigenpairs` takes `k` up to the {size} rows of the matrix, and received {k}."
         )
     m = min(size, 2 * k + 20 if subspace is None else subspace)
     if m < min(size, k + 2):
         raise ValueError(
-            f"`eigenpairs` keeps {k} pairs and room to search in a subspace, and `subspace={m}` "
-            f"leaves none. Use {2 * k + 20}."
+            f"`eigenpairs` searches for {k} pairs in a subspace of at least {k + 2} vectors, and "
+            f"`subspace={m}` is too small. Use {2 * k + 20}."
         )
     return m
 
 
 def _extended(apply: Product, v0: Tree, search: _Search, m: int) -> tuple[_Search, jax.Array]:
-    """The search with its basis filled up by Lanczos, and the coupling to the vector beyond."""
+    """(the search with its basis completed by Lanczos, the coupling β to the next vector)"""
 
     def body(i: jax.Array, carry: Any) -> Any:
         basis, matrix, _ = carry
@@ -164,7 +171,7 @@ def _extended(apply: Product, v0: Tree, search: _Search, m: int) -> tuple[_Searc
 
 
 def _fresh(i: jax.Array, basis: Tree, v0: Tree) -> Tree:
-    """A random vector orthogonal to the basis; 0 where that is everything."""
+    """A random unit vector orthogonal to the basis; 0 if the basis spans the whole space."""
     key = axes.vary(jax.random.key(0), axes.varying(i))
     draw = gaussian_probe(jax.random.fold_in(key, i), v0)
     w, parts = bases.orthogonal(draw, basis)
@@ -174,7 +181,7 @@ def _fresh(i: jax.Array, basis: Tree, v0: Tree) -> Tree:
 def _restarted(
     search: _Search, beta: jax.Array, *, k: int, keep: int, end: str, tol: float
 ) -> _Search:
-    """The search in a basis of its best Ritz vectors and the vector beyond."""
+    """The search in a new basis of its best Ritz vectors and the next Lanczos vector."""
     m = len(search.matrix)
     upper = jnp.triu(search.matrix)
     values, rotation = jnp.linalg.eigh(upper + jnp.triu(upper, 1).T)
@@ -195,7 +202,7 @@ def _restarted(
 
 
 def _measured(apply: Product, search: _Search, k: int, tol: float) -> Eigenpairs:
-    """Values and residuals from a product with each vector."""
+    """The result, with values and residuals from one product with each vector."""
 
     def measure(v: Tree) -> tuple[jax.Array, jax.Array]:
         cv = apply(v)

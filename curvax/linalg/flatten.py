@@ -1,4 +1,4 @@
-"""Trees as flat vectors, and products on trees as matrices of them."""
+"""Trees as flat vectors, and linear maps of trees as matrices."""
 
 from collections.abc import Callable
 
@@ -14,13 +14,16 @@ from curvax.arithmetic.trees import Tree
 
 
 def ravel(tree: Tree) -> jax.Array:
-    """All entries in the order of `ravel_pytree`, [P], in float32 or wider, on every device."""
+    """All entries of a tree in the order of `ravel_pytree`, [P], in float32 or wider.
+
+    Sharded leaves are gathered on every device.
+    """
     whole = lambda x: jax.sharding.reshard(x, P()) if trees.is_sharded(x) else x
     return ravel_pytree(jax.tree.map(lambda x: whole(trees.widen(x)), tree))[0]
 
 
 def unravel(vector: jax.Array, like: Tree) -> Tree:
-    """The tree shaped, typed and laid out like `like` whose entries are `vector`, [P]."""
+    """The inverse of `ravel`: a tree with the shapes, dtypes and sharding of `like`."""
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, vector.dtype), like)
     return trees.laid_out_like(ravel_pytree(zeros)[1](vector), like)
 
@@ -28,20 +31,27 @@ def unravel(vector: jax.Array, like: Tree) -> Tree:
 def materialize(
     product: Callable[[Tree], Tree], like: Tree, *, chunk: int | None = None
 ) -> jax.Array:
-    """The matrix of a linear map, column by column.
+    """The matrix of a linear map, for small models.
 
     Args:
         product: v ↦ C v.
-        like: a tree of arrays, or of `jax.ShapeDtypeStruct`, that says what v looks like; P
-            entries in all.
-        chunk: columns made at once; None for 16, or one where leaves are sharded explicitly.
+        like: a tree of arrays or of `jax.ShapeDtypeStruct` with the structure, shapes and dtypes
+            of v; P entries in all.
+        chunk: columns computed in parallel; None for 16, or for 1 if a leaf is sharded on an
+            explicit mesh.
 
     Returns:
-        C, [P, P] (one row for each entry of C v), in float32 or wider, rows and columns in the
-        order of `jax.flatten_util.ravel_pytree(like)`. Memory P².
+        C, [P, P], in float32 or wider, with rows and columns in the order of
+        `jax.flatten_util.ravel_pytree(like)`. For a map to other trees, [entries of C v, P].
 
     Raises:
-        TypeError, ValueError: `chunk` is no positive integer; `like` is complex.
+        TypeError, ValueError: `chunk` is not a positive integer, or `like` is complex.
+
+    Examples:
+        >>> import jax.numpy as jnp, curvax
+        >>> product = lambda v: {"a": 2 * v["a"], "b": v["a"] + v["b"]}
+        >>> curvax.materialize(product, {"a": jnp.zeros(()), "b": jnp.zeros(())}).tolist()
+        [[2.0, 0.0], [1.0, 1.0]]
     """
     checks.refuse_complex(like, "materialize")
     leaves = jax.tree.leaves(like)

@@ -1,4 +1,4 @@
-"""A product v ↦ C v ↦ estimates of its diagonal and trace, each with its standard error."""
+"""The diagonal and the trace of a product v ↦ C v, estimated from random probes, or exact."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -18,22 +18,37 @@ Product = Callable[[Tree], Tree]
 
 
 class Estimate(NamedTuple):
-    """A mean over probes and its standard error, NaN for a single probe."""
+    """A mean over probes, with its standard error."""
 
     mean: Tree
     standard_error: Tree
+    """Shaped like `mean`; NaN for a single probe."""
 
 
 def estimate_diagonal(product: Product, probes: Tree) -> Estimate:
-    """Hutchinson's estimate of the diagonal, mean of z ⊙ C z over probes.
+    """Hutchinson's unbiased estimate of the diagonal of a linear map.
+
+        diag(C) = E[z ⊙ C z]
+
+    Exact for a diagonal C with Rademacher probes. Yao et al., AdaHessian, arXiv:2006.00719, eq. 8.
 
     Args:
         product: v ↦ C v.
-        probes: a tree whose leaves stack the probes along a new first axis, E[z zᵀ] = I.
+        probes: random vectors with E[z zᵀ] = I, stacked along a new first axis of every leaf.
 
     Returns:
-        The estimate, shaped like one probe, and its standard error. Unbiased; exact with signs
-        where C is diagonal. Yao et al., AdaHessian, arXiv:2006.00719, eq. 8.
+        An `Estimate` whose `mean` and `standard_error` are shaped like one probe.
+
+    Raises:
+        TypeError: the probes or the products are complex.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, curvax
+        >>> keys = jax.random.split(jax.random.key(0), 4)
+        >>> probes = jax.vmap(lambda key: curvax.rademacher(key, jnp.zeros(3)))(keys)
+        >>> product = lambda v: jnp.array([1.0, 2.0, 3.0]) * v
+        >>> curvax.estimate_diagonal(product, probes).mean.tolist()
+        [1.0, 2.0, 3.0]
     """
     return _over_probes(
         lambda z: jax.tree.map(lambda a, b: trees.widen(a) * trees.widen(b), z, product(z)), probes
@@ -41,24 +56,39 @@ def estimate_diagonal(product: Product, probes: Tree) -> Estimate:
 
 
 def estimate_trace(product: Product, probes: Tree) -> Estimate:
-    """Hutchinson's estimate of the trace, mean of zᵀ C z over probes.
+    """Hutchinson's unbiased estimate of the trace of a linear map.
+
+        trace(C) = E[zᵀ C z]
+
+    Hutchinson, Commun. Stat. Simul. Comput. 18, 1989.
 
     Args:
         product: v ↦ C v.
-        probes: a tree whose leaves stack the probes along a new first axis, E[z zᵀ] = I.
+        probes: random vectors with E[z zᵀ] = I, stacked along a new first axis of every leaf.
 
     Returns:
-        The estimate, a scalar, and its standard error. Unbiased.
+        An `Estimate` whose `mean` and `standard_error` are scalars.
+
+    Raises:
+        TypeError: the probes or the products are complex.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, curvax
+        >>> keys = jax.random.split(jax.random.key(0), 4)
+        >>> probes = jax.vmap(lambda key: curvax.rademacher(key, jnp.zeros(3)))(keys)
+        >>> estimate = curvax.estimate_trace(lambda v: 2 * v, probes)
+        >>> float(estimate.mean), float(estimate.standard_error)
+        (6.0, 0.0)
     """
     return _over_probes(lambda z: trees.dot(z, product(z)), probes)
 
 
 def exact_diagonal(product: Product, like: Tree) -> Tree:
-    """The diagonal of C, entry by entry: one product for each.
+    """The exact diagonal of a linear map, with one product for each of its entries.
 
     Args:
         product: v ↦ C v.
-        like: a tree of arrays that says what v looks like.
+        like: a tree of arrays with the structure, shapes and dtypes of v.
 
     Returns:
         A tree like `like`, in float32 or wider.
@@ -87,9 +117,10 @@ def _over_probes(sample: Callable[[Tree], Tree], probes: Tree) -> Estimate:
     if n == 1:
         return Estimate(first, jax.tree.map(trees.nan_like, first))
 
-    # Welford's update: the sum of squared deviations without cancellation, in units of the first.
-    one = trees.magnitude(first)
-    shrink = trees.inverse(one)
+    # Welford's update of the sum of squared deviations, free of cancellation; deviations are
+    # divided by a power of two near the first sample, so that their squares stay in range.
+    unit = trees.magnitude(first)
+    shrink = trees.inverse(unit)
 
     def body(carry, item):
         mean, square = carry
@@ -107,4 +138,4 @@ def _over_probes(sample: Callable[[Tree], Tree], probes: Tree) -> Estimate:
     )
     rest = jax.tree.map(lambda z: z[1:], probes)
     (mean, square), _ = lax.scan(body, start, (jnp.arange(1, n), rest))
-    return Estimate(mean, jax.tree.map(lambda s: one * root(s / (n * (n - 1))), square))
+    return Estimate(mean, jax.tree.map(lambda s: unit * root(s / (n * (n - 1))), square))

@@ -1,4 +1,4 @@
-"""A symmetric product and a start vector ↦ the tridiagonal matrix that Lanczos makes of them."""
+"""Lanczos tridiagonalisation of a symmetric product v ↦ C v."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,16 +17,16 @@ Product = Callable[[Tree], Tree]
 
 
 class Lanczos(NamedTuple):
-    """k steps of Lanczos: Qᵀ C Q = T, Q e₁ = v₀ / ‖v₀‖."""
+    """The result of k Lanczos steps: Qᵀ C Q = T tridiagonal, with Q e₁ = v₀ / ‖v₀‖."""
 
     diagonal: jax.Array
-    """α, [k]."""
+    """The diagonal α of T, [k]."""
     off_diagonal: jax.Array
-    """β >= 0, [k - 1]; 0 from where v₀ has no parts left to explore."""
+    """The off-diagonal β >= 0 of T, [k - 1]; 0 once the Krylov space of v₀ is exhausted."""
     basis: Tree
-    """The columns of Q stacked along a new first axis [k, ...], orthonormal; None without it."""
+    """The orthonormal columns of Q, stacked along a new first axis [k, ...]; None if not kept."""
     residual: jax.Array
-    """‖C Q - Q T‖, the β that would come next: 0 where T holds whole eigenvalues of C."""
+    """‖C Q - Q T‖, the next β; 0 if the eigenvalues of T are eigenvalues of C."""
 
     @property
     def matrix(self) -> jax.Array:
@@ -36,22 +36,33 @@ class Lanczos(NamedTuple):
 
 
 def lanczos(product: Product, v0: Tree, k: int, *, keep_basis: bool = True) -> Lanczos:
-    """Lanczos' method, k products.
+    """Tridiagonalises a symmetric product by k steps of Lanczos.
+
+        C qᵢ = βᵢ₋₁ qᵢ₋₁ + αᵢ qᵢ + βᵢ qᵢ₊₁,   q₁ = v₀ / ‖v₀‖
+
+    The extreme eigenvalues of the matrix T with diagonal α and off-diagonal β approximate those of
+    C. Lanczos, J. Res. Natl. Bur. Stand. 45, 1950.
 
     Args:
         product: v ↦ C v, symmetric.
-        v0: the start vector, of any length but 0.
-        k: steps; at most the number of parameters is of use.
-        keep_basis: re-orthogonalise against all earlier vectors, twice, which keeps k of them in
-            memory; False for the bare recurrence in the memory of three, whose eigenvalues come in
-            copies once the first have converged.
+        v0: the start vector, of any norm but 0.
+        k: steps and products, at least 1 and usefully at most the number of parameters.
+        keep_basis: whether to keep all k vectors in memory and to re-orthogonalise against them,
+            twice at every step. False runs the three-term recurrence alone, whose rounding errors
+            produce spurious copies of converged eigenvalues.
 
     Returns:
-        A `Lanczos`.
+        A `Lanczos` of `diagonal`, `off_diagonal`, `basis`, `residual`, and the property `matrix`.
 
     Raises:
         ValueError: k < 1.
         TypeError: v0 is complex.
+
+    Examples:
+        >>> import jax.numpy as jnp, curvax
+        >>> found = curvax.lanczos(lambda v: jnp.array([1.0, 3.0]) * v, jnp.ones(2), 2)
+        >>> [round(x, 3) for x in jnp.linalg.eigvalsh(found.matrix).tolist()]
+        [1.0, 3.0]
     """
     checks.refuse_complex(v0, "lanczos")
     checks.check_count("lanczos", k=k)
@@ -65,7 +76,7 @@ def _orthogonalised(product: Product, v0: Tree, k: int) -> Lanczos:
         basis, v = carry
         w, parts = bases.orthogonal(apply(v), basis)
         beta, v = normalised(w, scale=trees.norm(parts))
-        # The vector beyond the last has no row: the last is written again.
+        # The last step has no row for the next vector: row k - 1 is written back unchanged.
         last = bases.row(basis, k - 1)
         new = jax.tree.map(lambda x, old: jnp.where(i + 1 < k, x, old), v, last)
         return (bases.with_row(basis, i + 1, new), v), (parts[i], beta)
@@ -97,7 +108,7 @@ def _recurrence(product: Product, v0: Tree, k: int) -> Lanczos:
 
 
 def normalised(w: Tree, scale: jax.Array | float = 0.0) -> tuple[jax.Array, Tree]:
-    """(‖w‖, w / ‖w‖), both 0 where w is no more than rounding beside `scale`."""
+    """(‖w‖, w / ‖w‖), or (0, 0) if w is only the rounding error of quantities of size `scale`."""
     norm = trees.norm(w)
     size = sum(x.size for x in jax.tree.leaves(w))
     alive = norm > jnp.finfo(norm.dtype).eps * scale * max(size, 1) ** 0.5
@@ -105,5 +116,5 @@ def normalised(w: Tree, scale: jax.Array | float = 0.0) -> tuple[jax.Array, Tree
 
 
 def widened(product: Product, like: Tree) -> Product:
-    """The product on vectors in float32 or wider; it is handed them in the dtypes of `like`."""
+    """The product as a map of vectors in float32 or wider, evaluated in the dtypes of `like`."""
     return lambda v: trees.laid_out_like(trees.wide(product(trees.cast_like(v, like))), v)

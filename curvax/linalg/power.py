@@ -1,4 +1,4 @@
-"""A symmetric product v ↦ C v ↦ its eigenpair of largest magnitude."""
+"""Power iteration for the eigenvalue of largest magnitude of a symmetric product v ↦ C v."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,36 +13,44 @@ from curvax.devices import axes
 
 
 class Eigenpair(NamedTuple):
-    """An eigenvalue with its vector, and how far to trust it."""
+    """An approximate eigenvalue with its vector and its error."""
 
     value: jax.Array
-    """λ = vᵀ C v, of largest |λ|."""
+    """λ = vᵀ C v, a scalar."""
     vector: Tree
-    """v, ‖v‖ = 1."""
+    """v with ‖v‖ = 1, shaped and typed like the start vector."""
     residual: jax.Array
-    """‖C v - λ v‖, a bound on the distance from λ to the spectrum."""
+    """‖C v - λ v‖, a bound on the distance from λ to the nearest eigenvalue."""
     steps: jax.Array
-    """Products used."""
+    """Products used, an int32 scalar."""
     converged: jax.Array
-    """residual <= tol·|λ|."""
+    """Whether residual <= tol·|λ|."""
 
 
 def power_iteration(
     product: Callable[[Tree], Tree], v0: Tree, *, max_steps: int = 100, tol: float = 1e-3
 ) -> Eigenpair:
-    """The eigenpair of largest magnitude by power iteration from `v0`.
+    """The eigenvalue of largest magnitude and its vector, by power iteration.
+
+        v ← C v / ‖C v‖,   λ = vᵀ C v
 
     Args:
         product: v ↦ C v, symmetric.
-        v0: a start vector with a part along the eigenvector, such as a Gaussian probe.
-        max_steps: products at most.
-        tol: stop once ‖C v - λ v‖ <= tol·|λ|.
+        v0: a start vector that is not orthogonal to the eigenvector, such as a Gaussian probe.
+        max_steps: maximum number of products.
+        tol: stops once ‖C v - λ v‖ <= tol·|λ|.
 
     Returns:
-        An `Eigenpair`. The residual is that of the returned vector and value.
+        An `Eigenpair` of `value`, `vector`, `residual`, `steps` and `converged`.
 
     Raises:
         TypeError: v0 is complex.
+
+    Examples:
+        >>> import jax.numpy as jnp, curvax
+        >>> pair = curvax.power_iteration(lambda v: jnp.array([1.0, -3.0]) * v, jnp.ones(2))
+        >>> round(float(pair.value), 3), bool(pair.converged)
+        (-3.0, True)
     """
     checks.refuse_complex(v0, "power_iteration")
 

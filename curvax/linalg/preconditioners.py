@@ -1,4 +1,4 @@
-"""Preconditioners v ↦ M⁻¹v of conjugate gradients."""
+"""Preconditioners v ↦ M⁻¹v for conjugate gradients."""
 
 import numbers
 from collections.abc import Callable
@@ -12,14 +12,14 @@ from curvax.arithmetic.trees import Tree
 from curvax.linear_operator import Product
 
 Preconditioner = Callable[[Tree], Tree] | float | jax.Array | None
-"""A map v ↦ M⁻¹v, a power ξ of the diagonal, or nothing."""
+"""A map v ↦ M⁻¹v, an exponent ξ for M = (|D| + λ)^ξ, or None for the identity."""
 
 
 def check_preconditioner(preconditioner: Any, solver: str) -> None:
-    """Refuses what is none.
+    """Checks the option `preconditioner` of a solver.
 
     Raises:
-        TypeError, ValueError: neither None, a callable nor a power in [0, 1].
+        ValueError: it is neither None, a callable, nor an exponent in [0, 1].
     """
     if preconditioner is None or callable(preconditioner):
         return
@@ -28,18 +28,24 @@ def check_preconditioner(preconditioner: Any, solver: str) -> None:
     if isinstance(preconditioner, jax.Array) and not preconditioner.shape:
         return
     raise ValueError(
-        f"`{solver}(preconditioner=)` takes a power ξ in [0, 1] of the curvature's diagonal, or a "
-        f"callable v ↦ M⁻¹v, and got {preconditioner!r}. Martens uses ξ = 0.75."
+        f"`{solver}(preconditioner=)` takes an exponent ξ in [0, 1] for the curvature's diagonal, "
+        f"or a callable v ↦ M⁻¹v, and received {preconditioner!r}. Martens uses ξ = 0.75."
     )
 
 
 def preconditioning(
     preconditioner: Preconditioner, product: Any, diagonal: Tree, solver: str
 ) -> Callable[[Tree], Tree]:
-    """v ↦ M⁻¹v on trees in float32 or wider; the identity for None.
+    """The map v ↦ M⁻¹v on trees in float32 or wider.
+
+    Args:
+        preconditioner: the option.
+        product: A, whose damping λ enters M.
+        diagonal: an estimate D of the diagonal of A without damping, or None.
+        solver: the name of the solver, for errors.
 
     Raises:
-        ValueError: a power, and no diagonal.
+        ValueError: the option is an exponent, and there is no diagonal.
     """
     if preconditioner is None:
         return lambda v: v
@@ -48,8 +54,8 @@ def preconditioning(
         return lambda v: trees.laid_out_like(given(v), v)
     if diagonal is None:
         raise ValueError(
-            f"`{solver}(preconditioner={preconditioner})` is a power of the curvature's diagonal, "
-            "and no earlier stage gave one. Put an estimator before the solve, as in "
+            f"`{solver}(preconditioner={preconditioner})` is an exponent for the curvature's "
+            "diagonal, and no earlier stage gave one. Put an estimator before the solve, as in "
             f"`fisher_diag() | fisher_matvec() | damp(1e-3) | solve({solver}(...))`, with "
             "`gauss_newton_diag`, `fisher_diag`, `empirical_fisher_diag`, `hutchinson_diag` or "
             "`squared_gradient`; or pass `diagonal=` to the solver itself."
@@ -60,6 +66,6 @@ def preconditioning(
 
 
 def _power(diagonal: jax.Array, damping: Any, xi: Any) -> jax.Array:
-    """(|D| + λ)^ξ, and 1 where that base is 0."""
+    """(|D| + λ)^ξ, and 1 where |D| + λ is 0."""
     base = jnp.abs(trees.widen(diagonal)) + (0 if damping is None else damping)
     return jnp.where(base > 0, base, 1) ** xi

@@ -1,4 +1,4 @@
-"""A x = b through the rows of a root: a batch has fewer outputs than the model parameters."""
+"""Solves (RᵀR + λI) x = b through the m × m matrix R Rᵀ, for a root R with few rows."""
 
 import numbers
 from collections.abc import Callable
@@ -16,26 +16,41 @@ from curvax.linear_operator import Product, Root
 
 
 def row_space() -> Solver:
-    """Solves (RᵀR + λI) x = b by the kernel R Rᵀ of the m rows of R.
+    """Solves (RᵀR + λI) x = b exactly in the row space of R, by the Woodbury identity.
 
         (RᵀR + λI)⁻¹ = (I - Rᵀ (R Rᵀ + λI)⁻¹ R) / λ
 
-    For λ None or the number 0, the least-norm solution x = (RᵀR)⁺ b. Exact, with m products and
-    memory m² instead of P²; a traced λ must be positive.
+    R is the root of the product and λ its damping. A batch has m = examples × outputs rows, usually
+    far fewer than parameters P: the solver takes m products with R Rᵀ and memory m² instead of P².
+    Without damping (λ None or the number 0) it returns the least-norm solution x = (RᵀR)⁺ b. A
+    traced λ must be positive.
+
+    Returns:
+        A `Solver`.
 
     Raises:
-        ValueError: at a solve, the product does not know its root.
+        ValueError: when the solver is called: the product has no root.
+
+    Examples:
+        >>> import jax.numpy as jnp, curvax
+        >>> batch = {"x": jnp.eye(3)[:2], "y": jnp.zeros(2)}
+        >>> predict = lambda w, batch: batch["x"] @ w
+        >>> objective = curvax.Objective(curvax.gaussian("y"), batch, model=predict)
+        >>> product = curvax.ggnvp(objective, jnp.zeros(3)).damped(0.5)
+        >>> solution = curvax.row_space()(product, jnp.ones(3))
+        >>> [round(x, 3) for x in solution.x.tolist()]
+        [1.0, 1.0, 2.0]
     """
 
     def solve(product: Callable[[Tree], Tree], b: Tree) -> Solution:
         root, damping = _root_of(product)
         kernel = materialize(lambda u: root.forward(root.transpose(u)), root.rows)
-        one = trees.magnitude(b)
-        rhs = trees.scale(trees.inverse(one), b)
+        unit = trees.magnitude(b)
+        rhs = trees.scale(trees.inverse(unit), b)
         rows = ravel(root.forward(rhs))
         none = damping is None or (isinstance(damping, numbers.Real) and damping == 0)
         solver = _least_norm if none else _damped
-        x = trees.scale(one, trees.wide(solver(root, kernel, rows, damping, rhs)))
+        x = trees.scale(unit, trees.wide(solver(root, kernel, rows, damping, rhs)))
         flat, reason = finite_or_zero(ravel(x))
         x = unravel(flat, b)
         rest = jax.tree.map(lambda y, z: trees.widen(y) - trees.widen(z), b, product(x))
@@ -55,23 +70,23 @@ def _damped(root: Root, kernel: jax.Array, rows: jax.Array, damping: Any, b: Tre
 def _least_norm(root: Root, kernel: jax.Array, rows: jax.Array, damping: Any, b: Tree) -> Tree:
     """(RᵀR)⁺ b = Rᵀ (R Rᵀ)⁺² R b."""
     del damping
-    # In units of κ, the kernel's size: its inverse square may be out of range.
-    one = trees.magnitude(kernel)
-    values, vectors = jnp.linalg.eigh(kernel * trees.inverse(one))
+    # R Rᵀ is divided by a power of two near its norm, since its inverse square may be out of range.
+    unit = trees.magnitude(kernel)
+    values, vectors = jnp.linalg.eigh(kernel * trees.inverse(unit))
     floor = rows.size * jnp.finfo(values.dtype).eps * values[-1]
     inverse = jnp.where(values > floor, 1 / jnp.where(values > floor, values, 1), 0)
     with jax.default_matmul_precision("highest"):
         inner = vectors @ (inverse**2 * (vectors.T @ rows))
-    along = trees.wide(root.transpose(unravel(inner * trees.inverse(one), root.rows)))
-    return trees.laid_out_like(trees.scale(trees.inverse(one), along), b)
+    along = trees.wide(root.transpose(unravel(inner * trees.inverse(unit), root.rows)))
+    return trees.laid_out_like(trees.scale(trees.inverse(unit), along), b)
 
 
 def _root_of(product: Callable[[Tree], Tree]) -> tuple[Root, Any]:
     if not isinstance(product, Product) or product.root is None:
         raise ValueError(
-            "`row_space` solves in the rows of a root R of the curvature, C = RᵀR, and this "
-            "product does not know one. Gauss-Newton and Fisher products of a likelihood know it, "
-            "unless they are made over micro-batches: use `gauss_newton_matvec()` or "
-            "`fisher_matvec()` without `microbatch=`, or solve with `cg(20)` or `dense()`."
+            "`row_space` needs a root R of the curvature, C = RᵀR, and this product has none. "
+            "Gauss-Newton and Fisher products of a likelihood have one, unless they are computed "
+            "over micro-batches: use `gauss_newton_matvec()` or `fisher_matvec()` without "
+            "`microbatch=`, or solve with `cg(20)` or `dense()`."
         )
     return product.root, product.damping

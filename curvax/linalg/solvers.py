@@ -1,4 +1,4 @@
-"""A product v ↦ A v and a vector b ↦ an x with A x ≈ b, how good it is and why it is no better."""
+"""The interface of solvers of A x = b, where A is given as a product v ↦ A v."""
 
 import dataclasses
 import enum
@@ -12,52 +12,68 @@ from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
 
 
-class Reason(enum.IntEnum):
-    """Why a solver stopped."""
+class StopReason(enum.IntEnum):
+    """Why a solver stopped, the type of `Solution.reason`.
+
+    Examples:
+        >>> import jax.numpy as jnp, curvax
+        >>> solution = curvax.cg(10)(lambda v: 2 * v, jnp.ones(3))
+        >>> curvax.StopReason(int(solution.reason)).name
+        'tolerance'
+    """
 
     max_steps = 0
-    """It used the products it was allowed."""
+    """The maximum number of products was used."""
     tolerance = 1
-    """‖b - A x‖ <= tol·‖b‖."""
+    """The residual is small: ‖b - A x‖ <= tol·‖b‖."""
     progress = 2
-    """The quadratic model hardly fell any more."""
+    """The quadratic model stopped decreasing (the option `progress` of `cg`)."""
     negative_curvature = 3
-    """A direction p with pᵀA p <= 0: the model has no minimum along it."""
+    """The direction p has pᵀA p <= 0, so that the model has no minimum along it."""
     boundary = 4
-    """The edge of the trust region."""
+    """The iterate reached the boundary of the trust region."""
     breakdown = 5
-    """A number that is not finite, a preconditioner or a matrix that is not positive definite."""
+    """A value was not finite, or the preconditioner or the matrix not positive definite."""
     direct = 6
-    """A factorisation, not an iteration."""
+    """The solution comes from a factorisation, not from an iteration."""
 
 
 class Solution(NamedTuple):
-    """What a solver found, and how far to trust it."""
+    """The approximate solution of A x = b, with its accuracy.
+
+    Examples:
+        >>> import jax.numpy as jnp, curvax
+        >>> solution = curvax.cg(10)(lambda v: 2 * v, jnp.array([3.0, 4.0]))
+        >>> [round(x, 3) for x in solution.x.tolist()], int(solution.steps)
+        ([1.5, 2.0], 1)
+        >>> float(solution.residual) < 1e-6
+        True
+    """
 
     x: Tree
-    """Shaped and typed like b."""
+    """The solution, shaped and typed like b."""
     steps: jax.Array
-    """Products used, int32 scalar."""
+    """Products used, an int32 scalar."""
     residual: jax.Array
     """‖b - A x‖ / ‖b‖, and 0 for b = 0."""
     reason: jax.Array
-    """A `Reason`, int32 scalar."""
+    """Why the solver stopped, a `StopReason` as an int32 scalar."""
 
 
 def check_solver(solver: Any, stage: str) -> None:
-    """Refuses what is no solver.
+    """Checks that an argument is a `Solver`.
 
     Raises:
-        TypeError: the factory without its parentheses, say, or a name.
+        TypeError: it is something else, such as a factory without its parentheses, or a name.
     """
     if not isinstance(solver, Solver):
         raise TypeError(
-            f"`{stage}` takes a solver such as `cg(20)` or `dense()`, and got {solver!r}."
+            f"`{stage}` takes a solver such as `cg(20)` or `dense()`, and received {solver!r}."
         )
 
 
 def stateless(params: Tree) -> tuple[()]:
-    """Nothing to keep from solve to solve."""
+    """The state of a solver that keeps nothing between solves."""
     del params
     return ()
 
@@ -69,14 +85,23 @@ def relative_residual(r: Tree, b: Tree) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Solver:
-    """A way to solve A x = b; `solver(product, b)` is the `Solution`.
+    """A method to solve A x = b, where A is a product v ↦ A v on trees shaped and typed like b.
+
+    `solver(product, b)` returns a `Solution`. Solvers that warm-start have a state, which stages
+    such as `solve` keep from update to update.
 
     Attributes:
-        solve: `solve(product, b, state, *, diagonal=None, score=None) -> (Solution, state)`, for a
-            product v ↦ A v on trees shaped and typed like b. `diagonal` is an estimate of that of
-            the undamped A, for preconditioners; `score(x) -> scalar` ranks iterates, lower is
-            better, the same on every device.
-        init: `params -> state`, what one solve hands to the next.
+        solve: `solve(product, b, state, *, diagonal=None, score=None) -> (Solution, state)`.
+            `diagonal` is an estimate of the diagonal of A without damping, for preconditioners;
+            `score(x) -> scalar` ranks iterates for backtracking, lower is better, with the same
+            value on every device.
+        init: `params -> state`, the state before the first solve.
+
+    Examples:
+        >>> import jax.numpy as jnp, curvax
+        >>> solver = curvax.Solver(lambda product, b, state, **options: (b, state))
+        >>> solver(lambda v: v, jnp.ones(2)).tolist()
+        [1.0, 1.0]
     """
 
     solve: Callable[..., tuple[Solution, Any]]
@@ -90,16 +115,23 @@ class Solver:
         diagonal: Tree = None,
         score: Callable[[Tree], jax.Array] | None = None,
     ) -> Solution:
-        """Solves once, from the state of a fresh start.
+        """Solves A x = b once, from a new state.
+
+        Args:
+            product: v ↦ A v, symmetric.
+            b: a pytree of arrays.
+            diagonal: an estimate of the diagonal of A without damping, like b.
+            score: `score(x) -> scalar`, for `cg(backtrack=True)`.
 
         Raises:
-            TypeError: it was called with a step, as `inject_hyperparams` calls a schedule.
+            TypeError: `product` is not callable, or b is complex.
         """
         if not callable(product):
             raise TypeError(
-                "A solver is called with a product and a vector, `solver(product, b)`, and got "
-                f"{product!r} as the product. `optax.inject_hyperparams` takes every callable for "
-                "a schedule but in curvax's own factories: name it in yours, "
+                "A solver is called with a product and a vector, `solver(product, b)`, and the "
+                f"product is {product!r}, not a callable. `optax.inject_hyperparams` treats every "
+                "callable option as a schedule, except in curvax's own factories: exclude it in "
+                "yours, "
                 '`inject_hyperparams(..., static_args=("solver",))`.'
             )
         checks.refuse_complex(b, "A solver")
@@ -107,7 +139,7 @@ class Solver:
 
 
 def direct_solver(solve: Callable[[Callable[[Tree], Tree], Tree], Solution]) -> Solver:
-    """The solver of a `solve(product, b)` that needs no more than that and keeps nothing."""
+    """Converts `solve(product, b) -> Solution` to a `Solver` without state or preconditioner."""
 
     def ignoring(
         product: Callable[[Tree], Tree],

@@ -1,4 +1,4 @@
-"""A symmetric product and probes ↦ its spectral density, by stochastic Lanczos quadrature."""
+"""The spectral density of a symmetric product, by stochastic Lanczos quadrature."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,20 +17,20 @@ class SpectralDensity(NamedTuple):
     """A quadrature of the spectrum for each probe: φ(λ) ≈ mean over probes of Σⱼ wⱼ δ(λ - λⱼ)."""
 
     nodes: jax.Array
-    """Ritz values λⱼ, ascending, [probes, k]."""
+    """Ritz values λⱼ in ascending order, [probes, k]."""
     weights: jax.Array
-    """wⱼ >= 0, [probes, k]; each row sums to 1."""
+    """Weights wⱼ >= 0, [probes, k]; each row sums to 1."""
 
     def smoothed(self, grid: jax.Array, width: jax.Array | float) -> tuple[jax.Array, jax.Array]:
-        """The density under a Gaussian of that standard deviation, and its standard error.
+        """The density convolved with a Gaussian.
 
         Args:
-            grid: λ, [n].
-            width: in the units of λ.
+            grid: values of λ, [n].
+            width: standard deviation of the Gaussian, in the units of λ.
 
         Returns:
-            (mean, standard error over probes), [n] each, per unit of λ; the error of a single
-            probe is NaN.
+            (mean, standard error) over probes, [n] each, per unit of λ. The error is NaN for a
+            single probe.
         """
         z = (grid[None, None] - self.nodes[..., None]) / width
         bells = jnp.exp(-0.5 * z**2) / (width * jnp.sqrt(2 * jnp.pi))
@@ -38,7 +38,14 @@ class SpectralDensity(NamedTuple):
         return _mean_and_error(rows)
 
     def moment(self, f: Callable[[jax.Array], jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """trace f(C) / P and its standard error over probes: `f` is applied to each λ."""
+        """An estimate of trace f(C) / P for P parameters.
+
+        Args:
+            f: a function of λ, applied to the nodes [probes, k].
+
+        Returns:
+            (mean, standard error) over probes, scalars.
+        """
         return _mean_and_error(jnp.sum(self.weights * f(self.nodes), axis=1))
 
 
@@ -51,27 +58,40 @@ def _mean_and_error(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
 def spectral_density(
     product: Callable[[Tree], Tree], probes: Tree, k: int, *, keep_basis: bool = True
 ) -> SpectralDensity:
-    """Stochastic Lanczos quadrature: k nodes and weights for each probe.
+    """Estimates the spectral density of a symmetric product by stochastic Lanczos quadrature.
+
+        φ(λ) = 1/P Σᵢ δ(λ - λᵢ) ≈ mean over probes of Σⱼ wⱼ δ(λ - θⱼ)
+
+    θⱼ are the eigenvalues of the Lanczos matrix T started at a probe, wⱼ the squared first entries
+    of its eigenvectors. Ubaru, Chen & Saad, SIAM J. Matrix Anal. Appl. 38, 2017; Ghorbani, Krishnan
+    & Xiao, arXiv:1901.10159, Algorithm 1.
 
     Args:
         product: v ↦ C v, symmetric.
-        probes: a tree whose leaves stack the probes along a new first axis, E[z zᵀ] = I.
-        k: Lanczos steps, and products, for each probe. The quadrature is exact for polynomials of
+        probes: random vectors with E[z zᵀ] = I, stacked along a new first axis of every leaf.
+        k: Lanczos steps, and products, for each probe; the quadrature is exact for polynomials of
             degree 2k - 1.
         keep_basis: as in `lanczos`.
 
     Returns:
-        A `SpectralDensity`. Ubaru, Chen & Saad (2017); Ghorbani, Krishnan & Xiao,
-        arXiv:1901.10159, Algorithm 1.
+        A `SpectralDensity` of `nodes` and `weights`, with methods `smoothed` and `moment`.
 
     Raises:
         ValueError: k < 1.
         TypeError: the probes are complex.
+
+    Examples:
+        >>> import jax.numpy as jnp, curvax
+        >>> probes = jnp.array([[1.0, 1.0], [1.0, -1.0]])
+        >>> density = curvax.spectral_density(lambda v: jnp.array([1.0, 3.0]) * v, probes, 2)
+        >>> mean, error = density.moment(lambda x: x)
+        >>> round(float(mean), 3), density.nodes.shape
+        (2.0, (2, 2))
     """
     checks.refuse_complex(probes, "spectral_density")
 
-    def one(z: Tree) -> tuple[jax.Array, jax.Array]:
+    def quadrature(z: Tree) -> tuple[jax.Array, jax.Array]:
         nodes, vectors = jnp.linalg.eigh(lanczos(product, z, k, keep_basis=keep_basis).matrix)
         return nodes, vectors[0] ** 2
 
-    return SpectralDensity(*lax.map(one, probes))
+    return SpectralDensity(*lax.map(quadrature, probes))

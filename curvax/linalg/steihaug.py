@@ -1,4 +1,4 @@
-"""Conjugate gradients that stop at the edge of a trust region."""
+"""Conjugate gradients within a trust region."""
 
 import functools
 import math
@@ -13,7 +13,7 @@ from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
 from curvax.linalg.cg_loop import Iterate, Rules, System, iterate
 from curvax.linalg.preconditioners import Preconditioner, check_preconditioner, preconditioning
-from curvax.linalg.solvers import Reason, Solution, Solver
+from curvax.linalg.solvers import Solution, Solver, StopReason
 
 
 def steihaug(
@@ -23,23 +23,36 @@ def steihaug(
     tol: float | jax.Array = 1e-6,
     preconditioner: Preconditioner = None,
 ) -> Solver:
-    """Approximately minimises ½ xᵀA x - bᵀx over ‖x‖₂ <= radius, A symmetric.
+    """Truncated conjugate gradients for a trust-region subproblem, A symmetric.
 
-    Conjugate gradients from 0, along the last direction to the boundary where the next iterate
-    would leave the region or the curvature is not positive. Steihaug 1983; Nocedal & Wright,
-    Numerical Optimization, algorithm 7.2. The model falls at least as far as at the Cauchy point.
+        minimise ½ xᵀA x - bᵀx   subject to   ‖x‖₂ <= radius
+
+    Conjugate gradients from 0. If an iterate would leave the region, or a direction has negative
+    curvature, the solver moves along that direction to the boundary and stops. The model decreases
+    at least as much as at the Cauchy point. Steihaug, SIAM J. Numer. Anal. 20, 1983; Nocedal &
+    Wright, Numerical Optimization, algorithm 7.2.
 
     Args:
-        radius: of the region, >= 0, in the units of x: a number or a traced one.
-        max_steps: products at most.
-        tol: stop once ‖b - A x‖ <= tol·‖b‖.
-        preconditioner: as in `cg`; the region stays a ball in the 2-norm.
+        radius: of the region, >= 0, in the units of x; a number or a traced scalar.
+        max_steps: maximum number of products, at least 1.
+        tol: stops once ‖b - A x‖ <= tol·‖b‖, tol >= 0.
+        preconditioner: as in `cg`. The region remains a ball in the 2-norm.
 
     Returns:
         A `Solver`.
 
     Raises:
-        TypeError, ValueError: an option out of range; at a solve, no diagonal for a power.
+        TypeError, ValueError: an option is out of range. When the solver is called: there is no
+            `diagonal` for an exponent as preconditioner.
+
+    Examples:
+        >>> import jax.numpy as jnp, curvax
+        >>> b = jnp.array([3.0, 4.0])
+        >>> solution = curvax.steihaug(1.0)(lambda v: v, b)
+        >>> [round(x, 3) for x in solution.x.tolist()]
+        [0.6, 0.8]
+        >>> curvax.StopReason(int(solution.reason)).name
+        'boundary'
     """
     checks.check_count("steihaug", max_steps=max_steps)
     checks.check_range("radius", radius, 0, math.inf, stage="steihaug")
@@ -51,8 +64,8 @@ def steihaug(
         alpha = 1 / jnp.where(concave, 1.0, curvature)
         edge, inside = _to_boundary(s.x, s.p, edge_at)
         outside = ~inside(alpha)
-        reason = jnp.where(concave, Reason.negative_curvature, Reason.max_steps)
-        reason = jnp.where(outside & ~concave, Reason.boundary, reason)
+        reason = jnp.where(concave, StopReason.negative_curvature, StopReason.max_steps)
+        reason = jnp.where(outside & ~concave, StopReason.boundary, reason)
         return jnp.where(concave | outside, edge, alpha), reason
 
     def solve(
@@ -65,26 +78,26 @@ def steihaug(
     ) -> tuple[Solution, Any]:
         del score
         precondition = preconditioning(preconditioner, product, diagonal, "steihaug")
-        # Powers of two: iterates in these units are the others to the last bit.
-        one = trees.magnitude(b)
-        rhs = trees.scale(trees.inverse(one), b)
+        # Division by a power of two is exact and keeps the squares of residuals in range.
+        unit = trees.magnitude(b)
+        rhs = trees.scale(trees.inverse(unit), b)
         r = trees.wide(rhs)
         x = jax.tree.map(jnp.zeros_like, r)
-        rules = Rules(functools.partial(step, radius * trees.inverse(one)))
-        length = trees.norm(b) * trees.inverse(one)
+        rules = Rules(functools.partial(step, radius * trees.inverse(unit)))
+        length = trees.norm(b) * trees.inverse(unit)
         plain = preconditioner is None
         system = System(product, precondition, length, length, tol, rules, plain)
         s = iterate(system, rhs, x, r, max_steps)
-        x = trees.laid_out_like(trees.scale(one, s.x), b)
+        x = trees.laid_out_like(trees.scale(unit, s.x), b)
         return Solution(x, s.i, s.residual, s.reason), state
 
     return Solver(solve)
 
 
 def _to_boundary(x: Tree, p: Tree, radius: Any) -> tuple[jax.Array, Callable[[Any], jax.Array]]:
-    """The τ >= 0 with ‖x + τp‖ = radius, and whether ‖x + αp‖ < radius for a given α.
+    """(the τ >= 0 with ‖x + τp‖ = radius, α ↦ whether ‖x + αp‖ < radius).
 
-    In units near the radius and ‖p‖, so that no square leaves the range of floats.
+    x and p are first divided by powers of two near the radius and ‖p‖, to keep squares in range.
     """
     radius = jnp.asarray(radius)
     whole, step = trees.magnitude(radius), trees.magnitude(p)

@@ -1,4 +1,4 @@
-"""A loss over a batch that stages can evaluate, differentiate, cut and walk through."""
+"""A loss over a batch that stages can evaluate, differentiate, divide and scan."""
 
 from curvax.objective.objective import Objective
 from curvax.objective.requirements import (

@@ -1,8 +1,8 @@
-"""Two traces of one function, of a piece of a batch and of the whole ↦ where it reduces examples.
+"""Finds where a function reduces its examples, from traces on a piece and on the whole batch.
 
-What has another size in the two traces has an axis of examples. A sum or a maximum over that axis
-is where pieces come together; what follows from it in the program is the same program for the whole
-batch, with its own sizes.
+An axis whose size differs between the two traces is an axis of examples. A sum or a maximum over it
+is a value that pieces contribute to; the rest of the program is evaluated on the reduced values,
+with the sizes of the whole batch.
 """
 
 import itertools
@@ -29,64 +29,69 @@ LINEAR = (
 PRODUCTS = ("mul", "dot_general")
 
 Place = tuple[int, int, int]
-"""The numbers of an equation in the trace of a piece and in that of the whole, and of its output"""
+"""(number of an equation in the trace of the piece, in that of the whole, index of its output)"""
 
 Root = tuple[str, int, int, int]
-"""(how it is reduced, its place), or ("input", its number, 0, 0)."""
+"""(reduction, *place) of a reduced value, or ("input", number, 0, 0) of an input."""
 
 SHAPES = ("reshape", "squeeze", "expand_dims", "broadcast_in_dim")
-"""What JAX leaves out where there is one example alone."""
+"""Primitives that JAX may omit when a piece is a single example."""
 
 
 class Unalike(Exception):
-    """The two traces are not the same program."""
+    """The two traces differ in more than the sizes of their arrays."""
 
 
 class Info(NamedTuple):
-    """What is known of a value beside its shapes."""
+    """What the analysis knows about one value of the program."""
 
     axis: int | None = None
-    """Of examples."""
+    """The axis of examples, if the value has one."""
     dep: bool = False
-    """It depends on the examples."""
+    """Whether it depends on the examples."""
     bad: str | None = None
-    """Why the whole batch's does not follow from those of the pieces."""
+    """Why the value on the whole batch does not follow from those on the pieces."""
     centred: bool = False
-    """Per-example values beside a statistic of their piece, and what is reduced of them."""
+    """Whether per-example values were combined with a statistic of their piece."""
     linear: bool = True
-    """Of what was reduced."""
+    """Whether it is a linear function of reduced values."""
     running: bool = False
-    """An old array and a new statistic, as batch norm averages them."""
+    """Whether it adds a new statistic to an old array, as batch norm's running averages do."""
     param: bool = False
-    """From parameters, or from arrays that the function holds."""
+    """Whether it depends on parameters or on arrays that the function closes over."""
     zero: bool = False
+    """Whether it is an array of zeros."""
     sized: bool = False
-    """A number that another number of examples changes, as 1/n."""
+    """Whether it is a constant that depends on the number of examples, such as 1/n."""
     roots: frozenset[Root] = frozenset()
-    """Of the whole batch's value: inputs, and reductions by their place in the program."""
+    """The inputs and reduced values from which the whole batch's value is computed."""
 
 
 def read(piece: Any, whole: Any, inputs: list[Info]) -> list[Info]:
-    """What is known of the outputs of two traces, their constants among the inputs.
+    """What is known of the outputs of a function, from its traces on a piece and on the whole.
+
+    Args:
+        piece, whole: closed jaxprs.
+        inputs: what is known of their inputs, constants first.
 
     Raises:
-        Unalike: the traces differ in more than sizes.
+        Unalike: the traces differ in more than the sizes of their arrays.
     """
     return _walk(opened(piece)[0], opened(whole)[0], inputs, Numbers())
 
 
 class Numbers:
-    """Counts the equations of both traces."""
+    """Counters of the equations of both traces."""
 
     def __init__(self) -> None:
         self.piece, self.whole = itertools.count(), itertools.count()
 
 
 def _pairs(piece: Any, whole: Any, numbers: Numbers) -> Iterator[tuple[Any, Any]]:
-    """The equations of both, one by one.
+    """Pairs the equations of both traces, skipping those that only the whole batch needs.
 
     Raises:
-        Unalike: they differ in more than shapes.
+        Unalike: the traces differ in more than shapes.
     """
     ahead = iter(whole.eqns)
     for a in piece.eqns:
@@ -120,9 +125,9 @@ def _walk(piece: Any, whole: Any, inputs: list[Info], numbers: Numbers) -> list[
 
 
 def body(eqn: Any) -> tuple[Any, list[Any]] | None:
-    """(program, constants) of a call that is read as part of the program around it.
+    """(program, constants) of a call that is analysed as part of its caller, else None.
 
-    The constants are its first inputs.
+    The constants are the first inputs of the program.
     """
     return opened(called(eqn)) if eqn.primitive.name in INLINED else None
 
@@ -132,7 +137,7 @@ def called(eqn: Any) -> Any:
 
 
 def opened(closed: Any) -> tuple[Any, list[Any]]:
-    """A program whose constants are its first inputs, and they."""
+    """(program, constants), where the constants are the first inputs of the program."""
     if not hasattr(closed, "consts"):
         return _Program(closed.invars, closed.outvars, closed.eqns), []
     inner = closed.jaxpr
@@ -146,7 +151,7 @@ class _Program(NamedTuple):
 
 
 def _equation(a: Any, b: Any, infos: list[Info], number: tuple[int, int]) -> list[Info]:
-    """What is known of the outputs of an equation; a reduction is a root by its place."""
+    """What is known of the outputs of an equation."""
     if a.primitive.name in OPAQUE and any(i.dep for i in infos):
         inside = _inside(a, b, infos)
     else:
@@ -185,7 +190,7 @@ def _output(eqn: Any, x: Any, y: Any, infos: list[Info], place: Place, within: I
 
 
 def _differ(x: Any, y: Any) -> bool:
-    """Whether two constants are other floating numbers in the two traces."""
+    """Whether a floating constant differs between the two traces."""
     if not (isinstance(x, core.Literal) and isinstance(y, core.Literal)):
         return False
     return isinstance(x.val, float | np.floating | np.ndarray) and bool(np.any(x.val != y.val))
@@ -198,7 +203,7 @@ def _is_zero(x: Any, info: Info) -> bool:
 def _reduced(
     eqn: Any, infos: list[Info], place: Place, bad: str | None, within: Info | None
 ) -> Info:
-    """Of what has no axis of examples any more."""
+    """What is known of an output that has lost the axis of examples."""
     name = eqn.primitive.name
     kind = REDUCTIONS.get(name)
     if name == "dot_general":
@@ -218,7 +223,7 @@ def _reduced(
 def _after(
     eqn: Any, x: Any, infos: list[Info], bad: str | None, roots: frozenset[Root], param: bool
 ) -> Info:
-    """Of what follows from reductions."""
+    """What is known of an output computed from reduced values."""
     name, moving = eqn.primitive.name, [i for i in infos if i.dep]
     linear = all(i.linear for i in moving) and (
         name in LINEAR
@@ -233,7 +238,7 @@ def _after(
 
 
 def _mixed(eqn: Any, infos: list[Info], axis: int) -> str | None:
-    """Why the examples of an output are not those of the input, one by one and in their order."""
+    """Why the examples of an output are not those of the inputs in the same order, or None."""
     pairs = zip(eqn.invars, infos)
     if any(info.axis is not None and _mixes(eqn, x, info.axis, axis) for x, info in pairs):
         return f"`{eqn.primitive.name}` along the examples"
@@ -241,7 +246,7 @@ def _mixed(eqn: Any, infos: list[Info], axis: int) -> str | None:
 
 
 def _mixes(eqn: Any, x: Any, axis: int, out: int) -> bool:
-    """Whether an equation goes along the axis of examples of an input; `out` is its output's."""
+    """Whether an equation mixes or reorders examples, which lie along `axis` of x and `out`."""
     name, params, shape = eqn.primitive.name, eqn.params, x.aval.shape
     after = eqn.outvars[0].aval.shape
     if name in ("sort", "concatenate"):
@@ -263,14 +268,14 @@ def _mixes(eqn: Any, x: Any, axis: int, out: int) -> bool:
 
 
 def _is_scanned(eqn: Any, x: Any) -> bool:
-    """Whether a scan goes through the first axis of an input."""
+    """Whether a scan iterates over the first axis of an input."""
     inner = opened(eqn.params["jaxpr"])[0].invars
     pairs = zip(reversed(inner), reversed(eqn.invars))
     return any(other is x and u.aval.shape != x.aval.shape for u, other in pairs)
 
 
 def _inside(a: Any, b: Any, infos: list[Info]) -> list[Info | None]:
-    """What is known of the outputs of a call that is run as one, from its program."""
+    """What is known of the outputs of a call that is evaluated as one equation."""
     nothing: list[Info | None] = [None] * len(a.outvars)
     programs = [called(a), called(b)]
     if any(p is None for p in programs):
@@ -299,7 +304,7 @@ Run = Callable[[int, Any, list[Any]], list[Any]]
 
 
 def evaluated(closed: Any, inputs: list[Any], run: Run) -> list[Any]:
-    """The outputs of a program, its constants among the inputs, whose equations `run` takes."""
+    """The outputs of a program whose equations are evaluated by `run`; constants come first."""
     return _evaluated(opened(closed)[0], inputs, run, itertools.count())
 
 
@@ -314,12 +319,3 @@ def _evaluated(program: _Program, inputs: list[Any], run: Run, number: Iterator[
             outs = run(next(number), eqn, values)
         env.update(zip(eqn.outvars, outs))
     return [value(x) for x in program.outvars]
-
-
-def applied(eqn: Any, values: list[Any]) -> list[Any]:
-    """The outputs of one equation."""
-    found = eqn.primitive.get_bind_params(eqn.params)
-    # Before JAX 0.8 functions come apart from the other parameters.
-    functions, params = found if isinstance(found, tuple) else ((), found)
-    out = eqn.primitive.bind(*functions, *values, **params)
-    return list(out) if eqn.primitive.multiple_results else [out]

@@ -1,9 +1,9 @@
-"""What a loss returns beside its value, over a batch that is evaluated in pieces.
+"""The aux of a loss over a batch that is evaluated in pieces.
 
-Sums, maxima and per-example values of the pieces are not averaged: the traced loss tells where it
-reduces the examples. What it reduces there is summed, or its maximum taken, over the pieces, and
-what follows in the program (a quotient, a square root) is evaluated once, with the sizes of the
-whole batch. No pass over the examples is added.
+Averaging the aux of the pieces would be wrong for sums, maxima and per-example values. Instead the
+loss is traced to find where it reduces the examples. The reduced values are added, compared or
+concatenated over the pieces, and the rest of the program (a quotient, a square root) is evaluated
+once, with the sizes of the whole batch. The examples are not visited again.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from curvax import compat
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
 from curvax.objective import aux_programs
@@ -20,12 +21,12 @@ from curvax.objective.microbatching import KINDS, Parts
 Reductions = str | Tree | Callable[[trees.Path], str | None] | None
 
 MISSING: Any = object()
-"""A value of the whole batch that only its examples have."""
+"""Stands for a value of the whole batch that depends on its examples, which are not at hand."""
 
 
 @jax.tree_util.register_static
 class Undecided:
-    """In the place of an aux of which the whole batch's value does not follow from its pieces."""
+    """Stands for an aux whose value on the whole batch does not follow from those of the pieces."""
 
     def __init__(self, message: str):
         self.message = message
@@ -38,7 +39,7 @@ class Undecided:
 
 
 class Pass(NamedTuple):
-    """A loss, or a model, with an aux, and what it is called with."""
+    """A call of a loss or a model that has an aux."""
 
     f: Callable[..., tuple[Tree, Tree]]
     """`f(params, batch, *keys) -> (value, aux)`"""
@@ -46,28 +47,29 @@ class Pass(NamedTuple):
     piece: tuple[Any, ...]
     """(batch, *keys) of the piece."""
     whole: tuple[Any, ...]
-    """The same of the whole batch."""
+    """(batch, *keys) of the whole batch."""
 
 
 def check_reductions(reductions: Reductions) -> None:
-    """Refuses names that no reduction has.
+    """Checks the names in `reduce_aux`.
 
     Raises:
-        ValueError: `reductions` has one.
+        ValueError: one of them is not in `KINDS`.
     """
     for name in () if callable(reductions) else jax.tree.leaves(reductions):
         if name not in KINDS:
             raise ValueError(
                 f"`Objective(reduce_aux=)` takes {', '.join(map(repr, KINDS))}, for all of the aux "
-                f"or for each of its branches, or a callable of the path, and got {name!r}."
+                f"or for each of its branches, or a callable of the path, and received {name!r}."
             )
 
 
 def in_pieces(of: Pass, reductions: Reductions) -> tuple[Tree, Parts | Undecided]:
-    """The value of a piece, and what of its aux is reduced over all pieces.
+    """Evaluates a piece of a batch.
 
     Returns:
-        (value, `Parts` that give the whole batch's aux once they are reduced; or `Undecided`)
+        (value, `Parts` from which the whole batch's aux is computed once they are reduced over all
+        pieces; or `Undecided`)
     """
     traced, shapes = jax.make_jaxpr(of.f, return_shape=True)(of.params, *of.piece)
     leaves, aux_tree = jax.tree.flatten(shapes[1])
@@ -94,7 +96,7 @@ def in_pieces(of: Pass, reductions: Reductions) -> tuple[Tree, Parts | Undecided
 
 
 def _named(reductions: Reductions, aux: Tree) -> tuple[list[str | None], list[str]]:
-    """The reduction of each leaf that has one by name, and the paths of all."""
+    """The reduction named for each leaf of the aux, or None, and the paths of the leaves."""
     paths = [trees.names(path) for path, _ in jax.tree.leaves_with_path(aux)]
     labels = [trees.label(path) for path in paths]
     if callable(reductions):
@@ -109,7 +111,7 @@ def _named(reductions: Reductions, aux: Tree) -> tuple[list[str | None], list[st
 
 
 def _read(of: Pass, traced: Any, first: int, count: int) -> tuple[Any, list[Info]]:
-    """(the program of the whole batch, what is known of each leaf of the aux)"""
+    """(the program on the whole batch, what is known of each leaf of the aux)"""
     try:
         whole = jax.make_jaxpr(of.f)(of.params, *of.whole)
         return whole, aux_programs.read(traced, whole, _inputs(of, traced))[first:]
@@ -121,7 +123,7 @@ def _read(of: Pass, traced: Any, first: int, count: int) -> tuple[Any, list[Info
 
 
 def _inputs(of: Pass, traced: Any) -> list[Info]:
-    """What is known of constants, parameters, examples and keys."""
+    """What is known of the inputs: constants, parameters, examples and keys."""
     held = len(traced.consts) + len(jax.tree.leaves(of.params))
     fixed = [Info(param=True, roots=frozenset({("input", i, 0, 0)})) for i in range(held)]
     batch, *keys = of.piece
@@ -129,7 +131,7 @@ def _inputs(of: Pass, traced: Any) -> list[Info]:
 
 
 def _kind(name: str | None, info: Info, leaf: Any) -> str | None:
-    """How a leaf is reduced as it is; None where the program gives the whole batch's."""
+    """The reduction of the leaf itself; None if the program computes it from reduced values."""
     if name or not info.dep:
         return name
     if info.axis is not None:
@@ -142,20 +144,20 @@ def _kind(name: str | None, info: Info, leaf: Any) -> str | None:
 def _message(doubtful: list[str]) -> str:
     return (
         "`Objective(microbatch=)` evaluates the loss in pieces, and the whole batch's value of the "
-        f"aux {', '.join(doubtful)} does not follow from theirs. Name how pieces combine, "
+        f"aux {', '.join(doubtful)} does not follow from theirs. Name the reduction, "
         f"`Objective(..., reduce_aux=...)`, one of {', '.join(map(repr, KINDS))} for all of the "
-        "aux or a tree of such names (None where the loss tells), or return sums, from which the "
-        "quotient is made outside."
+        "aux or a tree of such names (None where it follows from the loss), or return sums and "
+        "divide them outside of the loss."
     )
 
 
 def _run(traced: Any, of: Pass, roots: list[Root]) -> tuple[list[Any], list[Any]]:
-    """(the outputs, the values of the roots) of a piece."""
+    """(the outputs, the values of the roots) of a piece, from one evaluation."""
     inputs = [*traced.consts, *jax.tree.leaves((of.params, *of.piece))]
     kept: dict[Any, Any] = {(r[1], r[3]): None for r in roots if r[0] != "input"}
 
     def run(number: int, eqn: Any, values: list[Any]) -> list[Any]:
-        outs = aux_programs.applied(eqn, values)
+        outs = compat.bind(eqn, values)
         kept.update({(number, k): x for k, x in enumerate(outs) if (number, k) in kept})
         return outs
 
@@ -167,7 +169,7 @@ def _finish(
     program: Any, of: Pass, kinds: list[str | None], roots: list[Root], values: list[Any],
     first: int, aux_tree: Any,
 ) -> Tree:  # fmt: skip
-    """The whole batch's aux, from what was reduced over its pieces."""
+    """The whole batch's aux, from the values reduced over its pieces."""
     reduced, own = values[: len(roots)], iter(values[len(roots) :])
     outs: list[Any] = [None] * len(kinds)
     if program is not None:
@@ -192,6 +194,6 @@ def _evaluated(program: Any, of: Pass, roots: list[Root], reduced: list[Any]) ->
             return [found.get(place, MISSING) for place in places]
         if any(value is MISSING for value in values):
             return [MISSING] * len(places)
-        return aux_programs.applied(eqn, values)
+        return compat.bind(eqn, values)
 
     return aux_programs.evaluated(program, inputs, run)

@@ -1,8 +1,8 @@
-"""Which gradient an objective gave for which parameters, told by the identity of the leaves.
+"""The gradients that an objective has returned, looked up by the identity of their leaves.
 
-Parameters and gradients are held by weak reference, and a record goes with its parameters: nothing
-traced outlives its trace. That a gradient was given is known longer than the gradient itself, which
-may be gone once somebody has made another one of it.
+Parameters and gradients are held by weak references, and a record is deleted together with its
+parameters, so that nothing traced outlives its trace. A record outlives its gradient: an update
+rule must know that a gradient was computed at these parameters even if the caller dropped it.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from curvax import compat
 from curvax.arithmetic.trees import Tree
 
 
-class Given:
-    """One gradient that was given.
+class CachedGradient:
+    """A gradient that an objective returned, and the loss that was computed with it.
 
     Attributes:
         params, grads: weak references to the leaves.
-        value: L(θ), a scalar; None once the gradient is gone.
-        local: the device axes over which loss and gradient are each device's own.
+        value: L(θ), a scalar; None once the gradient has been deleted.
+        local: the device axes along which every device has its own loss and gradient.
     """
 
     def __init__(
@@ -32,53 +32,56 @@ class Given:
         grads: Tree,
         value: jax.Array | None,
         local: frozenset[str],
-        forget: Callable[[Given], None],
+        forget: Callable[[CachedGradient], None],
     ):
-        me = weakref.ref(self)
+        this = weakref.ref(self)
 
-        def without_gradient(dead: weakref.ref) -> None:
-            if record := me():
+        def gradient_deleted(dead: weakref.ref) -> None:
+            if record := this():
                 record.value = None
 
-        def without_params(dead: weakref.ref) -> None:
-            if record := me():
+        def params_deleted(dead: weakref.ref) -> None:
+            if record := this():
                 forget(record)
 
-        self.grads = [weakref.ref(x, without_gradient) for x in jax.tree.leaves(grads)]
-        self.params = [weakref.ref(x, without_params) for x in jax.tree.leaves(params)]
+        self.grads = [weakref.ref(x, gradient_deleted) for x in jax.tree.leaves(grads)]
+        self.params = [weakref.ref(x, params_deleted) for x in jax.tree.leaves(params)]
         self.value = value
         self.local = local
 
 
-class Memory:
-    """The gradients given so far for parameters that somebody still holds."""
+class GradientCache:
+    """The gradients returned so far, for parameters that are still alive."""
 
     def __init__(self) -> None:
-        self.records: list[Given] = []
+        self.records: list[CachedGradient] = []
 
-    def keep(
+    def store(
         self, params: Tree, grads: Tree, value: jax.Array | None, local: frozenset[str]
     ) -> None:
-        """Remembers a gradient; numbers that are no arrays are not remembered."""
-        me = weakref.ref(self)
+        """Records a gradient; Python numbers, which have no weak references, are not recorded."""
+        this = weakref.ref(self)
 
-        def forget(record: Given) -> None:
-            if memory := me():
-                memory.records = [r for r in memory.records if r is not record]
+        def forget(record: CachedGradient) -> None:
+            if cache := this():
+                cache.records = [r for r in cache.records if r is not record]
 
         try:
-            record = Given(params, grads, value, local, forget)
+            record = CachedGradient(params, grads, value, local, forget)
         except TypeError:
             return
-        gone = lambda r: r.value is None and _same(r.params, params)
-        self.records = [*(r for r in self.records if not gone(r)), record]
+        replaced = lambda r: r.value is None and _same(r.params, params)
+        self.records = [*(r for r in self.records if not replaced(r)), record]
 
-    def at(self, params: Tree) -> bool:
-        """Whether a gradient was given for these very parameters."""
+    def has(self, params: Tree) -> bool:
+        """Whether a gradient at these very parameters was recorded."""
         return any(_same(record.params, params) for record in self.records)
 
-    def find(self, params: Tree, grads: Tree) -> Given | None:
-        """The record of these leaves, the gradient's laid out anew or cast wider, or None."""
+    def find(self, params: Tree, grads: Tree) -> CachedGradient | None:
+        """The record of these leaves, or None.
+
+        A gradient that was only resharded or cast to a wider type is found too.
+        """
         for record in self.records:
             if _same(record.grads, grads, compat.origin) and _same(record.params, params):
                 return record

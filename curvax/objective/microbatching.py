@@ -1,4 +1,4 @@
-"""Means over pieces of a batch: split into contiguous pieces, scan, accumulate in float32."""
+"""Means over contiguous pieces of a batch, by a scan or by `vmap`, accumulated in float32."""
 
 import numbers
 from collections.abc import Callable
@@ -12,14 +12,14 @@ from curvax.arithmetic.trees import Tree, is_float, is_overwritten, names, ratio
 from curvax.devices import axes, meshes
 
 KINDS = ("mean", "sum", "max", "min", "last", "concat")
-"""How what pieces give becomes what the whole gives."""
+"""Reductions of the values of pieces to a value of the whole batch."""
 
 
 @jax.tree_util.register_pytree_node_class
 class Parts:
-    """Values of a piece that are not all averaged: how each is reduced, and what is made of them.
+    """Values of a piece, the reduction of each over all pieces, and a function of the results.
 
-    A kind is one of `KINDS`, or "concat 1" for another axis than the first.
+    A reduction is one of `KINDS`, or "concat 1" to concatenate along axis 1.
     """
 
     def __init__(
@@ -36,8 +36,11 @@ class Parts:
 
 
 def kinds_of(tree: Tree) -> list[str]:
-    """How each leaf is reduced: those of `Parts` as they say, the largest of states that are
-    overwritten by their gradients, the mean of other floats, and the last of all else."""
+    """The reduction of each leaf.
+
+    `Parts` name theirs. States that are overwritten by their gradients take the maximum, other
+    floating leaves the mean, and everything else the last value.
+    """
 
     def own(path: Any, x: Any) -> tuple[str, ...]:
         if isinstance(x, Parts):
@@ -51,14 +54,14 @@ def kinds_of(tree: Tree) -> list[str]:
 
 
 def finished(tree: Tree) -> Tree:
-    """The tree with what is made of its `Parts` in their place."""
+    """The tree with `Parts`, reduced before, replaced by the function of their values."""
     is_parts = lambda x: isinstance(x, Parts)
     make = lambda x: x.finish(x.values) if is_parts(x) else x
     return jax.tree.map(make, tree, is_leaf=is_parts)
 
 
 def reduced(kind: str, x: jax.Array) -> jax.Array:
-    """Stacked values [count, ...] of all pieces as one of the whole, but for the mean."""
+    """Reduces stacked values [count, ...] of all pieces, by any reduction but the mean."""
     if kind == "last":
         return meshes.laid_out(x, ())[-1]
     if kind in ("sum", "max", "min"):
@@ -72,49 +75,54 @@ def reduced(kind: str, x: jax.Array) -> jax.Array:
 
 
 def check_divides(size: int, piece: int, where: str) -> None:
-    """Refuses a piece that is no positive divisor of the batch.
+    """Checks that the size of a piece divides the batch.
 
     Raises:
-        ValueError: `piece` does not divide `size`.
+        ValueError: `piece` is not a positive divisor of `size`.
     """
     if not isinstance(piece, numbers.Integral) or piece < 1 or size % piece:
         divisors = [n for n in range(1, size + 1) if size % n == 0]
         raise ValueError(
-            f"{where} cuts the batch into equal pieces, and {piece!r} does not divide its {size} "
-            f"examples: the remainder would be lost or miscounted. Use one of {divisors}, or drop "
-            "the last, shorter batch of an epoch."
+            f"{where} divides the batch into equal pieces, and {piece!r} does not divide its "
+            f"{size} examples: the remainder would be lost or miscounted. Use one of {divisors}, "
+            "or drop the last, shorter batch of an epoch."
         )
 
 
 def split(batch: Tree, size: int, piece: int, where: str) -> Tree:
-    """Contiguous pieces: leaves [size, ...] become [size/piece, piece, ...].
+    """Reshapes leaves [size, ...] into contiguous pieces [size/piece, piece, ...].
 
-    On an explicit mesh whole pieces stay on their devices where their number comes out even.
+    On an explicit mesh whole pieces stay on their devices if the devices divide their number.
     """
     check_divides(size, piece, where)
     return jax.tree.map(lambda x: meshes.cut(x, size // piece, piece), batch)
 
 
 def mean_over_scan(
-    f: Callable[..., tuple[Tree, jax.Array | None]], pieces: Tree, count: int, *beside: Tree
+    f: Callable[..., tuple[Tree, jax.Array | None]], pieces: Tree, count: int, *shared: Tree
 ) -> Tree:
-    """The mean of `f(i, piece, *beside) -> (tree, weight or None)` over `count` stacked pieces.
+    """The weighted mean of a function over pieces, with one piece in memory at a time.
 
-    One piece is in memory at a time; on an explicit mesh every device works on its part of each.
-    Floating leaves are averaged in float32 or wider and come back in their own dtype; all other
-    leaves are those of the last piece, but for what `Parts` say.
+    On an explicit mesh every device works on its part of each piece. Floating leaves are averaged
+    in float32 or wider and returned in their own dtype; other leaves are those of the last piece,
+    except in `Parts`.
+
+    Args:
+        f: `f(i, piece, *shared) -> (tree, weight or None)`.
+        pieces: a tree with leaves [count, ...].
+        count: the number of pieces.
+        shared: trees passed to every call, the parameters for example.
     """
-    given, number = pieces, jnp.arange(count)
-    pieces = meshes.arranged(pieces, meshes.within(pieces))
-    first = jax.tree.map(lambda x: x[0], (number, pieces))
-    shapes, weighted = _told(lambda: jax.eval_shape(f, *first, *beside), given)
+    number, arranged = jnp.arange(count), meshes.arranged(pieces, meshes.within(pieces))
+    first = jax.tree.map(lambda x: x[0], (number, arranged))
+    shapes, weighted = _with_sharding_errors(lambda: jax.eval_shape(f, *first, *shared), pieces)
     leaves, treedef = jax.tree.flatten(shapes)
     kinds = kinds_of(shapes)
     floats = [kind == "mean" for kind in kinds]
 
     def body(carry: Any, piece: Any) -> Any:
         sums, weight = carry
-        out, w = f(*piece, *beside)
+        out, w = f(*piece, *shared)
         w = jnp.ones((), jnp.float32) if w is None else w
         x = jax.tree.leaves(out)
         sums = [s + weighed(w, y).astype(s.dtype) for s, y in zip(sums, _where(x, floats, True))]
@@ -122,7 +130,7 @@ def mean_over_scan(
 
     start = [_zeros(leaf, leaf, weighted) for leaf in _where(leaves, floats, True)]
     weight = meshes.zeros((), jnp.float32, None) if weighted is None else _zeros(weighted, weighted)
-    (sums, weight), others = lax.scan(body, (start, weight), (number, pieces))
+    (sums, weight), others = lax.scan(body, (start, weight), (number, arranged))
     means = iter(
         ratio(s, weight).astype(leaf.dtype) for s, leaf in zip(sums, _where(leaves, floats, True))
     )
@@ -138,16 +146,16 @@ def _where(leaves: list[Any], flags: list[bool], value: bool) -> list[Any]:
 
 
 def _zeros(leaf: jax.ShapeDtypeStruct, *like: jax.ShapeDtypeStruct | None) -> jax.Array:
-    """Zeros to add leaves to, varying over the axes of all that they are made `like`."""
+    """Zeros to accumulate `leaf` in, varying over the device axes of all of `like`."""
     zeros = meshes.zeros(leaf.shape, wide_dtype(leaf.dtype), leaf)
     return axes.vary(zeros, frozenset().union(*map(axes.varying_of, like)))
 
 
 def mean_over_vmap(
-    f: Callable[..., tuple[Tree, jax.Array | None]], pieces: Tree, count: int, *beside: Tree
+    f: Callable[..., tuple[Tree, jax.Array | None]], pieces: Tree, count: int, *shared: Tree
 ) -> Tree:
-    """The same mean with all pieces at once: parallel, and aligned with a sharded batch."""
-    out, weight = stack_over_vmap(f, pieces, count, *beside)
+    """Like `mean_over_scan` with all pieces in parallel, in the memory of all of them."""
+    out, weight = stack_over_vmap(f, pieces, count, *shared)
 
     def mean(kind: str, x: jax.Array) -> jax.Array:
         if kind != "mean":
@@ -162,45 +170,51 @@ def mean_over_vmap(
 
 
 def stack_over_vmap(
-    f: Callable[..., tuple[Tree, jax.Array | None]], pieces: Tree, count: int, *beside: Tree
+    f: Callable[..., tuple[Tree, jax.Array | None]], pieces: Tree, count: int, *shared: Tree
 ) -> tuple[Tree, jax.Array | None]:
-    """`f(i, piece, *beside)` of all pieces at once, stacked along a new first axis.
+    """Applies a function to all pieces in parallel; results are stacked along a new first axis.
 
-    On an explicit mesh pieces that lie on devices of their own are evaluated there, and `beside`
-    (the parameters, say) is gathered where it is split along the same axes. A function that names
-    those axes itself is evaluated with every device at work on its part of each piece.
+    On an explicit mesh a piece that lies on one device is evaluated there, and `shared` is gathered
+    if it is sharded along the same axes. If the function names those axes itself, every device
+    evaluates its part of each piece instead.
+
+    Args:
+        f: `f(i, piece, *shared) -> (tree, weight or None)`.
+        pieces: a tree with leaves [count, ...].
+        count: the number of pieces.
+        shared: trees passed to every call.
     """
-    over = (0, 0, *[None] * len(beside))
+    over = (0, 0, *[None] * len(shared))
 
     def stacked(lie: tuple[meshes.Axes, meshes.Axes]) -> Any:
         own = meshes.arranged(pieces, lie)
         number = meshes.placed(jnp.arange(count), lie[0], own)
-        return jax.vmap(f, over)(number, own, *meshes.gathered(beside, lie[0]))
+        return jax.vmap(f, over)(number, own, *meshes.gathered(shared, lie[0]))
 
     apart, within = meshes.lie_along(pieces), meshes.within(pieces)
     if apart == within:
-        return _told(lambda: stacked(apart), pieces)
+        return _with_sharding_errors(lambda: stacked(apart), pieces)
     try:
         return stacked(apart)
     except Exception as error:
         if not meshes.is_about_layouts(error):
             raise
-        return _told(lambda: stacked(within), pieces)
+        return _with_sharding_errors(lambda: stacked(within), pieces)
 
 
-def map_over(f: Callable[..., Tree], pieces: Tree, count: int, chunk: int, *beside: Tree) -> Tree:
-    """`f(i, piece, *beside)` stacked along a new first axis, `chunk` pieces at once."""
+def map_over(f: Callable[..., Tree], pieces: Tree, count: int, chunk: int, *shared: Tree) -> Tree:
+    """`f(i, piece, *shared)` of all pieces, stacked along a new first axis, `chunk` at a time."""
     if chunk >= count:
-        return stack_over_vmap(lambda *args: (f(*args), None), pieces, count, *beside)[0]
+        return stack_over_vmap(lambda *args: (f(*args), None), pieces, count, *shared)[0]
     own = (jnp.arange(count), meshes.arranged(pieces, meshes.within(pieces)))
     batch_size = None if chunk == 1 else chunk
-    return _told(
-        lambda: lax.map(lambda piece: f(*piece, *beside), own, batch_size=batch_size), pieces
+    return _with_sharding_errors(
+        lambda: lax.map(lambda piece: f(*piece, *shared), own, batch_size=batch_size), pieces
     )
 
 
-def _told(evaluate: Callable[[], Any], pieces: Tree) -> Any:
-    """What it returns; a layout that the function of the pieces does not take is told.
+def _with_sharding_errors(evaluate: Callable[[], Any], pieces: Tree) -> Any:
+    """Evaluates a function of the pieces, and explains JAX's errors about sharding.
 
     Raises:
         ValueError: on an explicit mesh the function names an axis that cannot split the pieces.
@@ -216,17 +230,16 @@ def _told(evaluate: Callable[[], Any], pieces: Tree) -> Any:
         like = meshes.split_leaf(pieces)
         devices = 1 if like is None else meshes.size_of(tuple(split), like)
         raise ValueError(
-            f"The batch lies along {split} of an explicit mesh and is cut into {x.shape[0]} pieces "
-            f"of {x.shape[1]} (groups, examples or micro-batches), which the model or the loss "
-            f"does not take, probably because it names an axis itself: {meshes.first_line(error)} "
-            "Name the axes of the batch in the model as its input's type has them, "
-            "`out_sharding=P(jax.typeof(x).sharding.spec[0], None)`, which a piece has none of "
-            "where it lies on one device; or take pieces that are a multiple of "
-            f"{devices} examples, so that each is split along "
-            "those axes."
+            f"The batch lies along {split} of an explicit mesh and is divided into {x.shape[0]} "
+            f"pieces of {x.shape[1]} (groups, examples or micro-batches), which the model or the "
+            "loss does not accept, probably because it names an axis itself: "
+            f"{meshes.first_line(error)} In the model, read the axes of the batch from the type of "
+            "its input, `out_sharding=P(jax.typeof(x).sharding.spec[0], None)`: a piece on one "
+            f"device has none. Or use pieces that are a multiple of {devices} examples, so that "
+            "each is split along those axes."
         ) from error
 
 
 def weighed(weight: jax.Array, x: jax.Array) -> jax.Array:
-    """weight·x, and 0 where the weight is: what counts for nothing may be NaN."""
+    """weight·x in float32 or wider, and 0 if the weight is 0, even if x is NaN."""
     return jnp.where(weight == 0, 0, weight * widen(x))

@@ -1,8 +1,8 @@
-"""The loss as the stages see it: a callable of the parameters that can say more than its value.
+"""The loss that stages receive: a function of the parameters together with its batch.
 
-A stage reaches the loss only through `value_and_grad` and the products of `curvax.curvature`; the
-batch behind it can be swapped (`on`), cut into groups (`groups`) or walked through in micro-batches
-(`microbatch=`), and each piece folds its own number into the dropout key.
+Stages evaluate it by `value_and_grad` and by the products of `curvax.curvature`. The batch can be
+replaced (`on`), divided into groups (`groups`) or scanned in micro-batches (`microbatch=`); every
+piece folds its number into the dropout key.
 """
 
 from __future__ import annotations
@@ -21,63 +21,83 @@ from curvax.devices import axes, meshes
 from curvax.likelihoods import Likelihood
 from curvax.objective import microbatching, reductions, validation
 from curvax.objective.aux_values import Pass, Reductions, Undecided, check_reductions, in_pieces
-from curvax.objective.gradient_cache import Given, Memory
+from curvax.objective.gradient_cache import CachedGradient, GradientCache
 
 
 class Objective:
-    """A loss of the parameters over a batch, for `tx.update(grads, state, params, value_fn=...)`.
+    """A loss of the parameters over a batch, which stages can evaluate, differentiate and divide.
 
         L(θ) = 1/n Σᵢ ℓ(θ, xᵢ)
 
+    Passed to an update as `tx.update(grads, state, params, value_fn=objective)`, and to the
+    products `hvp`, `ggnvp`, `fvp` and `empirical_fvp`.
+
     Args:
-        loss: `loss(params, batch) -> scalar`, a mean over the leading axis of `batch`; or, with
-            `model`, `loss(outputs, batch) -> scalar`; or, without a batch, `loss(params)`.
-        batch: a pytree of arrays with one leading axis of examples.
-        model: `model(params, batch) -> outputs`, where the two halves of the loss must be seen
-            apart (Gauss-Newton, Fisher). The loss may then be a likelihood: `categorical`,
-            `bernoulli`, `gaussian`, `poisson`.
-        has_aux: the loss returns `(scalar, aux)`; with `model`, the model returns
+        loss: `loss(params, batch) -> scalar`, a mean over the leading axis of `batch`; with
+            `model`, `loss(outputs, batch) -> scalar` or a likelihood (`categorical`, `bernoulli`,
+            `gaussian`, `poisson`); without a batch, `loss(params) -> scalar`.
+        batch: a pytree of arrays that share one leading axis of n examples.
+        model: `model(params, batch) -> outputs`, required by Gauss-Newton and Fisher products,
+            which differentiate the model and the loss of its outputs separately.
+        has_aux: whether the loss returns `(scalar, aux)` or, with `model`, the model returns
             `(outputs, aux)`. In Flax the aux is the new model state.
-        key: a typed PRNG key. The loss (or the model) is then called with a third argument, a key
-            that is the same in every pass over the same examples, and different for each group,
-            micro-batch and device.
-        microbatch: examples per micro-batch. Loss, gradient and products are accumulated in
-            float32 over scanned micro-batches, with the memory of one. The aux is the whole
-            batch's: what the loss sums over the examples is summed over micro-batches too, of a
-            maximum it is the largest, values of examples are put together, and what the program
-            makes of them follows once (means, quotients of sums, an F score). Of running averages
-            that are no means, such as batch norm's variance, it is the mean of the micro-batches',
-            counters are those after one pass, and the states that Flax's fp8 layers overwrite with
-            their gradients are the largest. What does not follow (a median, a deviation, `[0]`) is
-            an error unless `reduce_aux` names it. On a mesh of explicit axes every device works on
-            its part of each micro-batch, to which the batch is moved once.
-        weight: `weight(batch) -> scalar`, or the name of an entry of the batch whose sum it is,
-            where the loss is a weighted mean (the number of unmasked tokens, say). Micro-batches,
-            groups and devices are then averaged by weight. A likelihood with a mask or weights
-            brings its own.
-        scale: what the loss is multiplied by in every pass that is differentiated (both gradients
-            of SAM, curvature products, gradients of examples), for models that compute in float16:
-            a number or a traced scalar, such as the `scale` of Flax's `DynamicScale`. Results are
-            divided by it in float32 or wider, which they keep where parameters are narrower; loss
-            and figures are never scaled.
-        reduce_aux: how the aux of micro-batches and groups is reduced: "mean" (by weight), "sum",
-            "max", "min", "last" or "concat" (along the first axis), for all of it or as a tree
-            prefix, or a callable of the path; None where the loss tells.
-
-    With Flax's `DynamicScale`, a scale too large shows in the updates, since the second pass may
-    overflow where the first did not: skip that step and lower the scale. (`optax.apply_if_finite`
-    reads the gradient it is given: put it behind the stages, `sam(apply_if_finite(base, 3))`.)
-
-        objective = Objective(loss, batch, scale=dynamic_scale.scale)
-        new_scale, finite, _, grads = dynamic_scale.value_and_grad(objective)(params)
-        updates, new_state = tx.update(grads, state, params, value_fn=objective)
-        finite &= jnp.isfinite(optax.tree.norm(updates))
+        key: a typed PRNG key, for dropout. The loss (or the model) receives a key as its third
+            argument: the same key in every pass over the same examples, and different keys for
+            different groups, micro-batches and devices.
+        microbatch: examples in a micro-batch, a divisor of n. Loss, gradient and products are
+            accumulated in float32 by a scan over micro-batches, which needs the memory of one.
+        weight: `weight(batch) -> scalar`, or the key of a batch entry whose sum is the weight, if
+            the loss is a weighted mean (over unmasked tokens, for example). Micro-batches, groups
+            and devices are averaged with these weights. A likelihood with `mask` or `weights` has
+            its own.
+        scale: factor of the loss in every differentiated pass, for models that compute in float16:
+            a positive number or a traced scalar, such as Flax's `DynamicScale.scale`. Gradients and
+            products are divided by it in float32 or wider and keep that dtype; loss and
+            diagnostics are never scaled.
+        reduce_aux: how the aux values of micro-batches and groups combine: "mean" (weighted),
+            "sum", "max", "min", "last" or "concat" (along the first axis); one name, a tree prefix
+            of names, or a callable of the leaf's path. None derives it from the loss, see below.
 
     Raises:
-        ValueError: `microbatch` does not divide the batch, or options need a batch and have none,
-            or a likelihood has no `model`, or `scale` is not positive; no such reduction
-            of the aux.
-        TypeError: `key` is no typed key, or `scale` no scalar.
+        ValueError: `microbatch` does not divide the batch, an option needs a batch and there is
+            none, a likelihood has no `model`, `scale` is not positive and finite, or `reduce_aux`
+            is not one of these reductions.
+        TypeError: `key` is not a typed key, or `scale` is not a scalar.
+
+    Examples:
+        >>> import jax.numpy as jnp, optax, curvax
+        >>> loss = lambda w, batch: jnp.mean((batch["x"] @ w - batch["y"]) ** 2)
+        >>> batch = {"x": jnp.eye(2), "y": jnp.array([1.0, 2.0])}
+        >>> objective = curvax.Objective(loss, batch)
+        >>> params, tx = jnp.zeros(2), curvax.sam(optax.sgd(0.1), rho=0.05)
+        >>> value, grads = objective.value_and_grad(params)
+        >>> updates, _ = tx.update(grads, tx.init(params), params, value_fn=objective)
+        >>> round(float(value), 3), updates.shape
+        (2.5, (2,))
+
+    The aux over micro-batches:
+        The aux equals that of the whole batch. The loss is traced to find where it reduces the
+        examples: sums are added over micro-batches, maxima and minima compared, per-example values
+        concatenated, and everything computed from these (means, ratios of sums, an F score) is
+        computed once at the end. Running averages that are not means over examples, such as batch
+        norm's variance, are averaged over the micro-batches; counters advance once; states that
+        Flax's fp8 layers overwrite with their gradients take the largest. Anything else (a median,
+        a standard deviation, `[0]`) raises an error unless `reduce_aux` names its reduction.
+
+    Loss scaling:
+        The second gradient of SAM may overflow at a scale at which the first did not. Check the
+        updates too, and if they are not finite skip the step and lower the scale.
+        `optax.apply_if_finite` checks the gradient that it receives and therefore belongs after the
+        stages, `sam(apply_if_finite(base, 3))`.
+
+            objective = Objective(loss, batch, scale=dynamic_scale.scale)
+            new_scale, finite, _, grads = dynamic_scale.value_and_grad(objective)(params)
+            updates, new_state = tx.update(grads, state, params, value_fn=objective)
+            finite &= jnp.isfinite(optax.tree.norm(updates))
+
+    Sharding:
+        On a mesh of explicit axes the batch is resharded once, after which every device computes
+        its part of each micro-batch.
     """
 
     def __init__(
@@ -96,10 +116,11 @@ class Objective:
         self.loss, self.batch, self.model, self.has_aux = loss, batch, model, has_aux
         self.key, self.microbatch, self.weight, self.scale = key, microbatch, weight, scale
         self.reduce_aux = reduce_aux
-        self._memory = Memory()
+        self._gradients = GradientCache()
         self._local: dict[Any, frozenset[str]] = {}
         self._part: tuple[Any, int] = (0, 1)
         self._whole: tuple[Any, ...] | None = None
+        # Under `per_group`: whether this is the loss of a group, and the device axes it spans.
         self.grouped = False
         self.joined: tuple[axes.Along, ...] = ()
         validation.check_halves(loss, batch, model)
@@ -111,10 +132,15 @@ class Objective:
 
     @property
     def size(self) -> int:
-        """The number of examples in the batch (here: on this device, under an axis).
+        """The number n of examples in the batch; under a device axis, of this device's part.
 
         Raises:
-            ValueError: there is no batch, or its leaves disagree on the leading axis.
+            ValueError: there is no batch, or its leaves have different leading axes.
+
+        Examples:
+            >>> import jax.numpy as jnp, curvax
+            >>> curvax.Objective(lambda w, x: jnp.mean(w * x), jnp.ones(8)).size
+            8
         """
         sizes = {jnp.shape(x)[:1] for x in jax.tree.leaves(self.batch)}
         if len(sizes) != 1 or () in sizes:
@@ -127,15 +153,43 @@ class Objective:
         return sizes.pop()[0]
 
     def on(self, batch: Tree) -> Objective:
-        """The same loss on another batch (a pytree with one leading axis of examples; of a group of
-        devices, each one's part of it)."""
+        """The same loss on another batch.
+
+        Args:
+            batch: a pytree of arrays that share one leading axis of examples; under a device axis,
+                this device's part of it.
+
+        Returns:
+            An `Objective` with the same options and an empty gradient cache.
+
+        Examples:
+            >>> import jax.numpy as jnp, curvax
+            >>> objective = curvax.Objective(lambda w, x: jnp.mean(w * x), jnp.zeros(8))
+            >>> float(objective.on(jnp.full(4, 3.0))(2.0))
+            6.0
+        """
         return self._changed(batch=batch)
 
     def piece(self, batch: Tree, i: Any, n: int) -> Objective:
         """The loss on the i-th of n contiguous pieces of this batch.
 
-        Its dropout key is folded with its number among the pieces of the global batch. A piece that
-        micro-batches do not divide is taken whole.
+        Unlike `on`, folds the number of the piece in the global batch into the dropout key. A piece
+        that `microbatch` does not divide is evaluated without micro-batches.
+
+        Args:
+            batch: the piece, for example one of `groups`.
+            i: its number in [0, n), static or traced.
+            n: the number of pieces.
+
+        Returns:
+            An `Objective` on the piece.
+
+        Examples:
+            >>> import jax, jax.numpy as jnp, curvax
+            >>> objective = curvax.Objective(lambda w, x: jnp.mean(w * x), jnp.arange(6.0))
+            >>> groups = objective.groups(2)
+            >>> [float(objective.piece(groups[i], i, 3)(1.0)) for i in range(3)]
+            [0.5, 2.5, 4.5]
         """
         j, m = self._part
         piece = self._changed(batch=batch, _part=(j * n + i, m * n))
@@ -143,43 +197,70 @@ class Objective:
             piece.microbatch = None
         return piece
 
-    def together(self, over: tuple[axes.Along, ...]) -> Objective:
-        """A loss of groups: along bound device axes, whose devices make one, it is their mean.
+    def _as_group(self, over: tuple[axes.Along, ...]) -> Objective:
+        """The mean loss of a group of devices, those along the bound device axes `over`.
 
-        Value, gradient, Hessian and weight are the group's. What looks into the batch is refused:
-        the examples, the outputs and the parts that a device sees are its own.
+        Value, gradient, Hessian and weight are those of the group. Methods that read the batch
+        (examples, outputs, micro-batches) raise an error, since a device holds only its part.
         """
         return self._changed(grouped=True, joined=over)
 
-    def apart(self) -> Objective:
-        """This device's own loss, where it is a part of a group."""
+    def _device_part(self) -> Objective:
+        """The loss on this device's part of the batch; itself if it is not in a group."""
         return self._changed(joined=()) if self.joined else self
 
-    def group_mean(self, tree: Tree) -> Tree:
-        """The mean over the devices of a group, by weight, of what each found in its own loss."""
-        return axes.mean(tree, self.joined, self.apart().batch_weight())
+    def _group_mean(self, tree: Tree) -> Tree:
+        """The weighted mean of `tree` over the devices of the group."""
+        return axes.mean(tree, self.joined, self._device_part().batch_weight())
 
     def _changed(self, **fields: Any) -> Objective:
-        """A copy that remembers nothing."""
+        """A copy with other fields and an empty gradient cache."""
         other = copy.copy(self)
-        other._memory, other._local, other._whole = Memory(), {}, None
+        other._gradients, other._local, other._whole = GradientCache(), {}, None
         vars(other).update(fields)
         return other
 
     def groups(self, m: int, where: str = "`groups(m)`") -> Tree:
-        """The batch in contiguous groups of m examples; errors say `where`.
+        """The batch in contiguous groups of m examples.
+
+        Args:
+            m: examples in a group, a divisor of n.
+            where: what error messages call the option that m comes from.
 
         Returns:
-            The batch's tree, leaves [n, ...] as [n/m, m, ...]; `on(group)` is the loss on one.
+            The batch with leaves [n, ...] reshaped to [n/m, m, ...]. `on(group)` is the loss on
+            one of them, `piece(group, i, n // m)` the same with its own dropout key.
 
         Raises:
-            ValueError: m does not divide the batch, or that is a part of a group.
+            ValueError: m does not divide n, or the batch is one device's part of a group.
+
+        Examples:
+            >>> import jax.numpy as jnp, curvax
+            >>> objective = curvax.Objective(lambda w, x: jnp.mean(w * x), jnp.ones((8, 3)))
+            >>> objective.groups(2).shape
+            (4, 2, 3)
         """
         validation.refuse_joined(self.joined)
         return microbatching.split(self.batch, self.size, m, where)
 
     def first(self, fraction: float) -> Objective:
-        """The same loss on the first `fraction` of the batch (at least one example)."""
+        """The same loss on the first `fraction` of the batch.
+
+        Args:
+            fraction: in (0, 1]; round(fraction·n) examples, at least one.
+
+        Returns:
+            An `Objective` on these examples.
+
+        Raises:
+            ValueError: `microbatch` is smaller than their number and does not divide it.
+
+        Examples:
+            >>> import jax.numpy as jnp, curvax
+            >>> objective = curvax.Objective(lambda w, x: jnp.mean(w * x), jnp.ones(8))
+            >>> objective.first(0.25).size
+            2
+        """
         validation.refuse_joined(self.joined)
         count = max(1, round(fraction * self.size))
         batch = jax.tree.map(lambda x: meshes.first(x, count), self.batch)
@@ -190,13 +271,39 @@ class Objective:
         return self.on(batch)
 
     def through(self, f: Callable[[Tree], Tree]) -> Objective:
-        """The objective composed with a map of parameters: θ ↦ L(f(θ))."""
+        """The composition with a map of the parameters, θ ↦ L(f(θ)).
+
+        Args:
+            f: a differentiable function to the parameters that the loss takes.
+
+        Returns:
+            An `Objective` of the argument of `f`, on the same batch.
+
+        Examples:
+            >>> import jax.numpy as jnp, curvax
+            >>> objective = curvax.Objective(lambda w, x: jnp.mean(w * x), jnp.ones(8))
+            >>> float(objective.through(jnp.exp)(0.0))
+            1.0
+        """
         half = "loss" if self.model is None else "model"
         inner = getattr(self, half)
         return self._changed(**{half: lambda params, *rest: inner(f(params), *rest)})
 
     def batch_weight(self) -> jax.Array | None:
-        """The weight of this loss in a mean of means, or None where all count alike."""
+        """The weight of this batch in a weighted mean over batches, groups or devices.
+
+        Returns:
+            The total weight of the examples, a scalar; None if the loss is not weighted, so that
+            batches of equal size count equally.
+
+        Examples:
+            >>> import jax.numpy as jnp, curvax
+            >>> batch = {"label": jnp.arange(4), "mask": jnp.arange(4) < 3}
+            >>> loss = curvax.categorical("label", mask="mask")
+            >>> predict = lambda w, batch: jnp.outer(batch["label"], w)
+            >>> float(curvax.Objective(loss, batch, model=predict).batch_weight())
+            3.0
+        """
         own = self._own_weight()
         if own is None or not self.joined:
             return own
@@ -214,52 +321,86 @@ class Objective:
         return jnp.asarray(weight, jnp.result_type(float))
 
     def __call__(self, params: Tree) -> jax.Array:
-        """L(θ), a scalar in float32 or wider. Safe for anybody's autodiff: the micro-batches are
-        scanned with checkpointed bodies. Under device axes take `value_and_grad`, since JAX's own
-        derivative of a mean over devices depends on how they are mapped."""
-        own = lambda part: lambda p: part.evaluate(p)[0]
-        value = self.apart().average(
+        """L(θ), a scalar in float32 or wider, without the aux.
+
+        Can be differentiated by `jax.grad`: micro-batches are scanned with rematerialisation, in
+        the memory of one. Under device axes use `value_and_grad` instead, since the derivative of a
+        mean over devices means different things under `pmap` and `shard_map`.
+
+        Examples:
+            >>> import jax.numpy as jnp, curvax
+            >>> objective = curvax.Objective(lambda w, x: jnp.mean(w * x), jnp.arange(4.0))
+            >>> float(objective(2.0))
+            3.0
+        """
+        own = lambda part: lambda p: part._evaluate(p)[0]
+        value = self._device_part()._microbatch_mean(
             lambda part: (jax.checkpoint(own(part)) if self.microbatch else own(part))(params),
             aux=False,
         )
-        return self.group_mean(value)
+        return self._group_mean(value)
 
-    def mean(self, params: Tree, over: tuple[axes.Along, ...]) -> jax.Array:
-        """L(θ), the mean over bound device axes, at a precision at which differences count."""
+    def _device_mean(self, params: Tree, over: tuple[axes.Along, ...]) -> jax.Array:
+        """L(θ), averaged over bound device axes.
+
+        Matrix products run at the highest precision, since callers subtract nearby losses.
+        """
         with jax.default_matmul_precision("highest"):
             return axes.mean(self(params), over, self.batch_weight())
 
     def value_and_grad(self, params: Tree) -> tuple[Any, Tree]:
-        """(L(θ) or (L(θ), aux), ∇L(θ)), local to this device under an axis.
+        """The loss and its gradient, as `jax.value_and_grad(loss, has_aux=...)` would return them.
 
-        The objective remembers by weak reference which gradient it gave for which parameters, so
-        that a curvature estimator can pass on its own copy and the compiler drop this one.
+        Under a device axis both are those of this device's part of the batch: average them with
+        `jax.lax.pmean` or, after the stages, with `pmean_updates`.
+
+        The gradient is recorded by weak references in a gradient cache. Stages that compute the
+        gradient anyway, together with a curvature product, then return their own, and the compiler
+        removes the pass made here.
+
+        Args:
+            params: the point θ.
+
+        Returns:
+            (L(θ), ∇L(θ)), or ((L(θ), aux), ∇L(θ)) with `has_aux`. L is in float32 or wider, the
+            gradient shaped and typed like `params` (see `scale` for the exception).
+
+        Raises:
+            ValueError: the aux of the whole batch cannot be computed from its micro-batches.
+
+        Examples:
+            >>> import jax.numpy as jnp, curvax
+            >>> objective = curvax.Objective(lambda w, x: jnp.mean((w - x) ** 2), jnp.arange(3.0))
+            >>> value, gradient = objective.value_and_grad(jnp.array(4.0))
+            >>> round(float(value), 3), round(float(gradient), 3)
+            (9.667, 6.0)
         """
-        (value, aux), grads = self.value_aux_and_grad(params)
+        (value, aux), grads = self._value_aux_and_grad(params)
         if isinstance(aux, Undecided):
             raise ValueError(aux.message)
-        self.remember(params, grads, value, self.local_axes(params))
+        self._remember(params, grads, value, self.local_axes(params))
         return ((value, aux) if self.has_aux else value), grads
 
-    def remember(
+    def _remember(
         self, params: Tree, grads: Tree, value: jax.Array | None, local: frozenset[str]
     ) -> None:
-        """Takes note of this loss's own gradient at parameters, for `gave`."""
-        self._memory.keep(params, grads, value, local)
+        """Records this loss's gradient at `params`, for `cached_gradient`."""
+        self._gradients.store(params, grads, value, local)
 
-    def value_aux_and_grad(self, params: Tree) -> tuple[tuple[jax.Array, Any], Tree]:
+    def _value_aux_and_grad(self, params: Tree) -> tuple[tuple[jax.Array, Any], Tree]:
         """((L(θ), aux), ∇L(θ)), where aux is None without `has_aux`."""
         here = axes.vary(params, self.local_axes(params) | set(self.joined))
-        own = self.apart()
-        (value, aux), grads = own.average(lambda part: own._share(part, here))
-        value, grads = self.group_mean((value, grads))
+        own = self._device_part()
+        (value, aux), grads = own._microbatch_mean(lambda part: own._share(part, here))
+        value, grads = self._group_mean((value, grads))
         return (value, aux), grads
 
     def _share(self, part: Objective, params: Tree) -> tuple[tuple[jax.Array, Any], Tree]:
         """((L, aux), ∇L) of a part of the batch.
 
-        Where states are overwritten by their gradients (fp8's scales, which follow the largest
-        entries that flow back), what flows back is that of the whole batch's mean.
+        States that are overwritten by their gradients (fp8 scales, which track the largest entries
+        of cotangents) must see the cotangents of the whole batch's mean, so the part's loss is
+        multiplied by its share of that mean, and other gradients are divided by it.
         """
         if part is self or not trees.has_overwritten(params):
             return part._differentiated(params)
@@ -271,52 +412,69 @@ class Objective:
     def _differentiated(
         self, params: Tree, share: jax.Array | None = None
     ) -> tuple[tuple[jax.Array, Any], Tree]:
-        """((L, aux), ∇L) in one piece, `scale` and its `share` of a mean in what flows back."""
+        """((L, aux), ∇L) in one piece, differentiated as `scale`·`share`·L."""
         if self.scale is None and share is None:
-            return differentiated(self.evaluate, params)
+            return differentiated(self._evaluate, params)
 
         def scaled(params: Tree) -> tuple[jax.Array, Any]:
-            value, aux = self.evaluate(params)
-            return self.scaled(value if share is None else share * value), (value, aux)
+            value, aux = self._evaluate(params)
+            return self._scaled(value if share is None else share * value), (value, aux)
 
         def back(path: Any, g: jax.Array) -> jax.Array:
             if trees.is_overwritten(path):
                 return g
-            g = self.unscaled(g)
+            g = self._unscaled(g)
             return g if share is None else trees.ratio(trees.widen(g), share).astype(g.dtype)
 
         (_, out), grads = differentiated(scaled, params)
         return out, trees.map_with_path(back, grads)
 
-    def scaled(self, tree: Tree) -> Tree:
-        """What is to be pulled back, times `scale`, in float32 or wider; itself without a scale."""
+    def _scaled(self, tree: Tree) -> Tree:
+        """A cotangent times `scale`, in float32 or wider; unchanged without a scale."""
         if self.scale is None:
             return tree
         return trees.scale(self.scale, trees.wide(tree))
 
-    def unscaled(self, tree: Tree) -> Tree:
-        """What was pulled back from something scaled, in float32 or wider."""
+    def _unscaled(self, tree: Tree) -> Tree:
+        """A gradient of a scaled loss over `scale`, in float32 or wider."""
         if self.scale is None:
             return tree
         by = lambda x: (x / self.scale).astype(x.dtype)
         return jax.tree.map(by, trees.wide(tree))
 
-    def evaluate(self, params: Tree) -> tuple[jax.Array, Any]:
+    def _evaluate(self, params: Tree) -> tuple[jax.Array, Any]:
         """(L(θ), aux) of the whole batch in one piece."""
         if self.model is not None:
             outputs, aux = self.outputs(params)
-            return self.loss_of(outputs), aux
+            return self._loss_of(outputs), aux
         value, aux = self._called("loss", params)
         return validation.scalar(value, self.has_aux), aux
 
     def outputs(self, params: Tree) -> tuple[Tree, Any]:
-        """(z, aux): what the model, the first half of the loss, returns for the whole batch."""
+        """The outputs z of the model for the whole batch, and its aux.
+
+        Args:
+            params: the point θ.
+
+        Returns:
+            (z, aux), where aux is None without `has_aux`.
+
+        Raises:
+            ValueError: the batch is one device's part of a group.
+
+        Examples:
+            >>> import jax.numpy as jnp, curvax
+            >>> predict = lambda w, batch: batch["x"] @ w
+            >>> batch = {"x": jnp.ones((4, 3)), "y": jnp.zeros((4, 2))}
+            >>> objective = curvax.Objective(curvax.gaussian("y"), batch, model=predict)
+            >>> objective.outputs(jnp.ones((3, 2)))[0].shape
+            (4, 2)
+        """
         validation.refuse_joined(self.joined)
         return self._called("model", params)
 
     def _called(self, half: str, params: Tree) -> tuple[Any, Any]:
-        """(what it returns, its aux), of the loss or the model; of a piece, what of the aux is
-        reduced over all pieces."""
+        """(result, aux) of the loss or the model; for a piece, the aux as `Parts` to reduce."""
         f = getattr(self, half)
         rest = () if self.batch is None else (self.batch,)
         if not self.has_aux:
@@ -327,76 +485,111 @@ class Objective:
         here = Pass(both, params, (*rest, *self._keys()), self._whole)
         return in_pieces(here, self.reduce_aux)
 
-    def whole(self) -> tuple[Any, ...]:
-        """(batch, *keys) of the batch of which this is a piece, or of this one."""
+    def _whole_batch(self) -> tuple[Any, ...]:
+        """(batch, *keys) of the batch that this is a piece of, or of this batch."""
         return self._whole or (self.batch, *self._keys())
 
-    def piece_of(self, whole: tuple[Any, ...]) -> Objective:
-        """The same loss, whose aux is reduced over all pieces of a whole; see `finished`."""
+    def _as_piece_of(self, whole: tuple[Any, ...]) -> Objective:
+        """The same loss, its aux prepared for a reduction over the pieces of `whole`.
+
+        `microbatching.finished` turns the reduced aux into that of the whole batch.
+        """
         return self._changed(_whole=whole) if self.has_aux else self
 
-    def loss_of(self, outputs: Tree) -> jax.Array:
-        """L of outputs, the second half of the loss, a scalar in float32 or wider."""
+    def _loss_of(self, outputs: Tree) -> jax.Array:
+        """The loss of given outputs, a scalar in float32 or wider."""
         return validation.scalar(self.loss(outputs, self.batch))
 
-    def average(self, f: Callable[..., Tree], *beside: Tree, aux: bool = True) -> Tree:
-        """The mean over micro-batches of `f(the objective on one of them)`, by weight where there
-        is one; `f(self)` without micro-batches. Floating leaves are accumulated in float32, others
-        are the last one's; the aux is that of the whole batch.
+    def _microbatch_mean(self, f: Callable[..., Tree], *batched: Tree, aux: bool = True) -> Tree:
+        """The weighted mean over micro-batches of `f`; `f(self)` without micro-batches.
+
+        Floating leaves are accumulated in float32, other leaves are those of the last micro-batch,
+        and the aux is that of the whole batch.
 
         Args:
-            f: `f(part, *beside)`.
-            beside: trees with a leading axis of examples, cut like the batch.
-            aux: False where f hands on none.
+            f: `f(part, *batched)`, where `part` is the objective on a micro-batch.
+            batched: trees with a leading axis of examples, divided like the batch.
+            aux: whether the result of `f` contains the aux.
 
         Raises:
-            ValueError: the batch is a device's part of a group.
+            ValueError: the batch is one device's part of a group.
         """
         validation.refuse_joined(self.joined)
         if not self.microbatch or self.microbatch == self.size:
-            return f(self, *beside)
-        count, whole = self.size // self.microbatch, self.whole()
+            return f(self, *batched)
+        count, whole = self.size // self.microbatch, self._whole_batch()
 
         def piece(i: jax.Array, pieces: Tree) -> tuple[Tree, jax.Array | None]:
             batch, *rest = pieces
             part = self.piece(batch, i, count)
-            part = part.piece_of(whole) if aux else part
+            part = part._as_piece_of(whole) if aux else part
             return f(part, *rest), part.batch_weight()
 
         where = "`Objective(microbatch=)`"
-        pieces = microbatching.split((self.batch, *beside), self.size, self.microbatch, where)
+        pieces = microbatching.split((self.batch, *batched), self.size, self.microbatch, where)
         found = microbatching.mean_over_scan(piece, pieces, count)
-        # Of a piece of a larger whole, the pieces of the whole are reduced first.
+        # A piece of a larger batch is finished once all pieces of that batch are reduced.
         return found if self._whole else microbatching.finished(found)
 
-    def each(self, f: Callable[..., Tree], *beside: Tree) -> tuple[Tree, jax.Array | None]:
-        """`f(the objective on one example, *beside)`, all at once.
+    def _map_examples(self, f: Callable[..., Tree], *shared: Tree) -> tuple[Tree, jax.Array | None]:
+        """`f` on every example, by `vmap`.
+
+        Args:
+            f: `f(example, *shared)`, where `example` is the objective on a batch of one, with a
+                dropout key of its own.
+            shared: trees passed unchanged.
 
         Returns:
-            Its leaves, stacked along a new first axis, and the weight of each example where there
-            is one. A dropout key is folded with the example's number.
+            (the results stacked along a new first axis, the weights of the examples [n] or None)
         """
 
-        def one(i: jax.Array, batch: Tree, *beside: Tree) -> tuple[Tree, jax.Array | None]:
+        def one(i: jax.Array, batch: Tree, *shared: Tree) -> tuple[Tree, jax.Array | None]:
             part = self.piece(batch, i, self.size)
-            return f(part, *beside), part.batch_weight()
+            return f(part, *shared), part.batch_weight()
 
-        return microbatching.stack_over_vmap(one, self.groups(1), self.size, *beside)
+        return microbatching.stack_over_vmap(one, self.groups(1), self.size, *shared)
 
     def example_keys(self, key: jax.Array) -> jax.Array:
-        """A key for each example, [n]: `key` folded with the example's number in the global batch,
-        so that draws are the same on any number of devices and in micro-batches of any size."""
-        number, _ = self._piece_number(self.batch_axes())
+        """One key for each example: `key` folded with the example's number in the global batch.
+
+        Random draws are then the same on any number of devices and for any `microbatch`.
+
+        Args:
+            key: a typed key.
+
+        Returns:
+            Keys, [n].
+
+        Examples:
+            >>> import jax, jax.numpy as jnp, curvax
+            >>> objective = curvax.Objective(lambda w, x: jnp.mean(w * x), jnp.ones(8))
+            >>> objective.example_keys(jax.random.key(0)).shape
+            (8,)
+        """
+        number, _ = self._piece_number(self._batch_axes())
         first = number * self.size
         fold = lambda i, _: (jax.random.fold_in(key, first + i), None)
         return microbatching.stack_over_vmap(fold, self.groups(1), self.size)[0]
 
     def local_axes(self, params: Tree) -> frozenset[str]:
-        """The device axes over which this loss is each device's own, or its group's.
+        """The device axes over which this loss differs from device to device.
+
+        Args:
+            params: the point θ; only its types are used.
+
+        Returns:
+            Names of axes bound by `pmap` or `shard_map`, empty under plain `jit`. Axes over which
+            `per_group` has already averaged this loss are not among them.
 
         Raises:
-            ValueError: the loss averages its own value over a device axis, or activations where
-            devices have weights.
+            ValueError: the loss averages its own value over a device axis; or devices have
+                different weights and exchange activations, as in synchronised batch norm.
+
+        Examples:
+            >>> import jax.numpy as jnp, curvax
+            >>> objective = curvax.Objective(lambda w, x: jnp.mean(w * x), jnp.ones(8))
+            >>> objective.local_axes(1.0)
+            frozenset()
         """
         if not axes.manual():
             return frozenset()
@@ -406,8 +599,8 @@ class Objective:
         return self._local[kind]
 
     def _traced_axes(self, params: Tree) -> frozenset[str]:
-        own = self.apart()
-        loss = lambda p: own.average(lambda part: part.evaluate(p)[0], aux=False)
+        own = self._device_part()
+        loss = lambda p: own._microbatch_mean(lambda part: part._evaluate(p)[0], aux=False)
         traced = jax.make_jaxpr(loss)(params)
         typed = axes.tracked()
         suspects = axes.varying(self.batch) if typed and self.batch is not None else axes.manual()
@@ -423,55 +616,79 @@ class Objective:
         """Sets of device axes over which weights differ, as far as is known."""
         if axes.tracked():
             return [{axis} for axis in axes.varying(weight)]
-        # Of several axes without types, one may only split the model.
+        # Without types, weights are taken to differ over all axes together but not over each of
+        # several: one of them may only split the model.
         return [set(axes.manual()), *({axis} for axis in self.joined if isinstance(axis, str))]
 
-    def gave(self, params: Tree, updates: Tree) -> Given | None:
-        """The record of `updates` as this objective's own gradient at `params`, if they are."""
-        return self._memory.find(params, updates)
-
-    def gave_at(self, params: Tree) -> bool:
-        """Whether `value_and_grad` was called at these very parameters."""
-        return self._memory.at(params)
-
-    def recalling(
-        self, outer: Objective, at: tuple[Tree, Tree], here: tuple[Tree, Tree]
-    ) -> Objective:
-        """This objective, with what another knows of a gradient in other forms of the parameters.
+    def cached_gradient(self, params: Tree, updates: Tree) -> CachedGradient | None:
+        """The cache entry of `updates`, if they are the gradient that `value_and_grad` returned.
 
         Args:
-            outer: the other one.
-            at: (parameters, updates) as they are there.
-            here: the same (parameters, updates) as they are here.
+            params, updates: compared by identity, leaf by leaf; a cast of the gradient to a wider
+                type, and a resharding, still count as the same gradient.
+
+        Returns:
+            A `CachedGradient` with `value` L(θ) and `local` device axes, or None.
+
+        Examples:
+            >>> import jax.numpy as jnp, curvax
+            >>> objective, w = curvax.Objective(lambda w: jnp.sum(w**2)), jnp.ones(2)
+            >>> _, gradient = objective.value_and_grad(w)
+            >>> float(objective.cached_gradient(w, gradient).value)
+            2.0
+            >>> objective.cached_gradient(w, 2 * gradient) is None
+            True
         """
-        if (given := outer.gave(*at)) is not None:
-            self.remember(*here, given.value, given.local)
-        elif outer.gave_at(at[0]):
-            # Another gradient than these updates.
-            self.remember(here[0], None, None, frozenset())
+        return self._gradients.find(params, updates)
+
+    def has_gradient_at(self, params: Tree) -> bool:
+        """Whether `value_and_grad` was called at these parameters, compared by identity.
+
+        Examples:
+            >>> import jax.numpy as jnp, curvax
+            >>> objective, w = curvax.Objective(lambda w: jnp.sum(w**2)), jnp.ones(2)
+            >>> objective.has_gradient_at(w)
+            False
+        """
+        return self._gradients.has(params)
+
+    def _inherit_gradients(
+        self, outer: Objective, at: tuple[Tree, Tree], here: tuple[Tree, Tree]
+    ) -> Objective:
+        """This objective, with the cache entry of `outer`, whose parameters have another structure.
+
+        Args:
+            outer: the objective whose cache is read.
+            at: (parameters, updates) in the structure of `outer`.
+            here: the same (parameters, updates) in the structure of this objective.
+        """
+        if (cached := outer.cached_gradient(*at)) is not None:
+            self._remember(*here, cached.value, cached.local)
+        elif outer.has_gradient_at(at[0]):
+            # A gradient was computed there, and the updates are not that gradient.
+            self._remember(here[0], None, None, frozenset())
         return self
 
-    def shard_number(self, local: frozenset[str]) -> tuple[Any, int]:
-        """(i, n): what this loss is the mean over is the i-th of n contiguous pieces of the global
-        batch."""
+    def _shard_number(self, local: frozenset[str]) -> tuple[Any, int]:
+        """(i, n): this loss, or that of its group, is on piece i of n of the global batch."""
         number, count = self._piece_number(local)
         rows = (part for part in self.joined if isinstance(part, axes.Neighbours))
         together = math.prod(row.size for row in rows if row.axis in local)
         return number // together, count // together
 
     def _piece_number(self, local: frozenset[str]) -> tuple[Any, int]:
-        """The same of this device's batch, which may be a part of a group."""
+        """(i, n): the examples on this device are piece i of n of the global batch."""
         device, devices = axes.index_and_size(tuple(a for a in axes.manual() if a in local))
         part, parts = self._part
         return device * parts + part, devices * parts
 
-    def batch_axes(self) -> frozenset[str]:
-        """The device axes over which the batch is each device's own."""
+    def _batch_axes(self) -> frozenset[str]:
+        """The device axes over which the batch is divided."""
         return axes.varying(self.batch) if axes.tracked() else frozenset(axes.manual())
 
     def _keys(self) -> tuple[jax.Array, ...]:
-        """The key of this pass, if there is one."""
+        """(key of this piece,), or () without a key."""
         if self.key is None:
             return ()
-        number, count = self._piece_number(self.batch_axes())
+        number, count = self._piece_number(self._batch_axes())
         return (jax.random.fold_in(self.key, number) if count > 1 else self.key,)

@@ -1,9 +1,10 @@
-"""Finds a loss that reduces over a device axis what it must not.
+"""Finds collectives in a traced loss under which its gradient would be wrong.
 
-A loss that has averaged its own value has a gradient that is right in one regime and wrong in the
-next (∂ pmean(L) is local under pmap, 1/n of the mean under shard_map), so it is refused.
-Collectives inside the model, as in synchronised batch norm, act on arrays and are fine, but where
-devices have weights: a device's gradient then holds terms of others, which count by theirs.
+1. A loss must not average its own value: the gradient of pmean(L) is the local gradient under
+   `pmap` but 1/n of the mean gradient under `shard_map`.
+2. Collectives on activations, as in synchronised batch norm, are allowed unless devices have
+   different weights: a device's gradient then contains terms of other devices' examples, which
+   would be multiplied by this device's weight instead of theirs.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,10 +22,14 @@ EXCHANGES = ("psum", "all_gather", "all_to_all", "ragged_all_to_all", "ppermute"
 
 
 def refuse_reduced_output(traced: core.ClosedJaxpr, suspects: tuple[str, ...]) -> None:
-    """Refuses a traced loss `params -> scalar` whose output is a sum over one of the axes.
+    """Raises if the output of a traced loss `params -> scalar` is a sum over one of the axes.
+
+    Args:
+        traced: the loss.
+        suspects: device axes.
 
     Raises:
-        ValueError: it is.
+        ValueError: the loss reduces its own value over one of `suspects`.
     """
     jaxpr = traced.jaxpr
     found = _output_reductions(jaxpr, 0, set(jaxpr.invars)) & set(suspects)
@@ -32,7 +37,7 @@ def refuse_reduced_output(traced: core.ClosedJaxpr, suspects: tuple[str, ...]) -
         axis = sorted(found)[0]
         raise ValueError(
             f"The loss averages its own value over the axis {axis!r}, so that its gradient is "
-            "neither this device's nor the mean. Leave the reduction out of the loss (return the "
+            "neither this device's nor the mean. Remove the reduction from the loss (return the "
             "mean over this device's examples) and average afterwards: "
             f"`... | pmean_updates({axis!r})`, or `mean_over={axis!r}`."
         )
@@ -41,13 +46,15 @@ def refuse_reduced_output(traced: core.ClosedJaxpr, suspects: tuple[str, ...]) -
 def refuse_shared_activations(
     loss: Callable[[Tree], jax.Array], params: Tree, suspects: list[set[str]]
 ) -> None:
-    """Refuses a loss in whose derivative devices exchange something along all axes of one of these.
+    """Raises if the backward pass of a loss communicates along all axes of one of `suspects`.
 
     Args:
-        params: of the device, varying over all axes over which the loss does.
+        loss: `params -> scalar`.
+        params: typed as varying over all axes over which the loss varies.
+        suspects: sets of device axes over which the weights of devices may differ.
 
     Raises:
-        ValueError: they do.
+        ValueError: it communicates.
     """
     value, pullback = jax.eval_shape(lambda p: jax.vjp(loss, p), params)
     backward = jax.make_jaxpr(lambda pull, cotangent: pull(cotangent))
@@ -55,22 +62,22 @@ def refuse_shared_activations(
         if any(suspect <= axes for suspect in suspects):
             raise ValueError(
                 f"The devices along {sorted(axes)} count by the weights of their examples, and the "
-                "loss takes means over them inside the model, as synchronised batch norm does: a "
-                "device's gradient holds terms of the others, which count by other weights. Take "
-                "the statistics of each device's own examples, or leave out the weights. (Under "
-                "`check_vma=False` the weights of devices are taken to differ, since nothing tells "
-                "that they do not; `check_vma=True` does.)"
+                "loss averages over them inside the model, as synchronised batch norm does: a "
+                "device's gradient contains terms of other devices' examples, which have other "
+                "weights. Compute the statistics from each device's own examples, or remove the "
+                "weights. (Under `check_vma=False` types do not show whether the weights of "
+                "devices differ, and they are assumed to; use `check_vma=True` if they do not.)"
             )
 
 
 def depends(traced: core.ClosedJaxpr) -> bool:
-    """Whether an output of a traced function is made of one of its arguments."""
+    """Whether an output of a traced function depends on one of its arguments."""
     found = _dependents(traced.jaxpr, set(traced.jaxpr.invars))
     return any(not isinstance(var, core.Literal) and var in found for var in traced.jaxpr.outvars)
 
 
 def _exchanges(jaxpr: Any) -> Iterator[set[str]]:
-    """The axes of each exchange between devices."""
+    """The axes of each collective."""
     for eqn in jaxpr.eqns:
         if eqn.primitive.name.startswith(EXCHANGES):
             named = eqn.params.get("axes", eqn.params.get("axis_name"))

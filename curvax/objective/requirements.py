@@ -1,4 +1,4 @@
-"""An objective that can do what is asked of it, or an error that shows the one to pass."""
+"""Checks that an objective has what a stage needs, with errors that show the one to pass."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,15 +10,21 @@ from curvax.objective.objective import Objective
 
 
 def as_objective(value_fn: Callable[..., Any] | None, stage: str, params: Tree = ()) -> Objective:
-    """The `value_fn` of an update as an objective.
+    """Converts the `value_fn` of an update to an `Objective`.
+
+    Args:
+        value_fn: an `Objective`, or a callable `params -> scalar`.
+        stage: the name of the stage, for errors.
+        params: the parameters of the update.
 
     Raises:
-        ValueError: there is none, or there are no parameters to evaluate it at.
+        ValueError: `value_fn` or `params` is None.
+        TypeError: `value_fn` is not callable, or a parameter is complex.
     """
     if params is None:
         raise ValueError(
-            f"`{stage}` evaluates the loss at the parameters, and got none. Pass them as the third "
-            "argument: `tx.update(grads, state, params, value_fn=objective)`."
+            f"`{stage}` evaluates the loss at the parameters, and `params` is None. Pass them as "
+            "the third argument: `tx.update(grads, state, params, value_fn=objective)`."
         )
     if value_fn is None:
         raise ValueError(
@@ -33,19 +39,19 @@ def as_objective(value_fn: Callable[..., Any] | None, stage: str, params: Tree =
         )
     if not callable(value_fn):
         raise TypeError(
-            f"`{stage}` evaluates the loss, and `value_fn` is no function but a "
+            f"`{stage}` evaluates the loss, and `value_fn` is not a function but a "
             f"{type(value_fn).__name__}. Pass the loss as a function of the parameters, or "
-            "`curvax.Objective(loss, batch)`; its value at the parameters is `value=`."
+            "`curvax.Objective(loss, batch)`; the value of the loss is passed as `value=`."
         )
     checks.refuse_complex(params, stage)
     return value_fn if isinstance(value_fn, Objective) else Objective(value_fn)
 
 
 def require_batch(objective: Objective, stage: str) -> Objective:
-    """The objective, if it can see its examples.
+    """Returns the objective if it has a batch.
 
     Raises:
-        ValueError: it was made from a callable of the parameters alone.
+        ValueError: it was built from a callable of the parameters alone.
     """
     if objective.batch is None:
         raise ValueError(
@@ -57,15 +63,15 @@ def require_batch(objective: Objective, stage: str) -> Objective:
 
 
 def require_model(objective: Objective, what: str) -> Objective:
-    """The objective, if it sees the model and the loss of its outputs apart.
+    """Returns the objective if it has a model and a loss of the model's outputs.
 
     Raises:
-        ValueError: it does not.
+        ValueError: it was built without `model=`.
     """
     if objective.model is None:
         raise ValueError(
-            f"{what} sees the model and the loss of its outputs apart, and was given "
-            f"{'a loss of the parameters' if objective.batch is None else 'both in one'}. Pass "
+            f"{what} needs the model and the loss of its outputs as two functions, and received "
+            f"{'a loss of the parameters' if objective.batch is None else 'one for both'}. Pass "
             "`curvax.Objective(loss, batch, model=predict)` with `predict(params, batch) -> "
             "outputs` and `loss(outputs, batch) -> scalar`, or a likelihood such as "
             '`curvax.categorical("label")` as the loss.'
@@ -74,18 +80,18 @@ def require_model(objective: Objective, what: str) -> Objective:
 
 
 def require_likelihood(objective: Objective, what: str) -> Likelihood:
-    """The likelihood that is the objective's loss.
+    """Returns the objective's loss if it is a likelihood.
 
     Raises:
-        ValueError: the loss is another callable.
+        ValueError: the loss is any other callable, or there is no model.
     """
     loss = require_model(objective, what).loss
     if not isinstance(loss, Likelihood):
         raise ValueError(
             f"{what} is an expectation over labels drawn from the model, and the loss is a "
-            "callable that does not say how labels are distributed. Pass `curvax.categorical`, "
-            "`bernoulli`, `gaussian` or `poisson` as the loss of the `Objective`; or take "
-            "`ggnvp`, which serves any convex loss, or `empirical_fvp`, which takes the labels "
+            "callable that does not define a distribution of labels. Pass `curvax.categorical`, "
+            "`bernoulli`, `gaussian` or `poisson` as the loss of the `Objective`; or use "
+            "`ggnvp`, which takes any convex loss, or `empirical_fvp`, which takes the labels "
             "of the batch."
         )
     return loss

@@ -1,4 +1,4 @@
-"""What the halves and the options of an objective must be, and what a loss must return."""
+"""Checks of an objective's arguments and of what its loss and model return."""
 
 import inspect
 import numbers
@@ -14,10 +14,10 @@ from curvax.likelihoods import Likelihood
 
 
 def check_halves(loss: Callable[..., Any], batch: Tree, model: Callable[..., Any] | None) -> None:
-    """Refuses a likelihood without a model, or whose targets the batch has not.
+    """Raises unless a likelihood has a model and finds its targets in the batch.
 
     Raises:
-        ValueError: either.
+        ValueError: there is no model, or the batch lacks a key that the likelihood names.
     """
     if not isinstance(loss, Likelihood):
         return
@@ -32,31 +32,31 @@ def check_halves(loss: Callable[..., Any], batch: Tree, model: Callable[..., Any
 
 
 def check_options(batch: Tree, model: Any, key: Any, microbatch: Any, weight: Any) -> None:
-    """Refuses options that read a batch where there is none, and keys that are none.
+    """Checks the options that read the batch, and the key.
 
     Raises:
-        ValueError: no batch, or no such entry in it.
-        TypeError: `key` is no typed key.
+        ValueError: there is no batch, or it has no entry called `weight`.
+        TypeError: `key` is not a typed key.
     """
     if batch is None and (microbatch or weight or model):
         raise ValueError(
-            "`Objective` was given `microbatch`, `weight` or `model`, which read the batch, "
-            "and no batch. Write `Objective(loss, batch, ...)`."
+            "`microbatch`, `weight` and `model` of `Objective` read the batch, and there is no "
+            "batch. Write `Objective(loss, batch, ...)`."
         )
     if isinstance(weight, str) and (not isinstance(batch, dict) or weight not in batch):
         raise ValueError(
-            f"`Objective(weight={weight!r})` names an entry of the batch, and the batch has none "
-            "of that name. Pass a name that is there, or a callable `batch -> scalar`."
+            f"`Objective(weight={weight!r})` names an entry of the batch, and the batch has no "
+            "entry of that name. Pass the key of an entry, or a callable `batch -> scalar`."
         )
     if key is not None:
         check_key(key, "`Objective(key=)`")
 
 
 def check_scale(scale: Any) -> None:
-    """Refuses a scale of the loss that is no positive scalar; traced ones pass by their shape.
+    """Checks that a scale of the loss is a positive scalar; of traced scales only the shape.
 
     Raises:
-        TypeError: it is no real scalar.
+        TypeError: it is not a real scalar.
         ValueError: it is zero, negative or not finite.
     """
     if scale is None:
@@ -65,63 +65,64 @@ def check_scale(scale: Any) -> None:
     array = hasattr(scale, "dtype") and jnp.shape(scale) == ()
     if not number and not (array and jnp.issubdtype(scale.dtype, jnp.number)):
         raise TypeError(
-            "`Objective(scale=)` multiplies the loss and takes a number or a scalar array, such as "
-            f"`dynamic_scale.scale`, and got {scale!r}."
+            "`Objective(scale=)` multiplies the loss, a scalar, and received "
+            f"{scale!r}. Pass a number or a scalar array, such as `dynamic_scale.scale`."
         )
     if number and not 0 < float(scale) < float("inf"):
         raise ValueError(
-            "`Objective(scale=)` multiplies the loss, and its gradients are divided by it: it must "
-            f"be positive and finite, and is {scale}. Powers of two, such as 2.0**15, are exact."
+            "`Objective(scale=)` multiplies the loss, and gradients are divided by it: it must be "
+            f"positive and finite, and is {scale}. Powers of two, such as 2.0**15, are exact."
         )
 
 
 def check_key(key: Any, where: str) -> None:
-    """Refuses what is no typed key.
+    """Checks that `key` is a typed key.
 
     Raises:
         TypeError: it is a raw key, or a seed.
     """
     if not jnp.issubdtype(jnp.result_type(key), jax.dtypes.prng_key):
         raise TypeError(
-            f"{where} takes a typed key. Write `jax.random.key(seed)`, or "
-            "`jax.random.wrap_key_data(raw_key)` for an old one."
+            f"{where} takes a typed key, and received {key!r}. Write `jax.random.key(seed)`, or "
+            "convert a raw key by `jax.random.wrap_key_data(raw_key)`."
         )
 
 
 def refuse_joined(joined: tuple[Any, ...]) -> None:
-    """Refuses a look into a batch that is a device's part of a group.
+    """Raises if the batch is one device's part of a group, whose examples cannot all be read.
 
     Raises:
-        ValueError: it is.
+        ValueError: `joined` is not empty.
     """
     if joined:
         raise ValueError(
-            "`per_group` makes one group of several devices here, of which each sees its own part: "
-            "known are the group's loss, gradient and Hessian products. A stage within it looks "
-            "further, at outputs, single examples or parts of the batch. Put it outside of "
-            "`per_group`, or take groups that one device holds."
+            "A group of `per_group` spans several devices here, each of which holds a part of it: "
+            "only the group's loss, gradient and Hessian products can be computed. A stage inside "
+            "`per_group` reads outputs, single examples or parts of the batch. Put that stage "
+            "outside of `per_group`, or use groups that fit on one device."
         )
 
 
 def pair(out: Any, half: str) -> tuple[Any, Any]:
-    """(value, aux), as a loss or a model with an aux returns them.
+    """Unpacks the (value, aux) that a loss or a model with an aux returned.
 
     Raises:
-        TypeError: it returned something else.
+        TypeError: it returned anything else.
     """
     if not (isinstance(out, tuple) and len(out) == 2):
         raise TypeError(
             f"`Objective(has_aux=True)` expects the {half} to return a pair whose second part is "
-            f"the aux, and got {type(out).__name__}. Return `(value, aux)` or drop `has_aux`."
+            f"the aux, and it returned {type(out).__name__}. Return `(value, aux)` or drop "
+            "`has_aux`."
         )
     return out
 
 
 def called(loss: Callable[..., Any], params: Tree, *rest: Any) -> Any:
-    """What a loss or a model returns for these parameters.
+    """Calls a loss or a model, with a helpful error if its signature or its parameters do not fit.
 
     Raises:
-        TypeError: it fails on arguments or parameters that it was hardly written for.
+        TypeError: it takes another number of arguments, or other parameters than these.
     """
     try:
         return loss(params, *rest)
@@ -132,7 +133,7 @@ def called(loss: Callable[..., Any], params: Tree, *rest: Any) -> Any:
 
 
 def _other_arguments(loss: Callable[..., Any], *args: Any) -> str | None:
-    """What is done about a loss that takes more or fewer arguments."""
+    """The remedy if the loss takes more or fewer arguments than it received, else None."""
     try:
         inspect.signature(loss).bind(*args)
     except ValueError:  # a callable without a signature
@@ -140,28 +141,28 @@ def _other_arguments(loss: Callable[..., Any], *args: Any) -> str | None:
     except TypeError:
         given = ("params", "batch", "key")[: len(args)]
         return (
-            f"It is called as `loss({', '.join(given)})`. A loss of parameters and batch is "
-            "`value_fn=curvax.Objective(loss, batch)`, with a key of its dropout "
-            "`curvax.Objective(loss, batch, key=key)`; what else it takes is bound before, as in "
+            f"It is called as `loss({', '.join(given)})`. Pass a loss of parameters and batch as "
+            "`value_fn=curvax.Objective(loss, batch)`, with a key for its dropout as "
+            "`curvax.Objective(loss, batch, key=key)`, and bind other arguments first, as in "
             "`lambda params, batch: loss(params, batch, step)`."
         )
     return None
 
 
 def _other_parameters(params: Tree, error: Exception) -> str | None:
-    """What is done about a loss that meets a vector or an nnx state in the place of its own."""
+    """The remedy if the loss received a vector or an nnx state instead of its own parameters."""
     if trees.is_leaf(params) and jnp.ndim(params) == 1:
         return (
-            f"It was handed one array of {jnp.size(params)} entries as its parameters. If it takes "
-            "a tree, a wrapper such as `optax.flatten` has made a vector of the parameters that "
-            "reach the stage, but not of those of `value_fn`. Put the wrapper around the base "
-            "alone, as in `sam_perturb(rho) | optax.flatten(base)`."
+            f"It received one array of {jnp.size(params)} entries as its parameters. If it takes "
+            "a tree, a wrapper such as `optax.flatten` has flattened the parameters that reach the "
+            "stage, but not those that `value_fn` takes. Wrap only the base optimiser, as in "
+            "`sam_perturb(rho) | optax.flatten(base)`."
         )
     if type(params).__module__.startswith("flax.nnx") and "State" in str(error):
         return (
-            "It was handed the parameters, an `nnx.State`, and not the module. A loss of a module "
-            "is made one of its parameters by `loss, params = curvax.nnx_loss(model, loss_fn)`, "
-            "then `value_fn=curvax.Objective(loss, batch, has_aux=True)`."
+            "It received the parameters, an `nnx.State`, and not the module. Convert a loss of a "
+            "module to one of its parameters by `loss, params = curvax.nnx_loss(model, loss_fn)`, "
+            "then pass `value_fn=curvax.Objective(loss, batch, has_aux=True)`."
         )
     return None
 
@@ -170,14 +171,14 @@ def scalar(value: Any, has_aux: bool = False) -> jax.Array:
     """The value of a loss in float32 or wider.
 
     Raises:
-        TypeError: it is no real floating scalar.
+        TypeError: it is not a real floating scalar.
     """
     if not trees.is_leaf(value):
         raise TypeError(_no_number(value, has_aux))
     value = jnp.asarray(value)
     if value.shape or not trees.is_float(value):
         raise TypeError(
-            f"The loss must be a floating scalar, and is {value.dtype}{list(value.shape)}. Reduce "
+            f"The loss must be a floating scalar, and is {value.dtype}{list(value.shape)}. Average "
             "it over the examples with `jnp.mean`."
         )
     if jnp.issubdtype(value.dtype, jnp.complexfloating):
@@ -196,12 +197,12 @@ def _no_number(value: Any, has_aux: bool) -> str:
     if has_aux:
         return (
             f"The first part of what the loss returned must be its value, a scalar, and is {kind}. "
-            "Return `(value, aux)` with all else in the aux, `(value, (logits, state))`; for an "
-            "nnx module, `nnx_loss(model, loss_fn, has_aux=True)` does so."
+            "Return `(value, aux)` with everything else in the aux, `(value, (logits, state))`; "
+            "for an nnx module use `nnx_loss(model, loss_fn, has_aux=True)`."
         )
     return (
-        f"The loss returned {kind}. A loss that returns `(scalar, aux)` is passed as "
-        "`curvax.Objective(loss_fn, has_aux=True)`, or with its batch as "
-        "`curvax.Objective(loss, batch, has_aux=True)`, instead of a plain callable; all else "
-        "than the scalar goes into the aux."
+        f"The loss returned {kind} instead of a scalar. Pass a loss that returns `(scalar, aux)` "
+        "as `curvax.Objective(loss_fn, has_aux=True)`, or with its batch as "
+        "`curvax.Objective(loss, batch, has_aux=True)`, and return everything but the scalar in "
+        "the aux."
     )

@@ -50,7 +50,7 @@ def fisher_ascent(
         sync: tuple[str, ...],
     ) -> Tree:
         over = (*axes.outside(objective.joined, sync), *sync)
-        own = objective.apart()
+        own = objective._device_part()
         fisher = fvp(own, params, mode=mode).averaged(over, own.batch_weight())
         product = fisher.within(masked, masked).damped(damping)
         x = solver(product, g).x

@@ -64,7 +64,7 @@ def refuse_changed_gradient(objective: Any, params: Tree, updates: Tree, stage: 
     Raises:
         ValueError: the objective gave a gradient there, and the updates are not that gradient.
     """
-    if objective.gave_at(params) and objective.gave(params, updates) is None:
+    if objective.has_gradient_at(params) and objective.cached_gradient(params, updates) is None:
         raise ValueError(
             f"`{stage}` takes a gradient of its own at the perturbed parameters, and the updates "
             "that reached it are not the gradient that the objective returned for these "

@@ -282,7 +282,7 @@ def _begin(updates: Tree, params: Tree, extra: Any) -> Signal:
     The loss is the one that the caller gave or the objective remembers; never a hidden pass.
     """
     value, value_fn = extra.get("value"), extra.get("value_fn")
-    given = value_fn.gave(params, updates) if isinstance(value_fn, Objective) else None
+    given = value_fn.cached_gradient(params, updates) if isinstance(value_fn, Objective) else None
     if value is None and given is not None:
         value = given.value
     value = None if value is None else trees.widen(value)

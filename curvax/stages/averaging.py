@@ -115,11 +115,11 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
         within = _devices_of_a_group(m, objective)
         here = objective.size if within else m
         groups = objective.groups(here, f"`per_group({m}, ...)`")
-        objective = objective.together(within)
+        objective = objective._as_group(within)
         local = objective.local_axes(params)
         weight, count = objective.batch_weight(), objective.size // here
-        first, shards = objective.shard_number(local)
-        batch_of_all = objective.apart().whole()
+        first, shards = objective._shard_number(local)
+        batch_of_all = objective._device_part()._whole_batch()
         # The caller's loss and gradient are those of the whole batch.
         whole_batch = ("value", "grad", "loss", "obj_fn")
         extra = {name: x for name, x in extra.items() if name not in whole_batch}
@@ -131,8 +131,8 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
         ) -> tuple[Any, jax.Array | None]:
             nonlocal averaged
             group = objective.piece(batch, i, count)
-            group = group if count == 1 else group.piece_of(batch_of_all)
-            (value, aux), gradient = group.value_aux_and_grad(params)
+            group = group if count == 1 else group._as_piece_of(batch_of_all)
+            (value, aux), gradient = group._value_aux_and_grad(params)
             given = Signal(gradient, gradient, value=value, aux=aux, local=local)
             start = keys.map(lambda key: jax.random.fold_in(key, first * count + i), state)
             extra_of_group = extra | {"value_fn": group, "value": value, "grad": gradient}
@@ -172,7 +172,7 @@ def _devices_of_a_group(m: int, objective: Objective) -> tuple[axes.Along, ...]:
     Raises:
         ValueError: no axes, and no part of one, hold just the devices of a group.
     """
-    size, split = objective.size, objective.batch_axes()
+    size, split = objective.size, objective._batch_axes()
     along = tuple(axis for axis in axes.manual() if axis in split)
     if m <= size or not along:
         return ()

@@ -48,10 +48,10 @@ def split_real_and_imaginary(stages: optax.GradientTransformation) -> Stage:
         if extra.get("value_fn") is not None:
             objective = as_objective(extra["value_fn"], "split_real_and_imaginary")
             own = extra["value_fn"] = objective.through(_merge)
-            given = objective.gave(params, updates)
+            given = objective.cached_gradient(params, updates)
         updates = _split(updates if given is None else jax.tree.map(jnp.conj, updates))
         if given is not None and own is not None:
-            own.remember(parts, updates, given.value, given.local)
+            own._remember(parts, updates, given.value, given.local)
         inside = signal._replace(
             updates=updates, gradient=updates, diagonal=None, matvec=None, aux=None
         )

@@ -124,8 +124,8 @@ def _try(objective: Objective, params: Tree, out: Signal, over: tuple[str, ...])
         out.matvec, "levenberg_marquardt", "judges a quadratic model"
     )
     delta = out.updates
-    before = objective.mean(params, over)
-    change = objective.mean(optax.apply_updates(params, delta), over) - before
+    before = objective._device_mean(params, over)
+    change = objective._device_mean(optax.apply_updates(params, delta), over) - before
     kl = 0.5 * trees.dot(delta, product.curvature(delta))
     model = trees.dot(out.gradient, delta) + kl
     rounding = 8 * jnp.finfo(before.dtype).eps * jnp.abs(before)

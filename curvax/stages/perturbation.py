@@ -177,7 +177,7 @@ def _drawn(
     keys: tuple[jax.Array, ...], step: jax.Array, objective: Objective, local: frozenset[str]
 ) -> tuple[jax.Array, ...]:
     """This step's keys on this piece of the global batch, as cut along the axes `local`."""
-    shard, _ = objective.shard_number(local)
+    shard, _ = objective._shard_number(local)
     fold = jax.random.fold_in
     return tuple(fold(fold(key, step), shard) for key in keys)
 

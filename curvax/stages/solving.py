@@ -85,7 +85,7 @@ def solve(solver: Solver) -> Stage:
 
     Returns:
         A stage that needs `matvec`. Its figures are `cg_steps`, the relative `cg_residual`
-        ‖b - Ax‖/‖b‖, and `cg_reason`, a number of `curvax.Reason`.
+        ‖b - Ax‖/‖b‖, and `cg_reason`, a number of `curvax.StopReason`.
 
     Raises:
         TypeError: what is given is no solver; later, ValueError: the gradient is one device's own.
@@ -106,7 +106,7 @@ def solve(solver: Solver) -> Stage:
         checks.refuse_local(signal.local, stage="solve")
         score = None
         if isinstance(value_fn, Objective):
-            score = lambda x: value_fn.mean(trees.add_scaled(params, -1.0, x), product.over)
+            score = lambda x: value_fn._device_mean(trees.add_scaled(params, -1.0, x), product.over)
         solution, inner = solver.solve(
             product, signal.updates, state.solver, diagonal=signal.diagonal, score=score
         )

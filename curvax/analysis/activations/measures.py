@@ -121,7 +121,7 @@ def _means(
         seen = _seen(part, params, _is_unit, name)
         return OrderedDict((path, measure(x)) for path, x in seen.items())
 
-    return axes.mean(objective.average(inside), over, objective.batch_weight())
+    return axes.mean(objective._microbatch_mean(inside), over, objective.batch_weight())
 
 
 @compiled_once
@@ -144,7 +144,7 @@ def _seen(
     objective: Objective, params: Tree, wanted: Callable[[Name, Seen], bool], where: str
 ) -> dict[str, Seen]:
     """What of a model is wanted, by paths that start like those of the parameters."""
-    forward = objective.evaluate if objective.model is None else objective.outputs
+    forward = objective._evaluate if objective.model is None else objective.outputs
     found = intermediates(lambda p: forward(p)[0], params)
     kept = {name: x for name, x in found.items() if wanted(name, x)}
     if not kept:

@@ -130,7 +130,7 @@ def share_gradient(
     Same numbers; the caller's backward pass becomes dead code, which the compiler drops.
     """
     value, aux = loss
-    if objective.gave(params, signal.updates) is None:
+    if objective.cached_gradient(params, signal.updates) is None:
         return signal if signal.value is not None else signal._replace(value=value, aux=aux)
     gradient = jax.tree.map(lambda own, u: own.astype(u.dtype), gradient, signal.updates)
     return signal._replace(updates=gradient, gradient=gradient, value=value, aux=aux, local=local)

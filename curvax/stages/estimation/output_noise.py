@@ -138,7 +138,7 @@ def _squared(
 
         return loss, gradient, jax.vmap(once)(jax.random.split(key, probes))
 
-    loss, gradient, x = objective.average(pulled)
+    loss, gradient, x = objective._microbatch_mean(pulled)
     x = axes.mean(x, over, objective.batch_weight())
     weight = require_likelihood(objective, "the diagonal").total_weight(objective.batch)
     weight = lax.psum(axes.vary(weight, over), over) if over else weight

@@ -48,7 +48,7 @@ def empirical_fisher_diag(*, fraction: float = 1.0, mean_over: AxisNames = None)
         local = objective.local_axes(params)
         over = checks.averaged_axes(mean_over, local, stage="empirical_fisher_diag")
         here = part_of(objective, fraction, "empirical_fisher_diag")
-        diagonal = here.average(lambda part: _mean_of_squares(part, params))
+        diagonal = here._microbatch_mean(lambda part: _mean_of_squares(part, params))
         return signal._replace(diagonal=axes.mean(diagonal, over, here.batch_weight())), state
 
     return stage(_floating("empirical_fisher_diag"), rule)
@@ -59,7 +59,7 @@ def _mean_of_squares(objective: Objective, params: Tree) -> Tree:
 
     def square(i: jax.Array, batch: Tree, params: Tree) -> tuple[Tree, jax.Array | None]:
         example = objective.piece(batch, i, size)
-        _, gradient = example.value_aux_and_grad(params)
+        _, gradient = example._value_aux_and_grad(params)
         squares = jax.tree.map(lambda g: jnp.square(trees.widen(g)), gradient)
         return squares, example.batch_weight()
 
