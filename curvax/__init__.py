@@ -54,7 +54,7 @@ from curvax.perturbation import (
 )
 from curvax.pipes.diagnostics import diagnostics, record
 from curvax.pipes.signal import Signal, Stage, pipe, stage
-from curvax.schedules import rho_like
+from curvax.schedules import rho_schedule
 from curvax.stages import (
     accumulate,
     clip_by_diagonal,
@@ -154,7 +154,7 @@ __all__ = [
     "random_direction",
     "record",
     "restrict",
-    "rho_like",
+    "rho_schedule",
     "row_space",
     "sam",
     "sam_perturb",

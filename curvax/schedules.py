@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optax
 
 
-def rho_like(
+def rho_schedule(
     lr_schedule: optax.Schedule,
     rho_max: float,
     rho_min: float,
@@ -34,7 +34,7 @@ def rho_like(
     """
     if min(rho_max, rho_min) < 0 or lr_max < lr_min:
         raise ValueError(
-            "`rho_like` takes rho_max, rho_min >= 0 and lr_max >= lr_min, and got "
+            "`rho_schedule` takes rho_max, rho_min >= 0 and lr_max >= lr_min, and got "
             f"rho_max={rho_max}, rho_min={rho_min}, lr_max={lr_max}, lr_min={lr_min}."
         )
 

@@ -86,10 +86,10 @@ def place_of_caret(text, **options):
             ),
         ),
         (
-            "sam_perturb(rho_like(linear(0.1), 0.2, 0.1, lr_max=0.1)) | sgd(constant(-1e-2))",
+            "sam_perturb(rho_schedule(linear(0.1), 0.2, 0.1, lr_max=0.1)) | sgd(constant(-1e-2))",
             lambda: (
                 curvax.sam_perturb(
-                    curvax.rho_like(optax.linear_schedule(0.1, 0.0, 10), 0.2, 0.1, lr_max=0.1)
+                    curvax.rho_schedule(optax.linear_schedule(0.1, 0.0, 10), 0.2, 0.1, lr_max=0.1)
                 )
                 | optax.sgd(-1e-2)
             ),
@@ -208,11 +208,9 @@ def test_an_outline_names_the_parts():
 
 
 def test_a_deep_outline_names_what_the_parts_hold():
-    text = (
-        "per_group(m, sam_perturb(rho_like(linear(lr), 1.0)) | gsam_project(0.1)) | sgd(cosine(1))"
-    )
+    text = "per_group(m, sam_perturb(rho_schedule(linear(lr), 1.0)) | gsam_project(0.1)) | sgd(cosine(1))"
     found = outline(text, deep=True)
-    assert found == "per_group(sam_perturb(rho_like(linear)) | gsam_project) | sgd(cosine)"
+    assert found == "per_group(sam_perturb(rho_schedule(linear)) | gsam_project) | sgd(cosine)"
 
 
 @pytest.mark.parametrize(

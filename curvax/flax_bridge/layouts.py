@@ -42,7 +42,7 @@ def layout(model: Any, variables: Any = None, *inputs: Any, **options: Any) -> L
         )
     variables = nn.meta.unbox(variables if "params" in variables else {"params": variables})
     shapes = shapes_of(variables["params"])
-    readings = roles.read(shapes)
+    infos = roles.read(shapes)
     if inputs:
-        readings |= linen_roles.read(model, variables, inputs, options)
-    return assemble(shapes, readings)
+        infos |= linen_roles.read(model, variables, inputs, options)
+    return assemble(shapes, infos)

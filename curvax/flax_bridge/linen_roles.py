@@ -13,9 +13,9 @@ from flax import linen as nn
 from curvax.parameter_roles.layers import shapes_of
 from curvax.parameter_roles.roles import (
     Axes,
+    ParamInfo,
+    ParamRole,
     Path,
-    Reading,
-    Role,
     Shape,
     convolution,
     in_attention,
@@ -29,18 +29,18 @@ from curvax.parameter_roles.roles import (
 
 def read(
     model: nn.Module, variables: Mapping[str, Any], inputs: tuple[Any, ...], options: dict[str, Any]
-) -> dict[Path, Reading]:
+) -> dict[Path, ParamInfo]:
     """Readings of the parameters that belong to modules which one call of the model reaches."""
     shapes = shapes_of(variables["params"])
     modules, views = _watch(model, variables, inputs, options)
     grouped = layers(shapes)
-    readings = {}
+    infos = {}
     for path, shape in shapes.items():
         if (owner := path[:-1]) in views:
             found = _role(modules[owner], path, views[owner], in_attention(owner, grouped))
             depth, levels = _depth(path, shape, views)
-            readings[path] = placed(found, depth, len(shape), levels)
-    return readings
+            infos[path] = placed(found, depth, len(shape), levels)
+    return infos
 
 
 def _watch(
@@ -66,7 +66,7 @@ def _watch(
     return modules, views
 
 
-def _role(module: nn.Module, path: Path, view: Mapping[Path, Shape], attention: bool) -> Role:
+def _role(module: nn.Module, path: Path, view: Mapping[Path, Shape], attention: bool) -> ParamRole:
     name = path[-1]
     layer = {own[0]: shape for own, shape in view.items() if len(own) == 1}
     match module:

@@ -7,10 +7,10 @@ from flax import nnx
 
 from curvax import compat
 from curvax.parameter_roles import roles
-from curvax.parameter_roles.roles import Path, Reading, Role, Shape
+from curvax.parameter_roles.roles import ParamInfo, ParamRole, Path, Shape
 
 
-def read(model: nnx.Module, shapes: dict[Path, Shape]) -> dict[Path, Reading]:
+def read(model: nnx.Module, shapes: dict[Path, Shape]) -> dict[Path, ParamInfo]:
     """Readings of all parameters; own `nnx.Param`s go by the layers around them."""
     attention = {
         (*path, name)
@@ -32,7 +32,7 @@ def _modules(model: nnx.Module) -> list[tuple[Path, nnx.Module]]:
     return [(tuple(map(str, path)), module) for path, module in compat.iter_modules(model)]
 
 
-def _declared(module: nnx.Module, attention: bool) -> dict[str, tuple[Role, Shape]]:
+def _declared(module: nnx.Module, attention: bool) -> dict[str, tuple[ParamRole, Shape]]:
     """What a layer of Flax was built with: the role and the unstacked shape of each parameter."""
     if isinstance(module, nnx.Embed):
         table = roles.linear(1, 1, kind="embedding")
@@ -44,7 +44,7 @@ def _declared(module: nnx.Module, attention: bool) -> dict[str, tuple[Role, Shap
     return {"kernel": kernel, "bias": (roles.vector("bias", len(ends)), ends)}
 
 
-def _kernel(module: nnx.Module, kind: str) -> tuple[Role, Shape] | None:
+def _kernel(module: nnx.Module, kind: str) -> tuple[ParamRole, Shape] | None:
     match module:
         case nnx.Conv(kernel_size=size, kernel_shape=shape):
             return roles.convolution(len(size)), shape

@@ -65,7 +65,7 @@ def gsam(
     """GSAM over any base: `sam_perturb(rho) | gsam_project(alpha) | base`.
 
     The options are those of `sam_perturb`; perturbation and projection are per device, as in the
-    authors' code. ρ follows the learning rate with `rho_like`. Zhuang et al., GSAM,
+    authors' code. ρ follows the learning rate with `rho_schedule`. Zhuang et al., GSAM,
     arXiv:2203.08065, Algorithm 1.
     """
     return pipe(

@@ -13,13 +13,13 @@ from curvax.arithmetic.trees import Tree
 BY_LEAF = (optax.MaskedState, optax.transforms.PartitionState)
 
 
-def warn_of_climb(parts: Sequence[Any], states: Sequence[Any], params: Tree) -> None:
+def warn_of_frozen(parts: Sequence[Any], states: Sequence[Any], params: Tree) -> None:
     """Says which leaves a stage perturbs that a later part never trains.
 
-    `part.init.climbs(params)` tells which leaves a stage perturbs, one flag for each.
+    `part.init.perturbs(params)` tells which leaves a stage perturbs, one flag for each.
     """
     for number, part in enumerate(parts):
-        climbs = getattr(part.init, "climbs", None)
+        climbs = getattr(part.init, "perturbs", None)
         if climbs is None:
             continue
         later = list(zip(parts, states, strict=True))[number + 1 :]

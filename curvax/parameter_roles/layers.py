@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
 from curvax.parameter_roles import roles
-from curvax.parameter_roles.roles import Path, Reading, Role, Shape
+from curvax.parameter_roles.roles import ParamInfo, ParamRole, Path, Shape
 
 HAIKU_CONVOLUTION = re.compile(r"(?:.*_)?conv([123])_?d(_transpose)?(?:_\d+)?")
 HAIKU_LINEAR = re.compile(r"(?:.*_)?linear(?:_\d+)?")
@@ -32,12 +32,12 @@ IN_SEQUENCE = re.compile(r"(?:layers_)?\d+")
 SIDES = range(2, 12)
 
 
-def readings(tree: Tree) -> dict[Path, Reading]:
+def param_infos(tree: Tree) -> dict[Path, ParamInfo]:
     """What each leaf of a tree is."""
     shapes = shapes_of(tree)
     inside = {bare(path): shape for path, shape in shapes.items() if bare(path)}
     read = roles.read_roles(inside, known(tree, inside))
-    return {path: read.get(bare(path), Reading(roles.OTHER)) for path in shapes}
+    return {path: read.get(bare(path), ParamInfo(roles.OTHER)) for path in shapes}
 
 
 def bare(path: Path) -> Path:
@@ -51,7 +51,7 @@ def shapes_of(tree: Tree) -> dict[Path, Shape]:
     return {trees.names(path): tuple(jnp.shape(x)) for path, x in leaves if not callable(x)}
 
 
-def known(tree: Tree, shapes: Mapping[Path, Shape]) -> dict[Path, Reading]:
+def known(tree: Tree, shapes: Mapping[Path, Shape]) -> dict[Path, ParamInfo]:
     """The leaves that the classes of Equinox or the names of Haiku tell."""
     told = {
         (*path, name): role
@@ -65,7 +65,7 @@ def known(tree: Tree, shapes: Mapping[Path, Shape]) -> dict[Path, Reading]:
     return found
 
 
-def _placed(role: tuple[Role, int], shape: Shape) -> Reading:
+def _placed(role: tuple[ParamRole, int], shape: Shape) -> ParamInfo:
     """A role of so many own axes, the leading others stacked as `eqx.filter_vmap` does."""
     own, rank = role
     return roles.placed(own, tuple(range(len(shape) - rank)), len(shape))
@@ -85,15 +85,18 @@ def _equinox_layers(tree: Tree) -> Iterator[tuple[Path, Any]]:
             yield trees.names(path), x
 
 
-def _equinox_roles(layer: Any) -> dict[str, tuple[Role, int]]:
+def _equinox_roles(layer: Any) -> dict[str, tuple[ParamRole, int]]:
     """The role and the number of own axes of each parameter of a layer of Equinox."""
     nn = sys.modules["equinox"].nn
     if isinstance(layer, (nn.Conv, nn.ConvTranspose)):
         n = layer.num_spatial_dims
-        kernel = Role("convolution", tuple(range(2, 2 + n)), (1,), (0,))
+        kernel = ParamRole("convolution", tuple(range(2, 2 + n)), (1,), (0,))
         return {"weight": (kernel, 2 + n), "bias": (roles.vector("bias", 1 + n), 1 + n)}
     if isinstance(layer, nn.Linear):
-        return {"weight": (Role("dense", (), (1,), (0,)), 2), "bias": (roles.vector("bias", 1), 1)}
+        return {
+            "weight": (ParamRole("dense", (), (1,), (0,)), 2),
+            "bias": (roles.vector("bias", 1), 1),
+        }
     if isinstance(layer, nn.Embedding):
         return {"weight": (roles.linear(1, 1, kind="embedding"), 2)}
     rank = len(layer.shape) if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)) else 1
@@ -101,7 +104,7 @@ def _equinox_roles(layer: Any) -> dict[str, tuple[Role, int]]:
     return {"weight": norm, "bias": norm}
 
 
-def _haiku_roles(module: str, layer: Mapping[str, Shape]) -> dict[str, Reading]:
+def _haiku_roles(module: str, layer: Mapping[str, Shape]) -> dict[str, ParamInfo]:
     """What a module of Haiku holds, {w} or {w, b}, by its own name and the shapes."""
     if "w" not in layer or not set(layer) <= {"w", "b"}:
         return {}
@@ -122,7 +125,7 @@ def _haiku_roles(module: str, layer: Mapping[str, Shape]) -> dict[str, Reading]:
     return found | {"b": roles.placed(vector, stacked, len(bias))}
 
 
-def _haiku_kernel(name: str, kernel: Shape, bias: Shape | None) -> Role | None:
+def _haiku_kernel(name: str, kernel: Shape, bias: Shape | None) -> ParamRole | None:
     rank = len(kernel)
     if match := HAIKU_CONVOLUTION.fullmatch(name):
         n = int(match[1])
@@ -139,13 +142,13 @@ def _square(sides: Shape) -> bool:
     return len(set(sides)) == 1 and sides[0] in SIDES
 
 
-def doubtful_window(path: Path, shape: Shape, reading: Reading) -> bool:
+def doubtful_window(path: Path, shape: Shape, info: ParamInfo) -> bool:
     """Whether a leaf of which nothing is known may be a convolution's kernel.
 
     By its name, or by a square window of which one side of the shape looks like; by an odd one of
     one axis where a sequence of layers hides the name.
     """
-    if reading.role.kind != "other" or len(shape) < 3:
+    if info.role.kind != "other" or len(shape) < 3:
         return False
     words = [word for name in bare(path) for word in name.split("/")]
     if any(map(NAMED_CONVOLUTION.search, words)):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from curvax.parameter_roles import layers, roles
 from curvax.parameter_roles.layers import bare
-from curvax.parameter_roles.roles import Axes, Path, Reading, Shape
+from curvax.parameter_roles.roles import Axes, ParamInfo, Path, Shape
 
 COMPONENT = re.compile("attention|attn|mlp|ffn|feed_?forward", re.IGNORECASE)
 NUMBERED = re.compile(r"(.*?)_?\d+")
@@ -123,16 +123,16 @@ def layout_of_tree(tree: Any) -> Layout:
     return assemble(shapes, roles.read(shapes, layers.known(tree, shapes)))
 
 
-def assemble(shapes: Mapping[Path, Shape], readings: Mapping[Path, Reading]) -> Layout:
-    """The layout of parameters by their shapes and readings."""
+def assemble(shapes: Mapping[Path, Shape], infos: Mapping[Path, ParamInfo]) -> Layout:
+    """The layout of parameters by their shapes and infos."""
     repeated = _repeated(shapes)
     return Layout(
         {
             path: Leaf(
                 shape=shape,
-                depth=readings[path].depth,
-                block=_block(path, readings[path], repeated),
-                **readings[path].role._asdict(),
+                depth=infos[path].depth,
+                block=_block(path, infos[path], repeated),
+                **infos[path].role._asdict(),
             )
             for path, shape in shapes.items()
         }
@@ -149,12 +149,12 @@ def _repeated(shapes: Mapping[Path, Shape]) -> set[Path]:
     return {module for family in families.values() if len(family) > 1 for module in family}
 
 
-def _block(path: Path, reading: Reading, repeated: set[Path]) -> str:
+def _block(path: Path, info: ParamInfo, repeated: set[Path]) -> str:
     """The deepest attention or MLP above a leaf, else the block that is repeated, else the top."""
     components = [n for n in range(1, len(path)) if COMPONENT.search(path[n - 1])]
     numbered = [n for n in range(1, len(path)) if path[:n] in repeated]
-    end = max([*components[-1:], *numbered[:1], *reading.levels, 0])
-    own = [path[n] + "_*" * reading.levels.count(n + 1) for n in range(end)]
-    embeds = reading.role.kind == "embedding" or "embed" in path[0].lower()
+    end = max([*components[-1:], *numbered[:1], *info.levels, 0])
+    own = [path[n] + "_*" * info.levels.count(n + 1) for n in range(end)]
+    embeds = info.role.kind == "embedding" or "embed" in path[0].lower()
     top = "embedding" if embeds else path[0]
-    return "/".join(["*"] * reading.levels.count(0) + (own or [top]))
+    return "/".join(["*"] * info.levels.count(0) + (own or [top]))

@@ -20,7 +20,7 @@ SHIFTS = ("bias", "offset")
 """What Flax and Haiku call a normalisation's shift."""
 
 
-class Role(NamedTuple):
+class ParamRole(NamedTuple):
     """What a parameter does in its own layer, before any stacking."""
 
     kind: str
@@ -29,34 +29,34 @@ class Role(NamedTuple):
     outputs: Axes = ()
 
 
-class Reading(NamedTuple):
+class ParamInfo(NamedTuple):
     """A role, the axes that stack layers, and how many names of the path lead to each stack."""
 
-    role: Role
+    role: ParamRole
     depth: Axes = ()
     levels: tuple[int, ...] = ()
 
 
-OTHER = Role("other")
+OTHER = ParamRole("other")
 
 
-def convolution(window: int, *, transposed: bool = False) -> Role:
+def convolution(window: int, *, transposed: bool = False) -> ParamRole:
     """A Flax kernel (*window, in, out); (*window, out, in) where it is stored transposed."""
     ends = ((window,), (window + 1,))
-    return Role("convolution", tuple(range(window)), *(ends[::-1] if transposed else ends))
+    return ParamRole("convolution", tuple(range(window)), *(ends[::-1] if transposed else ends))
 
 
-def linear(inputs: int, outputs: int, *, kind: str = "dense", batch: int = 0) -> Role:
+def linear(inputs: int, outputs: int, *, kind: str = "dense", batch: int = 0) -> ParamRole:
     """A kernel (*batch, *in, *out)."""
     split = batch + inputs
-    return Role(kind, (), tuple(range(batch, split)), tuple(range(split, split + outputs)))
+    return ParamRole(kind, (), tuple(range(batch, split)), tuple(range(split, split + outputs)))
 
 
-def vector(kind: str, rank: int) -> Role:
-    return Role(kind, outputs=tuple(range(rank)))
+def vector(kind: str, rank: int) -> ParamRole:
+    return ParamRole(kind, outputs=tuple(range(rank)))
 
 
-def role(owner: Path, name: str, layer: Layer, *, attention: bool = False) -> Role:
+def role(owner: Path, name: str, layer: Layer, *, attention: bool = False) -> ParamRole:
     """The role of the parameter `name` in an unstacked layer at the path `owner`."""
     rank = len(layer[name])
     if name == "kernel":
@@ -68,11 +68,11 @@ def role(owner: Path, name: str, layer: Layer, *, attention: bool = False) -> Ro
     if name in ("embedding", "embeddings") and rank == 2:
         return linear(1, 1, kind="embedding")
     if rank and any(word in name.lower() for word in ("embed", "cls", "token")):
-        return Role("embedding", outputs=(rank - 1,))
+        return ParamRole("embedding", outputs=(rank - 1,))
     return OTHER
 
 
-def _kernel(owner: Path, layer: Layer, attention: bool) -> Role:
+def _kernel(owner: Path, layer: Layer, attention: bool) -> ParamRole:
     rank, bias = len(layer["kernel"]), layer.get("bias")
     if attention and rank in (2, 3):
         outputs = 1 if owner[-1] == "out" else rank - 1
@@ -108,42 +108,42 @@ def in_attention(owner: Path, owners: Mapping[Path, object]) -> bool:
 
 
 def read(
-    shapes: Mapping[Path, Shape], known: Mapping[Path, Reading] | None = None
-) -> dict[Path, Reading]:
+    shapes: Mapping[Path, Shape], known: Mapping[Path, ParamInfo] | None = None
+) -> dict[Path, ParamInfo]:
     """Reads a whole tree of shapes; of `known` leaves a module has told role and depth."""
-    readings = read_roles(shapes, known)
-    levels = _levels({path: _sizes(shapes[path], r.depth) for path, r in readings.items()})
-    return {path: r._replace(levels=levels[path]) for path, r in readings.items()}
+    infos = read_roles(shapes, known)
+    levels = _levels({path: _sizes(shapes[path], r.depth) for path, r in infos.items()})
+    return {path: r._replace(levels=levels[path]) for path, r in infos.items()}
 
 
 def read_roles(
-    shapes: Mapping[Path, Shape], known: Mapping[Path, Reading] | None = None
-) -> dict[Path, Reading]:
+    shapes: Mapping[Path, Shape], known: Mapping[Path, ParamInfo] | None = None
+) -> dict[Path, ParamInfo]:
     """The same without the levels, which only names of blocks need."""
     known = known or {}
     grouped = layers(shapes)
-    depths = _depths(grouped, {path[:-1]: len(reading.depth) for path, reading in known.items()})
-    readings = {}
+    depths = _depths(grouped, {path[:-1]: len(info.depth) for path, info in known.items()})
+    infos = {}
     for path, shape in shapes.items():
-        readings[path] = known.get(path) or _read(path, shape, grouped, depths[path[:-1]])
-    return readings
+        infos[path] = known.get(path) or _read(path, shape, grouped, depths[path[:-1]])
+    return infos
 
 
-def _read(path: Path, shape: Shape, grouped: Mapping[Path, Layer], depth: int | None) -> Reading:
+def _read(path: Path, shape: Shape, grouped: Mapping[Path, Layer], depth: int | None) -> ParamInfo:
     if depth is None or depth > len(shape):
-        return Reading(OTHER)
+        return ParamInfo(OTHER)
     owner = path[:-1]
     layer = {name: s[depth:] for name, s in grouped[owner].items()}
     found = role(owner, path[-1], layer, attention=in_attention(owner, grouped))
     return placed(found, tuple(range(depth)), len(shape))
 
 
-def placed(found: Role, depth: Axes, rank: int, levels: tuple[int, ...] = ()) -> Reading:
+def placed(found: ParamRole, depth: Axes, rank: int, levels: tuple[int, ...] = ()) -> ParamInfo:
     """The role with its axes counted in a stored leaf of which the axes `depth` stack layers."""
     own = [axis for axis in range(rank) if axis not in depth]
     kind, *groups = found
     axes = (tuple(own[axis] for axis in group) for group in groups)
-    return Reading(Role(kind, *axes), depth, levels)
+    return ParamInfo(ParamRole(kind, *axes), depth, levels)
 
 
 def removed(outer: Shape, inner: Shape) -> Axes | None:

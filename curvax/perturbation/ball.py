@@ -17,7 +17,7 @@ from curvax.objective import Objective
 from curvax.perturbation.directions import Ascent, MetricAscent, check_p, dual_direction, p_norm
 
 
-def check_climb(
+def check_ascent(
     name: str,
     rho: Any,
     p: Any,
@@ -46,7 +46,7 @@ def check_climb(
         )
 
 
-class Rules:
+class AscentRules:
     """The ascent of each leaf: measure, mask, take the dual direction of the whole, scale back."""
 
     def __init__(self, ascent: Any, p: float, mask: Any, params: Tree):
@@ -121,12 +121,12 @@ class Rules:
         return self.rules[i].scale(self.paths[i], e, trees.widen(w))
 
 
-class Climb(NamedTuple):
+class BallAscent(NamedTuple):
     """The ascent from θ, in units of the ball: ε = ρ · scale(e, θ)."""
 
     objective: Objective
     params: Tree
-    rules: Rules
+    rules: AscentRules
     keys: tuple[jax.Array, ...]
     radius: Tree
     steps: int

@@ -21,7 +21,7 @@ from curvax.objective import as_objective
 from curvax.objective.reductions import depends
 from curvax.pipes.signal import Signal, Stage, stage
 
-Figures = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
 """name ↦ float32 scalar, 0 where not measured."""
 
 Flags = Any
@@ -30,25 +30,25 @@ Flags = Any
 _warned: set[Any] = set()
 
 
-class Measured(NamedTuple):
+class StageMetrics(NamedTuple):
     """The last two fields of the state of a stage that measures."""
 
     measured: Flags
-    figures: Figures
+    figures: Metrics
 
 
-def unmeasured(*names: str) -> Measured:
-    """Figures before the first measurement."""
-    return measured(dict.fromkeys(names))
+def no_metrics(*names: str) -> StageMetrics:
+    """Metrics before the first measurement."""
+    return metrics_of(dict.fromkeys(names))
 
 
-def measured(
+def metrics_of(
     scalars: dict[str, Any],
     over: tuple[str, ...] = (),
     weight: Any = None,
     known: Mapping[str, Any] = MappingProxyType({}),
-) -> Measured:
-    """Figures in float32, averaged over axes by weight, then over all that their types show.
+) -> StageMetrics:
+    """Metrics in float32, averaged over axes by weight, then over all that their types show.
 
     Args:
         scalars: name ↦ scalar, or None where this step cannot know it.
@@ -65,12 +65,12 @@ def measured(
 
     figures = {name: number(name, x) for name, x in scalars.items()}
     stacked = jnp.stack([jnp.asarray(flags[name]) for name in sorted(flags)]) if flags else ()
-    return Measured(stacked, axes.mean_over_visible(axes.mean(figures, over, weight)))
+    return StageMetrics(stacked, axes.mean_over_visible(axes.mean(figures, over, weight)))
 
 
-def remeasured(state: Any, later: Any) -> Any:
+def with_metrics_of(state: Any, later: Any) -> Any:
     """`state` with the figures of `later`, a state of the same stages."""
-    seen = lambda node: {name: getattr(node, name) for name in Measured._fields}
+    seen = lambda node: {name: getattr(node, name) for name in StageMetrics._fields}
     newer = lambda old, new: old._replace(**seen(new)) if _measures(old) else old
     return jax.tree.map(newer, state, later, is_leaf=_measures)
 
@@ -116,7 +116,7 @@ def _placed(x: np.ndarray, like: Any) -> jax.Array:
 
 class RecordState(NamedTuple):
     measured: Flags
-    figures: Figures
+    figures: Metrics
     """name ↦ float32 scalar, as last measured."""
 
 
@@ -140,7 +140,7 @@ def record(**measures: Callable[..., Any]) -> Stage:
 
     def init(params: Tree) -> RecordState:
         del params
-        return RecordState(*unmeasured(*measures))
+        return RecordState(*no_metrics(*measures))
 
     def rule(
         signal: Signal, state: RecordState, params: Tree, value_fn: Any = None, **extra: Any
@@ -153,7 +153,7 @@ def record(**measures: Callable[..., Any]) -> Stage:
             found[name] = measure(*seen(name))
             if _skips(signal) and _reads_climb(measure, *seen(name)):
                 known[name] = signal.perturbed
-        return signal, RecordState(*measured(found, known=known))
+        return signal, RecordState(*metrics_of(found, known=known))
 
     return stage(init, rule, evaluates_loss=bool(of_loss))
 
@@ -178,7 +178,7 @@ def _takes_loss(measure: Callable[..., Any]) -> bool:
     return sum(each.default is each.empty for each in parameters) > 2
 
 
-def diagnostics(state: Any) -> Figures:
+def diagnostics(state: Any) -> Metrics:
     """All figures in an optimiser state, by name.
 
     A name that several stages measure is told apart by the place of its stage in the state:
@@ -219,7 +219,7 @@ def _known(node: Any) -> dict[str, Any]:
     return {name: flags[..., i] for i, name in enumerate(names)}
 
 
-def _shown(node: Any) -> Figures:
+def _shown(node: Any) -> Metrics:
     """The figures of a stage, NaN where not measured."""
     known = _known(node)
     return {name: _or_nan(x, known[name]) for name, x in node.figures.items()}

@@ -121,12 +121,12 @@ def pipe(*parts: optax.GradientTransformation) -> Stage:
 
     def init(params: Tree) -> tuple[Any, ...]:
         states = tuple(part.init(params) for part in parts)
-        frozen.warn_of_climb(parts, states, params)
+        frozen.warn_of_frozen(parts, states, params)
         return states
 
-    climbing = [part.init.climbs for part in parts if hasattr(part.init, "climbs")]
+    climbing = [part.init.perturbs for part in parts if hasattr(part.init, "perturbs")]
     if climbing:
-        init.climbs = climbing[0]  # type: ignore[attr-defined]
+        init.perturbs = climbing[0]  # type: ignore[attr-defined]
 
     def rule(signal: Signal, state: tuple[Any, ...], params: Tree = None, **extra: Any) -> Any:
         new_state = []
@@ -222,9 +222,9 @@ class _Init:
     ):
         self.init, self.name, self.kinds = init, name, kinds
         self.complex_leaves = complex_leaves
-        if hasattr(init, "climbs"):
+        if hasattr(init, "perturbs"):
             # Which leaves a stage perturbs; a pipe and `per_group` pass it on.
-            self.climbs = init.climbs
+            self.perturbs = init.perturbs
 
     def __call__(self, params: Tree) -> Any:
         checks.refuse_masked(params, self.name)

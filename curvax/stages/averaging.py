@@ -73,7 +73,7 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
 
     `per_group(m, sam_perturb(rho) | gsam_project(alpha)) | optax.adamw(lr)` perturbs and projects
     for every m examples, whatever the number of devices. Each group starts from the one state kept,
-    with keys of its own; afterwards moments and figures are averaged, and counts and keys advance
+    with keys of its own; afterwards moments and metrics are averaged, and counts and keys advance
     once. The gradient that the caller computed is not used, and compiles to nothing. Of curvature a
     diagonal is handed on, but not where devices count by weights, since they may share it. The aux
     is that of the whole batch, as with micro-batches. Foret et al., SAM, arXiv:2010.01412, section
@@ -195,7 +195,7 @@ def _devices_of_a_group(m: int, objective: Objective) -> tuple[axes.Along, ...]:
 
 
 def _settled(x: jax.Array, old: jax.Array, objective: Any, local: frozenset[str]) -> jax.Array:
-    """A moment, figure or key after the groups, the same on every device if it was so before.
+    """A moment, metric or key after the groups, the same on every device if it was so before.
 
     The mean, or the last group's of what has none. Where types do not tell, moments that all
     devices share already are averaged once more, and counts are taken to be shared.

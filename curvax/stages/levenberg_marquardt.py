@@ -13,7 +13,7 @@ from curvax.arithmetic.trees import Tree
 from curvax.devices.axes import AxisNames
 from curvax.objective import Objective, as_objective
 from curvax.pipes import requirements
-from curvax.pipes.diagnostics import Figures, Flags, measured, remeasured, unmeasured
+from curvax.pipes.diagnostics import Flags, Metrics, metrics_of, no_metrics, with_metrics_of
 from curvax.pipes.signal import Signal, Stage, containing, pipe
 
 FACTORS = {"poor": 1.5, "good": 2 / 3, "rejected": 4.0}
@@ -31,7 +31,7 @@ class LevenbergMarquardtState(NamedTuple):
     inner: Any
     """The state of the stages inside."""
     measured: Flags
-    figures: Figures
+    figures: Metrics
     """`reduction_ratio` and `kl`."""
 
 
@@ -48,7 +48,7 @@ def levenberg_marquardt(
 
     It wraps the pipe up to and including its learning rate, so that δ is the step taken, and
     compares loss and model on the same batch: two forward passes and one product more. A rejected
-    step gives zero updates, quadruples λ and leaves the inner state as it was but for its figures;
+    step gives zero updates, quadruples λ and leaves the inner state as it was but for its metrics;
     from the second rejection in a row on that state starts anew, counts of schedules and draws
     too, since a velocity that points uphill would be rejected for ever. λ stays within a factor
     of 10¹⁰ of its start. Martens, Hessian-free optimization (ICML 2010), section 4.1;
@@ -63,7 +63,7 @@ def levenberg_marquardt(
         mean_over: the device axis, or axes, to average the losses over.
 
     Returns:
-        A stage that needs `value_fn`. Its figures are `reduction_ratio` and `kl` ½ δᵀCδ, beside
+        A stage that needs `value_fn`. Its metrics are `reduction_ratio` and `kl` ½ δᵀCδ, beside
         the `damping` of `damp`.
 
     Raises:
@@ -75,8 +75,8 @@ def levenberg_marquardt(
 
     def init(params: Tree) -> LevenbergMarquardtState:
         lam = jnp.array(damping, jnp.result_type(float))
-        figures = unmeasured("reduction_ratio", "kl")
-        return LevenbergMarquardtState(lam, jnp.zeros((), jnp.int32), inner.init(params), *figures)
+        metrics = no_metrics("reduction_ratio", "kl")
+        return LevenbergMarquardtState(lam, jnp.zeros((), jnp.int32), inner.init(params), *metrics)
 
     def rule(
         signal: Signal,
@@ -96,12 +96,12 @@ def levenberg_marquardt(
         undone = trial.rose & reject
         fresh = _select(state.rejected > 0, inner.init(params), state.inner)
         zeros = jax.tree.map(jnp.zeros_like, out.updates)
-        figures = dict(reduction_ratio=trial.ratio, kl=jnp.where(undone, 0.0, trial.kl))
+        metrics = dict(reduction_ratio=trial.ratio, kl=jnp.where(undone, 0.0, trial.kl))
         new_state = LevenbergMarquardtState(
             _adapted(state.next_damping, trial, damping),
             jnp.where(undone, state.rejected + 1, 0),
-            remeasured(_select(undone, fresh, new_inner), new_inner),
-            *measured(figures),
+            with_metrics_of(_select(undone, fresh, new_inner), new_inner),
+            *metrics_of(metrics),
         )
         return out._replace(updates=_select(undone, zeros, out.updates)), new_state
 

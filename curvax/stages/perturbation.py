@@ -19,13 +19,13 @@ from curvax.devices.axes import AxisNames
 from curvax.hyperparameters import injectable
 from curvax.objective import Objective, as_objective
 from curvax.perturbation import dual_norm
-from curvax.perturbation.ball import Climb, Rules, check_climb
+from curvax.perturbation.ball import AscentRules, BallAscent, check_ascent
 from curvax.pipes import order
-from curvax.pipes.diagnostics import Figures, Flags, Measured, measured, unmeasured
+from curvax.pipes.diagnostics import Flags, Metrics, StageMetrics, metrics_of, no_metrics
 from curvax.pipes.signal import Signal, Stage, at, stage
 from curvax.pipes.state_keys import DrawingKey
 
-FIGURES = (
+METRICS = (
     "loss",
     "perturbed_loss",
     "surrogate_gap",
@@ -43,7 +43,7 @@ class SamState(NamedTuple):
     keys: tuple[jax.Array, ...]
     """The data of the keys of ascents that draw, uint32."""
     measured: Flags
-    figures: Figures
+    figures: Metrics
 
 
 @injectable
@@ -95,14 +95,14 @@ def sam_perturb(
 
     Returns:
         A stage that needs `value_fn`. It sets `updates`, `gradient` (as it was), `value`,
-        `perturbed_value`, and the figures `loss`, `perturbed_loss`, `surrogate_gap` h = L(θ + ε̂)
+        `perturbed_value`, and the metrics `loss`, `perturbed_loss`, `surrogate_gap` h = L(θ + ε̂)
         - L(θ), `sigma_max` 2h/ρ², `cosine` between the two gradients, `rho`, `gradient_norm` and
         `perturbed_gradient_norm`.
 
     Raises:
         ValueError, TypeError: an option out of range, or traced where it must be static.
     """
-    check_climb("sam_perturb", rho, p, steps, ascent, second_order=second_order, mode=mode)
+    check_ascent("sam_perturb", rho, p, steps, ascent, second_order=second_order, mode=mode)
     if not isinstance(every, jax.Array):
         checks.check_count("sam_perturb", every=every)
     ascent = dual_norm(p) if ascent is None else ascent
@@ -110,10 +110,10 @@ def sam_perturb(
     def init(params: Tree) -> SamState:
         trees.require_floating(params, "sam_perturb")
         _warn_of_half_precision(params)
-        keys = tuple(DrawingKey(key).initial() for key in Rules(ascent, p, mask, params).keys)
-        return SamState(jnp.zeros((), jnp.int32), keys, *unmeasured(*FIGURES))
+        keys = tuple(DrawingKey(key).initial() for key in AscentRules(ascent, p, mask, params).keys)
+        return SamState(jnp.zeros((), jnp.int32), keys, *no_metrics(*METRICS))
 
-    init.climbs = lambda params: Rules(ascent, p, mask, params).mask  # type: ignore[attr-defined]
+    init.perturbs = lambda params: AscentRules(ascent, p, mask, params).mask  # type: ignore[attr-defined]
 
     def rule(
         signal: Signal, state: SamState, params: Tree, *, value_fn: Any = None, **extra: Any
@@ -129,9 +129,9 @@ def sam_perturb(
         if value is not None:
             value = axes.vary(jnp.asarray(value, kind), local)
         sync = axes.bound(sync_over, where="`sam_perturb(sync_over=)`")
-        rules = Rules(ascent, p, mask, params)
+        rules = AscentRules(ascent, p, mask, params)
         keys = tuple(DrawingKey(key).of(kept) for key, kept in zip(rules.keys, state.keys))
-        climb = Climb(
+        climb = BallAscent(
             objective=objective,
             params=axes.vary(params, local),
             rules=rules,
@@ -145,21 +145,21 @@ def sam_perturb(
             mode=mode,
         )
 
-        def perturbed() -> tuple[Tree, jax.Array, Measured]:
+        def perturbed() -> tuple[Tree, jax.Array, StageMetrics]:
             value_p, gradient_p, updates = climb.gradient(gradient, second_order)
             value_p = value_p.astype(kind)
-            scalars = _figures(value, value_p, gradient, gradient_p, _largest(radius))
+            scalars = _metrics(value, value_p, gradient, gradient_p, _largest(radius))
             over = tuple(axis for axis in axes.manual() if axis in local)
-            figures = measured(scalars, over, objective.batch_weight())
-            return trees.cast_like(updates, gradient), value_p, figures
+            metrics = metrics_of(scalars, over, objective.batch_weight())
+            return trees.cast_like(updates, gradient), value_p, metrics
 
-        def clean() -> tuple[Tree, jax.Array, Measured]:
+        def clean() -> tuple[Tree, jax.Array, StageMetrics]:
             last = axes.vary(state.figures["perturbed_loss"].astype(kind), local)
-            return gradient, last, Measured(state.measured, state.figures)
+            return gradient, last, StageMetrics(state.measured, state.figures)
 
         always = isinstance(every, int) and every == 1
         now = True if always else state.step % every == 0
-        updates, value_p, figures = perturbed() if always else axes.cond(now, perturbed, clean)
+        updates, value_p, metrics = perturbed() if always else axes.cond(now, perturbed, clean)
         signal = signal._replace(
             updates=updates,
             gradient=gradient,
@@ -168,7 +168,7 @@ def sam_perturb(
             perturbed=now,
             local=local,
         )
-        return signal, SamState(state.step + 1, state.keys, *figures)
+        return signal, SamState(state.step + 1, state.keys, *metrics)
 
     return stage(init, rule, replaces_gradient=True)
 
@@ -197,7 +197,7 @@ def _warn_of_half_precision(params: Tree) -> None:
         )
 
 
-def _figures(
+def _metrics(
     value: jax.Array | None, value_p: jax.Array, g: Tree, g_p: Tree, rho: jax.Array
 ) -> dict[str, Any]:
     # In units near ‖g‖, which the perturbation has asked for: no square leaves the range of floats.

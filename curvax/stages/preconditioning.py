@@ -10,7 +10,7 @@ from curvax import checks
 from curvax.arithmetic import safe_math, trees
 from curvax.arithmetic.trees import Tree
 from curvax.pipes import requirements
-from curvax.pipes.diagnostics import Figures, Flags, measured, unmeasured
+from curvax.pipes.diagnostics import Flags, Metrics, metrics_of, no_metrics
 from curvax.pipes.signal import Signal, Stage, StepState, at, stage
 
 
@@ -58,7 +58,7 @@ class ClipState(NamedTuple):
     step: jax.Array
     """t, int32 scalar."""
     measured: Flags
-    figures: Figures
+    figures: Metrics
     """`clipped`, the fraction of entries that were."""
 
 
@@ -76,7 +76,7 @@ def clip_by_diagonal(gamma: Any, *, eps: Any = 1e-8, threshold: Any = 1.0) -> St
         threshold: τ > 0, or None for no clipping.
 
     Returns:
-        A stage that needs `diagonal`. Its figure `clipped` is the fraction of clipped entries
+        A stage that needs `diagonal`. Its metric `clipped` is the fraction of clipped entries
         (one less the win rate of Optax).
 
     Raises:
@@ -87,7 +87,7 @@ def clip_by_diagonal(gamma: Any, *, eps: Any = 1e-8, threshold: Any = 1.0) -> St
     checks.check_range("threshold", threshold, 0, jnp.inf, stage="clip_by_diagonal")
 
     def init(params: Tree) -> ClipState:
-        return ClipState(jnp.zeros((), jnp.int32), *unmeasured("clipped"))
+        return ClipState(jnp.zeros((), jnp.int32), *no_metrics("clipped"))
 
     def rule(signal: Signal, state: ClipState, params: Tree = None, **extra: Any) -> Any:
         del params, extra
@@ -104,8 +104,8 @@ def clip_by_diagonal(gamma: Any, *, eps: Any = 1e-8, threshold: Any = 1.0) -> St
             lambda x, u: jnp.clip(x, -limit, limit).astype(u.dtype), ratios, signal.updates
         )
         size = max(1, sum(x.size for x in jax.tree.leaves(ratios)))
-        figures = measured({"clipped": over / size})
-        return signal._replace(updates=clipped), ClipState(state.step + 1, *figures)
+        metrics = metrics_of({"clipped": over / size})
+        return signal._replace(updates=clipped), ClipState(state.step + 1, *metrics)
 
     return stage(init, rule)
 

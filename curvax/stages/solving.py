@@ -14,7 +14,7 @@ from curvax.linalg import Solver
 from curvax.linalg.solvers import check_solver
 from curvax.objective import Objective
 from curvax.pipes import requirements
-from curvax.pipes.diagnostics import Figures, Flags, measured, unmeasured
+from curvax.pipes.diagnostics import Flags, Metrics, metrics_of, no_metrics
 from curvax.pipes.signal import Signal, Stage, at, stage
 
 
@@ -22,7 +22,7 @@ class DampState(NamedTuple):
     step: jax.Array
     """t, int32 scalar."""
     measured: Flags
-    figures: Figures
+    figures: Metrics
     """`damping`."""
 
 
@@ -36,7 +36,7 @@ def damp(damping: Any = None) -> Stage:
             leaves it to `levenberg_marquardt` around the pipe, or to `tx.update(..., damping=λ)`.
 
     Returns:
-        A stage that needs `matvec` and replaces it. Its figure is `damping`.
+        A stage that needs `matvec` and replaces it. Its metric is `damping`.
 
     Raises:
         ValueError: λ < 0; later, no λ from anywhere.
@@ -58,16 +58,16 @@ def damp(damping: Any = None) -> Stage:
             )
         # A plain number stays one: solvers may then know that it is 0.
         signal = signal._replace(matvec=product.damped(lam))
-        return signal, DampState(state.step + 1, *measured({"damping": lam}))
+        return signal, DampState(state.step + 1, *metrics_of({"damping": lam}))
 
-    return stage(lambda params: DampState(jnp.zeros((), jnp.int32), *unmeasured("damping")), rule)
+    return stage(lambda params: DampState(jnp.zeros((), jnp.int32), *no_metrics("damping")), rule)
 
 
 class SolveState(NamedTuple):
     solver: Any
     """What the solver keeps from step to step."""
     measured: Flags
-    figures: Figures
+    figures: Metrics
 
 
 @injectable
@@ -84,7 +84,7 @@ def solve(solver: Solver) -> Stage:
             is a power takes the diagonal of an estimator placed before.
 
     Returns:
-        A stage that needs `matvec`. Its figures are `cg_steps`, the relative `cg_residual`
+        A stage that needs `matvec`. Its metrics are `cg_steps`, the relative `cg_residual`
         ‖b - Ax‖/‖b‖, and `cg_reason`, a number of `curvax.Reason`.
 
     Raises:
@@ -93,8 +93,8 @@ def solve(solver: Solver) -> Stage:
     check_solver(solver, "solve")
 
     def init(params: Tree) -> SolveState:
-        figures = unmeasured("cg_steps", "cg_residual", "cg_reason")
-        return SolveState(solver.init(params), *figures)
+        metrics = no_metrics("cg_steps", "cg_residual", "cg_reason")
+        return SolveState(solver.init(params), *metrics)
 
     def rule(
         signal: Signal, state: SolveState, params: Tree, *, value_fn: Any = None, **extra: Any
@@ -110,7 +110,7 @@ def solve(solver: Solver) -> Stage:
         solution, inner = solver.solve(
             product, signal.updates, state.solver, diagonal=signal.diagonal, score=score
         )
-        figures = measured(
+        metrics = metrics_of(
             dict(
                 cg_steps=solution.steps,
                 cg_residual=solution.residual,
@@ -118,7 +118,7 @@ def solve(solver: Solver) -> Stage:
             )
         )
         updates = trees.cast_like(solution.x, signal.updates)
-        return signal._replace(updates=updates), SolveState(inner, *figures)
+        return signal._replace(updates=updates), SolveState(inner, *metrics)
 
     return stage(init, rule, evaluates_loss=False)
 
@@ -127,7 +127,7 @@ class TrustRegionState(NamedTuple):
     step: jax.Array
     """t, int32 scalar."""
     measured: Flags
-    figures: Figures
+    figures: Metrics
     """`kl`, and `trust_scale`, the factor in (0, 1]."""
 
 
@@ -145,7 +145,7 @@ def trust_region(radius: Any) -> Stage:
         radius: r > 0: a number, a traced one, a schedule.
 
     Returns:
-        A stage that needs `matvec`. Its figures are `kl` ½ δᵀCδ and `trust_scale`.
+        A stage that needs `matvec`. Its metrics are `kl` ½ δᵀCδ and `trust_scale`.
 
     Raises:
         ValueError: r < 0.
@@ -153,7 +153,7 @@ def trust_region(radius: Any) -> Stage:
     checks.check_range("radius", radius, 0, jnp.inf, stage="trust_region")
 
     def init(params: Tree) -> TrustRegionState:
-        return TrustRegionState(jnp.zeros((), jnp.int32), *unmeasured("kl", "trust_scale"))
+        return TrustRegionState(jnp.zeros((), jnp.int32), *no_metrics("kl", "trust_scale"))
 
     def rule(signal: Signal, state: TrustRegionState, params: Tree = None, **extra: Any) -> Any:
         del params, extra
@@ -164,11 +164,11 @@ def trust_region(radius: Any) -> Stage:
         length = one * root(jnp.maximum(square, 0))
         r = at(radius, state.step)
         scale = jnp.where(length > r, trees.ratio(jnp.asarray(r), length), 1.0)
-        figures = measured(
+        metrics = metrics_of(
             {"kl": 0.5 * square * (one * scale) * (one * scale), "trust_scale": scale}
         )
         signal = signal._replace(updates=trees.scale(scale, signal.updates))
-        return signal, TrustRegionState(state.step + 1, *figures)
+        return signal, TrustRegionState(state.step + 1, *metrics)
 
     return stage(init, rule)
 
@@ -177,7 +177,7 @@ class QuadraticStepState(NamedTuple):
     previous: Tree
     """The last updates, shaped like the parameters."""
     measured: Flags
-    figures: Figures
+    figures: Metrics
     """`step_size` α and `momentum` β."""
 
 
@@ -195,13 +195,13 @@ def quadratic_step(*, momentum: bool = True) -> Stage:
         momentum: whether the last updates take part.
 
     Returns:
-        A stage that needs `matvec` and goes behind `solve`. Its figures are `step_size` and
+        A stage that needs `matvec` and goes behind `solve`. Its metrics are `step_size` and
         `momentum`.
     """
 
     def init(params: Tree) -> QuadraticStepState:
         previous = jax.tree.map(jnp.zeros_like, params) if momentum else ()
-        return QuadraticStepState(previous, *unmeasured("step_size", "momentum"))
+        return QuadraticStepState(previous, *no_metrics("step_size", "momentum"))
 
     def rule(signal: Signal, state: QuadraticStepState, params: Tree = None, **extra: Any) -> Any:
         del params, extra
@@ -216,14 +216,14 @@ def quadratic_step(*, momentum: bool = True) -> Stage:
                 trees.dot(u, au), trees.dot(u, av), trees.dot(last, av), gu, trees.dot(g, last), one
             )
             updates = trees.add(trees.scale(alpha, u), trees.scale(beta, last))
-            figures = measured({"step_size": alpha / one, "momentum": beta / one_last})
+            metrics = metrics_of({"step_size": alpha / one, "momentum": beta / one_last})
         else:
             alpha = _minimum_along(trees.dot(u, au), gu, one)
             updates = trees.scale(alpha, u)
-            figures = measured({"step_size": alpha / one, "momentum": jnp.zeros(())})
+            metrics = metrics_of({"step_size": alpha / one, "momentum": jnp.zeros(())})
         signal = signal._replace(updates=updates)
         previous = _finite_like(updates, state.previous) if momentum else ()
-        return signal, QuadraticStepState(previous, *figures)
+        return signal, QuadraticStepState(previous, *metrics)
 
     return stage(init, rule)
 

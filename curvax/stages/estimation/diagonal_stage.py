@@ -13,7 +13,7 @@ from curvax.arithmetic.trees import Tree
 from curvax.devices import axes, meshes
 from curvax.devices.axes import AxisNames
 from curvax.objective import Objective, as_objective, microbatching, refuse_joined, require_batch
-from curvax.pipes.diagnostics import Figures, Flags, Measured, measured, unmeasured
+from curvax.pipes.diagnostics import Flags, Metrics, StageMetrics, metrics_of, no_metrics
 from curvax.pipes.signal import Signal, Stage, stage
 from curvax.pipes.state_keys import DrawingKey
 
@@ -39,7 +39,7 @@ class EstimateState(NamedTuple):
     step: jax.Array
     """t, int32 scalar: estimates made."""
     measured: Flags
-    figures: Figures
+    figures: Metrics
     """`diagonal_relative_error`, with two probes or more."""
 
 
@@ -60,8 +60,8 @@ def diagonal_stage(
 
     def init(params: Tree) -> EstimateState:
         trees.require_floating(params, name)
-        figures = unmeasured(*["diagonal_relative_error"] * (probes > 1))
-        return EstimateState(drawing.initial(), jnp.zeros((), jnp.int32), *figures)
+        metrics = no_metrics(*["diagonal_relative_error"] * (probes > 1))
+        return EstimateState(drawing.initial(), jnp.zeros((), jnp.int32), *metrics)
 
     def rule(
         signal: Signal, state: EstimateState, params: Tree, *, value_fn: Any = None, **extra: Any
@@ -81,8 +81,8 @@ def diagonal_stage(
         signal = signal._replace(diagonal=diagonal)
         if whole and fraction == 1:
             signal = share_gradient(signal, objective, params, found.loss, found.gradient, local)
-        figures = unmeasured() if probes == 1 else relative_error(diagonal, variance)
-        return signal, EstimateState(state.key, state.step + 1, *figures)
+        metrics = no_metrics() if probes == 1 else relative_error(diagonal, variance)
+        return signal, EstimateState(state.key, state.step + 1, *metrics)
 
     return stage(init, rule, name=name)
 
@@ -177,6 +177,6 @@ def over_shards(
     return found._replace(variance=trees.scale(1 / here, found.variance)), False
 
 
-def relative_error(diagonal: Tree, variance: Tree) -> Measured:
+def relative_error(diagonal: Tree, variance: Tree) -> StageMetrics:
     error = trees.ratio(root(trees.total(variance)), trees.norm(diagonal))
-    return measured({"diagonal_relative_error": error})
+    return metrics_of({"diagonal_relative_error": error})

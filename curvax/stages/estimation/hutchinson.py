@@ -38,7 +38,7 @@ def hutchinson_diag(
 
     Args:
         key: a typed key or a seed.
-        probes: s. With two or more, the relative standard error ‖σ‖/‖D‖ is the figure
+        probes: s. With two or more, the relative standard error ‖σ‖/‖D‖ is the metric
             `diagonal_relative_error` (under an axis, the mean of the devices' own: a bound).
         sampler: `sampler(key, tree) -> tree` of probes with identity covariance.
         fraction: of the batch (its first part) that is used for curvature.

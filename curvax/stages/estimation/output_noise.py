@@ -46,7 +46,7 @@ def gauss_newton_diag(
 
     Args:
         key: a typed key or a seed. Each example draws by its place in the global batch.
-        probes: s. With two or more, the relative standard error ‖σ‖/‖D‖ is the figure
+        probes: s. With two or more, the relative standard error ‖σ‖/‖D‖ is the metric
             `diagonal_relative_error`.
         fraction: of the batch (its first part) that is used for curvature.
         shards: the number of contiguous parts of the global batch that are squared each on its

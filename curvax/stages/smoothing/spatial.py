@@ -100,12 +100,12 @@ def _rule_of(block: Any, layout: Any) -> Callable[[Tree], tuple[BlockRule, Facts
 
 def _facts(tree: Tree) -> Facts:
     """What each leaf is by names, shapes and classes: the doubtful has no window."""
-    return {path: reading.role for path, reading in layers.readings(tree).items()}
+    return {path: info.role for path, info in layers.param_infos(tree).items()}
 
 
 def _warn_of_windows(params: Tree) -> None:
     """Says which leaves may be convolutions and are not averaged."""
-    shapes, read = layers.shapes_of(params), layers.readings(params)
+    shapes, read = layers.shapes_of(params), layers.param_infos(params)
     doubtful = [path for path in shapes if layers.doubtful_window(path, shapes[path], read[path])]
     if doubtful:
         found = ", ".join(f"`{'/'.join(path)}` {shapes[path]}" for path in doubtful[:3])
