@@ -208,8 +208,8 @@ def test_an_outline_names_the_parts():
 
 
 def test_a_deep_outline_names_what_the_parts_hold():
-    text = "per_group(m, sam_perturb(rho_schedule(linear(lr), 1.0)) | gsam_project(0.1)) | sgd(cosine(1))"
-    found = outline(text, deep=True)
+    inside = "sam_perturb(rho_schedule(linear(lr), 1.0)) | gsam_project(0.1)"
+    found = outline(f"per_group(m, {inside}) | sgd(cosine(1))", deep=True)
     assert found == "per_group(sam_perturb(rho_schedule(linear)) | gsam_project) | sgd(cosine)"
 
 
