@@ -104,7 +104,7 @@ def gauss_newton(
 
         θ ← θ - α (G + λI)⁻¹ g,   G = mean of Jᵀ ∇²ℓ J
 
-    Martens, arXiv:1412.1193, section 8.
+    Martens, arXiv:1412.1193.
 
     Args:
         learning_rate: α, a number or a schedule.
@@ -155,7 +155,7 @@ def hessian_free(
         levenberg_marquardt(gauss_newton_matvec() | damp() | solve(solver)
                             | optax.scale_by_learning_rate(α), λ)
 
-    Martens, Deep learning via Hessian-free optimization (ICML 2010), sections 4.1 to 4.5. The
+    Martens, Deep learning via Hessian-free optimization (ICML 2010), section 4. The
     default solver stops when the quadratic model no longer decreases, starts from 0.95 times the
     last solution, and returns the iterate of lowest loss.
 

@@ -1,4 +1,4 @@
-"""Damping that follows how well the quadratic model foretold the loss."""
+"""Levenberg-Marquardt damping: λ adapted by how well the quadratic model predicts the loss."""
 
 import numbers
 from typing import Any, NamedTuple
@@ -42,32 +42,42 @@ def levenberg_marquardt(
     reject: bool = True,
     mean_over: AxisNames = None,
 ) -> Stage:
-    """Adapts the λ of `damp()` inside, and undoes steps that raise the loss.
+    """Adapts the λ of `damp()` by the ratio of actual to predicted reduction of the loss.
 
         ρ = (L(θ + δ) - L(θ)) / (gᵀδ + ½ δᵀCδ),   λ ← 3/2 λ if ρ < ¼,   λ ← 2/3 λ if ρ > ¾
 
-    It wraps the pipe up to and including its learning rate, so that δ is the step taken, and
-    compares loss and model on the same batch: two forward passes and one product more. A rejected
-    step gives zero updates, quadruples λ and leaves the inner state as it was but for its metrics;
-    from the second rejection in a row on that state starts anew, counts of schedules and draws
-    too, since a velocity that points uphill would be rejected for ever. λ stays within a factor
-    of 10¹⁰ of its start. Martens, Hessian-free optimization (ICML 2010), section 4.1;
-    arXiv:1412.1193, section 10.
+    The stage wraps a pipe with its learning rate, so that δ is the step taken. Loss and model are
+    compared on the same batch, at the cost of two forward passes and one product. A step that
+    raises the loss is rejected: the updates are 0, λ is multiplied by 4, and the inner state is
+    restored, except for its metrics. After two rejections in a row the inner state is initialised
+    anew, schedule counts and keys included, since a momentum that points uphill would be rejected
+    for ever. λ stays within a factor 10¹⁰ of its initial value. Martens, Hessian-free optimization
+    (ICML 2010), section 4.1; arXiv:1412.1193, section 10.
 
     Args:
-        stages: such as `fisher_matvec() | damp() | solve(cg(20)) |
+        stages: a pipe with `damp()` in it, such as `fisher_matvec() | damp() | solve(cg(20)) |
             optax.scale_by_learning_rate(1.0)`.
-        damping: λ > 0 at the start.
-        reject: whether steps that raise the loss, by more than a few units of rounding, or to NaN,
-            are undone; otherwise they only raise λ.
-        mean_over: the device axis, or axes, to average the losses over.
+        damping: initial λ > 0, in the units of the curvature.
+        reject: whether to reject steps that raise the loss (beyond rounding), or give NaN;
+            otherwise such steps are taken, and only λ is raised.
+        mean_over: device axis, or tuple of axes, to average the losses over.
 
     Returns:
-        A stage that needs `value_fn`. Its metrics are `reduction_ratio` and `kl` ½ δᵀCδ, beside
+        A stage that needs `value_fn`. Its metrics are `reduction_ratio` ρ and `kl` ½ δᵀCδ, next to
         the `damping` of `damp`.
 
     Raises:
-        ValueError: λ out of range; at update, stages that give no curvature product.
+        ValueError: λ <= 0; in `update`, the stages set no curvature product.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax, curvax
+        >>> loss = lambda w: 0.5 * jnp.sum(w**2)
+        >>> newton = curvax.hessian_matvec() | curvax.damp() | curvax.solve(curvax.cg(10))
+        >>> tx = curvax.levenberg_marquardt(newton | optax.scale_by_learning_rate(1.0), damping=1.0)
+        >>> w = jnp.array([3.0, 4.0])
+        >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
+        >>> round(float(curvax.diagnostics(state)["reduction_ratio"]), 3)  # the loss is quadratic
+        1.0
     """
     checks.check_range("damping", damping, 0, jnp.inf, stage="levenberg_marquardt")
     _refuse_zero(damping)
@@ -109,7 +119,7 @@ def levenberg_marquardt(
 
 
 class _Trial(NamedTuple):
-    """What came of a step."""
+    """The outcome of a step."""
 
     ratio: jax.Array
     kl: jax.Array
@@ -153,5 +163,5 @@ def _refuse_zero(damping: Any) -> None:
 
 
 def _select(predicate: jax.Array, yes: Tree, no: Tree) -> Tree:
-    """Leaf by leaf, typed as varying wherever either is."""
+    """Leaf by leaf, varying over a device axis wherever either is."""
     return jax.tree.map(lambda a, b: jnp.where(predicate, a, b), yes, no)

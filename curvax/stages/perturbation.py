@@ -1,4 +1,4 @@
-"""SAM: the gradient taken where the loss is highest nearby.
+"""SAM's stage: the gradient at a worst-case perturbation of the parameters.
 
 ε̂(θ) = argmax_{‖ε‖ <= ρ} L(θ + ε),    u ← ∇L(θ + ε̂(θ))
 """
@@ -61,46 +61,55 @@ def sam_perturb(
     sync_over: AxisNames = None,
     mask: Any = None,
 ) -> Stage:
-    """Replaces the gradient by the gradient at the worst point of a ρ-ball around the parameters.
+    """Replaces the gradient by the gradient at the worst-case perturbation in a ball of radius ρ.
 
         ε̂ = ρ sign(g) |g|^(q-1) / (‖g‖_q^q)^(1/p),   u ← ∇L(θ + ε̂),   1/p + 1/q = 1
 
-    The ascent uses the gradient it is given: handed a local one under pmap or shard_map, it
-    perturbs per device (m-sharpness); average afterwards with `pmean_updates`. Both passes see the
-    same batch and the same dropout key. A zero gradient gives ε̂ = 0. Foret et al., SAM,
-    arXiv:2010.01412, eq. 2 and 3.
+    Foret et al., SAM, arXiv:2010.01412, eq. 2 and 3. The ascent uses the updates that reach the
+    stage: under pmap or shard_map a local gradient gives a perturbation per device (m-sharpness),
+    to be averaged afterwards by `pmean_updates`. Both passes see the same batch and the same
+    dropout key. A zero gradient gives ε̂ = 0.
 
     Args:
-        rho: ρ >= 0 in the units of the norm: a number, a traced one, a schedule; or a tree prefix
-            of the parameters or a callable `path -> ρ`, for groups with a ρ of their own under
-            one norm over all leaves (`optax.inject_hyperparams` takes every callable for a
-            schedule: name this one, `static_args=("rho",)`).
-        p: the norm of the ball, in [1, ∞].
-        steps: ascent steps. The first has length ρ, later ones `step_size`.
-        step_size: the length of later ascent steps, ρ/steps by default.
-        projected: pull later steps back, radially, into the ball.
-        ascent: a rule of `curvax.linalg.ascent`, such as `asam(0.01)`; or a tree prefix or a
-            callable `path -> rule`; or `fisher_ascent()`. By default `dual_norm(p)`.
-        second_order: differentiate through ε̂: the exact gradient of θ ↦ L(θ + ε̂(θ)), at the
-            price of one Hessian product per ascent step.
-        mode: of these products, as in `hvp`.
-        every: perturb every k-th step, from the first on; the clean gradient passes in between.
-        sync_over: the device axes to average the ascent gradient over first: one perturbation for
-            all of them instead of one per device.
-        mask: a tree prefix of booleans, or a callable `params -> tree`: False leaves stay
-            unperturbed and do not enter the norm. Leaves that the optimiser behind keeps as they
-            are (`optax.freeze`, `optax.selective_transform`, a label with `optax.set_to_zero`)
-            are perturbed unless they are masked here, with a warning at `init` where the pipe
-            shows it; in `optax.chain` nothing does.
+        rho: ρ >= 0, in the units of the norm: a number, traced or not, or a schedule; or, for a ρ
+            by group under one norm over all leaves, a tree prefix of the parameters or a callable
+            `path -> ρ`. (`optax.inject_hyperparams` takes a callable for a schedule, unless it is
+            named in `static_args=("rho",)`.)
+        p: norm of the ball, in [1, ∞].
+        steps: number of ascent steps. The first has length ρ.
+        step_size: length of the ascent steps after the first; ρ/steps by default.
+        projected: whether steps after the first are projected back into the ball, radially.
+        ascent: ascent rule, such as `asam(0.01)` or `fisher_ascent()`; or, for rules by group, a
+            tree prefix of rules or a callable `path -> rule`. `dual_norm(p)` by default.
+        second_order: whether to differentiate through ε̂(θ), which gives the exact gradient of
+            θ ↦ L(θ + ε̂(θ)) at the price of one Hessian product per ascent step.
+        mode: differentiation mode of these products, as in `hvp`.
+        every: perturb every k-th step only, from the first on; other steps keep the clean gradient.
+        sync_over: device axes to average the ascent gradient over, for one perturbation shared by
+            all devices.
+        mask: tree prefix of booleans, or a callable `params -> tree`. False leaves stay unperturbed
+            and do not enter the norm. Leaves that later parts keep fixed (`optax.freeze`,
+            `optax.set_to_zero`) are perturbed unless the mask is False there; a warning at `init`
+            names them.
 
     Returns:
-        A stage that needs `value_fn`. It sets `updates`, `gradient` (as it was), `value`,
-        `perturbed_value`, and the metrics `loss`, `perturbed_loss`, `surrogate_gap` h = L(θ + ε̂)
-        - L(θ), `sigma_max` 2h/ρ², `cosine` between the two gradients, `rho`, `gradient_norm` and
-        `perturbed_gradient_norm`.
+        A stage that needs `value_fn`. It sets `updates`, `gradient` (the clean one), `value` and
+        `perturbed_value`. Its metrics are `loss`, `perturbed_loss`, `surrogate_gap`
+        h = L(θ + ε̂) - L(θ), `sigma_max` 2h/ρ², `cosine` between the two gradients, `rho`,
+        `gradient_norm` and `perturbed_gradient_norm`.
 
     Raises:
-        ValueError, TypeError: an option out of range, or traced where it must be static.
+        ValueError, TypeError: an option is out of range, or is traced where it must be static.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax, curvax
+        >>> loss = lambda w: 0.5 * jnp.sum(w**2)
+        >>> tx = curvax.sam_perturb(rho=0.1) | optax.sgd(1.0)
+        >>> w = jnp.array([3.0, 4.0])
+        >>> value, grads = jax.value_and_grad(loss)(w)
+        >>> updates, state = tx.update(grads, tx.init(w), w, value_fn=loss, value=value)
+        >>> print(updates.round(3), round(float(curvax.diagnostics(state)["surrogate_gap"]), 3))
+        [-3.06 -4.08] 0.505
     """
     check_ascent("sam_perturb", rho, p, steps, ascent, second_order=second_order, mode=mode)
     if not isinstance(every, jax.Array):
@@ -176,7 +185,7 @@ def sam_perturb(
 def _drawn(
     keys: tuple[jax.Array, ...], step: jax.Array, objective: Objective, local: frozenset[str]
 ) -> tuple[jax.Array, ...]:
-    """This step's keys on this piece of the global batch, as cut along the axes `local`."""
+    """The keys of this step for this device's part of the global batch, by its place on `local`."""
     shard, _ = objective.shard_number(local)
     fold = jax.random.fold_in
     return tuple(fold(fold(key, step), shard) for key in keys)
@@ -218,7 +227,9 @@ def _metrics(
 
 
 def _radius(rho: Any, step: jax.Array, params: Tree) -> Tree:
-    """ρ for each leaf. A callable is one of paths if it can be called with one, else a schedule."""
+    """ρ for each leaf. A callable is a function of paths if it can be called with one, else a
+    schedule.
+    """
     if not callable(rho):
         spread = trees.broadcast_prefix(rho, params)
     else:
@@ -247,7 +258,9 @@ def _by_path(f: Callable[[Path], Any], params: Tree) -> Tree:
 
 
 class _NoStep(tuple):
-    """A path that refuses comparison with a number: `count == 0` in a schedule is no answer."""
+    """A path that refuses comparison with a number, so that a schedule such as `count == 0` fails
+    on it.
+    """
 
     __slots__ = ()
 
