@@ -162,11 +162,11 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
 
         out, new = over_groups(one, groups, count, params, state)
         out = out._replace(aux=microbatching.finished(out.aux))
-        out, new = _laid_out(out, params), meshes.laid_like(new, state)
+        out, new = _sharded_like(out, params), meshes.laid_like(new, state)
         whole = averaged.union(axis for axis in within if isinstance(axis, str))
         out = out._replace(local=local - averaged, averaged=whole)
         if weight is not None:
-            # What devices shared has been averaged over groups by each one's own weights.
+            # Values that devices share were averaged over groups by the weights of one device.
             out = _mean(out, tuple(axis for axis in axes.manual() if axis in averaged), weight)
         advanced = keys.map(lambda key: jax.random.fold_in(key, shards * count), state)
         new = keys.put_back(advanced, new)
@@ -175,7 +175,7 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
     return stage(inner.init, rule, replaces_gradient=True)
 
 
-def _laid_out(signal: Signal, params: Tree) -> Signal:
+def _sharded_like(signal: Signal, params: Tree) -> Signal:
     """The signal with trees like the parameters sharded like them, on a mesh of explicit axes."""
     lay = lambda tree: None if tree is None else meshes.laid_like(tree, params)
     return signal._replace(
@@ -196,9 +196,9 @@ def _devices_of_a_group(m: int, objective: Objective) -> tuple[axes.Along, ...]:
     devices = lax.axis_size(along)
     if m % size or devices * size % m:
         raise ValueError(
-            f"`per_group({m}, ...)` cuts a batch of {devices * size} examples, {size} on each of "
-            f"{devices} devices, into groups of {m}, which do not come out even. Take a divisor of "
-            f"the batch that is a multiple of {size}, or divides it."
+            f"`per_group({m}, ...)` divides a batch of {devices * size} examples, {size} on each of "
+            f"{devices} devices, into groups of {m}, with a remainder. Choose a divisor of the "
+            f"batch that is a multiple of {size}, or divides it."
         )
     found = axes.last_of_size(m // size, along)
     if found is None:

@@ -17,17 +17,18 @@ from curvax.pipes.diagnostics import Flags, Metrics, metrics_of, no_metrics, wit
 from curvax.pipes.signal import Signal, Stage, containing, pipe
 
 FACTORS = {"poor": 1.5, "good": 2 / 3, "rejected": 4.0}
-"""What λ is multiplied by: below a ratio of ¼, above ¾, and when the loss rose."""
+"""Factors of λ: for a ratio below ¼, a ratio above ¾, and a rejected step."""
 
 SPAN = 1e10
-"""λ stays within this factor of its start, well inside float32: from 0 or ∞ none leads back."""
+"""λ stays within this factor of its initial value, and so in the range of float32: λ = 0 or ∞
+would stay so."""
 
 
 class LevenbergMarquardtState(NamedTuple):
     next_damping: jax.Array
     """λ of the next step, a scalar of the default float type."""
     rejected: jax.Array
-    """Rejections in a row, int32 scalar."""
+    """Number of consecutive rejections, int32 scalar."""
     inner: Any
     """The state of the stages inside."""
     measured: Flags
@@ -124,9 +125,9 @@ class _Trial(NamedTuple):
     ratio: jax.Array
     kl: jax.Array
     rose: jax.Array
-    """The loss rose, or is no number."""
+    """Whether the loss rose, or is NaN."""
     flat: jax.Array
-    """The model foretold no more than rounding: the ratio says nothing."""
+    """Whether the predicted change is within rounding, so that the ratio has no meaning."""
 
 
 def _try(objective: Objective, params: Tree, out: Signal, over: tuple[str, ...]) -> _Trial:
@@ -156,9 +157,9 @@ def _adapted(lam: jax.Array, trial: _Trial, start: Any) -> jax.Array:
 def _refuse_zero(damping: Any) -> None:
     if isinstance(damping, numbers.Real) and damping == 0:
         raise ValueError(
-            "`levenberg_marquardt` multiplies λ from step to step, and a `damping` of 0 stays 0. "
-            "Start from a positive one, `levenberg_marquardt(stages, 1e-3)`; for none at all, "
-            "write `damp(0.0)` and no wrapper."
+            "`levenberg_marquardt` multiplies λ by a factor at each step, so that a `damping` of 0 "
+            "stays 0. Pass a positive one, `levenberg_marquardt(stages, 1e-3)`; for no damping, "
+            "write `damp(0.0)` without `levenberg_marquardt`."
         )
 
 

@@ -41,7 +41,7 @@ class SamState(NamedTuple):
     step: jax.Array
     """t, int32 scalar."""
     keys: tuple[jax.Array, ...]
-    """The data of the keys of ascents that draw, uint32."""
+    """The data of the keys of random ascent rules, uint32."""
     measured: Flags
     figures: Metrics
 
@@ -140,7 +140,7 @@ def sam_perturb(
         sync = axes.bound(sync_over, where="`sam_perturb(sync_over=)`")
         rules = AscentRules(ascent, p, mask, params)
         keys = tuple(DrawingKey(key).of(kept) for key, kept in zip(rules.keys, state.keys))
-        climb = BallAscent(
+        ball = BallAscent(
             objective=objective,
             params=axes.vary(params, local),
             rules=rules,
@@ -155,7 +155,7 @@ def sam_perturb(
         )
 
         def perturbed() -> tuple[Tree, jax.Array, StageMetrics]:
-            value_p, gradient_p, updates = climb.gradient(gradient, second_order)
+            value_p, gradient_p, updates = ball.gradient(gradient, second_order)
             value_p = value_p.astype(kind)
             scalars = _metrics(value, value_p, gradient, gradient_p, _largest(radius))
             over = tuple(axis for axis in axes.manual() if axis in local)
@@ -209,7 +209,7 @@ def _warn_of_half_precision(params: Tree) -> None:
 def _metrics(
     value: jax.Array | None, value_p: jax.Array, g: Tree, g_p: Tree, rho: jax.Array
 ) -> dict[str, Any]:
-    # In units near ‖g‖, which the perturbation has asked for: no square leaves the range of floats.
+    # The gradients in units near ‖g‖, so that no square overflows or underflows.
     near_one = trees.inverse(trees.magnitude(g))
     clean, perturbed = (trees.scale(near_one, trees.wide(x)) for x in (g, g_p))
     norm, norm_p = trees.norm(g), root(trees.dot(perturbed, perturbed))
@@ -236,14 +236,14 @@ def _radius(rho: Any, step: jax.Array, params: Tree) -> Tree:
         try:
             spread = _by_path(rho, params)
         except Exception as no_path:
-            # Whatever a schedule does with a path, it was not made for it.
+            # A schedule that is called with a path may raise anything.
             try:
                 spread = trees.broadcast_prefix(rho(step), params)
             except Exception:
                 raise ValueError(
                     "`sam_perturb(rho=)` takes a callable `path -> ρ`, with the names from the "
-                    "root as a tuple, or a schedule `step -> ρ`; this one fails with either. As a "
-                    f"function of the path: {no_path!r}."
+                    "root as a tuple, or a schedule `step -> ρ`; this callable fails as both. As a "
+                    f"function of the path it raises {no_path!r}."
                 ) from no_path
     for value in jax.tree.leaves(spread):
         checks.check_range("rho", value, 0, jnp.inf, stage="sam_perturb")

@@ -102,7 +102,7 @@ class KeepOrthogonalState(NamedTuple):
     step: jax.Array
     """Steps taken, int32 scalar."""
     orthogonal: Tree
-    """g_v, the part of the last perturbed gradient orthogonal to the clean one."""
+    """g_v, the part of the last perturbed gradient that is orthogonal to the clean one."""
 
 
 def keep_orthogonal(alpha: Any = 0.7, *, mean_over: AxisNames = None) -> Stage:
@@ -153,7 +153,7 @@ def keep_orthogonal(alpha: Any = 0.7, *, mean_over: AxisNames = None) -> Stage:
         weight = weight_of(signal, value_fn, over, "keep_orthogonal")
         fresh = trees.wide(trees.reject(perturbed, clean))
         fresh = axes.mean(fresh, over, weight)
-        # What is not finite shows in this step's updates, and does not stay for the next ones.
+        # Entries that are not finite appear in the updates of this step, and are not kept.
         kept = jax.tree.map(
             lambda x, old: jnp.where(now & jnp.isfinite(x), x, old), fresh, state.orthogonal
         )

@@ -109,7 +109,7 @@ class _Within:
 
     def __init__(self, part: optax.GradientTransformation, signal: Any, params: Tree, extra: Any):
         self.part, self.signal, self.params, self.extra = part, signal, params, extra
-        self.out: Signal | None = None  # what comes of the leaves, where there are any
+        self.out: Signal | None = None  # the signal behind the stages; None without leaves
 
     def init(self, masked: Tree) -> Any:
         return self.part.init(_drop(masked))

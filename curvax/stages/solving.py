@@ -61,11 +61,11 @@ def damp(damping: Any = None) -> Stage:
         lam = at(own, state.step) if own is not None else damping
         if lam is None:
             raise ValueError(
-                "`damp()` was given no λ, and none was handed down to it. Write `damp(1e-3)`, or "
-                "adapt it: `levenberg_marquardt(... | damp() | solve(...) | "
+                "`damp()` needs a λ, and received none. Write `damp(1e-3)`, pass "
+                "`tx.update(..., damping=λ)`, or adapt λ: `levenberg_marquardt(... | damp() | solve(...) | "
                 "optax.scale_by_learning_rate(1.0))`."
             )
-        # A plain number stays one: solvers may then know that it is 0.
+        # A Python number is not made an array, so that solvers can see that λ is 0.
         signal = signal._replace(matvec=product.damped(lam))
         return signal, DampState(state.step + 1, *metrics_of({"damping": lam}))
 
@@ -74,7 +74,7 @@ def damp(damping: Any = None) -> Stage:
 
 class SolveState(NamedTuple):
     solver: Any
-    """What the solver keeps from step to step."""
+    """The state of the solver."""
     measured: Flags
     figures: Metrics
 

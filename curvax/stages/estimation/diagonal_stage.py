@@ -35,9 +35,9 @@ Estimate = Callable[[Objective, Tree, jax.Array, tuple[str, ...]], Curvature]
 
 class EstimateState(NamedTuple):
     key: jax.Array
-    """The data of a key, uint32; draws are keyed by step and by place in the global batch."""
+    """The data of a key, uint32. Draws depend on the step and the place in the global batch."""
     step: jax.Array
-    """t, int32 scalar: estimates made."""
+    """Number of estimates so far, int32 scalar."""
     measured: Flags
     figures: Metrics
     """`diagonal_relative_error`, with two probes or more."""
@@ -53,7 +53,7 @@ def diagonal_stage(
     mean_over: AxisNames,
     needs: Callable[[Objective], Any] = lambda objective: None,
 ) -> Stage:
-    """A stage that sets `diagonal` from random estimates; `needs` checks the objective in `update`."""
+    """A stage that sets `diagonal` from random estimates; `needs` checks the objective."""
     checks.check_count(name, probes=probes, shards=shards)
     check_fraction(fraction, name)
     drawing = DrawingKey(key)
@@ -146,7 +146,7 @@ def over_shards(
     local: frozenset[str],
     name: str,
 ) -> tuple[Curvature, bool]:
-    """The mean of one estimate per shard, and whether the whole batch was one shard on this device."""
+    """The mean of one estimate per shard, and whether the device had a single shard."""
     if shards == 1:
         return estimate(objective, params, key), True
     refuse_joined(objective.joined)

@@ -32,7 +32,7 @@ Linearize = Callable[[Objective, Tree, jax.Array | None], tuple[Any, Product]]
 
 class DrawState(NamedTuple):
     key: jax.Array
-    """The data of a key, uint32; labels are drawn by step and by example of the global batch."""
+    """The data of a key, uint32. Draws depend on the step and the example of the global batch."""
     step: jax.Array
     """t, int32 scalar."""
 

@@ -19,8 +19,8 @@ class EveryState(NamedTuple):
     step: jax.Array
     """Steps taken, int32 scalar."""
     diagonal: Tree
-    """The diagonal as last refreshed, in float32 or wider, shaped like the parameters; entries
-    that were not finite as refreshed before, but for the first time."""
+    """The last estimate, in float32 or wider, shaped like the parameters. Entries that were not
+    finite have the value of the estimate before, except in the first step."""
     inner: Any
     """The state of the stages inside."""
 
@@ -72,8 +72,8 @@ def every(k: Any, stages: optax.GradientTransformation) -> Stage:
         value_fn: Any = None,
         **extra: Any,
     ) -> Any:
-        # A copy has no memory of gradients given: nothing inside shares the caller's backward
-        # pass, which a kept step needs.
+        # A copy of the objective has an empty gradient cache, so that no stage inside replaces the
+        # caller's gradient by its own: steps that keep the diagonal need the caller's.
         objective = as_objective(value_fn, "every", params)
         fresh = objective.on(objective.batch)
 
@@ -99,6 +99,6 @@ def every(k: Any, stages: optax.GradientTransformation) -> Stage:
 
 def _refuse_change(name: str) -> None:
     raise ValueError(
-        f"`every` keeps a diagonal and nothing else, and `{name}` inside it changes the updates. "
-        f"Move it out, `every(k, ...) | {name}(...)`; `sam_perturb` has an `every=` of its own."
+        f"`every` keeps a diagonal only, and `{name}` inside it changes the updates. "
+        f"Put it behind, `every(k, ...) | {name}(...)`; `sam_perturb` has an `every=` of its own."
     )

@@ -21,7 +21,7 @@ class EmaRmsState(NamedTuple):
     step: jax.Array
     """t, int32 scalar."""
     weight: jax.Array
-    """1 - βᵗ, a scalar of the default float type: what the zeros of the start still lack."""
+    """1 - βᵗ, the total weight of the mean: a scalar of the default float type."""
     mean_square: Tree
     """v, in float32 or wider, shaped like the parameters."""
 
@@ -61,7 +61,7 @@ def ema_rms(decay: Any) -> Stage:
         square = jax.tree.map(_square, diagonal)
         weight, square = _faded(at(decay, state.step), state.weight, state.mean_square, square)
         rms = jax.tree.map(lambda v: safe_math.root(v / weight).astype(v.dtype), square)
-        return _handed(signal, rms), EmaRmsState(state.step + 1, weight, square)
+        return _passed_on(signal, rms), EmaRmsState(state.step + 1, weight, square)
 
     return stage(lambda params: EmaRmsState(_zero_step(), _no_weight(), _zeros(params)), rule)
 
@@ -70,7 +70,7 @@ class EmaMeanState(NamedTuple):
     step: jax.Array
     """t, int32 scalar."""
     weight: jax.Array
-    """1 - βᵗ, a scalar of the default float type."""
+    """1 - βᵗ, the total weight of the mean: a scalar of the default float type."""
     mean: Tree
     """m, in float32 or wider, shaped like the parameters."""
 
@@ -116,11 +116,11 @@ def ema_mean(decay: Any, *, debias: bool = True, lag: int = 0) -> Stage:
         diagonal = requirements.needed_diagonal(signal.diagonal, "ema_mean", "smooths a diagonal")
         weight, mean = _faded(at(decay, state.step), state.weight, state.mean, diagonal)
         new = EmaMeanState(state.step + 1, weight, mean)
-        shown = state if lag else new
-        given = shown.mean
+        seen = state if lag else new
+        mean = seen.mean
         if debias:
-            given = jax.tree.map(lambda m: trees.ratio(m, shown.weight).astype(m.dtype), given)
-        return _handed(signal, given), new
+            mean = jax.tree.map(lambda m: trees.ratio(m, seen.weight).astype(m.dtype), mean)
+        return _passed_on(signal, mean), new
 
     return stage(lambda params: EmaMeanState(_zero_step(), _no_weight(), _zeros(params)), rule)
 
@@ -165,7 +165,7 @@ def accumulate(initial: Any = 0.0) -> Stage:
         del params, extra
         diagonal = requirements.needed_diagonal(signal.diagonal, "accumulate", "sums a diagonal")
         total = jax.tree.map(_summed, state.total, diagonal)
-        return _handed(signal, total), AccumulateState(total)
+        return _passed_on(signal, total), AccumulateState(total)
 
     return stage(init, rule)
 
@@ -194,7 +194,7 @@ def _summed(total: jax.Array, d: jax.Array) -> jax.Array:
     return jnp.clip(kept, -edge, edge).astype(total.dtype)
 
 
-def _handed(signal: Signal, smooth: Tree) -> Signal:
+def _passed_on(signal: Signal, smooth: Tree) -> Signal:
     """The signal with the smoothed diagonal, NaN where the diagonal of this step is not finite."""
     shown = lambda d, x: jnp.where(jnp.isfinite(d), x, jnp.nan)
     return signal._replace(diagonal=jax.tree.map(shown, signal.diagonal, smooth))
