@@ -196,9 +196,9 @@ def _devices_of_a_group(m: int, objective: Objective) -> tuple[axes.Along, ...]:
     devices = lax.axis_size(along)
     if m % size or devices * size % m:
         raise ValueError(
-            f"`per_group({m}, ...)` divides a batch of {devices * size} examples, {size} on each of "
-            f"{devices} devices, into groups of {m}, with a remainder. Choose a divisor of the "
-            f"batch that is a multiple of {size}, or divides it."
+            f"`per_group({m}, ...)` divides a batch of {devices * size} examples, {size} on each "
+            f"of {devices} devices, into groups of {m}, which do not fit the devices evenly. Choose "
+            f"a divisor of the batch that is a multiple of {size}, or divides it."
         )
     found = axes.last_of_size(m // size, along)
     if found is None:

@@ -62,8 +62,8 @@ def damp(damping: Any = None) -> Stage:
         if lam is None:
             raise ValueError(
                 "`damp()` needs a λ, and received none. Write `damp(1e-3)`, pass "
-                "`tx.update(..., damping=λ)`, or adapt λ: `levenberg_marquardt(... | damp() | solve(...) | "
-                "optax.scale_by_learning_rate(1.0))`."
+                "`tx.update(..., damping=λ)`, or adapt λ: `levenberg_marquardt(... | damp() "
+                "| solve(...) | optax.scale_by_learning_rate(1.0))`."
             )
         # A Python number is not made an array, so that solvers can see that λ is 0.
         signal = signal._replace(matvec=product.damped(lam))
@@ -280,7 +280,7 @@ def _scaled(tree: Tree) -> tuple[Tree, jax.Array]:
 
 
 def _finite_like(updates: Tree, last: Tree) -> Tree:
-    """The updates to remember, with 0 for entries that are not finite: they would stay so for ever."""
+    """The updates to remember, with 0 for entries that are not finite and would stay so."""
     return jax.tree.map(
         lambda x, y: jnp.where(jnp.isfinite(x), x, 0).astype(y.dtype), updates, last
     )

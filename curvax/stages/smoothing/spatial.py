@@ -121,7 +121,7 @@ def _warn_of_windows(params: Tree) -> None:
         warnings.warn(
             f"`spatial_average` does not average over a window of {found}{more}: names and shapes "
             "do not show whether it is the kernel of a convolution, and which axes are its window. "
-            "Pass `spatial_average(layout=curvax.layout(model, variables))` , which a method takes "
+            "Pass `spatial_average(layout=curvax.layout(model, variables))`, which a method takes "
             "as `block=`, or a callable `(path, leaf) -> None or axes`; `block=None` averages "
             "nothing.",
             stacklevel=2,
