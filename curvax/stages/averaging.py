@@ -197,8 +197,8 @@ def _devices_of_a_group(m: int, objective: Objective) -> tuple[axes.Along, ...]:
     if m % size or devices * size % m:
         raise ValueError(
             f"`per_group({m}, ...)` divides a batch of {devices * size} examples, {size} on each "
-            f"of {devices} devices, into groups of {m}, which do not fit the devices evenly. Choose "
-            f"a divisor of the batch that is a multiple of {size}, or divides it."
+            f"of {devices} devices, into groups of {m}, which do not fit the devices evenly. "
+            f"Choose a divisor of the batch that is a multiple of {size}, or divides it."
         )
     found = axes.last_of_size(m // size, along)
     if found is None:

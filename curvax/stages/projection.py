@@ -179,7 +179,7 @@ def _both_gradients(signal: Signal, name: str) -> tuple[Tree, Tree, Any]:
         raise ValueError(
             f"`{name}` combines a clean and a perturbed gradient, and no earlier stage perturbed. "
             f"Put `sam_perturb` before it with `|`, as in `sam_perturb(0.05) | {name}(...)`; "
-            "`optax.chain` hands on nothing but the updates."
+            "`optax.chain` passes on the updates only."
         )
     return signal.gradient, signal.updates, now
 
