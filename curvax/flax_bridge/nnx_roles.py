@@ -1,6 +1,7 @@
-"""An nnx module ↦ what each parameter is, by what its layers declare of themselves.
+"""An nnx module ↦ the role of each parameter, as declared by its layers.
 
-A layer knows the shape it was built for; axes beyond it were stacked by `nnx.vmap` or `nnx.scan`.
+A layer knows the shape that it was built with; further axes were stacked by `nnx.vmap` or
+`nnx.scan`.
 """
 
 from flax import nnx
@@ -11,7 +12,7 @@ from curvax.parameter_roles.roles import ParamInfo, ParamRole, Path, Shape
 
 
 def read(model: nnx.Module, shapes: dict[Path, Shape]) -> dict[Path, ParamInfo]:
-    """Readings of all parameters; own `nnx.Param`s go by the layers around them."""
+    """The roles of all parameters; those of own modules follow from the layers around them."""
     attention = {
         (*path, name)
         for path, module in _modules(model)
@@ -33,7 +34,7 @@ def _modules(model: nnx.Module) -> list[tuple[Path, nnx.Module]]:
 
 
 def _declared(module: nnx.Module, attention: bool) -> dict[str, tuple[ParamRole, Shape]]:
-    """What a layer of Flax was built with: the role and the unstacked shape of each parameter."""
+    """Role and unstacked shape of each parameter of a Flax layer."""
     if isinstance(module, nnx.Embed):
         table = roles.linear(1, 1, kind="embedding")
         return {"embedding": (table, (module.num_embeddings, module.features))}

@@ -1,9 +1,8 @@
-"""A tree of parameters ↦ what each leaf is, in the layouts of Flax, Haiku and Equinox.
+"""A tree of parameters ↦ the role of each leaf, in the layouts of Flax, Haiku and Equinox.
 
-Flax names a kernel (*window, in, out) `kernel`; Haiku names it `w` under a module that it calls
-`conv2_d` unless told otherwise; Equinox stores (out, in, *window) as `weight` of a class that is
-still seen in the tree. Only what is certain has a window: in another order the same mean would run
-over channels.
+Flax names a kernel (*window, in, out) `kernel`; Haiku names it `w` in a module named `conv2_d` by
+default; Equinox stores (out, in, *window) as `weight` of a class, which the tree still contains. A
+leaf gets a window only where it is certain: a wrong axis would average over channels.
 """
 
 import math
@@ -28,12 +27,12 @@ NO_CONVOLUTION = re.compile(
     re.IGNORECASE,
 )
 IN_SEQUENCE = re.compile(r"(?:layers_)?\d+")
-# The sides of windows in use: from 2 x 2 of pooling to 11 x 11 of AlexNet.
+# Sides of windows in use, from 2 x 2 for downsampling to 11 x 11 in AlexNet.
 SIDES = range(2, 12)
 
 
 def param_infos(tree: Tree) -> dict[Path, ParamInfo]:
-    """What each leaf of a tree is."""
+    """The role of each leaf of a tree, and the axes that stack layers."""
     shapes = shapes_of(tree)
     inside = {bare(path): shape for path, shape in shapes.items() if bare(path)}
     read = roles.read_roles(inside, known(tree, inside))
@@ -41,24 +40,24 @@ def param_infos(tree: Tree) -> dict[Path, ParamInfo]:
 
 
 def bare(path: Path) -> Path:
-    """A path without the `value` at which an nnx Variable holds its array."""
+    """A path without the final `value`, at which an nnx Variable holds its array."""
     return path[:-1] if path[-1:] == ("value",) else path
 
 
 def shapes_of(tree: Tree) -> dict[Path, Shape]:
-    """The shapes of the arrays of a tree; an Equinox module holds functions too."""
+    """The shapes of the arrays of a tree, without the functions that an Equinox module holds."""
     leaves = jax.tree.leaves_with_path(tree)
     return {trees.names(path): tuple(jnp.shape(x)) for path, x in leaves if not callable(x)}
 
 
 def known(tree: Tree, shapes: Mapping[Path, Shape]) -> dict[Path, ParamInfo]:
-    """The leaves that the classes of Equinox or the names of Haiku tell."""
-    told = {
+    """The leaves that the classes of Equinox or the names of Haiku identify."""
+    by_class = {
         (*path, name): role
         for path, layer in _equinox_layers(tree)
         for name, role in _equinox_roles(layer).items()
     }
-    found = {path: _placed(role, shapes[path]) for path, role in told.items() if path in shapes}
+    found = {path: _placed(role, shapes[path]) for path, role in by_class.items() if path in shapes}
     for owner, layer in roles.layers(shapes).items():
         if owner and (haiku := _haiku_roles(owner[-1], layer)):
             found |= {(*owner, name): reading for name, reading in haiku.items()}
@@ -66,7 +65,7 @@ def known(tree: Tree, shapes: Mapping[Path, Shape]) -> dict[Path, ParamInfo]:
 
 
 def _placed(role: tuple[ParamRole, int], shape: Shape) -> ParamInfo:
-    """A role of so many own axes, the leading others stacked as `eqx.filter_vmap` does."""
+    """A role, with the leading axes beyond its own rank as stacked ones (`eqx.filter_vmap`)."""
     own, rank = role
     return roles.placed(own, tuple(range(len(shape) - rank)), len(shape))
 
@@ -86,7 +85,7 @@ def _equinox_layers(tree: Tree) -> Iterator[tuple[Path, Any]]:
 
 
 def _equinox_roles(layer: Any) -> dict[str, tuple[ParamRole, int]]:
-    """The role and the number of own axes of each parameter of a layer of Equinox."""
+    """Role and number of own axes of each parameter of an Equinox layer."""
     nn = sys.modules["equinox"].nn
     if isinstance(layer, (nn.Conv, nn.ConvTranspose)):
         n = layer.num_spatial_dims
@@ -105,7 +104,7 @@ def _equinox_roles(layer: Any) -> dict[str, tuple[ParamRole, int]]:
 
 
 def _haiku_roles(module: str, layer: Mapping[str, Shape]) -> dict[str, ParamInfo]:
-    """What a module of Haiku holds, {w} or {w, b}, by its own name and the shapes."""
+    """The parameters of a Haiku module, {w} or {w, b}, by its name and the shapes."""
     if "w" not in layer or not set(layer) <= {"w", "b"}:
         return {}
     kernel, bias = layer["w"], layer.get("b")
@@ -117,7 +116,7 @@ def _haiku_roles(module: str, layer: Mapping[str, Shape]) -> dict[str, ParamInfo
     found = {"w": roles.placed(role, stacked, len(kernel))}
     if bias is None:
         return found
-    # A bias along the channels of (n, c, h, w) has an axis of one for each axis of the window.
+    # In the layout (n, c, h, w) a bias has an axis of size one for each axis of the window.
     ends = [kernel[depth + axis] for axis in role.outputs]
     if depth > len(bias) or math.prod(bias) != math.prod([*kernel[:depth], *ends]):
         return {}
@@ -143,10 +142,10 @@ def _square(sides: Shape) -> bool:
 
 
 def doubtful_window(path: Path, shape: Shape, info: ParamInfo) -> bool:
-    """Whether a leaf of which nothing is known may be a convolution's kernel.
+    """Whether a leaf of unknown role may be the kernel of a convolution.
 
-    By its name, or by a square window of which one side of the shape looks like; by an odd one of
-    one axis where a sequence of layers hides the name.
+    By its name; or by a square window at either end of the shape; or, in a sequence of layers where
+    the name does not show, by an odd window of one axis.
     """
     if info.role.kind != "other" or len(shape) < 3:
         return False

@@ -90,7 +90,7 @@ def unflagged(state: Any) -> Any:
 
 
 def flagged(older: Any, like: Any) -> Any:
-    """A state in the format of earlier versions in the format of `like`, with flags from the NaNs."""
+    """A state of earlier versions in the format of `like`, with flags from its NaNs."""
 
     def whole(node: Any, old: Any) -> Any:
         if not _measures(node):
@@ -285,7 +285,7 @@ def _measures(node: Any) -> bool:
 
 
 def _step(entry: Any) -> str:
-    """The part of a path that tells stages apart: places in tuples and labels, not names of fields."""
+    """The place in a tuple, or a label; "" for the name of a field."""
     if isinstance(entry, jax.tree_util.GetAttrKey):
         return ""
     return jax.tree_util.keystr((entry,), simple=True)

@@ -410,5 +410,5 @@ class StepState(NamedTuple):
 
 
 def at(value: Any, count: jax.Array) -> Any:
-    """A hyperparameter at a step: a schedule is called with the step, any other value is returned."""
+    """A hyperparameter at a step: the value of a schedule, or the value itself."""
     return value(count) if callable(value) else value
