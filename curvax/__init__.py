@@ -3,11 +3,26 @@
     adahessian = hutchinson_diag() | spatial_average() | ema_rms(0.999) | optax.ema(0.9) | ...
     gsam = sam_perturb(rho) | gsam_project(alpha) | optax.adamw(3e-3)
 
-Each idea is a stage, each method a pipe, each pipe an `optax.GradientTransformationExtraArgs`.
-The loss comes in through Optax's own `value_fn`.
+A stage implements one idea, a method is a pipe of stages, and every stage, method and pipe is an
+`optax.GradientTransformationExtraArgs`. The loss is passed to `update` as `value_fn`:
+
+    objective = curvax.Objective(loss, batch)
+    value, grads = objective.value_and_grad(params)
+    updates, state = tx.update(grads, state, params, value_fn=objective)
+
+Examples:
+    >>> import jax.numpy as jnp, optax, curvax
+    >>> loss = lambda w, batch: 0.5 * jnp.mean((batch - w) ** 2)
+    >>> objective = curvax.Objective(loss, jnp.array([1.0, 3.0]))
+    >>> tx, w = curvax.sam(optax.sgd(1.0), rho=0.1), jnp.array(0.0)
+    >>> value, grads = objective.value_and_grad(w)
+    >>> updates, state = tx.update(grads, tx.init(w), w, value_fn=objective)
+    >>> round(float(updates), 3)  # the gradient at w - 0.1 is -2.1
+    2.1
 """
 
 import importlib.util
+import warnings
 from typing import Any
 
 from curvax.curvature import empirical_fvp, fvp, ggnvp, hvp
@@ -173,16 +188,30 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
+RENAMED = {"rho_like": "rho_schedule"}
+"""Old name ↦ new name: accepted with a DeprecationWarning until the next release but one."""
+
 _PACKAGES = ("analysis", "plotting")
 _FLAX = ("TrainState", "layout", "nnx_loss")
 
 
 def __getattr__(name: str) -> Any:
-    """What few scripts need, imported when first asked for: the names of the Flax bridge, since the
-    core does without Flax, those of `curvax.analysis`, and `curvax.plotting`, since it does without
-    matplotlib."""
+    """Names that are imported on first use, and old names.
+
+    The Flax bridge needs Flax, `curvax.plotting` needs matplotlib, and few scripts need
+    `curvax.analysis`; `import curvax` loads none of them.
+    """
+    if name in RENAMED:
+        new = RENAMED[name]
+        warnings.warn(
+            f"`curvax.{name}` is now `curvax.{new}`; the old name will be removed. Write "
+            f"`curvax.{new}`.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return globals()[new]
     if name == "layout" and importlib.util.find_spec("flax") is None:
-        return importlib.import_module("curvax.layouts").layout_of_tree
+        return importlib.import_module("curvax.parameter_roles.layouts").layout_of_tree
     if name in _FLAX:
         return getattr(importlib.import_module("curvax.flax_bridge"), name)
     if name in _PACKAGES:

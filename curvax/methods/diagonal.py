@@ -80,13 +80,17 @@ def adahessian(
         >>> print((w + updates).round(2))  # the Hessian is diagonal: one step reaches the minimum
         [1. 2.]
     """
-    diagonal = _every(every, hutchinson_diag(key, probes=probes, mode=mode, mean_over=mean_over))
+    estimate = hutchinson_diag(key, probes=probes, mode=mode, mean_over=mean_over)
     smooth = () if block is None else (spatial_average(block, magnitudes=magnitudes),)
-    divide = scale_by_power(power, eps=eps)
-    return _divided(
-        "adahessian", pipe(diagonal, *smooth, ema_rms(b2)), divide, learning_rate, b1,
-        weight_decay, mask, mean_over,
-    )  # fmt: skip
+    return pipe(
+        _every(every, estimate),
+        *smooth,
+        ema_rms(b2),
+        pmean_updates(mean_over),
+        _momentum("adahessian", b1),
+        scale_by_power(power, eps=eps),
+        *_descent(learning_rate, weight_decay, mask),
+    )
 
 
 @injectable
@@ -143,12 +147,14 @@ def diagonal_natural_gradient(
         >>> updates.shape
         (1,)
     """
-    diagonal = _every(every, fisher_diag(key, probes=probes, mean_over=mean_over))
-    divide = scale_by_power(power, eps=0.0, damping=damping)
-    return _divided(
-        "diagonal_natural_gradient", pipe(diagonal, ema_mean(b2)), divide, learning_rate, b1,
-        weight_decay, mask, mean_over,
-    )  # fmt: skip
+    return pipe(
+        _every(every, fisher_diag(key, probes=probes, mean_over=mean_over)),
+        ema_mean(b2),
+        pmean_updates(mean_over),
+        _momentum("diagonal_natural_gradient", b1),
+        scale_by_power(power, eps=0.0, damping=damping),
+        *_descent(learning_rate, weight_decay, mask),
+    )
 
 
 @injectable
@@ -212,11 +218,13 @@ def sophia_h(
         [-0.1  0.1]
     """
     estimate = hutchinson_diag(key, probes=probes, sampler=sampler, mode=mode, mean_over=mean_over)
-    divide = clip_by_diagonal(gamma, eps=eps, threshold=threshold)
-    return _divided(
-        "sophia_h", _delayed(every, estimate, b2), divide, learning_rate, b1, weight_decay, mask,
-        mean_over,
-    )  # fmt: skip
+    return pipe(
+        _delayed(every, estimate, b2),
+        pmean_updates(mean_over),
+        _momentum("sophia_h", b1),
+        clip_by_diagonal(gamma, eps=eps, threshold=threshold),
+        *_descent(learning_rate, weight_decay, mask),
+    )
 
 
 @injectable
@@ -275,41 +283,33 @@ def sophia_g(
         >>> print(updates.round(3))  # signed, before the diagonal is in use
         [0.1]
     """
-    estimate = fisher_diag(key, probes=probes, mean_over=mean_over)
-    divide = clip_by_diagonal(gamma, eps=eps, threshold=threshold)
-    return _divided(
-        "sophia_g", _delayed(every, estimate, b2), divide, learning_rate, b1, weight_decay, mask,
-        mean_over,
-    )  # fmt: skip
-
-
-def _divided(
-    name: str,
-    diagonal: Stage,
-    divide: Stage,
-    learning_rate: Any,
-    b1: Any,
-    weight_decay: Any,
-    mask: Any,
-    mean_over: AxisNames,
-) -> Stage:
-    """Momentum, divided by a diagonal, with decoupled weight decay."""
-    checks.check_decay("b1", b1, stage=name)
     return pipe(
-        diagonal,
+        _delayed(every, fisher_diag(key, probes=probes, mean_over=mean_over), b2),
         pmean_updates(mean_over),
-        optax.inject_hyperparams(optax.ema)(b1) if callable(b1) else optax.ema(b1),
-        divide,
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
+        _momentum("sophia_g", b1),
+        clip_by_diagonal(gamma, eps=eps, threshold=threshold),
+        *_descent(learning_rate, weight_decay, mask),
     )
 
 
-def _delayed(k: Any, estimate: Stage, b2: Any) -> Stage:
-    """Sophia's diagonal: averaged over refreshes, as it stood a step before."""
-    refreshed = stages.every(k, pipe(estimate, ema_mean(b2, debias=False)))
-    return pipe(refreshed, ema_mean(0.0, debias=False, lag=1))
-
-
 def _every(k: Any, estimate: Stage) -> Stage:
+    """The estimate every k steps; for k = 1 as it is, so that it shares the caller's gradient."""
     return estimate if isinstance(k, int) and k == 1 else stages.every(k, estimate)
+
+
+def _delayed(k: Any, estimate: Stage, b2: Any) -> Stage:
+    """Sophia's diagonal: the mean over estimates, as it was one step before."""
+    smoothed = stages.every(k, pipe(estimate, ema_mean(b2, debias=False)))
+    return pipe(smoothed, ema_mean(0.0, debias=False, lag=1))
+
+
+def _momentum(method: str, b1: Any) -> optax.GradientTransformation:
+    """The mean of past gradients, with a number or a schedule for its decay."""
+    checks.check_decay("b1", b1, stage=method)
+    return optax.inject_hyperparams(optax.ema)(b1) if callable(b1) else optax.ema(b1)
+
+
+def _descent(learning_rate: Any, weight_decay: Any, mask: Any) -> tuple[Any, ...]:
+    """Decoupled weight decay and the learning rate."""
+    decay = optax.add_decayed_weights(weight_decay, mask)
+    return decay, optax.scale_by_learning_rate(learning_rate)

@@ -82,7 +82,10 @@ def natural_gradient(
     matvec = fisher_matvec(
         samples=samples, key=key, mode=mode, fraction=fraction, mean_over=mean_over
     )
-    return _solved(matvec, learning_rate, damping, solver, momentum, radius, adaptive, mean_over)
+    return _solved(
+        matvec, learning_rate, damping, solver, mean_over,
+        momentum=momentum, radius=radius, adaptive=adaptive,
+    )  # fmt: skip
 
 
 @injectable
@@ -137,7 +140,10 @@ def gauss_newton(
         [2.]
     """
     matvec = gauss_newton_matvec(mode=mode, fraction=fraction, mean_over=mean_over)
-    return _solved(matvec, learning_rate, damping, solver, momentum, radius, adaptive, mean_over)
+    return _solved(
+        matvec, learning_rate, damping, solver, mean_over,
+        momentum=momentum, radius=radius, adaptive=adaptive,
+    )  # fmt: skip
 
 
 @injectable
@@ -185,7 +191,7 @@ def hessian_free(
         [2.]
     """
     matvec = gauss_newton_matvec(mode=mode, fraction=fraction, mean_over=mean_over)
-    return _solved(matvec, learning_rate, damping, solver, None, None, True, mean_over)
+    return _solved(matvec, learning_rate, damping, solver, mean_over, adaptive=True)
 
 
 @injectable
@@ -233,7 +239,7 @@ def newton_cg(
         [1. 2.]
     """
     matvec = hessian_matvec(mode=mode, fraction=fraction, mean_over=mean_over)
-    return _solved(matvec, learning_rate, damping, solver, None, None, adaptive, mean_over)
+    return _solved(matvec, learning_rate, damping, solver, mean_over, adaptive=adaptive)
 
 
 def _solved(
@@ -241,11 +247,13 @@ def _solved(
     learning_rate: Any,
     damping: Any,
     solver: Solver,
-    momentum: float | None,
-    radius: Any,
-    adaptive: bool,
     mean_over: AxisNames,
+    *,
+    momentum: float | None = None,
+    radius: Any = None,
+    adaptive: bool = False,
 ) -> Stage:
+    """The solution of the damped system, scaled by the learning rate."""
     steps = pipe(
         matvec,
         pmean_updates(mean_over),
