@@ -129,6 +129,7 @@ def test_a_text_steps_as_the_pipe_it_spells(text, built):
 def test_curvax_wins_over_optax_and_the_callers_names_over_both():
     assert optax.partition is not curvax.partition
     assert vocabulary()["partition"] is curvax.partition
+    assert vocabulary()["rho_like"] is curvax.rho_schedule  # the name of earlier versions
     read = parse("sgd(0.1)", names={"sgd": optax.adam})
     np.testing.assert_array_equal(trajectory(read), trajectory(optax.adam(0.1)))
 

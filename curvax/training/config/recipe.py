@@ -5,7 +5,7 @@
 
 The text is read as a Python expression and evaluated node by node, never by `eval`: a call can
 reach curvax's public names, the Optax functions annotated as returning a transformation,
-`optax.schedules`, the schedules of `curvax.run_length` and whatever the caller adds, nothing else.
+`optax.schedules`, the schedules of `run_schedules` and whatever the caller adds, nothing else.
 Every error points at the node it is about.
 """
 
