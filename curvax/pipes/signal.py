@@ -406,7 +406,7 @@ class StepState(NamedTuple):
     """The state of a stage that only counts steps."""
 
     step: jax.Array
-    """Steps taken, int32 scalar: what schedules are called with."""
+    """Steps taken, int32 scalar: the argument of schedules."""
 
 
 def at(value: Any, count: jax.Array) -> Any:

@@ -68,7 +68,7 @@ class ClipState(NamedTuple):
     """t, int32 scalar."""
     measured: Flags
     figures: Metrics
-    """`clipped`, the fraction of entries that were."""
+    """`clipped`, the fraction of clipped entries."""
 
 
 def clip_by_diagonal(gamma: Any, *, eps: Any = 1e-8, threshold: Any = 1.0) -> Stage:

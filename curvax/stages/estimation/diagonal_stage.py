@@ -150,7 +150,7 @@ def over_shards(
     if shards == 1:
         return estimate(objective, params, key), True
     refuse_joined(objective.joined)
-    # A group of `per_group` is on one device and has its own key.
+    # Inside `per_group` shards divide the group, which has its own key, not the global batch.
     over = () if objective.grouped else tuple(a for a in axes.manual() if a in local)
     device, devices = axes.index_and_size(over)
     if shards % devices:
