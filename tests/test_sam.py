@@ -232,7 +232,7 @@ def ascended(
     return weights + t * epsilon
 
 
-CLIMBS: dict[str, dict[str, Any]] = {
+ASCENTS: dict[str, dict[str, Any]] = {
     "p=2": {},
     "p=3": {"p": 3},
     "ASAM": {"adaptive": True},
@@ -252,9 +252,9 @@ def stage_of(ascent_options: dict[str, Any], **more: Any) -> cx.Stage:
     return cx.sam_perturb(0.3, **options)
 
 
-@pytest.fixture(scope="module", params=CLIMBS)
+@pytest.fixture(scope="module", params=ASCENTS)
 def ascent_options(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return CLIMBS[request.param]
+    return ASCENTS[request.param]
 
 
 def test_several_steps_are_the_loop(ascent_options):
