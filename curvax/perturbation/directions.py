@@ -125,8 +125,8 @@ def asam_all() -> Ascent:
 
         ε̂ = ρ w² g / ‖|w| g‖
 
-    As in the PyTorch packages davda54/sam and juntang-zhuang/GSAM; a good ρ is about four times
-    that of `asam` (2.0 for 0.5).
+    As in the PyTorch packages davda54/sam and juntang-zhuang/GSAM, with ρ = 2.0 there where `asam`
+    takes 0.5.
 
     Returns:
         An ascent rule for `sam_perturb(ascent=)`.

@@ -91,8 +91,9 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
     On a mesh of explicit axes, groups that divide evenly among the devices stay on them: the cost
     is one all-reduce of the parameters' size, after one all-gather of parameters that are sharded
     along the axes of the batch (FSDP). Otherwise (fewer groups than devices, or a model that names
-    the axis of the batch) every device works on a part of each group, with one all-reduce per group
-    and pass. If neither groups nor examples divide evenly, devices repeat each other's work.
+    the axis of the batch) every device works on a part of each group: the batch is moved once, and
+    each group and pass costs one all-reduce.
+    If neither groups nor examples divide evenly, devices repeat each other's work.
 
     Args:
         m: number of examples in a group; a positive int that divides the batch. Under device axes

@@ -50,10 +50,10 @@ def levenberg_marquardt(
     The stage wraps a pipe with its learning rate, so that δ is the step taken. Loss and model are
     compared on the same batch, at the cost of two forward passes and one product. A step that
     raises the loss is rejected: the updates are 0, λ is multiplied by 4, and the inner state is
-    restored, except for its metrics. After two rejections in a row the inner state is initialised
-    anew, schedule counts and keys included, since a momentum that points uphill would be rejected
-    for ever. λ stays within a factor 10¹⁰ of its initial value. Martens, Hessian-free optimization
-    (ICML 2010), section 4.1; arXiv:1412.1193, section 10.
+    restored, except for its metrics. From the second rejection in a row on, the inner state is
+    initialised anew, schedule counts and keys included, since a momentum that points uphill would
+    be rejected for ever. λ stays within a factor 10¹⁰ of its initial value. Martens, Hessian-free
+    optimization (ICML 2010), section 4.1; arXiv:1412.1193, section 10.
 
     Args:
         stages: a pipe with `damp()` in it, such as `fisher_matvec() | damp() | solve(cg(20)) |

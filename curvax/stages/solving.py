@@ -216,7 +216,7 @@ def quadratic_step(*, momentum: bool = True) -> Stage:
 
         u ← α u + β u₋₁,   (α, β) = argmin  -gᵀu + ½ uᵀ(C + λI)u
 
-    The stage replaces a learning rate, yet the sign of the step is still needed behind it:
+    The stage determines the step size; a learning rate of 1 behind it gives the step its sign:
     `solve(cg(20)) | quadratic_step() | optax.scale_by_learning_rate(1.0)`. It costs two products,
     or one without momentum. Where the model has no minimum along u, α = 1 and β = 0. Martens &
     Grosse, K-FAC, arXiv:1503.05671, section 7.
@@ -280,7 +280,7 @@ def _scaled(tree: Tree) -> tuple[Tree, jax.Array]:
 
 
 def _finite_like(updates: Tree, last: Tree) -> Tree:
-    """The updates to remember, with 0 for entries that are not finite and would stay so."""
+    """The updates to remember, with 0 for entries that are not finite: they would stay so for ever."""
     return jax.tree.map(
         lambda x, y: jnp.where(jnp.isfinite(x), x, 0).astype(y.dtype), updates, last
     )
