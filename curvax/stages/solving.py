@@ -280,7 +280,7 @@ def _scaled(tree: Tree) -> tuple[Tree, jax.Array]:
 
 
 def _finite_like(updates: Tree, last: Tree) -> Tree:
-    """The updates to remember, with 0 for entries that are not finite: they would stay so for ever."""
+    """The updates to remember, with 0 for entries that are not finite and would stay so."""
     return jax.tree.map(
         lambda x, y: jnp.where(jnp.isfinite(x), x, 0).astype(y.dtype), updates, last
     )
