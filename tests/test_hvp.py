@@ -156,6 +156,35 @@ def test_forward_mode_is_kept_where_a_custom_rule_can_be_differentiated():
     assert program("auto") == program("forward-over-reverse") != program("reverse-over-reverse")
 
 
+def implicit(p: jax.Array, b: jax.Array) -> jax.Array:
+    """x of (I + ppᵀ) x = b, settled by a loop."""
+    product = lambda x: x + p * (p @ x)
+
+    def settle(f: Any, b: jax.Array) -> jax.Array:
+        nearer = lambda s: (s[0] + 1, s[1] + (b - f(s[1])) / 2)
+        return jax.lax.while_loop(lambda s: s[0] < 60, nearer, (0, b))[1]
+
+    return jax.lax.custom_linear_solve(product, b, settle, symmetric=True)
+
+
+def explicit(p: jax.Array, b: jax.Array) -> jax.Array:
+    return b - p * (p @ b) / (1 + p @ p)
+
+
+@pytest.mark.parametrize("oracle", [cx.hvp, cx.ggnvp])
+def test_forward_mode_is_kept_through_an_implicit_layer(oracle):
+    def product(layer: Any, mode: str) -> Any:
+        model = lambda p, batch: jax.vmap(lambda b: layer(p, b))(batch)
+        loss = lambda z, batch: jnp.mean(jnp.sum(z**4, -1))
+        objective = cx.Objective(loss, INPUTS, model=model)
+        return lambda v: oracle(objective, POINT, mode=mode)(v)
+
+    expected = matrix_of(jax.jit(product(explicit, "auto")), POINT)
+    for mode in ("auto", "forward-over-reverse"):
+        found = matrix_of(jax.jit(product(implicit, mode)), POINT)
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_stages_pass_through_a_blocked_loss():
     def step(loss: Any, tx: cx.Stage) -> Any:
         objective = cx.Objective(loss, INPUTS)

@@ -173,6 +173,12 @@ def test_nnx_by_names_with_variables_or_without():
         {"layers_0": {"kernel": (3, 2, 4), "bias": (4,)}},
         {"layers": {"2": {"kernel": (5, 2, 4)}}},
         {"layers": {"2": {"kernel": {"value": (3, 3, 4, 4)}}}},
+        {"mixer": {"short_filter": {"kernel": (4, 1, 32), "bias": (32,)}}},
+        {"dw": {"kernel": (4, 1, 32)}, "q": {"kernel": (32, 4, 8)}, "o": {"kernel": (4, 8, 32)}},
+        {"net/my_filter": {"w": (4, 1, 32), "b": (32,)}},
+        {"downsample": {"kernel": (4, 16, 32), "bias": (32,)}, "head": {"kernel": (32, 4)}},
+        {"attention": {"query_conv": {"w": (3, 8, 8)}}},
+        {"kernel": (3, 1, 4)},
     ],
 )
 def test_a_doubtful_window_is_not_averaged_and_is_told_once(tree):
@@ -228,6 +234,12 @@ def test_attention_is_silent(bias, scanned):
     spatial_average().init(tree_of(maxtext))
     experts = {"moe": {"wi_0": (3, 3, 4, 8), "gate": {"kernel": (4, 3)}}}
     spatial_average().init(tree_of(experts))
+    heads = {"q": (8, 2, 4), "k": (8, 2, 4), "v": (8, 2, 4), "o": (2, 4, 8)}
+    fused = {"wqkv": (8, 3, 4, 2), "wo": (4, 2, 8)}
+    for tree in (heads, fused):
+        spatial_average().init(tree_of({"self": {n: {"kernel": s} for n, s in tree.items()}}))
+    query = {"conv_block": {"attention": {"query": {"kernel": (9, 3, 3)}, "mlp": {"w": (3, 4, 8)}}}}
+    spatial_average().init(tree_of(query))
     spatial_average().init(arrays(eqx.nn.MultiheadAttention(2, 4, key=KEY)))
 
 

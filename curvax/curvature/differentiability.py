@@ -74,7 +74,7 @@ def refusal(derivative: Function, params: Tree) -> str:
     try:
         kernels = {}
         for eqn in equations(jax.make_jaxpr(derivative)(params).jaxpr):
-            if eqn.primitive.name.startswith("custom_lin"):
+            if blocks_forward(eqn):
                 return NO_FORWARD
             if eqn.primitive.name == "pallas_call":
                 kernels[str(eqn.params.get("jaxpr")), _kinds(eqn)] = eqn
@@ -83,6 +83,14 @@ def refusal(derivative: Function, params: Tree) -> str:
     except Exception as error:  # of any type: JAX's own assertions are among them
         return f"{type(error).__name__}: {error}".strip().partition("\n")[0]
     return ""
+
+
+def blocks_forward(eqn: Any) -> bool:
+    """Whether an equation is the `custom_vjp` that forward mode leaves, which none can compile.
+
+    `custom_linear_solve`, of `jnp.linalg.solve` and implicit layers, only has a name like it.
+    """
+    return eqn.primitive.name == "custom_lin"
 
 
 def _kinds(eqn: Any) -> tuple[Any, ...]:

@@ -14,6 +14,7 @@ from curvax.arithmetic.trees import Tree
 from curvax.curvature.differentiability import (
     NO_FORWARD,
     Function,
+    blocks_forward,
     equations,
     refusal,
     refuse_mode,
@@ -115,8 +116,7 @@ def _mode_of_push(
 
 def _blocked(jvp: Function, params: Tree) -> bool:
     """Whether forward mode meets a `custom_vjp`, which JAX refuses only when it compiles."""
-    names = (eqn.primitive.name for eqn in equations(jax.make_jaxpr(jvp)(params).jaxpr))
-    return any(name.startswith("custom_lin") for name in names)
+    return any(map(blocks_forward, equations(jax.make_jaxpr(jvp)(params).jaxpr)))
 
 
 def _generic(x: jax.Array) -> jax.Array:

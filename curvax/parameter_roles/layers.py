@@ -23,12 +23,12 @@ HAIKU_CONVOLUTION = re.compile(r"(?:.*_)?conv([123])_?d(_transpose)?(?:_\d+)?")
 HAIKU_LINEAR = re.compile(r"(?:.*_)?linear(?:_\d+)?")
 NAMED_CONVOLUTION = re.compile(r"(?<![a-z])conv(?!e)|conv(?:\d|_|$)", re.IGNORECASE)
 NO_CONVOLUTION = re.compile(
-    r"einsum|att(entio)?n|query|key|value|qkv|^out$|expert|moe|mlp|dense|linear|proj|embed|lora",
-    re.IGNORECASE,
+    r"einsum|att(entio)?n|query|key|value|qkv|expert|moe|mlp|dense|linear", re.IGNORECASE
 )
-IN_SEQUENCE = re.compile(r"(?:layers_)?\d+")
+UNLESS_IN_CONVOLUTION = re.compile(r"^out$|proj|embed|lora", re.IGNORECASE)
 # Sides of windows in use, from 2 x 2 for downsampling to 11 x 11 in AlexNet.
 SIDES = range(2, 12)
+KERNELS = (("kernel",), ("w",))
 
 
 def param_infos(tree: Tree) -> dict[Path, ParamInfo]:
@@ -141,20 +141,38 @@ def _square(sides: Shape) -> bool:
     return len(set(sides)) == 1 and sides[0] in SIDES
 
 
-def doubtful_window(path: Path, shape: Shape, info: ParamInfo) -> bool:
-    """Whether a leaf of unknown role may be the kernel of a convolution.
+def doubtful_windows(shapes: Mapping[Path, Shape], infos: Mapping[Path, ParamInfo]) -> list[Path]:
+    """The leaves of unknown role that may be the kernel of a convolution.
 
-    By its name; or by a square window at either end of the shape; or, in a sequence of layers where
-    the name does not show, by an odd window of one axis.
+    By the innermost name that decides; or by a square window at either end of the shape; or, with
+    one window axis, by a small first axis. The last may instead be the number of heads in
+    attention, if another kernel of three or more axes has that size behind its first axis.
     """
-    if info.role.kind != "other" or len(shape) < 3:
-        return False
-    words = [word for name in bare(path) for word in name.split("/")]
-    if any(map(NAMED_CONVOLUTION.search, words)):
-        return True
-    if any(map(NO_CONVOLUTION.search, words)):
-        return False
-    if len(shape) == 3:
-        within = len(words) > 1 and words[-1] == "kernel" and IN_SEQUENCE.fullmatch(words[-2])
-        return bool(within) and shape[0] in SIDES and shape[0] % 2 == 1
-    return any(_square(sides) and sides[0] > 2 for sides in (shape[:2], shape[-2:]))
+    high = {path: shape for path, shape in shapes.items() if len(shape) > 2}
+
+    def heads(path: Path) -> bool:
+        return any(shapes[path][0] in shape[1:] for other, shape in high.items() if other != path)
+
+    def doubtful(path: Path) -> bool:
+        if (named := _named_as_convolution(path)) is not None:
+            return named
+        shape = shapes[path]
+        if len(shape) == 3:
+            one_input = shape[1] == 1 < shape[2]
+            kernel = bare(path)[-1:] in KERNELS and shape[0] in SIDES
+            return kernel and (one_input or not heads(path))
+        return any(_square(sides) and sides[0] > 2 for sides in (shape[:2], shape[-2:]))
+
+    return [path for path in high if infos[path].role.kind == "other" and doubtful(path)]
+
+
+def _named_as_convolution(path: Path) -> bool | None:
+    """Whether the names of a path, the innermost first, are those of a convolution; None where
+    they do not decide."""
+    words = [word for name in reversed(bare(path)) for word in reversed(name.split("/"))]
+    for word in words:
+        if NAMED_CONVOLUTION.search(word):
+            return True
+        if NO_CONVOLUTION.search(word):
+            return False
+    return False if any(map(UNLESS_IN_CONVOLUTION.search, words)) else None

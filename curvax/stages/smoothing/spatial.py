@@ -113,8 +113,8 @@ def _recognised(tree: Tree) -> LeafAxes:
 
 def _warn_of_windows(params: Tree) -> None:
     """Warns of leaves that may be kernels of convolutions and are not averaged."""
-    shapes, read = layers.shapes_of(params), layers.param_infos(params)
-    doubtful = [path for path in shapes if layers.doubtful_window(path, shapes[path], read[path])]
+    shapes, infos = layers.shapes_of(params), layers.param_infos(params)
+    doubtful = layers.doubtful_windows(shapes, infos)
     if doubtful:
         found = ", ".join(f"`{'/'.join(path)}` {shapes[path]}" for path in doubtful[:3])
         more = f" and {len(doubtful) - 3} more" if len(doubtful) > 3 else ""
