@@ -86,8 +86,8 @@ def sam(
         >>> tx = curvax.sam(optax.sgd(0.1), rho=0.1)
         >>> w = jnp.array([3.0, 4.0])
         >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
-        >>> print(updates.round(3))
-        [-0.306 -0.408]
+        >>> [round(float(x), 3) for x in updates]
+        [-0.306, -0.408]
     """
     return pipe(sam_perturb(rho, **options), pmean_updates(mean_over), base)
 
@@ -147,8 +147,8 @@ def gsam(
         >>> tx = curvax.gsam(optax.sgd(0.1), rho=0.1, alpha=0.5)
         >>> w = jnp.array([3.0, 0.4])
         >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
-        >>> print(updates.round(2))
-        [-0.29 -0.49]
+        >>> [round(float(x), 2) for x in updates]
+        [-0.29, -0.49]
     """
     return pipe(
         sam_perturb(rho, **options),
@@ -211,8 +211,8 @@ def look_sam(
         >>> tx = curvax.look_sam(optax.sgd(0.1), rho=0.1, every=5)
         >>> w = jnp.array([3.0, 4.0])
         >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
-        >>> print(updates.round(3))  # the first step is one of SAM
-        [-0.306 -0.408]
+        >>> [round(float(x), 3) for x in updates]  # the first step is one of SAM
+        [-0.306, -0.408]
     """
     return pipe(
         sam_perturb(rho, every=every, **options),

@@ -79,8 +79,8 @@ def dual_norm(p: float = 2) -> Ascent:
         >>> tx = curvax.sam_perturb(0.1, ascent=curvax.dual_norm(jnp.inf))
         >>> w = jnp.array([3.0, 4.0])
         >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
-        >>> print(updates.round(3))  # the gradient w + ε̂
-        [3.1 4.1]
+        >>> [round(float(x), 3) for x in updates]  # the gradient w + ε̂
+        [3.1, 4.1]
     """
     check_p(p)
     return Ascent(p=p)
@@ -110,8 +110,8 @@ def asam(eta: float = 0.01) -> Ascent:
         >>> tx = curvax.sam_perturb(0.5, ascent=curvax.asam(eta=0.01))
         >>> w = jnp.array([3.0, 4.0])
         >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
-        >>> print(updates.round(2))  # the gradient w + ε̂
-        [3.74 5.75]
+        >>> [round(float(x), 2) for x in updates]  # the gradient w + ε̂
+        [3.74, 5.75]
     """
     if not isinstance(eta, (numbers.Real, jax.Array)):
         raise TypeError(f"`asam` takes a number `eta`, and got {eta!r}. Write `ascent=asam(0.01)`.")
@@ -137,8 +137,8 @@ def asam_all() -> Ascent:
         >>> tx = curvax.sam_perturb(1.0, ascent=curvax.asam_all())
         >>> w = jnp.array([3.0, 4.0])
         >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
-        >>> print(updates.round(2))  # the gradient w + ε̂
-        [4.47 7.49]
+        >>> [round(float(x), 2) for x in updates]  # the gradient w + ε̂
+        [4.47, 7.49]
     """
     return _adaptive(lambda path, w: jnp.abs(w))
 
@@ -158,8 +158,8 @@ def weight_scaled() -> Ascent:
         >>> tx = curvax.sam_perturb(1.0, ascent=curvax.weight_scaled())
         >>> w = jnp.array([3.0, 4.0])
         >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
-        >>> print(updates.round(3))  # the gradient w + ε̂
-        [4.8 7.2]
+        >>> [round(float(x), 3) for x in updates]  # the gradient w + ε̂
+        [4.8, 7.2]
     """
     return Ascent(scale=lambda path, e, w: jnp.abs(w) * e)
 

@@ -161,8 +161,8 @@ def pipe(*parts: optax.GradientTransformation) -> Stage:
         >>> tx = curvax.pipe(curvax.sam_perturb(0.1), clip, optax.sgd(1.0))
         >>> w = jnp.array([3.0, 4.0])
         >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
-        >>> print(updates.round(3))
-        [-0.6 -0.8]
+        >>> [round(float(x), 3) for x in updates]
+        [-0.6, -0.8]
     """
     parts = tuple(piece for part in parts for piece in _pieces(part))
     _refuse_lost(parts)

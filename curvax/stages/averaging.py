@@ -43,8 +43,8 @@ def pmean_updates(axis_name: AxisNames) -> Stage:
         >>> tx = curvax.sam_perturb(0.1) | curvax.pmean_updates("batch") | optax.sgd(1.0)
         >>> w = jnp.array([3.0, 4.0])
         >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
-        >>> print(updates.round(3))  # outside of pmap and shard_map: the identity
-        [-3.06 -4.08]
+        >>> [round(float(x), 3) for x in updates]  # outside of pmap and shard_map: the identity
+        [-3.06, -4.08]
     """
 
     def rule(

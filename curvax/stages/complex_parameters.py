@@ -46,8 +46,8 @@ def split_real_and_imaginary(stages: optax.GradientTransformation) -> Stage:
         >>> tx = curvax.split_real_and_imaginary(curvax.sam(optax.sgd(1.0), rho=0.1))
         >>> z = jnp.array([3.0 + 4.0j])
         >>> updates, state = tx.update(jnp.conj(jax.grad(loss)(z)), tx.init(z), z, value_fn=loss)
-        >>> print(updates.real.round(2), updates.imag.round(2))
-        [-3.06] [-4.08]
+        >>> round(float(updates.real[0]), 2), round(float(updates.imag[0]), 2)
+        (-3.06, -4.08)
     """
     inner = pipe(stages)
 

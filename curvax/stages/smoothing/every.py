@@ -50,8 +50,8 @@ def every(k: Any, stages: optax.GradientTransformation) -> Stage:
         >>> tx = curvax.every(10, curvax.hutchinson_diag()) | curvax.scale_by_power(1.0)
         >>> w = jnp.ones(2)
         >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
-        >>> print(updates.round(3))
-        [1. 1.]
+        >>> [round(float(x), 3) for x in updates]
+        [1.0, 1.0]
     """
     if not isinstance(k, jax.Array):
         checks.check_count("every", k=k)
