@@ -81,9 +81,9 @@ LIKELIHOODS = {
 }
 
 
-def traces(make: Any, objective: Any) -> None:
+def traces(make: Any, objective: Any, dtype: Any = jnp.float32) -> None:
     """A step and its figures trace: what promotion refuses, it refuses then."""
-    tx, params = make() | SGD, net_params(jnp.float32)
+    tx, params = make() | SGD, net_params(dtype)
     state = jax.eval_shape(tx.init, params)
 
     def step(params: Any, state: Any) -> Any:
@@ -92,12 +92,21 @@ def traces(make: Any, objective: Any) -> None:
         return optax.apply_updates(params, updates), cx.diagnostics(state)
 
     moved, figures = jax.eval_shape(step, params, state)
-    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves((moved, figures)))
+    assert all(x.dtype == dtype for x in jax.tree.leaves(moved))
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(figures))
 
 
 @pytest.mark.parametrize("name", PIPES)
 def test_stages(name):
     traces(PIPES[name], objective(cx.gaussian("y")))
+
+
+@pytest.mark.filterwarnings("ignore:`sam_perturb` on parameters in half precision")
+@pytest.mark.parametrize("name", PIPES)
+def test_stages_in_half_precision(name):
+    batch = net_batch(dtype=jnp.bfloat16) | {"class": jnp.arange(8) % 2}
+    for likelihood in (cx.categorical("class"), cx.gaussian("y")):
+        traces(PIPES[name], cx.Objective(likelihood, batch, model=net), jnp.bfloat16)
 
 
 @pytest.mark.parametrize("name", ["sam", "hutchinson_diag", "cg", "gauss_newton_diag"])

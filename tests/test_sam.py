@@ -505,6 +505,22 @@ def test_groups_are_the_loop_over_groups(m, sequential):
     np.testing.assert_allclose(flat(updates), expected, rtol=1e-11, atol=1e-13)
 
 
+def test_parts_within_a_group_are_handed_its_own_loss():
+    """Some of Optax's parts need `value=`, as `reduce_on_plateau` does."""
+
+    def times_loss(updates: Any, state: Any, params: Any = None, *, value: Any, **extra: Any):
+        return jax.tree.map(lambda u: u * value, updates), state
+
+    part = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), times_loss)
+    found, _ = step(cx.per_group(2, cx.sam_perturb(0.3) | part))
+    groups = objective().groups(2)
+    losses = [net_loss(PARAMS, jax.tree.map(lambda x, i=i: x[i], groups)) for i in range(4)]
+    expected = np.array(losses) @ group_gradients(2, cx.sam_perturb(0.3)) / 4
+    np.testing.assert_allclose(flat(found), expected, rtol=1e-11, atol=1e-13)
+    plateau = cx.per_group(2, cx.sam_perturb(0.3) | optax.contrib.reduce_on_plateau())
+    assert_trees_close(step(plateau)[0], step(cx.per_group(2, cx.sam_perturb(0.3)))[0])
+
+
 def test_groups_do_not_use_the_gradient_that_they_are_handed():
     tx = cx.per_group(2, cx.sam_perturb(0.3))
     nonsense = jax.tree.map(lambda x: x * jnp.nan, PARAMS)

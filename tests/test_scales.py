@@ -85,6 +85,12 @@ def test_norm_at_zero_infinity_and_nan():
     assert trees.magnitude(jnp.array([jnp.nan])) == 1
 
 
+def test_the_unit_vector_of_nothing_has_length_zero():
+    length = jax.jit(lambda x: trees.norm(trees.unit(x)))
+    assert length(jnp.zeros(3)) == 0
+    assert abs(length(jnp.ones(3)) - 1) < 1e-6
+
+
 def test_derivatives_of_the_unit_vector_are_autodiffs():
     x, w = jnp.array([0.3, -0.2, 0.5]), jnp.array([1.0, 2.0, 3.0])
     plain = lambda x: w @ (x / jnp.sqrt(jnp.sum(x * x)))

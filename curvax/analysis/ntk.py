@@ -170,9 +170,8 @@ def _products(left: Tree, right: Tree, form: str) -> jax.Array:
 
     def one(a: jax.Array, b: jax.Array) -> jax.Array:
         inside = tuple(range(start, a.ndim))
-        wide = jnp.promote_types(a.dtype, jnp.float32)
         dims = ((inside, inside), ((), ()))
-        return lax.dot_general(a, b, dims, preferred_element_type=wide)
+        return lax.dot_general(a, b, dims, preferred_element_type=trees.wide_dtype(a.dtype))
 
     left, right = jax.tree.map(meshes.by_rows, left), meshes.gathered(right)
     return meshes.gathered(jax.tree.reduce(jnp.add, jax.tree.map(one, left, right)))

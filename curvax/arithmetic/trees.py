@@ -272,8 +272,9 @@ def _inner(a: Tree, b: Tree) -> tuple[jax.Array, jax.Array, jax.Array, tuple[flo
     large, low, high = _ranges(dtype)
 
     def inner(factor: float) -> jax.Array:
-        # Of numbers XLA joins the factors of (cx)(cy) to c², out of range, but for the minimum.
-        first = lambda x: x * factor if x.size > 1 else jnp.minimum(x * factor, large)
+        # XLA joins the factors of (cx)(cy) to c², out of range, but for the minimum; those of
+        # arrays too, where x has been multiplied by a number.
+        first = lambda x: jnp.minimum(x * factor, large)
         return sum((jnp.sum(first(x) * (y * factor)) for x, y in pairs), jnp.zeros((), dtype))
 
     plain = sum((jnp.sum(x * y) for x, y in pairs), jnp.zeros((), dtype))

@@ -142,7 +142,7 @@ class Likelihood(abc.ABC):
                 f"{_described(outputs)}. {self._cure_for_trees}"
             )
         self._check_targets(outputs.shape, self._read("targets", batch))
-        return jnp.promote_types(outputs.dtype, jnp.float32)
+        return trees.wide_dtype(outputs.dtype)
 
     def _read(self, name: str, batch: Tree) -> jax.Array:
         return sites.read(getattr(self, name), batch, self._option(name))

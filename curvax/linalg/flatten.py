@@ -46,7 +46,7 @@ def materialize(
     checks.refuse_complex(like, "materialize")
     leaves = jax.tree.leaves(like)
     size = sum(x.size for x in leaves)
-    dtype = jnp.result_type(jnp.float32, *(x.dtype for x in leaves))
+    dtype = jnp.result_type(*{trees.wide_dtype(x.dtype) for x in leaves} or {jnp.float32})
     if chunk is None:
         chunk = 1 if any(map(trees.is_sharded, leaves)) else 16
     checks.check_count("materialize", chunk=chunk)

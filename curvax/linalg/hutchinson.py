@@ -35,7 +35,9 @@ def estimate_diagonal(product: Product, probes: Tree) -> Estimate:
         The estimate, shaped like one probe, and its standard error. Unbiased; exact with signs
         where C is diagonal. Yao et al., AdaHessian, arXiv:2006.00719, eq. 8.
     """
-    return _over_probes(lambda z: jax.tree.map(lambda a, b: a * b, z, product(z)), probes)
+    return _over_probes(
+        lambda z: jax.tree.map(lambda a, b: trees.widen(a) * trees.widen(b), z, product(z)), probes
+    )
 
 
 def estimate_trace(product: Product, probes: Tree) -> Estimate:

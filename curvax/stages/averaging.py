@@ -154,7 +154,8 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
             (value, aux), gradient = group.value_aux_and_grad(params)
             given = Signal(gradient, gradient, value=value, aux=aux, local=local)
             start = keys.map(lambda key: jax.random.fold_in(key, first * count + i), state)
-            out, new = inner.update(given, start, params, value_fn=group, **extra)
+            extra_of_group = extra | {"value_fn": group, "value": value, "grad": gradient}
+            out, new = inner.update(given, start, params, **extra_of_group)
             averaged = out.averaged - out.local
             diagonal = None if local and weight is not None else out.diagonal
             # Keys and axis names do not average; both are put back below.

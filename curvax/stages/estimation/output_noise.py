@@ -133,7 +133,7 @@ def fisher_diag(
 
     def scores(likelihood: Likelihood, keys: jax.Array, z: jax.Array, batch: Tree) -> jax.Array:
         drawn = likelihood.on_labels(likelihood.sample(keys, z, batch))
-        return root(likelihood.site_weights(z, batch)) * drawn.scores(z, batch)
+        return root(likelihood.site_weights(z, batch)) * trees.widen(drawn.scores(z, batch))
 
     return _from_outputs("fisher_diag", scores, key, probes, fraction, shards, mean_over)
 
