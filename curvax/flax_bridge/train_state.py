@@ -35,10 +35,10 @@ class TrainState(train_state.TrainState, kw_only=True):
     Examples:
         >>> import jax.numpy as jnp, optax, curvax
         >>> predict = lambda params, x: x @ params["w"]
-        >>> state = curvax.TrainState.create(
-        ...     apply_fn=predict, params={"w": jnp.zeros(1)}, tx=curvax.sam(optax.sgd(0.1),
-        rho=0.1)) >>> loss = lambda params, batch: jnp.mean((state.apply_fn(params, batch["x"]) -
-        1.0) ** 2) >>> objective = curvax.Objective(loss, {"x": jnp.ones((4, 1))})
+        >>> tx, params = curvax.sam(optax.sgd(0.1), rho=0.1), {"w": jnp.zeros(1)}
+        >>> state = curvax.TrainState.create(apply_fn=predict, params=params, tx=tx)
+        >>> loss = lambda params, x: jnp.mean((state.apply_fn(params, x) - 1.0) ** 2)
+        >>> objective = curvax.Objective(loss, jnp.ones((4, 1)))
         >>> value, grads = objective.value_and_grad(state.params)
         >>> state = state.apply_gradients(grads=grads, value_fn=objective)
         >>> int(state.step), round(float(state.params["w"][0]), 3)
