@@ -35,7 +35,7 @@ def get_config(size: str = "b32") -> ConfigDict:
     config.data.update(name="imagenet", augment=["flip()"])
     config.loss = "sigmoid"
     rate = "linear(lr, warmup=warmup, end=lr_min)"
-    radius = f"rho_like({rate}, rho_max, rho_min, lr_max=lr, lr_min=lr_min)"
+    radius = f"rho_schedule({rate}, rho_max, rho_min, lr_max=lr, lr_min=lr_min)"
     adamw = f"adamw({rate}, weight_decay=0.3, mask=kernels)"
     base = f"pmean_updates(axes) | clip_by_global_norm(1.0) | {adamw}"
     config.baseline = base

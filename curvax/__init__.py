@@ -3,8 +3,22 @@
     adahessian = hutchinson_diag() | spatial_average() | ema_rms(0.999) | optax.ema(0.9) | ...
     gsam = sam_perturb(rho) | gsam_project(alpha) | optax.adamw(3e-3)
 
-Each idea is a stage, each method a pipe, each pipe an `optax.GradientTransformationExtraArgs`.
-The loss comes in through Optax's own `value_fn`.
+A stage implements one idea, a method is a pipe of stages, and every stage, method and pipe is an
+`optax.GradientTransformationExtraArgs`. The loss is passed to `update` as `value_fn`:
+
+    objective = curvax.Objective(loss, batch)
+    value, grads = objective.value_and_grad(params)
+    updates, state = tx.update(grads, state, params, value_fn=objective)
+
+Examples:
+    >>> import jax.numpy as jnp, optax, curvax
+    >>> loss = lambda w, batch: 0.5 * jnp.mean((batch - w) ** 2)
+    >>> objective = curvax.Objective(loss, jnp.array([1.0, 3.0]))
+    >>> tx, w = curvax.sam(optax.sgd(1.0), rho=0.1), jnp.array(0.0)
+    >>> value, grads = objective.value_and_grad(w)
+    >>> updates, state = tx.update(grads, tx.init(w), w, value_fn=objective)
+    >>> round(float(updates), 3)  # the gradient at w - 0.1 is -2.1
+    2.1
 """
 
 import importlib.util
@@ -55,7 +69,7 @@ from curvax.perturbation import (
 )
 from curvax.pipes.diagnostics import diagnostics, record
 from curvax.pipes.signal import Signal, Stage, pipe, stage
-from curvax.schedules import rho_like
+from curvax.schedules import rho_schedule
 from curvax.stages import (
     accumulate,
     clip_by_diagonal,
@@ -155,7 +169,7 @@ __all__ = [
     "random_direction",
     "record",
     "restrict",
-    "rho_like",
+    "rho_schedule",
     "row_space",
     "sam",
     "sam_perturb",
@@ -174,24 +188,24 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-_RENAMED = {"Reason": "StopReason"}
-"""Deprecated names, and their successors."""
+RENAMED = {"Reason": "StopReason", "rho_like": "rho_schedule"}
+"""Old name ↦ new name: accepted with a DeprecationWarning until the next release but one."""
 
 _PACKAGES = ("analysis", "plotting")
 _FLAX = ("TrainState", "layout", "nnx_loss")
 
 
 def __getattr__(name: str) -> Any:
-    """Imports at first use what would make `import curvax` slow or need optional packages.
+    """Names that are imported on first use, and old names.
 
-    These are the Flax bridge (Flax), `curvax.plotting` (matplotlib) and the names of
-    `curvax.analysis`. Deprecated names are resolved here too.
+    The Flax bridge needs Flax, `curvax.plotting` needs matplotlib, and few scripts need
+    `curvax.analysis`; `import curvax` loads none of them.
     """
-    if name in _RENAMED:
-        new = _RENAMED[name]
+    if name in RENAMED:
+        new = RENAMED[name]
         warnings.warn(
-            f"`curvax.{name}` is now `curvax.{new}`; the old name will be removed in the next "
-            "release.",
+            f"`curvax.{name}` is now `curvax.{new}`; the old name will be removed. Write "
+            f"`curvax.{new}`.",
             DeprecationWarning,
             stacklevel=2,
         )

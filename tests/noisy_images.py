@@ -63,7 +63,7 @@ class Trainer:
         model: of `curvax.models`, without batch statistics.
         base: `schedule -> transformation`.
         rate: where the schedule, a cosine to zero, begins.
-        m: examples in a group that climbs on its own, the whole batch by default.
+        m: examples in a group with an ascent of its own, the whole batch by default.
     """
 
     def __init__(
@@ -80,8 +80,8 @@ class Trainer:
         self.base = base(optax.cosine_decay_schedule(rate, epochs * SIZE // batch))
 
     def method(self, rho: Any, alpha: Any) -> cx.Stage:
-        climb = cx.sam_perturb(rho) | cx.gsam_project(alpha)
-        return (climb if self.m == self.batch else cx.per_group(self.m, climb)) | self.base
+        stages = cx.sam_perturb(rho) | cx.gsam_project(alpha)
+        return (stages if self.m == self.batch else cx.per_group(self.m, stages)) | self.base
 
     def predict(self, params: Any, batch: Batch) -> Any:
         return self.model.apply({"params": params}, batch["x"])

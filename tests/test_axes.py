@@ -13,7 +13,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import curvax as cx
-from curvax.stages.perturbation import FIGURES
+from curvax.stages.perturbation import METRICS
 
 pytestmark = pytest.mark.skipif(
     jax.device_count() < 8,
@@ -261,7 +261,7 @@ def test_figures_are_the_same_on_every_device(regime, weight, grouped):
     if weight is None:
         pieces = BATCH.reshape(16 if grouped else 8, -1, 3)
         expected = np.mean([gap_of(x) for x in pieces])
-        np.testing.assert_allclose(found[0, sorted(FIGURES).index("surrogate_gap")], expected, 1e-5)
+        np.testing.assert_allclose(found[0, sorted(METRICS).index("surrogate_gap")], expected, 1e-5)
 
 
 @EVERYWHERE

@@ -280,7 +280,7 @@ def test_every_keeps_a_fisher_diagonal():
 
 
 @pytest.mark.parametrize("solver", [cx.cg(100, tol=1e-13), cx.dense(), cx.row_space()])
-def test_fisher_ascent_climbs_as_far_as_the_metric_allows(solver):
+def test_fisher_ascent_goes_as_far_as_the_metric_allows(solver):
     params, value_fn, rho, lam = net_params(), objective("categorical"), 0.2, 0.05
     tx = cx.sam_perturb(rho, ascent=cx.fisher_ascent(lam, solver=solver))
     grads = value_fn.value_and_grad(params)[1]

@@ -15,12 +15,12 @@ from test_devices import (
     FEATURES,
     PER_DEVICE,
     TOLERANCE,
-    climbed,
     gsam_of,
     local,
     make_batch,
     make_params,
     one_step,
+    perturbed,
     predict,
     run,
     sam_of,
@@ -174,7 +174,7 @@ def test_one_perturbation_of_all_groups_counts_them_by_weight(regime):
     found, _ = on_groups_of_two(regime, step, params, tx.init(params), batch)
     # The weighted mean over groups of what they found is that over all examples.
     g = jax.grad(weighted)(params, batch)
-    g_p = jax.grad(weighted)(climbed(params, g, 0.3), batch)
+    g_p = jax.grad(weighted)(perturbed(params, g, 0.3), batch)
     expected = jax.tree.map(lambda p, u: p - 0.1 * u, params, g_p)
     jax.tree.map(partial(np.testing.assert_allclose, **TOLERANCE), found, expected)
 

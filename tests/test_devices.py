@@ -99,7 +99,7 @@ def ravel(tree):
     return ravel_pytree(tree)[0]
 
 
-def climbed(params, g, rho):
+def perturbed(params, g, rho):
     scale = rho / jnp.linalg.norm(ravel(g))
     return jax.tree.map(lambda p, x: p + scale * x, params, g)
 
@@ -111,7 +111,7 @@ def pieces(batch, n=DEVICES):
 
 def sam_of(params, piece, rho=0.3, g=None):
     g = jax.grad(loss)(params, piece) if g is None else g
-    return jax.grad(loss)(climbed(params, g, rho), piece)
+    return jax.grad(loss)(perturbed(params, g, rho), piece)
 
 
 def gsam_of(params, piece, rho=0.3, alpha=0.4):
@@ -164,7 +164,7 @@ def exact_sam_of(params, piece, others=None, rho=0.3):
 
     def worst(p):
         everyone = [piece] if others is None else others
-        return loss(climbed(p, mean([jax.grad(loss)(p, x) for x in everyone]), rho), piece)
+        return loss(perturbed(p, mean([jax.grad(loss)(p, x) for x in everyone]), rho), piece)
 
     return jax.grad(worst)(params)
 
@@ -187,7 +187,7 @@ def test_second_order_terms_equal_autodiff_through_the_ascent(regime, synced_asc
 
 
 @pytest.mark.parametrize("regime", REGIMES)
-def test_devices_that_climb_together_draw_one_direction(regime):
+def test_devices_that_share_an_ascent_draw_one_direction(regime):
     rule = random_direction(5)
     tx = cx.sam(optax.sgd(0.1), 0.3, ascent=rule, sync_over="batch", mean_over="batch")
     params, batch = make_params(), make_batch()

@@ -1,4 +1,4 @@
-"""Frozen leaves behind a climb: told where the pipe shows them, and never where there are none."""
+"""Frozen leaves behind a perturbation: a warning where the pipe shows them, and none otherwise."""
 
 import jax
 import jax.numpy as jnp

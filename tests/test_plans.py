@@ -90,7 +90,7 @@ def test_instructions_of_a_tpu_count_what_xla_counts(name):
 
 
 def small_vit(devices):
-    """Every device climbs on its own, however many there are."""
+    """Every device has its own ascent, however many there are."""
     config = defaults(lr=3e-3, rho=0.2, alpha=0.6)
     config.model.update(name="vit_tiny", options={"patch": 4, "depth": 2, "dropout": 0.0})
     config.data.update(name="cifar10", mean=(0.5,) * 3, std=(0.5,) * 3)

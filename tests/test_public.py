@@ -1,12 +1,16 @@
 """The package as others see it: documented names, and imports that go strictly down the floors."""
 
 import ast
+import doctest
+import enum
+import importlib.util
 import inspect
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -91,20 +95,29 @@ def test_every_public_name_is_documented(name):
     assert not own.startswith(f"{name}(")
 
 
-def stage_factories() -> list[str]:
-    return [name for name in cx.__all__ if getattr(cx, name).__module__.startswith("curvax.stages")]
+def options_of(thing: Any) -> list[str]:
+    """The arguments of a function, or the fields of a class; an enumeration has none."""
+    if isinstance(thing, enum.EnumType):
+        return []
+    if fields := getattr(thing, "_fields", ()):
+        return list(fields)
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    found = inspect.signature(thing).parameters.values()
+    return [stars.get(option.kind, "") + option.name for option in found]
 
 
-@pytest.mark.parametrize("name", stage_factories())
-def test_every_option_of_a_stage_is_documented(name):
-    factory = getattr(cx, name)
-    about = factory.__doc__.partition("Args:")[2]
-    missing = [
-        option
-        for option in inspect.signature(factory).parameters
-        if not re.search(rf"^ +(\w+, )*{option}(, \w+)*:", about, re.MULTILINE)
-    ]
-    assert not missing
+@pytest.mark.parametrize("name", cx.__all__)
+def test_every_argument_of_a_public_name_is_documented(name):
+    thing = getattr(cx, name)
+    rows = re.findall(r"^ +(\*{0,2}\w+(?:, \*{0,2}\w+)*): ", thing.__doc__, re.MULTILINE)
+    missing = set(options_of(thing)) - {name for row in rows for name in row.split(", ")}
+    assert not missing, f"`{name}` has no `Args:` (a class: `Attributes:`) for {sorted(missing)}"
+
+
+@pytest.mark.parametrize("name", cx.__all__)
+def test_every_public_name_has_an_example(name):
+    text = getattr(cx, name).__doc__.partition("Examples:")[2]
+    assert doctest.DocTestParser().get_examples(text), f"`{name}` has no `Examples:` with `>>> `"
 
 
 def test_the_list_of_public_names_is_complete_and_sorted():
@@ -122,11 +135,23 @@ def test_the_bridge_is_imported_when_asked_for():
         _ = cx.adahesian
 
 
-@pytest.mark.parametrize("module", [cx, cx.linalg], ids=["curvax", "curvax.linalg"])
-def test_the_old_name_of_stop_reason_is_deprecated(module):
+def test_the_old_name_of_stop_reason_in_linalg_is_deprecated():
     with pytest.warns(DeprecationWarning, match=r"Reason` is now `curvax.*\.StopReason`"):
-        assert module.Reason is cx.StopReason
-    assert "Reason" not in module.__all__
+        assert cx.linalg.Reason is cx.StopReason
+
+
+def test_a_layout_needs_no_flax(monkeypatch):
+    from curvax.parameter_roles.layouts import layout_of_tree
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert cx.layout is layout_of_tree
+
+
+@pytest.mark.parametrize(("old", "new"), cx.RENAMED.items())
+def test_old_names_warn_and_are_the_new_ones(old, new):
+    with pytest.warns(DeprecationWarning, match=rf"`curvax\.{old}` is now `curvax\.{new}`"):
+        assert getattr(cx, old) is getattr(cx, new)
+    assert old not in cx.__all__
 
 
 def test_the_core_needs_jax_and_optax_alone():

@@ -86,10 +86,10 @@ def place_of_caret(text, **options):
             ),
         ),
         (
-            "sam_perturb(rho_like(linear(0.1), 0.2, 0.1, lr_max=0.1)) | sgd(constant(-1e-2))",
+            "sam_perturb(rho_schedule(linear(0.1), 0.2, 0.1, lr_max=0.1)) | sgd(constant(-1e-2))",
             lambda: (
                 curvax.sam_perturb(
-                    curvax.rho_like(optax.linear_schedule(0.1, 0.0, 10), 0.2, 0.1, lr_max=0.1)
+                    curvax.rho_schedule(optax.linear_schedule(0.1, 0.0, 10), 0.2, 0.1, lr_max=0.1)
                 )
                 | optax.sgd(-1e-2)
             ),
@@ -129,6 +129,7 @@ def test_a_text_steps_as_the_pipe_it_spells(text, built):
 def test_curvax_wins_over_optax_and_the_callers_names_over_both():
     assert optax.partition is not curvax.partition
     assert vocabulary()["partition"] is curvax.partition
+    assert vocabulary()["rho_like"] is curvax.rho_schedule  # the name of earlier versions
     read = parse("sgd(0.1)", names={"sgd": optax.adam})
     np.testing.assert_array_equal(trajectory(read), trajectory(optax.adam(0.1)))
 
@@ -208,11 +209,9 @@ def test_an_outline_names_the_parts():
 
 
 def test_a_deep_outline_names_what_the_parts_hold():
-    text = (
-        "per_group(m, sam_perturb(rho_like(linear(lr), 1.0)) | gsam_project(0.1)) | sgd(cosine(1))"
-    )
-    found = outline(text, deep=True)
-    assert found == "per_group(sam_perturb(rho_like(linear)) | gsam_project) | sgd(cosine)"
+    inside = "sam_perturb(rho_schedule(linear(lr), 1.0)) | gsam_project(0.1)"
+    found = outline(f"per_group(m, {inside}) | sgd(cosine(1))", deep=True)
+    assert found == "per_group(sam_perturb(rho_schedule(linear)) | gsam_project) | sgd(cosine)"
 
 
 @pytest.mark.parametrize(

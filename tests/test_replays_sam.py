@@ -10,7 +10,17 @@ import optax
 import pytest
 from trajectories import Run, assert_same, follow, recorded, replay, row, stepper, tap, tapped
 
-from curvax import asam, asam_all, dual_norm, gsam, pipe, rho_like, sam, sam_perturb, weight_scaled
+from curvax import (
+    asam,
+    asam_all,
+    dual_norm,
+    gsam,
+    pipe,
+    rho_schedule,
+    sam,
+    sam_perturb,
+    weight_scaled,
+)
 
 
 def momentum_sgd(hyper, learning_rate):
@@ -87,14 +97,14 @@ def test_gsam_follows_its_first_authors_code(path):
 
 
 def scheduled_rho(hyper, lr, lr_max):
-    """ρ of each step by `rho_like`, from the recorded learning rates."""
+    """ρ of each step by `rho_schedule`, from the recorded learning rates."""
     bounds = {"lr_max": lr_max, "lr_min": hyper["lr_min"]}
-    schedule = rho_like(lambda t: lr[t], hyper["rho_max"], hyper["rho_min"], **bounds)
+    schedule = rho_schedule(lambda t: lr[t], hyper["rho_max"], hyper["rho_min"], **bounds)
     return np.stack([schedule(t) for t in range(len(lr))])
 
 
 @pytest.mark.parametrize("path", recorded("gsam_torch_*"))
-def test_rho_like_is_the_recorded_rho(path):
+def test_rho_schedule_is_the_recorded_rho(path):
     run = Run(path)
     found = scheduled_rho(run.hyper, run["lr"], run.hyper["lr"])
     # The author's scheduler has not seen the learning rate yet at its first step.

@@ -75,7 +75,7 @@ def test_perturbation_is_the_formula_of_its_norm(p):
 
 
 @pytest.mark.parametrize("p", [1, 1.5, 2, 3, np.inf])
-def test_no_direction_of_the_ball_climbs_higher(p):
+def test_no_direction_of_the_ball_is_steeper(p):
     found = GRADIENT @ perturbation(0.3, p=p)
     others = np.random.default_rng(0).normal(size=(1000, GRADIENT.size))
     others *= 0.3 / np.linalg.norm(others, p, axis=1, keepdims=True)
@@ -217,7 +217,7 @@ def in_jax(g: Any, p: float) -> jax.Array:
     return jnp.sign(g) * jnp.abs(g) ** (q - 1) / jnp.sum(jnp.abs(g) ** q) ** (1 / p)
 
 
-def climbed(
+def ascended(
     weights: Any, rho: float, p: float = 2, steps: int = 1, *, adaptive: bool = False,
     projected: bool = True, step_size: float | None = None,
 ) -> jax.Array:  # fmt: skip
@@ -232,7 +232,7 @@ def climbed(
     return weights + t * epsilon
 
 
-CLIMBS: dict[str, dict[str, Any]] = {
+ASCENTS: dict[str, dict[str, Any]] = {
     "p=2": {},
     "p=3": {"p": 3},
     "ASAM": {"adaptive": True},
@@ -245,27 +245,27 @@ CLIMBS: dict[str, dict[str, Any]] = {
 }
 
 
-def stage_of(climb: dict[str, Any], **more: Any) -> cx.Stage:
-    options = {**climb, **more}
+def stage_of(ascent_options: dict[str, Any], **more: Any) -> cx.Stage:
+    options = {**ascent_options, **more}
     if options.pop("adaptive", False):
         options["ascent"] = cx.asam(0.01)
     return cx.sam_perturb(0.3, **options)
 
 
-@pytest.fixture(scope="module", params=CLIMBS)
-def climb(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return CLIMBS[request.param]
+@pytest.fixture(scope="module", params=ASCENTS)
+def ascent_options(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return ASCENTS[request.param]
 
 
-def test_several_steps_are_the_loop(climb):
-    naive = quick_jit(lambda w: jax.grad(loss)(climbed(w, 0.3, **climb)))
-    updates, _ = quick_jit(lambda p: step(stage_of(climb), params=p))(PARAMS)
+def test_several_steps_are_the_loop(ascent_options):
+    naive = quick_jit(lambda w: jax.grad(loss)(ascended(w, 0.3, **ascent_options)))
+    updates, _ = quick_jit(lambda p: step(stage_of(ascent_options), params=p))(PARAMS)
     np.testing.assert_allclose(flat(updates), naive(WEIGHTS), rtol=1e-11, atol=1e-13)
 
 
-def test_second_order_is_autodiff_through_the_perturbation(climb):
-    naive = quick_jit(jax.grad(lambda w: loss(climbed(w, 0.3, **climb))))
-    tx = stage_of(climb, second_order=True)
+def test_second_order_is_autodiff_through_the_perturbation(ascent_options):
+    naive = quick_jit(jax.grad(lambda w: loss(ascended(w, 0.3, **ascent_options))))
+    tx = stage_of(ascent_options, second_order=True)
     updates, _ = quick_jit(lambda p: step(tx, params=p))(PARAMS)
     # The two sum the same terms in another order.
     np.testing.assert_allclose(flat(updates), naive(WEIGHTS), rtol=1e-12, atol=1e-13)
@@ -281,7 +281,7 @@ def test_second_order_keeps_the_first_order_gradient_in_its_figures():
 
 def test_steps_stay_in_the_ball():
     def farthest(**options: Any) -> float:
-        return float(np.linalg.norm(climbed(WEIGHTS, 0.3, steps=3, **options) - WEIGHTS))
+        return float(np.linalg.norm(ascended(WEIGHTS, 0.3, steps=3, **options) - WEIGHTS))
 
     assert farthest() <= 0.3 + 1e-12
     assert farthest(projected=False) > 0.35
@@ -358,7 +358,7 @@ def orthogonal(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return a - (a @ unit) * unit
 
 
-def test_gsam_climbs_down_the_gap_beside_the_perturbed_loss(perturbed_gradient):
+def test_gsam_reduces_the_gap_with_the_perturbed_loss(perturbed_gradient):
     updates, _ = step(cx.sam_perturb(0.3) | cx.gsam_project(0.4))
     expected = perturbed_gradient - 0.4 * orthogonal(GRADIENT, perturbed_gradient)
     np.testing.assert_allclose(flat(updates), expected, rtol=1e-11, atol=1e-13)
@@ -643,17 +643,17 @@ def test_groups_must_divide_the_batch():
 
 def test_radius_follows_the_learning_rate():
     lr = optax.warmup_cosine_decay_schedule(0.0, 3e-3, 10, 100, 3e-5)
-    rho = cx.rho_like(lr, 0.6, 0.1, lr_max=3e-3, lr_min=3e-5)
+    rho = cx.rho_schedule(lr, 0.6, 0.1, lr_max=3e-3, lr_min=3e-5)
     np.testing.assert_allclose([rho(10), rho(100)], [0.6, 0.1], rtol=1e-6)
     np.testing.assert_allclose(rho(55), 0.1 + 0.5 * (lr(55) - 3e-5) / (3e-3 - 3e-5), rtol=1e-6)
     # Below lr_min the line is followed, down to 0 and no further.
     np.testing.assert_allclose(rho(0), 0.1 - 0.5 * 3e-5 / (3e-3 - 3e-5), rtol=1e-5)
-    steep = cx.rho_like(lr, 0.6, 0.0, lr_max=3e-3, lr_min=3e-5)
+    steep = cx.rho_schedule(lr, 0.6, 0.0, lr_max=3e-3, lr_min=3e-5)
     assert steep(0) == 0
 
 
 def test_a_constant_learning_rate_has_the_largest_radius():
-    rho = cx.rho_like(optax.constant_schedule(0.1), 0.6, 0.1, lr_max=0.1, lr_min=0.1)
+    rho = cx.rho_schedule(optax.constant_schedule(0.1), 0.6, 0.1, lr_max=0.1, lr_min=0.1)
     assert rho(3) == 0.6
 
 
@@ -662,8 +662,8 @@ def test_a_constant_learning_rate_has_the_largest_radius():
     lr_max=1.0), dict(rho_max=0.1, rho_min=0.0, lr_max=0.1, lr_min=0.2)],
 )  # fmt: skip
 def test_ranges_of_the_schedule(options):
-    with pytest.raises(ValueError, match="`rho_like` takes rho_max, rho_min >= 0"):
-        cx.rho_like(optax.constant_schedule(0.1), **options)
+    with pytest.raises(ValueError, match="`rho_schedule` takes rho_max, rho_min >= 0"):
+        cx.rho_schedule(optax.constant_schedule(0.1), **options)
 
 
 # What is refused.

@@ -11,7 +11,7 @@ from curvax.arithmetic.trees import Tree
 from curvax.devices import axes
 from curvax.objective import Objective
 from curvax.perturbation import dual_norm
-from curvax.perturbation.ball import Climb, Rules, check_climb
+from curvax.perturbation.ball import AscentRules, BallAscent, check_ascent
 
 
 class Ascended(NamedTuple):
@@ -53,8 +53,8 @@ def ascend(
     """
     params = trees.wide(params)
     local = objective.local_axes(params)
-    rules = Rules(dual_norm(p) if ascent is None else ascent, p, mask, params)
-    climb = Climb(
+    rules = AscentRules(dual_norm(p) if ascent is None else ascent, p, mask, params)
+    ball = BallAscent(
         objective=objective,
         params=axes.vary(params, local),
         rules=rules,
@@ -67,8 +67,8 @@ def ascend(
         local=local,
     )
     with jax.default_matmul_precision("highest"):
-        (loss, _), gradient = objective._value_aux_and_grad(climb.params)
-        visited = list(climb.visited(gradient))
+        (loss, _), gradient = objective._value_aux_and_grad(ball.params)
+        visited = list(ball.visited(gradient))
     losses = jnp.stack([value for value, _ in visited])
     found = Ascended(loss, gradient, losses, visited[-1][1])
     return axes.mean(found, over, objective.batch_weight())
@@ -93,5 +93,5 @@ def check_ball(
     """
     del step_size, mask
     trees.require_floating(params, name)
-    check_climb(name, rho, p, steps, ascent)
+    check_ascent(name, rho, p, steps, ascent)
     checks.check_static(name, projected=projected)

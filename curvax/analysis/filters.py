@@ -93,5 +93,5 @@ def _inside(facts: Any, rank: int, biases: bool) -> tuple[int, ...] | None:
 
 def _by_names(params: Tree) -> dict[Path, _Facts]:
     """What names, shapes and classes tell."""
-    found = layers.readings(params)
+    found = layers.param_infos(params)
     return {path: _Facts(r.role.kind, r.role.outputs, r.depth) for path, r in found.items()}

@@ -1,6 +1,6 @@
-"""Flax and curvax: a linen train state, losses of nnx modules, and what each parameter is.
+"""Flax and curvax: a linen train state, losses of nnx modules, and layouts of Flax models.
 
-This package needs Flax, which the `flax` extra brings.
+This package needs Flax (the extra `flax`).
 """
 
 from curvax.flax_bridge.layouts import layout

@@ -1,7 +1,7 @@
-"""A linen module and its inputs ↦ what each parameter is, seen by tracing one call.
+"""A linen module and its inputs ↦ the role of each parameter, from one traced call.
 
-Inside `nn.scan` and `nn.vmap` a module sees its own slice of the parameters while its parent sees
-them stacked: the axis that disappears on the way in is the depth, wherever it lies.
+Inside `nn.scan` and `nn.vmap` a module sees a slice of the parameters that its parent sees stacked:
+the axis that disappears is the depth, wherever it is.
 """
 
 from collections.abc import Mapping
@@ -13,9 +13,9 @@ from flax import linen as nn
 from curvax.parameter_roles.layers import shapes_of
 from curvax.parameter_roles.roles import (
     Axes,
+    ParamInfo,
+    ParamRole,
     Path,
-    Reading,
-    Role,
     Shape,
     convolution,
     in_attention,
@@ -29,24 +29,24 @@ from curvax.parameter_roles.roles import (
 
 def read(
     model: nn.Module, variables: Mapping[str, Any], inputs: tuple[Any, ...], options: dict[str, Any]
-) -> dict[Path, Reading]:
-    """Readings of the parameters that belong to modules which one call of the model reaches."""
+) -> dict[Path, ParamInfo]:
+    """The roles of the parameters of all modules that one call of the model reaches."""
     shapes = shapes_of(variables["params"])
     modules, views = _watch(model, variables, inputs, options)
     grouped = layers(shapes)
-    readings = {}
+    infos = {}
     for path, shape in shapes.items():
         if (owner := path[:-1]) in views:
             found = _role(modules[owner], path, views[owner], in_attention(owner, grouped))
             depth, levels = _depth(path, shape, views)
-            readings[path] = placed(found, depth, len(shape), levels)
-    return readings
+            infos[path] = placed(found, depth, len(shape), levels)
+    return infos
 
 
 def _watch(
     model: nn.Module, variables: Mapping[str, Any], inputs: tuple[Any, ...], options: dict[str, Any]
 ) -> tuple[dict[Path, nn.Module], dict[Path, dict[Path, Shape]]]:
-    """Each module by its path, and the shapes of the parameters as it sees them."""
+    """Each module by its path, and the shapes of the parameters as the module sees them."""
     modules: dict[Path, nn.Module] = {(): model}
     views: dict[Path, dict[Path, Shape]] = {(): shapes_of(variables["params"])}
 
@@ -66,7 +66,7 @@ def _watch(
     return modules, views
 
 
-def _role(module: nn.Module, path: Path, view: Mapping[Path, Shape], attention: bool) -> Role:
+def _role(module: nn.Module, path: Path, view: Mapping[Path, Shape], attention: bool) -> ParamRole:
     name = path[-1]
     layer = {own[0]: shape for own, shape in view.items() if len(own) == 1}
     match module:
@@ -87,7 +87,7 @@ def _length(value: Any) -> int:
 def _depth(
     path: Path, shape: Shape, views: Mapping[Path, Mapping[Path, Shape]]
 ) -> tuple[Axes, tuple[int, ...]]:
-    """The axes of a leaf that disappear on the way in, and after how many names each does."""
+    """The axes of a leaf that stack layers, and the number of path names above each stack."""
     own, depth, levels = list(range(len(shape))), [], []
     for level in range(1, len(path)):
         seen = views.get(path[:level], {}).get(path[level:], shape)

@@ -1,17 +1,18 @@
-"""An nnx module ↦ what each parameter is, by what its layers declare of themselves.
+"""An nnx module ↦ the role of each parameter, as declared by its layers.
 
-A layer knows the shape it was built for; axes beyond it were stacked by `nnx.vmap` or `nnx.scan`.
+A layer knows the shape that it was built with; further axes were stacked by `nnx.vmap` or
+`nnx.scan`.
 """
 
 from flax import nnx
 
 from curvax import compat
 from curvax.parameter_roles import roles
-from curvax.parameter_roles.roles import Path, Reading, Role, Shape
+from curvax.parameter_roles.roles import ParamInfo, ParamRole, Path, Shape
 
 
-def read(model: nnx.Module, shapes: dict[Path, Shape]) -> dict[Path, Reading]:
-    """Readings of all parameters; own `nnx.Param`s go by the layers around them."""
+def read(model: nnx.Module, shapes: dict[Path, Shape]) -> dict[Path, ParamInfo]:
+    """The roles of all parameters; those of own modules follow from the layers around them."""
     attention = {
         (*path, name)
         for path, module in _modules(model)
@@ -32,8 +33,8 @@ def _modules(model: nnx.Module) -> list[tuple[Path, nnx.Module]]:
     return [(tuple(map(str, path)), module) for path, module in compat.iter_modules(model)]
 
 
-def _declared(module: nnx.Module, attention: bool) -> dict[str, tuple[Role, Shape]]:
-    """What a layer of Flax was built with: the role and the unstacked shape of each parameter."""
+def _declared(module: nnx.Module, attention: bool) -> dict[str, tuple[ParamRole, Shape]]:
+    """Role and unstacked shape of each parameter of a Flax layer."""
     if isinstance(module, nnx.Embed):
         table = roles.linear(1, 1, kind="embedding")
         return {"embedding": (table, (module.num_embeddings, module.features))}
@@ -44,7 +45,7 @@ def _declared(module: nnx.Module, attention: bool) -> dict[str, tuple[Role, Shap
     return {"kernel": kernel, "bias": (roles.vector("bias", len(ends)), ends)}
 
 
-def _kernel(module: nnx.Module, kind: str) -> tuple[Role, Shape] | None:
+def _kernel(module: nnx.Module, kind: str) -> tuple[ParamRole, Shape] | None:
     match module:
         case nnx.Conv(kernel_size=size, kernel_shape=shape):
             return roles.convolution(len(size)), shape

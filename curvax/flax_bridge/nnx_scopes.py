@@ -1,7 +1,7 @@
-"""A function of an nnx module ↦ the same, with what each module computes under the module's name.
+"""Named scopes for nnx: a function of a module ↦ the function with `jax.named_scope` per module.
 
-Linen puts the path of a module on what it computes, `jax.named_scope`, where profilers and
-`curvax.analysis` find it. nnx does not.
+Linen names what a module computes by the path of the module, which profilers and `curvax.analysis`
+use; nnx does not.
 """
 
 import contextlib
@@ -18,17 +18,28 @@ Path = tuple[str, ...]
 
 
 def named_modules(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """`fn(model, ...)`, run with every module of the model under a scope of its name.
+    """Runs a function of an nnx module with every module in a named scope, as linen does.
 
         predict, params = nnx_loss(model, named_modules(lambda model, batch: model(batch["x"])))
         objective = curvax.Objective(curvax.categorical("y"), batch, model=predict, has_aux=True)
         curvax.analysis.active_fraction(objective, params)
 
-    Inside `nnx.scan` or `nnx.vmap`, which make modules of their own, a module has the name of the
-    only one of its class in the model, or of its class.
+    Inside `nnx.scan` or `nnx.vmap`, which create modules of their own, a module has the name of the
+    only module of its class in the model, or else of its class.
 
     Args:
         fn: a function whose first argument is the module.
+
+    Returns:
+        The function, with the same arguments and results.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from curvax.flax_bridge import named_modules
+        >>> model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+        >>> named_modules(lambda model, x: model(x))(model, jnp.ones((4, 3))).shape
+        (4, 2)
     """
 
     @functools.wraps(fn)
@@ -40,11 +51,11 @@ def named_modules(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Names:
-    """The path of each module, also of those that a transformation makes."""
+    """The path of each module, including those that a transformation creates."""
 
     def __init__(self, model: nnx.Module):
         self.paths: dict[int, Path] = {}
-        self.modules: list[nnx.Module] = []  # Held, so that no id is given away twice.
+        self.modules: list[nnx.Module] = []  # Referenced, so that no id is reused.
         self.inside: list[Path] = [()]
         self._add(model, ())
         self.classes = {type(module) for module in self.modules}
@@ -62,7 +73,7 @@ class _Names:
 
     @contextlib.contextmanager
     def scope(self, module: nnx.Module) -> Iterator[None]:
-        """The scope of a module, relative to the one that calls it."""
+        """The scope of a module, relative to the scope of its caller."""
         path, outer = self.path(module), self.inside[-1]
         own = path[len(outer) :] if path[: len(outer)] == outer else path
         self.inside.append(path)
@@ -75,7 +86,7 @@ class _Names:
 
 @contextlib.contextmanager
 def _scoped(names: _Names) -> Iterator[None]:
-    """Calls of the modules' classes enter their scopes."""
+    """Calls of the classes of these modules enter the scope of the module."""
     own = {cls: vars(cls).get("__call__") for cls in names.classes if callable(cls.__call__)}
 
     def scoped(call: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""The papers' methods, each one pipe of stages."""
+"""Published methods, each a pipe of a few stages."""
 
 from curvax.methods.diagonal import adahessian, diagonal_natural_gradient, sophia_g, sophia_h
 from curvax.methods.matrix_free import gauss_newton, hessian_free, natural_gradient, newton_cg

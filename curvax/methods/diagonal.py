@@ -1,4 +1,4 @@
-"""Methods that divide by a curvature diagonal, each one pipe."""
+"""Methods that precondition with a curvature diagonal, each a pipe of a few stages."""
 
 from typing import Any
 
@@ -40,24 +40,57 @@ def adahessian(
     mode: str = "auto",
     mean_over: AxisNames = None,
 ) -> Stage:
-    """AdaHessian: Adam with the Hessian diagonal in the place of the gradient's square.
+    """AdaHessian: Adam with the Hessian diagonal in place of the squared gradient.
 
         hutchinson_diag() | spatial_average() | ema_rms(b2) | optax.ema(b1)
         | scale_by_power(power) | optax.scale_by_learning_rate(learning_rate)
 
-    The defaults are those of the authors' image code, whose learning rate was 0.15. `b2=0`
-    removes the Hessian momentum, `block=None` the spatial averaging; weight decay is decoupled,
-    and `mask` is its mask as in `optax.adamw`. Each update needs `value_fn`. Yao et al.,
-    AdaHessian, arXiv:2006.00719, Algorithm 1. The options are those of the stages, `mode` that of
-    the Hessian product.
+    Yao et al., AdaHessian, arXiv:2006.00719, Algorithm 1. The defaults are those of the authors'
+    image code, with a learning rate of 0.15.
+
+    Args:
+        learning_rate: α, a number or a schedule.
+        b1: β₁ in [0, 1), decay of the gradient's mean: a number or a schedule.
+        b2: β₂ in [0, 1), decay of the diagonal's mean square; 0 removes the Hessian momentum.
+        eps: ε >= 0, added to the denominator.
+        power: k in [0, 1], exponent of the diagonal; 1 is a diagonal Newton step.
+        block: block of weights to average the diagonal over: "auto" (convolution windows), an int,
+            a callable `(path, leaf) -> None, int or axes`, or None for no average.
+        magnitudes: whether to average |D| (the authors' code) rather than D (eq. 10).
+        every: estimate the diagonal every k-th step only.
+        probes: Hutchinson probes per estimate.
+        weight_decay: decoupled weight decay, as in `optax.adamw`.
+        mask: tree prefix of booleans, or a callable `params -> tree`: the leaves that decay.
+        key: typed PRNG key, or seed, of the probes.
+        mode: differentiation mode of the Hessian product, as in `hvp`.
+        mean_over: device axis, or tuple of axes, to average gradient and diagonal over.
+
+    Returns:
+        A stage. Each `update` needs `value_fn`.
+
+    Raises:
+        ValueError, TypeError: an option is out of range, or is traced where it must be static.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax, curvax
+        >>> loss = lambda w: 0.5 * ((w[0] - 1) ** 2 + 10 * (w[1] - 2) ** 2)
+        >>> tx = curvax.adahessian(learning_rate=1.0)
+        >>> w = jnp.zeros(2)
+        >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
+        >>> [round(float(x), 2) for x in w + updates]  # exact for a diagonal Hessian
+        [1.0, 2.0]
     """
-    diagonal = _every(every, hutchinson_diag(key, probes=probes, mode=mode, mean_over=mean_over))
+    estimate = hutchinson_diag(key, probes=probes, mode=mode, mean_over=mean_over)
     smooth = () if block is None else (spatial_average(block, magnitudes=magnitudes),)
-    divide = scale_by_power(power, eps=eps)
-    return _divided(
-        "adahessian", pipe(diagonal, *smooth, ema_rms(b2)), divide, learning_rate, b1,
-        weight_decay, mask, mean_over,
-    )  # fmt: skip
+    return pipe(
+        _every(every, estimate),
+        *smooth,
+        ema_rms(b2),
+        pmean_updates(mean_over),
+        _momentum("adahessian", b1),
+        scale_by_power(power, eps=eps),
+        *_descent(learning_rate, weight_decay, mask),
+    )
 
 
 @injectable
@@ -75,21 +108,53 @@ def diagonal_natural_gradient(
     key: jax.Array | int = 0,
     mean_over: AxisNames = None,
 ) -> Stage:
-    """The natural gradient with the diagonal of the Fisher matrix: θ ← θ - α (B + λI)^-ξ g.
+    """Natural gradient with the diagonal of the Fisher matrix.
 
         fisher_diag() | ema_mean(b2) | optax.ema(b1) | scale_by_power(ξ, eps=0, damping=λ)
         | optax.scale_by_learning_rate(learning_rate)
 
-    The diagonal comes from labels drawn from the model, not from the data's own as in Adam. Each
-    update needs an `Objective` with `model=` and a likelihood. Martens, arXiv:1412.1193, eq. 10.
-    The options are those of the stages, `power` ξ in (0, 1].
+        θ ← θ - α (B + λI)^-ξ g,   B ≈ diag F
+
+    Martens, arXiv:1412.1193, eq. 10. B comes from labels drawn from the model's predictions; Adam
+    uses the labels of the data (the empirical Fisher).
+
+    Args:
+        learning_rate: α, a number or a schedule.
+        b1: β₁ in [0, 1), decay of the gradient's mean: a number or a schedule.
+        b2: β₂ in [0, 1), decay of the diagonal's mean: a number or a schedule.
+        damping: λ >= 0, in the units of the curvature: a number or a schedule.
+        power: ξ in [0, 1].
+        every: estimate the diagonal every k-th step only.
+        probes: labels drawn per example and estimate.
+        weight_decay: decoupled weight decay, as in `optax.adamw`.
+        mask: tree prefix of booleans, or a callable `params -> tree`: the leaves that decay.
+        key: typed PRNG key, or seed, of the labels.
+        mean_over: device axis, or tuple of axes, to average gradient and diagonal over.
+
+    Returns:
+        A stage. Each `update` needs `value_fn=` an `Objective` with `model=` and a likelihood.
+
+    Raises:
+        ValueError, TypeError: an option is out of range, or is traced where it must be static.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax, curvax
+        >>> batch = {"x": jnp.array([[1.0], [2.0]]), "y": jnp.array([[2.0], [4.0]])}
+        >>> objective = curvax.Objective(curvax.gaussian("y"), batch, model=lambda w, b: b["x"] * w)
+        >>> tx, w = curvax.diagonal_natural_gradient(0.1), jnp.ones(1)
+        >>> _, grads = objective.value_and_grad(w)
+        >>> updates, state = tx.update(grads, tx.init(w), w, value_fn=objective)
+        >>> updates.shape
+        (1,)
     """
-    diagonal = _every(every, fisher_diag(key, probes=probes, mean_over=mean_over))
-    divide = scale_by_power(power, eps=0.0, damping=damping)
-    return _divided(
-        "diagonal_natural_gradient", pipe(diagonal, ema_mean(b2)), divide, learning_rate, b1,
-        weight_decay, mask, mean_over,
-    )  # fmt: skip
+    return pipe(
+        _every(every, fisher_diag(key, probes=probes, mean_over=mean_over)),
+        ema_mean(b2),
+        pmean_updates(mean_over),
+        _momentum("diagonal_natural_gradient", b1),
+        scale_by_power(power, eps=0.0, damping=damping),
+        *_descent(learning_rate, weight_decay, mask),
+    )
 
 
 @injectable
@@ -110,22 +175,56 @@ def sophia_h(
     mode: str = "auto",
     mean_over: AxisNames = None,
 ) -> Stage:
-    """Sophia-H: momentum, divided by a Hessian diagonal refreshed now and then, and clipped.
+    """Sophia-H: momentum divided by a Hessian diagonal and clipped entry by entry.
 
         every(10, hutchinson_diag() | ema_mean(b2, debias=False)) | ema_mean(0.0, lag=1)
         | optax.ema(b1) | clip_by_diagonal(gamma) | add_decayed_weights | learning rate
 
-    Steps and defaults are those of `optax.contrib.sophia`, whose step divides by the diagonal as
-    it stood before: the first step is one of signs. Each update needs `value_fn`. Liu et al.,
-    Sophia, arXiv:2305.14342, Algorithm 3. The options are those of the stages, `mode` that of the
-    Hessian product.
+        θ ← θ - α clip(m / max(γ D, ε), -τ, τ)
+
+    Liu et al., Sophia, arXiv:2305.14342, Algorithm 3. Steps and defaults are those of
+    `optax.contrib.sophia`, which divides by the diagonal of the step before: D is 0 at first, so
+    the first step is a signed one.
+
+    Args:
+        learning_rate: α, a number or a schedule.
+        b1: β₁ in [0, 1), decay of the gradient's mean: a number or a schedule.
+        b2: β₂ in [0, 1), decay of the diagonal's mean, per estimate.
+        eps: ε > 0, lower bound of the denominator.
+        gamma: γ > 0, scale of the diagonal: a number or a schedule.
+        threshold: τ > 0, largest magnitude of an entry; None for no clipping.
+        every: estimate the diagonal every k-th step only.
+        probes: Hutchinson probes per estimate.
+        sampler: `sampler(key, tree) -> tree` of probes with identity covariance.
+        weight_decay: decoupled weight decay, as in `optax.adamw`.
+        mask: tree prefix of booleans, or a callable `params -> tree`: the leaves that decay.
+        key: typed PRNG key, or seed, of the probes.
+        mode: differentiation mode of the Hessian product, as in `hvp`.
+        mean_over: device axis, or tuple of axes, to average gradient and diagonal over.
+
+    Returns:
+        A stage. Each `update` needs `value_fn`.
+
+    Raises:
+        ValueError, TypeError: an option is out of range, or is traced where it must be static.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax, curvax
+        >>> loss = lambda w: 0.5 * jnp.sum(w**2)
+        >>> tx = curvax.sophia_h(learning_rate=0.1, weight_decay=0.0)
+        >>> w = jnp.array([3.0, -4.0])
+        >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
+        >>> [round(float(x), 3) for x in updates]  # signed, before the diagonal is in use
+        [-0.1, 0.1]
     """
     estimate = hutchinson_diag(key, probes=probes, sampler=sampler, mode=mode, mean_over=mean_over)
-    divide = clip_by_diagonal(gamma, eps=eps, threshold=threshold)
-    return _divided(
-        "sophia_h", _delayed(every, estimate, b2), divide, learning_rate, b1, weight_decay, mask,
-        mean_over,
-    )  # fmt: skip
+    return pipe(
+        _delayed(every, estimate, b2),
+        pmean_updates(mean_over),
+        _momentum("sophia_h", b1),
+        clip_by_diagonal(gamma, eps=eps, threshold=threshold),
+        *_descent(learning_rate, weight_decay, mask),
+    )
 
 
 @injectable
@@ -144,49 +243,73 @@ def sophia_g(
     key: jax.Array | int = 0,
     mean_over: AxisNames = None,
 ) -> Stage:
-    """Sophia-G: Sophia with the Fisher diagonal from labels drawn from the model.
+    """Sophia-G: Sophia with the Fisher diagonal, from labels drawn from the model's predictions.
 
         every(10, fisher_diag() | ema_mean(b2, debias=False)) | ema_mean(0.0, lag=1)
         | optax.ema(b1) | clip_by_diagonal(gamma) | add_decayed_weights | learning rate
 
-    Each update needs an `Objective` with `model=` and a likelihood. Liu et al., Sophia,
-    arXiv:2305.14342, Algorithms 2 and 3; γ = 0.05 there. The options are those of the stages.
+        θ ← θ - α clip(m / max(γ D, ε), -τ, τ)
+
+    Liu et al., Sophia, arXiv:2305.14342, Algorithms 2 and 3; γ = 0.05 there. The diagonal in use is
+    that of the step before, so the first step is a signed one.
+
+    Args:
+        learning_rate: α, a number or a schedule.
+        b1: β₁ in [0, 1), decay of the gradient's mean: a number or a schedule.
+        b2: β₂ in [0, 1), decay of the diagonal's mean, per estimate.
+        eps: ε > 0, lower bound of the denominator.
+        gamma: γ > 0, scale of the diagonal: a number or a schedule.
+        threshold: τ > 0, largest magnitude of an entry; None for no clipping.
+        every: estimate the diagonal every k-th step only.
+        probes: labels drawn per example and estimate.
+        weight_decay: decoupled weight decay, as in `optax.adamw`.
+        mask: tree prefix of booleans, or a callable `params -> tree`: the leaves that decay.
+        key: typed PRNG key, or seed, of the labels.
+        mean_over: device axis, or tuple of axes, to average gradient and diagonal over.
+
+    Returns:
+        A stage. Each `update` needs `value_fn=` an `Objective` with `model=` and a likelihood.
+
+    Raises:
+        ValueError, TypeError: an option is out of range, or is traced where it must be static.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax, curvax
+        >>> batch = {"x": jnp.array([[1.0], [2.0]]), "y": jnp.array([[2.0], [4.0]])}
+        >>> objective = curvax.Objective(curvax.gaussian("y"), batch, model=lambda w, b: b["x"] * w)
+        >>> tx, w = curvax.sophia_g(learning_rate=0.1, weight_decay=0.0), jnp.ones(1)
+        >>> _, grads = objective.value_and_grad(w)
+        >>> updates, state = tx.update(grads, tx.init(w), w, value_fn=objective)
+        >>> [round(float(x), 3) for x in updates]  # signed, before the diagonal is in use
+        [0.1]
     """
-    estimate = fisher_diag(key, probes=probes, mean_over=mean_over)
-    divide = clip_by_diagonal(gamma, eps=eps, threshold=threshold)
-    return _divided(
-        "sophia_g", _delayed(every, estimate, b2), divide, learning_rate, b1, weight_decay, mask,
-        mean_over,
-    )  # fmt: skip
-
-
-def _divided(
-    name: str,
-    diagonal: Stage,
-    divide: Stage,
-    learning_rate: Any,
-    b1: Any,
-    weight_decay: Any,
-    mask: Any,
-    mean_over: AxisNames,
-) -> Stage:
-    """Momentum, divided by a diagonal, with decoupled weight decay."""
-    checks.check_decay("b1", b1, stage=name)
     return pipe(
-        diagonal,
+        _delayed(every, fisher_diag(key, probes=probes, mean_over=mean_over), b2),
         pmean_updates(mean_over),
-        optax.inject_hyperparams(optax.ema)(b1) if callable(b1) else optax.ema(b1),
-        divide,
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
+        _momentum("sophia_g", b1),
+        clip_by_diagonal(gamma, eps=eps, threshold=threshold),
+        *_descent(learning_rate, weight_decay, mask),
     )
 
 
-def _delayed(k: Any, estimate: Stage, b2: Any) -> Stage:
-    """Sophia's diagonal: averaged over refreshes, as it stood a step before."""
-    refreshed = stages.every(k, pipe(estimate, ema_mean(b2, debias=False)))
-    return pipe(refreshed, ema_mean(0.0, debias=False, lag=1))
-
-
 def _every(k: Any, estimate: Stage) -> Stage:
+    """The estimate every k steps; for k = 1 as it is, so that it shares the caller's gradient."""
     return estimate if isinstance(k, int) and k == 1 else stages.every(k, estimate)
+
+
+def _delayed(k: Any, estimate: Stage, b2: Any) -> Stage:
+    """Sophia's diagonal: the mean over estimates, as it was one step before."""
+    smoothed = stages.every(k, pipe(estimate, ema_mean(b2, debias=False)))
+    return pipe(smoothed, ema_mean(0.0, debias=False, lag=1))
+
+
+def _momentum(method: str, b1: Any) -> optax.GradientTransformation:
+    """The mean of past gradients, with a number or a schedule for its decay."""
+    checks.check_decay("b1", b1, stage=method)
+    return optax.inject_hyperparams(optax.ema)(b1) if callable(b1) else optax.ema(b1)
+
+
+def _descent(learning_rate: Any, weight_decay: Any, mask: Any) -> tuple[Any, ...]:
+    """Decoupled weight decay and the learning rate."""
+    decay = optax.add_decayed_weights(weight_decay, mask)
+    return decay, optax.scale_by_learning_rate(learning_rate)

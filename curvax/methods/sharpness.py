@@ -1,4 +1,4 @@
-"""SAM and its kin over any base optimiser, each one pipe."""
+"""SAM, GSAM and LookSAM over any base optimiser, each a pipe of a few stages."""
 
 import inspect
 from collections.abc import Callable
@@ -15,7 +15,10 @@ Method = TypeVar("Method", bound=Callable[..., Stage])
 
 
 def _with_options_of(factory: Callable[..., Stage]) -> Callable[[Method], Method]:
-    """Spells a method's `**options` out as the stage's, for `help` and `inject_hyperparams`."""
+    """Replaces `**options` in a method's signature by the keyword options of a stage.
+
+    `help` then shows them, and `optax.inject_hyperparams` binds them by name.
+    """
 
     def spell(method: Method) -> Method:
         own = inspect.signature(method)
@@ -40,13 +43,51 @@ def sam(
     mean_over: AxisNames = None,
     **options: Any,
 ) -> Stage:
-    """SAM over any base: `sam_perturb(rho) | base`, with the options of `sam_perturb`.
+    """SAM: steps of a base optimiser with the gradient at a worst-case perturbation.
 
-    ASAM is `sam(base, 0.5, ascent=asam(0.01))`. Under a device axis each device perturbs on its
-    own part of the batch, and `mean_over` names the axis to average over afterwards. Over
-    `optax.MultiSteps(base, k)` the gradients of k mini-batches are averaged, each at its own
-    perturbed point; a schedule of ρ then counts mini-batches. Foret et al., SAM,
-    arXiv:2010.01412, Algorithm 1.
+        sam_perturb(rho) | pmean_updates(mean_over) | base
+
+        ε̂ = ρ g / ‖g‖₂,   u = ∇L(θ + ε̂)
+
+    Foret et al., SAM, arXiv:2010.01412, Algorithm 1. ASAM is `sam(base, 0.5, ascent=asam(0.01))`.
+
+    Args:
+        base: an Optax transformation, such as `optax.adamw(1e-3)`. Over `optax.MultiSteps(base, k)`
+            each of the k mini-batches is perturbed separately before the mean is taken; a schedule
+            of ρ then counts mini-batches.
+        rho: ρ >= 0, the radius of the perturbation in the units of the norm: a number, a schedule,
+            a tree prefix of the parameters, or a callable `path -> ρ`.
+        mean_over: device axis, or tuple of axes, to average the perturbed gradient over. Each
+            device perturbs on its own part of the batch (m-sharpness).
+        p: norm of the ball, in [1, ∞].
+        steps: number of ascent steps.
+        step_size: length of the ascent steps after the first; ρ/steps by default.
+        projected: whether steps after the first are projected back into the ball.
+        ascent: ascent rule, such as `asam(0.01)` or `fisher_ascent()`; a tree prefix of rules or a
+            callable `path -> rule` for rules by group. `dual_norm(p)` by default.
+        second_order: whether to differentiate through ε̂(θ), at one Hessian product per ascent
+            step.
+        mode: differentiation mode of these products, as in `hvp`.
+        every: perturb every k-th step only, from the first on.
+        sync_over: device axes to average the ascent gradient over, for one perturbation shared by
+            all devices.
+        mask: tree prefix of booleans, or a callable `params -> tree`; False leaves stay
+            unperturbed.
+
+    Returns:
+        A stage. Each `update` needs `value_fn`, and costs two gradients.
+
+    Raises:
+        ValueError, TypeError: an option is out of range, or is traced where it must be static.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax, curvax
+        >>> loss = lambda w: 0.5 * jnp.sum(w**2)
+        >>> tx = curvax.sam(optax.sgd(0.1), rho=0.1)
+        >>> w = jnp.array([3.0, 4.0])
+        >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
+        >>> [round(float(x), 3) for x in updates]
+        [-0.306, -0.408]
     """
     return pipe(sam_perturb(rho, **options), pmean_updates(mean_over), base)
 
@@ -62,11 +103,52 @@ def gsam(
     mean_over: AxisNames = None,
     **options: Any,
 ) -> Stage:
-    """GSAM over any base: `sam_perturb(rho) | gsam_project(alpha) | base`.
+    """GSAM: SAM that also minimises the surrogate gap h = L(θ + ε̂) - L(θ).
 
-    The options are those of `sam_perturb`; perturbation and projection are per device, as in the
-    authors' code. ρ follows the learning rate with `rho_like`. Zhuang et al., GSAM,
-    arXiv:2203.08065, Algorithm 1.
+        sam_perturb(rho) | gsam_project(alpha) | pmean_updates(mean_over) | base
+
+        u = g_p - α g_⊥,   g_⊥ = g - <g, ĝ_p> ĝ_p
+
+    Zhuang et al., GSAM, arXiv:2203.08065, Algorithm 1. Perturbation and projection are per device,
+    as in the authors' code. `rho_schedule` gives the paper's schedule of ρ.
+
+    Args:
+        base: an Optax transformation, such as `optax.adamw(1e-3)`.
+        rho: ρ >= 0, the radius of the perturbation in the units of the norm: a number, a schedule,
+            a tree prefix of the parameters, or a callable `path -> ρ`.
+        alpha: α, the weight of the orthogonal part: a number or a schedule; 0 is SAM.
+        onto: "perturbed" keeps g_p and adds the part of g orthogonal to it (the paper); "clean"
+            keeps g and adds the part of g_p orthogonal to it.
+        mean_over: device axis, or tuple of axes, to average the updates over.
+        p: norm of the ball, in [1, ∞].
+        steps: number of ascent steps.
+        step_size: length of the ascent steps after the first; ρ/steps by default.
+        projected: whether steps after the first are projected back into the ball.
+        ascent: ascent rule, such as `asam(0.01)`; a tree prefix of rules or a callable
+            `path -> rule` for rules by group. `dual_norm(p)` by default.
+        second_order: whether to differentiate through ε̂(θ), at one Hessian product per ascent
+            step.
+        mode: differentiation mode of these products, as in `hvp`.
+        every: perturb every k-th step only, from the first on.
+        sync_over: device axes to average the ascent gradient over, for one perturbation shared by
+            all devices.
+        mask: tree prefix of booleans, or a callable `params -> tree`; False leaves stay
+            unperturbed.
+
+    Returns:
+        A stage. Each `update` needs `value_fn`, and costs two gradients.
+
+    Raises:
+        ValueError, TypeError: an option is out of range, or is traced where it must be static.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax, curvax
+        >>> loss = lambda w: 0.5 * (w[0] ** 2 + 10 * w[1] ** 2)
+        >>> tx = curvax.gsam(optax.sgd(0.1), rho=0.1, alpha=0.5)
+        >>> w = jnp.array([3.0, 0.4])
+        >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
+        >>> [round(float(x), 2) for x in updates]
+        [-0.29, -0.49]
     """
     return pipe(
         sam_perturb(rho, **options),
@@ -87,11 +169,50 @@ def look_sam(
     mean_over: AxisNames = None,
     **options: Any,
 ) -> Stage:
-    """LookSAM over any base: SAM every k-th step, its orthogonal part reused in between.
+    """LookSAM: SAM every k-th step, with the orthogonal part of its gradient reused in between.
 
-        sam_perturb(rho, every=k) | keep_orthogonal(alpha) | base
+        sam_perturb(rho, every=k) | pmean_updates(mean_over) | keep_orthogonal(alpha) | base
 
-    The options are those of `sam_perturb`. Liu et al., LookSAM, arXiv:2203.02714, Algorithm 1.
+        SAM steps:    u = g_p,   g_v = g_p - <g_p, ĝ> ĝ
+        in between:   u = g + α ‖g‖ ĝ_v
+
+    Liu et al., LookSAM, arXiv:2203.02714, Algorithm 1.
+
+    Args:
+        base: an Optax transformation, such as `optax.adamw(1e-3)`.
+        rho: ρ >= 0, the radius of the perturbation in the units of the norm: a number, a schedule,
+            a tree prefix of the parameters, or a callable `path -> ρ`.
+        every: k, the number of steps per SAM step; a positive int.
+        alpha: α, the length of the reused part as a fraction of ‖g‖: a number or a schedule.
+        mean_over: device axis, or tuple of axes, to average the updates over.
+        p: norm of the ball, in [1, ∞].
+        steps: number of ascent steps.
+        step_size: length of the ascent steps after the first; ρ/steps by default.
+        projected: whether steps after the first are projected back into the ball.
+        ascent: ascent rule, such as `asam(0.01)`; a tree prefix of rules or a callable
+            `path -> rule` for rules by group. `dual_norm(p)` by default.
+        second_order: whether to differentiate through ε̂(θ), at one Hessian product per ascent
+            step.
+        mode: differentiation mode of these products, as in `hvp`.
+        sync_over: device axes to average the ascent gradient over, for one perturbation shared by
+            all devices.
+        mask: tree prefix of booleans, or a callable `params -> tree`; False leaves stay
+            unperturbed.
+
+    Returns:
+        A stage. Each `update` needs `value_fn`; the mean cost is 1 + 1/k gradients.
+
+    Raises:
+        ValueError, TypeError: an option is out of range, or is traced where it must be static.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax, curvax
+        >>> loss = lambda w: 0.5 * jnp.sum(w**2)
+        >>> tx = curvax.look_sam(optax.sgd(0.1), rho=0.1, every=5)
+        >>> w = jnp.array([3.0, 4.0])
+        >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
+        >>> [round(float(x), 3) for x in updates]  # the first step is one of SAM
+        [-0.306, -0.408]
     """
     return pipe(
         sam_perturb(rho, every=every, **options),

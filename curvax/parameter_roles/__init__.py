@@ -1,1 +1,1 @@
-"""What each parameter is (kernel, bias, norm, embedding) and what each of its axes stands for."""
+"""Parameter roles: what each leaf of a parameter tree is, and which axes of it are what."""

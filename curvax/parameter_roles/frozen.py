@@ -1,4 +1,4 @@
-"""Leaves that a pipe keeps as they are, and a climb before it that moves them all the same."""
+"""A warning for leaves that SAM perturbs and a later part of the pipe keeps fixed."""
 
 import warnings
 from collections.abc import Sequence
@@ -13,21 +13,21 @@ from curvax.arithmetic.trees import Tree
 BY_LEAF = (optax.MaskedState, optax.transforms.PartitionState)
 
 
-def warn_of_climb(parts: Sequence[Any], states: Sequence[Any], params: Tree) -> None:
-    """Says which leaves a stage perturbs that a later part never trains.
+def warn_of_frozen(parts: Sequence[Any], states: Sequence[Any], params: Tree) -> None:
+    """Warns of leaves that a stage perturbs and a later part never trains.
 
-    `part.init.climbs(params)` tells which leaves a stage perturbs, one flag for each.
+    `part.init.perturbs(params)` gives a flag for each leaf, whether the stage perturbs it.
     """
     for number, part in enumerate(parts):
-        climbs = getattr(part.init, "climbs", None)
-        if climbs is None:
+        perturbs = getattr(part.init, "perturbs", None)
+        if perturbs is None:
             continue
         later = list(zip(parts, states, strict=True))[number + 1 :]
-        still = [fixed(*part, params) for part in later if _treats_leaves_apart(part[1])]
+        frozen = [fixed(*part, params) for part in later if _treats_leaves_apart(part[1])]
         paths = [trees.names(path) for path, _ in jax.tree.leaves_with_path(params)]
         kept = [
             trees.label(path)
-            for path, moves, *flags in zip(paths, climbs(params), *still, strict=True)
+            for path, moves, *flags in zip(paths, perturbs(params), *frozen, strict=True)
             if moves and any(flags)
         ]
         if 0 < len(kept) < len(paths):
@@ -38,20 +38,20 @@ def _warn(kept: list[str]) -> None:
     found = ", ".join(f"`{name}`" for name in kept[:3])
     more = f" and {len(kept) - 3} more" if len(kept) > 3 else ""
     warnings.warn(
-        f"`sam_perturb` perturbs parameters that the optimiser behind it keeps as they are: "
-        f"{found}{more}. Their gradients enter the norm, and the loss is taken where they have "
-        "moved. Leave them out with a mask that is False there: `sam_perturb(rho, mask=mask)`, "
-        "`sam(base, rho, mask=mask)`.",
+        f"`sam_perturb` perturbs parameters that a later part of the pipe keeps fixed: "
+        f"{found}{more}. They enter the norm of the gradient, and the loss is evaluated at their "
+        "perturbed values. Exclude them by a mask that is False there: "
+        "`sam_perturb(rho, mask=mask)`, `sam(base, rho, mask=mask)`.",
         stacklevel=2,
     )
 
 
 def fixed(part: optax.GradientTransformation, state: Any, params: Tree) -> list[bool]:
-    """For each leaf whether its update does not depend on any gradient, as of `set_to_zero`."""
+    """For each leaf, whether its update is independent of all gradients, as in `set_to_zero`."""
     update = lambda u: part.update(u, state, params)[0]
     try:
         traced = jax.make_jaxpr(update)(params).jaxpr
-    except Exception:  # a part that needs more than this tells nothing
+    except Exception:  # a part that needs further arguments cannot be traced
         return [False] * len(jax.tree.leaves(params))
     moving = set(traced.invars)
     literal = lambda x: hasattr(x, "val")

@@ -1,9 +1,8 @@
-"""A tree of parameters ↦ what each leaf is, in the layouts of Flax, Haiku and Equinox.
+"""A tree of parameters ↦ the role of each leaf, in the layouts of Flax, Haiku and Equinox.
 
-Flax names a kernel (*window, in, out) `kernel`; Haiku names it `w` under a module that it calls
-`conv2_d` unless told otherwise; Equinox stores (out, in, *window) as `weight` of a class that is
-still seen in the tree. Only what is certain has a window: in another order the same mean would run
-over channels.
+Flax names a kernel (*window, in, out) `kernel`; Haiku names it `w` in a module named `conv2_d` by
+default; Equinox stores (out, in, *window) as `weight` of a class, which the tree still contains. A
+leaf gets a window only where it is certain: a wrong axis would average over channels.
 """
 
 import math
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
 from curvax.parameter_roles import roles
-from curvax.parameter_roles.roles import Path, Reading, Role, Shape
+from curvax.parameter_roles.roles import ParamInfo, ParamRole, Path, Shape
 
 HAIKU_CONVOLUTION = re.compile(r"(?:.*_)?conv([123])_?d(_transpose)?(?:_\d+)?")
 HAIKU_LINEAR = re.compile(r"(?:.*_)?linear(?:_\d+)?")
@@ -27,46 +26,46 @@ NO_CONVOLUTION = re.compile(
     r"einsum|att(entio)?n|query|key|value|qkv|expert|moe|mlp|dense|linear", re.IGNORECASE
 )
 UNLESS_IN_CONVOLUTION = re.compile(r"^out$|proj|embed|lora", re.IGNORECASE)
-# The sides of windows in use: from 2 x 2 of pooling to 11 x 11 of AlexNet.
+# Sides of windows in use, from 2 x 2 for downsampling to 11 x 11 in AlexNet.
 SIDES = range(2, 12)
 KERNELS = (("kernel",), ("w",))
 
 
-def readings(tree: Tree) -> dict[Path, Reading]:
-    """What each leaf of a tree is."""
+def param_infos(tree: Tree) -> dict[Path, ParamInfo]:
+    """The role of each leaf of a tree, and the axes that stack layers."""
     shapes = shapes_of(tree)
     inside = {bare(path): shape for path, shape in shapes.items() if bare(path)}
     read = roles.read_roles(inside, known(tree, inside))
-    return {path: read.get(bare(path), Reading(roles.OTHER)) for path in shapes}
+    return {path: read.get(bare(path), ParamInfo(roles.OTHER)) for path in shapes}
 
 
 def bare(path: Path) -> Path:
-    """A path without the `value` at which an nnx Variable holds its array."""
+    """A path without the final `value`, at which an nnx Variable holds its array."""
     return path[:-1] if path[-1:] == ("value",) else path
 
 
 def shapes_of(tree: Tree) -> dict[Path, Shape]:
-    """The shapes of the arrays of a tree; an Equinox module holds functions too."""
+    """The shapes of the arrays of a tree, without the functions that an Equinox module holds."""
     leaves = jax.tree.leaves_with_path(tree)
     return {trees.names(path): tuple(jnp.shape(x)) for path, x in leaves if not callable(x)}
 
 
-def known(tree: Tree, shapes: Mapping[Path, Shape]) -> dict[Path, Reading]:
-    """The leaves that the classes of Equinox or the names of Haiku tell."""
-    told = {
+def known(tree: Tree, shapes: Mapping[Path, Shape]) -> dict[Path, ParamInfo]:
+    """The leaves that the classes of Equinox or the names of Haiku identify."""
+    by_class = {
         (*path, name): role
         for path, layer in _equinox_layers(tree)
         for name, role in _equinox_roles(layer).items()
     }
-    found = {path: _placed(role, shapes[path]) for path, role in told.items() if path in shapes}
+    found = {path: _placed(role, shapes[path]) for path, role in by_class.items() if path in shapes}
     for owner, layer in roles.layers(shapes).items():
         if owner and (haiku := _haiku_roles(owner[-1], layer)):
             found |= {(*owner, name): reading for name, reading in haiku.items()}
     return found
 
 
-def _placed(role: tuple[Role, int], shape: Shape) -> Reading:
-    """A role of so many own axes, the leading others stacked as `eqx.filter_vmap` does."""
+def _placed(role: tuple[ParamRole, int], shape: Shape) -> ParamInfo:
+    """A role, with the leading axes beyond its own rank as stacked ones (`eqx.filter_vmap`)."""
     own, rank = role
     return roles.placed(own, tuple(range(len(shape) - rank)), len(shape))
 
@@ -85,15 +84,18 @@ def _equinox_layers(tree: Tree) -> Iterator[tuple[Path, Any]]:
             yield trees.names(path), x
 
 
-def _equinox_roles(layer: Any) -> dict[str, tuple[Role, int]]:
-    """The role and the number of own axes of each parameter of a layer of Equinox."""
+def _equinox_roles(layer: Any) -> dict[str, tuple[ParamRole, int]]:
+    """Role and number of own axes of each parameter of an Equinox layer."""
     nn = sys.modules["equinox"].nn
     if isinstance(layer, (nn.Conv, nn.ConvTranspose)):
         n = layer.num_spatial_dims
-        kernel = Role("convolution", tuple(range(2, 2 + n)), (1,), (0,))
+        kernel = ParamRole("convolution", tuple(range(2, 2 + n)), (1,), (0,))
         return {"weight": (kernel, 2 + n), "bias": (roles.vector("bias", 1 + n), 1 + n)}
     if isinstance(layer, nn.Linear):
-        return {"weight": (Role("dense", (), (1,), (0,)), 2), "bias": (roles.vector("bias", 1), 1)}
+        return {
+            "weight": (ParamRole("dense", (), (1,), (0,)), 2),
+            "bias": (roles.vector("bias", 1), 1),
+        }
     if isinstance(layer, nn.Embedding):
         return {"weight": (roles.linear(1, 1, kind="embedding"), 2)}
     rank = len(layer.shape) if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)) else 1
@@ -101,8 +103,8 @@ def _equinox_roles(layer: Any) -> dict[str, tuple[Role, int]]:
     return {"weight": norm, "bias": norm}
 
 
-def _haiku_roles(module: str, layer: Mapping[str, Shape]) -> dict[str, Reading]:
-    """What a module of Haiku holds, {w} or {w, b}, by its own name and the shapes."""
+def _haiku_roles(module: str, layer: Mapping[str, Shape]) -> dict[str, ParamInfo]:
+    """The parameters of a Haiku module, {w} or {w, b}, by its name and the shapes."""
     if "w" not in layer or not set(layer) <= {"w", "b"}:
         return {}
     kernel, bias = layer["w"], layer.get("b")
@@ -114,7 +116,7 @@ def _haiku_roles(module: str, layer: Mapping[str, Shape]) -> dict[str, Reading]:
     found = {"w": roles.placed(role, stacked, len(kernel))}
     if bias is None:
         return found
-    # A bias along the channels of (n, c, h, w) has an axis of one for each axis of the window.
+    # In the layout (n, c, h, w) a bias has an axis of size one for each axis of the window.
     ends = [kernel[depth + axis] for axis in role.outputs]
     if depth > len(bias) or math.prod(bias) != math.prod([*kernel[:depth], *ends]):
         return {}
@@ -122,7 +124,7 @@ def _haiku_roles(module: str, layer: Mapping[str, Shape]) -> dict[str, Reading]:
     return found | {"b": roles.placed(vector, stacked, len(bias))}
 
 
-def _haiku_kernel(name: str, kernel: Shape, bias: Shape | None) -> Role | None:
+def _haiku_kernel(name: str, kernel: Shape, bias: Shape | None) -> ParamRole | None:
     rank = len(kernel)
     if match := HAIKU_CONVOLUTION.fullmatch(name):
         n = int(match[1])
@@ -139,12 +141,12 @@ def _square(sides: Shape) -> bool:
     return len(set(sides)) == 1 and sides[0] in SIDES
 
 
-def doubtful_windows(shapes: Mapping[Path, Shape], readings: Mapping[Path, Reading]) -> list[Path]:
-    """The leaves of which nothing is known and that may be a convolution's kernel.
+def doubtful_windows(shapes: Mapping[Path, Shape], infos: Mapping[Path, ParamInfo]) -> list[Path]:
+    """The leaves of unknown role that may be the kernel of a convolution.
 
-    By the innermost name that says so; by a square window of which one side of the shape looks
-    like; of one axis by a short first one, unless it may be the number of heads in attention, which
-    other kernels of three axes and more have too, behind their first.
+    By the innermost name that decides; or by a square window at either end of the shape; or, with
+    one window axis, by a small first axis. The last may instead be the number of heads in
+    attention, if another kernel of three or more axes has that size behind its first axis.
     """
     high = {path: shape for path, shape in shapes.items() if len(shape) > 2}
 
@@ -152,8 +154,8 @@ def doubtful_windows(shapes: Mapping[Path, Shape], readings: Mapping[Path, Readi
         return any(shapes[path][0] in shape[1:] for other, shape in high.items() if other != path)
 
     def doubtful(path: Path) -> bool:
-        if (told := _told_convolution(path)) is not None:
-            return told
+        if (named := _named_as_convolution(path)) is not None:
+            return named
         shape = shapes[path]
         if len(shape) == 3:
             one_input = shape[1] == 1 < shape[2]
@@ -161,11 +163,12 @@ def doubtful_windows(shapes: Mapping[Path, Shape], readings: Mapping[Path, Readi
             return kernel and (one_input or not heads(path))
         return any(_square(sides) and sides[0] > 2 for sides in (shape[:2], shape[-2:]))
 
-    return [path for path in high if readings[path].role.kind == "other" and doubtful(path)]
+    return [path for path in high if infos[path].role.kind == "other" and doubtful(path)]
 
 
-def _told_convolution(path: Path) -> bool | None:
-    """Whether the names of a path, the innermost first, speak of a convolution."""
+def _named_as_convolution(path: Path) -> bool | None:
+    """Whether the names of a path, the innermost first, are those of a convolution; None where
+    they do not decide."""
     words = [word for name in reversed(bare(path)) for word in reversed(name.split("/"))]
     for word in words:
         if NAMED_CONVOLUTION.search(word):

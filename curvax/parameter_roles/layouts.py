@@ -1,7 +1,7 @@
-"""A tree of parameters ↦ what each is: the nouns that curvature tools need.
+"""A tree of parameters ↦ its layout: role, axes and block of each leaf.
 
-Which axes of a leaf are a convolution's window, which its inputs and outputs, which stack layers
-(`nn.scan`, `nn.vmap`, `nnx.scan`, `nnx.vmap`), and to which block of the network it belongs.
+The axes of a convolution's window, of inputs and of outputs; the axes that stack layers (`nn.scan`,
+`nn.vmap`, `nnx.scan`, `nnx.vmap`); and the block of the network that a leaf belongs to.
 """
 
 import re
@@ -14,25 +14,25 @@ import jax.numpy as jnp
 
 from curvax.parameter_roles import layers, roles
 from curvax.parameter_roles.layers import bare
-from curvax.parameter_roles.roles import Axes, Path, Reading, Shape
+from curvax.parameter_roles.roles import Axes, ParamInfo, Path, Shape
 
 COMPONENT = re.compile("attention|attn|mlp|ffn|feed_?forward", re.IGNORECASE)
 NUMBERED = re.compile(r"(.*?)_?\d+")
 
 
 class Leaf(NamedTuple):
-    """What one parameter is.
+    """The role of one parameter.
 
     Attributes:
-        kind: `convolution`, `dense`, `attention` (a projection's kernel), `embedding` (tables,
-            positions, tokens), `norm`, `bias`, or `other` where nothing tells.
+        kind: `convolution`, `dense`, `attention` (the kernel of a projection), `embedding` (tables,
+            positions, tokens), `norm`, `bias`, or `other` where it is unknown.
         shape: its stored shape.
         window: the window axes of a convolution.
-        inputs: the axes summed over in the forward pass.
-        outputs: the axes that come out of it; all own axes of a bias or norm.
+        inputs: the axes that the forward pass sums over.
+        outputs: the output axes; all own axes of a bias or norm.
         depth: the axes that stack layers, outermost first.
-        block: the attention, MLP, repeated block or top-level module it belongs to, as a path with
-            `*` for the number of a stacked layer: `block_*/attention`.
+        block: the attention, MLP, repeated block or top-level module that it belongs to, as a path
+            with `*` for the number of a stacked layer: `block_*/attention`.
     """
 
     kind: str
@@ -49,14 +49,14 @@ class Member(NamedTuple):
 
     path: Path
     place: tuple[int, ...]
-    """Its number along each of the leaf's `depth` axes."""
+    """The index along each `depth` axis of the leaf."""
 
 
 class Layout(Mapping[Path, Leaf]):
-    """`Leaf` by path, the names from the root of the parameters that the optimiser is given.
+    """A mapping from path to `Leaf`, with names from the root of the optimiser's parameters.
 
-    Called as `(path, leaf)` it gives a convolution's window axes and None for anything else, which
-    is what `spatial_average` takes for a block.
+    Called as `layout(path, leaf)` it returns the window axes of a convolution and None for other
+    parameters, which makes it a `block=` of `spatial_average`.
     """
 
     def __init__(self, leaves: Mapping[Path, Leaf]):
@@ -66,7 +66,7 @@ class Layout(Mapping[Path, Leaf]):
         """The leaf at a path.
 
         Raises:
-            KeyError: the model has no such parameter; the error shows the nearest ones.
+            KeyError: there is no such parameter; the message names the nearest ones.
         """
         known = self._leaves
         # nnx.Optimizer initialises a transformation with Variables, whose arrays sit at `value`.
@@ -74,9 +74,9 @@ class Layout(Mapping[Path, Leaf]):
         if path not in known:
             label, labels = "/".join(path), ["/".join(p) for p in known]
             raise KeyError(
-                f"The layout knows no parameter `{label}`; near it are "
-                f"{get_close_matches(label, labels, cutoff=0.0)}. It was made for other "
-                "parameters: call `layout(model, variables)` for the tree given to the optimiser."
+                f"The layout has no parameter `{label}`; the nearest are "
+                f"{get_close_matches(label, labels, cutoff=0.0)}. It belongs to other parameters: "
+                "call `layout(model, variables)` for the tree that the optimiser receives."
             )
         return known[path]
 
@@ -90,21 +90,22 @@ class Layout(Mapping[Path, Leaf]):
         """The window axes of a convolution's kernel, None for other parameters.
 
         Raises:
-            ValueError: the leaf has another rank than the one that the layout was made for.
+            ValueError: the leaf has another rank than the one in the layout.
         """
         known = self[path]
         if jnp.ndim(leaf) != len(known.shape):
             raise ValueError(
-                f"The layout was made for `{'/'.join(path)}` of shape {known.shape} and got shape "
-                f"{jnp.shape(leaf)}. Make it for the parameters as the optimiser sees them."
+                f"The layout has `{'/'.join(path)}` with shape {known.shape}, and the parameter "
+                f"has shape {jnp.shape(leaf)}. Call `layout(model, variables)` for the tree that "
+                "the optimiser receives."
             )
         return known.window or None
 
     def blocks(self) -> dict[str, list[Member]]:
-        """The members of every block by name, a stacked layer numbered like an unrolled one.
+        """The members of every block by name, with stacked layers numbered like unrolled ones.
 
-        `block_3` has all of layer 3, `block_3/attention` its attention alone, whether `block` is
-        scanned or `block_3` is a module of its own.
+        `block_3` has all leaves of layer 3 and `block_3/attention` those of its attention, whether
+        `block` is scanned or `block_3` is a module of its own.
         """
         found: dict[str, list[Member]] = {}
         for path, leaf in self.items():
@@ -117,22 +118,21 @@ class Layout(Mapping[Path, Leaf]):
 
 
 def layout_of_tree(tree: Any) -> Layout:
-    """What each parameter of a tree is, by the names of Flax and Haiku, the classes of Equinox, and
-    neighbouring shapes."""
+    """The layout of a tree, by names (Flax, Haiku), classes (Equinox) and shapes."""
     shapes = {bare(path): shape for path, shape in layers.shapes_of(tree).items()}
     return assemble(shapes, roles.read(shapes, layers.known(tree, shapes)))
 
 
-def assemble(shapes: Mapping[Path, Shape], readings: Mapping[Path, Reading]) -> Layout:
-    """The layout of parameters by their shapes and readings."""
+def assemble(shapes: Mapping[Path, Shape], infos: Mapping[Path, ParamInfo]) -> Layout:
+    """The layout of parameters with these shapes and roles."""
     repeated = _repeated(shapes)
     return Layout(
         {
             path: Leaf(
                 shape=shape,
-                depth=readings[path].depth,
-                block=_block(path, readings[path], repeated),
-                **readings[path].role._asdict(),
+                depth=infos[path].depth,
+                block=_block(path, infos[path], repeated),
+                **infos[path].role._asdict(),
             )
             for path, shape in shapes.items()
         }
@@ -149,12 +149,14 @@ def _repeated(shapes: Mapping[Path, Shape]) -> set[Path]:
     return {module for family in families.values() if len(family) > 1 for module in family}
 
 
-def _block(path: Path, reading: Reading, repeated: set[Path]) -> str:
-    """The deepest attention or MLP above a leaf, else the block that is repeated, else the top."""
+def _block(path: Path, info: ParamInfo, repeated: set[Path]) -> str:
+    """The innermost attention or MLP around a leaf, else the repeated block, else the top-level
+    module.
+    """
     components = [n for n in range(1, len(path)) if COMPONENT.search(path[n - 1])]
     numbered = [n for n in range(1, len(path)) if path[:n] in repeated]
-    end = max([*components[-1:], *numbered[:1], *reading.levels, 0])
-    own = [path[n] + "_*" * reading.levels.count(n + 1) for n in range(end)]
-    embeds = reading.role.kind == "embedding" or "embed" in path[0].lower()
+    end = max([*components[-1:], *numbered[:1], *info.levels, 0])
+    own = [path[n] + "_*" * info.levels.count(n + 1) for n in range(end)]
+    embeds = info.role.kind == "embedding" or "embed" in path[0].lower()
     top = "embedding" if embeds else path[0]
-    return "/".join(["*"] * reading.levels.count(0) + (own or [top]))
+    return "/".join(["*"] * info.levels.count(0) + (own or [top]))

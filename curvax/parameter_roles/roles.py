@@ -1,9 +1,10 @@
-"""A tree of named shapes ↦ what each parameter is, by the names and shapes around it.
+"""A tree of named shapes ↦ the role of each parameter, from the names and shapes around it.
 
-Rank alone does not tell a convolution (h, w, in, out) from an attention kernel (in, heads, dim) or
-from layers stacked by a scan (L, in, out). What does: a bias repeats the stacked and the output
-axes of its kernel, a normalisation's scale has one axis, attention owns a query, a key and a value,
-and what is stacked is stacked together with its neighbours. What stays doubtful is `other`.
+The rank alone does not separate a convolution (h, w, in, out) from an attention kernel
+(in, heads, dim) or from layers stacked by a scan (L, in, out). The evidence is: a bias has the
+stacked and the output axes of its kernel; the scale of a normalisation has one axis; attention
+has a query, a key and a value; neighbouring parameters are stacked together. Where this leaves a
+doubt, the role is `other`.
 """
 
 from collections.abc import Mapping
@@ -17,11 +18,11 @@ Layer = Mapping[str, Shape]
 
 ATTENTION = ("query", "key", "value")
 SHIFTS = ("bias", "offset")
-"""What Flax and Haiku call a normalisation's shift."""
+"""Names of the shift of a normalisation, in Flax and Haiku."""
 
 
-class Role(NamedTuple):
-    """What a parameter does in its own layer, before any stacking."""
+class ParamRole(NamedTuple):
+    """The role of a parameter in its layer, without axes that stack layers."""
 
     kind: str
     window: Axes = ()
@@ -29,34 +30,34 @@ class Role(NamedTuple):
     outputs: Axes = ()
 
 
-class Reading(NamedTuple):
-    """A role, the axes that stack layers, and how many names of the path lead to each stack."""
+class ParamInfo(NamedTuple):
+    """A role, the axes that stack layers, and for each the number of path names above the stack."""
 
-    role: Role
+    role: ParamRole
     depth: Axes = ()
     levels: tuple[int, ...] = ()
 
 
-OTHER = Role("other")
+OTHER = ParamRole("other")
 
 
-def convolution(window: int, *, transposed: bool = False) -> Role:
-    """A Flax kernel (*window, in, out); (*window, out, in) where it is stored transposed."""
+def convolution(window: int, *, transposed: bool = False) -> ParamRole:
+    """A Flax kernel (*window, in, out), or (*window, out, in) if it is stored transposed."""
     ends = ((window,), (window + 1,))
-    return Role("convolution", tuple(range(window)), *(ends[::-1] if transposed else ends))
+    return ParamRole("convolution", tuple(range(window)), *(ends[::-1] if transposed else ends))
 
 
-def linear(inputs: int, outputs: int, *, kind: str = "dense", batch: int = 0) -> Role:
+def linear(inputs: int, outputs: int, *, kind: str = "dense", batch: int = 0) -> ParamRole:
     """A kernel (*batch, *in, *out)."""
     split = batch + inputs
-    return Role(kind, (), tuple(range(batch, split)), tuple(range(split, split + outputs)))
+    return ParamRole(kind, (), tuple(range(batch, split)), tuple(range(split, split + outputs)))
 
 
-def vector(kind: str, rank: int) -> Role:
-    return Role(kind, outputs=tuple(range(rank)))
+def vector(kind: str, rank: int) -> ParamRole:
+    return ParamRole(kind, outputs=tuple(range(rank)))
 
 
-def role(owner: Path, name: str, layer: Layer, *, attention: bool = False) -> Role:
+def role(owner: Path, name: str, layer: Layer, *, attention: bool = False) -> ParamRole:
     """The role of the parameter `name` in an unstacked layer at the path `owner`."""
     rank = len(layer[name])
     if name == "kernel":
@@ -68,11 +69,11 @@ def role(owner: Path, name: str, layer: Layer, *, attention: bool = False) -> Ro
     if name in ("embedding", "embeddings") and rank == 2:
         return linear(1, 1, kind="embedding")
     if rank and any(word in name.lower() for word in ("embed", "cls", "token")):
-        return Role("embedding", outputs=(rank - 1,))
+        return ParamRole("embedding", outputs=(rank - 1,))
     return OTHER
 
 
-def _kernel(owner: Path, layer: Layer, attention: bool) -> Role:
+def _kernel(owner: Path, layer: Layer, attention: bool) -> ParamRole:
     rank, bias = len(layer["kernel"]), layer.get("bias")
     if attention and rank in (2, 3):
         outputs = 1 if owner[-1] == "out" else rank - 1
@@ -99,7 +100,7 @@ def layers(shapes: Mapping[Path, Shape]) -> dict[Path, dict[str, Shape]]:
 
 
 def in_attention(owner: Path, owners: Mapping[Path, object]) -> bool:
-    """Whether a layer is one of attention's projections: a query, key and value stand beside it."""
+    """Whether a layer is a projection of attention: query, key and value are siblings of it."""
     return (
         bool(owner)
         and owner[-1] in (*ATTENTION, "out")
@@ -108,46 +109,46 @@ def in_attention(owner: Path, owners: Mapping[Path, object]) -> bool:
 
 
 def read(
-    shapes: Mapping[Path, Shape], known: Mapping[Path, Reading] | None = None
-) -> dict[Path, Reading]:
-    """Reads a whole tree of shapes; of `known` leaves a module has told role and depth."""
-    readings = read_roles(shapes, known)
-    levels = _levels({path: _sizes(shapes[path], r.depth) for path, r in readings.items()})
-    return {path: r._replace(levels=levels[path]) for path, r in readings.items()}
+    shapes: Mapping[Path, Shape], known: Mapping[Path, ParamInfo] | None = None
+) -> dict[Path, ParamInfo]:
+    """The role of every parameter; `known` holds those that a module declared, with their depth."""
+    infos = read_roles(shapes, known)
+    levels = _levels({path: _sizes(shapes[path], r.depth) for path, r in infos.items()})
+    return {path: r._replace(levels=levels[path]) for path, r in infos.items()}
 
 
 def read_roles(
-    shapes: Mapping[Path, Shape], known: Mapping[Path, Reading] | None = None
-) -> dict[Path, Reading]:
-    """The same without the levels, which only names of blocks need."""
+    shapes: Mapping[Path, Shape], known: Mapping[Path, ParamInfo] | None = None
+) -> dict[Path, ParamInfo]:
+    """As `read`, without the levels, which only the names of blocks need."""
     known = known or {}
     grouped = layers(shapes)
-    depths = _depths(grouped, {path[:-1]: len(reading.depth) for path, reading in known.items()})
-    readings = {}
+    depths = _depths(grouped, {path[:-1]: len(info.depth) for path, info in known.items()})
+    infos = {}
     for path, shape in shapes.items():
-        readings[path] = known.get(path) or _read(path, shape, grouped, depths[path[:-1]])
-    return readings
+        infos[path] = known.get(path) or _read(path, shape, grouped, depths[path[:-1]])
+    return infos
 
 
-def _read(path: Path, shape: Shape, grouped: Mapping[Path, Layer], depth: int | None) -> Reading:
+def _read(path: Path, shape: Shape, grouped: Mapping[Path, Layer], depth: int | None) -> ParamInfo:
     if depth is None or depth > len(shape):
-        return Reading(OTHER)
+        return ParamInfo(OTHER)
     owner = path[:-1]
     layer = {name: s[depth:] for name, s in grouped[owner].items()}
     found = role(owner, path[-1], layer, attention=in_attention(owner, grouped))
     return placed(found, tuple(range(depth)), len(shape))
 
 
-def placed(found: Role, depth: Axes, rank: int, levels: tuple[int, ...] = ()) -> Reading:
-    """The role with its axes counted in a stored leaf of which the axes `depth` stack layers."""
+def placed(found: ParamRole, depth: Axes, rank: int, levels: tuple[int, ...] = ()) -> ParamInfo:
+    """The role with its axes numbered in a stored leaf, in which the axes `depth` stack layers."""
     own = [axis for axis in range(rank) if axis not in depth]
     kind, *groups = found
     axes = (tuple(own[axis] for axis in group) for group in groups)
-    return Reading(Role(kind, *axes), depth, levels)
+    return ParamInfo(ParamRole(kind, *axes), depth, levels)
 
 
 def removed(outer: Shape, inner: Shape) -> Axes | None:
-    """The axes without which `outer` is `inner`, the leading ones where several would do."""
+    """The axes without which `outer` is `inner`; the leading ones if there are several choices."""
     for axes in combinations(range(len(outer)), max(0, len(outer) - len(inner))):
         if tuple(size for axis, size in enumerate(outer) if axis not in axes) == inner:
             return axes
@@ -158,10 +159,10 @@ def _sizes(shape: Shape, depth: Axes) -> Shape:
     return tuple(shape[axis] for axis in depth)
 
 
-def _depths(grouped: Mapping[Path, Layer], told: Mapping[Path, int]) -> dict[Path, int | None]:
-    """The number of leading stacked axes of each layer, None where nothing settles it."""
+def _depths(grouped: Mapping[Path, Layer], declared: Mapping[Path, int]) -> dict[Path, int | None]:
+    """The number of leading stacked axes of each layer, None where it is not determined."""
     possible = {
-        owner: (told[owner],) if owner in told else _possible_depths(owner, layer)
+        owner: (declared[owner],) if owner in declared else _possible_depths(owner, layer)
         for owner, layer in grouped.items()
     }
     certain = {owner: depths[0] for owner, depths in possible.items() if len(depths) == 1}
@@ -182,7 +183,7 @@ def _depths(grouped: Mapping[Path, Layer], told: Mapping[Path, int]) -> dict[Pat
 
 
 def _plain_convolution(owner: Path, layer: Layer) -> bool:
-    """A kernel with nothing beside it that its name and a square window tell all the same."""
+    """A kernel without a bias that is a convolution by its name and its square window."""
     window = layer.get("kernel", ())[:-2]
     scanned = any("scan" in name.lower() for name in owner)
     return (
@@ -218,7 +219,7 @@ def _possible_depths(owner: Path, layer: Layer) -> tuple[int, ...]:
 
 
 def _explains(kernel: Shape, bias: Shape, depth: int) -> bool:
-    """Whether the bias is `depth` stacked axes of the kernel, then the kernel's output axes."""
+    """Whether the bias is `depth` stacked axes of the kernel, then its output axes."""
     outputs = len(bias) - depth
     return (
         len(kernel) > len(bias)
@@ -228,9 +229,10 @@ def _explains(kernel: Shape, bias: Shape, depth: int) -> bool:
 
 
 def _levels(sizes: Mapping[Path, Shape]) -> dict[Path, tuple[int, ...]]:
-    """Where in each path its stacks begin: at the outermost module all of whose leaves share them.
+    """The depth in the path at which each stack begins: the outermost module whose leaves all share
+    it.
 
-    A wrapper that holds nothing but the stacked module passes the name on to it.
+    A wrapper that holds only the stacked module passes the stack on to it.
     """
 
     def uniform(prefix: Path, size: Shape) -> bool:

@@ -1,4 +1,4 @@
-"""SAM's perturbation: the direction of the ascent, the ball it stays in, the gradient up there."""
+"""SAM's perturbation: ascent rules, and the ascent in a ball of radius ρ."""
 
 from curvax.perturbation.directions import (
     Ascent,

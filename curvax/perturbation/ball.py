@@ -1,4 +1,4 @@
-"""A loss, a point and a rule of ascent ↦ the gradient at the worst point of a ball around it."""
+"""A loss, a point and an ascent rule ↦ the gradient at the end of an ascent in a ball around it."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -17,7 +17,7 @@ from curvax.objective import Objective
 from curvax.perturbation.directions import Ascent, MetricAscent, check_p, dual_direction, p_norm
 
 
-def check_climb(
+def check_ascent(
     name: str,
     rho: Any,
     p: Any,
@@ -30,7 +30,7 @@ def check_climb(
     """Refuses options of an ascent that are out of range, before anything is traced.
 
     Raises:
-        ValueError, TypeError: one is.
+        ValueError, TypeError: an option is out of range.
     """
     for radius in jax.tree.leaves(rho):
         checks.check_range("rho", radius, 0, jnp.inf, stage=name)
@@ -39,28 +39,28 @@ def check_climb(
     check_mode(mode)
     checks.check_count(name, steps=steps)
     if isinstance(ascent, MetricAscent) and (steps > 1 or second_order):
-        given = f"steps={steps}, second_order=True" if second_order else f"steps={steps}"
+        options = f"steps={steps}, second_order=True" if second_order else f"steps={steps}"
         raise ValueError(
-            f"`{name}` climbs in a metric in one step of first order, and was given {given}. Drop "
-            "that, or climb in a p-norm: `ascent=dual_norm(2)`."
+            f"`{name}` takes an ascent in a metric in one step of first order, and got {options}. "
+            "Drop these options, or use a p-norm: `ascent=dual_norm(2)`."
         )
 
 
-class Rules:
-    """The ascent of each leaf: measure, mask, take the dual direction of the whole, scale back."""
+class AscentRules:
+    """The ascent rule, the norm and the mask of every leaf."""
 
     def __init__(self, ascent: Any, p: float, mask: Any, params: Tree):
         self.metric = ascent if isinstance(ascent, MetricAscent) else None
         ascent = Ascent() if self.metric else ascent
-        rule_like = lambda x: isinstance(x, Ascent)
+        is_rule = lambda x: isinstance(x, Ascent)
         if callable(ascent):
             spread = trees.map_with_path(lambda path, x: ascent(path), params)
-        elif rule_like(ascent):
+        elif is_rule(ascent):
             spread = jax.tree.map(lambda x: ascent, params)
         else:
             spread = trees.broadcast_prefix(ascent, params)
         self.rules = jax.tree.leaves(spread)
-        if not all(map(rule_like, self.rules)):
+        if not all(map(is_rule, self.rules)):
             raise TypeError(
                 "`ascent` takes a rule such as `dual_norm(2)` or `asam(0.01)`, a "
                 "tree prefix of such rules, a callable `path -> rule`, or `fisher_ascent()`, and "
@@ -69,19 +69,21 @@ class Rules:
         norms = {rule.p or p for rule in self.rules}
         if len(norms) > 1:
             raise ValueError(
-                "`ascent` takes one norm over all perturbed leaves, and the ascents of their "
-                f"groups name several: p in {sorted(norms)}. Give them the same p."
+                "`ascent` takes rules with one norm over all perturbed leaves, and these have "
+                f"p in {sorted(norms)}. Give them the same p."
             )
         self.p = norms.pop() if norms else p
         mask = mask(params) if callable(mask) else mask
         free = jax.tree.map(lambda x: True, params)
         self.mask = jax.tree.leaves(free if mask is None else trees.broadcast_prefix(mask, params))
         self.paths = [trees.names(path) for path, _ in jax.tree.leaves_with_path(params)]
-        drawing = {id(rule.key): rule.key for rule in self.rules if rule.key is not None}
-        self.key_ids, self.keys = list(drawing), tuple(drawing.values())
+        random = {id(rule.key): rule.key for rule in self.rules if rule.key is not None}
+        self.key_ids, self.keys = list(random), tuple(random.values())
 
     def direction(self, g: Tree, params: Tree, keys: tuple[jax.Array, ...]) -> Tree:
-        """e with ‖e‖_p = 1 over all perturbed leaves; `keys` are this step's, as `self.keys`."""
+        """e with ‖e‖_p = 1 over all perturbed leaves; `keys` are those of this step, one for each
+        of `self.keys`.
+        """
         measure = lambda i, x, w: self._measure(i, x, w, keys)
         return dual_direction(self._each(measure, g, params), self.p)
 
@@ -92,7 +94,7 @@ class Rules:
         return jax.tree.unflatten(treedef, kept)
 
     def into_ball(self, e: Tree) -> Tree:
-        """e, pulled back radially where ‖e‖_p > 1."""
+        """e, scaled back to ‖e‖_p = 1 where its norm is larger."""
         return trees.scale(1 / jnp.maximum(1.0, p_norm(e, self.p)), e)
 
     def offset(self, e: Tree, params: Tree, radius: Tree) -> Tree:
@@ -121,12 +123,12 @@ class Rules:
         return self.rules[i].scale(self.paths[i], e, trees.widen(w))
 
 
-class Climb(NamedTuple):
-    """The ascent from θ, in units of the ball: ε = ρ · scale(e, θ)."""
+class BallAscent(NamedTuple):
+    """An ascent from θ, in units of the ball: ε = ρ · scale(e, θ)."""
 
     objective: Objective
     params: Tree
-    rules: Rules
+    rules: AscentRules
     keys: tuple[jax.Array, ...]
     radius: Tree
     steps: int
@@ -137,7 +139,9 @@ class Climb(NamedTuple):
     mode: str = "auto"
 
     def gradient(self, g: Tree, second_order: bool) -> tuple[jax.Array, Tree, Tree]:
-        """(L(θ + ε̂), ∇L(θ + ε̂), the update), where the update is the gradient or its pull-back."""
+        """(L(θ + ε̂), ∇L(θ + ε̂), the update), where the update is the gradient, or the derivative
+        of θ ↦ L(θ + ε̂(θ)) if `second_order`.
+        """
         if second_order:
             return self._pulled_back(g)
         *_, (value, g_p) = self.visited(g)
@@ -152,8 +156,9 @@ class Climb(NamedTuple):
             yield (reached := self._at(e))
 
     def _pulled_back(self, g: Tree) -> tuple[jax.Array, Tree, Tree]:
-        """∇ of θ ↦ L(θ + ε̂(θ)), step by step in reverse: each ascent gradient is ∇L at a point
-        that moves with θ, so its cotangent w comes back as H w there."""
+        """∇ of θ ↦ L(θ + ε̂(θ)), step by step in reverse. Each ascent gradient is ∇L at a point
+        that depends on θ, so its cotangent w is pulled back to H w at that point.
+        """
         point = self._point
         e, pull_first = jax.vjp(self._first, self._synced(g), self.params)
         trail = []
@@ -195,7 +200,7 @@ class Climb(NamedTuple):
         return axes.vary(e, self.local)
 
     def _later(self, number: int, e: Tree, g: Tree, params: Tree) -> Tree:
-        # An ascent that draws draws anew at each of its steps.
+        # A random rule draws a new direction at each step of the ascent.
         keys = tuple(jax.random.fold_in(key, number) for key in self.keys)
         length = jax.tree.map(self._later_length, self.radius)
         step = jax.tree.map(lambda s, d: s * d, length, self.rules.direction(g, params, keys))
@@ -203,7 +208,7 @@ class Climb(NamedTuple):
         return self.rules.into_ball(e) if self.projected else e
 
     def _later_length(self, radius: Any) -> Any:
-        """The length of later steps as a share of the ball's radius."""
+        """The length of the steps after the first, as a fraction of the radius of the ball."""
         if self.step_size is None:
             return 1 / self.steps
         return trees.ratio(jnp.asarray(self.step_size), jnp.asarray(radius))

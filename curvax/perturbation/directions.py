@@ -1,6 +1,6 @@
-"""A gradient and a point ↦ the unit step that climbs.
+"""Ascent rules: a gradient and a point ↦ the unit ascent step.
 
-Every rule of the literature is one shape: measure the gradient in a metric, take the dual
+Every rule of the literature has one form: measure the gradient in a metric, take the dual
 direction of the whole tree in a p-norm, scale it back:
 
     ε̂ = ρ · scale(dual_p(measure(g, θ)), θ)
@@ -28,10 +28,13 @@ Scale = Callable[[Path, Leaf, Leaf], Leaf]
 
 @dataclasses.dataclass(frozen=True)
 class Ascent:
-    """The direction in which `sam_perturb` climbs, leaf by leaf but for one norm over all.
+    """An ascent rule for `sam_perturb`: leaf by leaf, with one norm over all leaves.
 
-    `measure(path, gradient, weight, key)` and `scale(path, step, weight)` act on one leaf; `p` is
-    the norm of the ball, None to leave it to `sam_perturb(p=)`; `key` is there where it draws.
+    Attributes:
+        measure: `measure(path, gradient, weight, key)`, the measured gradient of a leaf.
+        scale: `scale(path, step, weight)`, the step of a leaf.
+        p: norm of the ball; None for the p of `sam_perturb`.
+        key: typed PRNG key of a random rule.
     """
 
     measure: Measure = lambda path, g, w, key: g
@@ -42,82 +45,152 @@ class Ascent:
 
 @dataclasses.dataclass(frozen=True)
 class MetricAscent:
-    """Steepest ascent of the whole tree in a metric that the loss itself gives.
+    """An ascent rule for the whole tree, in a metric that depends on the loss.
 
-    `direction(objective, params, g, masked, sync)` is the unit step for the gradient g; `masked`
-    puts zeros where nothing may move, `sync` names the device axes to average over.
+    Attributes:
+        direction: `direction(objective, params, g, masked, sync)`, the unit step for the gradient
+            g. `masked` replaces the leaves that stay by zeros; `sync` names the device axes to
+            average over.
     """
 
     direction: Callable[[Any, Tree, Tree, Callable[[Tree], Tree], tuple[str, ...]], Tree]
 
 
 def dual_norm(p: float = 2) -> Ascent:
-    """Steepest ascent in the p-norm.
+    """Steepest ascent in the p-norm, the rule of SAM.
 
         ε̂ = ρ sign(g) |g|^(q-1) / (‖g‖_q^q)^(1/p),   1/p + 1/q = 1
 
-    p = ∞ moves every weight by ρ, p = 1 a single one. Foret et al., SAM, arXiv:2010.01412, eq. 2.
+    p = ∞ moves every weight by ρ, p = 1 a single weight. Foret et al., SAM, arXiv:2010.01412, eq.
+    2.
+
+    Args:
+        p: norm of the ball, in [1, ∞].
+
+    Returns:
+        An ascent rule for `sam_perturb(ascent=)`.
 
     Raises:
         ValueError: p < 1.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, curvax
+        >>> loss = lambda w: 0.5 * jnp.sum(w**2)
+        >>> tx = curvax.sam_perturb(0.1, ascent=curvax.dual_norm(jnp.inf))
+        >>> w = jnp.array([3.0, 4.0])
+        >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
+        >>> [round(float(x), 3) for x in updates]  # the gradient w + ε̂
+        [3.1, 4.1]
     """
     check_p(p)
     return Ascent(p=p)
 
 
 def asam(eta: float = 0.01) -> Ascent:
-    """ASAM as its authors' code has it: T = |w| + η, and 1 for biases, by their names.
+    """ASAM's ascent, in units of the weights.
 
-        ε̂ = ρ T² g / ‖T g‖
+        ε̂ = ρ T² g / ‖T g‖,   T = |w| + η, and T = 1 for biases
 
-    Biases are leaves named `bias`, and vectors named `b` in a module of Haiku. Kwon et al., ASAM,
-    arXiv:2102.11600; ρ = 0.5 and η = 0.01 there.
+    Kwon et al., ASAM, arXiv:2102.11600, as in the authors' code; ρ = 0.5 and η = 0.01 there. Biases
+    are leaves named `bias`, and vectors named `b` in a module of Haiku.
 
     Args:
         eta: η >= 0, in the units of the weights.
 
+    Returns:
+        An ascent rule for `sam_perturb(ascent=)`.
+
     Raises:
-        TypeError, ValueError: η is no number, or negative.
+        TypeError: η is not a number.
+        ValueError: η is negative.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, curvax
+        >>> loss = lambda w: 0.5 * jnp.sum(w**2)
+        >>> tx = curvax.sam_perturb(0.5, ascent=curvax.asam(eta=0.01))
+        >>> w = jnp.array([3.0, 4.0])
+        >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
+        >>> [round(float(x), 2) for x in updates]  # the gradient w + ε̂
+        [3.74, 5.75]
     """
     if not isinstance(eta, (numbers.Real, jax.Array)):
-        raise TypeError(f"`asam` takes η as a number, and got {eta!r}. Write `ascent=asam(0.01)`.")
+        raise TypeError(f"`asam` takes a number `eta`, and got {eta!r}. Write `ascent=asam(0.01)`.")
     if isinstance(eta, numbers.Real) and float(eta) < 0:
-        raise ValueError(f"`asam` adds η >= 0 to the magnitude of the weights, and got eta={eta}.")
+        raise ValueError(f"`asam` takes `eta` >= 0, and got eta={eta}. The authors' is 0.01.")
     return _adaptive(lambda path, w: jnp.ones_like(w) if _is_bias(path, w) else jnp.abs(w) + eta)
 
 
 def asam_all() -> Ascent:
-    """ASAM with T = |w| for every leaf, biases included, and no η.
+    """ASAM's ascent with T = |w| for every leaf, biases included, and without η.
 
         ε̂ = ρ w² g / ‖|w| g‖
 
-    The variant of the PyTorch packages davda54/sam and juntang-zhuang/GSAM; its best ρ is 2.0 on
-    the task where `asam`'s is 0.5.
+    As in the PyTorch packages davda54/sam and juntang-zhuang/GSAM, with ρ = 2.0 there where `asam`
+    takes 0.5.
+
+    Returns:
+        An ascent rule for `sam_perturb(ascent=)`.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, curvax
+        >>> loss = lambda w: 0.5 * jnp.sum(w**2)
+        >>> tx = curvax.sam_perturb(1.0, ascent=curvax.asam_all())
+        >>> w = jnp.array([3.0, 4.0])
+        >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
+        >>> [round(float(x), 2) for x in updates]  # the gradient w + ε̂
+        [4.47, 7.49]
     """
     return _adaptive(lambda path, w: jnp.abs(w))
 
 
 def weight_scaled() -> Ascent:
-    """big_vision's adaptive step: scaled by the weights, measured without them.
+    """The ascent of big_vision's adaptive SAM: scaled by the weights, with the norm of the plain
+    gradient.
 
-    ε̂ = ρ |w| g / ‖g‖
+        ε̂ = ρ |w| g / ‖g‖
+
+    Returns:
+        An ascent rule for `sam_perturb(ascent=)`.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, curvax
+        >>> loss = lambda w: 0.5 * jnp.sum(w**2)
+        >>> tx = curvax.sam_perturb(1.0, ascent=curvax.weight_scaled())
+        >>> w = jnp.array([3.0, 4.0])
+        >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
+        >>> [round(float(x), 3) for x in updates]  # the gradient w + ε̂
+        [4.8, 7.2]
     """
     return Ascent(scale=lambda path, e, w: jnp.abs(w) * e)
 
 
 def random_direction(key: jax.Array | int = 0) -> Ascent:
-    """A random direction of length ρ, whatever the gradient: ε̂ = ρ z / ‖z‖₂, z ~ N(0, I).
+    """A random direction of length ρ, independent of the gradient.
+
+        ε̂ = ρ z / ‖z‖₂,   z ~ N(0, I)
 
     The ablation of Foret et al., SAM, arXiv:2010.01412, appendix C.5.
 
     Args:
-        key: a typed key or a seed; each step draws its own direction, and so does each
-            group and, but for `sync_over`, each device.
+        key: typed PRNG key, or seed. Every step draws a new direction, and so do groups and,
+            without `sync_over`, devices.
+
+    Returns:
+        An ascent rule for `sam_perturb(ascent=)`.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, curvax
+        >>> loss = lambda w: 0.5 * jnp.sum(w**2)
+        >>> tx = curvax.sam_perturb(0.1, ascent=curvax.random_direction(key=0))
+        >>> w = jnp.array([3.0, 4.0])
+        >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
+        >>> round(float(jnp.linalg.norm(updates - w)), 3)  # ‖ε̂‖
+        0.1
     """
     key = as_key(key)
 
     def draw(path: Path, g: Leaf, w: Leaf, key: jax.Array | None) -> Leaf:
-        assert key is not None, "an ascent with a key is handed one"
+        assert key is not None, "a rule with a key receives one"
         return jax.random.normal(key, g.shape, g.dtype)
 
     return Ascent(draw, p=2, key=key)
@@ -131,24 +204,24 @@ def _adaptive(magnitude: Callable[[Path, Leaf], Leaf]) -> Ascent:
 
 
 def _is_bias(path: Path, w: Leaf) -> bool:
-    """By the leaf's own name, not that of a module; an nnx Variable holds its array at `value`."""
+    """By the name of the leaf, not of a module; an nnx Variable holds its array at `value`."""
     own = path[:-1] if path[-1:] == ("value",) else path
     name = own[-1].split(".")[-1] if own else ""
     return name == "bias" or (name == "b" and len(own) > 1 and jnp.ndim(w) <= 1)
 
 
 def check_p(p: Any) -> None:
-    """Refuses what is no norm.
+    """Refuses a p that is not in [1, ∞].
 
     Raises:
-        ValueError: p is no number or below 1.
+        ValueError: p is not a number, or is below 1.
     """
     if not isinstance(p, numbers.Real) or not float(p) >= 1:
-        raise ValueError(f"A p-norm has p in [1, ∞], and p was {p}. SAM's own is 2.")
+        raise ValueError(f"A p-norm has p in [1, ∞], and p was {p}. SAM has p = 2.")
 
 
 def dual_direction(a: Tree, p: float) -> Tree:
-    """The e of unit p-norm with the largest <a, e>, over the whole tree; 0 for a = 0."""
+    """The e of unit p-norm that maximises <a, e> over the whole tree; 0 for a = 0."""
     a = jax.tree.map(widen, a)
     if p == 2:
         return trees.unit(a)

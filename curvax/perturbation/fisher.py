@@ -1,4 +1,4 @@
-"""SAM's ascent in the space of distributions: the metric is the Fisher matrix."""
+"""SAM's ascent in the Fisher metric, which measures the change of the predictions."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,20 +23,35 @@ TEN_STEPS = cg(10)
 def fisher_ascent(
     damping: Any = 1e-3, *, solver: Solver = TEN_STEPS, mode: str = "auto"
 ) -> MetricAscent:
-    """Steepest ascent where distance is measured between predictions, for `sam_perturb(ascent=)`.
+    """Steepest ascent in the damped Fisher metric.
 
         ε̂ = argmax <g, ε> over εᵀ(F + λI)ε <= ρ²  =  ρ (F + λI)⁻¹g / ‖(F + λI)⁻¹g‖_{F + λI}
 
-    The predictions at θ + ε̂ differ from those at θ by KL ≈ ½ ρ² at most. It needs an `Objective`
-    with `model=` and a likelihood. Martens, arXiv:1412.1193, section 6, on the metric.
+    The predictions at θ + ε̂ and θ differ by KL ≈ ½ ρ² at most. Martens, arXiv:1412.1193, section
+    6, for the metric. `sam_perturb` then needs an `Objective` with `model=` and a likelihood,
+    `steps=1`, and `second_order=False`.
 
     Args:
-        damping: λ >= 0, a number or a traced one.
-        solver: `cg(10)`, `dense()`, `row_space()`.
-        mode: of the Fisher product, as in `ggnvp`.
+        damping: λ >= 0, in the units of the curvature: a number, traced or not.
+        solver: linear solver, such as `cg(10)`, `dense()` or `row_space()`.
+        mode: differentiation mode of the Fisher product, as in `fvp`.
+
+    Returns:
+        An ascent rule for `sam_perturb(ascent=)`.
 
     Raises:
-        TypeError, ValueError: `solver` is none; λ < 0; an unknown mode.
+        TypeError: `solver` is not a solver.
+        ValueError: λ < 0, or an unknown mode.
+
+    Examples:
+        >>> import jax.numpy as jnp, curvax
+        >>> batch = {"x": jnp.array([[2.0]]), "y": jnp.array([[2.0]])}
+        >>> objective = curvax.Objective(curvax.gaussian("y"), batch, model=lambda w, b: b["x"] * w)
+        >>> tx, w = curvax.sam_perturb(0.5, ascent=curvax.fisher_ascent(1e-6)), jnp.zeros(1)
+        >>> _, grads = objective.value_and_grad(w)
+        >>> updates, state = tx.update(grads, tx.init(w), w, value_fn=objective)
+        >>> round(float(updates[0] - grads[0]), 2)  # F ε̂, where F = x² = 4 and ε̂ = -ρ / √F
+        -1.0
     """
     check_mode(mode)
     checks.check_range("damping", damping, 0, jnp.inf, stage="fisher_ascent")

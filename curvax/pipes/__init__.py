@@ -1,1 +1,1 @@
-"""The pipe: signals, stages, the order they may stand in, and the diagnostics they keep."""
+"""Pipes: signals, stages, the order of stages, and diagnostics."""

@@ -1,7 +1,8 @@
-"""What a person wants to see of a step: scalars kept as the last field of a stage's state.
+"""Diagnostics: scalar metrics of a step, kept as the last fields of a stage's state.
 
-Beside them stands which have been measured, since a NaN in the state would stop `jax_debug_nans`
-and every check that a state is finite: not measured is 0 there, and NaN in `diagnostics` alone.
+Flags in the state say which metrics have been measured. An unmeasured metric is 0 in the state,
+since a NaN there would stop `jax_debug_nans` and every check that states are finite; `diagnostics`
+returns it as NaN.
 """
 
 import inspect
@@ -21,41 +22,41 @@ from curvax.objective import as_objective
 from curvax.objective.reductions import depends
 from curvax.pipes.signal import Signal, Stage, stage
 
-Figures = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
 """name ↦ float32 scalar, 0 where not measured."""
 
 Flags = Any
-"""Whether each figure has been measured, in the order of their names, bool [n]; () for none."""
+"""Whether each metric has been measured, in the order of their names, bool [n]; () for none."""
 
 _warned: set[Any] = set()
 
 
-class Measured(NamedTuple):
-    """The last two fields of the state of a stage that measures."""
+class StageMetrics(NamedTuple):
+    """The last two fields of the state of a stage with metrics."""
 
     measured: Flags
-    figures: Figures
+    figures: Metrics
 
 
-def unmeasured(*names: str) -> Measured:
-    """Figures before the first measurement."""
-    return measured(dict.fromkeys(names))
+def no_metrics(*names: str) -> StageMetrics:
+    """Metrics of these names, none of them measured."""
+    return metrics_of(dict.fromkeys(names))
 
 
-def measured(
+def metrics_of(
     scalars: dict[str, Any],
     over: tuple[str, ...] = (),
     weight: Any = None,
     known: Mapping[str, Any] = MappingProxyType({}),
-) -> Measured:
-    """Figures in float32, averaged over axes by weight, then over all that their types show.
+) -> StageMetrics:
+    """Metrics in float32: the weighted mean over `over`, then over all axes that the types show.
 
     Args:
-        scalars: name ↦ scalar, or None where this step cannot know it.
+        scalars: name ↦ scalar, or None where it is unknown in this step.
         over: bound device axes.
-        weight: what a device counts.
-        known: name ↦ whether this step knows it, traced or not and the same on every device,
-            where that is not sure.
+        weight: the weight of this device in the mean.
+        known: name ↦ whether it is known in this step, a bool, traced or not, equal on all devices;
+            for metrics that may be unknown.
     """
     flags = {name: known.get(name, x is not None) for name, x in scalars.items()}
 
@@ -65,18 +66,18 @@ def measured(
 
     figures = {name: number(name, x) for name, x in scalars.items()}
     stacked = jnp.stack([jnp.asarray(flags[name]) for name in sorted(flags)]) if flags else ()
-    return Measured(stacked, axes.mean_over_visible(axes.mean(figures, over, weight)))
+    return StageMetrics(stacked, axes.mean_over_visible(axes.mean(figures, over, weight)))
 
 
-def remeasured(state: Any, later: Any) -> Any:
-    """`state` with the figures of `later`, a state of the same stages."""
-    seen = lambda node: {name: getattr(node, name) for name in Measured._fields}
+def with_metrics_of(state: Any, later: Any) -> Any:
+    """`state` with the metrics of `later`, a state of the same stages."""
+    seen = lambda node: {name: getattr(node, name) for name in StageMetrics._fields}
     newer = lambda old, new: old._replace(**seen(new)) if _measures(old) else old
     return jax.tree.map(newer, state, later, is_leaf=_measures)
 
 
 def unflagged(state: Any) -> Any:
-    """`state` as it was when NaN stood for not measured and nothing stood beside the figures."""
+    """`state` in the format of earlier versions: no flags, and NaN for unmeasured metrics."""
 
     def bare(node: Any) -> Any:
         if not _measures(node):
@@ -89,7 +90,7 @@ def unflagged(state: Any) -> Any:
 
 
 def flagged(older: Any, like: Any) -> Any:
-    """What `unflagged` made of a state like `like`, with its flags read off the NaNs."""
+    """A state of earlier versions in the format of `like`, with flags from its NaNs."""
 
     def whole(node: Any, old: Any) -> Any:
         if not _measures(node):
@@ -107,7 +108,7 @@ def flagged(older: Any, like: Any) -> Any:
 
 
 def _placed(x: np.ndarray, like: Any) -> jax.Array:
-    """The numbers of an array that every process has whole, laid out like another."""
+    """An array that every process holds whole, sharded like another."""
     sharding = getattr(like, "sharding", None)
     if sharding is None:
         return jnp.asarray(x)
@@ -116,31 +117,38 @@ def _placed(x: np.ndarray, like: Any) -> jax.Array:
 
 class RecordState(NamedTuple):
     measured: Flags
-    figures: Figures
+    figures: Metrics
     """name ↦ float32 scalar, as last measured."""
 
 
 def record(**measures: Callable[..., Any]) -> Stage:
-    """Adds figures of your own: `record(update_norm=lambda s, p: optax.tree.norm(s.updates))`.
-
-    A measure of a third argument is handed the loss as well, which `curvax.analysis` measures:
-    `record(random=lambda s, p, loss: random_sharpness(loss, p, 0.05).value)`.
+    """Records metrics of your own at its place in the pipe.
 
     Args:
-        measures: each `measure(signal, params) -> scalar` or `measure(signal, params, objective)
-            -> scalar`, evaluated at every step at this place of the pipe; None is not known.
+        **measures: name ↦ `measure(signal, params) -> scalar`, evaluated at every step; None stands
+            for unknown. A measure with a third argument also receives the loss, as an `Objective`,
+            for the measures of `curvax.analysis`:
+            `record(random=lambda s, p, loss: random_sharpness(loss, p, 0.05).value)`.
 
     Returns:
-        A stage that passes the signal on unchanged; `diagnostics(state)` finds the figures.
+        A stage that passes the signal on unchanged; `diagnostics(state)` returns the metrics.
 
     Raises:
-        ValueError: in `update`, a measure takes the loss and there is no `value_fn`.
+        ValueError: in `update`, a measure takes the loss and `value_fn` is missing.
+
+    Examples:
+        >>> import jax.numpy as jnp, optax, curvax
+        >>> norm = lambda signal, params: jnp.sqrt(jnp.sum(signal.updates**2))
+        >>> tx, g = curvax.record(norm=norm) | optax.sgd(0.1), jnp.array([3.0, 4.0])
+        >>> updates, state = tx.update(g, tx.init(g), g)
+        >>> float(curvax.diagnostics(state)["norm"])
+        5.0
     """
     of_loss = {name for name, measure in measures.items() if _takes_loss(measure)}
 
     def init(params: Tree) -> RecordState:
         del params
-        return RecordState(*unmeasured(*measures))
+        return RecordState(*no_metrics(*measures))
 
     def rule(
         signal: Signal, state: RecordState, params: Tree, value_fn: Any = None, **extra: Any
@@ -151,48 +159,58 @@ def record(**measures: Callable[..., Any]) -> Stage:
         found, known = {}, {}
         for name, measure in measures.items():
             found[name] = measure(*seen(name))
-            if _skips(signal) and _reads_climb(measure, *seen(name)):
+            if _skips(signal) and _uses_perturbed_loss(measure, *seen(name)):
                 known[name] = signal.perturbed
-        return signal, RecordState(*measured(found, known=known))
+        return signal, RecordState(*metrics_of(found, known=known))
 
     return stage(init, rule, evaluates_loss=bool(of_loss))
 
 
 def _skips(signal: Signal) -> bool:
-    """Whether this may be a step that `sam_perturb(every=)` skips, and has no perturbed loss."""
+    """Whether `sam_perturb(every=)` may skip this step, so that there is no perturbed loss."""
     return signal.perturbed_value is not None and not isinstance(signal.perturbed, bool | None)
 
 
-def _reads_climb(measure: Callable[..., Any], signal: Any, *rest: Any) -> bool:
-    """Whether a measure is made of the perturbed loss."""
-    of_climb = lambda value: measure(signal._replace(perturbed_value=value), *rest)
+def _uses_perturbed_loss(measure: Callable[..., Any], signal: Any, *rest: Any) -> bool:
+    """Whether a measure depends on the perturbed loss."""
+    of_perturbed = lambda value: measure(signal._replace(perturbed_value=value), *rest)
     try:
-        return depends(jax.make_jaxpr(of_climb)(signal.perturbed_value))
-    except jax.errors.ConcretizationTypeError:  # it looks at the number itself
+        return depends(jax.make_jaxpr(of_perturbed)(signal.perturbed_value))
+    except jax.errors.ConcretizationTypeError:  # the measure looks at the value
         return True
 
 
 def _takes_loss(measure: Callable[..., Any]) -> bool:
-    """Whether it needs a third argument."""
+    """Whether a measure has a third argument."""
     parameters = inspect.signature(measure).parameters.values()
     return sum(each.default is each.empty for each in parameters) > 2
 
 
-def diagnostics(state: Any) -> Figures:
-    """All figures in an optimiser state, by name.
+def diagnostics(state: Any) -> Metrics:
+    """Returns all metrics in an optimiser state, by name.
 
-    A name that several stages measure is told apart by the place of its stage in the state:
+    A name that several stages use is followed by the place of the stage in the state:
     `surrogate_gap[0]`, `surrogate_gap[2]`.
 
     Args:
-        state: what `tx.init` or `tx.update` returned, wrapped by whatever Optax wrappers.
+        state: what `tx.init` or `tx.update` returned, in any Optax wrappers.
 
     Returns:
-        name ↦ float32 scalar, as last measured; NaN before the first measurement, and where a step
-        could not know it. For arrays on a device it waits for the step.
+        name ↦ float32 scalar, as last measured; NaN before the first measurement, and where it was
+        unknown in the last step. For arrays on a device the call waits for the step.
 
     Warns:
-        UserWarning: once for each pipe, figures of the loss that no step can know.
+        UserWarning: once per pipe, metrics need the loss and no step knows it.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax, curvax
+        >>> loss = lambda w: 0.5 * jnp.sum(w**2)
+        >>> tx, w = curvax.sam(optax.sgd(0.1), rho=0.1), jnp.array([3.0, 4.0])
+        >>> value, grads = jax.value_and_grad(loss)(w)
+        >>> updates, state = tx.update(grads, tx.init(w), w, value_fn=loss, value=value)
+        >>> metrics = curvax.diagnostics(state)
+        >>> round(float(metrics["surrogate_gap"]), 3), round(float(metrics["gradient_norm"]), 3)
+        (0.505, 5.0)
     """
     stages = list(_stages(state, ()))
     _warn_of_unknowable(state, [node for _, node in stages])
@@ -202,7 +220,7 @@ def diagnostics(state: Any) -> Figures:
 
 
 def _stages(state: Any, path: tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
-    """Place and state of every stage that measures, those within others behind them."""
+    """Place and state of every stage with metrics, in order, outer stages before inner ones."""
     for below, node in jax.tree.leaves_with_path(state, is_leaf=_measures):
         if _measures(node):
             here = (*path, *below)
@@ -211,7 +229,7 @@ def _stages(state: Any, path: tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
 
 
 def _known(node: Any) -> dict[str, Any]:
-    """name ↦ whether measured, a boolean array; those of stages without flags are."""
+    """name ↦ whether measured, a boolean array; always True for states without flags."""
     flags, names = getattr(node, "measured", ()), sorted(node.figures)
     if isinstance(flags, tuple):
         return dict.fromkeys(names, np.True_)
@@ -219,8 +237,8 @@ def _known(node: Any) -> dict[str, Any]:
     return {name: flags[..., i] for i, name in enumerate(names)}
 
 
-def _shown(node: Any) -> Figures:
-    """The figures of a stage, NaN where not measured."""
+def _shown(node: Any) -> Metrics:
+    """The metrics of a stage, NaN where not measured."""
     known = _known(node)
     return {name: _or_nan(x, known[name]) for name, x in node.figures.items()}
 
@@ -230,21 +248,21 @@ def _or_nan(x: Any, known: Any) -> Any:
         return jnp.where(known, x, jnp.nan)
     if np.all(known):
         return x
-    # Placed, not computed: `jax_debug_nans` looks at what operations give.
+    # A copy of a NumPy array: `jax_debug_nans` checks the results of operations only.
     return jax.device_put(np.where(known, np.asarray(x), np.float32(np.nan)))
 
 
 def _warn_of_unknowable(state: Any, stages: list[Any]) -> None:
-    """Says once that figures stay NaN where others of the same stage have been measured."""
-    # What a user records may be unknown in this step alone.
+    """Warns once of metrics that stay NaN while others of the same stage have been measured."""
+    # A metric of `record` may be unknown in this step only.
     own = [node for node in stages if not isinstance(node, RecordState)]
     missing = sorted({name for node in own for name in _unknowable(_known(node))})
     pipe = jax.tree.structure(state), *map(jnp.shape, jax.tree.leaves(state))
     if missing and pipe not in _warned:
         _warned.add(pipe)
         warnings.warn(
-            f"NaN for {', '.join(f'`{name}`' for name in missing)}: nothing told the step the loss "
-            "at the parameters, and no forward pass is spent on a figure. Pass `value=value` to "
+            f"NaN for {', '.join(f'`{name}`' for name in missing)}: the step did not know the loss "
+            "at the parameters, and no forward pass is spent on a metric. Pass `value=value` to "
             "`tx.update`, or take the gradient from `curvax.Objective(...).value_and_grad` and "
             "pass that objective as `value_fn`.",
             stacklevel=3,
@@ -267,7 +285,7 @@ def _measures(node: Any) -> bool:
 
 
 def _step(entry: Any) -> str:
-    """Places in tuples and labels of partitions tell stages apart; names of fields do not."""
+    """The place in a tuple, or a label; "" for the name of a field."""
     if isinstance(entry, jax.tree_util.GetAttrKey):
         return ""
     return jax.tree_util.keystr((entry,), simple=True)

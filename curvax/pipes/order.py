@@ -1,4 +1,4 @@
-"""Refusals of compositions in whose order something would be lost without a word."""
+"""Errors for orders of stages in which a change of the gradient would be lost silently."""
 
 import sys
 from typing import Any
@@ -9,19 +9,19 @@ from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
 
 PASSING = ("identity", "snapshot", "monitor")
-"""Optax's parts that leave the updates as they are."""
+"""Optax's transformations that leave the updates unchanged."""
 
 
 def refuse_part_before(part: str, stage: str) -> None:
     """Refuses a plain part before a stage that replaces the updates by a gradient of its own.
 
     Raises:
-        ValueError: `part` is one that changes the updates.
+        ValueError: the part changes the updates.
     """
     if part not in PASSING:
         raise ValueError(
-            f"`{stage}` replaces the updates by a gradient of its own, so that what `{part}` did "
-            f"to them before would be lost. Put `{part}` behind: `{stage}(...) | {part}(...) | "
+            f"`{stage}` replaces the updates by a gradient of its own, so that the change by "
+            f"`{part}` would be lost. Put `{part}` behind: `{stage}(...) | {part}(...) | "
             f"base`, or in the base of a method, `curvax.sam(optax.chain({part}(...), base))`. "
             f"{_CURES}"
         )
@@ -36,41 +36,41 @@ def refuse_accumulation_before(part: Any, name: str, stage: str) -> None:
     steps = multi_steps_of(part)
     if name == "apply_every" or (steps and not _is_of_one(steps)):
         raise ValueError(
-            f"`{name}` before `{stage}` hands it the gradients of k mini-batches, while `{stage}` "
+            f"`{name}` before `{stage}` passes it the gradients of k mini-batches, while `{stage}` "
             "evaluates the loss of the last one alone. Accumulate in the loss: "
-            "`curvax.Objective(loss, batch, microbatch=n)` takes loss, gradient and curvature of "
-            "the whole batch in the memory of n examples; or accumulate what the stages make of "
-            f"each mini-batch, `{stage}(...) | ... | optax.MultiSteps(base, k)`."
+            "`curvax.Objective(loss, batch, microbatch=n)` computes loss, gradient and curvature "
+            "of the whole batch in the memory of n examples; or accumulate behind the stages: "
+            f"`{stage}(...) | ... | optax.MultiSteps(base, k)`."
         )
 
 
 def refuse_changed_in_pipe(updates: Tree, gradient: Tree, stage: str) -> None:
-    """Refuses updates that earlier parts of a pipe made of the clean gradient.
+    """Refuses updates that earlier parts of a pipe changed, before a stage that replaces them.
 
     Raises:
-        ValueError: they are not the gradient.
+        ValueError: the updates are not the gradient.
     """
     if gradient is not None and not trees.same_leaves(updates, gradient):
         raise ValueError(
             f"`{stage}` replaces the updates by a gradient of its own, and an earlier part of the "
-            f"pipe has changed them: that would be lost. Put what changes the updates behind: "
+            f"pipe has changed them: that change would be lost. Put that part behind: "
             f"`{stage}(...) | optax.clip_by_global_norm(1.0) | base`. {_CURES}"
         )
 
 
 def refuse_changed_gradient(objective: Any, params: Tree, updates: Tree, stage: str) -> None:
-    """Refuses updates in the place of the gradient that the objective gave at these parameters.
+    """Refuses updates that are not the gradient that the objective returned for these parameters.
 
     Raises:
-        ValueError: the objective gave a gradient there, and the updates are not that gradient.
+        ValueError: the objective returned a gradient for them, and the updates are another one.
     """
     if objective.has_gradient_at(params) and objective.cached_gradient(params, updates) is None:
         raise ValueError(
-            f"`{stage}` takes a gradient of its own at the perturbed parameters, and the updates "
-            "that reached it are not the gradient that the objective returned for these "
-            "parameters: what was done to it in between, such as clipping, weight decay, a mask, "
-            "a mean over devices or over batches, would be lost. Hand over the gradient "
-            f"as `objective.value_and_grad(params)` returned it, and put the rest behind: "
+            f"`{stage}` replaces the updates by the gradient at the perturbed parameters, and the "
+            "updates that reached it are not the gradient that the objective returned for these "
+            "parameters: a change in between, such as clipping, weight decay, a mask, or a mean "
+            "over devices or batches, would be lost. Pass the gradient that "
+            f"`objective.value_and_grad(params)` returned, and put the change behind: "
             f"`{stage}(...) | optax.clip_by_global_norm(1.0) | base`, or `curvax.sam(optax.chain("
             f"clip, base))`. {_CURES} "
             "A mean over devices is `mean_over=` (or `pmean_updates(axis)`) behind the stage; "
@@ -86,10 +86,11 @@ _CURES = (
 
 
 def refuse_multi_steps_around(stage: str, *, replaces_gradient: bool) -> None:
-    """Refuses `optax.MultiSteps` around a stage that evaluates the loss, while it initialises it.
+    """Refuses `optax.MultiSteps` around a stage that evaluates the loss, when it initialises the
+    stage.
 
     Raises:
-        ValueError: the call comes from one that accumulates over more than one batch.
+        ValueError: the call comes from a `MultiSteps` over more than one batch.
     """
     if not _inside_multi_steps():
         return
@@ -101,15 +102,15 @@ def refuse_multi_steps_around(stage: str, *, replaces_gradient: bool) -> None:
         else "A"
     )
     raise ValueError(
-        f"`optax.MultiSteps` around `{stage}` hands it the mean gradient of k mini-batches and "
+        f"`optax.MultiSteps` around `{stage}` passes it the mean gradient of k mini-batches and "
         f"the loss of the last one alone, so that the step would be that of the last mini-batch. "
-        f"{behind}ccumulate in the loss: `curvax.Objective(loss, batch, microbatch=n)` takes loss, "
-        "gradient, perturbed gradient and curvature of the whole batch in the memory of n examples."
+        f"{behind}ccumulate in the loss: `curvax.Objective(loss, batch, microbatch=n)` computes "
+        "loss, gradients and curvature of the whole batch in the memory of n examples."
     )
 
 
 def _inside_multi_steps() -> bool:
-    """Whether a call of `MultiSteps.init` is below this one on the stack."""
+    """Whether this call comes from `MultiSteps.init`."""
     frame = sys._getframe()
     while frame := frame.f_back:  # type: ignore[assignment]
         begins = frame.f_code is optax.MultiSteps.init.__code__
@@ -119,14 +120,14 @@ def _inside_multi_steps() -> bool:
 
 
 def _is_of_one(steps: optax.MultiSteps) -> bool:
-    """Whether every mini-step is a step: `MultiSteps(tx, 1)`, of an int and no schedule."""
+    """Whether every mini-step is a step: `MultiSteps(tx, 1)` with an int, not a schedule."""
     k: Any = getattr(steps, "_every_k_schedule", None)
     constant = getattr(k, "__qualname__", "").startswith("MultiSteps.__init__")
     return constant and k(0) == 1
 
 
 def refuse_unaveraged(local: frozenset[str], pipe: str) -> None:
-    """Refuses to hand out updates that are one device's own.
+    """Refuses to return updates that are local to each device.
 
     Raises:
         ValueError: they are.
@@ -135,19 +136,19 @@ def refuse_unaveraged(local: frozenset[str], pipe: str) -> None:
         axis = sorted(local)[0]
         over = repr(axis) if len(local) == 1 else repr(tuple(sorted(local)))
         raise ValueError(
-            f"`{pipe}` ends with updates of each device's own, and the parameters of the devices "
-            f"along {axis!r} would drift apart. Average them in the pipe, as in `sam_perturb(...) "
+            f"`{pipe}` ends with each device's own updates, and the parameters of the devices "
+            f"along {axis!r} would diverge. Average them in the pipe, as in `sam_perturb(...) "
             f"| pmean_updates({over}) | optax.adam(1e-3)`, or by `mean_over={over}` of a method. "
-            "Write `pmean_updates(())` as the last stage if each device is meant to go its own "
-            "way, or averages on its own later; between stages write `|` or `curvax.pipe`, since "
-            "`optax.chain` hands on nothing but the updates."
+            "Write `pmean_updates(())` as the last stage if local updates are intended, or are "
+            "averaged later; between stages write `|` or `curvax.pipe`, since `optax.chain` passes "
+            "on the updates only."
         )
 
 
 def multi_steps_of(part: Any) -> Any:
-    """The `optax.MultiSteps` behind a part, or None.
+    """The `optax.MultiSteps` of a part, or None.
 
-    Either the object itself or what its `gradient_transformation()` returns.
+    Both the object and the result of its `gradient_transformation()` are recognised.
     """
     owner = getattr(getattr(part, "update", None), "__self__", None)
     return owner if isinstance(owner, optax.MultiSteps) else None

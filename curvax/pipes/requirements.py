@@ -1,4 +1,4 @@
-"""What a stage needs of the stages before it, or an error that shows where to put it."""
+"""What a stage needs from earlier stages, or an error that shows where to put them."""
 
 from typing import Any
 
@@ -10,13 +10,13 @@ def needed_diagonal(diagonal: Tree, stage: str, needs: str) -> Tree:
     """The diagonal of a signal.
 
     Raises:
-        ValueError: no earlier stage gave one.
+        ValueError: no earlier stage set one.
     """
     if diagonal is None:
         raise ValueError(
             f"`{stage}` {needs}, and no earlier stage gave one. Put an estimator before it, as in "
             f"`hutchinson_diag() | {stage}(...)`; between stages write `|` or `curvax.pipe`, since "
-            "`optax.chain` hands on nothing but the updates."
+            "`optax.chain` passes on the updates only."
         )
     return diagonal
 
@@ -25,12 +25,12 @@ def needed_matvec(matvec: Any, stage: str, needs: str) -> Product:
     """The curvature product of a signal.
 
     Raises:
-        ValueError: no earlier stage gave one.
+        ValueError: no earlier stage set one.
     """
     if matvec is None:
         raise ValueError(
             f"`{stage}` {needs}, and no earlier stage gave one. Put one before it, as in "
             f"`fisher_matvec() | {stage}(...)`; between stages write `|` or `curvax.pipe`, since "
-            "`optax.chain` hands on nothing but the updates."
+            "`optax.chain` passes on the updates only."
         )
     return as_product(matvec)

@@ -1,7 +1,8 @@
-"""Composition: a stage is a rule on signals, a pipe is stages in a row, both are Optax's.
+"""Composition: a stage is a rule on signals, a pipe is a sequence of stages.
 
-Signal in, signal out; plain updates in, plain updates out. So `|` is associative, the state of a
-pipe is a flat tuple with one entry per part, and every Optax wrapper takes a pipe.
+A stage called with a signal returns a signal; called with plain updates, as by Optax, it returns
+plain updates. So `|` is associative, the state of a pipe is a flat tuple with one entry per part,
+and every Optax wrapper takes a pipe.
 """
 
 from __future__ import annotations
@@ -25,21 +26,29 @@ from curvax.pipes import order
 
 
 class Signal(NamedTuple):
-    """What travels between the stages of a pipe within one `update`; it never enters the state.
+    """What the stages of a pipe pass on within one `update`. It is not part of the state.
 
     Attributes:
-        updates: what Optax passes on, a tree like the parameters.
+        updates: the updates of Optax, a tree like the parameters.
         gradient: ∇L(θ) before any perturbation, a tree like the parameters.
         diagonal: a diagonal of the curvature, in float32 or wider, shaped like the parameters.
-        matvec: the curvature as a product v ↦ C v on such trees.
-        value: L(θ), a scalar of the clean pass; None where nothing told it.
-        perturbed_value: L at the perturbed point, a scalar; as last measured, over all devices, on
-            steps that `sam_perturb(every=)` skips.
-        aux: what the loss returned beside its value in the clean pass.
-        perturbed: whether `updates` were taken at the perturbed point this step, traced or not;
-            None where nobody said.
+        matvec: a curvature product v ↦ C v on such trees.
+        value: L(θ), a scalar; None where it is unknown.
+        perturbed_value: the loss at the perturbed point, a scalar; on steps that
+            `sam_perturb(every=)` skips, the last one, averaged over devices.
+        aux: the auxiliary output of the loss at θ.
+        perturbed: whether `updates` are a gradient at a perturbed point, a bool, traced or not;
+            None where no stage set it.
         local: the device axes over which `updates` are this device's own.
-        averaged: the device axes over which updates have been averaged, be they local again or not.
+        averaged: the device axes that updates have been averaged over, even if a later stage made
+            them local again.
+
+    Examples:
+        >>> import jax.numpy as jnp, curvax
+        >>> signal, stage = curvax.Signal(jnp.array([3.0, -4.0])), curvax.squared_gradient()
+        >>> signal, state = stage.update(signal, stage.init(signal.updates), signal.updates)
+        >>> print(signal.diagonal)
+        [ 9. 16.]
     """
 
     updates: Tree
@@ -58,7 +67,21 @@ Rule = Callable[..., tuple[Signal, Any]]
 
 
 class Stage(optax.GradientTransformationExtraArgs):
-    """An Optax transformation that also passes on curvature, and composes with `|`."""
+    """An Optax transformation that also passes on curvature, and composes with `|`.
+
+    Stages are made by factories such as `sam_perturb`, by `stage` and by `pipe`.
+
+    Attributes:
+        init: `params -> state`, as in Optax.
+        update: `(updates, state, params, **extra) -> (updates, state)`, as in Optax; with a
+            `Signal` in place of the updates it returns a `Signal`.
+
+    Examples:
+        >>> import optax, curvax
+        >>> tx = curvax.sam_perturb(0.05) | optax.adamw(1e-3)
+        >>> isinstance(tx, curvax.Stage), isinstance(tx, optax.GradientTransformationExtraArgs)
+        (True, True)
+    """
 
     def __or__(self, other: optax.GradientTransformation) -> Stage:
         return pipe(self, other)
@@ -76,23 +99,32 @@ def stage(
     replaces_gradient: bool = False,
     complex_leaves: bool = False,
 ) -> Stage:
-    """Lifts a rule on signals to a stage.
+    """Makes a stage of a rule on signals.
 
     Args:
         init: `params -> state`.
-        rule: `rule(signal, state, params, **extra) -> (signal, state)`, where `extra` holds what
-            the caller gave to `update`: `value_fn`, `value`, and whatever else it pleases.
-        name: what errors call it; by default the function that the rule was written in.
-        evaluates_loss: whether the rule evaluates the loss of the batch at hand, so that
-            `optax.MultiSteps` around it, which hands it the mean gradient of several, is an error.
-            By default, whether it takes `value_fn` by name.
-        replaces_gradient: whether it does so to put a gradient of its own in the place of the
-            updates, so that what changes them before it is an error too.
-        complex_leaves: whether it is right for complex parameters too; else they are an error at
-            init.
+        rule: `rule(signal, state, params, **extra) -> (signal, state)`, where `extra` is what the
+            caller passed to `update`: `value_fn`, `value`, and others.
+        name: name in error messages; by default that of the function in which the rule was defined.
+        evaluates_loss: whether the rule evaluates the loss on the batch at hand, so that
+            `optax.MultiSteps` around it is an error. By default, whether the rule takes `value_fn`
+            by name.
+        replaces_gradient: whether the rule replaces the updates by a gradient of its own, so that
+            changes of the updates before it are an error.
+        complex_leaves: whether the rule is correct for complex parameters; they are an error at
+            `init` otherwise.
 
     Returns:
-        A stage; `stage(init, rule) | optax.adam(1e-3)` is one more.
+        A stage.
+
+    Examples:
+        >>> import jax.numpy as jnp, optax, curvax
+        >>> def flip(signal, state, params=None, **extra):
+        ...     return signal._replace(updates=-signal.updates), state
+        >>> tx = curvax.stage(lambda params: optax.EmptyState(), flip) | optax.sgd(1.0)
+        >>> g = jnp.array([3.0, -4.0])
+        >>> print(tx.update(g, tx.init(g), g)[0])
+        [ 3. -4.]
     """
     name = name or rule.__qualname__.split(".")[0]
     if evaluates_loss is None:
@@ -107,26 +139,42 @@ def stage(
 
 
 def pipe(*parts: optax.GradientTransformation) -> Stage:
-    """The parts one after the other, as a stage: `a | b | c` as a function.
+    """Applies parts one after the other: `pipe(a, b, c)` is `a | b | c`.
 
-    A plain Optax part in the middle sees and changes the updates alone. Two plain parts cannot
-    start with `|`, so they start here. `optax.MultiSteps` is taken as it is.
+    Plain Optax parts see and change the updates only. `|` needs a stage on one side, so a pipe that
+    starts with two plain parts is written with this function. `optax.MultiSteps` may be a part.
+
+    Args:
+        *parts: stages, pipes and Optax transformations.
+
+    Returns:
+        A stage. Its state is a tuple with one entry per part; pipes inside are flattened.
 
     Raises:
-        TypeError: a part is no gradient transformation.
+        TypeError: a part is not a gradient transformation.
         ValueError: a plain part changes the updates before a stage that replaces them.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax, curvax
+        >>> loss = lambda w: 0.5 * jnp.sum(w**2)
+        >>> clip = optax.clip_by_global_norm(1.0)
+        >>> tx = curvax.pipe(curvax.sam_perturb(0.1), clip, optax.sgd(1.0))
+        >>> w = jnp.array([3.0, 4.0])
+        >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
+        >>> [round(float(x), 3) for x in updates]
+        [-0.6, -0.8]
     """
     parts = tuple(piece for part in parts for piece in _pieces(part))
     _refuse_lost(parts)
 
     def init(params: Tree) -> tuple[Any, ...]:
         states = tuple(part.init(params) for part in parts)
-        frozen.warn_of_climb(parts, states, params)
+        frozen.warn_of_frozen(parts, states, params)
         return states
 
-    climbing = [part.init.climbs for part in parts if hasattr(part.init, "climbs")]
-    if climbing:
-        init.climbs = climbing[0]  # type: ignore[attr-defined]
+    perturbing = [part.init.perturbs for part in parts if hasattr(part.init, "perturbs")]
+    if perturbing:
+        init.perturbs = perturbing[0]  # type: ignore[attr-defined]
 
     def rule(signal: Signal, state: tuple[Any, ...], params: Tree = None, **extra: Any) -> Any:
         new_state = []
@@ -143,32 +191,32 @@ def pipe(*parts: optax.GradientTransformation) -> Stage:
 def step(
     part: optax.GradientTransformation, signal: Signal, state: Any, params: Tree, **extra: Any
 ) -> tuple[Signal, Any]:
-    """One part applied to a signal; a plain Optax part sees and changes the updates alone."""
+    """Applies one part to a signal; a plain Optax part sees and changes the updates only."""
     if isinstance(part, Stage):
         return part.update(signal, state, params, **extra)
     _refuse_local_moments(part, state, signal)
     part = optax.with_extra_args_support(part)
     updates, state = part.update(signal.updates, state, params, **extra)
-    # Where types tell, a plain part that averages over devices is seen to.
+    # With `check_vma=True` the types show whether a plain part averaged over devices.
     local = signal.local & axes.varying(updates) if axes.tracked() else signal.local
     return signal._replace(updates=updates, local=local), state
 
 
 def name_of(part: optax.GradientTransformation) -> str:
-    """What the user called it: `hutchinson_diag`, `ema`."""
+    """The name of a part in error messages, as the user wrote it: `hutchinson_diag`, `ema`."""
     if isinstance(part.update, _Update):
         return part.update.name
     return getattr(part.update, "__qualname__", type(part).__name__).split(".")[0]
 
 
 def parts_of(part: optax.GradientTransformation) -> tuple[optax.GradientTransformation, ...]:
-    """The parts of a pipe; of anything else, itself."""
+    """The parts of a pipe; for anything else, the part itself."""
     inner = part.update.parts if isinstance(part.update, _Update) else ()
     return inner or (part,)
 
 
 class Kind(NamedTuple):
-    """What a stage asks of the loss, by its name."""
+    """How a stage uses the loss."""
 
     name: str
     evaluates_loss: bool
@@ -178,7 +226,7 @@ class Kind(NamedTuple):
 
 
 def kinds(part: optax.GradientTransformation) -> tuple[Kind, ...]:
-    """What a stage, and the stages inside it, ask of the loss; nothing is known of a plain part."""
+    """How a stage, and the stages inside it, use the loss; () for a plain part."""
     return part.update.kinds if isinstance(part.update, _Update) else ()
 
 
@@ -189,9 +237,10 @@ def containing(
     evaluates_loss: bool = False,
     converted: bool = False,
 ) -> Stage:
-    """A stage around others, which asks of the loss what they ask.
+    """A stage around others, with their kinds.
 
-    `converted`: it takes the gradient in another convention than the objective's, too.
+    `converted`: the gradient may reach the stages inside in another convention than the
+    objective's.
     """
     name = rule.__qualname__.split(".")[0]
     below = tuple(kind for part in inner for kind in kinds(part))
@@ -222,9 +271,9 @@ class _Init:
     ):
         self.init, self.name, self.kinds = init, name, kinds
         self.complex_leaves = complex_leaves
-        if hasattr(init, "climbs"):
-            # Which leaves a stage perturbs; a pipe and `per_group` pass it on.
-            self.climbs = init.climbs
+        if hasattr(init, "perturbs"):
+            # params ↦ whether the stage perturbs each leaf; a pipe and `per_group` pass it on.
+            self.perturbs = init.perturbs
 
     def __call__(self, params: Tree) -> Any:
         checks.refuse_masked(params, self.name)
@@ -237,7 +286,9 @@ class _Init:
 
 
 class _Update:
-    """The lift: plain updates become a signal on the way in, and are taken from it at the end."""
+    """The update of a stage: plain updates become a signal before the rule, and are returned after
+    it.
+    """
 
     def __init__(self, rule: Rule, name: str, kinds: tuple[Kind, ...], parts: tuple[Any, ...] = ()):
         self.rule, self.name, self.kinds, self.parts = rule, name, kinds, parts
@@ -249,8 +300,8 @@ class _Update:
         extra = _by_our_names(extra)
         value_fn = extra.get("value_fn")
         for kind in self.kinds:
-            told = kind.replaces_gradient and not kind.converted
-            if told and isinstance(value_fn, Objective):
+            comparable = kind.replaces_gradient and not kind.converted
+            if comparable and isinstance(value_fn, Objective):
                 order.refuse_changed_gradient(value_fn, params, updates, kind.name)
         checks.refuse_unlike(updates, params, self.name)
         updates, params = trees.arrays((updates, params))
@@ -260,10 +311,10 @@ class _Update:
 
 
 def _by_our_names(extra: dict[str, Any]) -> dict[str, Any]:
-    """The extra arguments with what others call `obj_fn` and `loss` as `value_fn` and `value`.
+    """The extra arguments, with `obj_fn` as `value_fn` and `loss` as `value`.
 
-    `obj_fn` is Optax's name in `optax.contrib.sophia`, and Levanter's; a `loss` is the value where
-    it is a scalar number.
+    `obj_fn` is the name in `optax.contrib.sophia` and in Levanter; `loss` is taken if it is a
+    scalar.
     """
     found = dict(extra)
     if found.get("value_fn") is None and callable(found.get("obj_fn")):
@@ -277,9 +328,9 @@ def _by_our_names(extra: dict[str, Any]) -> dict[str, Any]:
 
 
 def _begin(updates: Tree, params: Tree, extra: Any) -> Signal:
-    """The signal of plain updates, with what the objective remembers of them.
+    """The signal of plain updates, with what the gradient cache of the objective holds for them.
 
-    The loss is the one that the caller gave or the objective remembers; never a hidden pass.
+    The value is the caller's, or the cached one; it never costs a forward pass.
     """
     value, value_fn = extra.get("value"), extra.get("value_fn")
     given = value_fn.cached_gradient(params, updates) if isinstance(value_fn, Objective) else None
@@ -296,15 +347,16 @@ def _pieces(part: Any) -> tuple[optax.GradientTransformation, ...]:
     if not isinstance(part, optax.GradientTransformation):
         raise TypeError(
             "The parts of a pipe are stages and Optax transformations, and one of them is "
-            f"{part!r}. Write for instance `sam_perturb(0.05) | optax.sgd(0.1)`; a factory needs "
-            "its parentheses, a number its `optax.scale(...)`."
+            f"{part!r}. Write for instance `sam_perturb(0.05) | optax.sgd(0.1)`: a factory needs "
+            "its parentheses, and a number is written `optax.scale(...)`."
         )
     return parts_of(part)
 
 
 def _refuse_lost(parts: tuple[optax.GradientTransformation, ...]) -> None:
-    """Refuses plain parts before a stage that replaces the updates, and accumulation before one
-    that evaluates the loss."""
+    """Refuses plain parts before a stage that replaces the updates, and accumulation before a stage
+    that evaluates the loss.
+    """
     for place, part in enumerate(parts):
         behind = (kind for later in parts[place + 1 :] for kind in kinds(later))
         stage = next((kind.name for kind in behind if kind.replaces_gradient), None)
@@ -320,20 +372,20 @@ def _refuse_local_moments(part: optax.GradientTransformation, state: Any, signal
     if signal.local and any(jnp.ndim(x) and trees.is_float(x) for x in jax.tree.leaves(state)):
         axis = sorted(signal.local)
         raise ValueError(
-            f"`{name_of(part)}` would build its moments from the updates of one device, and each "
-            f"device of {axis} would go its own way. Put `pmean_updates({axis[0]!r})` before it "
-            "(`mean_over=` in a method), or `pmean_updates(())` if that is meant."
+            f"`{name_of(part)}` would compute its moments from the updates of one device, and the "
+            f"devices of {axis} would diverge. Put `pmean_updates({axis[0]!r})` before it "
+            "(`mean_over=` in a method), or `pmean_updates(())` if local moments are intended."
         )
 
 
 def weight_of(signal: Signal, value_fn: Any, over: tuple[str, ...], stage: str) -> jax.Array | None:
-    """What the updates count in a mean over these device axes; None where all count alike.
+    """The weight of the updates in a mean over these device axes; None where devices count equally.
 
-    The weight of the examples that they come from. Where an earlier stage has averaged over a
-    device axis, those of all devices along it (which `axes.mean` knows where types tell).
+    It is the weight of their examples. Where an earlier stage averaged over a device axis, it is
+    the sum over all devices along it (with `check_vma=True`, `axes.mean` does this itself).
 
     Raises:
-        ValueError: the mean is over a part of the axes, and nothing tells what was averaged before.
+        ValueError: the mean is over some of the axes, and earlier averages are unknown.
     """
     weight = None if value_fn is None else as_objective(value_fn, stage).batch_weight()
     if weight is None or axes.tracked():
@@ -342,8 +394,8 @@ def weight_of(signal: Signal, value_fn: Any, over: tuple[str, ...], stage: str) 
         raise ValueError(
             f"`{stage}` averages over {list(over)} of the device axes {list(axes.manual())}, where "
             "devices count by the weights of their examples, and cannot know over which axes the "
-            "updates have been averaged before: they came from no stage of this pipe and are not "
-            "the objective's own gradient. Write the stages as one pipe, `a | b` instead of "
+            "updates have been averaged before: they come from outside of this pipe and are not "
+            "the gradient of the objective. Write the stages as one pipe, `a | b` instead of "
             "`optax.chain(a, b)`, average over all axes at once, or leave `check_vma=True`."
         )
     before = signal.averaged - signal.local
@@ -351,12 +403,12 @@ def weight_of(signal: Signal, value_fn: Any, over: tuple[str, ...], stage: str) 
 
 
 class StepState(NamedTuple):
-    """The state of a stage that keeps nothing but the time."""
+    """The state of a stage that only counts steps."""
 
     step: jax.Array
-    """Steps taken, int32 scalar: what schedules are called with."""
+    """Steps taken, int32 scalar: the argument of schedules."""
 
 
 def at(value: Any, count: jax.Array) -> Any:
-    """A hyperparameter at a step: a schedule is called with it, anything else is itself."""
+    """A hyperparameter at a step: the value of a schedule, or the value itself."""
     return value(count) if callable(value) else value

@@ -1,8 +1,8 @@
-"""PRNG keys in an optimiser's state: kept as uint32 data, typed again where they are used.
+"""PRNG keys in an optimiser's state: stored as uint32 data, typed where they are used.
 
-Every checkpoint format takes uint32. The data does not tell which implementation draws from it, so
-the stage that draws remembers that. A transformation that changes the keys of the stages inside it
-learns it from their `init`, traced once with its keys typed.
+Every checkpoint format takes uint32. The data does not contain the implementation of the key, so
+the stage that draws remembers it. A transformation that changes the keys of inner stages learns it
+from their `init`, traced once with typed keys.
 """
 
 import warnings
@@ -28,10 +28,10 @@ def _default_impl() -> str:
 
 
 class DrawingKey:
-    """The key of a stage, in the form that its state keeps and in the one that it draws with.
+    """The key of a stage, as stored in its state and as used for drawing.
 
     Args:
-        key: a typed key of any implementation, or a seed for one of JAX's default.
+        key: a typed key of any implementation, or a seed for JAX's default.
     """
 
     def __init__(self, key: jax.Array | int):
@@ -39,13 +39,14 @@ class DrawingKey:
         self._impl = jax.random.key_impl(key) if typed else _default_impl()
 
     def initial(self) -> jax.Array:
-        """The data of the key, uint32, in a buffer of its own: a donated state must not take along
-        the key that the stage was made with."""
+        """The data of the key, uint32, as a new buffer: donating the state must not delete the key
+        of the stage.
+        """
         key = self._key if is_key(self._key) else jax.random.key(self._key, impl=self._impl)
         return jnp.copy(key if _typed_init.get() else jax.random.key_data(key))
 
     def of(self, kept: jax.Array) -> jax.Array:
-        """The typed key of a state. States of earlier versions hold it typed, and may go on so."""
+        """The typed key of a state. States of earlier versions hold typed keys, which are kept."""
         return kept if is_key(kept) else jax.random.wrap_key_data(kept, impl=self._impl)
 
 
@@ -61,7 +62,7 @@ class StateKeys:
         self._impls: list[Any] = []
 
         def typed(params: Tree) -> Any:
-            # An `init` that is jitted may have been traced before, with its keys as data.
+            # A jitted `init` may have been traced before, with its keys as data.
             with jax.disable_jit():
                 state = init(params)
             leaves = jax.tree.leaves(state)
@@ -70,13 +71,13 @@ class StateKeys:
 
         token = _typed_init.set(True)
         try:
-            with warnings.catch_warnings(action="ignore"):  # given when the state was made
+            with warnings.catch_warnings(action="ignore"):  # issued when the state was made
                 jax.eval_shape(typed, params)
         finally:
             _typed_init.reset(token)
 
     def map(self, f: Callable[[jax.Array], jax.Array], state: Any) -> Any:
-        """The state with f, a map of typed keys, applied to each key."""
+        """The state with `f`, a function of typed keys, applied to each key."""
 
         def change(impl: Any, x: jax.Array) -> jax.Array:
             if is_key(x):
@@ -86,7 +87,7 @@ class StateKeys:
         return self._each(change, state)
 
     def without(self, state: Any) -> Any:
-        """The state with False in the places of the keys."""
+        """The state with False in place of each key."""
         return self._each(lambda impl, x: False, state)
 
     def put_back(self, kept: Any, state: Any) -> Any:

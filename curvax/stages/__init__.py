@@ -1,4 +1,4 @@
-"""The verbs: estimate, smooth, precondition, solve, perturb, project, average, restrict."""
+"""Stages: estimate, smooth, precondition, solve, perturb, project, average, restrict."""
 
 from curvax.stages.averaging import per_group, pmean_updates
 from curvax.stages.complex_parameters import split_real_and_imaginary

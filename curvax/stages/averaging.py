@@ -1,4 +1,4 @@
-"""Averages: over devices, and over groups of examples that each take the stages on their own."""
+"""Averages over devices, and over groups of examples that take the stages separately."""
 
 from typing import Any
 
@@ -19,22 +19,32 @@ from curvax.pipes.state_keys import StateKeys
 
 
 def pmean_updates(axis_name: AxisNames) -> Stage:
-    """Averages updates, clean gradient and losses over device axes: what follows sees the mean.
+    """Averages updates, clean gradient and losses over device axes.
 
-    What later stages do not use is dropped by the compiler, and what is the same on every device
-    already costs nothing. Where the objective has a weight, devices count by it.
+    Later stages see the means. Means that nothing uses are dropped by the compiler, and values that
+    are equal on all devices cost nothing. Devices are weighted by the objective's weight where it
+    has one. Where no axis is bound the stage is the identity, so that one pipe serves jit, pmap and
+    shard_map.
 
     Args:
-        axis_name: an axis name or a tuple of them; `()` says that each device is meant to go on
-            with its own. The identity where no axis is bound, so that one text serves jit, pmap
-            and shard_map.
+        axis_name: device axis, or tuple of axes; `()` declares that the updates stay local to each
+            device.
 
     Returns:
         A stage.
 
     Raises:
-        ValueError: at update, the axis is not bound while others are; or it is None and the
+        ValueError: in `update`, the axis is not bound while others are, or it is None and the
             updates are local.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax, curvax
+        >>> loss = lambda w: 0.5 * jnp.sum(w**2)
+        >>> tx = curvax.sam_perturb(0.1) | curvax.pmean_updates("batch") | optax.sgd(1.0)
+        >>> w = jnp.array([3.0, 4.0])
+        >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
+        >>> [round(float(x), 3) for x in updates]  # outside of pmap and shard_map: the identity
+        [-3.06, -4.08]
     """
 
     def rule(
@@ -53,7 +63,7 @@ def pmean_updates(axis_name: AxisNames) -> Stage:
 
 
 def _mean(signal: Signal, over: tuple[str, ...], weight: jax.Array | None) -> Signal:
-    """Updates, clean gradient and losses as their means over bound device axes."""
+    """The signal with updates, clean gradient and losses averaged over bound device axes."""
     mean = lambda tree: axes.mean(tree, over, weight)
     same = trees.same_leaves(signal.gradient, signal.updates)
     updates = mean(signal.updates)
@@ -67,41 +77,50 @@ def _mean(signal: Signal, over: tuple[str, ...], weight: jax.Array | None) -> Si
 
 @injectable
 def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool = False) -> Stage:
-    """m-sharpness: groups of m examples each take the stages on their own, then the mean.
+    """Applies stages to groups of m examples and averages the updates (m-sharpness).
 
         u = 1/G Σ_g stages(∇L_g(θ)),   L_g the loss of the g-th contiguous group
 
     `per_group(m, sam_perturb(rho) | gsam_project(alpha)) | optax.adamw(lr)` perturbs and projects
-    for every m examples, whatever the number of devices. Each group starts from the one state kept,
-    with keys of its own; afterwards moments and figures are averaged, and counts and keys advance
-    once. The gradient that the caller computed is not used, and compiles to nothing. Of curvature a
-    diagonal is handed on, but not where devices count by weights, since they may share it. The aux
-    is that of the whole batch, as with micro-batches. Foret et al., SAM, arXiv:2010.01412, section
-    4.1.
+    per m examples, whatever the number of devices. Every group starts from the same state, with a
+    key of its own; afterwards moments and metrics are averaged, and counts and keys advance once.
+    The gradient given to `update` is not used, and is not computed. A curvature diagonal is passed
+    on, except where devices are weighted. The aux is that of the whole batch. Foret et al., SAM,
+    arXiv:2010.01412, section 4.1.
 
-    On a mesh of explicit axes groups that come out even on the devices stay there: one sum of the
-    parameters' size between devices, and parameters that are split along the axes of the batch
-    (FSDP) are gathered once before. Fewer groups than devices, or a model that names the axis of
-    the batch, have every device work on its part of each group: a sum for each group and pass, and
-    the batch is moved once. Where neither the groups nor their examples come out even, devices
-    repeat each other's work.
+    On a mesh of explicit axes, groups that divide evenly among the devices stay on them: the cost
+    is one all-reduce of the parameters' size, after one all-gather of parameters that are sharded
+    along the axes of the batch (FSDP). Otherwise (fewer groups than devices, or a model that names
+    the axis of the batch) every device works on a part of each group: the batch is moved once, and
+    each group and pass costs one all-reduce.
+    If neither groups nor examples divide evenly, devices repeat each other's work.
 
     Args:
-        m: examples in a group; divides the batch. Under device axes it divides the batch of each
-            device, or is that of neighbouring devices: all along the last axes that split the batch
-            (`jax.make_mesh((4, 2), ("batch", "group"))`, in the order of the mesh), or, under
-            `pmap`, so many in a row. The ascent then starts from the mean gradient of the group.
-            With `check_vma=False`, which hides what splits the batch, every axis of the mesh
-            counts as doing so.
-        stages: a stage, a pipe, or a plain transformation.
-        sequential: one group at a time, in the memory of one, instead of all at once.
+        m: number of examples in a group; a positive int that divides the batch. Under device axes
+            it divides the batch of each device; or a group spans neighbouring devices, all of them
+            along the last axes that split the batch (`jax.make_mesh((4, 2), ("batch", "group"))`),
+            or consecutive ones under `pmap`, and the ascent starts from the mean gradient of the
+            group. With `check_vma=False` every axis of the mesh counts as splitting the batch.
+        stages: a stage, a pipe, or a plain Optax transformation.
+        sequential: whether groups run one after the other, in the memory of one, or all at once.
 
     Returns:
-        A stage that needs an `Objective` with a batch.
+        A stage that needs `value_fn=` an `Objective` with a batch.
 
     Raises:
-        ValueError, TypeError: m < 1, or traced; at update, one that does not divide the batch, or
-            spans devices that no axes hold, or stages that look into a group of several.
+        ValueError, TypeError: m is not a positive int; in `update`, m does not divide the batch, or
+            needs devices that no axes hold, or the stages look into a group that spans devices.
+
+    Examples:
+        >>> import jax.numpy as jnp, optax, curvax
+        >>> loss = lambda w, batch: 0.5 * jnp.mean((batch - w) ** 2)
+        >>> objective = curvax.Objective(loss, jnp.arange(8.0))
+        >>> tx = curvax.per_group(2, curvax.sam_perturb(0.1)) | optax.sgd(1.0)
+        >>> w = jnp.array(0.0)
+        >>> _, grads = objective.value_and_grad(w)
+        >>> updates, state = tx.update(grads, tx.init(w), w, value_fn=objective)
+        >>> round(float(updates), 3)
+        3.6
     """
     checks.check_count("per_group", m=m)
     inner = pipe(stages)
@@ -145,11 +164,11 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
 
         out, new = over_groups(one, groups, count, params, state)
         out = out._replace(aux=microbatching.finished(out.aux))
-        out, new = _laid_out(out, params), meshes.laid_like(new, state)
+        out, new = _sharded_like(out, params), meshes.laid_like(new, state)
         whole = averaged.union(axis for axis in within if isinstance(axis, str))
         out = out._replace(local=local - averaged, averaged=whole)
         if weight is not None:
-            # What devices shared has been averaged over groups by each one's own weights.
+            # Values that devices share were averaged over groups by the weights of one device.
             out = _mean(out, tuple(axis for axis in axes.manual() if axis in averaged), weight)
         advanced = keys.map(lambda key: jax.random.fold_in(key, shards * count), state)
         new = keys.put_back(advanced, new)
@@ -158,8 +177,8 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
     return stage(inner.init, rule, replaces_gradient=True)
 
 
-def _laid_out(signal: Signal, params: Tree) -> Signal:
-    """The signal with what is shaped like the parameters laid out like them (explicit meshes)."""
+def _sharded_like(signal: Signal, params: Tree) -> Signal:
+    """The signal with trees like the parameters sharded like them, on a mesh of explicit axes."""
     lay = lambda tree: None if tree is None else meshes.laid_like(tree, params)
     return signal._replace(
         updates=lay(signal.updates), gradient=lay(signal.gradient), diagonal=lay(signal.diagonal)
@@ -167,10 +186,10 @@ def _laid_out(signal: Signal, params: Tree) -> Signal:
 
 
 def _devices_of_a_group(m: int, objective: Objective) -> tuple[axes.Along, ...]:
-    """Along what the devices lie that share a group larger than a device's part of the batch.
+    """The axes of the devices that share a group larger than a device's part of the batch.
 
     Raises:
-        ValueError: no axes, and no part of one, hold just the devices of a group.
+        ValueError: no axes, and no part of one, hold exactly the devices of a group.
     """
     size, split = objective.size, objective._batch_axes()
     along = tuple(axis for axis in axes.manual() if axis in split)
@@ -179,9 +198,9 @@ def _devices_of_a_group(m: int, objective: Objective) -> tuple[axes.Along, ...]:
     devices = lax.axis_size(along)
     if m % size or devices * size % m:
         raise ValueError(
-            f"`per_group({m}, ...)` cuts a batch of {devices * size} examples, {size} on each of "
-            f"{devices} devices, into groups of {m}, which do not come out even. Take a divisor of "
-            f"the batch that is a multiple of {size}, or divides it."
+            f"`per_group({m}, ...)` divides a batch of {devices * size} examples, {size} on each "
+            f"of {devices} devices, into groups of {m}, which do not fit the devices evenly. "
+            f"Choose a divisor of the batch that is a multiple of {size}, or divides it."
         )
     found = axes.last_of_size(m // size, along)
     if found is None:
@@ -196,10 +215,10 @@ def _devices_of_a_group(m: int, objective: Objective) -> tuple[axes.Along, ...]:
 
 
 def _settled(x: jax.Array, old: jax.Array, objective: Any, local: frozenset[str]) -> jax.Array:
-    """A moment, figure or key after the groups, the same on every device if it was so before.
+    """A moment, metric or key after the groups, equal on all devices if it was so before.
 
-    The mean, or the last group's of what has none. Where types do not tell, moments that all
-    devices share already are averaged once more, and counts are taken to be shared.
+    The mean, or the value of the last group for integers and keys. Where types do not show device
+    axes, moments that all devices share are averaged once more, and counts are taken to be shared.
     """
     own = axes.varying(x) - axes.varying(old) if axes.tracked() else local | set(objective.joined)
     over = tuple(axis for axis in axes.manual() if axis in own)

@@ -1,4 +1,4 @@
-"""Complex parameters as pairs of real ones, the loss along with them."""
+"""Complex parameters as pairs of real ones, with the loss converted too."""
 
 from typing import Any, NamedTuple
 
@@ -13,32 +13,41 @@ from curvax.pipes.signal import Signal, Stage, containing, pipe
 
 
 class RealAndImaginary(NamedTuple):
-    """What stands in the place of a complex leaf."""
+    """The pair of real leaves that replaces a complex leaf."""
 
     real: jax.Array
     imaginary: jax.Array
 
 
 def split_real_and_imaginary(stages: optax.GradientTransformation) -> Stage:
-    """The stages on the real and imaginary parts x and y of complex leaves z = x + iy.
+    """Applies stages to the real and imaginary parts of complex parameters z = x + iy.
 
-    As `optax.contrib.split_real_and_imaginary`, with `value_fn` split too, so that gradients at
-    perturbed points, curvature products and diagonals are those of the real problem. Put it
-    around the whole method: `split_real_and_imaginary(sam(optax.adamw(1e-3)))`.
+    As `optax.contrib.split_real_and_imaginary`, with `value_fn` converted too, so that
+    perturbations, curvature products and diagonals are those of the real problem. It goes around
+    the whole method: `split_real_and_imaginary(sam(optax.adamw(1e-3)))`.
 
-    The gradient is taken by Optax's convention, ∂L/∂x + i ∂L/∂y, the conjugate of what `jax.grad`
-    gives: `updates, state = tx.update(jax.tree.map(jnp.conj, grads), ...)`. The very gradient that
-    `Objective.value_and_grad` returned is known to be JAX's, and is conjugated here. Any other is
-    taken as conjugated: put clipping and decay inside, where they are not lost. The updates that
-    come out are those to add to the parameters, as `optax.apply_updates` does.
+    The gradient follows Optax's convention, ∂L/∂x + i ∂L/∂y, the conjugate of what `jax.grad`
+    returns: `tx.update(jax.tree.map(jnp.conj, grads), ...)`. A gradient that
+    `Objective.value_and_grad` returned is recognised, and conjugated here. Clipping and weight
+    decay of the gradient belong inside. The updates are to be added to the parameters, as
+    `optax.apply_updates` does.
 
     Args:
-        stages: a stage, a pipe, or a plain transformation. Options that are trees fit as prefixes;
-            a path ends with `real` or `imaginary` below a complex leaf. Real leaves stay as they
-            are.
+        stages: a stage, a pipe, or a plain Optax transformation. Options that are trees are matched
+            as prefixes; the path of a complex leaf continues with `real` or `imaginary`. Real
+            leaves are unchanged.
 
     Returns:
-        A stage; what its stages add to the signal stays inside.
+        A stage. A diagonal or product of the inner stages does not come out.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax, curvax
+        >>> loss = lambda z: 0.5 * jnp.sum(jnp.abs(z) ** 2)
+        >>> tx = curvax.split_real_and_imaginary(curvax.sam(optax.sgd(1.0), rho=0.1))
+        >>> z = jnp.array([3.0 + 4.0j])
+        >>> updates, state = tx.update(jnp.conj(jax.grad(loss)(z)), tx.init(z), z, value_fn=loss)
+        >>> round(float(updates.real[0]), 2), round(float(updates.imag[0]), 2)
+        (-3.06, -4.08)
     """
     inner = pipe(stages)
 

@@ -1,4 +1,4 @@
-"""Damping that follows how well the quadratic model foretold the loss."""
+"""Levenberg-Marquardt damping: λ adapted by how well the quadratic model predicts the loss."""
 
 import numbers
 from typing import Any, NamedTuple
@@ -13,25 +13,26 @@ from curvax.arithmetic.trees import Tree
 from curvax.devices.axes import AxisNames
 from curvax.objective import Objective, as_objective
 from curvax.pipes import requirements
-from curvax.pipes.diagnostics import Figures, Flags, measured, remeasured, unmeasured
+from curvax.pipes.diagnostics import Flags, Metrics, metrics_of, no_metrics, with_metrics_of
 from curvax.pipes.signal import Signal, Stage, containing, pipe
 
 FACTORS = {"poor": 1.5, "good": 2 / 3, "rejected": 4.0}
-"""What λ is multiplied by: below a ratio of ¼, above ¾, and when the loss rose."""
+"""Factors of λ: for a ratio below ¼, a ratio above ¾, and a rejected step."""
 
 SPAN = 1e10
-"""λ stays within this factor of its start, well inside float32: from 0 or ∞ none leads back."""
+"""λ stays within this factor of its initial value, and so in the range of float32: λ = 0 or ∞
+would stay so."""
 
 
 class LevenbergMarquardtState(NamedTuple):
     next_damping: jax.Array
     """λ of the next step, a scalar of the default float type."""
     rejected: jax.Array
-    """Rejections in a row, int32 scalar."""
+    """Number of consecutive rejections, int32 scalar."""
     inner: Any
     """The state of the stages inside."""
     measured: Flags
-    figures: Figures
+    figures: Metrics
     """`reduction_ratio` and `kl`."""
 
 
@@ -42,32 +43,42 @@ def levenberg_marquardt(
     reject: bool = True,
     mean_over: AxisNames = None,
 ) -> Stage:
-    """Adapts the λ of `damp()` inside, and undoes steps that raise the loss.
+    """Adapts the λ of `damp()` by the ratio of actual to predicted reduction of the loss.
 
         ρ = (L(θ + δ) - L(θ)) / (gᵀδ + ½ δᵀCδ),   λ ← 3/2 λ if ρ < ¼,   λ ← 2/3 λ if ρ > ¾
 
-    It wraps the pipe up to and including its learning rate, so that δ is the step taken, and
-    compares loss and model on the same batch: two forward passes and one product more. A rejected
-    step gives zero updates, quadruples λ and leaves the inner state as it was but for its figures;
-    from the second rejection in a row on that state starts anew, counts of schedules and draws
-    too, since a velocity that points uphill would be rejected for ever. λ stays within a factor
-    of 10¹⁰ of its start. Martens, Hessian-free optimization (ICML 2010), section 4.1;
-    arXiv:1412.1193, section 10.
+    The stage wraps a pipe with its learning rate, so that δ is the step taken. Loss and model are
+    compared on the same batch, at the cost of two forward passes and one product. A step that
+    raises the loss is rejected: the updates are 0, λ is multiplied by 4, and the inner state is
+    restored, except for its metrics. From the second rejection in a row on, the inner state is
+    initialised anew, schedule counts and keys included, since a momentum that points uphill would
+    be rejected for ever. λ stays within a factor 10¹⁰ of its initial value. Martens, Hessian-free
+    optimization (ICML 2010), section 4.1; arXiv:1412.1193, section 10.
 
     Args:
-        stages: such as `fisher_matvec() | damp() | solve(cg(20)) |
+        stages: a pipe with `damp()` in it, such as `fisher_matvec() | damp() | solve(cg(20)) |
             optax.scale_by_learning_rate(1.0)`.
-        damping: λ > 0 at the start.
-        reject: whether steps that raise the loss, by more than a few units of rounding, or to NaN,
-            are undone; otherwise they only raise λ.
-        mean_over: the device axis, or axes, to average the losses over.
+        damping: initial λ > 0, in the units of the curvature.
+        reject: whether to reject steps that raise the loss (beyond rounding), or give NaN;
+            otherwise such steps are taken, and only λ is raised.
+        mean_over: device axis, or tuple of axes, to average the losses over.
 
     Returns:
-        A stage that needs `value_fn`. Its figures are `reduction_ratio` and `kl` ½ δᵀCδ, beside
+        A stage that needs `value_fn`. Its metrics are `reduction_ratio` ρ and `kl` ½ δᵀCδ, next to
         the `damping` of `damp`.
 
     Raises:
-        ValueError: λ out of range; at update, stages that give no curvature product.
+        ValueError: λ <= 0; in `update`, the stages set no curvature product.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax, curvax
+        >>> loss = lambda w: 0.5 * jnp.sum(w**2)
+        >>> newton = curvax.hessian_matvec() | curvax.damp() | curvax.solve(curvax.cg(10))
+        >>> tx = curvax.levenberg_marquardt(newton | optax.scale_by_learning_rate(1.0), damping=1.0)
+        >>> w = jnp.array([3.0, 4.0])
+        >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
+        >>> round(float(curvax.diagnostics(state)["reduction_ratio"]), 3)  # the loss is quadratic
+        1.0
     """
     checks.check_range("damping", damping, 0, jnp.inf, stage="levenberg_marquardt")
     _refuse_zero(damping)
@@ -75,8 +86,8 @@ def levenberg_marquardt(
 
     def init(params: Tree) -> LevenbergMarquardtState:
         lam = jnp.array(damping, jnp.result_type(float))
-        figures = unmeasured("reduction_ratio", "kl")
-        return LevenbergMarquardtState(lam, jnp.zeros((), jnp.int32), inner.init(params), *figures)
+        metrics = no_metrics("reduction_ratio", "kl")
+        return LevenbergMarquardtState(lam, jnp.zeros((), jnp.int32), inner.init(params), *metrics)
 
     def rule(
         signal: Signal,
@@ -96,12 +107,12 @@ def levenberg_marquardt(
         undone = trial.rose & reject
         fresh = _select(state.rejected > 0, inner.init(params), state.inner)
         zeros = jax.tree.map(jnp.zeros_like, out.updates)
-        figures = dict(reduction_ratio=trial.ratio, kl=jnp.where(undone, 0.0, trial.kl))
+        metrics = dict(reduction_ratio=trial.ratio, kl=jnp.where(undone, 0.0, trial.kl))
         new_state = LevenbergMarquardtState(
             _adapted(state.next_damping, trial, damping),
             jnp.where(undone, state.rejected + 1, 0),
-            remeasured(_select(undone, fresh, new_inner), new_inner),
-            *measured(figures),
+            with_metrics_of(_select(undone, fresh, new_inner), new_inner),
+            *metrics_of(metrics),
         )
         return out._replace(updates=_select(undone, zeros, out.updates)), new_state
 
@@ -109,14 +120,14 @@ def levenberg_marquardt(
 
 
 class _Trial(NamedTuple):
-    """What came of a step."""
+    """The outcome of a step."""
 
     ratio: jax.Array
     kl: jax.Array
     rose: jax.Array
-    """The loss rose, or is no number."""
+    """Whether the loss rose, or is NaN."""
     flat: jax.Array
-    """The model foretold no more than rounding: the ratio says nothing."""
+    """Whether the predicted change is within rounding, so that the ratio has no meaning."""
 
 
 def _try(objective: Objective, params: Tree, out: Signal, over: tuple[str, ...]) -> _Trial:
@@ -146,12 +157,12 @@ def _adapted(lam: jax.Array, trial: _Trial, start: Any) -> jax.Array:
 def _refuse_zero(damping: Any) -> None:
     if isinstance(damping, numbers.Real) and damping == 0:
         raise ValueError(
-            "`levenberg_marquardt` multiplies λ from step to step, and a `damping` of 0 stays 0. "
-            "Start from a positive one, `levenberg_marquardt(stages, 1e-3)`; for none at all, "
-            "write `damp(0.0)` and no wrapper."
+            "`levenberg_marquardt` multiplies λ by a factor at each step, so that a `damping` of 0 "
+            "stays 0. Pass a positive one, `levenberg_marquardt(stages, 1e-3)`; for no damping, "
+            "write `damp(0.0)` without `levenberg_marquardt`."
         )
 
 
 def _select(predicate: jax.Array, yes: Tree, no: Tree) -> Tree:
-    """Leaf by leaf, typed as varying wherever either is."""
+    """Leaf by leaf, varying over a device axis wherever either is."""
     return jax.tree.map(lambda a, b: jnp.where(predicate, a, b), yes, no)

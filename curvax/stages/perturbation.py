@@ -1,4 +1,4 @@
-"""SAM: the gradient taken where the loss is highest nearby.
+"""SAM's stage: the gradient at a worst-case perturbation of the parameters.
 
 ε̂(θ) = argmax_{‖ε‖ <= ρ} L(θ + ε),    u ← ∇L(θ + ε̂(θ))
 """
@@ -19,13 +19,13 @@ from curvax.devices.axes import AxisNames
 from curvax.hyperparameters import injectable
 from curvax.objective import Objective, as_objective
 from curvax.perturbation import dual_norm
-from curvax.perturbation.ball import Climb, Rules, check_climb
+from curvax.perturbation.ball import AscentRules, BallAscent, check_ascent
 from curvax.pipes import order
-from curvax.pipes.diagnostics import Figures, Flags, Measured, measured, unmeasured
+from curvax.pipes.diagnostics import Flags, Metrics, StageMetrics, metrics_of, no_metrics
 from curvax.pipes.signal import Signal, Stage, at, stage
 from curvax.pipes.state_keys import DrawingKey
 
-FIGURES = (
+METRICS = (
     "loss",
     "perturbed_loss",
     "surrogate_gap",
@@ -41,9 +41,9 @@ class SamState(NamedTuple):
     step: jax.Array
     """t, int32 scalar."""
     keys: tuple[jax.Array, ...]
-    """The data of the keys of ascents that draw, uint32."""
+    """The data of the keys of random ascent rules, uint32."""
     measured: Flags
-    figures: Figures
+    figures: Metrics
 
 
 @injectable
@@ -61,48 +61,59 @@ def sam_perturb(
     sync_over: AxisNames = None,
     mask: Any = None,
 ) -> Stage:
-    """Replaces the gradient by the gradient at the worst point of a ρ-ball around the parameters.
+    """Replaces the gradient by the gradient at the worst-case perturbation in a ball of radius ρ.
 
         ε̂ = ρ sign(g) |g|^(q-1) / (‖g‖_q^q)^(1/p),   u ← ∇L(θ + ε̂),   1/p + 1/q = 1
 
-    The ascent uses the gradient it is given: handed a local one under pmap or shard_map, it
-    perturbs per device (m-sharpness); average afterwards with `pmean_updates`. Both passes see the
-    same batch and the same dropout key. A zero gradient gives ε̂ = 0. Foret et al., SAM,
-    arXiv:2010.01412, eq. 2 and 3.
+    Foret et al., SAM, arXiv:2010.01412, eq. 2 and 3. The ascent uses the updates that reach the
+    stage: under pmap or shard_map a local gradient gives a perturbation per device (m-sharpness),
+    to be averaged afterwards by `pmean_updates`. Both passes see the same batch and the same
+    dropout key. A zero gradient gives ε̂ = 0.
 
     Args:
-        rho: ρ >= 0 in the units of the norm: a number, a traced one, a schedule; or a tree prefix
-            of the parameters or a callable `path -> ρ`, for groups with a ρ of their own under
-            one norm over all leaves (`optax.inject_hyperparams` takes every callable for a
-            schedule: name this one, `static_args=("rho",)`).
-        p: the norm of the ball, in [1, ∞].
-        steps: ascent steps. The first has length ρ, later ones `step_size`.
-        step_size: the length of later ascent steps, ρ/steps by default.
-        projected: pull later steps back, radially, into the ball.
-        ascent: a rule of `curvax.linalg.ascent`, such as `asam(0.01)`; or a tree prefix or a
-            callable `path -> rule`; or `fisher_ascent()`. By default `dual_norm(p)`.
-        second_order: differentiate through ε̂: the exact gradient of θ ↦ L(θ + ε̂(θ)), at the
-            price of one Hessian product per ascent step.
-        mode: of these products, as in `hvp`.
-        every: perturb every k-th step, from the first on; the clean gradient passes in between.
-        sync_over: the device axes to average the ascent gradient over first: one perturbation for
-            all of them instead of one per device.
-        mask: a tree prefix of booleans, or a callable `params -> tree`: False leaves stay
-            unperturbed and do not enter the norm. Leaves that the optimiser behind keeps as they
-            are (`optax.freeze`, `optax.selective_transform`, a label with `optax.set_to_zero`)
-            are perturbed unless they are masked here, with a warning at `init` where the pipe
-            shows it; in `optax.chain` nothing does.
+        rho: ρ >= 0, in the units of the norm: a number, traced or not, or a schedule; or, for a ρ
+            by group under one norm over all leaves, a tree prefix of the parameters or a callable
+            `path -> ρ`. (`optax.inject_hyperparams` takes a callable for a schedule, unless it is
+            named in `static_args=("rho",)`.)
+        p: norm of the ball, in [1, ∞].
+        steps: number of ascent steps. The first has length ρ.
+        step_size: length of the ascent steps after the first; ρ/steps by default.
+        projected: whether steps after the first are projected back into the ball, radially.
+        ascent: ascent rule, such as `asam(0.01)` or `fisher_ascent()`; or, for rules by group, a
+            tree prefix of rules or a callable `path -> rule`. `dual_norm(p)` by default.
+        second_order: whether to differentiate through ε̂(θ), which gives the exact gradient of
+            θ ↦ L(θ + ε̂(θ)) at the price of one Hessian product per ascent step.
+        mode: differentiation mode of these products, as in `hvp`.
+        every: perturb every k-th step only, from the first on; other steps keep the clean gradient.
+        sync_over: device axes to average the ascent gradient over, for one perturbation shared by
+            all devices.
+        mask: tree prefix of booleans, or a callable `params -> tree`. False leaves stay unperturbed
+            and do not enter the norm. Leaves that later parts keep fixed (`optax.freeze`,
+            `optax.set_to_zero`) are perturbed unless the mask is False there; a warning at `init`
+            names them.
 
     Returns:
-        A stage that needs `value_fn`. It sets `updates`, `gradient` (as it was), `value`,
-        `perturbed_value`, and the figures `loss`, `perturbed_loss`, `surrogate_gap` h = L(θ + ε̂)
-        - L(θ), `sigma_max` 2h/ρ², `cosine` between the two gradients, `rho`, `gradient_norm` and
-        `perturbed_gradient_norm`.
+        A stage that needs `value_fn`. It sets `updates`, `gradient` (the clean one), `value` and
+        `perturbed_value`. Its metrics are `loss`, `perturbed_loss`, `surrogate_gap`
+        h = L(θ + ε̂) - L(θ), `sigma_max` 2h/ρ², `cosine` between the two gradients, `rho`,
+        `gradient_norm` and `perturbed_gradient_norm`.
 
     Raises:
-        ValueError, TypeError: an option out of range, or traced where it must be static.
+        ValueError, TypeError: an option is out of range, or is traced where it must be static.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax, curvax
+        >>> loss = lambda w: 0.5 * jnp.sum(w**2)
+        >>> tx = curvax.sam_perturb(rho=0.1) | optax.sgd(1.0)
+        >>> w = jnp.array([3.0, 4.0])
+        >>> value, grads = jax.value_and_grad(loss)(w)
+        >>> updates, state = tx.update(grads, tx.init(w), w, value_fn=loss, value=value)
+        >>> [round(float(x), 3) for x in updates]
+        [-3.06, -4.08]
+        >>> round(float(curvax.diagnostics(state)["surrogate_gap"]), 3)
+        0.505
     """
-    check_climb("sam_perturb", rho, p, steps, ascent, second_order=second_order, mode=mode)
+    check_ascent("sam_perturb", rho, p, steps, ascent, second_order=second_order, mode=mode)
     if not isinstance(every, jax.Array):
         checks.check_count("sam_perturb", every=every)
     ascent = dual_norm(p) if ascent is None else ascent
@@ -110,10 +121,10 @@ def sam_perturb(
     def init(params: Tree) -> SamState:
         trees.require_floating(params, "sam_perturb")
         _warn_of_half_precision(params)
-        keys = tuple(DrawingKey(key).initial() for key in Rules(ascent, p, mask, params).keys)
-        return SamState(jnp.zeros((), jnp.int32), keys, *unmeasured(*FIGURES))
+        keys = tuple(DrawingKey(key).initial() for key in AscentRules(ascent, p, mask, params).keys)
+        return SamState(jnp.zeros((), jnp.int32), keys, *no_metrics(*METRICS))
 
-    init.climbs = lambda params: Rules(ascent, p, mask, params).mask  # type: ignore[attr-defined]
+    init.perturbs = lambda params: AscentRules(ascent, p, mask, params).mask  # type: ignore[attr-defined]
 
     def rule(
         signal: Signal, state: SamState, params: Tree, *, value_fn: Any = None, **extra: Any
@@ -129,9 +140,9 @@ def sam_perturb(
         if value is not None:
             value = axes.vary(jnp.asarray(value, kind), local)
         sync = axes.bound(sync_over, where="`sam_perturb(sync_over=)`")
-        rules = Rules(ascent, p, mask, params)
+        rules = AscentRules(ascent, p, mask, params)
         keys = tuple(DrawingKey(key).of(kept) for key, kept in zip(rules.keys, state.keys))
-        climb = Climb(
+        ball = BallAscent(
             objective=objective,
             params=axes.vary(params, local),
             rules=rules,
@@ -145,21 +156,21 @@ def sam_perturb(
             mode=mode,
         )
 
-        def perturbed() -> tuple[Tree, jax.Array, Measured]:
-            value_p, gradient_p, updates = climb.gradient(gradient, second_order)
+        def perturbed() -> tuple[Tree, jax.Array, StageMetrics]:
+            value_p, gradient_p, updates = ball.gradient(gradient, second_order)
             value_p = value_p.astype(kind)
-            scalars = _figures(value, value_p, gradient, gradient_p, _largest(radius))
+            scalars = _metrics(value, value_p, gradient, gradient_p, _largest(radius))
             over = tuple(axis for axis in axes.manual() if axis in local)
-            figures = measured(scalars, over, objective.batch_weight())
-            return trees.cast_like(updates, gradient), value_p, figures
+            metrics = metrics_of(scalars, over, objective.batch_weight())
+            return trees.cast_like(updates, gradient), value_p, metrics
 
-        def clean() -> tuple[Tree, jax.Array, Measured]:
+        def clean() -> tuple[Tree, jax.Array, StageMetrics]:
             last = axes.vary(state.figures["perturbed_loss"].astype(kind), local)
-            return gradient, last, Measured(state.measured, state.figures)
+            return gradient, last, StageMetrics(state.measured, state.figures)
 
         always = isinstance(every, int) and every == 1
         now = True if always else state.step % every == 0
-        updates, value_p, figures = perturbed() if always else axes.cond(now, perturbed, clean)
+        updates, value_p, metrics = perturbed() if always else axes.cond(now, perturbed, clean)
         signal = signal._replace(
             updates=updates,
             gradient=gradient,
@@ -168,7 +179,7 @@ def sam_perturb(
             perturbed=now,
             local=local,
         )
-        return signal, SamState(state.step + 1, state.keys, *figures)
+        return signal, SamState(state.step + 1, state.keys, *metrics)
 
     return stage(init, rule, replaces_gradient=True)
 
@@ -176,7 +187,7 @@ def sam_perturb(
 def _drawn(
     keys: tuple[jax.Array, ...], step: jax.Array, objective: Objective, local: frozenset[str]
 ) -> tuple[jax.Array, ...]:
-    """This step's keys on this piece of the global batch, as cut along the axes `local`."""
+    """The keys of this step for this device's part of the global batch, by its place on `local`."""
     shard, _ = objective._shard_number(local)
     fold = jax.random.fold_in
     return tuple(fold(fold(key, step), shard) for key in keys)
@@ -197,10 +208,10 @@ def _warn_of_half_precision(params: Tree) -> None:
         )
 
 
-def _figures(
+def _metrics(
     value: jax.Array | None, value_p: jax.Array, g: Tree, g_p: Tree, rho: jax.Array
 ) -> dict[str, Any]:
-    # In units near ‖g‖, which the perturbation has asked for: no square leaves the range of floats.
+    # The gradients in units near ‖g‖, so that no square overflows or underflows.
     near_one = trees.inverse(trees.magnitude(g))
     clean, perturbed = (trees.scale(near_one, trees.wide(x)) for x in (g, g_p))
     norm, norm_p = trees.norm(g), root(trees.dot(perturbed, perturbed))
@@ -218,21 +229,23 @@ def _figures(
 
 
 def _radius(rho: Any, step: jax.Array, params: Tree) -> Tree:
-    """ρ for each leaf. A callable is one of paths if it can be called with one, else a schedule."""
+    """ρ for each leaf. A callable is a function of paths if it can be called with one, else a
+    schedule.
+    """
     if not callable(rho):
         spread = trees.broadcast_prefix(rho, params)
     else:
         try:
             spread = _by_path(rho, params)
         except Exception as no_path:
-            # Whatever a schedule does with a path, it was not made for it.
+            # A schedule that is called with a path may raise anything.
             try:
                 spread = trees.broadcast_prefix(rho(step), params)
             except Exception:
                 raise ValueError(
                     "`sam_perturb(rho=)` takes a callable `path -> ρ`, with the names from the "
-                    "root as a tuple, or a schedule `step -> ρ`; this one fails with either. As a "
-                    f"function of the path: {no_path!r}."
+                    "root as a tuple, or a schedule `step -> ρ`; this callable fails as both. As a "
+                    f"function of the path it raises {no_path!r}."
                 ) from no_path
     for value in jax.tree.leaves(spread):
         checks.check_range("rho", value, 0, jnp.inf, stage="sam_perturb")
@@ -247,7 +260,9 @@ def _by_path(f: Callable[[Path], Any], params: Tree) -> Tree:
 
 
 class _NoStep(tuple):
-    """A path that refuses comparison with a number: `count == 0` in a schedule is no answer."""
+    """A path that refuses comparison with a number, so that a schedule such as `count == 0` fails
+    on it.
+    """
 
     __slots__ = ()
 

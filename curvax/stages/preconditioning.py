@@ -1,4 +1,4 @@
-"""Preconditioning: the updates divided by a power of the diagonal, or clipped against it."""
+"""Preconditioning by a diagonal: division by a power of it, or clipping against it."""
 
 import numbers
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from curvax import checks
 from curvax.arithmetic import safe_math, trees
 from curvax.arithmetic.trees import Tree
 from curvax.pipes import requirements
-from curvax.pipes.diagnostics import Figures, Flags, measured, unmeasured
+from curvax.pipes.diagnostics import Flags, Metrics, metrics_of, no_metrics
 from curvax.pipes.signal import Signal, Stage, StepState, at, stage
 
 
@@ -19,20 +19,29 @@ def scale_by_power(power: Any, *, eps: Any = 1e-8, damping: Any = 0.0) -> Stage:
 
         u ← u / ((D + λ)ᵏ + ε)
 
-    k = 1 is a diagonal Newton step, k = ½ Adam's and k = 0 gradient descent. The eps of Optax's
-    "inside the root" is λ. Yao et al., AdaHessian, arXiv:2006.00719, eq. 7 and 12; Martens,
-    arXiv:1412.1193, eq. 10.
+    k = 1 is a diagonal Newton step, k = ½ the step of Adam, k = 0 gradient descent. Yao et al.,
+    AdaHessian, arXiv:2006.00719, eq. 7 and 12; Martens, arXiv:1412.1193, eq. 10.
 
     Args:
         power: k in [0, 1], a number or a schedule.
-        eps: ε >= 0, outside the power.
-        damping: λ >= 0, inside it.
+        eps: ε >= 0, added after the power: a number or a schedule.
+        damping: λ >= 0, added before the power (Optax's `eps_root` for k = ½): a number or a
+            schedule.
 
     Returns:
-        A stage that needs a non-negative `diagonal` (after `ema_rms`, say).
+        A stage that needs a non-negative `diagonal`, as after `ema_rms`.
 
     Raises:
-        ValueError: an option out of range.
+        ValueError: an option is out of range; in `update`, no earlier stage set a diagonal.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax, curvax
+        >>> loss = lambda w: 0.5 * ((w[0] - 1) ** 2 + 10 * (w[1] - 2) ** 2)
+        >>> tx = curvax.hutchinson_diag() | curvax.scale_by_power(1.0) | optax.scale(-1.0)
+        >>> w = jnp.zeros(2)
+        >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
+        >>> [round(float(x), 3) for x in w + updates]
+        [1.0, 2.0]
     """
     checks.check_range("power", power, 0, 1, stage="scale_by_power")
     checks.check_range("eps", eps, 0, jnp.inf, stage="scale_by_power")
@@ -58,36 +67,45 @@ class ClipState(NamedTuple):
     step: jax.Array
     """t, int32 scalar."""
     measured: Flags
-    figures: Figures
-    """`clipped`, the fraction of entries that were."""
+    figures: Metrics
+    """`clipped`, the fraction of clipped entries."""
 
 
 def clip_by_diagonal(gamma: Any, *, eps: Any = 1e-8, threshold: Any = 1.0) -> Stage:
-    """Divides the updates by the diagonal and clips them, entry by entry.
+    """Divides the updates by the diagonal and clips them entry by entry.
 
         u ← clip(u / max(γ D, ε), -τ, τ)
 
-    Where the curvature is small or negative the step is a signed one of size τ. Liu et al.,
-    Sophia, arXiv:2305.14342, Algorithm 3, in Optax's form.
+    Where the curvature is small or negative, the step is a signed one of size τ. Liu et al.,
+    Sophia, arXiv:2305.14342, Algorithm 3, in the form of `optax.contrib.sophia`.
 
     Args:
-        gamma: γ > 0, a number or a schedule.
-        eps: ε > 0.
-        threshold: τ > 0, or None for no clipping.
+        gamma: γ > 0, scale of the diagonal: a number or a schedule.
+        eps: ε > 0, lower bound of the denominator.
+        threshold: τ > 0, largest magnitude of an entry; None for no clipping.
 
     Returns:
-        A stage that needs `diagonal`. Its figure `clipped` is the fraction of clipped entries
-        (one less the win rate of Optax).
+        A stage that needs `diagonal`. Its metric `clipped` is the fraction of clipped entries, 1
+        minus Optax's win rate.
 
     Raises:
-        ValueError: an option out of range.
+        ValueError: an option is out of range; in `update`, no earlier stage set a diagonal.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax, curvax
+        >>> loss = lambda w: 0.5 * (w[0] ** 2 + 10 * w[1] ** 2)
+        >>> tx = curvax.hutchinson_diag() | curvax.clip_by_diagonal(gamma=1.0)
+        >>> w = jnp.array([3.0, 0.5])
+        >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
+        >>> [round(float(x), 3) for x in updates], float(curvax.diagnostics(state)["clipped"])
+        ([1.0, 0.5], 0.5)
     """
     checks.check_range("gamma", gamma, 0, jnp.inf, stage="clip_by_diagonal")
     checks.check_range("eps", eps, 0, jnp.inf, stage="clip_by_diagonal")
     checks.check_range("threshold", threshold, 0, jnp.inf, stage="clip_by_diagonal")
 
     def init(params: Tree) -> ClipState:
-        return ClipState(jnp.zeros((), jnp.int32), *unmeasured("clipped"))
+        return ClipState(jnp.zeros((), jnp.int32), *no_metrics("clipped"))
 
     def rule(signal: Signal, state: ClipState, params: Tree = None, **extra: Any) -> Any:
         del params, extra
@@ -104,14 +122,14 @@ def clip_by_diagonal(gamma: Any, *, eps: Any = 1e-8, threshold: Any = 1.0) -> St
             lambda x, u: jnp.clip(x, -limit, limit).astype(u.dtype), ratios, signal.updates
         )
         size = max(1, sum(x.size for x in jax.tree.leaves(ratios)))
-        figures = measured({"clipped": over / size})
-        return signal._replace(updates=clipped), ClipState(state.step + 1, *figures)
+        metrics = metrics_of({"clipped": over / size})
+        return signal._replace(updates=clipped), ClipState(state.step + 1, *metrics)
 
     return stage(init, rule)
 
 
 def _divided(u: jax.Array, denominator: jax.Array, eps: Any) -> jax.Array:
-    """u / denominator, and 0 for the 0/0 of a dead unit, where an ε of 0 lets it be."""
+    """u / denominator, with 0/0 = 0 for dead units where ε is 0."""
     u = trees.widen(u)
     if not (isinstance(eps, numbers.Real) and float(eps) > 0):
         denominator = jnp.where((u == 0) & (denominator == 0), 1, denominator)

@@ -1,4 +1,4 @@
-"""GSAM and its kin: what to make of a clean and a perturbed gradient."""
+"""Combinations of a clean and a perturbed gradient: GSAM, its penalty, and LookSAM."""
 
 from typing import Any, NamedTuple
 
@@ -14,24 +14,33 @@ from curvax.pipes.signal import Signal, Stage, StepState, at, stage, weight_of
 
 
 def gsam_project(alpha: Any, *, onto: str = "perturbed") -> Stage:
-    """Descends the surrogate gap along with the perturbed loss.
+    """Adds the part of one gradient that is orthogonal to the other, to reduce the surrogate gap.
 
-        u ← g_p - α (g - <g, ĝ_p> ĝ_p)     onto="perturbed": min (f_p, h)
-        u ← g + α (g_p - <g_p, ĝ> ĝ)       onto="clean":     min (f, h)
+        u ← g_p - α (g - <g, ĝ_p> ĝ_p)     onto="perturbed": minimises f_p and h
+        u ← g + α (g_p - <g_p, ĝ> ĝ)       onto="clean":     minimises f and h
 
-    The projection is over the whole tree; put it before the mean over devices to project per
-    device, as the authors' code does. On steps that `sam_perturb(every=)` skips, the clean
-    gradient passes. Zhuang et al., GSAM, arXiv:2203.08065, Algorithm 1.
+    Zhuang et al., GSAM, arXiv:2203.08065, Algorithm 1. The projection is over the whole tree.
+    Before the mean over devices it is a projection per device, as in the authors' code. Steps that
+    `sam_perturb(every=)` skips keep the clean gradient.
 
     Args:
         alpha: α, a number or a schedule; 0 is SAM.
-        onto: the gradient that is kept whole.
+        onto: "perturbed" (the paper) or "clean": the gradient that is kept whole.
 
     Returns:
         A stage that goes behind `sam_perturb`.
 
     Raises:
-        ValueError: an unknown `onto`.
+        ValueError: `onto` is unknown; in `update`, no earlier stage perturbed.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax, curvax
+        >>> loss = lambda w: 0.5 * (w[0] ** 2 + 10 * w[1] ** 2)
+        >>> tx = curvax.sam_perturb(0.1) | curvax.gsam_project(0.5)
+        >>> w = jnp.array([3.0, 0.4])
+        >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
+        >>> [round(float(x), 2) for x in updates]
+        [2.9, 4.9]
     """
     if onto not in ("perturbed", "clean"):
         raise ValueError(
@@ -47,15 +56,30 @@ def gsam_project(alpha: Any, *, onto: str = "perturbed") -> Stage:
 
 
 def penalize_gap(lam: Any) -> Stage:
-    """Descends the perturbed loss and λ times the surrogate gap: u ← g_p + λ (g_p - g).
+    """Adds λ times the gradient of the surrogate gap to the perturbed gradient.
 
-    The gradient of f_p + λ h with h = f_p - f. Zhuang et al., GSAM, arXiv:2203.08065, section 4.
+        u ← g_p + λ (g_p - g),   the gradient of f_p + λ h,   h = f_p - f
+
+    Zhuang et al., GSAM, arXiv:2203.08065, section 4. Steps that `sam_perturb(every=)` skips keep
+    the clean gradient.
 
     Args:
         lam: λ, a number or a schedule; 0 is SAM.
 
     Returns:
         A stage that goes behind `sam_perturb`.
+
+    Raises:
+        ValueError: in `update`, no earlier stage perturbed.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax, curvax
+        >>> loss = lambda w: 0.5 * jnp.sum(w**2)
+        >>> tx = curvax.sam_perturb(0.1) | curvax.penalize_gap(1.0)
+        >>> w = jnp.array([3.0, 4.0])
+        >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
+        >>> [round(float(x), 3) for x in updates]
+        [3.12, 4.16]
     """
 
     def combine(clean: Tree, perturbed: Tree, a: Any) -> Tree:
@@ -78,24 +102,37 @@ class KeepOrthogonalState(NamedTuple):
     step: jax.Array
     """Steps taken, int32 scalar."""
     orthogonal: Tree
-    """g_v, the part of the last perturbed gradient orthogonal to the clean one."""
+    """g_v, the part of the last perturbed gradient that is orthogonal to the clean one."""
 
 
 def keep_orthogonal(alpha: Any = 0.7, *, mean_over: AxisNames = None) -> Stage:
-    """LookSAM's reuse of the part of the perturbed gradient that changes slowly.
+    """Reuses the orthogonal part of the perturbed gradient between the steps that perturb
+    (LookSAM).
 
-        perturbed step:  u ← g_p,  g_v ← g_p - <g_p, ĝ> ĝ
-        in between:      u ← g + α ‖g‖ ĝ_v
+        SAM steps:    u ← g_p,   g_v ← g_p - <g_p, ĝ> ĝ
+        in between:   u ← g + α ‖g‖ ĝ_v
 
     Liu et al., LookSAM, arXiv:2203.02714, Algorithm 1.
 
     Args:
         alpha: α, a number or a schedule; 0.7 in the paper.
-        mean_over: the device axes to average g_v over, where the updates are still local; devices
-            count by the objective's weight where it has one.
+        mean_over: device axes to average g_v over where the updates are still local; devices are
+            weighted by the objective's weight where it has one.
 
     Returns:
         A stage that goes behind `sam_perturb(rho, every=k)`.
+
+    Raises:
+        ValueError: in `update`, no earlier stage perturbed.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax, curvax
+        >>> loss = lambda w: 0.5 * jnp.sum(w**2)
+        >>> tx = curvax.sam_perturb(0.1, every=5) | curvax.keep_orthogonal(0.7)
+        >>> w = jnp.array([3.0, 4.0])
+        >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
+        >>> [round(float(x), 3) for x in updates]  # the first step perturbs
+        [3.06, 4.08]
     """
 
     def init(params: Tree) -> KeepOrthogonalState:
@@ -116,7 +153,7 @@ def keep_orthogonal(alpha: Any = 0.7, *, mean_over: AxisNames = None) -> Stage:
         weight = weight_of(signal, value_fn, over, "keep_orthogonal")
         fresh = trees.wide(trees.reject(perturbed, clean))
         fresh = axes.mean(fresh, over, weight)
-        # What is not finite shows in this step's updates, and does not stay for the next ones.
+        # Entries that are not finite appear in the updates of this step, and are not kept.
         kept = jax.tree.map(
             lambda x, old: jnp.where(now & jnp.isfinite(x), x, old), fresh, state.orthogonal
         )
@@ -131,7 +168,8 @@ def keep_orthogonal(alpha: Any = 0.7, *, mean_over: AxisNames = None) -> Stage:
 def _both_gradients(signal: Signal, name: str) -> tuple[Tree, Tree, Any]:
     """The clean and the perturbed gradient, and whether this step perturbed.
 
-    Where no stage says so, two gradients in a signal made by hand, or a perturbed loss, do.
+    Without the flag `perturbed`, as in a signal made by hand, two distinct gradients or a perturbed
+    loss show that it did.
     """
     now = signal.perturbed
     two = now is None and signal.gradient is not None and signal.updates is not signal.gradient
@@ -141,7 +179,7 @@ def _both_gradients(signal: Signal, name: str) -> tuple[Tree, Tree, Any]:
         raise ValueError(
             f"`{name}` combines a clean and a perturbed gradient, and no earlier stage perturbed. "
             f"Put `sam_perturb` before it with `|`, as in `sam_perturb(0.05) | {name}(...)`; "
-            "`optax.chain` hands on nothing but the updates."
+            "`optax.chain` passes on the updates only."
         )
     return signal.gradient, signal.updates, now
 

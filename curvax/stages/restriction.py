@@ -1,8 +1,7 @@
-"""Different stages for different leaves, with the loss restricted along with the parameters.
+"""Stages by group of leaves, with the loss restricted along with the parameters.
 
-Built on Optax's `partition`. What it hands down as masked becomes a tree without those leaves, and
-`value_fn` becomes the loss of that sub-tree, all else held fixed: a Hessian product skips the
-leaves left out.
+Built on `optax.partition`: its masked trees become trees without the masked leaves, and `value_fn`
+becomes the loss of that sub-tree with all other leaves fixed, so that a Hessian product skips them.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,20 +21,30 @@ from curvax.pipes.signal import Signal, Stage, containing, step
 
 @injectable
 def partition(stages_by_label: Mapping[Any, optax.GradientTransformation], labels: Any) -> Stage:
-    """Stages by label: AdaHessian for the rest while Adagrad trains the embeddings, say.
+    """Applies different stages to different leaves, as `optax.partition` does.
 
-    Each label's stages see the parameters, the signal and the loss restricted to their leaves.
-    What they add to the signal stays inside; the updates come out. `optax.partition` for stages.
+    The stages of each label see parameters, signal and loss restricted to their leaves. Their
+    updates come out; what else they add to the signal (a diagonal, a product) does not.
 
     Args:
-        stages_by_label: label ↦ a stage, a pipe, or a plain transformation.
-        labels: a tree prefix of labels, or a callable `params -> tree`.
+        stages_by_label: label ↦ a stage, a pipe, or a plain Optax transformation.
+        labels: tree prefix of labels, or a callable `params -> tree`.
 
     Returns:
         A stage, whose state is Optax's `PartitionState`.
 
     Raises:
-        ValueError: at init, a label without stages.
+        ValueError: at `init`, a label without stages.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax, curvax
+        >>> loss = lambda p: 0.5 * (p["a"] ** 2 + p["b"] ** 2)
+        >>> stages = {"sam": curvax.sam(optax.sgd(1.0), 0.1), "sgd": optax.sgd(1.0)}
+        >>> tx = curvax.partition(stages, {"a": "sam", "b": "sgd"})
+        >>> params = {"a": jnp.array(1.0), "b": jnp.array(1.0)}
+        >>> updates, _ = tx.update(jax.grad(loss)(params), tx.init(params), params, value_fn=loss)
+        >>> {name: round(float(u), 3) for name, u in updates.items()}
+        {'a': -1.1, 'b': -1.0}
     """
 
     def init(params: Tree) -> Any:
@@ -57,18 +66,27 @@ def partition(stages_by_label: Mapping[Any, optax.GradientTransformation], label
 
 @injectable
 def restrict(stages: optax.GradientTransformation, mask: Any) -> Stage:
-    """The stages on some leaves only; the updates of the others pass as they are.
+    """Applies stages to some leaves only, as `optax.masked` does, with the loss restricted too.
 
-    As they are means: where a whole method with its learning rate is restricted, what comes out
-    for the others is their bare gradient. Frozen leaves are
+    The updates of all other leaves pass unchanged: if the stages contain the learning rate, the
+    other leaves get their plain gradient as update. To freeze them, use
     `partition({"train": method, "freeze": optax.set_to_zero()}, labels)`.
 
     Args:
-        stages: a stage, a pipe, or a plain transformation.
-        mask: a tree prefix of booleans, or a callable `params -> tree`.
+        stages: a stage, a pipe, or a plain Optax transformation.
+        mask: tree prefix of booleans, or a callable `params -> tree`; True leaves take the stages.
 
     Returns:
-        A stage. `optax.masked` for stages: `value_fn` is restricted too.
+        A stage.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax, curvax
+        >>> loss = lambda p: 0.5 * (p["a"] ** 2 + p["b"] ** 2)
+        >>> tx = curvax.restrict(curvax.sam_perturb(0.1), {"a": True, "b": False})
+        >>> params = {"a": jnp.array(1.0), "b": jnp.array(1.0)}
+        >>> updates, _ = tx.update(jax.grad(loss)(params), tx.init(params), params, value_fn=loss)
+        >>> {name: round(float(u), 3) for name, u in updates.items()}
+        {'a': 1.1, 'b': 1.0}
     """
 
     def labels(params: Tree) -> Tree:
@@ -87,11 +105,11 @@ def _partition(within: Mapping[Any, "_Within"], labels: Any) -> Any:
 
 
 class _Within:
-    """One label's stages between Optax's masked trees and trees without the masked leaves."""
+    """The stages of one label, between Optax's masked trees and trees without the masked leaves."""
 
     def __init__(self, part: optax.GradientTransformation, signal: Any, params: Tree, extra: Any):
         self.part, self.signal, self.params, self.extra = part, signal, params, extra
-        self.out: Signal | None = None  # what comes of the leaves, where there are any
+        self.out: Signal | None = None  # the signal behind the stages; None without leaves
 
     def init(self, masked: Tree) -> Any:
         return self.part.init(_drop(masked))

@@ -1,4 +1,4 @@
-"""Solving with a curvature product: damp it, solve, keep the step where the model is trusted."""
+"""Steps from a curvature product: damping, linear solvers, trust region, quadratic model."""
 
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from curvax.linalg import Solver
 from curvax.linalg.solvers import check_solver
 from curvax.objective import Objective
 from curvax.pipes import requirements
-from curvax.pipes.diagnostics import Figures, Flags, measured, unmeasured
+from curvax.pipes.diagnostics import Flags, Metrics, metrics_of, no_metrics
 from curvax.pipes.signal import Signal, Stage, at, stage
 
 
@@ -22,24 +22,33 @@ class DampState(NamedTuple):
     step: jax.Array
     """t, int32 scalar."""
     measured: Flags
-    figures: Figures
+    figures: Metrics
     """`damping`."""
 
 
 def damp(damping: Any = None) -> Stage:
-    """Adds λ to the curvature: C ← C + λI, Tikhonov's damping.
+    """Adds Tikhonov damping to the curvature product: C ← C + λI.
 
-    Martens, New insights on the natural gradient, arXiv:1412.1193, section 10.
+    Martens, arXiv:1412.1193, section 10.
 
     Args:
-        damping: λ >= 0, in the units of the curvature: a number, a traced one, a schedule. None
-            leaves it to `levenberg_marquardt` around the pipe, or to `tx.update(..., damping=λ)`.
+        damping: λ >= 0, in the units of the curvature: a number, traced or not, or a schedule. None
+            takes λ from `levenberg_marquardt` around the pipe, or from `tx.update(..., damping=λ)`.
 
     Returns:
-        A stage that needs `matvec` and replaces it. Its figure is `damping`.
+        A stage that needs `matvec` and replaces it. Its metric is `damping`.
 
     Raises:
-        ValueError: λ < 0; later, no λ from anywhere.
+        ValueError: λ < 0; in `update`, λ is given nowhere, or no earlier stage set a product.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax, curvax
+        >>> loss = lambda w: 0.5 * jnp.sum(w**2)  # the Hessian is I
+        >>> tx = curvax.hessian_matvec() | curvax.damp(1.0) | curvax.solve(curvax.cg(10))
+        >>> w = jnp.array([3.0, 5.0])
+        >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
+        >>> [round(float(x), 3) for x in updates]
+        [1.5, 2.5]
     """
     checks.check_range("damping", damping, 0, jnp.inf, stage="damp")
     own = damping
@@ -52,49 +61,60 @@ def damp(damping: Any = None) -> Stage:
         lam = at(own, state.step) if own is not None else damping
         if lam is None:
             raise ValueError(
-                "`damp()` was given no λ, and none was handed down to it. Write `damp(1e-3)`, or "
-                "adapt it: `levenberg_marquardt(... | damp() | solve(...) | "
-                "optax.scale_by_learning_rate(1.0))`."
+                "`damp()` needs a λ, and received none. Write `damp(1e-3)`, pass "
+                "`tx.update(..., damping=λ)`, or adapt λ: `levenberg_marquardt(... | damp() "
+                "| solve(...) | optax.scale_by_learning_rate(1.0))`."
             )
-        # A plain number stays one: solvers may then know that it is 0.
+        # A Python number is not made an array, so that solvers can see that λ is 0.
         signal = signal._replace(matvec=product.damped(lam))
-        return signal, DampState(state.step + 1, *measured({"damping": lam}))
+        return signal, DampState(state.step + 1, *metrics_of({"damping": lam}))
 
-    return stage(lambda params: DampState(jnp.zeros((), jnp.int32), *unmeasured("damping")), rule)
+    return stage(lambda params: DampState(jnp.zeros((), jnp.int32), *no_metrics("damping")), rule)
 
 
 class SolveState(NamedTuple):
     solver: Any
-    """What the solver keeps from step to step."""
+    """The state of the solver."""
     measured: Flags
-    figures: Figures
+    figures: Metrics
 
 
 @injectable
 def solve(solver: Solver) -> Stage:
-    """Replaces the gradient by the solution of a linear system with the curvature.
+    """Replaces the updates by the solution of a linear system with the curvature product.
 
         u ← (C + λI)⁻¹ u
 
-    With the Fisher matrix this is the natural gradient: Martens, arXiv:1412.1193, sections 5 and
-    6; with the Hessian, Newton's step.
+    With the Fisher matrix this is the natural gradient (Martens, arXiv:1412.1193, sections 5 and
+    6), with the Hessian a Newton step.
 
     Args:
-        solver: `cg(20)`, `steihaug(radius)`, `dense()` or `row_space()`. A preconditioner that
-            is a power takes the diagonal of an estimator placed before.
+        solver: linear solver, such as `cg(20)`, `steihaug(radius)`, `dense()` or `row_space()`. A
+            diagonal preconditioner (`cg(20, preconditioner=0.75)`) uses the signal's diagonal.
 
     Returns:
-        A stage that needs `matvec`. Its figures are `cg_steps`, the relative `cg_residual`
-        ‖b - Ax‖/‖b‖, and `cg_reason`, a number of `curvax.StopReason`.
+        A stage that needs `matvec`. Its metrics are `cg_steps`, `cg_residual` ‖b - Ax‖/‖b‖, and
+        `cg_reason`, the number of a `curvax.StopReason`.
 
     Raises:
-        TypeError: what is given is no solver; later, ValueError: the gradient is one device's own.
+        TypeError: `solver` is not a solver.
+        ValueError: in `update`, no earlier stage set a product, or the updates are local to a
+            device axis.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax, curvax
+        >>> loss = lambda w: 0.5 * ((w[0] - 1) ** 2 + 10 * (w[1] - 2) ** 2)
+        >>> tx = curvax.hessian_matvec() | curvax.solve(curvax.cg(10)) | optax.scale(-1.0)
+        >>> w = jnp.zeros(2)
+        >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
+        >>> [round(float(x), 3) for x in w + updates]
+        [1.0, 2.0]
     """
     check_solver(solver, "solve")
 
     def init(params: Tree) -> SolveState:
-        figures = unmeasured("cg_steps", "cg_residual", "cg_reason")
-        return SolveState(solver.init(params), *figures)
+        metrics = no_metrics("cg_steps", "cg_residual", "cg_reason")
+        return SolveState(solver.init(params), *metrics)
 
     def rule(
         signal: Signal, state: SolveState, params: Tree, *, value_fn: Any = None, **extra: Any
@@ -110,7 +130,7 @@ def solve(solver: Solver) -> Stage:
         solution, inner = solver.solve(
             product, signal.updates, state.solver, diagonal=signal.diagonal, score=score
         )
-        figures = measured(
+        metrics = metrics_of(
             dict(
                 cg_steps=solution.steps,
                 cg_residual=solution.residual,
@@ -118,7 +138,7 @@ def solve(solver: Solver) -> Stage:
             )
         )
         updates = trees.cast_like(solution.x, signal.updates)
-        return signal._replace(updates=updates), SolveState(inner, *figures)
+        return signal._replace(updates=updates), SolveState(inner, *metrics)
 
     return stage(init, rule, evaluates_loss=False)
 
@@ -127,33 +147,43 @@ class TrustRegionState(NamedTuple):
     step: jax.Array
     """t, int32 scalar."""
     measured: Flags
-    figures: Figures
+    figures: Metrics
     """`kl`, and `trust_scale`, the factor in (0, 1]."""
 
 
 def trust_region(radius: Any) -> Stage:
-    """Shortens the updates δ to the region where the curvature says that the model holds.
+    """Shortens the updates δ to a ball in the norm of the curvature.
 
         δ ← δ min(1, r / √(δᵀCδ))
 
-    In the Fisher metric the predictions then move by KL ≈ ½ δᵀFδ <= ½ r². Behind the learning
-    rate it bounds the step that is taken; where it stands, λ does not count. A δ along which C
-    curves downwards has length 0 and is not shortened. One product. Martens,
-    arXiv:1412.1193, sections 6 and 10.
+    In the Fisher metric the predictions then change by KL ≈ ½ δᵀFδ <= ½ r². Behind the learning
+    rate it bounds the step itself. C is the product without damping. A δ with δᵀCδ <= 0 is not
+    shortened. The stage costs one product. Martens, arXiv:1412.1193, sections 6 and 10.
 
     Args:
-        radius: r > 0: a number, a traced one, a schedule.
+        radius: r >= 0: a number, traced or not, or a schedule.
 
     Returns:
-        A stage that needs `matvec`. Its figures are `kl` ½ δᵀCδ and `trust_scale`.
+        A stage that needs `matvec`. Its metrics are `kl`, ½ δᵀCδ after shortening, and
+        `trust_scale`, the factor in (0, 1].
 
     Raises:
-        ValueError: r < 0.
+        ValueError: r < 0; in `update`, no earlier stage set a product, or the updates are local to
+            a device axis.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax, curvax
+        >>> loss = lambda w: 0.5 * jnp.sum(w**2)  # the Hessian is I
+        >>> tx = curvax.hessian_matvec() | optax.sgd(1.0) | curvax.trust_region(0.5)
+        >>> w = jnp.array([3.0, 4.0])
+        >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
+        >>> [round(float(x), 3) for x in updates]
+        [-0.3, -0.4]
     """
     checks.check_range("radius", radius, 0, jnp.inf, stage="trust_region")
 
     def init(params: Tree) -> TrustRegionState:
-        return TrustRegionState(jnp.zeros((), jnp.int32), *unmeasured("kl", "trust_scale"))
+        return TrustRegionState(jnp.zeros((), jnp.int32), *no_metrics("kl", "trust_scale"))
 
     def rule(signal: Signal, state: TrustRegionState, params: Tree = None, **extra: Any) -> Any:
         del params, extra
@@ -164,11 +194,11 @@ def trust_region(radius: Any) -> Stage:
         length = one * root(jnp.maximum(square, 0))
         r = at(radius, state.step)
         scale = jnp.where(length > r, trees.ratio(jnp.asarray(r), length), 1.0)
-        figures = measured(
+        metrics = metrics_of(
             {"kl": 0.5 * square * (one * scale) * (one * scale), "trust_scale": scale}
         )
         signal = signal._replace(updates=trees.scale(scale, signal.updates))
-        return signal, TrustRegionState(state.step + 1, *figures)
+        return signal, TrustRegionState(state.step + 1, *metrics)
 
     return stage(init, rule)
 
@@ -177,31 +207,44 @@ class QuadraticStepState(NamedTuple):
     previous: Tree
     """The last updates, shaped like the parameters."""
     measured: Flags
-    figures: Figures
+    figures: Metrics
     """`step_size` α and `momentum` β."""
 
 
 def quadratic_step(*, momentum: bool = True) -> Stage:
-    """Scales the direction, and adds the last one, as the damped quadratic model likes best.
+    """Scales the updates, and adds the previous ones, to minimise the damped quadratic model.
 
         u ← α u + β u₋₁,   (α, β) = argmin  -gᵀu + ½ uᵀ(C + λI)u
 
-    Its learning rate is 1, and still written, or a step goes uphill: `solve(cg(20)) |
-    quadratic_step() | optax.scale_by_learning_rate(1.0)`. Two products, one without momentum.
-    Where the model has no minimum along u, as that of a Hessian may not, α = 1 and β = 0. Martens
-    & Grosse, K-FAC, arXiv:1503.05671, section 7.
+    The stage determines the step size; a learning rate of 1 behind it gives the step its sign:
+    `solve(cg(20)) | quadratic_step() | optax.scale_by_learning_rate(1.0)`. It costs two products,
+    or one without momentum. Where the model has no minimum along u, α = 1 and β = 0. Martens &
+    Grosse, K-FAC, arXiv:1503.05671, section 7.
 
     Args:
-        momentum: whether the last updates take part.
+        momentum: whether to add the previous updates.
 
     Returns:
-        A stage that needs `matvec` and goes behind `solve`. Its figures are `step_size` and
-        `momentum`.
+        A stage that needs `matvec` and goes behind `solve`. Its metrics are `step_size` α and
+        `momentum` β.
+
+    Raises:
+        ValueError: in `update`, no earlier stage set a product, or the updates are local to a
+            device axis.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax, curvax
+        >>> loss = lambda w: 5 * jnp.sum(w**2)  # the Hessian is 10 I
+        >>> tx = curvax.hessian_matvec() | curvax.quadratic_step() | optax.scale(-1.0)
+        >>> w = jnp.array([3.0, 4.0])
+        >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
+        >>> [round(float(x), 3) for x in updates]  # g / 10
+        [-3.0, -4.0]
     """
 
     def init(params: Tree) -> QuadraticStepState:
         previous = jax.tree.map(jnp.zeros_like, params) if momentum else ()
-        return QuadraticStepState(previous, *unmeasured("step_size", "momentum"))
+        return QuadraticStepState(previous, *no_metrics("step_size", "momentum"))
 
     def rule(signal: Signal, state: QuadraticStepState, params: Tree = None, **extra: Any) -> Any:
         del params, extra
@@ -216,26 +259,28 @@ def quadratic_step(*, momentum: bool = True) -> Stage:
                 trees.dot(u, au), trees.dot(u, av), trees.dot(last, av), gu, trees.dot(g, last), one
             )
             updates = trees.add(trees.scale(alpha, u), trees.scale(beta, last))
-            figures = measured({"step_size": alpha / one, "momentum": beta / one_last})
+            metrics = metrics_of({"step_size": alpha / one, "momentum": beta / one_last})
         else:
             alpha = _minimum_along(trees.dot(u, au), gu, one)
             updates = trees.scale(alpha, u)
-            figures = measured({"step_size": alpha / one, "momentum": jnp.zeros(())})
+            metrics = metrics_of({"step_size": alpha / one, "momentum": jnp.zeros(())})
         signal = signal._replace(updates=updates)
         previous = _finite_like(updates, state.previous) if momentum else ()
-        return signal, QuadraticStepState(previous, *figures)
+        return signal, QuadraticStepState(previous, *metrics)
 
     return stage(init, rule)
 
 
 def _scaled(tree: Tree) -> tuple[Tree, jax.Array]:
-    """A vector in units of its magnitude, and that: squares of it stay in range."""
+    """A vector divided by its magnitude, and the magnitude: squares then stay in the range of
+    floats.
+    """
     one = trees.magnitude(tree)
     return trees.scale(trees.inverse(one), tree), one
 
 
 def _finite_like(updates: Tree, last: Tree) -> Tree:
-    """Updates to remember: from one that is not finite no step would come back."""
+    """The updates to remember, with 0 for entries that are not finite and would stay so."""
     return jax.tree.map(
         lambda x, y: jnp.where(jnp.isfinite(x), x, 0).astype(y.dtype), updates, last
     )
@@ -244,10 +289,10 @@ def _finite_like(updates: Tree, last: Tree) -> Tree:
 def _minimum(
     uu: jax.Array, uv: jax.Array, vv: jax.Array, gu: jax.Array, gv: jax.Array, one: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """(α, β) at the minimum of the model of α u + β v; along u alone where there is none, or where
-    u and v are parallel.
+    """(α, β) at the minimum of the model of α u + β v; β = 0 where the model has no minimum or u
+    and v are parallel.
 
-    With the lengths √uᵀAu and √vᵀAv taken out, the system is [[1, c], [c, 1]].
+    With the lengths √uᵀAu and √vᵀAv factored out, the system is [[1, c], [c, 1]].
     """
     su, sv = root(jnp.maximum(uu, 0)), root(jnp.maximum(vv, 0))
     a, b, c = trees.ratio(gu, su), trees.ratio(gv, sv), trees.ratio(trees.ratio(uv, su), sv)
@@ -260,5 +305,5 @@ def _minimum(
 
 
 def _minimum_along(uu: jax.Array, gu: jax.Array, one: jax.Array) -> jax.Array:
-    """α at the minimum along u, and `one`, the length of a whole step, without a minimum."""
+    """α at the minimum along u, or `one` (the step as it is) where there is no minimum."""
     return jnp.where(uu > 0, trees.ratio(gu, uu), one)

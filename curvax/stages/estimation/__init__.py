@@ -1,4 +1,4 @@
-"""Estimators: stages that put a curvature diagonal, or a curvature product, into the signal."""
+"""Estimators: stages that add a curvature diagonal, or a curvature product, to the signal."""
 
 from curvax.stages.estimation.hutchinson import hutchinson_diag
 from curvax.stages.estimation.matvecs import (

@@ -1,4 +1,4 @@
-"""What the estimators share: the stage, the caller's gradient, parts of the batch, and shards."""
+"""Parts that the estimators share: the stage around an estimate, parts of the batch, shards."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from curvax.arithmetic.trees import Tree
 from curvax.devices import axes, meshes
 from curvax.devices.axes import AxisNames
 from curvax.objective import Objective, as_objective, microbatching, refuse_joined, require_batch
-from curvax.pipes.diagnostics import Figures, Flags, Measured, measured, unmeasured
+from curvax.pipes.diagnostics import Flags, Metrics, StageMetrics, metrics_of, no_metrics
 from curvax.pipes.signal import Signal, Stage, stage
 from curvax.pipes.state_keys import DrawingKey
 
@@ -21,7 +21,7 @@ Sampler = Callable[[jax.Array, Tree], Tree]
 
 
 class Curvature(NamedTuple):
-    """One estimate and the clean pass that came with it."""
+    """One estimate, with the loss and the gradient from the same pass."""
 
     diagonal: Tree
     variance: Tree
@@ -35,11 +35,11 @@ Estimate = Callable[[Objective, Tree, jax.Array, tuple[str, ...]], Curvature]
 
 class EstimateState(NamedTuple):
     key: jax.Array
-    """The data of a key, uint32; draws are keyed by step and by place in the global batch."""
+    """The data of a key, uint32. Draws depend on the step and the place in the global batch."""
     step: jax.Array
-    """t, int32 scalar: estimates made."""
+    """Number of estimates so far, int32 scalar."""
     measured: Flags
-    figures: Figures
+    figures: Metrics
     """`diagonal_relative_error`, with two probes or more."""
 
 
@@ -53,15 +53,15 @@ def diagonal_stage(
     mean_over: AxisNames,
     needs: Callable[[Objective], Any] = lambda objective: None,
 ) -> Stage:
-    """A stage that sets `diagonal` from random estimates; `needs` refuses what they cannot use."""
+    """A stage that sets `diagonal` from random estimates; `needs` checks the objective."""
     checks.check_count(name, probes=probes, shards=shards)
     check_fraction(fraction, name)
     drawing = DrawingKey(key)
 
     def init(params: Tree) -> EstimateState:
         trees.require_floating(params, name)
-        figures = unmeasured(*["diagonal_relative_error"] * (probes > 1))
-        return EstimateState(drawing.initial(), jnp.zeros((), jnp.int32), *figures)
+        metrics = no_metrics(*["diagonal_relative_error"] * (probes > 1))
+        return EstimateState(drawing.initial(), jnp.zeros((), jnp.int32), *metrics)
 
     def rule(
         signal: Signal, state: EstimateState, params: Tree, *, value_fn: Any = None, **extra: Any
@@ -69,25 +69,25 @@ def diagonal_stage(
         del extra
         objective = as_objective(value_fn, name, params)
         needs(objective)
-        here, local, over = settled(signal, objective, params, fraction, mean_over, name)
-        # What is averaged before it is squared, unless each shard is squared on its own.
+        here, local, over = part_and_axes(signal, objective, params, fraction, mean_over, name)
+        # One shard: the devices' gradients are averaged before the square. More: after it.
         within = over if shards == 1 else ()
         of_shard = lambda part, params, k: estimate(part, params, k, within)
         step_key = jax.random.fold_in(drawing.of(state.key), state.step)
         found, whole = over_shards(of_shard, here, params, step_key, shards, local, name)
         diagonal, variance = axes.mean((found.diagonal, found.variance), over, here.batch_weight())
-        if shards > 1:  # whose draws are independent
+        if shards > 1:  # The devices draw independently, so the variance of their mean is 1/n.
             variance = trees.scale(1 / axes.index_and_size(over)[1], variance)
         signal = signal._replace(diagonal=diagonal)
         if whole and fraction == 1:
             signal = share_gradient(signal, objective, params, found.loss, found.gradient, local)
-        figures = unmeasured() if probes == 1 else relative_error(diagonal, variance)
-        return signal, EstimateState(state.key, state.step + 1, *figures)
+        metrics = no_metrics() if probes == 1 else relative_error(diagonal, variance)
+        return signal, EstimateState(state.key, state.step + 1, *metrics)
 
     return stage(init, rule, name=name)
 
 
-def settled(
+def part_and_axes(
     signal: Signal,
     objective: Objective,
     params: Tree,
@@ -104,7 +104,7 @@ def settled(
 
 
 def check_fraction(fraction: Any, name: str) -> None:
-    """Refuses a fraction of the batch that is none, or no plain number."""
+    """Refuses a fraction outside (0, 1], or one that is not a plain number."""
     checks.check_static(name, fraction=fraction)
     if not 0 < fraction <= 1:
         raise ValueError(f"`{name}` takes `fraction` in (0, 1], and got {fraction}.")
@@ -125,9 +125,10 @@ def share_gradient(
     gradient: Tree,
     local: frozenset[str],
 ) -> Signal:
-    """Passes on the estimator's own gradient where the updates are that very gradient.
+    """Replaces the updates by the estimator's own gradient if they are the gradient of the
+    objective.
 
-    Same numbers; the caller's backward pass becomes dead code, which the compiler drops.
+    The values are the same; the caller's backward pass is then unused, and the compiler drops it.
     """
     value, aux = loss
     if objective.cached_gradient(params, signal.updates) is None:
@@ -145,17 +146,17 @@ def over_shards(
     local: frozenset[str],
     name: str,
 ) -> tuple[Curvature, bool]:
-    """The estimate with one probe a shard, and whether it was made on the whole batch at once."""
+    """The mean of one estimate per shard, and whether the device had a single shard."""
     if shards == 1:
         return estimate(objective, params, key), True
     refuse_joined(objective.joined)
-    # A group of `per_group` is cut by itself, and its key is its own.
+    # Inside `per_group` shards divide the group, which has its own key, not the global batch.
     over = () if objective.grouped else tuple(a for a in axes.manual() if a in local)
     device, devices = axes.index_and_size(over)
     if shards % devices:
         raise ValueError(
-            f"`{name}(shards={shards})` cuts the global batch into equal parts, and "
-            f"{shards} is no multiple of the {devices} devices. Use a multiple."
+            f"`{name}(shards={shards})` divides the global batch into equal parts, and "
+            f"{shards} is not a multiple of the {devices} devices. Use a multiple."
         )
     here = shards // devices
     if here == 1:
@@ -177,6 +178,7 @@ def over_shards(
     return found._replace(variance=trees.scale(1 / here, found.variance)), False
 
 
-def relative_error(diagonal: Tree, variance: Tree) -> Measured:
+def relative_error(diagonal: Tree, variance: Tree) -> StageMetrics:
+    """The metric ‖σ‖/‖D‖."""
     error = trees.ratio(root(trees.total(variance)), trees.norm(diagonal))
-    return measured({"diagonal_relative_error": error})
+    return metrics_of({"diagonal_relative_error": error})

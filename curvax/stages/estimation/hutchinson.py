@@ -1,4 +1,4 @@
-"""The diagonal of the Hessian from products with random signs."""
+"""Hutchinson's estimator of the Hessian diagonal."""
 
 import jax
 import jax.numpy as jnp
@@ -28,31 +28,47 @@ def hutchinson_diag(
     mean_over: AxisNames = None,
     mode: str = "auto",
 ) -> Stage:
-    """Estimates the diagonal of the Hessian from products with random signs.
+    """Estimates the diagonal of the Hessian from products with random probes.
 
         D = 1/s Σ z ⊙ H z,   E[z zᵀ] = I
 
-    Unbiased, and exact with signs where H is diagonal. Yao et al., AdaHessian, arXiv:2006.00719,
-    eq. 8. Handed the very gradient that `objective.value_and_grad` returned, it passes on its own
-    copy of it, so that the two share one backward pass.
+    The estimate is unbiased; with random signs it is exact for a diagonal Hessian. Yao et al.,
+    AdaHessian, arXiv:2006.00719, eq. 8. If the updates are the gradient that
+    `objective.value_and_grad` returned, the estimator's own gradient replaces them: same values,
+    and one backward pass for both.
 
     Args:
-        key: a typed key or a seed.
-        probes: s. With two or more, the relative standard error ‖σ‖/‖D‖ is the figure
-            `diagonal_relative_error` (under an axis, the mean of the devices' own: a bound).
+        key: typed PRNG key, or seed.
+        probes: s, probes per estimate. With two or more the metric `diagonal_relative_error` is the
+            relative standard error ‖σ‖/‖D‖ (under a device axis the mean over devices, an upper
+            bound).
         sampler: `sampler(key, tree) -> tree` of probes with identity covariance.
-        fraction: of the batch (its first part) that is used for curvature.
-        shards: 1, one probe for the whole batch; n, one for each contiguous n-th of the global
-            batch, less noisy at no cost, and the same whatever the number of devices.
-        mean_over: the device axis, or axes, to average the diagonal over; `()` keeps each
-            device's own.
-        mode: of the Hessian product, as in `hvp`.
+        fraction: fraction of the batch in (0, 1], its first examples, that the curvature is
+            computed on.
+        shards: number of contiguous parts of the global batch with a probe of their own; the
+            estimate is their mean. More shards mean less noise at equal cost, and the result does
+            not depend on the number of devices.
+        mean_over: device axis, or tuple of axes, to average the diagonal over; `()` keeps the
+            diagonal of each device.
+        mode: differentiation mode of the Hessian product, as in `hvp`.
 
     Returns:
-        A stage that sets `diagonal`, in float32 or wider and shaped like the parameters.
+        A stage that sets `diagonal`, in float32 or wider, shaped like the parameters. It needs
+        `value_fn`.
 
     Raises:
-        ValueError: an option out of range; later, under a device axis, no `mean_over`.
+        TypeError: `sampler` is not callable.
+        ValueError: an option is out of range; in `update`, the loss is local to a device axis and
+            `mean_over` is missing.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, curvax
+        >>> loss = lambda w: 0.5 * (w[0] ** 2 + 10 * w[1] ** 2)
+        >>> stage, w = curvax.hutchinson_diag(), jnp.ones(2)
+        >>> signal = curvax.Signal(jax.grad(loss)(w))
+        >>> signal, state = stage.update(signal, stage.init(w), w, value_fn=loss)
+        >>> print(signal.diagonal)
+        [ 1. 10.]
     """
     checks.check_static("hutchinson_diag", sampler=sampler)
     if not callable(sampler):

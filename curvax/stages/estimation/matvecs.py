@@ -1,4 +1,4 @@
-"""Curvature as a product: stages that put v ↦ C v into the signal, and the exact diagonal of it."""
+"""Curvature products: stages that add v ↦ C v to the signal, and the exact diagonal of C."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,15 +24,15 @@ from curvax.linear_operator import Product
 from curvax.objective import Objective, as_objective
 from curvax.pipes.signal import Signal, Stage, containing, stage
 from curvax.pipes.state_keys import DrawingKey
-from curvax.stages.estimation.diagonal_stage import check_fraction, settled, share_gradient
+from curvax.stages.estimation.diagonal_stage import check_fraction, part_and_axes, share_gradient
 
 Linearize = Callable[[Objective, Tree, jax.Array | None], tuple[Any, Product]]
-"""(objective, parameters, key) ↦ (((L, aux), ∇L), v ↦ C v), one linearisation for both."""
+"""(objective, parameters, key) ↦ (((L, aux), ∇L), v ↦ C v), from one linearisation."""
 
 
 class DrawState(NamedTuple):
     key: jax.Array
-    """The data of a key, uint32; labels are drawn by step and by example of the global batch."""
+    """The data of a key, uint32. Draws depend on the step and the example of the global batch."""
     step: jax.Array
     """t, int32 scalar."""
 
@@ -42,21 +42,34 @@ def hessian_matvec(
     *, mode: str = "auto", fraction: float = 1.0, precision: Any = "highest",
     mean_over: AxisNames = None,
 ) -> Stage:  # fmt: skip
-    """The product with the Hessian of the loss, H = ∇²L(θ).
+    """Adds the product with the Hessian of the loss, v ↦ ∇²L(θ) v.
+
+    If the updates are the gradient that `objective.value_and_grad` returned, the stage's own
+    gradient replaces them: same values, and one linearisation for both.
 
     Args:
-        mode: of the product, as in `hvp`.
-        fraction: of the batch (its first part) that is used for curvature.
-        precision: of matrix products within it, as `jax.default_matmul_precision` takes it.
-        mean_over: the device axis, or axes, to average the product over; `()` keeps each
-            device's own.
+        mode: differentiation mode of the product, as in `hvp`.
+        fraction: fraction of the batch in (0, 1], its first examples, that the curvature is
+            computed on.
+        precision: precision of matrix multiplications, as in `jax.default_matmul_precision`.
+        mean_over: device axis, or tuple of axes, to average the product over; `()` keeps the
+            product of each device.
 
     Returns:
-        A stage that sets `matvec`. Handed the very gradient that `objective.value_and_grad`
-        returned, it passes on its own copy of it, so that the two share one pass.
+        A stage that sets `matvec`. It needs `value_fn`.
 
     Raises:
-        ValueError: an option out of range; later, under a device axis, no `mean_over`.
+        ValueError: an option is out of range; in `update`, the loss is local to a device axis and
+            `mean_over` is missing.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, curvax
+        >>> loss = lambda w: 0.5 * (w[0] ** 2 + 10 * w[1] ** 2)
+        >>> stage, w = curvax.hessian_matvec(), jnp.ones(2)
+        >>> signal = curvax.Signal(jax.grad(loss)(w))
+        >>> signal, state = stage.update(signal, stage.init(w), w, value_fn=loss)
+        >>> print(signal.matvec(jnp.array([1.0, 2.0])))
+        [ 1. 20.]
     """
     check_mode(mode)
     linearize = lambda objective, params, key: linearized_hessian(
@@ -70,16 +83,35 @@ def gauss_newton_matvec(
     *, mode: str = "auto", fraction: float = 1.0, precision: Any = "highest",
     mean_over: AxisNames = None,
 ) -> Stage:  # fmt: skip
-    """The product with the generalised Gauss-Newton matrix, G = mean of Jᵀ ∇²ℓ J.
+    """Adds the product with the generalised Gauss-Newton matrix, G = mean of Jᵀ ∇²ℓ J.
 
-    Positive semi-definite for any convex loss of the outputs. It needs an `Objective` with
-    `model=`. Martens, arXiv:1412.1193. The rest as in `hessian_matvec`.
+    G is positive semi-definite for any loss that is convex in the outputs. Martens,
+    arXiv:1412.1193.
 
     Args:
-        mode: of the product, as in `ggnvp`.
-        fraction: of the batch (its first part) that is used for curvature.
-        precision: of matrix products within it.
-        mean_over: the device axis, or axes, to average the product over.
+        mode: differentiation mode of the product, as in `ggnvp`.
+        fraction: fraction of the batch in (0, 1], its first examples, that the curvature is
+            computed on.
+        precision: precision of matrix multiplications, as in `jax.default_matmul_precision`.
+        mean_over: device axis, or tuple of axes, to average the product over; `()` keeps the
+            product of each device.
+
+    Returns:
+        A stage that sets `matvec`. It needs `value_fn=` an `Objective` with `model=`.
+
+    Raises:
+        ValueError: an option is out of range; in `update`, the loss is local to a device axis and
+            `mean_over` is missing.
+
+    Examples:
+        >>> import jax.numpy as jnp, curvax
+        >>> batch = {"x": jnp.array([[1.0], [2.0]]), "y": jnp.array([[2.0], [4.0]])}
+        >>> objective = curvax.Objective(curvax.gaussian("y"), batch, model=lambda w, b: b["x"] * w)
+        >>> stage, w = curvax.gauss_newton_matvec(), jnp.zeros(1)
+        >>> signal = curvax.Signal(objective.value_and_grad(w)[1])
+        >>> signal, state = stage.update(signal, stage.init(w), w, value_fn=objective)
+        >>> print(signal.matvec(jnp.ones(1)))  # the mean of x²
+        [2.5]
     """
     check_mode(mode)
     linearize = lambda objective, params, key: linearized_gauss_newton(
@@ -93,18 +125,38 @@ def fisher_matvec(
     *, samples: int | None = None, key: jax.Array | int = 0, mode: str = "auto",
     fraction: float = 1.0, precision: Any = "highest", mean_over: AxisNames = None,
 ) -> Stage:  # fmt: skip
-    """The product with the Fisher matrix, F = mean of E_y[∇log r(y|z) ∇log r(y|z)ᵀ].
+    """Adds the product with the Fisher matrix, F = mean of E_y[∇log r(y|z) ∇log r(y|z)ᵀ].
 
-    It needs an `Objective` with `model=` and a likelihood. Martens, arXiv:1412.1193, section 5,
-    eq. 3. The rest as in `hessian_matvec`.
+    The expectation is over labels y drawn from the model's predictions. Martens, arXiv:1412.1193,
+    section 5, eq. 3.
 
     Args:
-        samples: labels drawn from the model per site; None for the exact expectation.
-        key: a typed key or a seed, for the labels.
-        mode: of the product, as in `ggnvp`.
-        fraction: of the batch (its first part) that is used for curvature.
-        precision: of matrix products within it.
-        mean_over: the device axis, or axes, to average the product over.
+        samples: labels drawn per site; None for the exact expectation.
+        key: typed PRNG key, or seed, of the labels.
+        mode: differentiation mode of the product, as in `fvp`.
+        fraction: fraction of the batch in (0, 1], its first examples, that the curvature is
+            computed on.
+        precision: precision of matrix multiplications, as in `jax.default_matmul_precision`.
+        mean_over: device axis, or tuple of axes, to average the product over; `()` keeps the
+            product of each device.
+
+    Returns:
+        A stage that sets `matvec`. It needs `value_fn=` an `Objective` with `model=` and a
+        likelihood.
+
+    Raises:
+        ValueError: an option is out of range; in `update`, the loss is local to a device axis and
+            `mean_over` is missing.
+
+    Examples:
+        >>> import jax.numpy as jnp, curvax
+        >>> batch = {"x": jnp.array([[1.0], [2.0]]), "y": jnp.array([[2.0], [4.0]])}
+        >>> objective = curvax.Objective(curvax.gaussian("y"), batch, model=lambda w, b: b["x"] * w)
+        >>> stage, w = curvax.fisher_matvec(), jnp.zeros(1)
+        >>> signal = curvax.Signal(objective.value_and_grad(w)[1])
+        >>> signal, state = stage.update(signal, stage.init(w), w, value_fn=objective)
+        >>> print(signal.matvec(jnp.ones(1)))  # the mean of x²
+        [2.5]
     """
     check_mode(mode)
     if samples is not None:
@@ -121,17 +173,35 @@ def empirical_fisher_matvec(
     *, mode: str = "auto", fraction: float = 1.0, precision: Any = "highest",
     mean_over: AxisNames = None,
 ) -> Stage:  # fmt: skip
-    """The product with the empirical Fisher matrix, F̄ = mean of gₙ gₙᵀ over the examples.
+    """Adds the product with the empirical Fisher matrix, F̄ = mean of gₙ gₙᵀ over the examples.
 
-    From the labels of the data, uncentred: no substitute for F far from a good fit. It needs an
-    `Objective` with a batch. Martens, arXiv:1412.1193, section 11. The rest as in
-    `hessian_matvec`.
+    gₙ is the gradient at the label of the data, uncentred; far from a good fit F̄ does not
+    approximate F. Martens, arXiv:1412.1193, section 11.
 
     Args:
-        mode: of the product, as in `empirical_fvp`.
-        fraction: of the batch (its first part) that is used for curvature.
-        precision: of matrix products within it.
-        mean_over: the device axis, or axes, to average the product over.
+        mode: differentiation mode of the product, as in `empirical_fvp`.
+        fraction: fraction of the batch in (0, 1], its first examples, that the curvature is
+            computed on.
+        precision: precision of matrix multiplications, as in `jax.default_matmul_precision`.
+        mean_over: device axis, or tuple of axes, to average the product over; `()` keeps the
+            product of each device.
+
+    Returns:
+        A stage that sets `matvec`. It needs `value_fn=` an `Objective` with a batch.
+
+    Raises:
+        ValueError: an option is out of range; in `update`, the loss is local to a device axis and
+            `mean_over` is missing.
+
+    Examples:
+        >>> import jax.numpy as jnp, curvax
+        >>> loss = lambda w, batch: 0.5 * jnp.mean((batch - w) ** 2)
+        >>> objective = curvax.Objective(loss, jnp.array([[1.0], [3.0]]))
+        >>> stage, w = curvax.empirical_fisher_matvec(), jnp.zeros(1)
+        >>> signal = curvax.Signal(objective.value_and_grad(w)[1])
+        >>> signal, state = stage.update(signal, stage.init(w), w, value_fn=objective)
+        >>> print(signal.matvec(jnp.ones(1)))  # the mean of 1² and 3²
+        [5.]
     """
     check_mode(mode)
     linearize = lambda objective, params, key: linearized_empirical_fisher(
@@ -147,7 +217,7 @@ def _matvec(
     mean_over: AxisNames,
     key: jax.Array | int | None = None,
 ) -> Stage:
-    """A stage of such a product; `key` is None where nothing is drawn, and then nothing is kept."""
+    """A stage that adds such a product; `key` is None for products that draw no labels."""
     check_fraction(fraction, name)
     drawing = None if key is None else DrawingKey(key)
 
@@ -162,7 +232,7 @@ def _matvec(
     ) -> tuple[Signal, Any]:
         del extra
         objective = as_objective(value_fn, name, params)
-        here, local, over = settled(signal, objective, params, fraction, mean_over, name)
+        here, local, over = part_and_axes(signal, objective, params, fraction, mean_over, name)
         draw = None
         if drawing is not None:
             draw = jax.random.fold_in(drawing.of(state.key), state.step)
@@ -186,19 +256,31 @@ MATRICES = {
 def exact_diag(
     curvature: str = "hessian", *, mode: str = "auto", mean_over: AxisNames = None
 ) -> Stage:
-    """The exact diagonal of a curvature matrix, from one product per parameter: small models.
+    """Computes the exact diagonal of a curvature matrix, at one product per parameter.
+
+    For small models and for tests of the estimators.
 
     Args:
         curvature: "hessian", "gauss_newton", "fisher" or "empirical_fisher".
-        mode: of its products, as in the stage named `<curvature>_matvec`.
-        mean_over: the device axis, or axes, to average over; `()` keeps each device's own.
+        mode: differentiation mode of the products, as in the stage `<curvature>_matvec`.
+        mean_over: device axis, or tuple of axes, to average over; `()` keeps the diagonal of each
+            device.
 
     Returns:
-        A stage that sets `diagonal`, in float32 or wider, and needs what the stage named
-        `<curvature>_matvec` needs.
+        A stage that sets `diagonal`, in float32 or wider, shaped like the parameters. It needs what
+        the stage `<curvature>_matvec` needs.
 
     Raises:
-        ValueError: no such matrix, or no such mode.
+        ValueError: `curvature` or `mode` is unknown.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, curvax
+        >>> loss = lambda w: 0.5 * (w[0] ** 2 + 10 * w[1] ** 2)
+        >>> stage, w = curvax.exact_diag("hessian"), jnp.ones(2)
+        >>> signal = curvax.Signal(jax.grad(loss)(w))
+        >>> signal, state = stage.update(signal, stage.init(w), w, value_fn=loss)
+        >>> print(signal.diagonal)
+        [ 1. 10.]
     """
     if curvature not in MATRICES:
         raise ValueError(

@@ -1,7 +1,7 @@
-"""Diagonals of Gauss-Newton and Fisher matrices, pulled back from noise at the model's outputs.
+"""Diagonals of Gauss-Newton and Fisher matrices, from noise at the model's outputs.
 
-Both matrices are C = Jᵀ B Bᵀ J. With E[e eᵀ] = I the square of Jᵀ B e, entry by entry, has the
-diagonal of C as its mean: one backward pass, and the forward pass is the gradient's own.
+Both matrices are C = Jᵀ B Bᵀ J. For noise e with E[e eᵀ] = I, the entrywise square of Jᵀ B e has
+mean diag C. An estimate costs one backward pass; the forward pass is that of the gradient.
 """
 
 from collections.abc import Callable
@@ -41,24 +41,39 @@ def gauss_newton_diag(
 
         D = 1/s Σ (Jᵀ B e)²,   B Bᵀ = ∇²ℓ,   e = ±1
 
-    Never negative and unbiased. Chapelle & Erhan, Improved preconditioner for Hessian free
-    optimization (2011); Martens, arXiv:1412.1193, section 11.2.
+    The estimate is non-negative and unbiased. Chapelle & Erhan, Improved preconditioner for Hessian
+    free optimization (2011); Martens, arXiv:1412.1193, section 11.2.
 
     Args:
-        key: a typed key or a seed. Each example draws by its place in the global batch.
-        probes: s. With two or more, the relative standard error ‖σ‖/‖D‖ is the figure
-            `diagonal_relative_error`.
-        fraction: of the batch (its first part) that is used for curvature.
-        shards: the number of contiguous parts of the global batch that are squared each on its
-            own, then averaged: less noisy at no cost. The same run on any number of devices.
-        mean_over: the device axis, or axes, to average over; `()` keeps each device's own.
+        key: typed PRNG key, or seed. Each example has its own key, by its place in the global
+            batch.
+        probes: s, probes per estimate. With two or more the metric `diagonal_relative_error` is the
+            relative standard error ‖σ‖/‖D‖.
+        fraction: fraction of the batch in (0, 1], its first examples, that the curvature is
+            computed on.
+        shards: number of contiguous parts of the global batch that are squared separately; the
+            estimate is their mean. More shards mean less noise at equal cost, and the result does
+            not depend on the number of devices.
+        mean_over: device axis, or tuple of axes, to average over; `()` keeps the diagonal of each
+            device.
 
     Returns:
-        A stage that sets `diagonal`, in float32 or wider and shaped like the parameters. It needs
-        an `Objective` with `model=` and a likelihood.
+        A stage that sets `diagonal`, in float32 or wider, shaped like the parameters. It needs
+        `value_fn=` an `Objective` with `model=` and a likelihood.
 
     Raises:
-        ValueError: an option out of range; later, under a device axis, no `mean_over`.
+        ValueError: an option is out of range; in `update`, the loss is local to a device axis and
+            `mean_over` is missing.
+
+    Examples:
+        >>> import jax.numpy as jnp, curvax
+        >>> batch = {"x": jnp.array([[2.0]]), "y": jnp.array([[1.0]])}
+        >>> objective = curvax.Objective(curvax.gaussian("y"), batch, model=lambda w, b: b["x"] * w)
+        >>> stage, w = curvax.gauss_newton_diag(), jnp.zeros(1)
+        >>> signal = curvax.Signal(objective.value_and_grad(w)[1])
+        >>> signal, state = stage.update(signal, stage.init(w), w, value_fn=objective)
+        >>> print(signal.diagonal)  # x², exact for one example with one output
+        [4.]
     """
 
     def signs(likelihood: Likelihood, keys: jax.Array, z: jax.Array, batch: Tree) -> jax.Array:
@@ -77,20 +92,43 @@ def fisher_diag(
     shards: int = 1,
     mean_over: AxisNames = None,
 ) -> Stage:
-    """Estimates the diagonal of the Fisher matrix from labels drawn from the model.
+    """Estimates the diagonal of the Fisher matrix from labels drawn from the model's predictions.
 
         D = 1/s Σ N (∇ 1/N Σₙ ℓ(zₙ, ŷₙ))²,   ŷₙ ~ r(·|zₙ)
 
     The Gauss-Newton-Bartlett estimator of Liu et al., Sophia, arXiv:2305.14342, Algorithm 2: the
-    square of one gradient, times the batch size, is unbiased since the score has mean zero. Never
-    negative. Martens, arXiv:1412.1193, section 11. The rest as in `gauss_newton_diag`.
+    square of one gradient times the batch size is unbiased, since the score has mean zero. The
+    estimate is non-negative. Martens, arXiv:1412.1193, section 11.
 
     Args:
-        key: a typed key or a seed. Each example draws by its place in the global batch.
-        probes: s, labels drawn for each site.
-        fraction: of the batch (its first part) that is used for curvature.
-        shards: contiguous parts of the global batch that are squared each on its own.
-        mean_over: the device axis, or axes, to average over; `()` keeps each device's own.
+        key: typed PRNG key, or seed. Each example has its own key, by its place in the global
+            batch.
+        probes: s, labels drawn per site and estimate. With two or more the metric
+            `diagonal_relative_error` is the relative standard error ‖σ‖/‖D‖.
+        fraction: fraction of the batch in (0, 1], its first examples, that the curvature is
+            computed on.
+        shards: number of contiguous parts of the global batch that are squared separately; the
+            estimate is their mean.
+        mean_over: device axis, or tuple of axes, to average over; `()` keeps the diagonal of each
+            device.
+
+    Returns:
+        A stage that sets `diagonal`, in float32 or wider, shaped like the parameters. It needs
+        `value_fn=` an `Objective` with `model=` and a likelihood.
+
+    Raises:
+        ValueError: an option is out of range; in `update`, the loss is local to a device axis and
+            `mean_over` is missing.
+
+    Examples:
+        >>> import jax.numpy as jnp, curvax
+        >>> batch, model = {"x": jnp.array([[2.0]]), "y": jnp.ones((1, 1))}, lambda w, b: b["x"] * w
+        >>> objective = curvax.Objective(curvax.bernoulli("y"), batch, model=model)
+        >>> stage, w = curvax.fisher_diag(), jnp.zeros(1)
+        >>> signal = curvax.Signal(objective.value_and_grad(w)[1])
+        >>> signal, state = stage.update(signal, stage.init(w), w, value_fn=objective)
+        >>> print(signal.diagonal)  # p (1 - p) x² with p = ½
+        [1.]
     """
 
     def scores(likelihood: Likelihood, keys: jax.Array, z: jax.Array, batch: Tree) -> jax.Array:
@@ -122,7 +160,7 @@ def _squared(
     noise: Noise,
     over: tuple[str, ...],
 ) -> Curvature:
-    """The mean square of the pulled-back noise, over probes; over devices before the square."""
+    """The mean square of the pulled-back noise over probes; the mean over devices comes first."""
 
     def pulled(part: Objective) -> tuple[Any, Tree, Tree]:
         at, likelihood = model_pass(part, params), require_likelihood(part, "the diagonal")

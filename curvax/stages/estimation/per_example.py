@@ -1,4 +1,4 @@
-"""Diagonals that need no draw: from the gradients of the examples, and exact ones."""
+"""Diagonals without random draws: from the gradients of single examples, or of the batch."""
 
 from typing import Any
 
@@ -19,23 +19,36 @@ from curvax.stages.estimation.diagonal_stage import check_fraction, part_of
 
 @injectable
 def empirical_fisher_diag(*, fraction: float = 1.0, mean_over: AxisNames = None) -> Stage:
-    """The diagonal of the empirical Fisher matrix, from the gradient of each example.
+    """Computes the diagonal of the empirical Fisher matrix from the gradients of single examples.
 
         D = 1/N Σₙ gₙ²,   gₙ = ∇ℓ(θ, xₙ)
 
-    Uncentred, and not the square of the mean gradient. The examples' gradients are all in memory
-    at once; `Objective(microbatch=n)` keeps n of them. Each example goes through the loss as a
-    batch of one. Martens, arXiv:1412.1193, section 11.
+    This is not the square of the mean gradient, which `squared_gradient` gives. The loss is called
+    on each example as a batch of one. All N gradients are in memory at once;
+    `Objective(microbatch=n)` limits them to n. Martens, arXiv:1412.1193, section 11.
 
     Args:
-        fraction: of the batch (its first part) that is used.
-        mean_over: the device axis, or axes, to average over; `()` keeps each device's own.
+        fraction: fraction of the batch in (0, 1], its first examples, that is used.
+        mean_over: device axis, or tuple of axes, to average over; `()` keeps the diagonal of each
+            device.
 
     Returns:
-        A stage that sets `diagonal`, in float32 or wider. It needs an `Objective` with a batch.
+        A stage that sets `diagonal`, in float32 or wider, shaped like the parameters. It needs
+        `value_fn=` an `Objective` with a batch.
 
     Raises:
-        ValueError: an option out of range; later, under a device axis, no `mean_over`.
+        ValueError: an option is out of range; in `update`, the loss is local to a device axis and
+            `mean_over` is missing.
+
+    Examples:
+        >>> import jax.numpy as jnp, curvax
+        >>> loss = lambda w, batch: 0.5 * jnp.mean((batch - w) ** 2)
+        >>> objective = curvax.Objective(loss, jnp.array([[1.0], [3.0]]))
+        >>> stage, w = curvax.empirical_fisher_diag(), jnp.zeros(1)
+        >>> signal = curvax.Signal(objective.value_and_grad(w)[1])
+        >>> signal, state = stage.update(signal, stage.init(w), w, value_fn=objective)
+        >>> print(signal.diagonal)  # the mean of 1² and 3²
+        [5.]
     """
     check_fraction(fraction, "empirical_fisher_diag")
 
@@ -68,18 +81,26 @@ def _mean_of_squares(objective: Objective, params: Tree) -> Tree:
 
 
 def squared_gradient() -> Stage:
-    """The square of the updates in the place of a curvature diagonal: what Adam uses.
+    """Sets the diagonal to the square of the updates, as Adam does.
 
         D = u²
 
-    `squared_gradient() | ema_mean(b2) | optax.ema(b1) | scale_by_power(0.5, eps=1e-8)` is Adam.
-    Martens, arXiv:1412.1193, section 11.2.
+    `squared_gradient() | ema_mean(b2) | optax.ema(b1) | scale_by_power(0.5)` is Adam. Martens,
+    arXiv:1412.1193, section 11.2.
 
     Returns:
-        A stage that sets `diagonal`, in float32 or wider.
+        A stage that sets `diagonal`, in float32 or wider, shaped like the parameters.
 
     Raises:
-        ValueError: at update, the updates are one device's own: the square of the mean is wanted.
+        ValueError: in `update`, the updates are local to a device axis; average them first, since
+            the square of the mean is wanted.
+
+    Examples:
+        >>> import jax.numpy as jnp, curvax
+        >>> stage, g = curvax.squared_gradient(), jnp.array([3.0, -4.0])
+        >>> signal, state = stage.update(curvax.Signal(g), stage.init(g), g)
+        >>> print(signal.diagonal)
+        [ 9. 16.]
     """
 
     def rule(signal: Signal, state: Any, params: Tree = None, **extra: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Smoothing a diagonal: over neighbouring weights, over steps, and by keeping it for k steps."""
+"""Smoothing of a diagonal: over neighbouring weights, over steps, and between estimates."""
 
 from curvax.stages.smoothing.every import every
 from curvax.stages.smoothing.moments import accumulate, ema_mean, ema_rms

@@ -1,4 +1,4 @@
-"""Keeping a diagonal for k steps."""
+"""A diagonal that is estimated every k steps and kept in between."""
 
 from typing import Any, NamedTuple
 
@@ -19,30 +19,39 @@ class EveryState(NamedTuple):
     step: jax.Array
     """Steps taken, int32 scalar."""
     diagonal: Tree
-    """The diagonal as last refreshed, in float32 or wider, shaped like the parameters; entries
-    that were not finite as refreshed before, but for the first time."""
+    """The last estimate, in float32 or wider, shaped like the parameters. Entries that were not
+    finite have the value of the estimate before, except in the first step."""
     inner: Any
     """The state of the stages inside."""
 
 
 def every(k: Any, stages: optax.GradientTransformation) -> Stage:
-    """Refreshes a diagonal every k steps, from the first on, and hands on the kept one in between.
+    """Estimates a diagonal every k steps, from the first on, and keeps it in between.
 
-    `every(5, hutchinson_diag()) | ema_rms(b)` feeds the kept diagonal to the average at each step;
-    `every(5, hutchinson_diag() | ema_rms(b))` averages, and counts, refreshes only. A kept step
-    costs one gradient. Under `vmap` both branches run and nothing is saved. Of a refresh that is
-    not finite that step alone sees the entries; what is kept in their place is the last refresh
-    that was. Yao et al., AdaHessian, arXiv:2006.00719, Table 8.
+    Inside, a smoothing stage averages estimates; behind, it averages once per step:
+    `every(5, hutchinson_diag() | ema_rms(b))` against `every(5, hutchinson_diag()) | ema_rms(b)`. A
+    step that keeps the diagonal costs one gradient. Under `vmap` both branches run, so nothing is
+    saved. Entries that are not finite are passed on in their own step only; what is kept in their
+    place is the last finite value. Yao et al., AdaHessian, arXiv:2006.00719, Table 8.
 
     Args:
-        k: a positive int, or a traced one.
-        stages: stages that make and smooth a diagonal and leave the updates alone.
+        k: number of steps per estimate, a positive int, or a traced one.
+        stages: stages that set and smooth a diagonal and leave the updates unchanged.
 
     Returns:
         A stage that sets `diagonal`.
 
     Raises:
-        ValueError: k < 1, or a part that changes the updates.
+        ValueError: k < 1, or a part changes the updates.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax, curvax
+        >>> loss = lambda w: 0.5 * (w[0] ** 2 + 10 * w[1] ** 2)
+        >>> tx = curvax.every(10, curvax.hutchinson_diag()) | curvax.scale_by_power(1.0)
+        >>> w = jnp.ones(2)
+        >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
+        >>> [round(float(x), 3) for x in updates]
+        [1.0, 1.0]
     """
     if not isinstance(k, jax.Array):
         checks.check_count("every", k=k)
@@ -63,8 +72,8 @@ def every(k: Any, stages: optax.GradientTransformation) -> Stage:
         value_fn: Any = None,
         **extra: Any,
     ) -> Any:
-        # A copy has no memory of gradients given: nothing inside shares the caller's backward
-        # pass, which a kept step needs.
+        # A copy of the objective has an empty gradient cache, so that no stage inside replaces the
+        # caller's gradient by its own: steps that keep the diagonal need the caller's.
         objective = as_objective(value_fn, "every", params)
         fresh = objective.on(objective.batch)
 
@@ -90,6 +99,6 @@ def every(k: Any, stages: optax.GradientTransformation) -> Stage:
 
 def _refuse_change(name: str) -> None:
     raise ValueError(
-        f"`every` keeps a diagonal and nothing else, and `{name}` inside it changes the updates. "
-        f"Move it out, `every(k, ...) | {name}(...)`; `sam_perturb` has an `every=` of its own."
+        f"`every` keeps a diagonal only, and `{name}` inside it changes the updates. "
+        f"Put it behind, `every(k, ...) | {name}(...)`; `sam_perturb` has an `every=` of its own."
     )

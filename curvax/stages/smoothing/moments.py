@@ -1,8 +1,7 @@
-"""Smoothing a diagonal over steps: averages that forget, and a sum that never does.
+"""Smoothing of a diagonal over steps: exponential averages and a sum.
 
-An entry that is no finite number enters none of them, or one step would spoil all that follow: it
-is handed on as NaN in that step, for `optax.apply_if_finite` and its kind to see, and the average
-keeps what it was.
+An entry that is not finite does not enter the average, where it would spoil all later steps. It is
+passed on as NaN in its own step, so that `optax.apply_if_finite` sees it.
 """
 
 from typing import Any, NamedTuple
@@ -22,28 +21,37 @@ class EmaRmsState(NamedTuple):
     step: jax.Array
     """t, int32 scalar."""
     weight: jax.Array
-    """1 - βᵗ, a scalar of the default float type: what the zeros of the start still lack."""
+    """1 - βᵗ, the total weight of the mean: a scalar of the default float type."""
     mean_square: Tree
     """v, in float32 or wider, shaped like the parameters."""
 
 
 def ema_rms(decay: Any) -> Stage:
-    """Replaces the diagonal by its root mean square over the past, older steps fading.
+    """Replaces the diagonal by the exponential root mean square of its past values.
 
         D̄ₜ = √( (1-β) Σᵢ βᵗ⁻ⁱ Dᵢ² / (1-βᵗ) )
 
-    The square makes D̄ positive where the Hessian is not. Magnitudes beyond the root of the largest
-    float, 1.8e19 in float32, count as that. An entry that is not finite is handed on as NaN in
-    that step and leaves the average as it was. Yao et al., AdaHessian, arXiv:2006.00719, eq. 11.
+    D̄ is non-negative even where the Hessian is not. Yao et al., AdaHessian, arXiv:2006.00719, eq.
+    11. Magnitudes above the root of the largest float (1.8e19 in float32) are clipped to it. An
+    entry that is not finite is passed on as NaN in its own step and leaves the average unchanged.
 
     Args:
-        decay: β in [0, 1), a number or a schedule; at 0 the diagonal becomes its own magnitude.
+        decay: β in [0, 1), a number or a schedule; 0 gives the magnitude |Dₜ|.
 
     Returns:
         A stage that needs `diagonal` and replaces it.
 
     Raises:
-        ValueError: β out of range.
+        ValueError: β is out of range; in `update`, no earlier stage set a diagonal.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, curvax
+        >>> loss = lambda w: 0.5 * (w[0] ** 2 - 10 * w[1] ** 2)
+        >>> tx, w = curvax.hutchinson_diag() | curvax.ema_rms(0.9), jnp.ones(2)
+        >>> signal = curvax.Signal(jax.grad(loss)(w))
+        >>> signal, state = tx.update(signal, tx.init(w), w, value_fn=loss)
+        >>> [round(float(x), 3) for x in signal.diagonal]
+        [1.0, 10.0]
     """
     checks.check_decay("decay", decay, stage="ema_rms")
 
@@ -53,7 +61,7 @@ def ema_rms(decay: Any) -> Stage:
         square = jax.tree.map(_square, diagonal)
         weight, square = _faded(at(decay, state.step), state.weight, state.mean_square, square)
         rms = jax.tree.map(lambda v: safe_math.root(v / weight).astype(v.dtype), square)
-        return _handed(signal, rms), EmaRmsState(state.step + 1, weight, square)
+        return _passed_on(signal, rms), EmaRmsState(state.step + 1, weight, square)
 
     return stage(lambda params: EmaRmsState(_zero_step(), _no_weight(), _zeros(params)), rule)
 
@@ -62,31 +70,41 @@ class EmaMeanState(NamedTuple):
     step: jax.Array
     """t, int32 scalar."""
     weight: jax.Array
-    """1 - βᵗ, a scalar of the default float type."""
+    """1 - βᵗ, the total weight of the mean: a scalar of the default float type."""
     mean: Tree
     """m, in float32 or wider, shaped like the parameters."""
 
 
 @injectable
 def ema_mean(decay: Any, *, debias: bool = True, lag: int = 0) -> Stage:
-    """Replaces the diagonal by its mean over the past, older steps fading.
+    """Replaces the diagonal by the exponential mean of its past values.
 
         D̄ₜ = (1-β) Σᵢ βᵗ⁻ⁱ Dᵢ / (1-βᵗ)
 
-    After `squared_gradient()` this is Adam's second moment, with `debias=False` RMSProp's. An
-    entry that is not finite is handed on as NaN in that step and leaves the average as it was.
+    After `squared_gradient()` this is Adam's second moment, and RMSProp's with `debias=False`. An
+    entry that is not finite is passed on as NaN in its own step and leaves the average unchanged.
 
     Args:
         decay: β in [0, 1), a number or a schedule.
-        debias: divide by 1-βᵗ.
-        lag: 1 hands on the average as it stood before this step, zero at first, as Optax's Sophia
-            does; `ema_mean(0.0, lag=1)` is a delay of one step.
+        debias: whether to divide by 1-βᵗ.
+        lag: 0, or 1 to pass on the average of the step before, zero at first, as Optax's Sophia
+            does; `ema_mean(0.0, lag=1)` delays the diagonal by one step.
 
     Returns:
         A stage that needs `diagonal` and replaces it.
 
     Raises:
-        ValueError: β out of range, or a lag other than 0 or 1.
+        ValueError: β is out of range, or `lag` is not 0 or 1; in `update`, no earlier stage set a
+            diagonal.
+
+    Examples:
+        >>> import jax.numpy as jnp, optax, curvax
+        >>> second_moment = curvax.squared_gradient() | curvax.ema_mean(0.999)
+        >>> adam = second_moment | optax.ema(0.9) | curvax.scale_by_power(0.5) | optax.scale(-1e-3)
+        >>> g = jnp.array([3.0, -4.0])
+        >>> updates, state = adam.update(g, adam.init(g), g)
+        >>> [round(float(x), 4) for x in updates]
+        [-0.001, 0.001]
     """
     checks.check_decay("decay", decay, stage="ema_mean")
     checks.check_static("ema_mean", lag=lag)
@@ -98,11 +116,11 @@ def ema_mean(decay: Any, *, debias: bool = True, lag: int = 0) -> Stage:
         diagonal = requirements.needed_diagonal(signal.diagonal, "ema_mean", "smooths a diagonal")
         weight, mean = _faded(at(decay, state.step), state.weight, state.mean, diagonal)
         new = EmaMeanState(state.step + 1, weight, mean)
-        shown = state if lag else new
-        given = shown.mean
+        seen = state if lag else new
+        mean = seen.mean
         if debias:
-            given = jax.tree.map(lambda m: trees.ratio(m, shown.weight).astype(m.dtype), given)
-        return _handed(signal, given), new
+            mean = jax.tree.map(lambda m: trees.ratio(m, seen.weight).astype(m.dtype), mean)
+        return _passed_on(signal, mean), new
 
     return stage(lambda params: EmaMeanState(_zero_step(), _no_weight(), _zeros(params)), rule)
 
@@ -113,19 +131,30 @@ class AccumulateState(NamedTuple):
 
 
 def accumulate(initial: Any = 0.0) -> Stage:
-    """Replaces the diagonal by its sum over all steps, and `initial`: AdaGrad's memory.
+    """Replaces the diagonal by the sum of its past values, as in AdaGrad.
 
-    The sum ends at the largest float. An entry that is not finite is handed on as NaN in that step
-    and is not summed.
+        Dₜ ← initial + Σᵢ Dᵢ
+
+    The sum is clipped to the largest float. An entry that is not finite is passed on as NaN in its
+    own step and is not added.
 
     Args:
-        initial: what the sum starts from, a number >= 0.
+        initial: value that the sum starts from, >= 0.
 
     Returns:
         A stage that needs `diagonal` and replaces it.
 
     Raises:
-        ValueError: `initial` is negative.
+        ValueError: `initial` is negative; in `update`, no earlier stage set a diagonal.
+
+    Examples:
+        >>> import jax.numpy as jnp, optax, curvax
+        >>> total = curvax.squared_gradient() | curvax.accumulate()
+        >>> adagrad = total | curvax.scale_by_power(0.5) | optax.scale(-0.1)
+        >>> g = jnp.array([3.0, -4.0])
+        >>> updates, state = adagrad.update(g, adagrad.init(g), g)
+        >>> [round(float(x), 3) for x in updates]
+        [-0.1, 0.1]
     """
     checks.check_range("initial", initial, 0, jnp.inf, stage="accumulate")
 
@@ -136,13 +165,13 @@ def accumulate(initial: Any = 0.0) -> Stage:
         del params, extra
         diagonal = requirements.needed_diagonal(signal.diagonal, "accumulate", "sums a diagonal")
         total = jax.tree.map(_summed, state.total, diagonal)
-        return _handed(signal, total), AccumulateState(total)
+        return _passed_on(signal, total), AccumulateState(total)
 
     return stage(init, rule)
 
 
 def _faded(decay: Any, weight: jax.Array, mean: Tree, new: Tree) -> tuple[jax.Array, Tree]:
-    """The weight and the mean with one more term, all that went before fading by β."""
+    """The weight and the mean after one more term, with all earlier terms scaled by β."""
     beta = jnp.asarray(decay, weight.dtype)
     last = trees.ratio(jnp.ones_like(weight), weight)
 
@@ -154,7 +183,7 @@ def _faded(decay: Any, weight: jax.Array, mean: Tree, new: Tree) -> tuple[jax.Ar
 
 
 def _square(d: jax.Array) -> jax.Array:
-    """D², the largest float where that is beyond it."""
+    """D², clipped to the largest float."""
     edge = float(jnp.finfo(d.dtype).max) ** 0.5 * (1 - float(jnp.finfo(d.dtype).eps))
     return jnp.square(jnp.where(jnp.isfinite(d), jnp.clip(d, -edge, edge), d))
 
@@ -165,8 +194,8 @@ def _summed(total: jax.Array, d: jax.Array) -> jax.Array:
     return jnp.clip(kept, -edge, edge).astype(total.dtype)
 
 
-def _handed(signal: Signal, smooth: Tree) -> Signal:
-    """The signal with the smooth diagonal, NaN where this step's own is not finite."""
+def _passed_on(signal: Signal, smooth: Tree) -> Signal:
+    """The signal with the smoothed diagonal, NaN where the diagonal of this step is not finite."""
     shown = lambda d, x: jnp.where(jnp.isfinite(d), x, jnp.nan)
     return signal._replace(diagonal=jax.tree.map(shown, signal.diagonal, smooth))
 

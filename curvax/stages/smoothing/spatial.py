@@ -1,4 +1,4 @@
-"""Smoothing a diagonal over neighbouring weights."""
+"""Smoothing of a diagonal over neighbouring weights."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -18,38 +18,46 @@ from curvax.pipes.signal import Signal, Stage, stage
 
 Block = None | int | tuple[int, ...]
 BlockRule = Callable[[Path, jax.Array], Block]
-Facts = Mapping[Any, Any]
-"""path ↦ the window, input and output axes of a leaf."""
+LeafAxes = Mapping[Any, Any]
+"""path ↦ the window, input and output axes of a leaf: a `Layout`, or roles by path."""
 
 
 @injectable
 def spatial_average(
     block: str | BlockRule | Block = "auto", *, magnitudes: bool = True, layout: Any = None
 ) -> Stage:
-    """Replaces the diagonal by its mean over a block of neighbouring weights.
+    """Replaces the diagonal by its mean over blocks of neighbouring weights.
 
         D[ib + j] = 1/b Σₖ D[ib + k],   k = 1 … b
 
     Yao et al., AdaHessian, arXiv:2006.00719, eq. 10.
 
     Args:
-        block: `"auto"` averages a convolution over its window axes and nothing else: Flax's and
-            Haiku's kernels, of linen and nnx, and those of Equinox's layers. A leaf that may be one
-            and of which names and shapes do not tell it stays, with a warning at `init`. An int is
-            the length of contiguous blocks along the inputs of a Flax `kernel` (its output axis
-            moved first, as in the authors' [out, in]), along any other leaf as stored; leaves of
-            rank 0 and 1 stay. A callable `(path, leaf) -> None, int or axes` decides for each
-            leaf, None being no average.
-        magnitudes: average |D|, as the authors' code does; False averages the signed values, as
-            eq. 10 is written.
-        layout: what `curvax.flax_bridge.layout(model, variables)` returns, where names alone do
-            not tell which axis is a window, an input, or a scanned depth.
+        block: "auto" averages the kernels of convolutions over their window axes, in the layouts of
+            Flax, Haiku and Equinox, and leaves other parameters alone; a leaf that may be such a
+            kernel, but is not recognised, is left alone with a warning at `init`. An int b averages
+            contiguous blocks of length b: along the inputs of a Flax `kernel` (the authors' [out,
+            in] order), along other leaves as stored; leaves of rank 0 and 1 are left alone. A
+            callable `(path, leaf) -> None, int or axes` decides for each leaf. None averages
+            nothing.
+        magnitudes: whether to average |D| (the authors' code) rather than D (eq. 10).
+        layout: what `curvax.layout(model, variables)` returns, for models in which names alone do
+            not show which axis is a window, an input, or a stack of layers.
 
     Returns:
         A stage that needs `diagonal` and replaces it.
 
     Raises:
-        ValueError: a block that is no such thing; later, one that does not divide its leaf.
+        ValueError: `block` is none of these; in `update`, an int that does not divide a leaf, or
+            axes that a leaf does not have.
+
+    Examples:
+        >>> import jax.numpy as jnp, curvax
+        >>> tx = curvax.squared_gradient() | curvax.spatial_average()
+        >>> g = {"Conv_0": {"kernel": jnp.arange(4.0).reshape(2, 2, 1, 1)}}
+        >>> signal, state = tx.update(curvax.Signal(g), tx.init(g), g)
+        >>> print(signal.diagonal["Conv_0"]["kernel"].ravel())
+        [3.5 3.5 3.5 3.5]
     """
     checks.check_static("spatial_average", block=block)
     rule_of = _rule_of(block, layout)
@@ -61,9 +69,9 @@ def spatial_average(
         )
         if magnitudes:
             diagonal = jax.tree.map(jnp.abs, diagonal)
-        decide, facts = rule_of(diagonal)
+        block_of, axes_of = rule_of(diagonal)
         averaged = trees.map_with_path(
-            lambda path, d: _averaged(d, decide(path, d), path, facts), diagonal
+            lambda path, d: _averaged(d, block_of(path, d), path, axes_of), diagonal
         )
         return signal._replace(diagonal=averaged), state
 
@@ -75,86 +83,87 @@ def spatial_average(
     return stage(init, rule)
 
 
-def _rule_of(block: Any, layout: Any) -> Callable[[Tree], tuple[BlockRule, Facts]]:
-    """tree ↦ the rule that says for each of its leaves what to average, and what each leaf is."""
+def _rule_of(block: Any, layout: Any) -> Callable[[Tree], tuple[BlockRule, LeafAxes]]:
+    """tree ↦ the block of each leaf, and the axes of each leaf."""
     if block == "auto":
-        decide = lambda facts: lambda path, leaf: facts[path].window or None
+        decide = lambda axes_of: lambda path, leaf: axes_of[path].window or None
     elif callable(block):
-        decide = lambda facts: block
+        decide = lambda axes_of: block
     elif block is None:
-        decide = lambda facts: lambda path, leaf: None
+        decide = lambda axes_of: lambda path, leaf: None
     elif isinstance(block, int) and not isinstance(block, bool) and block > 0:
-        decide = lambda facts: lambda path, leaf: block if leaf.ndim > 1 else None
+        decide = lambda axes_of: lambda path, leaf: block if leaf.ndim > 1 else None
     else:
         raise ValueError(
             "`spatial_average` takes `block` as 'auto', a positive int, None, or a callable "
             f"`(path, leaf) -> None, int or axes`, and got {block!r}."
         )
 
-    def rule_of(tree: Tree) -> tuple[BlockRule, Facts]:
-        facts = _facts(tree) if layout is None else layout
-        return decide(facts), facts
+    def rule_of(tree: Tree) -> tuple[BlockRule, LeafAxes]:
+        axes_of = _recognised(tree) if layout is None else layout
+        return decide(axes_of), axes_of
 
     return rule_of
 
 
-def _facts(tree: Tree) -> Facts:
-    """What each leaf is by names, shapes and classes: the doubtful has no window."""
-    return {path: reading.role for path, reading in layers.readings(tree).items()}
+def _recognised(tree: Tree) -> LeafAxes:
+    """The role of each leaf by names, shapes and classes; without a window where in doubt."""
+    return {path: info.role for path, info in layers.param_infos(tree).items()}
 
 
 def _warn_of_windows(params: Tree) -> None:
-    """Says which leaves may be convolutions and are not averaged."""
-    shapes, read = layers.shapes_of(params), layers.readings(params)
-    doubtful = layers.doubtful_windows(shapes, read)
+    """Warns of leaves that may be kernels of convolutions and are not averaged."""
+    shapes, infos = layers.shapes_of(params), layers.param_infos(params)
+    doubtful = layers.doubtful_windows(shapes, infos)
     if doubtful:
         found = ", ".join(f"`{'/'.join(path)}` {shapes[path]}" for path in doubtful[:3])
         more = f" and {len(doubtful) - 3} more" if len(doubtful) > 3 else ""
         warnings.warn(
             f"`spatial_average` does not average over a window of {found}{more}: names and shapes "
-            "do not tell whether it is a convolution's kernel, and along which axes its window "
-            "lies. Pass `spatial_average(layout=curvax.layout(model, variables))`, which a method "
-            "takes as `block=`, or a callable `(path, leaf) -> None or axes`; `block=None` "
-            "averages nothing.",
+            "do not show whether it is the kernel of a convolution, and which axes are its window. "
+            "Pass `spatial_average(layout=curvax.layout(model, variables))`, which a method takes "
+            "as `block=`, or a callable `(path, leaf) -> None or axes`; `block=None` averages "
+            "nothing.",
             stacklevel=2,
         )
 
 
-def _averaged(d: jax.Array, block: Block, path: Path, facts: Facts) -> jax.Array:
+def _averaged(d: jax.Array, block: Block, path: Path, axes_of: LeafAxes) -> jax.Array:
     if block is None:
         return d
     if isinstance(block, int):
-        return _block_means(d, block, path, facts)
+        return _block_means(d, block, path, axes_of)
     window = tuple(block)
     if any(not -d.ndim <= axis < d.ndim for axis in window):
         raise ValueError(
-            f"`spatial_average` was told to average the axes {window} of "
-            f"`{trees.label(path)}`, which has shape {d.shape}."
+            f"`spatial_average` cannot average over the axes {window} of "
+            f"`{trees.label(path)}`, which has shape {d.shape}. Return axes in "
+            f"[-{d.ndim}, {d.ndim}), or None for no average."
         )
     return jnp.broadcast_to(jnp.mean(d, axis=window, keepdims=True), d.shape)
 
 
-def _block_means(d: jax.Array, block: int, path: Path, facts: Facts) -> jax.Array:
+def _block_means(d: jax.Array, block: int, path: Path, axes_of: LeafAxes) -> jax.Array:
     if d.size % block:
         raise ValueError(
             f"`spatial_average` cuts each leaf into blocks of {block}, which does not divide the "
             f"{d.size} entries of `{trees.label(path)}` {d.shape}. Use a divisor, or a callable "
             "`(path, leaf) -> None, int or axes` that treats this leaf apart."
         )
-    order = _inputs_last(d, path, facts)
+    order = _inputs_last(d, path, axes_of)
     rows = d.transpose(order)
     means = jnp.mean(rows.reshape(-1, block), axis=1, keepdims=True)
     spread = jnp.broadcast_to(means, (means.size, block)).reshape(rows.shape)
     return spread.transpose([order.index(axis) for axis in range(d.ndim)])
 
 
-def _inputs_last(d: jax.Array, path: Path, facts: Facts) -> list[int]:
+def _inputs_last(d: jax.Array, path: Path, axes_of: LeafAxes) -> list[int]:
     """The axes in the order [stacked, outputs, inputs], so that blocks run along the inputs.
 
-    A kernel of which nothing is known ends in its output axis, as Flax's do; any other leaf is
-    taken as stored.
+    A kernel that is not recognised ends in its output axis, as in Flax; any other leaf is taken as
+    stored.
     """
-    leaf = facts[path]
+    leaf = axes_of[path]
     inputs = [*leaf.window, *leaf.inputs] if "kernel" in path[-2:] else []
     if inputs:
         return [axis for axis in range(d.ndim) if axis not in inputs] + inputs

@@ -71,6 +71,7 @@ def vocabulary(steps: int | None = None) -> dict[str, Any]:
     return {
         **_optax_names(),
         **{f.__name__: functools.partial(f, steps=steps) for f in stretched},
+        **{old: getattr(curvax, new) for old, new in curvax.RENAMED.items()},
         **{name: getattr(curvax, name) for name in curvax.__all__},
     }
 
