@@ -182,7 +182,7 @@ def __getattr__(name: str) -> Any:
     core does without Flax, those of `curvax.analysis`, and `curvax.plotting`, since it does without
     matplotlib."""
     if name == "layout" and importlib.util.find_spec("flax") is None:
-        return importlib.import_module("curvax.layouts").layout_of_tree
+        return importlib.import_module("curvax.parameter_roles.layouts").layout_of_tree
     if name in _FLAX:
         return getattr(importlib.import_module("curvax.flax_bridge"), name)
     if name in _PACKAGES:
