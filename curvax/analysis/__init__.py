@@ -85,8 +85,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "Sweep":
         warnings.warn(
-            "`curvax.analysis.Sweep` is now called `DatasetLoss`, and the old name will be removed "
-            "in the next release. Use `curvax.analysis.DatasetLoss`.",
+            "`curvax.analysis.Sweep` is now `curvax.analysis.DatasetLoss`; the old name will be "
+            "removed in the next release.",
             DeprecationWarning,
             stacklevel=2,
         )
