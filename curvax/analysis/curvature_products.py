@@ -12,11 +12,11 @@ from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
 from curvax.curvature import empirical_fvp, fvp, ggnvp, hvp
 from curvax.curvature.differentiability import check_mode
+from curvax.curvature.modes import Matvec
 from curvax.devices.axes import AxisNames
 from curvax.linear_operator import as_product
 from curvax.objective import Objective
 
-Matvec = Callable[[Tree], Tree]
 Oracle = Callable[..., Matvec]
 CurvatureLike = str | Oracle
 """The name of a matrix, or a callable `(objective, params) -> product` such as

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from curvax import checks
-from curvax.analysis.curvature_products import CurvatureLike, Matvec, matrix
+from curvax.analysis.curvature_products import CurvatureLike, matrix
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
+from curvax.curvature.modes import Matvec
 from curvax.linalg import bases, gaussian_probe
 from curvax.linalg.probes import as_key
 from curvax.linear_operator import as_product
