@@ -136,6 +136,8 @@ def test_every_public_name_and_option_is_documented(name):
     documentation = inspect.getdoc(thing) or ""
     assert len(documentation.partition("\n")[0]) > 20
     if inspect.isfunction(thing):
+        sections = re.findall(r"^(\w+):$", documentation, re.MULTILINE)
+        assert sections == ["Args", "Returns", "Raises", "Examples"]
         about = documentation.partition("Args:")[2]
         options = inspect.signature(thing).parameters
         missing = [o for o in options if not re.search(rf"^ +.*\b{o}\b.*:", about, re.MULTILINE)]

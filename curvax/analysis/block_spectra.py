@@ -88,19 +88,19 @@ def block_eigenvalues(
     of = matrix(curvature, mean_over, "block_eigenvalues", mode)
     checks.check_count("block_eigenvalues", chunk=chunk)
     masks = block_masks(params, blocks)
-    turns = -(-len(masks) // chunk)
-    together = -(-len(masks) // turns)
-    # The last turn is padded: a shorter one would compile a second program.
-    padded = [list(masks.values())[n % len(masks)] for n in range(turns * together)]
+    batches = -(-len(masks) // chunk)
+    batch_size = -(-len(masks) // batches)
+    # The last batch is padded: a shorter one would compile a second program.
+    padded = [list(masks.values())[n % len(masks)] for n in range(batches * batch_size)]
     found = evaluate_products(
-        _searched, objective, params, jax.tree.map(lambda *x: np.stack(x), *padded), v0,
-        as_key(key), of=of, together=together, end=end, max_products=max_products,
+        _search_blocks, objective, params, jax.tree.map(lambda *x: np.stack(x), *padded), v0,
+        as_key(key), of=of, batch_size=batch_size, end=end, max_products=max_products,
         subspace=subspace, tol=tolerance(params) if tol is None else tol,
     )  # fmt: skip
     return {name: jax.tree.map(lambda x, n=n: x[n], found) for n, name in enumerate(masks)}
 
 
-def _searched(
+def _search_blocks(
     objective: Objective | DatasetLoss,
     params: Tree,
     masks: Tree,
@@ -108,7 +108,7 @@ def _searched(
     key: jax.Array,
     *,
     of: Matrix,
-    together: int,
+    batch_size: int,
     **options: Any,
 ) -> BlockEigenvalue:
     product, start = of.at(objective, params), start_vector(v0, key, params)
@@ -128,5 +128,5 @@ def _searched(
     # The host loop of a `DatasetLoss` takes one vector at a time, and vectors on an explicit mesh
     # cannot be stacked.
     sharded = any(map(trees.is_sharded, jax.tree.leaves(params)))
-    alone = isinstance(objective, DatasetLoss) or sharded
-    return lax.map(search, masks, batch_size=None if alone else together)
+    one_by_one = isinstance(objective, DatasetLoss) or sharded
+    return lax.map(search, masks, batch_size=None if one_by_one else batch_size)

@@ -105,7 +105,7 @@ def mlp_block_hessians(
     found, difference = _recursion(
         objective, params, chain, inputs=inputs, activation=activation, mode=mode
     )
-    _refuse_others(difference)
+    _check_outputs(difference)
     return dict(zip(layers, found, strict=True))
 
 
@@ -130,8 +130,8 @@ def _recursion(
     blocks = [b._replace(weight_norm=b.weight_norm[0]) for b in blocks]
     if outputs.shape != expected.shape:
         return blocks, jnp.full((), jnp.inf)
-    excused = jnp.finfo(expected.dtype).eps ** 0.5 * (1 + jnp.max(jnp.abs(expected)))
-    return blocks, jnp.max(jnp.abs(outputs - expected)) / excused
+    rounding = jnp.finfo(expected.dtype).eps ** 0.5 * (1 + jnp.max(jnp.abs(expected)))
+    return blocks, jnp.max(jnp.abs(outputs - expected)) / rounding
 
 
 def _blocks(
@@ -227,7 +227,7 @@ def _check_widths(chain: tuple[_Layer, ...], layers: Sequence[str]) -> None:
             )
 
 
-def _refuse_others(difference: jax.Array) -> None:
+def _check_outputs(difference: jax.Array) -> None:
     if isinstance(difference, jax.core.Tracer) or not difference > 1:
         return
     raise ValueError(

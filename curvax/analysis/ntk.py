@@ -261,8 +261,8 @@ def _dependence(objective: Objective, params: Tree, chunk: int) -> jax.Array:
     count = min(max(2, chunk), objective.size)
     some = objective.on(jax.tree.map(lambda x: meshes.first(x, count), objective.batch))
     together, alone = outputs_of(some, params), outputs_alone(some, params)
-    excused = jnp.finfo(together.dtype).eps ** 0.5 * jnp.max(jnp.abs(together))
-    return trees.ratio(jnp.max(jnp.abs(together - alone)), excused)
+    rounding = jnp.finfo(together.dtype).eps ** 0.5 * jnp.max(jnp.abs(together))
+    return trees.ratio(jnp.max(jnp.abs(together - alone)), rounding)
 
 
 def _refuse_dependent(difference: jax.Array, name: str) -> None:

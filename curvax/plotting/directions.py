@@ -88,6 +88,10 @@ def fisher_kl(
     Returns:
         The axes, logarithmic if all values are positive.
 
+    Raises:
+        TypeError: a value of `results` is not a `FisherKL`.
+        ValueError: `results` is empty.
+
     Examples:
         >>> from curvax import analysis, plotting
         >>> short, long = analysis.FisherKL(0.01, 0.01, 0.01), analysis.FisherKL(1.0, 1.1, 0.9)

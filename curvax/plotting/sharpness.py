@@ -96,6 +96,10 @@ def surrogate_gap(
         largest: `{key of gaps: λ_max}`, as numbers or `analysis.top_eigenpairs(...).values`.
         label: prefix in the legend, to tell these results from others on the same axes.
 
+    Raises:
+        TypeError: a value of `gaps` is not a `SurrogateGap`.
+        ValueError: `gaps` is empty.
+
     Examples:
         >>> from curvax import analysis, plotting
         >>> gap = analysis.SurrogateGap(0.1, 20.0, 12.0, loss=1.0, gradient_norm=0.4)
