@@ -48,7 +48,7 @@ def block_masks(params: Tree, blocks: Blocks) -> dict[str, Tree]:
         >>> import jax.numpy as jnp
         >>> from curvax import analysis
         >>> params = {"a": {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}, "c": jnp.ones(3)}
-        >>> masks = analysis.block_masks(params)
+        >>> masks = analysis.block_masks(params, "*")
         >>> list(masks), masks["a"]["a"]["w"].item(), masks["a"]["c"].item()
         (['a', 'c'], 1.0, 0.0)
     """

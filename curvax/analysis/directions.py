@@ -125,7 +125,7 @@ def of_block(
         >>> from curvax import analysis
         >>> loss = lambda p: jnp.sum(p["a"] ** 2) + 3 * jnp.sum(p["b"] ** 2)
         >>> params = {"a": jnp.ones(2), "b": jnp.ones(2)}
-        >>> block = analysis.of_block(analysis.block_masks(params)["a"])
+        >>> block = analysis.of_block(analysis.block_masks(params, "*")["a"])
         >>> round(float(analysis.top_eigenpairs(loss, params, curvature=block).values[0]), 3)
         2.0
     """

@@ -77,7 +77,7 @@ def ntk(
         >>> import jax.numpy as jnp
         >>> import curvax
         >>> model = lambda w, batch: batch["x"] @ w
-        >>> batch = {"x": jnp.array([[1.0, 2.0], [0.0, 3.0]])}
+        >>> batch = {"x": jnp.array([[1.0, 2.0], [0.0, 3.0]]), "y": jnp.zeros((2, 1))}
         >>> objective = curvax.Objective(curvax.gaussian("y"), batch, model=model)
         >>> curvax.analysis.ntk(objective, jnp.ones((2, 1)), form="trace").tolist()
         [[5.0, 6.0], [6.0, 9.0]]
@@ -129,7 +129,7 @@ def ntk_condition_number(
         >>> import jax.numpy as jnp
         >>> import curvax
         >>> model = lambda w, batch: batch["x"] @ w
-        >>> batch = {"x": jnp.array([[1.0, 0.0], [0.0, 3.0]])}
+        >>> batch = {"x": jnp.array([[1.0, 0.0], [0.0, 3.0]]), "y": jnp.zeros((2, 1))}
         >>> objective = curvax.Objective(curvax.gaussian("y"), batch, model=model)
         >>> found = curvax.analysis.ntk_condition_number(objective, jnp.ones((2, 1)))
         >>> round(float(found.value), 3)
