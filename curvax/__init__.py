@@ -23,7 +23,7 @@ Examples:
 
 import importlib.util
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from curvax.curvature import empirical_fvp, fvp, ggnvp, hvp
 from curvax.likelihoods import bernoulli, categorical, gaussian, poisson
@@ -188,18 +188,67 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-RENAMED = {"Reason": "StopReason", "rho_like": "rho_schedule"}
+RENAMED = {"Reason": "StopReason", "Sweep": "DatasetLoss", "rho_like": "rho_schedule"}
 """Old name ↦ new name: accepted with a DeprecationWarning until the next release but one."""
 
 _PACKAGES = ("analysis", "plotting")
-_FLAX = ("TrainState", "layout", "nnx_loss")
+_LAZY = {
+    "curvax.analysis": (
+        "Alignment",
+        "BlockEigenvalue",
+        "ConditionNumber",
+        "DatasetLoss",
+        "FisherKL",
+        "GradientAngle",
+        "Landscape",
+        "MSharpness",
+        "MlpBlockHessian",
+        "RandomSharpness",
+        "Sharpness",
+        "Spectrum",
+        "SurrogateGap",
+        "Trajectory",
+        "activation_norms",
+        "active_fraction",
+        "alignment",
+        "attention_maps",
+        "block_eigenvalues",
+        "block_masks",
+        "block_norms",
+        "curvature_trace",
+        "filter_normalised",
+        "fisher_kl",
+        "gradient_angle",
+        "hessian_spectrum",
+        "landscape",
+        "m_sharpness",
+        "mlp_block_hessians",
+        "ntk",
+        "ntk_condition_number",
+        "of_block",
+        "random_directions",
+        "random_sharpness",
+        "sharpness",
+        "surrogate_gap",
+        "top_eigenpairs",
+        "trajectory_directions",
+    ),
+    "curvax.flax_bridge": ("TrainState", "layout", "nnx_loss"),
+}
+"""Names that are imported at first use, by the module that defines them."""
+_HOME = {name: module for module, names in _LAZY.items() for name in names}
+
+if TYPE_CHECKING:
+    from curvax import analysis, plotting  # noqa: F401
+    from curvax.analysis import *  # noqa: F403
+    from curvax.flax_bridge import TrainState, layout, nnx_loss  # noqa: F401
 
 
 def __getattr__(name: str) -> Any:
-    """Names that are imported on first use, and old names.
+    """Imports at first use what would make `import curvax` slow or need optional packages.
 
-    The Flax bridge needs Flax, `curvax.plotting` needs matplotlib, and few scripts need
-    `curvax.analysis`; `import curvax` loads none of them.
+    These are the Flax bridge (Flax), `curvax.plotting` (matplotlib) and the names of
+    `curvax.analysis`. Deprecated names are resolved here too.
     """
     if name in RENAMED:
         new = RENAMED[name]
@@ -209,14 +258,15 @@ def __getattr__(name: str) -> Any:
             DeprecationWarning,
             stacklevel=2,
         )
-        return globals()[new]
+        return globals()[new] if new in globals() else __getattr__(new)
     if name == "layout" and importlib.util.find_spec("flax") is None:
         return importlib.import_module("curvax.parameter_roles.layouts").layout_of_tree
-    if name in _FLAX:
-        return getattr(importlib.import_module("curvax.flax_bridge"), name)
     if name in _PACKAGES:
         return importlib.import_module(f"curvax.{name}")
-    analysis = importlib.import_module("curvax.analysis")
-    if name not in analysis.__all__:
-        raise AttributeError(f"module 'curvax' has no attribute {name!r}")
-    return getattr(analysis, name)
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PACKAGES, *_HOME})

@@ -17,7 +17,7 @@ from test_devices import DEVICES, mesh
 from trajectories import recorded
 
 import curvax as cx
-from curvax.analysis import Sweep, block_eigenvalues, block_masks
+from curvax.analysis import DatasetLoss, block_eigenvalues, block_masks
 
 
 def rows_of(params: Any, mask: Any) -> np.ndarray:
@@ -195,7 +195,7 @@ def test_blocks_of_another_matrix():
 
 
 def test_blocks_over_a_loader():
-    found = block_eigenvalues(Sweep(net_loss, loader_of(4, 4)), net_params(), subspace=8)
+    found = block_eigenvalues(DatasetLoss(net_loss, loader_of(4, 4)), net_params(), subspace=8)
     ends = ends_of_blocks(hessian(), net_params(), "*")
     assert_blocks(found, {name: e[1] for name, e in ends.items()})
 

@@ -53,7 +53,7 @@ MEASURES = {
 
 
 ELSEWHERE = ("m_sharpness", "ntk", "ntk_condition_number", "block_eigenvalues", "top_eigenpairs")
-"""Those that no `Sweep` has, and those that are tested over one where they are."""
+"""Measures without a `DatasetLoss`, and those tested over one in their own module."""
 
 
 def plain(batch):
@@ -136,6 +136,8 @@ def test_every_public_name_and_option_is_documented(name):
     documentation = inspect.getdoc(thing) or ""
     assert len(documentation.partition("\n")[0]) > 20
     if inspect.isfunction(thing):
+        sections = re.findall(r"^(\w+):$", documentation, re.MULTILINE)
+        assert sections == ["Args", "Returns", "Raises", "Examples"]
         about = documentation.partition("Args:")[2]
         options = inspect.signature(thing).parameters
         missing = [o for o in options if not re.search(rf"^ +.*\b{o}\b.*:", about, re.MULTILINE)]
@@ -145,12 +147,12 @@ def test_every_public_name_and_option_is_documented(name):
 def test_over_a_loader_every_measure_is_that_of_the_whole_set():
     objective, params = plain(net_batch(10))
     loader = [jax.tree.map(lambda x, r=r: x[r], objective.batch) for r in (slice(8), slice(8, 10))]
-    sweep = analysis.Sweep(LABEL, loader, model=net)
+    dataset_loss = analysis.DatasetLoss(LABEL, loader, model=net)
     for name, measure in MEASURES.items():
         if name not in ELSEWHERE:
-            found, expected = measure(sweep, params), measure(objective, params)
+            found, expected = measure(dataset_loss, params), measure(objective, params)
             np.testing.assert_allclose(flat(found), flat(expected), rtol=1e-9, err_msg=name)
     model = lambda params, batch: jax.nn.relu(net(params, batch))
-    shares = analysis.active_fraction(analysis.Sweep(LABEL, loader, model=model), params)
+    shares = analysis.active_fraction(analysis.DatasetLoss(LABEL, loader, model=model), params)
     expected = analysis.active_fraction(cx.Objective(LABEL, objective.batch, model=model), params)
     assert float(shares["relu"]) == pytest.approx(float(expected["relu"]))

@@ -29,7 +29,7 @@ from test_devices import DEVICES, REGIMES, mesh, shards
 from trajectories import recorded
 
 import curvax as cx
-from curvax.analysis import Sweep, curvature_trace, hessian_spectrum, top_eigenpairs
+from curvax.analysis import DatasetLoss, curvature_trace, hessian_spectrum, top_eigenpairs
 from curvax.curvature import hvp
 from curvax.linalg import Eigenpairs
 
@@ -447,19 +447,24 @@ class Counting:
         return iter(self.batches)
 
 
-def test_a_sweep_over_unequal_batches_is_the_loss_of_the_whole_set():
-    sweep, objective = Sweep(net_loss, loader_of(3, 3, 2)), cx.Objective(net_loss, net_batch())
-    assert float(sweep(net_params())) == pytest.approx(float(objective(net_params())), rel=1e-14)
-    value, grads = sweep.value_and_grad(net_params())
+def test_a_dataset_loss_over_unequal_batches_is_the_loss_of_the_whole_set():
+    dataset_loss, objective = (
+        DatasetLoss(net_loss, loader_of(3, 3, 2)),
+        cx.Objective(net_loss, net_batch()),
+    )
+    assert float(dataset_loss(net_params())) == pytest.approx(
+        float(objective(net_params())), rel=1e-14
+    )
+    value, grads = dataset_loss.value_and_grad(net_params())
     expected = objective.value_and_grad(net_params())
     np.testing.assert_allclose(flat((value, grads)), flat(expected), rtol=1e-13)
 
 
-def test_a_sweep_weighs_its_batches():
+def test_a_dataset_loss_weighs_its_batches():
     batch = net_batch() | {"w": jnp.arange(8.0)}
     loss = cx.gaussian("y", weights="w")
     pieces = [jax.tree.map(lambda x, i=i: x[i : i + 2], batch) for i in (0, 2, 4, 6)]
-    found = Sweep(loss, pieces, model=net)(net_params())
+    found = DatasetLoss(loss, pieces, model=net)(net_params())
     expected = cx.Objective(loss, batch, model=net)(net_params())
     assert float(found) == pytest.approx(float(expected), rel=1e-14)
 
@@ -476,7 +481,7 @@ def test_a_sweep_weighs_its_batches():
 )
 def test_one_pass_over_the_data_for_each_product(measure, products):
     loader = Counting(loader_of(4, 4))
-    found = measure(Sweep(net_loss, loader), net_params())
+    found = measure(DatasetLoss(net_loss, loader), net_params())
     expected = quick_jit(lambda p: measure(cx.Objective(net_loss, net_batch()), p))(net_params())
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
         np.testing.assert_allclose(x, y, rtol=1e-8, atol=1e-8)
@@ -486,37 +491,37 @@ def test_one_pass_over_the_data_for_each_product(measure, products):
     assert loader.passes == products
 
 
-def test_a_sweep_wraps_its_loader_as_it_is_told(capsys):
+def test_a_dataset_loss_wraps_its_loader_as_its_progress_option_says(capsys):
     wrapped = []
 
     def watch(loader: Any) -> Any:
         wrapped.append(len(loader))
         return loader
 
-    Sweep(net_loss, loader_of(4, 4), progress=watch)(net_params())
+    DatasetLoss(net_loss, loader_of(4, 4), progress=watch)(net_params())
     assert wrapped == [2]
-    Sweep(net_loss, loader_of(4, 4), progress=True)(net_params())
+    DatasetLoss(net_loss, loader_of(4, 4), progress=True)(net_params())
     assert capsys.readouterr().out == ""
 
 
-def test_keys_of_a_sweep_are_those_of_the_batch_at_every_pass():
+def test_keys_of_a_dataset_loss_are_those_of_the_batch_at_every_pass():
     noisy = lambda params, batch, key: net_loss(params, batch) * (1 + jax.random.uniform(key))
-    sweep = Sweep(noisy, loader_of(4, 4), key=jax.random.key(3))
+    dataset_loss = DatasetLoss(noisy, loader_of(4, 4), key=jax.random.key(3))
     keys = [jax.random.fold_in(jax.random.key(3), i) for i in range(2)]
-    expected = np.mean([noisy(net_params(), b, k) for b, k in zip(sweep.loader, keys)])
-    assert float(sweep(net_params())) == pytest.approx(float(expected), rel=1e-12)
-    assert float(sweep(net_params())) == float(sweep(net_params()))
+    expected = np.mean([noisy(net_params(), b, k) for b, k in zip(dataset_loss.loader, keys)])
+    assert float(dataset_loss(net_params())) == pytest.approx(float(expected), rel=1e-12)
+    assert float(dataset_loss(net_params())) == float(dataset_loss(net_params()))
 
 
-def test_a_sweep_refuses_what_it_cannot_go_through():
+def test_a_dataset_loss_refuses_what_it_cannot_go_through():
     with pytest.raises(ValueError, match="list_iterator"):
-        Sweep(net_loss, iter(loader_of(4, 4)))
+        DatasetLoss(net_loss, iter(loader_of(4, 4)))
     with pytest.raises(ValueError, match="gave none"):
-        Sweep(net_loss, [])(net_params())
+        DatasetLoss(net_loss, [])(net_params())
     with pytest.raises(TypeError, match="typed key"):
-        Sweep(net_loss, loader_of(4, 4), key=jnp.zeros(2, jnp.uint32))
+        DatasetLoss(net_loss, loader_of(4, 4), key=jnp.zeros(2, jnp.uint32))
     with pytest.raises(TypeError, match="on the host"):
-        jax.jit(Sweep(net_loss, loader_of(4, 4)))(net_params())
+        jax.jit(DatasetLoss(net_loss, loader_of(4, 4)))(net_params())
 
 
 def test_a_quadratic_loss_of_ten_thousand_dimensions():

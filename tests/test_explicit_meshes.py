@@ -158,7 +158,7 @@ CASES: dict[str, Any] = {
         lambda o, p: {n: b.value for n, b in analysis.block_eigenvalues(o, p).items()}
     ),
     "a sweep": lambda params, batch, model: analysis.surrogate_gap(
-        analysis.Sweep(LOSS, [batch, batch], model=model, microbatch=8), params, 0.05
+        analysis.DatasetLoss(LOSS, [batch, batch], model=model, microbatch=8), params, 0.05
     ),
 }
 

@@ -20,7 +20,7 @@ flax = pytest.importorskip("flax", reason="the models are Flax's: pip install 'c
 sklearn = pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
 from noisy_images import BATCH, LIKELIHOOD, NOISE, SIZE, Trainer, images, kept  # noqa: E402
 
-from curvax.analysis import Sweep, top_eigenpairs  # noqa: E402
+from curvax.analysis import DatasetLoss, top_eigenpairs  # noqa: E402
 from curvax.models import build  # noqa: E402
 from curvax.training.compare.summary import summarise  # noqa: E402
 from curvax.training.data.archives import DataError  # noqa: E402
@@ -75,7 +75,7 @@ def end(source, name, rho, seed):
     params = trained.trained(train, seed, rho)
     error, loss = trained.scores(params, train)
     # One batch, but with its loop in Python: XLA's own runs convolutions slowly on CPUs.
-    whole = Sweep(LIKELIHOOD, [train], model=trained.predict)
+    whole = DatasetLoss(LIKELIHOOD, [train], model=trained.predict)
     pairs = top_eigenpairs(whole, params, 5, end="largest", tol=0.01)
     return {
         "lambda_max": float(pairs.values[0]),

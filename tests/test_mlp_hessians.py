@@ -145,7 +145,7 @@ def test_a_flax_perceptron_is_named_by_its_layers():
     ("layers", "options", "message"),
     [
         (["first", "head"], {}, "cannot follow `first`"),
-        (LAYERS, {"activation": jax.nn.relu}, "do not add up"),
+        (LAYERS, {"activation": jax.nn.relu}, "outputs differ from those of the `model`"),
         (["first", "deep", "head"], {}, "`deep` has no kernel"),
     ],
 )

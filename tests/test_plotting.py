@@ -1,5 +1,7 @@
 """Pictures show the numbers that they are given, on the axes they are given; nothing else moves."""
 
+import inspect
+import re
 from typing import Any
 
 import jax.numpy as jnp
@@ -181,8 +183,12 @@ def test_every_picture_is_tested():
 
 @pytest.mark.parametrize("name", plotting.__all__)
 def test_every_picture_is_documented(name):
-    text = getattr(plotting, name).__doc__
-    assert all(f"{part}:" in text for part in ("Args", "Returns", "Raises"))
+    draw = getattr(plotting, name)
+    text = inspect.getdoc(draw)
+    sections = re.findall(r"^(\w+):$", text, re.MULTILINE)
+    assert sections == ["Args", "Returns", "Raises", "Examples"]
+    described = re.findall(r"^    (\w+): ", text.partition("Args:")[2], re.MULTILINE)
+    assert {*inspect.signature(draw).parameters} <= {*described}
 
 
 @pytest.mark.parametrize("name", plotting.__all__)
@@ -263,7 +269,7 @@ def test_something_else_inside_of_a_run_is_refused(name):
 
 @pytest.mark.parametrize("name", MANY)
 def test_no_run_is_refused(name):
-    with pytest.raises(ValueError, match=f"`{name}` was given nothing to draw"):
+    with pytest.raises(ValueError, match=f"`{name}` got nothing to draw"):
         draw(name, {})
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import curvax as cx
+from curvax import analysis
 
 ROOT = Path(cx.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
@@ -154,6 +155,28 @@ def test_old_names_warn_and_are_the_new_ones(old, new):
     assert old not in cx.__all__
 
 
+def test_names_of_the_analysis_have_a_second_address():
+    assert cx._LAZY["curvax.analysis"] == tuple(analysis.__all__)
+    assert all(getattr(cx, name) is getattr(analysis, name) for name in analysis.__all__)
+    assert {*analysis.__all__, "analysis", "plotting", "layout"} <= {*dir(cx)}
+
+
+@pytest.mark.parametrize("module", [cx, analysis], ids=lambda module: module.__name__)
+def test_sweep_is_the_deprecated_name_of_dataset_loss(module):
+    with pytest.warns(DeprecationWarning, match=rf"`{module.__name__}\.Sweep` is now.*DatasetLoss"):
+        assert module.Sweep is analysis.DatasetLoss
+
+
+def test_a_misspelt_name_imports_nothing():
+    program = """
+import sys, curvax
+before = set(sys.modules)
+assert not hasattr(curvax, "adahesian")
+print(*(set(sys.modules) - before))
+"""
+    assert printed(program) == ""
+
+
 def test_the_core_needs_jax_and_optax_alone():
     program = """
 import sys, jax, optax
@@ -161,6 +184,11 @@ before = set(sys.modules)
 import curvax
 print(*{name.split(".")[0] for name in set(sys.modules) - before})
 """
+    seen = set(printed(program).split())
+    assert seen - set(sys.stdlib_module_names) <= {"curvax", "jax", "optax"}
+
+
+def printed(program: str) -> str:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert set(done.stdout.split()) - set(sys.stdlib_module_names) <= {"curvax", "jax", "optax"}
+    return done.stdout.strip()

@@ -10,7 +10,7 @@ from small_problems import flat, net_batch, net_loss, net_params
 
 import curvax as cx
 from curvax.analysis import m_sharpness, random_sharpness, sharpness, surrogate_gap
-from curvax.analysis.evaluation.compiling import compiled_once
+from curvax.analysis.compiling import compiled_once
 
 MATRIX = np.diag([4.0, 1.0, 0.5]) + 0.3
 POINT = {"w": jnp.array([1.0, -2.0, 0.5])}

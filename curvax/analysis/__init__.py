@@ -1,7 +1,11 @@
 """The geometry of a loss: an objective and a point ↦ spectra, kernels, sharpness, landscapes.
 
-This package needs JAX and Optax only; pictures of what it returns are made elsewhere.
+The loss is an `Objective`, a `DatasetLoss` over the batches of a loader, or a callable
+`params -> scalar`. This package needs JAX and Optax only; `curvax.plotting` draws its results.
 """
+
+import warnings
+from typing import Any
 
 from curvax.analysis.activations.measures import activation_norms, active_fraction, attention_maps
 from curvax.analysis.alignment import (
@@ -13,7 +17,7 @@ from curvax.analysis.alignment import (
 )
 from curvax.analysis.block_spectra import BlockEigenvalue, block_eigenvalues
 from curvax.analysis.blocks import block_masks
-from curvax.analysis.dataset_loss import Sweep
+from curvax.analysis.dataset_loss import DatasetLoss
 from curvax.analysis.directions import (
     Trajectory,
     of_block,
@@ -40,6 +44,7 @@ __all__ = [
     "Alignment",
     "BlockEigenvalue",
     "ConditionNumber",
+    "DatasetLoss",
     "FisherKL",
     "GradientAngle",
     "Landscape",
@@ -49,7 +54,6 @@ __all__ = [
     "Sharpness",
     "Spectrum",
     "SurrogateGap",
-    "Sweep",
     "Trajectory",
     "activation_norms",
     "active_fraction",
@@ -76,3 +80,15 @@ __all__ = [
     "top_eigenpairs",
     "trajectory_directions",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Sweep":
+        warnings.warn(
+            "`curvax.analysis.Sweep` is now `curvax.analysis.DatasetLoss`; the old name will be "
+            "removed in the next release.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return DatasetLoss
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

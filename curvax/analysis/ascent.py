@@ -1,4 +1,4 @@
-"""An objective, a point and a ball ↦ the losses and gradients that an ascent in it visits."""
+"""An objective, a point and a ball ↦ the losses and gradients along an ascent within the ball."""
 
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from curvax.perturbation.ball import AscentRules, BallAscent, check_ascent
 
 
 class Ascended(NamedTuple):
-    """The losses and gradients at a point and on the way up from it."""
+    """Losses and gradients at a point and along the ascent from it."""
 
     loss: jax.Array
     """L(θ), scalar."""
@@ -24,7 +24,7 @@ class Ascended(NamedTuple):
     visited: jax.Array
     """L(θ + ε) after each step, [steps]."""
     last_gradient: Tree
-    """∇L(θ + ε) after the last."""
+    """∇L(θ + ε) after the last step."""
 
 
 def ascend(
@@ -41,15 +41,15 @@ def ascend(
     ascent: Any = None,
     mask: Any = None,
 ) -> Ascended:
-    """Climbs as `sam_perturb` does with these options, from parameters in float32 or wider.
+    """Runs the ascent of `sam_perturb` from parameters in float32 or wider.
 
     Args:
         objective: the loss.
         params: the point.
         rho: a number or a tree prefix of numbers.
-        over: bound device axes; what is returned is the mean over them.
-        number: tells ascents that draw apart.
-        p, steps, step_size, projected, ascent, mask: of `sam_perturb`.
+        over: bound device axes; the results are means over them.
+        number: folded into the keys of random ascent rules.
+        p, steps, step_size, projected, ascent, mask: as in `sam_perturb`.
     """
     params = trees.wide(params)
     local = objective.local_axes(params)
@@ -86,10 +86,10 @@ def check_ball(
     ascent: Any = None,
     mask: Any = None,
 ) -> None:
-    """Refuses options of `ascend` that are out of range, before anything is compiled.
+    """Checks the options of `ascend` before compilation.
 
     Raises:
-        ValueError, TypeError: one is.
+        ValueError, TypeError: an option out of range.
     """
     del step_size, mask
     trees.require_floating(params, name)

@@ -1,4 +1,4 @@
-"""A loss, a point and the blocks of a network ↦ the extreme eigenvalue of each diagonal block."""
+"""A loss, a point and blocks of parameters ↦ the extreme eigenvalue of each diagonal block."""
 
 from typing import Any, NamedTuple
 
@@ -9,8 +9,9 @@ from jax import lax
 
 from curvax import checks
 from curvax.analysis.blocks import Blocks, block_masks
-from curvax.analysis.curvature_products import Curvature, Loss, Matrix, evaluate, matrix
-from curvax.analysis.dataset_loss import Sweep
+from curvax.analysis.curvature_products import CurvatureLike, Matrix, matrix
+from curvax.analysis.dataset_loss import DatasetLoss
+from curvax.analysis.evaluation import Loss, evaluate_products
 from curvax.analysis.spectra import start_vector, tolerance
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
@@ -21,14 +22,14 @@ from curvax.objective import Objective
 
 
 class BlockEigenvalue(NamedTuple):
-    """An eigenvalue of a diagonal block, and how far to trust it."""
+    """Result of `block_eigenvalues`: an extreme eigenvalue of one diagonal block, and its error."""
 
     value: jax.Array
     """λ, scalar."""
     residual: jax.Array
-    """‖C v - λ v‖ within the block: an eigenvalue of it lies this near."""
+    """‖C v - λ v‖ within the block, scalar: a bound on the distance to an eigenvalue of it."""
     converged: jax.Array
-    """residual <= tol·max|λ|."""
+    """residual <= tol·max|λ|, boolean scalar."""
 
 
 def block_eigenvalues(
@@ -36,7 +37,7 @@ def block_eigenvalues(
     params: Tree,
     blocks: Blocks = "*",
     *,
-    curvature: Curvature = "hessian",
+    curvature: CurvatureLike = "hessian",
     mode: str = "auto",
     end: str = "largest",
     tol: float | None = None,
@@ -47,56 +48,67 @@ def block_eigenvalues(
     key: jax.Array | int = 0,
     mean_over: AxisNames = None,
 ) -> dict[str, BlockEigenvalue]:
-    """λ_max of the diagonal block of the curvature that belongs to each block of the network.
+    """Computes λ_max of the diagonal block of the curvature for each block of parameters.
 
-    The loss is linearised once and `chunk` blocks are searched at a time, by Lanczos on masked
-    vectors, whose products are one batched product; over a `Sweep` one block after another. Chen,
-    Hsieh & Gong, arXiv:2106.01548, Table 3.
+        λ_max(M_b C M_b),   M_b the projection onto the parameters of block b
+
+    The loss is linearised once. Lanczos runs on `chunk` masked vectors at a time, whose products
+    form one batched product; over a `DatasetLoss` the blocks follow one another. Chen, Hsieh &
+    Gong, arXiv:2106.01548, Table 3.
 
     Args:
-        objective: an `Objective`, a `Sweep`, or a callable `params -> scalar`.
+        objective: an `Objective`, a `DatasetLoss`, or a callable `params -> scalar`.
         params: the point θ.
-        blocks: `curvax.layout(model, variables)`, for all blocks that it names, each layer of a
-            scanned depth by itself; or patterns over paths, `"block_*/attention"`, in which `*`
-            stands for (part of) one name: each path that matches, with all below it, is a block;
-            or `{name: patterns}`, where all that match are one block. `"*"`: the top-level modules.
+        blocks: one of three forms. A layout, `curvax.layout(model, variables)`: all of its blocks,
+            with each layer of a scanned depth as a block of its own. Patterns over paths such as
+            `"block_*/attention"`, in which `*` matches (part of) one name: one block for each
+            matching path, with everything below it. A mapping `{name: patterns}`: one block for
+            all matches. `"*"` gives the top-level modules.
         curvature, mode: as in `top_eigenpairs`.
         end: "largest", "smallest" (most negative) or "magnitude".
         tol, max_products, subspace, v0, key: of the search in each block, as in `top_eigenpairs`.
-        chunk: blocks at a time; each has vectors of its own, `subspace` times the parameters.
-        mean_over: the device axes to average over, inside pmap or shard_map.
+        chunk: blocks at a time; each holds `subspace` vectors as large as the parameters.
+        mean_over: device axes to average over, inside pmap or shard_map.
 
     Returns:
         `{block: BlockEigenvalue}`, in the order of the blocks.
 
     Raises:
-        ValueError: a pattern matches nothing, the layout is that of another model, or an option
-            is none of those named.
+        ValueError: a pattern without a match, the layout of another model, or an unknown option.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from curvax import analysis
+        >>> loss = lambda p: jnp.sum(p["a"] ** 2) + 3 * jnp.sum(p["b"] ** 2)
+        >>> params = {"a": jnp.ones(2), "b": jnp.ones(3)}
+        >>> found = analysis.block_eigenvalues(loss, params)
+        >>> {name: round(float(x.value), 3) for name, x in found.items()}
+        {'a': 2.0, 'b': 6.0}
     """
     of = matrix(curvature, mean_over, "block_eigenvalues", mode)
     checks.check_count("block_eigenvalues", chunk=chunk)
     masks = block_masks(params, blocks)
-    turns = -(-len(masks) // chunk)
-    together = -(-len(masks) // turns)
-    # Whole turns alone: a shorter last one would be a second program.
-    padded = [list(masks.values())[n % len(masks)] for n in range(turns * together)]
-    found = evaluate(
-        _searched, objective, params, jax.tree.map(lambda *x: np.stack(x), *padded), v0,
-        as_key(key), of=of, together=together, end=end, max_products=max_products,
+    batches = -(-len(masks) // chunk)
+    batch_size = -(-len(masks) // batches)
+    # The last batch is padded: a shorter one would compile a second program.
+    padded = [list(masks.values())[n % len(masks)] for n in range(batches * batch_size)]
+    found = evaluate_products(
+        _search_blocks, objective, params, jax.tree.map(lambda *x: np.stack(x), *padded), v0,
+        as_key(key), of=of, batch_size=batch_size, end=end, max_products=max_products,
         subspace=subspace, tol=tolerance(params) if tol is None else tol,
     )  # fmt: skip
     return {name: jax.tree.map(lambda x, n=n: x[n], found) for n, name in enumerate(masks)}
 
 
-def _searched(
-    objective: Objective | Sweep,
+def _search_blocks(
+    objective: Objective | DatasetLoss,
     params: Tree,
     masks: Tree,
     v0: Tree,
     key: jax.Array,
     *,
     of: Matrix,
-    together: int,
+    batch_size: int,
     **options: Any,
 ) -> BlockEigenvalue:
     product, start = of.at(objective, params), start_vector(v0, key, params)
@@ -104,14 +116,17 @@ def _searched(
     def search(mask: Tree) -> BlockEigenvalue:
         inside = lambda v: jax.tree.map(jnp.multiply, mask, v)
         v = inside(start)
-        # Where Lanczos has exhausted a small block it goes on outside of it, and must find nothing
-        # there: a multiple of the identity by a number within the block's own range.
+        # After Lanczos has exhausted a small block, it continues in the complement. There the
+        # operator is `level` times the identity, with `level` inside the spectrum of the block, so
+        # that no extreme eigenvalue comes from the complement.
         level = trees.ratio(trees.dot(v, product(v)), trees.dot(v, v))
         whole = lambda m, cu, u: m * cu + level * (1 - m) * u
         block = lambda u: jax.tree.map(whole, mask, product(inside(u)), u)
         pairs = eigenpairs(block, v, **options)
         return BlockEigenvalue(pairs.values[0], pairs.residuals[0], pairs.converged[0])
 
-    # A loop on the host takes one vector at a time, and vectors of an explicit mesh do not stack.
-    alone = isinstance(objective, Sweep) or any(map(trees.is_sharded, jax.tree.leaves(params)))
-    return lax.map(search, masks, batch_size=None if alone else together)
+    # The host loop of a `DatasetLoss` takes one vector at a time, and vectors on an explicit mesh
+    # cannot be stacked.
+    sharded = any(map(trees.is_sharded, jax.tree.leaves(params)))
+    one_by_one = isinstance(objective, DatasetLoss) or sharded
+    return lax.map(search, masks, batch_size=None if one_by_one else batch_size)

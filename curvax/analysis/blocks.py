@@ -1,4 +1,4 @@
-"""Names, patterns over paths or a layout ↦ which parameters make up each block of a network."""
+"""A layout, or patterns over paths ↦ a mask of the parameters of each block."""
 
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
@@ -15,34 +15,42 @@ from curvax.arithmetic.trees import Path, Tree
 
 @runtime_checkable
 class Divided(Protocol):
-    """What names the blocks of a network: `curvax.layout(model, variables)` does."""
+    """A layout: the blocks of a network by name, as in `curvax.layout(model, variables)`."""
 
     def blocks(self) -> Mapping[str, Iterable[tuple[Any, tuple[int, ...]]]]:
-        """For each block the paths of its leaves, each with its place along the leaf's `depth`."""
+        """`{block: [(path of a leaf, index along its `depth` axes), ...]}`."""
 
     def __getitem__(self, path: Any) -> Any:
-        """The leaf at a path, which has the axes `depth` that stack layers."""
+        """The entry at a path, with `depth`, the axes of the leaf that stack layers."""
 
 
 Patterns = str | Iterable[str]
 Blocks = Divided | Patterns | Mapping[str, Patterns]
 Member = tuple[Path, dict[int, int]]
-"""The path of a leaf, and the place of the block along its stacked axes."""
+"""The path of a leaf, and the index of the block along each stacked axis."""
 
 
 def block_masks(params: Tree, blocks: Blocks) -> dict[str, Tree]:
-    """For each block a tree of 1 where an entry belongs to it and 0 where not.
+    """Builds a mask for each block: 1 on its parameters, 0 elsewhere.
 
     Args:
-        params: a tree of arrays, or of their shapes.
+        params: a tree of arrays, or of `jax.ShapeDtypeStruct`.
         blocks: as in `block_eigenvalues`.
 
     Returns:
-        `{block: tree}`, a leaf of which has the size of the parameter along axes that stack layers
-        and size 1 along all others.
+        `{block: tree like params}`. A leaf has the size of the parameter along axes that stack
+        layers and size 1 along all others, and broadcasts against the parameter.
 
     Raises:
-        ValueError: a pattern matches nothing, or the layout is that of another model.
+        ValueError: a pattern without a match, or the layout of another model.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from curvax import analysis
+        >>> params = {"a": {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}, "c": jnp.ones(3)}
+        >>> masks = analysis.block_masks(params, "*")
+        >>> list(masks), masks["a"]["a"]["w"].item(), masks["a"]["c"].item()
+        (['a', 'c'], 1.0, 0.0)
     """
     sizes = {_path(path): x.shape for path, x in jax.tree.leaves_with_path(params)}
     if isinstance(blocks, Divided):
@@ -64,7 +72,7 @@ def _mask(params: Tree, shapes: dict[Path, tuple[int, ...]], members: list[Membe
 
 
 def _path(path: Any) -> Path:
-    """The names of a path; an nnx Variable's own array is called as the Variable."""
+    """The names of a path, without the final `value` of an nnx Variable."""
     names = trees.names(path)
     return names[:-1] if names[-1:] == ("value",) else names
 
@@ -79,8 +87,8 @@ def _of_layout(
             if path not in paths:
                 raise ValueError(
                     f"The layout has a parameter `{trees.label(path)}` in the block `{name}`, and "
-                    "the parameters have none there. Call `curvax.layout(model, variables)` for "
-                    "the tree that is analysed."
+                    "`params` has none at that path. Call `curvax.layout(model, variables)` with "
+                    "the variables that are analysed."
                 )
             depth[path] = layout[path].depth
             members.setdefault(name, []).append((path, dict(zip(depth[path], place))))
@@ -99,7 +107,7 @@ def _of_patterns(
 
 
 def _matches(patterns: Patterns, paths: list[Path]) -> dict[str, list[Path]]:
-    """The leaves below each path that matches one of the patterns."""
+    """`{matching path: paths of the leaves at and below it}`."""
     found: dict[str, list[Path]] = {}
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         steps = pattern.split("/")
@@ -108,8 +116,8 @@ def _matches(patterns: Patterns, paths: list[Path]) -> dict[str, list[Path]]:
             known = sorted({trees.label(p[:n]) for p in paths for n in range(1, len(p) + 1)})
             raise ValueError(
                 f"No path of the parameters matches the pattern `{pattern}`; near it are "
-                f"{get_close_matches(pattern, known, cutoff=0.0)}. A pattern goes from the root, a "
-                "name or a `*` for each step."
+                f"{get_close_matches(pattern, known, cutoff=0.0)}. A pattern starts at the root "
+                "and has a name or a `*` for each level."
             )
         for path in below:
             found.setdefault(trees.label(path[: len(steps)]), []).append(path)

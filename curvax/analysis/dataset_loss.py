@@ -1,7 +1,7 @@
-"""A loss over a whole data set, batch by batch from a loader: what no device holds at once.
+"""A loss over all batches of a loader, for data sets that exceed the memory of a device.
 
-The sums lie on the device, the loop over batches runs on the host. The loops of `curvax.linalg`
-around it are JAX's own, which are Python's where jit is disabled.
+The loop over batches runs on the host, the sums stay on the device. The algorithms of
+`curvax.linalg` call it with `jit` disabled, under which JAX runs their loops in Python.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from curvax.analysis.evaluation.compiling import compiled_once
+from curvax.analysis.compiling import compiled_once
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
 from curvax.objective import Objective, check_key
@@ -18,29 +18,39 @@ from curvax.objective import Objective, check_key
 Wrapper = Callable[[Iterable[Tree]], Iterable[Tree]]
 
 
-class Sweep:
-    """The loss over all batches of a loader, for the functions of `curvax.analysis`.
+class DatasetLoss:
+    """Mean loss over all batches of a loader, for the functions of `curvax.analysis`.
 
         L(θ) = Σ_b w_b L_b(θ) / Σ_b w_b
 
-    A batch weighs as many examples as it has, or its `weight`, so a shorter last one counts for
-    what it is (and compiles once more). Each gradient and each product is one pass over the data.
+    The weight of a batch is its number of examples, or its `weight`, so that a smaller last batch
+    counts in proportion (and is compiled separately). Each gradient and each curvature product is
+    one pass over the data.
 
-        sweep = Sweep(curvax.categorical("label"), loader, model=predict)
-        pairs = top_eigenpairs(sweep, params, k=5)
+        train_loss = DatasetLoss(curvax.categorical("label"), loader, model=predict)
+        pairs = top_eigenpairs(train_loss, params, k=5)
 
     Args:
-        loss: as `Objective` takes it, with `model`, `has_aux` (the aux is dropped), `microbatch`
-            and `weight`.
-        loader: the batches, in an order that does not matter, all of them at each iteration: a
-            list, a data loader, any iterable that starts anew.
-        key: a typed key, folded with the number of the batch; the same at each pass.
-        progress: True for a bar on the terminal (needs rich), or a callable around the loader,
-            such as tqdm.
+        loss: the loss of one batch, as in `curvax.Objective`.
+        loader: a list of batches, a data loader, or any iterable that starts anew each time, in
+            any order.
+        model, has_aux, microbatch, weight: as in `curvax.Objective`; the aux is dropped.
+        key: a typed key, folded with the number of the batch; the same in each pass.
+        progress: True for a progress bar on the terminal (needs rich), or a callable that wraps
+            the loader, such as tqdm.
 
     Raises:
-        ValueError: the loader is an iterator, which ends with its first pass.
-        TypeError: `key` is no typed key.
+        ValueError: the loader is an iterator, which is exhausted after one pass.
+        TypeError: `key` is not a typed key.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from curvax import analysis
+        >>> loss = lambda w, batch: jnp.mean((batch @ w) ** 2)
+        >>> batches = [jnp.ones((4, 2)), jnp.zeros((2, 2))]
+        >>> dataset_loss = analysis.DatasetLoss(loss, batches)
+        >>> round(float(dataset_loss(jnp.ones(2))), 3)  # (4 · 4 + 2 · 0) / 6
+        2.667
     """
 
     def __init__(
@@ -60,12 +70,12 @@ class Sweep:
             model=model, has_aux=has_aux, microbatch=microbatch, weight=weight
         )
         if key is not None:
-            check_key(key, "`Sweep(key=)`")
+            check_key(key, "`DatasetLoss(key=)`")
         if isinstance(loader, Iterator):
             raise ValueError(
-                "`Sweep` goes through its loader again and again, and was given a "
-                f"`{type(loader).__name__}`, which ends with its first pass. Pass what makes it "
-                "anew each time: a list of batches, or a data loader instead of `iter(loader)`."
+                "`DatasetLoss` iterates over its loader once for each evaluation, and received a "
+                f"`{type(loader).__name__}`, which is exhausted after one pass. Pass an iterable "
+                "that starts anew: a list of batches, or the data loader instead of `iter(loader)`."
             )
 
     def __call__(self, params: Tree) -> jax.Array:
@@ -73,31 +83,32 @@ class Sweep:
         return self.mean(_value, params)
 
     def value_and_grad(self, params: Tree) -> tuple[jax.Array, Tree]:
-        """(L(θ), ∇L(θ))"""
+        """(L(θ), ∇L(θ)), the gradient in the dtypes of the parameters."""
         value, grads = self.mean(_value_and_grad, params)
         return value, trees.cast_like(grads, params)
 
     def mean(self, f: Callable[..., Tree], params: Tree, *arrays: Tree, **options: Any) -> Tree:
-        """The mean over batches, by weight, of `f(objective, params, *arrays, **options)`.
+        """Weighted mean over the batches of `f(objective, params, *arrays, **options)`.
 
         Args:
-            f: of the objective on one batch; compiled once if it is always the same function.
-            params: the point.
-            *arrays: handed on.
-            **options: static, handed on.
+            f: a function of the `Objective` of one batch that returns a tree of arrays; compiled
+                once if the same function object is passed each time.
+            params: the point θ.
+            *arrays: further arguments of the compiled program.
+            **options: static arguments.
 
         Returns:
-            What f returns, in float32 or wider.
+            A tree like the result of f, in float32 or wider.
 
         Raises:
-            TypeError: something here is traced.
+            TypeError: `params` or `arrays` are traced.
             ValueError: the loader is empty.
         """
         if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((params, arrays))):
             raise TypeError(
-                "A `Sweep` goes through its loader on the host, and was called while JAX traces. "
-                "Call it outside of `jit`, `grad` and `vmap`; inside, use `curvax.Objective(loss, "
-                "batch, microbatch=...)`."
+                "`DatasetLoss` iterates over its loader on the host, and was called while JAX "
+                "traces. Call it outside of `jit`, `grad` and `vmap`; inside, use "
+                "`curvax.Objective(loss, batch, microbatch=...)`."
             )
         total = None
         with jax.disable_jit(False):
@@ -106,17 +117,17 @@ class Sweep:
                 total = term if total is None else _sum(total, term)
             if total is None:
                 raise ValueError(
-                    "`Sweep` averages over the batches of its loader, and the loader gave none. "
-                    "Pass what starts anew at each iteration, and is not empty."
+                    "`DatasetLoss` averages over the batches of its loader, and the loader gave "
+                    "none. Pass an iterable that is not empty and starts anew at each iteration."
                 )
             return _quotient(*total)
 
     def _objectives(self) -> Iterator[Objective]:
-        for number, batch in enumerate(self._tracked()):
+        for number, batch in enumerate(self._batches()):
             key = None if self.key is None else jax.random.fold_in(self.key, number)
             yield Objective(self.loss, batch, key=key, **self._options)
 
-    def _tracked(self) -> Iterable[Tree]:
+    def _batches(self) -> Iterable[Tree]:
         if callable(self.progress):
             return self.progress(self.loader)
         return _on_terminal(self.loader) if self.progress else self.loader

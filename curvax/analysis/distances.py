@@ -1,4 +1,4 @@
-"""A model, a point and a step ↦ how far apart the predictions at its ends are."""
+"""A model, a point θ and a step d ↦ divergences between the predictions at θ and at θ + d."""
 
 from typing import NamedTuple
 
@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from curvax import checks
-from curvax.analysis.dataset_loss import Sweep
-from curvax.analysis.evaluation.whole_sets import as_loss, averaged
+from curvax.analysis.dataset_loss import DatasetLoss
+from curvax.analysis.evaluation import as_loss, evaluate_mean
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
 from curvax.curvature import fvp
@@ -18,10 +18,10 @@ from curvax.objective import Objective, require_likelihood
 
 
 class FisherKL(NamedTuple):
-    """Divergences between the predictions at θ and at θ + d, means over sites by weight."""
+    """Result of `fisher_kl`: divergences between the predictions at θ and θ + d, weighted means."""
 
     quadratic: jax.Array
-    """½ dᵀF d, scalar: what both divergences are to second order in d."""
+    """½ dᵀF d, scalar: both divergences to second order in d."""
     forward: jax.Array
     """KL(p_θ ‖ p_θ₊d), scalar."""
     reverse: jax.Array
@@ -29,37 +29,45 @@ class FisherKL(NamedTuple):
 
 
 def fisher_kl(
-    objective: Objective | Sweep,
+    objective: Objective | DatasetLoss,
     params: Tree,
     step: Tree,
     *,
     mode: str = "auto",
     mean_over: AxisNames = None,
 ) -> FisherKL:
-    """Half the Fisher form of a step beside the divergence that it approximates, both ways.
+    """Compares half the Fisher quadratic form of a step with the KL divergences it approximates.
 
         ½ dᵀF d ≈ KL(p_θ ‖ p_θ₊d) ≈ KL(p_θ₊d ‖ p_θ)
 
-    Martens, arXiv:1412.1193, section 6. The divergences are differences of mean losses: of those
-    below about ε times the loss, ε the precision of the outputs, nothing is left, and the form
-    is the better number.
+    Martens, arXiv:1412.1193, section 6. The divergences are differences of mean losses and lose
+    all digits below the machine epsilon times the loss; for such small steps use the form.
 
     Args:
-        objective: an `Objective`, or a `Sweep` over a loader, with `model=` and a likelihood as
-            its loss.
+        objective: an `Objective` or a `DatasetLoss` with `model=` and a likelihood as its loss.
         params: the point θ.
         step: d, a tree like the parameters.
-        mode: of the Fisher product, as in `ggnvp`.
-        mean_over: the device axes to average over; `()` for each device's own.
+        mode: differentiation mode of the Fisher product, as in `ggnvp`.
+        mean_over: device axes to average over; `()` for the values of each device.
 
     Returns:
-        A `FisherKL`.
+        A `FisherKL`, in nats.
 
     Raises:
-        ValueError: the loss is no likelihood, or an unknown mode.
+        ValueError: the loss is not a likelihood, or an unknown mode.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import curvax
+        >>> batch = {"x": jnp.ones((2, 1)), "y": jnp.zeros((2, 1))}
+        >>> model = lambda w, batch: batch["x"] * w
+        >>> objective = curvax.Objective(curvax.gaussian("y"), batch, model=model)
+        >>> found = curvax.analysis.fisher_kl(objective, jnp.ones(1), 0.2 * jnp.ones(1))
+        >>> [round(float(x), 3) for x in found]  # a linear Gaussian model: all are ½ 0.2²
+        [0.02, 0.02, 0.02]
     """
     objective = as_loss(objective, "fisher_kl", params)
-    return averaged(_fisher_kl, objective, params, step, mode=mode, mean_over=mean_over)
+    return evaluate_mean(_fisher_kl, objective, params, step, mode=mode, mean_over=mean_over)
 
 
 def _fisher_kl(
@@ -81,10 +89,10 @@ def _fisher_kl(
 
 
 def _divergence(objective: Objective, z: jax.Array, other: jax.Array) -> jax.Array:
-    """KL(p_z ‖ p_other): how much worse the other outputs explain the mean label of z.
+    """KL(p_z ‖ p_other) = ℓ(other, ȳ) - ℓ(z, ȳ) with ȳ = E y under p_z.
 
-    In an exponential family ℓ(z', y) - ℓ(z, y) is linear in the label, so that its expectation is
-    the difference at E y.
+    In an exponential family ℓ(z', y) - ℓ(z, y) is linear in y, so that its expectation is its
+    value at ȳ.
     """
     likelihood = require_likelihood(objective, "The divergence between predictions")
     z, other = trees.widen(z), trees.widen(other)
@@ -93,6 +101,6 @@ def _divergence(objective: Objective, z: jax.Array, other: jax.Array) -> jax.Arr
 
 
 def _mean_label(likelihood: Likelihood, z: jax.Array, batch: Tree) -> jax.Array:
-    """E y under r(·|z), shaped like z: the score at a label y is E y - y, whatever the label."""
+    """E y under r(·|z), shaped like z. The score at y is E y - y for any y, here class 0."""
     y = jax.nn.one_hot(jnp.zeros(z.shape[:-1], int), z.shape[-1], dtype=z.dtype)
     return likelihood.on_labels(y).scores(z, batch) + y

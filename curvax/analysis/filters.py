@@ -1,4 +1,4 @@
-"""A direction and parameters ↦ the direction in units of each filter of the parameters."""
+"""A direction and parameters ↦ the direction with the norms of the filters of the parameters."""
 
 import functools
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from curvax.parameter_roles.roles import Path
 
 
 class _Facts(NamedTuple):
-    """What one parameter is."""
+    """The role, the output axes and the layer-stacking axes of a parameter."""
 
     kind: str
     outputs: tuple[int, ...]
@@ -31,29 +31,40 @@ def filter_normalised(
     *,
     biases: bool = False,
 ) -> Tree:
-    """A direction with each filter scaled to the norm of that filter of the parameters.
+    """Scales each filter of a direction to the norm of that filter of the parameters.
 
         d_ij ← d_ij ‖θ_ij‖ / ‖d_ij‖
 
-    A filter is what one output unit sees: all but the output axes of a kernel or table (Flax's,
-    Haiku's, Equinox's), in each layer of a scanned depth. So the landscapes of networks compare
-    that differ in the scale of their weights. Li et al., arXiv:1712.09913, section 4.
+    A filter holds the incoming weights of one output unit: all axes of a kernel or table but its
+    output axes, in each layer of a scanned depth. Landscapes along such directions are comparable
+    between networks that differ in the scale of their weights. Li et al., arXiv:1712.09913,
+    section 4.
 
     Args:
         direction: a tree like the parameters, or several stacked [k, ...].
         params: the point θ.
-        layout: `curvax.layout(model, variables)`. Without it, names and shapes tell what each
-            parameter is, and one of which they do not tell counts as one filter.
-        biases: scale biases and the parameters of norms too, each as one vector; else nothing
-            moves along them, as in the authors' code.
+        layout: `curvax.layout(model, variables)`. By default the roles of parameters are inferred
+            from names and shapes (Flax, Haiku, Equinox), and a parameter of unknown role is one
+            filter.
+        biases: scale biases and parameters of norms too, each as one vector; by default these
+            entries become 0, as in the authors' code.
 
     Returns:
         A tree like `direction`, in float32 or wider.
 
     Raises:
-        KeyError: the layout is that of another model.
+        KeyError: the layout of another model.
         ValueError: the direction is not shaped like the parameters.
         TypeError: the parameters are complex.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from curvax import analysis
+        >>> params = {"dense": {"kernel": jnp.array([[3.0, 0.0], [4.0, 1.0]])}}
+        >>> direction = {"dense": {"kernel": jnp.ones((2, 2))}}
+        >>> found = analysis.filter_normalised(direction, params)["dense"]["kernel"]
+        >>> [round(float(x), 3) for x in jnp.linalg.norm(found, axis=0)]
+        [5.0, 1.0]
     """
     checks.refuse_complex(params, "filter_normalised")
     stack, _ = stack_of(direction, params, "filter_normalised")
@@ -67,7 +78,7 @@ def filter_normalised(
 
 @functools.partial(jax.jit, static_argnames="inside")
 def _scaled(stack: Tree, params: Tree, *, inside: tuple[tuple[int, ...] | None, ...]) -> Tree:
-    """Each vector of a stack with the lengths of the parameters over the axes inside a filter."""
+    """Scales each vector of a stack; `inside` holds the axes of a filter for each leaf, or None."""
 
     def scaled(d: jax.Array, x: jax.Array, axes: tuple[int, ...] | None) -> jax.Array:
         if axes is None:
@@ -81,7 +92,7 @@ def _scaled(stack: Tree, params: Tree, *, inside: tuple[tuple[int, ...] | None, 
 
 
 def _inside(facts: Any, rank: int, biases: bool) -> tuple[int, ...] | None:
-    """The axes over which a filter extends, or None where nothing is to move."""
+    """The axes within a filter, or None for a leaf that is set to 0."""
     apart = set(facts.depth)
     if facts.kind in ("bias", "norm") or rank - len(apart) < 2:
         if not biases:
@@ -92,6 +103,6 @@ def _inside(facts: Any, rank: int, biases: bool) -> tuple[int, ...] | None:
 
 
 def _by_names(params: Tree) -> dict[Path, _Facts]:
-    """What names, shapes and classes tell."""
+    """Facts inferred from names, shapes and classes."""
     found = layers.param_infos(params)
     return {path: _Facts(r.role.kind, r.role.outputs, r.depth) for path, r in found.items()}

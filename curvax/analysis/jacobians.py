@@ -1,4 +1,4 @@
-"""A model and a point ↦ the Jacobian of its outputs, example by example or as two linear maps."""
+"""A model and a point ↦ the Jacobian of its outputs, for each example or as two linear maps."""
 
 import itertools
 from collections.abc import Callable
@@ -16,11 +16,11 @@ from curvax.devices import meshes
 from curvax.objective import Objective, microbatching
 
 NUMBERS = 2**26
-"""A Jacobian of 256 MB in float32: what is held at once unless told otherwise."""
+"""Default limit on the entries of a Jacobian in memory: 256 MB in float32."""
 
 
 class Maps(NamedTuple):
-    """J of all outputs in the parameters."""
+    """J, the Jacobian of all outputs with respect to the parameters, and its transpose."""
 
     push: Callable[[Tree], jax.Array]
     """v ↦ J v, [n, C]."""
@@ -29,19 +29,19 @@ class Maps(NamedTuple):
 
 
 def outputs_of(objective: Objective, params: Tree) -> jax.Array:
-    """z of all examples, [n, C]: the outputs of each in one row."""
+    """The outputs z of the batch, [n, C]: one row for each example."""
     outputs = objective.outputs(params)[0]
     refuse_complex_values(outputs)
     return rows(outputs, objective.size)
 
 
 def outputs_alone(objective: Objective, params: Tree) -> jax.Array:
-    """The same where each example is a batch of one, [n, C]."""
+    """The outputs of each example evaluated as a batch of one, [n, C]."""
     return objective._map_examples(lambda one, params: outputs_of(one, params)[0], params)[0]
 
 
 def outputs_shape(objective: Objective, params: Tree) -> tuple[int, int]:
-    """(n, C), at no cost."""
+    """(n, C), by abstract evaluation."""
     n, outputs = jax.eval_shape(lambda p: outputs_of(objective, p), params).shape
     return n, outputs
 
@@ -53,21 +53,21 @@ def rows(outputs: Tree, n: int) -> jax.Array:
 
 
 def jacobian(objective: Objective, params: Tree) -> Tree:
-    """∂z/∂θ of every example alone: a tree like `params`, leaves [n, C, ...]."""
+    """∂z/∂θ with each example as a batch of one: a tree like `params`, leaves [n, C, ...]."""
     params, _ = localized(objective, params)
     one = lambda example, params: jax.jacrev(lambda p: outputs_of(example, p)[0])(params)
     return objective._map_examples(one, params)[0]
 
 
 def fitting_chunk(objective: Objective, params: Tree) -> int:
-    """The most examples, of a number that divides the batch, whose Jacobian is `NUMBERS` large."""
+    """The largest divisor of the batch size whose Jacobian has at most `NUMBERS` entries."""
     each = outputs_shape(objective, params)[1] * sum(x.size for x in jax.tree.leaves(params))
     fit = [d for d in range(1, objective.size + 1) if objective.size % d == 0]
     return max((d for d in fit if d * each <= NUMBERS), default=1)
 
 
 def linear_maps(objective: Objective, params: Tree, chunk: int | None) -> Maps:
-    """J and Jᵀ, linearised once, or in chunks of examples at each application."""
+    """J and Jᵀ: linearised once, or anew at each application in chunks of examples."""
     n = objective.size
     if chunk is None or chunk == n:
         return _linearized(objective, params)
@@ -99,7 +99,7 @@ def _linearized(objective: Objective, params: Tree) -> Maps:
 
 
 def _like(u: jax.Array, outputs: Any) -> Tree:
-    """Rows [n, C] as the tree of outputs whose rows they are."""
+    """Splits rows [n, C] into a tree like the outputs, the inverse of `rows`."""
     leaves, treedef = jax.tree.flatten(outputs)
     ends = [0]
     for x in leaves:

@@ -1,4 +1,4 @@
-"""A loss, a point and one or two directions ↦ the loss on a grid of the line or plane they span."""
+"""A loss, a point and one or two directions ↦ the loss on a grid in the line or plane they span."""
 
 import numbers
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from jax import lax
 
 from curvax import checks
 from curvax.analysis.directions import stack_of
-from curvax.analysis.evaluation.whole_sets import Loss, as_loss, averaged
+from curvax.analysis.evaluation import Loss, as_loss, evaluate_mean
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
 from curvax.devices.axes import AxisNames
@@ -19,12 +19,12 @@ from curvax.objective import Objective
 
 
 class Landscape(NamedTuple):
-    """The loss on a grid around a point."""
+    """Result of `landscape`: the loss on a grid around a point."""
 
     losses: jax.Array
-    """L(θ + Σᵢ αᵢ dᵢ), [points] or [points of the first direction, points of the second]."""
+    """L(θ + Σᵢ αᵢ dᵢ), [points] along d₁, or [points along d₁, points along d₂]."""
     coordinates: tuple[jax.Array, ...]
-    """α along each direction, in units of that direction, [points] each."""
+    """α along each direction, in units of its length, [points] each."""
 
 
 def landscape(
@@ -37,53 +37,63 @@ def landscape(
     chunk: int = 1,
     mean_over: AxisNames = None,
 ) -> Landscape:
-    """The loss along a line or in a plane through a point.
+    """Evaluates the loss on a grid along a line or in a plane through a point.
 
         L(θ + α d₁ + β d₂)
 
-    One forward pass for each point of the grid. Parameters in half precision are widened to
-    float32. Li et al., arXiv:1712.09913.
+    Li et al., arXiv:1712.09913. Cost: one forward pass for each point of the grid. Half-precision
+    parameters are widened to float32.
 
     Args:
-        objective: an `Objective` (with `microbatch=` in the memory of so many examples), a `Sweep`
-            over a loader (one pass for the whole grid), or a callable `params -> scalar`.
+        objective: an `Objective` (with `microbatch=` in the memory of that many examples), a
+            `DatasetLoss` (one pass over the data for the whole grid), or a callable
+            `params -> scalar`.
         params: the point θ.
-        directions: one or two of them, each a tree like the parameters, in a list, or stacked
-            along a new first axis: `random_directions`, `top_eigenpairs(...).vectors`,
-            `trajectory_directions(...).directions`, a gradient; scaled by `filter_normalised`
-            where networks are to be compared, times a mask of `block_masks` for one block alone.
-        span: a number s for [-s, s], a pair (low, high), or a sequence of two such; in units of
-            the directions.
-        points: of the grid, along every direction or along each; an odd number has θ in it.
+        directions: one or two trees like the parameters, in a list or stacked along a new first
+            axis: from `random_directions`, `top_eigenpairs(...).vectors` or
+            `trajectory_directions(...).directions`, or a gradient. Apply `filter_normalised` to
+            compare networks, and a mask from `block_masks` for a single block.
+        span: a number s for [-s, s], a pair (low, high), or one of these for each direction; in
+            units of the directions.
+        points: number of grid points along each direction, or a number for each; an odd number
+            includes θ.
         chunk: points evaluated at once.
-        mean_over: the device axes over which L is the mean; `()` for each device's own.
+        mean_over: device axes over which L is the mean; `()` for the loss of each device.
 
     Returns:
         A `Landscape`.
 
     Raises:
-        ValueError: more than two directions, or not shaped like the parameters; a span without
-            extent.
+        ValueError: more than two directions, directions not shaped like the parameters, or an
+            empty span.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from curvax import analysis
+        >>> loss = lambda w: 0.5 * jnp.sum(w**2)
+        >>> found = analysis.landscape(loss, jnp.zeros(2), jnp.array([1.0, 0.0]), points=3)
+        >>> [round(float(x), 3) for x in found.losses]
+        [0.5, 0.0, 0.5]
     """
     objective = as_loss(objective, "landscape", params)
     stack, k = stack_of(directions, params, "landscape")
     if not 1 <= k <= 2:
         raise ValueError(
-            f"`landscape` is a slice along one or two directions, and got {k}. Take the first of "
-            "them: `jax.tree.map(lambda d: d[:2], directions)`."
+            f"`landscape` takes one or two directions, and got {k}. Select two of them: "
+            "`jax.tree.map(lambda d: d[:2], directions)`."
         )
     counts = [points] * k if isinstance(points, int) else list(points)
     ranges = _ranges(span, k)
     if len(counts) != k or len(ranges) != k:
         raise ValueError(
             "`landscape` takes `points` and `span` for all directions or for each of them, and "
-            f"was given {points} and {span} for {k}."
+            f"got {points} and {span} for {k} directions. Pass {k} values, or one for all."
         )
     for count in counts:
         checks.check_count("landscape", points=count, chunk=chunk)
     coordinates = tuple(jnp.linspace(*ends, n) for ends, n in zip(ranges, counts))
     options = dict(chunk=chunk, mean_over=mean_over)
-    losses = averaged(_on_grid, objective, params, stack, coordinates, **options)
+    losses = evaluate_mean(_on_grid, objective, params, stack, coordinates, **options)
     return Landscape(losses, coordinates)
 
 
@@ -109,7 +119,7 @@ def _on_grid(
 
 
 def _ranges(span: Any, k: int) -> list[tuple[float, float]]:
-    """(low, high) for each of k directions."""
+    """(low, high) for each of the k directions."""
     if isinstance(span, numbers.Real) or _is_pair(span):
         span = [span] * k
     ranges = [(-s, s) if isinstance(s, numbers.Real) else tuple(s) for s in span]

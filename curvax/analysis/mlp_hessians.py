@@ -1,4 +1,4 @@
-"""A perceptron and a point ↦ the Hessian in each of its kernels, example by example, in factors."""
+"""A perceptron and a point ↦ the Hessian blocks of its kernels for each example, as factors."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from curvax.analysis.evaluation.compiling import compiled_once
+from curvax.analysis.compiling import compiled_once
 from curvax.analysis.jacobians import outputs_alone
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
@@ -17,28 +17,28 @@ from curvax.objective import Objective, as_objective, require_batch, require_mod
 
 
 class MlpBlockHessian(NamedTuple):
-    """∇²ℓ of every example in one kernel, (a aᵀ) ⊗ H, and the sizes of what makes it up."""
+    """Result of `mlp_block_hessians`: ∇²ℓ = (a aᵀ) ⊗ H of each example and its factors."""
 
     inputs: jax.Array
-    """a_{k-1}, what the layer is fed, [n, in]."""
+    """a_{k-1}, the inputs of the layer, [n, in]."""
     hessian: jax.Array
-    """H_k, that in the pre-activations (and in the bias), [n, out, out]."""
+    """H_k, the Hessian with respect to the pre-activations and to the bias, [n, out, out]."""
     largest: jax.Array
-    """λ_max of the block, ‖a_{k-1}‖² λ_max(H_k), [n]; 0 where H_k has no positive eigenvalue."""
+    """λ_max of the block, ‖a_{k-1}‖² λ_max(H_k), [n]; 0 if H_k has no positive eigenvalue."""
     input_norm: jax.Array
     """‖a_{k-1}‖₂, [n]."""
     weight_norm: jax.Array
-    """‖W_{k+1}‖₂, its largest singular value, scalar; 1 for the last layer."""
+    """‖W_{k+1}‖₂, the largest singular value of the next kernel, scalar; 1 for the last layer."""
     slope_norm: jax.Array
-    """‖B_k‖_F of the activation's slopes f'(h_k), [n]; √out for the last layer."""
+    """‖B_k‖_F of the slopes f'(h_k), [n]; √out for the last layer."""
     bend_norm: jax.Array
-    """‖D_k‖_F of its second derivatives times ∂ℓ/∂a_k, [n]; 0 for the last layer."""
+    """‖D_k‖_F of the bends f''(h_k) ∂ℓ/∂a_k, [n]; 0 for the last layer."""
     active: jax.Array
-    """The share of units with h_k > 0, [n]."""
+    """The share of units with pre-activation h_k > 0, [n]."""
 
     @property
     def matrix(self) -> jax.Array:
-        """The block itself, [n, in·out, in·out], in the order of a flattened Flax kernel."""
+        """The full block, [n, in·out, in·out], in the order of a flattened Flax kernel."""
         a, h = self.inputs, self.hessian
         size = a.shape[1] * h.shape[1]
         return jnp.einsum("ni,nj,nop->niojp", a, a, h).reshape(len(a), size, size)
@@ -59,7 +59,7 @@ def mlp_block_hessians(
     activation: Callable[[jax.Array], jax.Array] = jax.nn.gelu,
     mode: str = "auto",
 ) -> dict[str, MlpBlockHessian]:
-    """The diagonal blocks of the Hessian of a perceptron, by recursion from the outputs down.
+    """Computes the diagonal blocks of a perceptron's Hessian, by recursion from the last layer.
 
         ∇²_{W_k} ℓ = (a_{k-1} a_{k-1}ᵀ) ⊗ H_k,   H_k = B_k W_{k+1}ᵀ H_{k+1} W_{k+1} B_k + D_k
         B_k = diag f'(h_k),   D_k = diag(f''(h_k) ∂ℓ/∂a_k)
@@ -71,19 +71,30 @@ def mlp_block_hessians(
     Args:
         objective: an `Objective` with `model=`, the perceptron.
         params: the point θ.
-        layers: the paths of its dense layers in order, as `"layer0"` or `"mlp/Dense_0"`, each with
-            a Flax `kernel` [in, out] and perhaps a `bias`; all of its parameters that matter.
-        inputs: a key of the batch, or a callable `batch -> array`: what the first layer is fed,
-            [n, ...], flattened.
+        layers: the paths of all dense layers in order, such as `"layer0"` or `"mlp/Dense_0"`, each
+            with a Flax `kernel` [in, out] and optionally a `bias`.
+        inputs: the inputs of the first layer [n, ...], which are flattened: a key of the batch, or
+            a callable `batch -> array`.
         activation: f, elementwise, after every layer but the last.
-        mode: of the second derivatives of f and of the loss, as in `hvp`.
+        mode: differentiation mode of the second derivatives of f and of the loss, as in `hvp`.
 
     Returns:
-        `{layer: MlpBlockHessian}`. H_k takes n·out² numbers: pass as many examples as that allows.
+        `{layer: MlpBlockHessian}`; H_k holds n·out² numbers.
 
     Raises:
-        ValueError: an unknown mode; a path has no kernel of two axes; or, when called eagerly, the
-            layers are not the model.
+        ValueError: an unknown mode; a path without a kernel of two axes; or, in an eager call,
+            layers whose outputs differ from those of the model.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import curvax
+        >>> batch = {"x": jnp.array([[1.0, 2.0]]), "y": jnp.zeros((1, 1))}
+        >>> model = lambda params, batch: batch["x"] @ params["head"]["kernel"]
+        >>> objective = curvax.Objective(curvax.gaussian("y"), batch, model=model)
+        >>> params = {"head": {"kernel": jnp.ones((2, 1))}}
+        >>> found = curvax.analysis.mlp_block_hessians(objective, params, ["head"], "x")
+        >>> round(float(found["head"].largest[0]), 3)  # ‖a‖² λ_max(H) = 5 · 1
+        5.0
     """
     name = "`mlp_block_hessians`"
     check_mode(mode)
@@ -94,7 +105,7 @@ def mlp_block_hessians(
     found, difference = _recursion(
         objective, params, chain, inputs=inputs, activation=activation, mode=mode
     )
-    _refuse_others(difference)
+    _check_outputs(difference)
     return dict(zip(layers, found, strict=True))
 
 
@@ -119,8 +130,8 @@ def _recursion(
     blocks = [b._replace(weight_norm=b.weight_norm[0]) for b in blocks]
     if outputs.shape != expected.shape:
         return blocks, jnp.full((), jnp.inf)
-    excused = jnp.finfo(expected.dtype).eps ** 0.5 * (1 + jnp.max(jnp.abs(expected)))
-    return blocks, jnp.max(jnp.abs(outputs - expected)) / excused
+    rounding = jnp.finfo(expected.dtype).eps ** 0.5 * (1 + jnp.max(jnp.abs(expected)))
+    return blocks, jnp.max(jnp.abs(outputs - expected)) / rounding
 
 
 def _blocks(
@@ -130,7 +141,7 @@ def _blocks(
     loss: Callable[[jax.Array], jax.Array],
     mode: str,
 ) -> tuple[list[MlpBlockHessian], jax.Array]:
-    """The blocks of one example, first layer first, and the outputs."""
+    """The blocks of one example in the order of the layers, and its outputs."""
     fed, pre = [x], []
     for kernel, bias in chain:
         pre.append(fed[-1] @ kernel + bias)
@@ -186,7 +197,7 @@ def _layer(params: Tree, path: str) -> _Layer:
     """The kernel and the bias at a path, in float32 or wider.
 
     Raises:
-        ValueError: there is no kernel of two axes.
+        ValueError: no kernel of two axes at the path.
     """
     steps = tuple(path.split("/"))
     below: dict[str, Any] = {
@@ -199,8 +210,8 @@ def _layer(params: Tree, path: str) -> _Layer:
         has = "no kernel" if kernel is None else f"one of shape {list(kernel.shape)}"
         paths = [trees.names(place) for place, _ in jax.tree.leaves_with_path(params)]
         raise ValueError(
-            f"`mlp_block_hessians` goes through dense layers with a `kernel` [in, out], and "
-            f"`{path}` has {has}. The parameters are {', '.join(map(trees.label, paths))}."
+            f"`mlp_block_hessians` takes dense layers with a `kernel` [in, out], and `{path}` has "
+            f"{has}. Name such layers; the parameters are {', '.join(map(trees.label, paths))}."
         )
     return _Layer(kernel, below.get("bias", 0.0))
 
@@ -210,17 +221,17 @@ def _check_widths(chain: tuple[_Layer, ...], layers: Sequence[str]) -> None:
         shapes = below.kernel.shape, above.kernel.shape
         if shapes[0][1] != shapes[1][0]:
             raise ValueError(
-                f"`mlp_block_hessians` goes through the layers in order, and `{names[1]}` of shape "
+                f"`mlp_block_hessians` takes the layers in order, and `{names[1]}` of shape "
                 f"{shapes[1]} cannot follow `{names[0]}` of shape {shapes[0]}. Name every dense "
-                "layer, from the inputs on."
+                "layer, starting at the inputs."
             )
 
 
-def _refuse_others(difference: jax.Array) -> None:
+def _check_outputs(difference: jax.Array) -> None:
     if isinstance(difference, jax.core.Tracer) or not difference > 1:
         return
     raise ValueError(
-        "`mlp_block_hessians` was given layers, inputs and an activation that do not add up to the "
-        "`model` of the objective: the outputs differ. Name every dense layer in order, and the "
-        "`activation=` between them."
+        "`mlp_block_hessians` got layers, inputs and an activation whose outputs differ from those "
+        "of the `model` of the objective. Name every dense layer in order, and the `activation=` "
+        "between them."
     )

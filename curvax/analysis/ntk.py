@@ -1,4 +1,4 @@
-"""A model and a point ↦ the neural tangent kernel of a batch, and how well conditioned it is."""
+"""A model and a point ↦ the neural tangent kernel of a batch, and its condition number."""
 
 import math
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from curvax import checks
-from curvax.analysis.evaluation.compiling import compiled_once
+from curvax.analysis.compiling import compiled_once
 from curvax.analysis.jacobians import (
     fitting_chunk,
     jacobian,
@@ -27,22 +27,22 @@ from curvax.objective import Objective, as_objective, microbatching, require_bat
 FORMS = ("full", "trace")
 METHODS = ("auto", "dense", "lanczos")
 DENSE = 2048
-"""Rows of a kernel whose eigenvalues take seconds."""
+"""The largest kernel, in rows, whose eigenvalues `method="auto"` computes densely, in seconds."""
 SUBSPACE = 512
-"""Vectors, of one number for each row, that Lanczos keeps of a larger one."""
+"""Vectors that Lanczos keeps for larger kernels, one number for each row."""
 
 
 class ConditionNumber(NamedTuple):
-    """κ of a kernel, and how far to trust it."""
+    """Result of `ntk_condition_number`: κ of a kernel, and its errors."""
 
     value: jax.Array
-    """κ = λ_max/λ_min, scalar; infinite where λ_min is not positive."""
+    """κ = λ_max/λ_min, scalar; infinite unless λ_min > 0."""
     largest: jax.Array
     """λ_max, scalar."""
     smallest: jax.Array
     """λ_min, scalar."""
     residuals: jax.Array
-    """An eigenvalue lies this near to λ_max, and one to λ_min, [2]."""
+    """Bounds on the distance of λ_max and of λ_min to an eigenvalue, [2]."""
     converged: jax.Array
     """Each residual is at most `tol` times its eigenvalue, boolean scalar."""
 
@@ -50,27 +50,37 @@ class ConditionNumber(NamedTuple):
 def ntk(
     objective: Objective, params: Tree, *, form: str = "full", chunk: int | None = None
 ) -> jax.Array:
-    """The empirical neural tangent kernel of the batch: the Gram matrix of the outputs' gradients.
+    """Computes the empirical neural tangent kernel of a batch, the Gram matrix of output gradients.
 
         Θ(xᵢ, xⱼ)_cd = <∂z_c(xᵢ)/∂θ, ∂z_d(xⱼ)/∂θ>
 
-    Each example is evaluated alone. A model whose outputs depend on the other examples has no such
-    kernel: freeze batch norm (`train=False`), and dropout with it. Jacot et al., arXiv:1806.07572.
+    Each example is evaluated as a batch of one. The kernel is undefined if outputs depend on other
+    examples: freeze batch norm and dropout (`train=False`). Jacot et al., arXiv:1806.07572.
 
     Args:
         objective: an `Objective` with `model=`; its loss is not evaluated.
         params: the point θ.
         form: "full", or "trace" for Σ_c Θ_cc, the sum over outputs.
-        chunk: examples whose Jacobians, C·P numbers each for C outputs and P parameters, are in
-            memory at once (twice); divides the batch. By default as many as fit 256 MB; fewer
-            than all are differentiated anew for every other chunk.
+        chunk: examples whose Jacobians are in memory at once (twice), C·P numbers each for C
+            outputs and P parameters; divides the batch. By default as many as fit 256 MB. With
+            several chunks each Jacobian is computed once for every other chunk.
 
     Returns:
-        [n, C, n, C] or [n, n], in float32 or wider. Under an axis, of this device's examples.
+        Θ, [n, C, n, C] or [n, n], in float32 or wider; of the local examples inside pmap or
+        shard_map.
 
     Raises:
-        ValueError: the objective has no `model`; no such form; `chunk` does not divide the batch;
-            or, when called eagerly, an example's outputs depend on the others.
+        ValueError: no `model`, an unknown form, a `chunk` that does not divide the batch, or, in
+            an eager call, outputs that depend on other examples.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import curvax
+        >>> model = lambda w, batch: batch["x"] @ w
+        >>> batch = {"x": jnp.array([[1.0, 2.0], [0.0, 3.0]]), "y": jnp.zeros((2, 1))}
+        >>> objective = curvax.Objective(curvax.gaussian("y"), batch, model=model)
+        >>> curvax.analysis.ntk(objective, jnp.ones((2, 1)), form="trace").tolist()
+        [[5.0, 6.0], [6.0, 9.0]]
     """
     objective = _checked(objective, params, "ntk", form, chunk)
     gram, difference = _gram(objective, params, form=form, chunk=chunk)
@@ -89,28 +99,41 @@ def ntk_condition_number(
     max_products: int = 5000,
     key: jax.Array | int = 0,
 ) -> ConditionNumber:
-    """κ = λ_max/λ_min of the neural tangent kernel: how unevenly a network learns its examples.
+    """Computes the condition number of the neural tangent kernel.
 
-    Chen et al., arXiv:2106.01548, Table 1; Xiao et al., arXiv:1912.13053, section 3.1. What
-    `ntk` says of batch norm and dropout holds here.
+        κ = λ_max(Θ) / λ_min(Θ)
+
+    The larger κ, the slower gradient descent learns the directions of small eigenvalues. Xiao et
+    al., arXiv:1912.13053, section 3.1; Chen, Hsieh & Gong, arXiv:2106.01548, Table 1. Batch norm
+    and dropout must be frozen, as in `ntk`.
 
     Args:
         objective: an `Objective` with `model=`; its loss is not evaluated.
         params: the point θ.
         form: "full" or "trace", as in `ntk`.
-        method: "dense", from `ntk`; "lanczos", from products u ↦ J Jᵀ u at both ends of the
-            spectrum, one backward and one forward pass for each (C of them for the trace form);
+        method: "dense", all eigenvalues of `ntk`; "lanczos", both ends of the spectrum from
+            products u ↦ J Jᵀ u, each a backward and a forward pass (C of each for the trace form);
             "auto", dense up to 2048 rows.
-        chunk: examples at once, as in `ntk`; by default, all of them at a product of Lanczos.
-        tol: what counts as converged, relative to either eigenvalue.
-        max_products: at most about that many for either end.
-        key: a typed key or a seed for the start vector.
+        chunk: examples at once, as in `ntk`; for Lanczos by default the whole batch.
+        tol: bound on each residual relative to its eigenvalue, for `converged`.
+        max_products: approximate limit on the number of products at each end.
+        key: typed key or seed of the start vector.
 
     Returns:
         A `ConditionNumber`.
 
     Raises:
-        ValueError: as `ntk`, or no such method.
+        ValueError: as in `ntk`, or an unknown method.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import curvax
+        >>> model = lambda w, batch: batch["x"] @ w
+        >>> batch = {"x": jnp.array([[1.0, 0.0], [0.0, 3.0]]), "y": jnp.zeros((2, 1))}
+        >>> objective = curvax.Objective(curvax.gaussian("y"), batch, model=model)
+        >>> found = curvax.analysis.ntk_condition_number(objective, jnp.ones((2, 1)))
+        >>> round(float(found.value), 3)
+        9.0
     """
     objective = _checked(objective, params, "ntk_condition_number", form, chunk)
     if method not in METHODS:
@@ -164,7 +187,7 @@ def _by_chunks(objective: Objective, params: Tree, form: str, chunk: int) -> jax
 def _products(left: Tree, right: Tree, form: str) -> jax.Array:
     """<J_ic, J_jd> of two Jacobians, [n, C, m, C], or [n, m] summed over c = d, on every device.
 
-    On an explicit mesh a device multiplies its own rows of the left one by the whole right one.
+    On an explicit mesh each device multiplies its rows of `left` by all rows of `right`.
     """
     start = 2 if form == "full" else 1
 
@@ -184,7 +207,7 @@ def _dense(
     gram, difference = _gram(objective, params, form=form, chunk=chunk)
     rows = math.isqrt(gram.size)
     values = jnp.linalg.eigvalsh(gram.reshape(rows, rows))
-    # The error of the eigenvalues of a symmetric matrix.
+    # Backward error of a symmetric eigensolver, ε‖Θ‖.
     rounding = jnp.finfo(values.dtype).eps * jnp.max(jnp.abs(values))
     return _condition(values[-1], values[0], jnp.full(2, rounding), tol), difference
 
@@ -214,7 +237,7 @@ def _matrix_free(
         start = gaussian_probe(key, like)
         product = kernel if form == "full" else summed
         search = dict(max_products=max_products, subspace=min(start.size, SUBSPACE))
-        # Both relative to λ_max, beside which λ_min may be small: as near as rounding permits.
+        # `eigenpairs` takes `tol` relative to λ_max, and λ_min may be far smaller: use the finest.
         finest = 32 * float(jnp.finfo(wide).eps)
         largest = eigenpairs(product, start, end="largest", tol=max(tol**2, finest), **search)
         smallest = eigenpairs(product, start, end="smallest", tol=finest, **search)
@@ -233,20 +256,20 @@ def _condition(
 
 
 def _dependence(objective: Objective, params: Tree, chunk: int) -> jax.Array:
-    """How far outputs change with the company: relative, in units of what rounding excuses."""
+    """The relative change of outputs with the other examples in the batch, in units of √ε."""
     count = min(max(2, chunk), objective.size)
     some = objective.on(jax.tree.map(lambda x: meshes.first(x, count), objective.batch))
     together, alone = outputs_of(some, params), outputs_alone(some, params)
-    excused = jnp.finfo(together.dtype).eps ** 0.5 * jnp.max(jnp.abs(together))
-    return trees.ratio(jnp.max(jnp.abs(together - alone)), excused)
+    rounding = jnp.finfo(together.dtype).eps ** 0.5 * jnp.max(jnp.abs(together))
+    return trees.ratio(jnp.max(jnp.abs(together - alone)), rounding)
 
 
 def _refuse_dependent(difference: jax.Array, name: str) -> None:
     if isinstance(difference, jax.core.Tracer) or not difference > 1:
         return
     raise ValueError(
-        f"`{name}` differentiates the outputs of each example, and here they depend on what else "
-        "is in the batch, or on a key. Freeze batch norm and dropout in the model of the "
+        f"`{name}` differentiates the outputs of each example, and here they depend on the other "
+        "examples of the batch, or on a key. Freeze batch norm and dropout in the model of the "
         "`Objective`: `train=False` and no `key`, or `model.eval()`."
     )
 

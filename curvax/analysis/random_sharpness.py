@@ -1,4 +1,4 @@
-"""A loss, a point and a scale ↦ how far the loss rises nearby on average."""
+"""A loss, a point and a scale ρ ↦ the mean rise of the loss under random perturbations."""
 
 from typing import Any, NamedTuple
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from curvax import checks
-from curvax.analysis.evaluation.whole_sets import Loss, as_loss, averaged
+from curvax.analysis.evaluation import Loss, as_loss, evaluate_mean
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
 from curvax.devices.axes import AxisNames
@@ -17,12 +17,12 @@ from curvax.objective import Objective
 
 
 class RandomSharpness(NamedTuple):
-    """How far the loss rises on average over random perturbations."""
+    """Result of `random_sharpness`: the rise of the loss under random perturbations."""
 
     value: jax.Array
-    """The mean of L(θ + ε) - L(θ), scalar; SAM's Theorem 2 asks that it be no less than 0."""
+    """The mean of L(θ + ε) - L(θ) over draws, scalar; SAM's Theorem 2 assumes that it is >= 0."""
     standard_error: jax.Array
-    """Of that mean over draws, scalar; NaN for a single one."""
+    """The standard error of that mean, scalar; NaN for a single draw."""
     share: jax.Array
     """The share of draws with L(θ + ε) >= L(θ), scalar."""
     differences: jax.Array
@@ -41,30 +41,39 @@ def random_sharpness(
     chunk: int = 1,
     mean_over: AxisNames = None,
 ) -> RandomSharpness:
-    """How far the loss rises on average over Gaussian perturbations.
+    """Estimates the mean rise of the loss under Gaussian perturbations.
 
         E L(θ + ρ z) - L(θ),   z ~ N(0, I)
 
-    SAM's generalisation bound holds where this is not negative over the distribution of the data
-    (so pass held-out examples). For small ρ it is ½ρ² tr ∇²L. Parameters in half precision are
-    widened to float32. Foret et al., SAM, arXiv:2010.01412, Theorem 2.
+    For small ρ it is ½ρ² tr ∇²L. The generalisation bound of SAM assumes that it is not negative
+    on the distribution of the data, which held-out examples estimate. Foret et al., SAM,
+    arXiv:2010.01412, Theorem 2. Half-precision parameters are widened to float32.
 
     Args:
-        objective: an `Objective`, a `Sweep` over a loader, or a callable `params -> scalar`.
+        objective: an `Objective`, a `DatasetLoss`, or a callable `params -> scalar`.
         params: the point θ.
         rho: ρ >= 0: the standard deviation of each entry, or the length of ε if `normalised`.
-        draws: perturbations; a forward pass for each.
-        normalised: ε = ρ z/‖z‖₂, as far out as `sharpness` goes in the 2-norm.
-        probes: the z themselves, stacked along a new first axis, instead of `draws` and `key`.
-        key: a typed key or a seed.
+        draws: number of perturbations, one forward pass each.
+        normalised: use ε = ρ z/‖z‖₂, at the distance of `sharpness` with p = 2.
+        probes: the z, trees like `params` stacked along a new first axis, instead of `draws` and
+            `key`.
+        key: typed key or seed.
         chunk: draws evaluated at once.
-        mean_over: the device axes over which L is the mean; `()` for each device's own.
+        mean_over: device axes over which L is the mean; `()` for the loss of each device.
 
     Returns:
         A `RandomSharpness`.
 
     Raises:
         ValueError, TypeError: an option out of range.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from curvax import analysis
+        >>> loss = lambda w: 0.5 * jnp.sum(w**2)
+        >>> found = analysis.random_sharpness(loss, jnp.zeros(3), 0.1, normalised=True)
+        >>> round(float(found.value), 4), round(float(found.share), 1)  # ½ρ²; every draw rises
+        (0.005, 1.0)
     """
     objective = as_loss(objective, "random_sharpness", params)
     trees.require_floating(params, "random_sharpness")
@@ -72,7 +81,7 @@ def random_sharpness(
     checks.check_count("random_sharpness", draws=draws, chunk=chunk)
     keys = jax.random.split(as_key(key), draws) if probes is None else None
     options = dict(normalised=normalised, chunk=chunk, mean_over=mean_over)
-    differences = averaged(_differences, objective, params, rho, keys, probes, **options)
+    differences = evaluate_mean(_differences, objective, params, rho, keys, probes, **options)
     n = len(differences)
     mean = jnp.mean(differences)
     error = jnp.std(differences, ddof=1) / n**0.5 if n > 1 else trees.nan_like(mean)

@@ -1,4 +1,4 @@
-"""A loss and a point ↦ the spectrum of its curvature: ends, density, trace."""
+"""A loss and a point ↦ the spectrum of a curvature matrix: extreme eigenpairs, density, trace."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from curvax import checks
-from curvax.analysis.curvature_products import Curvature, Loss, Matrix, evaluate, matrix
+from curvax.analysis.curvature_products import CurvatureLike, Matrix, matrix
+from curvax.analysis.evaluation import Loss, evaluate_products
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
 from curvax.devices import meshes
@@ -34,7 +35,7 @@ def top_eigenpairs(
     params: Tree,
     k: int = 1,
     *,
-    curvature: Curvature = "hessian",
+    curvature: CurvatureLike = "hessian",
     mode: str = "auto",
     end: str = "magnitude",
     method: str = "lanczos",
@@ -45,58 +46,70 @@ def top_eigenpairs(
     key: jax.Array | int = 0,
     mean_over: AxisNames = None,
 ) -> Eigenpairs:
-    """The k eigenpairs of a curvature matrix at one end of its spectrum.
+    """Computes k eigenpairs of a curvature matrix at one end of its spectrum.
 
-    One product a step, and one for each pair at the end, whose residual is measured. Called
-    eagerly it compiles once for a loss and shapes; in a jitted function it is part of it.
+        C vᵢ = λᵢ vᵢ
+
+    Each iteration takes one curvature product, and each pair one more for its residual. An eager
+    call compiles once per loss and shapes; inside a jitted function the search is traced with it.
 
     Args:
-        objective: an `Objective` (with `microbatch=` in the memory of so many examples), a `Sweep`
-            over a loader, or a callable `params -> scalar`.
-        params: the point θ.
-        k: pairs, at most the number of parameters.
+        objective: an `Objective` (with `microbatch=` in the memory of that many examples), a
+            `DatasetLoss` over a loader, or a callable `params -> scalar`.
+        params: the point θ, a tree of real floating arrays.
+        k: number of pairs, at most the number of parameters.
         curvature: "hessian", "gauss_newton", "fisher", "empirical_fisher", or a callable
             `(objective, params) -> product`.
-        mode: of the products, as in `hvp` and `ggnvp`.
+        mode: differentiation mode of the products, as in `hvp` and `ggnvp`.
         end: "magnitude", "largest" or "smallest" (most negative).
-        method: "lanczos" with full re-orthogonalisation and thick restarts, or "power": power
-            iteration, pair after pair.
-        tol: of each residual, relative to the largest magnitude found; 1e-6 by default, more in
-            bfloat16.
-        max_products: about that many at most.
-        subspace: vectors that Lanczos keeps in memory, each the size of the parameters in float32;
+        method: "lanczos" with full re-orthogonalisation and thick restarts, or "power" iteration
+            with deflation.
+        tol: bound on each residual ‖Cv - λv‖, relative to the largest |λ| found; by default 1e-6,
+            in half precision more.
+        max_products: approximate limit on the number of products.
+        subspace: vectors that Lanczos keeps in memory, each as large as the parameters in float32;
             2k + 20 by default.
-        v0: a start vector like `params`; drawn by default.
-        key: a typed key or a seed for it.
-        mean_over: the device axes to average over, inside pmap or shard_map.
+        v0: start vector, a tree like `params`; by default a Gaussian draw.
+        key: typed key or seed of that draw.
+        mean_over: device axes to average over, inside pmap or shard_map.
 
     Returns:
-        `Eigenpairs`, the most wanted first, in float32 or wider.
+        `Eigenpairs` in the order of `end`, in float32 or wider: `values` [k], `vectors` stacked
+        [k, ...], `residuals`, `converged`, `products`.
 
     Raises:
-        ValueError: an option is none of those named, or k out of range.
+        ValueError: an unknown option, or k out of range.
+        TypeError: a parameter is not a real floating array.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from curvax import analysis
+        >>> loss = lambda w: 0.5 * jnp.sum(jnp.array([1.0, 2.0, 5.0]) * w**2)
+        >>> pairs = analysis.top_eigenpairs(loss, jnp.ones(3), k=2)
+        >>> [round(float(x), 3) for x in pairs.values]
+        [5.0, 2.0]
     """
     of = matrix(curvature, mean_over, "top_eigenpairs", mode)
     if method not in METHODS:
         raise ValueError(
-            f"`top_eigenpairs` takes `method` as one of {', '.join(map(repr, METHODS))}, and got "
-            f"{method!r}."
+            f"`top_eigenpairs` takes `method` as one of {', '.join(map(repr, METHODS))}, and "
+            f"got {method!r}."
         )
     own = dict(subspace=subspace) if method == "lanczos" else {}
-    return evaluate(
+    return evaluate_products(
         _eigenpairs, objective, params, v0, as_key(key), of=of, method=method, k=k, end=end,
         tol=tolerance(params) if tol is None else tol, max_products=max_products, **own,
     )  # fmt: skip
 
 
 def tolerance(params: Tree) -> float:
-    """A relative residual that products at these parameters can reach: 1e-6, or ε^¾ if more."""
+    """The relative residual that products in this precision reach: the larger of 1e-6 and ε^¾."""
     kinds = {jnp.result_type(x) for x in jax.tree.leaves(params) if trees.is_float(x)}
     return max([1e-6, *(float(jnp.finfo(kind).eps) ** 0.75 for kind in kinds)])
 
 
 def start_vector(v0: Tree, key: jax.Array, params: Tree) -> Tree:
-    """v0, or a Gaussian vector where there is none, in float32 or wider."""
+    """v0, by default a Gaussian vector, in float32 or wider."""
     v0 = gaussian_probe(key, trees.wide(params)) if v0 is None else v0
     return meshes.laid_like(trees.wide(v0), params)
 
@@ -116,24 +129,25 @@ def _eigenpairs(
 
 
 class Spectrum(NamedTuple):
-    """The density of a spectrum, and its ends as Lanczos sees them: from inside."""
+    """Result of `hessian_spectrum`: the spectral density, and bounds on its ends from inside."""
 
     density: SpectralDensity
-    """Nodes and weights for each probe; `density.smoothed(grid, width)` has its error."""
+    """Nodes and weights of each probe; `density.smoothed(grid, width)` is the density as a function
+    and its standard error."""
     largest: jax.Array
-    """The largest Ritz value over all probes, never above λ_max but for rounding."""
+    """The largest Ritz value over all probes, scalar; at most λ_max up to rounding."""
     smallest: jax.Array
-    """The smallest one, never below λ_min."""
+    """The smallest Ritz value over all probes, scalar; at least λ_min up to rounding."""
     bulk_ratio: jax.Array
-    """λ₁/λ₅ of the largest Ritz values, scalar: how far the top stands out of the bulk. NaN
-    without a basis, where copies of λ₁ pass for λ₅, or where there are no five."""
+    """λ₁/λ₅ of the largest Ritz values, scalar: the separation of the outliers from the bulk. NaN
+    with fewer than five values, or without a basis, where λ₁ occurs in copies."""
 
 
 def hessian_spectrum(
     objective: Loss,
     params: Tree,
     *,
-    curvature: Curvature = "hessian",
+    curvature: CurvatureLike = "hessian",
     mode: str = "auto",
     probes: int | Tree = 4,
     steps: int = 50,
@@ -141,35 +155,45 @@ def hessian_spectrum(
     keep_basis: bool = True,
     mean_over: AxisNames = None,
 ) -> Spectrum:
-    """The spectral density of a curvature matrix, by stochastic Lanczos quadrature.
+    """Estimates the spectral density of a curvature matrix by stochastic Lanczos quadrature.
 
-    `steps` products for each probe. Ghorbani, Krishnan & Xiao, arXiv:1901.10159, Algorithm 1. The
-    bulk ratio is that of Jastrzebski et al., arXiv:2002.09572, and of Foret et al., SAM,
-    arXiv:2010.01412, section 4.2.
+        φ(λ) ≈ mean over probes z of Σᵢ wᵢ(z) δ(λ - θᵢ(z))
+
+    θᵢ and wᵢ are the Ritz values and Gauss weights of `steps` Lanczos steps from z, one product
+    each. Ghorbani, Krishnan & Xiao, arXiv:1901.10159, Algorithm 1. Bulk ratio: Jastrzebski et al.,
+    arXiv:2002.09572; Foret et al., SAM, arXiv:2010.01412, section 4.2.
 
     Args:
-        objective: an `Objective`, a `Sweep`, or a callable `params -> scalar`.
+        objective: an `Objective`, a `DatasetLoss`, or a callable `params -> scalar`.
         params: the point θ.
         curvature, mode: as in `top_eigenpairs`.
-        probes: how many random sign vectors, or the vectors themselves, stacked along a new first
-            axis. One at a time is in memory with its basis.
-        steps: of Lanczos for each probe; no more than there are parameters are taken.
-        key: a typed key or a seed for the probes.
-        keep_basis: True keeps `steps` vectors in memory, each the size of the parameters in
-            float32; False three, for the density alone.
-        mean_over: the device axes to average over, inside pmap or shard_map.
+        probes: number of random sign vectors, or the vectors themselves, trees like `params`
+            stacked along a new first axis; processed one at a time.
+        steps: Lanczos steps for each probe; at most the number of parameters are taken.
+        key: typed key or seed of the probes.
+        keep_basis: True re-orthogonalises and holds `steps` vectors, each as large as the
+            parameters in float32; False holds three, which suffices for the density.
+        mean_over: device axes to average over, inside pmap or shard_map.
 
     Returns:
-        A `Spectrum`. Its Ritz values approach the ends from inside, each of a multiple eigenvalue
-        once; `top_eigenpairs` gives the ends with their residuals.
+        A `Spectrum`. Its Ritz values bound the ends from inside and count a multiple eigenvalue
+        once; `top_eigenpairs` gives the ends with residuals.
 
     Raises:
-        ValueError, TypeError: an option is none of those named, or no positive integer.
+        ValueError, TypeError: an unknown option, or a count that is not a positive integer.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from curvax import analysis
+        >>> loss = lambda w: 0.5 * jnp.sum(jnp.array([1.0, 2.0, 5.0]) * w**2)
+        >>> spectrum = analysis.hessian_spectrum(loss, jnp.ones(3), probes=2)
+        >>> round(float(spectrum.smallest), 2), round(float(spectrum.largest), 2)
+        (1.0, 5.0)
     """
     of = matrix(curvature, mean_over, "hessian_spectrum", mode)
-    vectors, count = _given(probes, "hessian_spectrum")
+    vectors, count = _vectors_or_count(probes, "hessian_spectrum")
     checks.check_count("hessian_spectrum", steps=steps)
-    return evaluate(
+    return evaluate_products(
         _spectrum, objective, params, vectors, as_key(key), of=of, count=count, steps=steps,
         keep_basis=keep_basis,
     )  # fmt: skip
@@ -193,7 +217,7 @@ def _spectrum(
 
 
 def _spectrum_of(density: SpectralDensity, keep_basis: bool) -> Spectrum:
-    # Where a probe had nothing left to explore, Lanczos filled up with zeros of no weight.
+    # Once a probe's Krylov space is exhausted, Lanczos returns zeros of weight zero.
     seen = density.weights > (10 * jnp.finfo(density.weights.dtype).eps) ** 2
     top = jnp.max(jnp.sort(jnp.where(seen, density.nodes, -jnp.inf), axis=1), axis=0)[::-1]
     smallest = jnp.min(jnp.where(seen, density.nodes, jnp.inf))
@@ -206,32 +230,44 @@ def curvature_trace(
     objective: Loss,
     params: Tree,
     *,
-    curvature: Curvature = "hessian",
+    curvature: CurvatureLike = "hessian",
     mode: str = "auto",
     probes: int | Tree = 16,
     key: jax.Array | int = 0,
     mean_over: AxisNames = None,
 ) -> Estimate:
-    """The trace of a curvature matrix by Hutchinson's method, one product for each probe.
+    """Estimates the trace of a curvature matrix by Hutchinson's method.
+
+        tr C ≈ mean over probes z of zᵀ C z
+
+    One product for each probe.
 
     Args:
-        objective: an `Objective`, a `Sweep`, or a callable `params -> scalar`.
+        objective: an `Objective`, a `DatasetLoss`, or a callable `params -> scalar`.
         params: the point θ.
         curvature, mode: as in `top_eigenpairs`.
-        probes: how many random sign vectors, or the vectors themselves, stacked along a new first
-            axis.
-        key: a typed key or a seed for the probes.
-        mean_over: the device axes to average over, inside pmap or shard_map.
+        probes: number of random sign vectors, or the vectors themselves, trees like `params`
+            stacked along a new first axis.
+        key: typed key or seed of the probes.
+        mean_over: device axes to average over, inside pmap or shard_map.
 
     Returns:
-        An `Estimate`: the mean over probes, a scalar, and its standard error.
+        An `Estimate`: the mean over probes, a scalar, and its standard error (NaN for one probe).
 
     Raises:
-        ValueError, TypeError: no such curvature, or `probes` is no positive integer.
+        ValueError, TypeError: an unknown option, or `probes` is not a positive integer.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from curvax import analysis
+        >>> loss = lambda w: 0.5 * jnp.sum(jnp.array([1.0, 2.0, 5.0]) * w**2)
+        >>> trace = analysis.curvature_trace(loss, jnp.ones(3))
+        >>> round(float(trace.mean), 3)  # exact: sign vectors, diagonal Hessian
+        8.0
     """
     of = matrix(curvature, mean_over, "curvature_trace", mode)
-    vectors, count = _given(probes, "curvature_trace")
-    return evaluate(_trace, objective, params, vectors, as_key(key), of=of, count=count)
+    vectors, count = _vectors_or_count(probes, "curvature_trace")
+    return evaluate_products(_trace, objective, params, vectors, as_key(key), of=of, count=count)
 
 
 def _trace(
@@ -240,8 +276,8 @@ def _trace(
     return estimate_trace(of.at(objective, params), _probes(vectors, count, key, params))
 
 
-def _given(probes: int | Tree, where: str) -> tuple[Tree, int]:
-    """(the vectors that were given, or how many to draw)"""
+def _vectors_or_count(probes: int | Tree, where: str) -> tuple[Tree, int]:
+    """(vectors, 0), or (None, the number to draw)."""
     if not isinstance(probes, (int, float)):
         return probes, 0
     checks.check_count(where, probes=probes)
@@ -249,7 +285,7 @@ def _given(probes: int | Tree, where: str) -> tuple[Tree, int]:
 
 
 def _probes(vectors: Tree, count: int, key: jax.Array, params: Tree) -> Tree:
-    """The vectors that were given, or `count` of random signs, stacked along a new first axis."""
+    """The vectors, or `count` random sign vectors, stacked along a new first axis."""
     if vectors is None:
         keys = jax.random.split(key, count)
         vectors = jax.vmap(rademacher, (0, None))(keys, trees.wide(params))

@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from curvax import Objective
 from curvax.analysis import top_eigenpairs
-from curvax.analysis.evaluation.compiling import compiled_once
+from curvax.analysis.compiling import compiled_once
 from curvax.arithmetic.trees import Tree
 from curvax.flax_bridge import Layout, layout
 from curvax.linalg import Eigenpairs

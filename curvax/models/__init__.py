@@ -1,10 +1,12 @@
-"""The papers' models in Flax linen, by name: `build("vit_s16", classes=1000)`.
+"""The models of the papers in Flax linen, by name: `build("vit_s16", classes=1000)`.
 
-Every model is called as `model(x, train=False)`; dropout and stochastic depth draw from
-`rngs={"dropout": key}`, batch norm keeps `batch_stats`. Image classifiers take floats (N, H, W, C)
-and are named `resnet<depth>`, `wrn<depth>_<width>` for any wide ResNet, and `vit_` or `mixer_` with
-the size (S, B, or tiny for 8×8 digits) and the patch. `mlp` takes anything and `autoencoder` gives
-back what it took, both in floats (N, ...); `lm_tiny` is a language model on integers (N, T).
+    resnet<depth>, wrn<depth>_<width>    images, floats (N, H, W, C)
+    vit_<size><patch>, mixer_<...>       images; sizes s and b, or tiny for 8×8 digits
+    mlp, autoencoder                     floats (N, ...), flattened
+    lm_tiny                              integers (N, T)
+
+Models are called as `model(x, train=False)`. Dropout and stochastic depth draw from
+`rngs={"dropout": key}`; batch norm keeps `batch_stats`.
 """
 
 import re
@@ -81,30 +83,42 @@ RECIPES = _recipes()
 
 
 def names() -> tuple[str, ...]:
-    """The names that `build` knows; `wrn<depth>_<width>` works for other depths and widths too."""
+    """Returns the names that `build` knows, apart from other depths and widths of wide ResNets."""
     return tuple(RECIPES)
 
 
 def build(name: str, classes: int | None = None, **options: Any) -> nn.Module:
-    """A model by name.
+    """Builds a model by name.
 
     Args:
         name: one of `names()`, or any `wrn<depth>_<width>`.
-        classes: number of logits, or of a regression's targets; none for an autoencoder.
-        **options: attributes of the model's class to set, such as `norm="group"`, `scan=False`,
-            `dropout=0.1`, `head_bias=-10.0`.
+        classes: number of logits or of regression targets; None for an autoencoder.
+        **options: attributes of the model's class, such as `norm="group"`, `scan=False`,
+            `dropout=0.1` or `head_bias=-10.0`.
+
+    Returns:
+        A Flax linen module, called as `model(x, train=False)`.
 
     Raises:
-        ValueError: an unknown name, an option out of its range, or `classes` missing or in excess.
+        ValueError: an unknown name, an option out of range, or `classes` missing or in excess.
         TypeError: an option that the model does not have.
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from curvax import models
+        >>> model = models.build("mlp", classes=10)
+        >>> variables = model.init(jax.random.key(0), jnp.ones((2, 8, 8)))
+        >>> model.apply(variables, jnp.ones((2, 8, 8))).shape
+        (2, 10)
     """
     module, settings = _recipe(name)
     known = {field.name for field in fields(module)} - {"parent", "name"}
     if ("classes" in known) is (classes is None):
         raise ValueError(
-            "An autoencoder's outputs are shaped like its inputs, and any other model has "
-            f"`classes` outputs. `{name}` was built with {classes}: take another model, or another "
-            "task for it."
+            "An autoencoder takes no `classes`, since its outputs have the shape of its inputs; "
+            f"every other model needs them. `{name}` was built with {classes}. Choose another "
+            "model or another task."
         )
     head = {} if classes is None else {"classes": classes}
     known -= head.keys()
@@ -114,7 +128,7 @@ def build(name: str, classes: int | None = None, **options: Any) -> nn.Module:
                 f"The model `{name}` has no option `{option}`. {_near(option, known)} It has "
                 f"{', '.join(sorted(known))}."
             )
-    # A model is hashed, as a static argument, and a list that was JSON is not.
+    # Modules are hashed as static arguments of `jit`, and lists from JSON have no hash.
     frozen = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
     return module(**head, **{**settings, **frozen})
 
@@ -125,8 +139,8 @@ def _recipe(name: str) -> Recipe:
     if wide := WIDE.fullmatch(name):
         return WideResNet, {"depth": int(wide[1]), "widen": int(wide[2])}
     raise ValueError(
-        f"There is no model `{name}`. {_near(name, names())} Known are {', '.join(names())} and "
-        "any `wrn<depth>_<width>`."
+        f"There is no model `{name}`. {_near(name, names())} Known names are "
+        f"{', '.join(names())} and any `wrn<depth>_<width>`."
     )
 
 

@@ -1,4 +1,4 @@
-"""What the networks of residual blocks share: depth as one scan, dropped branches, options."""
+"""Networks of residual blocks: depth as one scan, stochastic depth, common options."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from curvax.models.layers import classify, drop_branch, require_rate
 class Block(nn.Module, kw_only=True):
     """A block of residual branches, called as `block(x, fraction, train) -> (x, None)`.
 
-    `fraction` is how far up the block stands, 0 for the first and 1 for the last.
+    `fraction` is the relative depth of the block, 0 for the first and 1 for the last.
     """
 
     dropout: float
@@ -20,7 +20,7 @@ class Block(nn.Module, kw_only=True):
     dtype: Any
 
     def add(self, x: jax.Array, branch: jax.Array, fraction: jax.Array, train: bool) -> jax.Array:
-        """x and the branch, which stochastic depth may drop."""
+        """x + branch, where stochastic depth may drop the branch in training."""
         if train and self.stochastic_depth:
             rate = self.stochastic_depth * fraction
             branch = drop_branch(self.make_rng("dropout"), branch, rate)
@@ -32,10 +32,11 @@ class BlockNet(nn.Module, kw_only=True):
 
     Attributes:
         classes: number of logits.
-        width, depth: of the blocks.
-        dropout: the probability, where the model's own description says.
-        stochastic_depth: probability with which the last block's branches are dropped, lower
-            ones in proportion less.
+        width: features of each token.
+        depth: number of blocks.
+        dropout: probability, in the places that the model's docstring names.
+        stochastic_depth: probability of dropping the branches of the last block; linear in depth
+            from 0 at the first.
         scan: compile the blocks once, with weights stacked under `block`; else they are
             `block_0`, `block_1`, ...
         remat: recompute each block in the backward pass.
@@ -59,7 +60,7 @@ class BlockNet(nn.Module, kw_only=True):
         super().__post_init__()
 
     def blocks(self, block: type[Block], x: jax.Array, train: bool, **options: Any) -> jax.Array:
-        """x through `depth` blocks and a last norm, (N, tokens, width)."""
+        """Applies `depth` blocks and a final norm to x, (N, tokens, width)."""
         options |= {
             "dropout": self.dropout,
             "stochastic_depth": self.stochastic_depth,
@@ -84,6 +85,6 @@ class BlockNet(nn.Module, kw_only=True):
         return nn.LayerNorm(dtype=self.dtype, name="norm")(x)
 
     def classify(self, x: jax.Array) -> jax.Array:
-        """Logits from features (N, ..., width), with weights that start at zero."""
+        """Logits from features (N, ..., width); the kernel is initialised to zero."""
         init = nn.initializers.zeros
         return classify(x, self.classes, bias=self.head_bias, init=init)

@@ -1,4 +1,4 @@
-"""What the residual networks share: convolutions under one norm, stages, their options."""
+"""Residual networks of convolutions: normalised convolutions, stages, common options."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ HE = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 @dataclass(frozen=True)
 class Style:
-    """How the convolutions of a network are normalised, joined and computed."""
+    """The norm, the shortcuts and the dtype of the convolutions of a network."""
 
     norm: str
     residual: bool
@@ -29,11 +29,11 @@ class Style:
     def conv(
         self, channels: int, window: int = 3, stride: int = 1, *, name: str, closes: bool = False
     ) -> nn.Conv:
-        """A convolution, with a bias where no norm follows that has one.
+        """A convolution, with a bias only if no norm follows.
 
-        The one that closes a residual branch starts at zero where nothing is normalised:
-        activations would double their variance in every block. Zhang et al., Fixup,
-        arXiv:1901.09321.
+        Without a norm the last convolution of a residual branch (`closes`) is initialised to zero,
+        because activations would otherwise double their variance in each block. Zhang et al.,
+        Fixup, arXiv:1901.09321.
         """
         bare = self.norm == "none"
         return nn.Conv(
@@ -63,7 +63,7 @@ class Style:
 
 
 def synced(over: Along | tuple[str, ...] | None) -> dict[str, Any]:
-    """What `nn.BatchNorm` is told to take its statistics over devices."""
+    """The options of `nn.BatchNorm` for statistics over devices."""
     if isinstance(over, Neighbours):
         return {"axis_name": over.axis, "axis_index_groups": over.rows}
     return {"axis_name": over}
@@ -75,11 +75,11 @@ class ConvNet(nn.Module, kw_only=True):
     Attributes:
         classes: number of logits.
         norm: `batch`, `group` or `none`.
-        residual: whether the shortcuts are there; the papers' landscapes are of nets without.
+        residual: whether there are shortcuts; some published landscapes are of networks without.
         remat: whether blocks are recomputed in the backward pass.
         dtype: of activations; inferred from inputs and parameters where None.
-        sync_over: device axis, or a tuple of them, over which batch norm takes its statistics in
-            training, or `curvax.axes.Neighbours`, devices in a row along one.
+        sync_over: device axes over which batch norm averages its statistics in training, or
+            `Neighbours`, groups of adjacent devices along one axis.
         head_bias: initial bias of the logits; -10 suits a sigmoid loss over many classes.
     """
 
@@ -107,7 +107,7 @@ class ConvNet(nn.Module, kw_only=True):
         widths: Sequence[int],
         **options: Any,
     ) -> jax.Array:
-        """x through stages of `sizes` blocks, every stage but the first halving the image."""
+        """Applies stages of `sizes` blocks; each stage but the first halves height and width."""
         if self.remat:
             block = nn.remat(block, static_argnums=(2,))
         for stage, (size, width) in enumerate(zip(sizes, widths, strict=True)):

@@ -12,8 +12,8 @@ from curvax.models.blocks import BlockNet
 from curvax.models.transformer import TransformerBlock, require_heads
 
 TOKENS, POSITIONS = nn.initializers.normal(1.0), nn.initializers.normal(0.02)
-"""Tokens as large as what the first branches add: at GPT-2's 0.02, which suits its own smaller
-weights, they drown in it."""
+"""Unit variance, like the output of the first branches. GPT-2's 0.02 goes with smaller weights in
+the branches, and would be lost in the sum here."""
 
 
 class LanguageModel(BlockNet, kw_only=True):
@@ -23,7 +23,8 @@ class LanguageModel(BlockNet, kw_only=True):
 
     Attributes:
         classes: size of the vocabulary, of the logits and of the embedding.
-        heads, mlp_width: of the blocks.
+        heads: attention heads of each block; divides `width`.
+        mlp_width: hidden width of the MLP of each block.
     """
 
     heads: int

@@ -1,4 +1,4 @@
-"""What the models share: an MLP, dropped branches, the classifier's head, checks of options."""
+"""Layers common to the models: MLP, stochastic depth, classification head, checks of options."""
 
 from collections.abc import Collection
 from difflib import get_close_matches
@@ -13,7 +13,7 @@ def require_choice(option: str, value: Any, choices: Collection[str]) -> None:
     """Refuses a value that is not among the choices.
 
     Raises:
-        ValueError: it is not; the error lists the choices and the nearest one.
+        ValueError: another value; the error lists the choices and the nearest one.
     """
     if value not in choices:
         near = get_close_matches(str(value), choices, n=1, cutoff=0.4)
@@ -25,7 +25,7 @@ def require_rate(option: str, value: float) -> None:
     """Refuses a drop probability outside [0, 1).
 
     Raises:
-        ValueError: it is outside.
+        ValueError: a value outside.
     """
     if not 0.0 <= value < 1.0:
         raise ValueError(f"`{option}` is a probability in [0, 1), and got {value}.")
@@ -52,7 +52,7 @@ class Mlp(nn.Module):
 
 
 def drop_branch(key: jax.Array, branch: jax.Array, rate: jax.Array | float) -> jax.Array:
-    """Stochastic depth: drops a residual branch for whole examples and scales the others up.
+    """Stochastic depth: drops a residual branch for whole examples and rescales it for the others.
 
     Huang et al., arXiv:1603.09382.
     """

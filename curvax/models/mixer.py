@@ -13,7 +13,7 @@ from curvax.models.patchnets import PatchNet
 
 
 class MixerBlock(Block, kw_only=True):
-    """An MLP over tokens, then one over channels, each normalised before and added to its input."""
+    """An MLP over tokens, then one over channels, each normalised first, with a residual sum."""
 
     token_width: int
     channel_width: int
@@ -35,7 +35,8 @@ class MlpMixer(PatchNet, kw_only=True):
     trains on ImageNet alone.
 
     Attributes:
-        token_width, channel_width: hidden widths of the two kinds of MLP.
+        token_width: hidden width of the MLPs over tokens.
+        channel_width: hidden width of the MLPs over channels.
     """
 
     token_width: int

@@ -1,4 +1,4 @@
-"""What the networks of patches share: how an image becomes patches."""
+"""Networks over the patches of an image, and the embedding of the patches."""
 
 import jax
 from flax import linen as nn
@@ -16,7 +16,7 @@ class PatchNet(BlockNet, kw_only=True):
     patch: int
 
     def embed(self, x: jax.Array) -> jax.Array:
-        """Patches, each mapped linearly: (N, H, W, C) to (N, H / patch, W / patch, width).
+        """Embeds each patch linearly: (N, H, W, C) ↦ (N, H / patch, W / patch, width).
 
         Raises:
             ValueError: the patch does not divide the image.

@@ -1,4 +1,4 @@
-"""Fully connected networks: a perceptron that classifies or regresses, and the deep autoencoder."""
+"""Fully connected networks: a perceptron for classification or regression, a deep autoencoder."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,11 +12,11 @@ ACTIVATIONS = {"tanh": nn.tanh, "relu": nn.relu, "gelu": nn.gelu, "sigmoid": nn.
 
 
 class Perceptron(nn.Module, kw_only=True):
-    """Dense layers, called as `model(x, train=False)` on (N, ...), which is flattened.
+    """A perceptron, called as `model(x, train=False)` on inputs (N, ...), which are flattened.
 
     Attributes:
-        classes: number of logits, or of the targets of a regression.
-        widths: of the hidden layers.
+        classes: number of logits or of regression targets.
+        widths: widths of the hidden layers.
         activation: `tanh`, `relu`, `gelu` or `sigmoid`.
         dtype: of activations; inferred from inputs and parameters where None.
     """
@@ -37,14 +37,14 @@ class Perceptron(nn.Module, kw_only=True):
 
 
 class Autoencoder(nn.Module, kw_only=True):
-    """Dense layers down to a linear code and up again, called as `model(x, train=False)`.
+    """A deep autoencoder with a linear code, called as `model(x, train=False)`.
 
-    Hinton and Salakhutdinov, Science 313 (2006), and Martens, ICML 2010, with their layers and
-    kfac-jax's initialisation and tanh. Inputs (N, ...) are flattened; the outputs are logits of the
-    same shape.
+    The layers of Hinton and Salakhutdinov, Science 313 (2006), and Martens, ICML 2010, with the
+    initialisation and tanh of kfac-jax. Inputs (N, ...) are flattened; the outputs are logits in
+    the shape of the inputs.
 
     Attributes:
-        widths: of the encoder's hidden layers; the decoder's are the same, backwards.
+        widths: widths of the encoder's hidden layers, reversed for the decoder.
         code: width of the code.
         activation: `tanh`, `relu`, `gelu` or `sigmoid`; the code has none.
         dtype: of activations; inferred from inputs and parameters where None.
@@ -73,7 +73,7 @@ class Autoencoder(nn.Module, kw_only=True):
 def _hidden(
     model: Perceptron | Autoencoder, h: jax.Array, widths: Sequence[int], name: str
 ) -> jax.Array:
-    """Dense layers of those widths, called `name0`, `name1`, in the scope of the model."""
+    """Applies dense layers `name0`, `name1`, ... of these widths, in the scope of the model."""
     for n, width in enumerate(widths):
         h = ACTIVATIONS[model.activation](nn.Dense(width, dtype=model.dtype, name=f"{name}{n}")(h))
     return h

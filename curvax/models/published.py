@@ -1,9 +1,8 @@
-"""Published ViTs and Mixers ↦ the names of ours: the `.npz` of vision_transformer and big_vision.
+"""Published ViT and Mixer checkpoints (`.npz`) ↦ parameters under the names of these models.
 
 google-research/vision_transformer and google-research/big_vision flatten the trees of their Flax
-models, with `/` between the names; what big_vision's trainer writes has `params/` before them,
-formerly `opt/target/`, and the layers of a scanned model are stacked. Their kernels and ours have
-the same axes.
+models, with `/` between names. Checkpoints of big_vision's trainer have the prefix `params/`,
+formerly `opt/target/`, and stack the layers of scanned models. The axes of kernels are the same.
 """
 
 import math
@@ -14,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 Arrays = dict[str, np.ndarray]
-"""Arrays by the names of their places, with `/` between them."""
+"""Arrays by path, with `/` between names."""
 
 POSITIONS = "pos_embedding"
 _ROOTS = ("params/", "opt/target/")
@@ -36,10 +35,10 @@ _RENAMED = [
 
 
 def renamed(arrays: Mapping[str, np.ndarray]) -> Arrays:
-    """The parameters of a published file under the names of our models.
+    """Renames the parameters of a published checkpoint.
 
-    In vision_transformer, and in big_vision at first, the class token has a position of its own,
-    the first, which is added to it here; now, and with us, it has none.
+    In vision_transformer and in early big_vision checkpoints the first position embedding belongs
+    to the class token; it is added to the token here, which has no position in these models.
     """
     root = next((root for root in _ROOTS if any(name.startswith(root) for name in arrays)), "")
     inside = {k.removeprefix(root): v for k, v in arrays.items() if k.startswith(root)}
@@ -52,12 +51,12 @@ def renamed(arrays: Mapping[str, np.ndarray]) -> Arrays:
 
 
 def _squares(count: int) -> bool:
-    """Whether patches of a square image may be as many."""
+    """Whether `count` is a positive square, as for the patches of a square image."""
     return count > 0 and math.isqrt(count) ** 2 == count
 
 
 def _numbers(x: np.ndarray) -> np.ndarray:
-    """Arrays of bfloat16, which NumPy writes as two bytes without a meaning."""
+    """Restores bfloat16, which NumPy saves as void of two bytes."""
     return x.view(ml_dtypes.bfloat16) if x.dtype == np.dtype("V2") else x
 
 

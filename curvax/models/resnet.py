@@ -1,8 +1,8 @@
 """Residual networks for small images (depth 6n + 2) and for ImageNet (18 to 152).
 
-He et al., arXiv:1512.03385: the small ones have three stages of two-layer blocks and shortcuts
-without parameters (option A), the large ones four stages and projections (option B). As is usual
-since, a bottleneck has its stride in the 3×3 convolution.
+He et al., arXiv:1512.03385. Small networks have three stages of two-layer blocks and shortcuts
+without parameters (option A), large ones four stages and projections (option B). A bottleneck has
+its stride in the 3×3 convolution, unlike in the paper and like most later implementations.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from curvax.models.convnets import ConvNet, Style
 
 
 class ResidualBlock(nn.Module):
-    """Two 3×3 convolutions, or 1×1, 3×3, 1×1 with four times the channels, beside a shortcut."""
+    """A shortcut around two 3×3 convolutions, or around 1×1, 3×3, 1×1 with 4 times the channels."""
 
     width: int
     stride: int
@@ -52,8 +52,9 @@ class ResNet(ConvNet, kw_only=True):
 
     Attributes:
         sizes: blocks in each stage.
-        width: channels of the first stage, doubled by each further one.
-        imagenet: 7×7 stem with pooling and projections, or 3×3 stem and padded shortcuts.
+        width: channels of the first stage, doubled by each further stage.
+        imagenet: True for a 7×7 stem with pooling and projections, False for a 3×3 stem and padded
+            shortcuts.
         bottleneck: whether blocks are bottlenecks.
     """
 

@@ -1,4 +1,4 @@
-"""What the transformers share: a block of attention and MLP, with a mask or without."""
+"""The transformer block, attention and MLP, with or without a causal mask."""
 
 from typing import Any
 
@@ -14,17 +14,21 @@ def require_heads(heads: int, width: int) -> None:
     """Refuses a number of heads that does not divide the width.
 
     Raises:
-        ValueError: it does not.
+        ValueError: `heads` does not divide `width`.
     """
     if width % heads:
-        raise ValueError(f"`heads` divides `width`, and {heads} does not divide {width}.")
+        raise ValueError(
+            f"`heads` divides `width`, and {heads} does not divide {width}. Change one of them."
+        )
 
 
 class TransformerBlock(Block, kw_only=True):
-    """Attention, then an MLP, each normalised before and added to its input.
+    """Attention, then an MLP, each normalised first, with a residual sum.
 
     Attributes:
-        causal: whether a token sees only itself and those before it.
+        heads: attention heads; divides the width.
+        mlp_width: hidden width of the MLP.
+        causal: whether tokens attend only to themselves and earlier tokens.
     """
 
     heads: int

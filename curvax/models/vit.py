@@ -1,7 +1,7 @@
 """Vision transformers: an image as a sequence of patches.
 
 Dosovitskiy et al., arXiv:2010.11929, with the classifier on the mean of the tokens or on a class
-token, and no representation layer before it.
+token, without a representation layer.
 """
 
 import jax
@@ -14,18 +14,19 @@ from curvax.models.transformer import TransformerBlock, require_heads
 
 POOLS = ("mean", "token")
 POSITIONS = ("learned", "sincos")
-WAVELENGTH = 10_000  # the longest, as for words; Vaswani et al., arXiv:1706.03762
+WAVELENGTH = 10_000  # the longest; Vaswani et al., arXiv:1706.03762
 
 
 class VisionTransformer(PatchNet, kw_only=True):
     """A vision transformer, called as `model(x, train=False)` on (N, H, W, C).
 
     Dropout follows the positions and every dense layer but the query, key and value projections;
-    the paper has 0.1 where it trains on ImageNet alone (Table 3).
+    the paper uses 0.1 when training on ImageNet alone (Table 3).
 
     Attributes:
-        heads, mlp_width: of the blocks.
-        pool: classify the `mean` of the tokens or the class `token`.
+        heads: attention heads of each block; divides `width`.
+        mlp_width: hidden width of the MLP of each block.
+        pool: input of the classifier, the `mean` of the tokens or a class `token`.
         positions: `learned`, or fixed `sincos` in two dimensions.
     """
 
@@ -40,7 +41,8 @@ class VisionTransformer(PatchNet, kw_only=True):
         require_heads(self.heads, self.width)
         if self.positions == "sincos" and (self.width % 4 or self.width < 8):
             raise ValueError(
-                f"`positions='sincos'` needs a `width` of 4n, at least 8, and got {self.width}."
+                f"`positions='sincos'` needs a `width` of 4n >= 8, and got {self.width}. Change "
+                "it, or use `positions='learned'`."
             )
         super().__post_init__()
 
@@ -58,7 +60,7 @@ class VisionTransformer(PatchNet, kw_only=True):
         return self.classify(x[:, 0] if self.pool == "token" else jnp.mean(x, axis=1))
 
     def position(self, rows: int, columns: int) -> jax.Array:
-        """The embeddings of the patches' places, (1, rows·columns, width)."""
+        """Position embeddings of the patches, (1, rows·columns, width)."""
         if self.positions == "sincos":
             return sincos(rows, columns, self.width)
         shape = (1, rows * columns, self.width)
@@ -66,7 +68,7 @@ class VisionTransformer(PatchNet, kw_only=True):
 
 
 def sincos(rows: int, columns: int, width: int) -> jax.Array:
-    """Sine and cosine of either coordinate at geometric wavelengths, (1, rows·columns, width).
+    """Sines and cosines of both coordinates at geometric wavelengths, (1, rows·columns, width).
 
     Chen et al., MoCo v3, arXiv:2104.02057.
     """

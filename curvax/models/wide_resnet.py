@@ -1,4 +1,4 @@
-"""Wide residual networks: few, wide blocks with the activation before each convolution.
+"""Wide residual networks: few wide blocks with the activation before each convolution.
 
 Zagoruyko and Komodakis, arXiv:1605.07146: WRN-d-k has depth d = 6n + 4 and three stages of n
 blocks with 16k, 32k and 64k channels.
@@ -12,7 +12,7 @@ from curvax.models.layers import require_rate
 
 
 class WideBlock(nn.Module):
-    """Norm, ReLU and 3×3 convolution, twice, dropout between, beside a shortcut."""
+    """A shortcut around twice norm, ReLU and 3×3 convolution, with dropout in between."""
 
     width: int
     stride: int
@@ -40,7 +40,7 @@ class WideResNet(ConvNet, kw_only=True):
     Attributes:
         depth: 6n + 4.
         widen: the factor k.
-        dropout: inside the blocks; the paper's own variant has 0.3 on CIFAR.
+        dropout: probability inside the blocks; the paper's variant with dropout has 0.3 on CIFAR.
     """
 
     depth: int
@@ -51,8 +51,8 @@ class WideResNet(ConvNet, kw_only=True):
         require_rate("dropout", self.dropout)
         if self.depth < 10 or self.depth % 6 != 4 or self.widen < 1:
             raise ValueError(
-                "A wide ResNet has a `depth` of 6n + 4 (10, 16, 22, 28, ...) and a `widen` of 1 or "
-                f"more, and got {self.depth} and {self.widen}. WRN-28-10 is called `wrn28_10`."
+                "A wide ResNet has a `depth` of 6n + 4 (10, 16, 22, 28, ...) and a `widen` >= 1, "
+                f"and got {self.depth} and {self.widen}. The name of WRN-28-10 is `wrn28_10`."
             )
         super().__post_init__()
 

@@ -1,10 +1,15 @@
-"""Pictures of what `curvax.analysis` returns: a result, or `{run: result}` ↦ matplotlib axes.
+"""Results of `curvax.analysis`, or `{run: result}` to compare runs ↦ matplotlib axes.
 
     ax = plotting.block_eigenvalues({"SGD": block_eigenvalues(...), "SAM": block_eigenvalues(...)})
 
-Where `curvax.analysis` has a function of the same name it makes what is drawn. Each draws on `ax`
-where one is given, else on new axes of pyplot, returns the axes, and leaves all settings alone.
-This package needs matplotlib, which the `plot` extra brings.
+A function draws the results of the function of `curvax.analysis` with the same name. All share:
+
+    ax         axes to draw on; by default new ones of pyplot
+    label      name of the run in the legend, for a single result
+    returns    the axes; matplotlib's settings do not change
+    raises     TypeError for other results; ValueError for none, or for a `label` of several
+
+This package needs matplotlib, which the `plot` extra installs.
 """
 
 from curvax.plotting.activations import (

@@ -1,4 +1,4 @@
-"""What goes on inside of a network ↦ a row for each block, a panel for each factor, a map."""
+"""Norms, shares of active units and attention inside a network ↦ rows for blocks, panels, maps."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 
 from curvax.analysis import MlpBlockHessian
 from curvax.plotting.canvas import LARGEST, axes_or_new, clean, mappings_of, numbers, runs_of
+from curvax.plotting.docstrings import documented
 from curvax.plotting.rows import draw_rows
 
 FACTORS = {
@@ -21,40 +22,44 @@ FACTORS = {
 }
 
 
+@documented
 def block_norms(norms: Any, *, ax: Axes | None = None, label: str | None = None) -> Axes:
-    """The 2-norm of the weights (or of a gradient, or an update) in each block.
+    """Draws the 2-norm of each block of the weights, of a gradient or of an update.
+
+    Chen, Hsieh & Gong, arXiv:2106.01548, Table 3.
 
     Args:
-        norms: `{block: norm}` of `block_norms`, or `{run: that}`.
-        ax: where to; new axes by default.
-        label: of one run in the legend.
+        norms: `{block: norm}` from `analysis.block_norms`, or `{run: {block: norm}}`.
 
     Returns:
-        The axes, a row for each block.
+        The axes, with a row for each block and a dot for each run.
 
-    Raises:
-        TypeError: something else was given.
-        ValueError: there is no run, or a label for several.
+    Examples:
+        >>> from curvax import plotting
+        >>> ax = plotting.block_norms({"SGD": {"a": 1.0, "b": 2.0}, "SAM": {"a": 1.5, "b": 2.5}})
+        >>> [text.get_text() for text in ax.get_legend().get_texts()]
+        ['SGD', 'SAM']
     """
     return _rows(norms, ax, label, "block_norms", "norm ‖·‖₂ of the block")
 
 
+@documented
 def active_fraction(shares: Any, *, ax: Axes | None = None, label: str | None = None) -> Axes:
-    """The share of active units at each activation.
+    """Draws the share of active units at each activation, from 0 to 1.
 
     Chen, Hsieh & Gong, arXiv:2106.01548, Fig. 2.
 
     Args:
-        shares: `{layer: share}` of `active_fraction`, or `{run: that}`.
-        ax: where to; new axes by default.
-        label: of one run in the legend.
+        shares: `{layer: share}` from `analysis.active_fraction`, or `{run: {layer: share}}`.
 
     Returns:
-        The axes, a row for each activation, from 0 to 1.
+        The axes, with a row for each activation and a dot for each run.
 
-    Raises:
-        TypeError: something else was given.
-        ValueError: there is no run, or a label for several.
+    Examples:
+        >>> from curvax import plotting
+        >>> ax = plotting.active_fraction({"block_0/mlp/gelu": 0.4, "block_1/mlp/gelu": 0.3})
+        >>> ax.get_xlabel()
+        'share of active units'
     """
     ax = _rows(shares, ax, label, "active_fraction", "share of active units")
     ax.set_xscale("linear")
@@ -62,24 +67,28 @@ def active_fraction(shares: Any, *, ax: Axes | None = None, label: str | None = 
     return ax
 
 
+@documented
 def activation_norms(norms: Any, *, ax: Axes | None = None, label: str | None = None) -> Axes:
-    """The norm of what comes out of each activation, a mean over examples.
+    """Draws the norm of the outputs of each activation, a mean over examples.
+
+    Chen, Hsieh & Gong, arXiv:2106.01548, Table 3.
 
     Args:
-        norms: `{layer: norm}` of `activation_norms`, or `{run: that}`.
-        ax: where to; new axes by default.
-        label: of one run in the legend.
+        norms: `{layer: norm}` from `analysis.activation_norms`, or `{run: {layer: norm}}`.
 
     Returns:
-        The axes, a row for each activation.
+        The axes, with a row for each activation and a dot for each run.
 
-    Raises:
-        TypeError: something else was given.
-        ValueError: there is no run, or a label for several.
+    Examples:
+        >>> from curvax import plotting
+        >>> ax = plotting.activation_norms({"relu": 3.0, "relu_1": 4.0}, label="SAM")
+        >>> ax.get_xlabel()
+        'norm ‖a‖₂ of the activations'
     """
     return _rows(norms, ax, label, "activation_norms", "norm ‖a‖₂ of the activations")
 
 
+@documented
 def attention_maps(
     maps: Mapping[str, Any],
     layer: str,
@@ -89,30 +98,37 @@ def attention_maps(
     patches: tuple[int, int] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """What every token of one example attends to, or where in its image the attention goes.
+    """Draws the attention matrix of one example, or the attention over the patches of its image.
 
     Chen, Hsieh & Gong, arXiv:2106.01548, section 4.4.
 
     Args:
-        maps: `{layer: [n, heads, queries, keys]}` of `attention_maps`.
-        layer: which of them.
-        example: which example.
-        head: which head; their mean by default.
-        patches: (rows, columns) of the image in patches: an image of what the class token attends
-            to where there is one before the patches, of the mean over queries where not. By
-            default the whole map.
-        ax: where to; new axes by default.
+        maps: `{layer: [n, heads, queries, keys]}` from `analysis.attention_maps`.
+        layer: a key of `maps`.
+        example: index of the example.
+        head: index of the head; by default the mean over heads.
+        patches: (rows, columns) of patches in the image. The attention of the class token is drawn
+            over them if there is one before the patches, else the mean over queries. By default
+            the matrix [queries, keys] is drawn.
 
     Returns:
         The axes, with a colour bar.
 
     Raises:
-        ValueError: no such layer, or the patches are not as many as the keys.
+        ValueError: an unknown layer, or `patches` that do not match the number of keys.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from curvax import plotting
+        >>> maps = {"block_0/attention": jnp.full((1, 2, 4, 4), 0.25)}
+        >>> ax = plotting.attention_maps(maps, "block_0/attention", patches=(2, 2))
+        >>> ax.images[0].get_array().shape
+        (2, 2)
     """
     if layer not in maps:
         raise ValueError(
-            f"`attention_maps` knows the layers {', '.join(f'`{name}`' for name in maps)}, and was "
-            f"asked for `{layer}`. Name one of them."
+            f"`attention_maps` knows the layers {', '.join(f'`{name}`' for name in maps)}, and got "
+            f"`{layer}`. Pass one of them."
         )
     attention = numbers(maps[layer])[example]
     attention = attention.mean(0) if head is None else attention[head]
@@ -128,22 +144,26 @@ def attention_maps(
     return ax
 
 
+@documented
 def mlp_block_hessians(results: Any, *, label: str | None = None) -> np.ndarray:
-    """λ_max of each layer's block beside the sizes of what makes it up: which of them fell.
+    """Draws λ_max of the Hessian block of each layer next to the norms of its factors.
 
     Chen, Hsieh & Gong, arXiv:2106.01548, eq. 3 and 4, Table 3.
 
     Args:
-        results: `{layer: MlpBlockHessian}` of `mlp_block_hessians`, or `{run: that}`.
-        label: of one run in the legend.
+        results: `{layer: MlpBlockHessian}` from `analysis.mlp_block_hessians`, or
+            `{run: {layer: MlpBlockHessian}}`.
 
     Returns:
-        The axes, [2, 3], in a figure of their own: means over examples, a row for each layer.
-        Factors that are 0, as the bends of the last layer, are left out.
+        The axes, an array [2, 3] in a figure of their own: means over examples, with a row for each
+        layer. Factors of value 0, such as the bends of the last layer, are left out.
 
-    Raises:
-        TypeError: something else was given.
-        ValueError: there is no run, or a label for several.
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from curvax import analysis, plotting
+        >>> layer = analysis.MlpBlockHessian(*jnp.ones((8, 2)))
+        >>> plotting.mlp_block_hessians({"layer0": layer, "layer1": layer}).shape
+        (2, 3)
     """
     name = "mlp_block_hessians"
     runs = mappings_of(results, MlpBlockHessian, label, name=name, of=name)
@@ -173,13 +193,13 @@ def _means(layers: Mapping[str, MlpBlockHessian], factor: str) -> dict[str, floa
 
 
 def _over_image(attention: np.ndarray, patches: tuple[int, int]) -> np.ndarray:
-    """[queries, keys] ↦ [rows, columns]"""
+    """Attention [queries, keys] ↦ attention over the image [rows, columns]."""
     extra = attention.shape[1] - patches[0] * patches[1]
     if extra not in (0, 1):
         raise ValueError(
-            f"`attention_maps` lays the keys out as `patches` of an image, with at most a class "
-            f"token before them, and {attention.shape[1]} keys are not {patches[0]} × {patches[1]}."
-            " Pass the rows and columns of patches."
+            f"`attention_maps` arranges the keys as `patches` of an image, after at most one class "
+            f"token, and {attention.shape[1]} keys are not {patches[0]} × {patches[1]}. Pass the "
+            "rows and columns of patches."
         )
     received = attention[0, 1:] if extra else attention.mean(0)
     return received.reshape(patches)

@@ -1,4 +1,4 @@
-"""Axes to draw on, runs told apart, and errors for what no picture can be made of."""
+"""New axes, checks of the arguments, and the colours, markers and legends that tell runs apart."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,16 +8,16 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 
-# Of Okabe and Ito (2008): told apart by every kind of colour vision.
+# Okabe and Ito (2008): distinguishable with any colour vision deficiency.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 MARKERS = "osD^vPX"
 LARGEST = r"$\lambda_{\max}$"
 SMALL = "small"
-"""The size of text in legends and panels."""
+"""Font size in legends and panels."""
 
 
 def axes_or_new(ax: Axes | None, height: float = 3.4) -> Axes:
-    """The axes that were given, or new ones in a figure of their own."""
+    """`ax`, or new axes in a figure of their own."""
     if ax is not None:
         return ax
     _, ax = plt.subplots(figsize=(5.0, height), layout="constrained")
@@ -25,7 +25,7 @@ def axes_or_new(ax: Axes | None, height: float = 3.4) -> Axes:
 
 
 def clean(ax: Axes) -> Axes:
-    """New axes in the colours of this package, without the frame on top and right."""
+    """Sets the colour cycle of this package, and hides the frame on top and right."""
     ax.set_prop_cycle(color=COLOURS)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
@@ -34,18 +34,18 @@ def clean(ax: Axes) -> Axes:
 def runs_of(
     results: Any, kinds: type | tuple[type, ...], label: str | None, *, name: str, of: str
 ) -> dict[Any, Any]:
-    """`{run: result}`: several as they were given, or one by itself under its label.
+    """Normalises one result or several to `{run: result}`; one by itself gets `label` as its run.
 
     Args:
-        results: a result, or a mapping of runs to results.
-        kinds: of a result. A mapping of mappings counts as several results.
-        label: of one by itself.
-        name: the function that draws.
-        of: what returns such a result.
+        results: a result, or `{run: result}`.
+        kinds: the types of a result. If they include mappings, a mapping of mappings is several.
+        label: the run of a single result.
+        name: the plotting function, for error messages.
+        of: the function that returns such results, for error messages.
 
     Raises:
-        TypeError: a result is of another kind.
-        ValueError: there is none, or a label for several.
+        TypeError: a result of another type.
+        ValueError: no result, or a label for several.
     """
     several = isinstance(results, Mapping) and (
         not issubclass(dict, kinds) or all(isinstance(x, Mapping) for x in results.values())
@@ -59,11 +59,11 @@ def runs_of(
                 f"`{type(result).__name__}`{place}. Pass `{of}(...)` itself, for each run."
             )
     if not runs:
-        raise ValueError(f"`{name}` was given nothing to draw. Pass `{of}(...)`, or `{{run: it}}`.")
+        raise ValueError(f"`{name}` got nothing to draw. Pass `{of}(...)`, or `{{run: that}}`.")
     if label and several:
         raise ValueError(
-            f"`{name}` takes `label` for one run alone, and got {label!r} for {len(runs)}, which "
-            "are named by their keys. Leave it out."
+            f"`{name}` takes `label` for one run alone, and got {label!r} for {len(runs)} runs, "
+            "whose names are their keys. Leave it out."
         )
     return runs
 
@@ -71,7 +71,7 @@ def runs_of(
 def mappings_of(
     results: Any, kind: type, label: str | None, *, name: str, of: str
 ) -> dict[Any, Mapping[Any, Any]]:
-    """`{run: {what of it: result}}` of one run or several; arguments and errors as in `runs_of`."""
+    """Like `runs_of`, for results that are mappings: `{run: {key: result of type kind}}`."""
     runs = runs_of(results, Mapping, label, name=name, of=of)
     for found in runs.values():
         runs_of(found, kind, None, name=name, of=of)
@@ -79,7 +79,7 @@ def mappings_of(
 
 
 def finished(ax: Axes, **labels: str) -> Axes:
-    """The axes with their labels, a grid and a legend."""
+    """Adds labels, a grid and a legend, and returns the axes."""
     ax.set(**labels)
     ax.grid(alpha=0.3)
     legend(ax)
@@ -87,7 +87,7 @@ def finished(ax: Axes, **labels: str) -> Axes:
 
 
 def legend(ax: Axes) -> None:
-    """Above the axes on the right: over no data, and a title at `loc="left"` has room beside it."""
+    """Adds a legend above the axes on the right, clear of data and of a title at `loc="left"`."""
     labels = ax.get_legend_handles_labels()[1]
     if labels:
         place: dict[str, Any] = dict(
@@ -97,12 +97,12 @@ def legend(ax: Axes) -> None:
 
 
 def marker(ax: Axes) -> str:
-    """That of the next run on these axes."""
+    """The marker of the next run on these axes."""
     return MARKERS[_drawn(ax) % len(MARKERS)]
 
 
 def colour(ax: Axes) -> str:
-    """That of the next run on these axes, for what has no cycle of colours in matplotlib."""
+    """The colour of the next run on these axes, for artists without a colour cycle."""
     return COLOURS[_drawn(ax) % len(COLOURS)]
 
 
@@ -111,8 +111,7 @@ def _drawn(ax: Axes) -> int:
 
 
 def logarithmic_if_positive(ax: Axes, which: str) -> None:
-    """A logarithmic axis where all that its lines show is positive and far enough apart for ticks,
-    a linear one where not."""
+    """Makes an axis logarithmic if the data of its lines are positive and span a factor of 3."""
     shown = np.concatenate([getattr(line, f"get_{which}data")(orig=False) for line in ax.lines])
     shown = shown[np.isfinite(shown)]
     low, high = (shown.min(), shown.max()) if shown.size else (0.0, 0.0)
@@ -126,7 +125,7 @@ def logarithmic_if_positive(ax: Axes, which: str) -> None:
 
 
 def numbers(values: Any, *fields: str) -> np.ndarray:
-    """Numbers as float64, of an array or of a sequence of results with such a field."""
+    """Converts an array, or one of the fields of each result in a sequence, to float64."""
     if isinstance(values, list | tuple):
         values = [next((getattr(x, f) for f in fields if hasattr(x, f)), x) for x in values]
     return np.asarray(values, np.float64)

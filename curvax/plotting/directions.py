@@ -1,4 +1,4 @@
-"""Where gradients and updates point, and what a step does to predictions ↦ curves."""
+"""Angles of gradients, shares of subspaces and divergences of predictions ↦ curves."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,25 +10,26 @@ from matplotlib.ticker import MaxNLocator
 from curvax.analysis import Alignment, FisherKL
 from curvax.plotting.canvas import axes_or_new, finished, logarithmic_if_positive, numbers, runs_of
 from curvax.plotting.curves import draw_fields, draw_line
+from curvax.plotting.docstrings import documented
 
 
+@documented
 def gradient_angles(series: Any, *, ax: Axes | None = None, label: str | None = None) -> Axes:
-    """The angle between the gradient and the perturbed one along training, in degrees.
+    """Draws the angle between the gradient and the perturbed gradient along training, in degrees.
 
     Zhuang et al., GSAM, arXiv:2203.08065, section 4.
 
     Args:
-        series: `(steps, angles)`, the angles in radians or each a `GradientAngle`, or
-            `{run: that}`.
-        ax: where to; new axes by default.
-        label: of one run in the legend.
+        series: `(steps, angles)` with angles in radians or `GradientAngle` results from
+            `analysis.gradient_angle`, or `{run: (steps, angles)}`.
 
-    Returns:
-        The axes.
-
-    Raises:
-        TypeError: something else was given.
-        ValueError: there is no run, or a label for several.
+    Examples:
+        >>> import matplotlib.pyplot as plt
+        >>> from curvax import plotting
+        >>> figure, ax = plt.subplots()
+        >>> plotting.gradient_angles({"SAM": ([0, 100], [0.1, 0.2])}, ax=ax).get_xlabel()
+        'step'
+        >>> plt.close(figure)
     """
     of = "(steps, [gradient_angle(...)])"
     runs = runs_of(series, tuple, label, name="gradient_angles", of=of)
@@ -39,22 +40,24 @@ def gradient_angles(series: Any, *, ax: Axes | None = None, label: str | None = 
     return finished(ax, xlabel="step", ylabel="angle of ∇L(θ), ∇L(θ + ε̂) (degrees)")
 
 
+@documented
 def alignment(results: Any, *, ax: Axes | None = None, label: str | None = None) -> Axes:
-    """How much of a vector lies in the span of the first directions, more and more of them.
+    """Draws the share of a vector in the span of the first i directions, over i.
+
+        Σ_{j<=i} cos²(vⱼ, u)
 
     Gur-Ari, Roberts & Dyer, arXiv:1812.04754.
 
     Args:
-        results: an `Alignment` of `alignment`, or `{run: Alignment}`.
-        ax: where to; new axes by default.
-        label: of one run in the legend.
+        results: an `Alignment` from `analysis.alignment`, or `{run: Alignment}`.
 
-    Returns:
-        The axes: Σ_{j<=i} cos² over i, the last of which is the share.
-
-    Raises:
-        TypeError: something else was given.
-        ValueError: there is no run, or a label for several.
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from curvax import analysis, plotting
+        >>> found = analysis.alignment(jnp.array([3.0, 4.0]), list(jnp.eye(2)))
+        >>> ax = plotting.alignment(found)
+        >>> [round(float(y), 2) for y in ax.lines[0].get_ydata()]
+        [0.36, 1.0]
     """
     runs = runs_of(results, Alignment, label, name="alignment", of="alignment")
     ax = axes_or_new(ax)
@@ -66,6 +69,7 @@ def alignment(results: Any, *, ax: Axes | None = None, label: str | None = None)
     return finished(ax, xlabel="directions i", ylabel="share of ‖u‖² in the first i")
 
 
+@documented
 def fisher_kl(
     results: Mapping[Any, FisherKL],
     *,
@@ -73,22 +77,26 @@ def fisher_kl(
     ax: Axes | None = None,
     label: str | None = None,
 ) -> Axes:
-    """The Fisher form of steps beside the divergences that it approximates.
+    """Draws the Fisher form of steps and both KL divergences that it approximates.
 
     Martens, arXiv:1412.1193, section 6.
 
     Args:
-        results: `{length of the step, or run: FisherKL}`, each of `fisher_kl`.
-        xlabel: what the keys are, where they are numbers.
-        ax: where to; new axes by default.
-        label: of all these among others on the same axes.
+        results: `{length of the step: FisherKL}` or `{run: FisherKL}` from `analysis.fisher_kl`.
+        label: prefix in the legend, to tell these results from others on the same axes.
 
     Returns:
-        The axes, logarithmic where all is positive.
+        The axes, logarithmic if all values are positive.
 
     Raises:
-        TypeError: something else was given.
-        ValueError: there is none.
+        TypeError: a value of `results` is not a `FisherKL`.
+        ValueError: `results` is empty.
+
+    Examples:
+        >>> from curvax import analysis, plotting
+        >>> short, long = analysis.FisherKL(0.01, 0.01, 0.01), analysis.FisherKL(1.0, 1.1, 0.9)
+        >>> plotting.fisher_kl({0.1: short, 1.0: long}).get_yscale()
+        'log'
     """
     found = runs_of(results, FisherKL, None, name="fisher_kl", of="fisher_kl")
     ax = axes_or_new(ax)

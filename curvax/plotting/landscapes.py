@@ -1,4 +1,4 @@
-"""The loss on a line or in a plane ↦ curves, contours, surfaces, and the path of a run on them."""
+"""The loss along a line or in a plane ↦ curves, contours, surfaces, and paths of runs on them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,12 +11,14 @@ from matplotlib.contour import ContourSet
 
 from curvax.analysis import Landscape, Trajectory
 from curvax.plotting.canvas import axes_or_new, clean, finished, legend, numbers, runs_of
+from curvax.plotting.docstrings import documented
 from curvax.plotting.scales import Limits, Scale, scale_of
 
 COLOURS = "viridis"
 ALONG = ("α along d₁", "β along d₂")
 
 
+@documented
 def landscape(
     l: Landscape,
     *,
@@ -25,24 +27,28 @@ def landscape(
     ax: Axes | None = None,
     label: str | None = None,
 ) -> Axes:
-    """The loss along a line as a curve, or in a plane as filled contours with a colour bar.
+    """Draws the loss along a line as a curve, or in a plane as filled contours with a colour bar.
 
-    A cross marks the point that is looked around.
+    A cross marks the central point of a plane. Li et al., arXiv:1712.09913.
 
     Args:
-        l: a `Landscape` of `landscape`.
-        limits: (lowest, highest) loss of the scale; by default of what there is.
-        logarithmic: a logarithmic scale of the loss; by default in a plane where its losses are
+        l: a `Landscape` from `analysis.landscape`.
+        limits: (lowest, highest) loss of the scale; by default those of the finite losses.
+        logarithmic: use a logarithmic scale of the loss; by default for planes whose losses are
             positive and span a factor of ten.
-        ax: where to; new axes by default.
-        label: of a curve among others; the title of a plane.
-
-    Returns:
-        The axes.
+        label: name of a curve in the legend; title of a plane.
 
     Raises:
-        TypeError: something else was given.
+        TypeError: `l` is not a `Landscape`.
         ValueError: no loss is finite.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from curvax import analysis, plotting
+        >>> loss = lambda w: jnp.sum(w**2)
+        >>> line = analysis.landscape(loss, jnp.zeros(2), jnp.array([1.0, 0.0]))
+        >>> plotting.landscape(line, label="SGD").get_ylabel()
+        'loss'
     """
     ((_, l),) = runs_of(l, Landscape, label, name="landscape", of="landscape").items()
     ax = axes_or_new(ax)
@@ -55,6 +61,7 @@ def landscape(
     return ax
 
 
+@documented
 def landscape_surface(
     l: Landscape,
     *,
@@ -63,21 +70,31 @@ def landscape_surface(
     ax: Any = None,
     label: str | None = None,
 ) -> Axes:
-    """The loss in a plane as a surface over it.
+    """Draws the loss in a plane as a surface.
+
+    Li et al., arXiv:1712.09913, Fig. 1.
 
     Args:
-        l: a `Landscape` of two directions.
-        limits: (lowest, highest) loss of height and colours; what is higher is cut off.
-        logarithmic: heights are log₁₀ of the loss; by default as in `landscape`.
-        ax: three-dimensional axes, of `projection="3d"`; new ones by default.
-        label: a title.
+        l: a `Landscape` of two directions from `analysis.landscape`.
+        limits: (lowest, highest) loss of heights and colours; losses beyond are clipped.
+        logarithmic: heights are log₁₀ of the loss; default as in `landscape`.
+        ax: three-dimensional axes, made with `projection="3d"`; by default new ones.
+        label: title.
 
     Returns:
         The three-dimensional axes.
 
     Raises:
-        TypeError: something else was given, or axes of two dimensions.
-        ValueError: the landscape has one direction; no loss is finite.
+        TypeError: `l` is not a `Landscape`, or the axes are two-dimensional.
+        ValueError: the landscape has one direction, or no loss is finite.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from curvax import analysis, plotting
+        >>> loss = lambda w: jnp.sum(w**2)
+        >>> plane = analysis.landscape(loss, jnp.zeros(2), jnp.eye(2), points=5)
+        >>> plotting.landscape_surface(plane).name
+        '3d'
     """
     ((_, l),) = runs_of(l, Landscape, label, name="landscape_surface", of="landscape").items()
     if ax is None:
@@ -85,31 +102,40 @@ def landscape_surface(
     return _surface(ax, l, scale_of([numbers(l.losses)], limits, logarithmic), label)
 
 
+@documented
 def landscapes(
     runs: Mapping[str, Landscape], *, surface: bool = False, logarithmic: bool | None = None
 ) -> np.ndarray:
-    """The landscapes of several runs, side by side on one scale of heights and colours.
+    """Draws the landscapes of several runs side by side, on one scale of heights and colours.
 
     Li et al., arXiv:1712.09913, Fig. 1; Foret et al., SAM, arXiv:2010.01412, Fig. 1.
 
     Args:
         runs: `{run: Landscape}`, all of one direction or all of two.
-        surface: surfaces in three dimensions instead of contours.
-        logarithmic: as in `landscape`, for all.
+        surface: draw surfaces in three dimensions instead of contours.
+        logarithmic: as in `landscape`, for all runs.
 
     Returns:
-        The axes, [runs], in a figure of their own.
+        The axes, an array [runs] in a figure of their own.
 
     Raises:
-        TypeError: something else was given.
-        ValueError: no run; lines beside planes; no loss is finite.
+        TypeError: a value of `runs` is not a `Landscape`.
+        ValueError: no run, lines together with planes, or no finite loss.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from curvax import analysis, plotting
+        >>> loss = lambda w: jnp.sum(w**2)
+        >>> plane = analysis.landscape(loss, jnp.zeros(2), jnp.eye(2), points=5)
+        >>> [ax.get_title() for ax in plotting.landscapes({"SGD": plane, "SAM": plane})]
+        ['SGD', 'SAM']
     """
     runs = runs_of(runs, Landscape, None, name="landscapes", of="landscape")
     lines = {l.losses.ndim for l in runs.values()}
     if len(lines) > 1:
         raise ValueError(
-            "`landscapes` draws lines or planes on one scale, and got some of each. Draw the lines "
-            "by `landscape(..., ax=ax, label=run)`, on one axes, and the planes apart."
+            "`landscapes` draws lines or planes on one scale, and got both. Draw the lines on one "
+            "axes by `landscape(..., ax=ax, label=run)`, and the planes in another call."
         )
     scale = scale_of([numbers(l.losses) for l in runs.values()], None, logarithmic)
     if surface:
@@ -129,23 +155,27 @@ def landscapes(
     return panels[0]
 
 
+@documented
 def trajectory(t: Trajectory, *, ax: Axes | None = None, label: str | None = None) -> Axes:
-    """The path of a run in the plane that explains most of it, its end at the origin.
+    """Draws the path of a run in the plane of its principal components, with its end at the origin.
 
-    Draw it on the landscape along the same directions:
+    The landscape along the same directions is a background:
     `trajectory(t, ax=landscape(landscape_along_them))`. Li et al., arXiv:1712.09913, section 7.2.
 
     Args:
-        t: a `Trajectory` of two directions.
-        ax: where to; new axes by default.
-        label: of this path in the legend.
-
-    Returns:
-        The axes.
+        t: a `Trajectory` of two directions from `analysis.trajectory_directions`.
+        label: name of the path in the legend.
 
     Raises:
-        TypeError: something else was given.
-        ValueError: the trajectory has one direction, or more than two.
+        TypeError: `t` is not a `Trajectory`.
+        ValueError: the trajectory does not have two directions.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from curvax import analysis, plotting
+        >>> path = [jnp.array([4.0, 1.0]), jnp.array([1.0, -1.0]), jnp.array([-5.0, 0.0])]
+        >>> plotting.trajectory(analysis.trajectory_directions(path)).get_xlabel()
+        'first direction (96 % of variance)'
     """
     kind = dict(name="trajectory", of="trajectory_directions")
     ((_, t),) = runs_of(t, Trajectory, label, **kind).items()
@@ -153,7 +183,7 @@ def trajectory(t: Trajectory, *, ax: Axes | None = None, label: str | None = Non
     if places.shape[1] != 2:
         raise ValueError(
             "`trajectory` draws a path in a plane, and got one along "
-            f"{places.shape[1]} directions. Ask for `trajectory_directions(path, k=2)`."
+            f"{places.shape[1]} directions. Pass `trajectory_directions(path, k=2)`."
         )
     ax = axes_or_new(ax)
     halo = [patheffects.withStroke(linewidth=3.5, foreground="white")]
@@ -191,7 +221,7 @@ def _surface(ax: Any, l: Landscape, scale: Scale, label: str | None) -> Axes:
     if l.losses.ndim == 1:
         raise ValueError(
             "`landscape_surface` draws the loss over a plane, and got a line. Draw it by "
-            "`plotting.landscape`, or look along two directions."
+            "`plotting.landscape`, or compute a landscape of two directions."
         )
     if not hasattr(ax, "plot_surface"):
         raise TypeError(

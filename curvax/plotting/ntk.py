@@ -1,4 +1,4 @@
-"""A neural tangent kernel ↦ its picture, and how fast its eigenvalues fall."""
+"""A neural tangent kernel ↦ an image of it, and the decay of its eigenvalues."""
 
 from typing import Any
 
@@ -7,24 +7,31 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from curvax.plotting.canvas import axes_or_new, finished, numbers, runs_of
+from curvax.plotting.docstrings import documented
 
 ARRAYS = (np.ndarray, jax.Array)
 
 
+@documented
 def ntk(gram: Any, *, ax: Axes | None = None, label: str | None = None) -> Axes:
-    """The kernel between all pairs of examples (and of outputs within them).
+    """Draws a neural tangent kernel as an image over pairs of examples and outputs.
 
     Args:
-        gram: [n, n] or [n, C, n, C], of `ntk`.
-        ax: where to; new axes by default.
-        label: a title.
+        gram: an array [n, n] or [n, C, n, C] from `analysis.ntk`.
+        label: title.
 
     Returns:
-        The axes, with a colour bar; colours are symmetric around 0 where an entry is negative.
+        The axes, with a colour bar; colours are symmetric around 0 if an entry is negative.
 
     Raises:
-        TypeError: something else was given.
-        ValueError: no such array.
+        TypeError: `gram` is not an array.
+        ValueError: an array of another shape.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from curvax import plotting
+        >>> plotting.ntk(jnp.eye(3)).get_xlabel()
+        'example'
     """
     ((_, gram),) = runs_of(gram, ARRAYS, label, name="ntk", of="ntk").items()
     kernel = _matrix(gram, "ntk")
@@ -43,23 +50,26 @@ def ntk(gram: Any, *, ax: Axes | None = None, label: str | None = None) -> Axes:
     return ax
 
 
+@documented
 def ntk_spectrum(grams: Any, *, ax: Axes | None = None, label: str | None = None) -> Axes:
-    """The eigenvalues of a kernel by rank, its condition number κ = λ_max/λ_min in the legend.
+    """Draws the eigenvalues of a kernel by rank, with κ = λ_max/λ_min in the legend.
 
-    Chen et al., arXiv:2106.01548, Table 1.
+    Chen, Hsieh & Gong, arXiv:2106.01548, Table 1. Eigenvalues that are not positive are left out.
 
     Args:
-        grams: [n, n] or [n, C, n, C], of `ntk`, or the eigenvalues themselves, [rows], or
-            `{run: any of these}`.
-        ax: where to; new axes by default.
-        label: of one run in the legend.
-
-    Returns:
-        The axes. Eigenvalues that are not positive are left out.
+        grams: a kernel [n, n] or [n, C, n, C] from `analysis.ntk`, or its eigenvalues [rows], or
+            `{run: either}`.
 
     Raises:
-        TypeError: something else was given.
-        ValueError: there is no run, a label for several, or no such array.
+        TypeError: an argument is not an array.
+        ValueError: no array, an array of another shape, or a `label` for several.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from curvax import plotting
+        >>> ax = plotting.ntk_spectrum({"init": jnp.diag(jnp.array([4.0, 2.0, 1.0]))})
+        >>> ax.get_legend().get_texts()[0].get_text()
+        'init, κ = 4'
     """
     runs = runs_of(grams, ARRAYS, label, name="ntk_spectrum", of="ntk")
     ax = axes_or_new(ax)
@@ -73,7 +83,7 @@ def ntk_spectrum(grams: Any, *, ax: Axes | None = None, label: str | None = None
 
 
 def _eigenvalues(gram: Any) -> np.ndarray:
-    """Descending."""
+    """Eigenvalues in descending order."""
     if np.ndim(gram) == 1:
         return np.sort(numbers(gram))[::-1]
     return np.linalg.eigvalsh(_matrix(gram, "ntk_spectrum"))[::-1]

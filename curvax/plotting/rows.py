@@ -1,4 +1,4 @@
-"""A number for each block of a network, run beside run: a row each, a dot for each run."""
+"""Numbers for each block and run ↦ a row for each block, with a dot for each run."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,13 +15,13 @@ Values = Mapping[str, Mapping[str, float]]
 def draw_rows(
     runs: Values, ax: Axes | None, xlabel: str, *, doubtful: Mapping[str, set[str]] | None = None
 ) -> Axes:
-    """Rows in the order of the blocks, from top to bottom.
+    """Draws the blocks from top to bottom in the order of the first run.
 
     Args:
         runs: `{run: {block: value}}`.
-        ax: where to; rows of an earlier call keep their places.
-        xlabel: what the values are.
-        doubtful: blocks of each run whose dots stay hollow.
+        ax: axes; rows of an earlier call keep their places.
+        xlabel: label of the values.
+        doubtful: `{run: blocks that are drawn hollow}`.
     """
     names = list(dict.fromkeys(name for values in runs.values() for name in values))
     ax = axes_or_new(ax, height=1.2 + 0.24 * len(names))
@@ -42,7 +42,7 @@ def draw_rows(
 
 
 def _join(ax: Axes, names: list[str], runs: Values) -> None:
-    """A grey line through the dots of each row: how far the runs lie apart."""
+    """Joins the dots of each row by a grey line, the spread over runs."""
     spread = np.array([[values.get(name, np.nan) for name in names] for values in runs.values()])
     known = np.isfinite(spread)
     low = np.where(known, spread, np.inf).min(0)

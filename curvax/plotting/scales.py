@@ -1,4 +1,4 @@
-"""Losses ↦ the one scale on which all of them are drawn, and its colours, levels and ticks."""
+"""Losses of several landscapes ↦ a common scale with its colours, levels and ticks."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,7 +12,7 @@ Limits = tuple[float, float]
 
 
 class Scale(NamedTuple):
-    """From the lowest to the highest loss that is shown."""
+    """A linear or logarithmic scale from the lowest to the highest loss shown."""
 
     low: float
     high: float
@@ -28,7 +28,7 @@ class Scale(NamedTuple):
 
     @property
     def ticks(self) -> np.ndarray:
-        """Round numbers; powers of ten on a logarithmic scale, and 2 and 5 times them if few."""
+        """Round numbers; on a logarithmic scale powers of ten, also times 2 and 5 if few."""
         if not self.logarithmic:
             ticks = np.asarray(MaxNLocator(6).tick_values(self.low, self.high))
         else:
@@ -37,7 +37,7 @@ class Scale(NamedTuple):
         return ticks[(ticks >= self.low) & (ticks <= self.high)]
 
     def beyond(self, losses: np.ndarray) -> str:
-        """Which ends of the scale some losses exceed, as matplotlib calls it."""
+        """The ends of the scale that losses exceed: matplotlib's `extend` option."""
         ends = bool(np.nanmin(losses) < self.low), bool(np.nanmax(losses) > self.high)
         return {(True, True): "both", (True, False): "min", (False, True): "max"}.get(
             ends, "neither"
@@ -47,12 +47,12 @@ class Scale(NamedTuple):
 def scale_of(
     losses: Sequence[np.ndarray], limits: Limits | None = None, logarithmic: bool | None = None
 ) -> Scale:
-    """The scale of all of these losses.
+    """Chooses the common scale.
 
     Args:
-        losses: of each landscape.
-        limits: (low, high), by default those of the finite losses.
-        logarithmic: by default where the losses of planes are positive and span a factor of ten.
+        losses: the losses of each landscape.
+        limits: (low, high); by default those of the finite losses.
+        logarithmic: by default for planes whose losses are positive and span a factor of ten.
 
     Raises:
         ValueError: no loss is finite.
@@ -61,8 +61,8 @@ def scale_of(
     finite = all_[np.isfinite(all_)]
     if not finite.size:
         raise ValueError(
-            "A landscape is drawn where the loss is finite, and here it is so nowhere. Look at a "
-            "smaller `span=`, around a point where the loss is finite."
+            "A landscape is drawn where the loss is finite, and here it is finite nowhere. Use a "
+            "smaller `span=`, around a point of finite loss."
         )
     low, high = limits or (float(finite.min()), float(finite.max()))
     if logarithmic is None:

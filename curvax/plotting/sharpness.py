@@ -1,4 +1,4 @@
-"""How far the loss rises nearby ↦ its profile over radii, over groups, over draws."""
+"""Sharpness results ↦ profiles over radii, group sizes and training, histograms over draws."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,22 +19,24 @@ from curvax.plotting.canvas import (
     runs_of,
 )
 from curvax.plotting.curves import draw_curve, draw_fields, draw_line
+from curvax.plotting.docstrings import documented
 
 
+@documented
 def sharpness_profile(profiles: Any, *, ax: Axes | None = None, label: str | None = None) -> Axes:
-    """Sharpness over the radius of the ball.
+    """Draws the sharpness over the radius of the ball.
 
     Args:
-        profiles: `(rhos, values)`, the values numbers or each a `Sharpness`, or `{run: that}`.
-        ax: where to; new axes by default.
-        label: of one run in the legend.
+        profiles: `(rhos, values)` with numbers or `Sharpness` results from `analysis.sharpness`, or
+            `{run: (rhos, values)}`.
 
-    Returns:
-        The axes.
-
-    Raises:
-        TypeError: something else was given.
-        ValueError: there is no run, or a label for several.
+    Examples:
+        >>> import matplotlib.pyplot as plt
+        >>> from curvax import plotting
+        >>> figure, ax = plt.subplots()
+        >>> plotting.sharpness_profile(([0.05, 0.1], [0.2, 0.5]), ax=ax).get_xlabel()
+        'radius ρ'
+        >>> plt.close(figure)
     """
     runs = runs_of(profiles, tuple, label, name="sharpness_profile", of="rhos, sharpness")
     ax = axes_or_new(ax)
@@ -43,22 +45,23 @@ def sharpness_profile(profiles: Any, *, ax: Axes | None = None, label: str | Non
     return finished(ax, xlabel="radius ρ", ylabel="sharpness, max L(θ + ε) − L(θ)")
 
 
+@documented
 def m_sharpness(results: Any, *, ax: Axes | None = None, label: str | None = None) -> Axes:
-    """Sharpness over the size of the groups, with its standard error over them.
+    """Draws the m-sharpness over the group size m, with its standard error over groups.
 
     Foret et al., SAM, arXiv:2010.01412, section 4.1 and Fig. 3.
 
     Args:
-        results: `{m: MSharpness}`, each of `m_sharpness`, or `{run: that}`.
-        ax: where to; new axes by default.
-        label: of one run in the legend.
+        results: `{m: MSharpness}` from `analysis.m_sharpness`, or `{run: {m: MSharpness}}`.
 
-    Returns:
-        The axes.
-
-    Raises:
-        TypeError: something else was given.
-        ValueError: there is no run, or a label for several.
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from curvax import analysis, plotting
+        >>> fine = analysis.MSharpness(0.2, jnp.array([0.1, 0.3]))
+        >>> coarse = analysis.MSharpness(0.1, jnp.array([0.1]))
+        >>> ax = plotting.m_sharpness({4: fine, 8: coarse})
+        >>> [text.get_text() for text in ax.get_xticklabels()]
+        ['4', '8']
     """
     runs = mappings_of(results, MSharpness, label, name="m_sharpness", of="m_sharpness")
     ax = axes_or_new(ax)
@@ -74,6 +77,7 @@ def m_sharpness(results: Any, *, ax: Axes | None = None, label: str | None = Non
     return finished(ax, xlabel="group size m", ylabel="m-sharpness")
 
 
+@documented
 def surrogate_gap(
     gaps: Any,
     largest: Mapping[Any, Any] | None = None,
@@ -82,24 +86,26 @@ def surrogate_gap(
     ax: Axes | None = None,
     label: str | None = None,
 ) -> Axes:
-    """The eigenvalue that the surrogate gap estimates, both ways, beside the true one.
+    """Draws both estimates of λ_max from surrogate gaps, and optionally the exact λ_max.
 
-    The gap h itself is on the right where ρ is the same for all. Zhuang et al., GSAM,
+    A second axis on the right shows the gap h if ρ is the same for all. Zhuang et al., GSAM,
     arXiv:2203.08065, Lemma 3.3 and Fig. 4.
 
     Args:
-        gaps: `{step, radius or run: SurrogateGap}`, each of `surrogate_gap`.
-        largest: `{the same or some of it: λ_max}`, numbers or `top_eigenpairs(...).values`.
-        xlabel: what the keys are, where they are numbers.
-        ax: where to; new axes by default.
-        label: of all these among others on the same axes.
-
-    Returns:
-        The axes.
+        gaps: `{step: SurrogateGap}` from `analysis.surrogate_gap`; keys may also be radii or runs.
+        largest: `{key of gaps: λ_max}`, as numbers or `analysis.top_eigenpairs(...).values`.
+        label: prefix in the legend, to tell these results from others on the same axes.
 
     Raises:
-        TypeError: something else was given.
-        ValueError: there is none.
+        TypeError: a value of `gaps` is not a `SurrogateGap`.
+        ValueError: `gaps` is empty.
+
+    Examples:
+        >>> from curvax import analysis, plotting
+        >>> gap = analysis.SurrogateGap(0.1, 20.0, 12.0, loss=1.0, gradient_norm=0.4)
+        >>> ax = plotting.surrogate_gap({0: gap, 100: gap}, {0: 11.0, 100: 13.0})
+        >>> len(ax.lines)
+        3
     """
     found = runs_of(gaps, SurrogateGap, None, name="surrogate_gap", of="surrogate_gap")
     ax = axes_or_new(ax)
@@ -113,22 +119,21 @@ def surrogate_gap(
     return finished(ax, ylabel="largest eigenvalue of the Hessian")
 
 
+@documented
 def random_sharpness(r: Any, *, ax: Axes | None = None, label: str | None = None) -> Axes:
-    """How far the loss rises at each random perturbation, with mean and standard error on top.
+    """Draws a histogram of the loss rise over random perturbations, its mean and standard error.
 
-    Foret et al., SAM, arXiv:2010.01412, Theorem 2, asks that the mean be no less than 0.
+    Foret et al., SAM, arXiv:2010.01412, Theorem 2 assumes that the mean is >= 0.
 
     Args:
-        r: a `RandomSharpness` of `random_sharpness`, or `{run: RandomSharpness}`.
-        ax: where to; new axes by default.
-        label: of one run in the legend.
+        r: a `RandomSharpness` from `analysis.random_sharpness`, or `{run: RandomSharpness}`.
 
-    Returns:
-        The axes.
-
-    Raises:
-        TypeError: something else was given.
-        ValueError: there is no run, or a label for several.
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from curvax import analysis, plotting
+        >>> rises = analysis.RandomSharpness(0.1, 0.03, 1.0, jnp.array([0.05, 0.1, 0.15]))
+        >>> plotting.random_sharpness(rises).get_ylabel()
+        'draws'
     """
     runs = runs_of(r, RandomSharpness, label, name="random_sharpness", of="random_sharpness")
     ax = axes_or_new(ax)
@@ -151,7 +156,7 @@ def _standard_error(groups: np.ndarray) -> float:
 
 
 def _add_gap_axis(ax: Axes, gaps: list[SurrogateGap]) -> None:
-    """2h/ρ² read as h, on the right."""
+    """Adds an axis on the right that converts 2h/ρ² to h, if ρ is the same for all gaps."""
     squares = np.array([2 * float(x.gap) / float(x.sigma_max) for x in gaps if x.sigma_max != 0])
     if not squares.size or np.ptp(squares) > 1e-3 * squares.max() or ax.child_axes:
         return

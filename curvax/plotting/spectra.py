@@ -1,4 +1,4 @@
-"""Eigenvalues ↦ their density, their order, and where in a network they are."""
+"""Eigenvalues ↦ their density, their values by rank, and λ_max of each block of a network."""
 
 from typing import Any
 
@@ -19,30 +19,30 @@ from curvax.plotting.canvas import (
     numbers,
     runs_of,
 )
+from curvax.plotting.docstrings import documented
 from curvax.plotting.rows import draw_rows
 
 
+@documented
 def spectral_density(
     spectrum: Any, *, width: float | None = None, ax: Axes | None = None, label: str | None = None
 ) -> Axes:
-    """The density of a spectrum on a logarithmic scale, with its standard error over probes.
+    """Draws the density of a spectrum on a logarithmic scale, with its standard error over probes.
 
-    Ghorbani, Krishnan & Xiao, arXiv:1901.10159, Fig. 1: a bulk at 0 and single eigenvalues that
-    stand out of it.
+    Ghorbani, Krishnan & Xiao, arXiv:1901.10159, Fig. 1.
 
     Args:
-        spectrum: a `Spectrum` of `hessian_spectrum`, or its density, or `{run: either}`.
-        width: the standard deviation of the Gaussian that smooths, in units of λ, the same for all
-            runs; 1 % of the range by default.
-        ax: where to; new axes by default.
-        label: of one run in the legend.
+        spectrum: a `Spectrum` from `analysis.hessian_spectrum`, its `density`, or `{run: either}`.
+        width: standard deviation of the Gaussian kernel in units of λ, the same for all runs; by
+            default 1 % of the range.
 
-    Returns:
-        The axes.
-
-    Raises:
-        TypeError: something else was given.
-        ValueError: there is no run, or a label for several.
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from curvax import analysis, plotting
+        >>> loss = lambda w: 0.5 * jnp.sum(jnp.array([1.0, 2.0, 5.0]) * w**2)
+        >>> spectrum = analysis.hessian_spectrum(loss, jnp.ones(3), probes=2)
+        >>> plotting.spectral_density({"SGD": spectrum}).get_yscale()
+        'log'
     """
     kinds = (Spectrum, SpectralDensity)
     runs = runs_of(spectrum, kinds, label, name="spectral_density", of="hessian_spectrum")
@@ -67,20 +67,20 @@ def spectral_density(
     return ax
 
 
+@documented
 def eigenvalues(pairs: Any, *, ax: Axes | None = None, label: str | None = None) -> Axes:
-    """Eigenvalues by rank, those that did not converge with hollow dots, residuals as bars.
+    """Draws eigenvalues by rank, with residuals as bars and hollow dots where not converged.
 
     Args:
-        pairs: `Eigenpairs` of `top_eigenpairs`, or `{run: Eigenpairs}`.
-        ax: where to; new axes by default.
-        label: of one run in the legend.
+        pairs: `Eigenpairs` from `analysis.top_eigenpairs`, or `{run: Eigenpairs}`.
 
-    Returns:
-        The axes.
-
-    Raises:
-        TypeError: something else was given.
-        ValueError: there is no run, or a label for several.
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from curvax import analysis, plotting
+        >>> loss = lambda w: 0.5 * jnp.sum(jnp.array([1.0, 2.0, 5.0]) * w**2)
+        >>> ax = plotting.eigenvalues(analysis.top_eigenpairs(loss, jnp.ones(3), k=2))
+        >>> ax.get_xlabel()
+        'rank i'
     """
     runs = runs_of(pairs, Eigenpairs, label, name="eigenvalues", of="top_eigenpairs")
     ax = axes_or_new(ax)
@@ -101,22 +101,27 @@ def eigenvalues(pairs: Any, *, ax: Axes | None = None, label: str | None = None)
     return ax
 
 
+@documented
 def block_eigenvalues(blocks: Any, *, ax: Axes | None = None, label: str | None = None) -> Axes:
-    """λ_max of the diagonal block of each part of a network, hollow where it did not converge.
+    """Draws λ_max of the diagonal Hessian block of each part of a network, hollow if not converged.
 
     Chen, Hsieh & Gong, arXiv:2106.01548, Table 3.
 
     Args:
-        blocks: `{block: BlockEigenvalue}` of `block_eigenvalues`, or `{run: that}`.
-        ax: where to; new axes by default.
-        label: of one run in the legend.
+        blocks: `{block: BlockEigenvalue}` from `analysis.block_eigenvalues`, or
+            `{run: {block: BlockEigenvalue}}`.
 
     Returns:
-        The axes, a row for each block.
+        The axes, with a row for each block and a dot for each run.
 
-    Raises:
-        TypeError: something else was given.
-        ValueError: there is no run, or a label for several.
+    Examples:
+        >>> import matplotlib.pyplot as plt
+        >>> from curvax import analysis, plotting
+        >>> figure, ax = plt.subplots()
+        >>> blocks = {"head": analysis.BlockEigenvalue(2.0, 0.0, True)}
+        >>> plotting.block_eigenvalues({"SGD": blocks}, ax=ax).get_yticklabels()[0].get_text()
+        'head'
+        >>> plt.close(figure)
     """
     name = "block_eigenvalues"
     runs = mappings_of(blocks, BlockEigenvalue, label, name=name, of=name)
@@ -128,7 +133,7 @@ def block_eigenvalues(blocks: Any, *, ax: Axes | None = None, label: str | None 
 
 
 def _floor(density: SpectralDensity, highest: float, width: float) -> float:
-    """Below what is left of the lighter end of the spectrum, where only Gaussian tails are."""
+    """The lowest density shown: a tenth of the peak at the lighter end of the spectrum."""
     ends = numbers(density.weights)[:, [0, -1]].mean(0).min()
     bell = ends / (width * np.sqrt(2 * np.pi))
     return float(np.clip(bell / 10, 1e-10 * highest, 1e-3 * highest))

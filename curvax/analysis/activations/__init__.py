@@ -1,1 +1,1 @@
-"""What goes on inside a network at a point: active units, norms of activations, attention."""
+"""Measures of activations and attention inside a model, without hooks in its code."""

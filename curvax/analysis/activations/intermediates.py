@@ -1,8 +1,8 @@
-"""A function and its arguments ↦ the values in the middle of it, by the names of their modules.
+"""A function and its arguments ↦ the inputs and outputs of its activations, by module names.
 
-The function is traced and run equation by equation, into its calls, rematerialised parts and scans,
-so that no model has to be told what to hand out. What a value is called goes by `jax.named_scope`,
-under which Flax linen runs every module.
+The function is traced to a jaxpr, which is evaluated equation by equation, including its calls,
+rematerialised parts and scans, so that a model needs no hooks. Names come from `jax.named_scope`,
+which Flax linen enters for every module.
 """
 
 import re
@@ -17,26 +17,26 @@ from curvax import compat
 from curvax.analysis.activations.recognition import recognised
 
 WRAPPED = re.compile(r"\w+\((.*)\)")
-"""A scope under a transformation of JAX, `vmap(block)`."""
+"""The name of a scope under a transformation of JAX, such as `vmap(block)`."""
 
 Name = tuple[str, ...]
 
 
-class Seen(NamedTuple):
-    """A value on its way through an activation or a softmax."""
+class Activation(NamedTuple):
+    """The input and the output of an activation function or a softmax."""
 
     before: jax.Array
     after: jax.Array
 
 
-def intermediates(f: Callable[..., Any], *args: Any) -> dict[Name, Seen]:
-    """What goes into and comes out of every activation and softmax of `f(*args)`.
+def intermediates(f: Callable[..., Any], *args: Any) -> dict[Name, Activation]:
+    """Collects the input and output of every activation and softmax in `f(*args)`.
 
     Returns:
-        `{(scope, …, kind): Seen}`, where the kind is `relu`, `gelu`, …, `softmax`; of equal names
-        the second ends in `_1`. What a scan stacks is told apart by a number at its outermost
-        scope: `block_0`, `block_1`, as if it were unrolled. Bodies of `while` and `cond` are not
-        looked into.
+        `{(scope, …, kind): Activation}`, where the kind is `relu`, `gelu`, …, `softmax`. The
+        second of two equal names ends in `_1`. Iterations of a scan are numbered at its outermost
+        scope, `block_0`, `block_1`, as if it were unrolled. Bodies of `while` and `cond` are
+        skipped.
     """
     traced = jax.make_jaxpr(f)(*args)
     return _run(traced.jaxpr, traced.consts, jax.tree.leaves(args))[1]
@@ -44,11 +44,11 @@ def intermediates(f: Callable[..., Any], *args: Any) -> dict[Name, Seen]:
 
 def _run(
     jaxpr: core.Jaxpr, consts: Iterable[Any], args: Iterable[Any]
-) -> tuple[list[Any], dict[Name, Seen]]:
-    """The outputs of a program, and what is seen on the way."""
+) -> tuple[list[Any], dict[Name, Activation]]:
+    """The outputs of a jaxpr, and the activations in it."""
     env: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args)))
     read = lambda x: x.val if isinstance(x, core.Literal) else env[x]
-    found, seen = recognised(jaxpr), dict[Name, Seen]()
+    found, seen = recognised(jaxpr), dict[Name, Activation]()
     for number, eqn in enumerate(jaxpr.eqns):
         values, scope = [read(x) for x in eqn.invars], _scope(eqn)
         if number in found:
@@ -62,25 +62,25 @@ def _run(
         env.update(zip(eqn.outvars, outs))
         if number in found:
             kind, before, after = found[number]
-            inner = {(kind,): Seen(read(before), read(after))}
+            inner = {(kind,): Activation(read(before), read(after))}
         for name, value in inner.items():
             _add(seen, (*scope, *name), value)
     return [read(x) for x in jaxpr.outvars], seen
 
 
-def _plain(eqn: core.JaxprEqn, values: list[Any]) -> tuple[list[Any], dict[Name, Seen]]:
+def _plain(eqn: core.JaxprEqn, values: list[Any]) -> tuple[list[Any], dict[Name, Activation]]:
     return compat.bind(eqn, values), {}
 
 
 def _body(params: dict[str, Any]) -> core.ClosedJaxpr | None:
-    """The program that a call, a rematerialised part or a custom derivative runs once."""
+    """The jaxpr of a call, a rematerialised part or a custom derivative, which runs once."""
     if "branches" in params or "cond_jaxpr" in params:
         return None
     body = params.get("call_jaxpr", params.get("jaxpr"))
     return body if body is None else compat.closed(body)
 
 
-def _scan(eqn: core.JaxprEqn, values: list[Any]) -> tuple[list[Any], dict[Name, Seen]]:
+def _scan(eqn: core.JaxprEqn, values: list[Any]) -> tuple[list[Any], dict[Name, Activation]]:
     closed, (fixed, carried) = eqn.params["jaxpr"], compat.scan_arguments(eqn)
     consts, rest = values[:fixed], values[fixed:]
 
@@ -101,7 +101,7 @@ def _scan(eqn: core.JaxprEqn, values: list[Any]) -> tuple[list[Any], dict[Name, 
 
 
 def _scope(eqn: core.JaxprEqn) -> Name:
-    """The modules that an equation belongs to; scopes of methods, `block.add`, are left out."""
+    """The modules around an equation; scopes of methods such as `block.add` are left out."""
     steps = []
     for step in str(eqn.source_info.name_stack).split("/"):
         while match := WRAPPED.fullmatch(step):
@@ -111,7 +111,7 @@ def _scope(eqn: core.JaxprEqn) -> Name:
     return tuple(steps)
 
 
-def _add(seen: dict[Name, Seen], name: Name, value: Seen) -> None:
+def _add(seen: dict[Name, Activation], name: Name, value: Activation) -> None:
     free, n = name, 0
     while free in seen:
         n += 1

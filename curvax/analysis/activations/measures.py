@@ -1,4 +1,4 @@
-"""A model and a point ↦ what goes on inside: active units, norms of activations, attention."""
+"""A model and a point ↦ shares of active units, norms of activations, attention maps."""
 
 import re
 from collections import OrderedDict
@@ -9,124 +9,163 @@ import jax
 import jax.numpy as jnp
 
 from curvax import checks
-from curvax.analysis.activations.intermediates import Name, Seen, intermediates
-from curvax.analysis.dataset_loss import Sweep
-from curvax.analysis.evaluation.compiling import compiled_once
-from curvax.analysis.evaluation.whole_sets import averaged
+from curvax.analysis.activations.intermediates import Activation, Name, intermediates
+from curvax.analysis.compiling import compiled_once
+from curvax.analysis.dataset_loss import DatasetLoss
+from curvax.analysis.evaluation import evaluate_mean
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
 from curvax.devices import axes
 from curvax.devices.axes import AxisNames
 from curvax.objective import Objective, as_objective, require_batch
 
-Measure = Callable[[Seen], jax.Array]
+Statistic = Callable[[Activation], jax.Array]
 NUMBER = re.compile(r"_\d+$")
 
 
 def active_fraction(
-    objective: Objective | Sweep, params: Tree, *, mean_over: AxisNames = None
+    objective: Objective | DatasetLoss, params: Tree, *, mean_over: AxisNames = None
 ) -> dict[str, jax.Array]:
-    """The share of units whose pre-activation is positive, at every ReLU, GELU, SiLU of a model.
+    """Computes the share of units with positive pre-activation at each ReLU, GELU, SiLU of a model.
 
-    The slope of such a unit is near 1, that of others near 0: the fewer are active, the smaller is
-    the Hessian below them. SAM makes the first layers of an MLP-Mixer sparse. Chen, Hsieh & Gong,
+        mean over units, positions and examples of 1[h > 0]
+
+    Inactive units have slopes near 0, and the fewer units are active, the smaller is the Hessian
+    of the layers below. SAM makes the first layers of an MLP-Mixer sparse. Chen, Hsieh & Gong,
     arXiv:2106.01548, section 4.4 and Fig. 2.
 
-    The activations are found in the traced model: the functions of `jax.nn` by their names, and
-    GELU or SiLU written out as x·σ(x). They are called after the modules around them, of linen as
-    they are, of nnx if the model is wrapped in `curvax.flax_bridge.named_modules`.
+    Activations are found in the traced model: functions of `jax.nn` by name, and GELU or SiLU
+    written out as x·σ(x). Their names are those of the modules around them; for nnx wrap the model
+    in `curvax.flax_bridge.named_modules`.
 
     Args:
-        objective: an `Objective` with a batch (with `microbatch=` in the memory of so many
-            examples), or a `Sweep` over a loader. The model is looked into if there is one, else
-            the loss.
+        objective: an `Objective` with a batch (with `microbatch=` in the memory of that many
+            examples), or a `DatasetLoss`. Its `model` is traced, or its loss if it has no model.
         params: the point θ.
-        mean_over: the device axes to average over; `()` for each device's own.
+        mean_over: device axes to average over; `()` for the means of each device.
 
     Returns:
-        `{"block_0/mlp/gelu": share}`, in the order of the model, scanned layers numbered. Means
-        over units, positions and examples.
+        `{"block_0/mlp/gelu": share}` in the order of the model, with scanned layers numbered.
 
     Raises:
         ValueError: the model has no such activation.
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import curvax
+        >>> loss = lambda w, batch: jnp.mean(jax.nn.relu(batch * w))
+        >>> objective = curvax.Objective(loss, jnp.array([[1.0, 2.0, 3.0, -4.0]]))
+        >>> shares = curvax.analysis.active_fraction(objective, jnp.ones(4))
+        >>> {name: round(float(x), 3) for name, x in shares.items()}
+        {'relu': 0.75}
     """
-    return _measured(objective, params, "active_fraction", _share, mean_over)
+    return _mean_statistic(objective, params, "active_fraction", _share, mean_over)
 
 
 def activation_norms(
-    objective: Objective | Sweep, params: Tree, *, mean_over: AxisNames = None
+    objective: Objective | DatasetLoss, params: Tree, *, mean_over: AxisNames = None
 ) -> dict[str, jax.Array]:
-    """The norm ‖a‖₂ of what comes out of every activation, over all of its units and positions.
+    """Computes the norm of the outputs of each activation function of a model.
 
-    Chen, Hsieh & Gong, arXiv:2106.01548, Table 3: SAM makes it larger, weight decay or not.
+        mean over examples of ‖a‖₂, over all units and positions
+
+    Chen, Hsieh & Gong, arXiv:2106.01548, Table 3: SAM makes it larger, with and without weight
+    decay.
 
     Args:
         objective: as in `active_fraction`.
         params: the point θ.
-        mean_over: the device axes to average over; `()` for each device's own.
+        mean_over: device axes to average over; `()` for the means of each device.
 
     Returns:
-        `{"block_0/mlp/gelu": mean over examples}`.
+        `{"block_0/mlp/gelu": norm}` in the order of the model, with scanned layers numbered.
 
     Raises:
         ValueError: the model has no such activation.
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import curvax
+        >>> loss = lambda w, batch: jnp.mean(jax.nn.relu(batch * w))
+        >>> objective = curvax.Objective(loss, jnp.array([[3.0, 4.0, -1.0]]))
+        >>> norms = curvax.analysis.activation_norms(objective, jnp.ones(3))
+        >>> {name: round(float(x), 3) for name, x in norms.items()}
+        {'relu': 5.0}
     """
-    return _measured(objective, params, "activation_norms", _norm, mean_over)
+    return _mean_statistic(objective, params, "activation_norms", _norm, mean_over)
 
 
 def attention_maps(objective: Objective, params: Tree) -> dict[str, jax.Array]:
-    """What every token attends to, example by example, at every softmax over three axes or more.
+    """Collects the attention weights of each example: every softmax over three axes or more.
 
-    Chen, Hsieh & Gong, arXiv:2106.01548, section 4.4: after SAM they show where the object is.
+    Chen, Hsieh & Gong, arXiv:2106.01548, section 4.4: after SAM they outline the object.
 
     Args:
-        objective: an `Objective` with a batch, without micro-batches.
+        objective: an `Objective` with a batch and without micro-batches.
         params: the point θ.
 
     Returns:
-        `{"block_0/attention": weights}`, with Flax's attention [n, heads, queries, keys], each row
-        summing to 1. Under an axis, of this device's examples.
+        `{"block_0/attention": weights}`, for Flax's attention [n, heads, queries, keys], with rows
+        that sum to 1; of the local examples inside pmap or shard_map.
 
     Raises:
         ValueError: the model has no attention.
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import curvax
+        >>> def loss(params, batch):
+        ...     with jax.named_scope("attention"):
+        ...         return jnp.mean(jax.nn.softmax(params["attention"] * batch) ** 2)
+        >>> objective = curvax.Objective(loss, jnp.ones((2, 3, 5, 5)))
+        >>> maps = curvax.analysis.attention_maps(objective, {"attention": jnp.ones(())})
+        >>> {name: x.shape for name, x in maps.items()}
+        {'attention': (2, 3, 5, 5)}
     """
     objective = _checked(objective, params, "attention_maps")
     return dict(_maps(objective, params))
 
 
-def _norm(seen: Seen) -> jax.Array:
+def _norm(seen: Activation) -> jax.Array:
     a = trees.widen(seen.after)
     return jnp.mean(jnp.linalg.norm(a.reshape(len(a), -1), axis=1))
 
 
-def _share(seen: Seen) -> jax.Array:
+def _share(seen: Activation) -> jax.Array:
     return jnp.mean(seen.before > 0, dtype=jnp.result_type(float))
 
 
-def _measured(
-    objective: Objective | Sweep, params: Tree, name: str, measure: Measure, mean_over: AxisNames
+def _mean_statistic(
+    objective: Objective | DatasetLoss,
+    params: Tree,
+    name: str,
+    statistic: Statistic,
+    mean_over: AxisNames,
 ) -> dict[str, jax.Array]:
-    if not isinstance(objective, Sweep):
+    if not isinstance(objective, DatasetLoss):
         objective = _checked(objective, params, name)
-    options = dict(name=name, measure=measure, mean_over=mean_over)
-    return dict(averaged(_means, objective, params, **options))
+    options = dict(name=name, statistic=statistic, mean_over=mean_over)
+    return dict(evaluate_mean(_means, objective, params, **options))
 
 
 def _means(
-    objective: Objective, params: Tree, *, name: str, measure: Measure, mean_over: AxisNames
+    objective: Objective, params: Tree, *, name: str, statistic: Statistic, mean_over: AxisNames
 ) -> OrderedDict[str, jax.Array]:
     over = checks.averaged_axes(mean_over, objective.local_axes(params), stage=name)
 
     def inside(part: Objective) -> OrderedDict[str, jax.Array]:
-        seen = _seen(part, params, _is_unit, name)
-        return OrderedDict((path, measure(x)) for path, x in seen.items())
+        seen = _activations(part, params, _is_unit, name)
+        return OrderedDict((path, statistic(x)) for path, x in seen.items())
 
     return axes.mean(objective._microbatch_mean(inside), over, objective.batch_weight())
 
 
 @compiled_once
 def _maps(objective: Objective, params: Tree) -> OrderedDict[str, jax.Array]:
-    seen = _seen(objective, params, _is_attention, "attention_maps")
+    seen = _activations(objective, params, _is_attention, "attention_maps")
     own = lambda path: path.rpartition("/")[0] or path
     return OrderedDict(
         (own(path), _by_example(x.after, objective.size)) for path, x in seen.items()
@@ -134,40 +173,41 @@ def _maps(objective: Objective, params: Tree) -> OrderedDict[str, jax.Array]:
 
 
 def _by_example(x: jax.Array, n: int) -> jax.Array:
-    """Without the axes of size one that a vmap of one put before the examples."""
+    """Removes leading axes of size one, which a vmap over one entry adds before the examples."""
     while x.shape[0] == 1 != n and x.ndim > 3:
         x = x[0]
     return x
 
 
-def _seen(
-    objective: Objective, params: Tree, wanted: Callable[[Name, Seen], bool], where: str
-) -> dict[str, Seen]:
-    """What of a model is wanted, by paths that start like those of the parameters."""
+def _activations(
+    objective: Objective, params: Tree, wanted: Callable[[Name, Activation], bool], where: str
+) -> dict[str, Activation]:
+    """The activations that `wanted` selects, by paths that start like those of the parameters."""
     forward = objective._evaluate if objective.model is None else objective.outputs
     found = intermediates(lambda p: forward(p)[0], params)
     kept = {name: x for name, x in found.items() if wanted(name, x)}
     if not kept:
         others = ", ".join(f"`{'/'.join(name)}`" for name in found) or "nothing"
         raise ValueError(
-            f"`{where}` looks for the activations of `jax.nn`, for x·σ(x), and for softmaxes over "
-            f"three axes or more, and this model has none that it can use: it found {others}."
+            f"`{where}` looks for activations of `jax.nn`, for x·σ(x), or for a softmax over three "
+            f"axes or more, and found {others} in this model. Write them by `jax.nn`, outside of "
+            "`while_loop` and `cond`."
         )
     tops = {trees.names(path)[0] for path, _ in jax.tree.leaves_with_path(params) if path}
     return {"/".join(_below_the_model(name, tops)): x for name, x in kept.items()}
 
 
 def _below_the_model(name: Name, tops: set[Any]) -> Name:
-    """A name without the scope of the model itself, which the paths of parameters do not have."""
+    """A name without the scope of the model itself, which is absent from paths of parameters."""
     known = name[0] in tops or NUMBER.sub("", name[0]) in tops
     return name if known or len(name) == 1 else name[1:]
 
 
-def _is_unit(name: Name, seen: Seen) -> bool:
+def _is_unit(name: Name, seen: Activation) -> bool:
     return not name[-1].startswith("softmax")
 
 
-def _is_attention(name: Name, seen: Seen) -> bool:
+def _is_attention(name: Name, seen: Activation) -> bool:
     return name[-1].startswith("softmax") and seen.after.ndim >= 3
 
 

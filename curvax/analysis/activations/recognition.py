@@ -1,7 +1,7 @@
-"""A traced program ↦ where in it units are activated and attention is paid.
+"""A jaxpr ↦ the equations in it that compute an activation function or a softmax.
 
-A ReLU or SiLU is a call by that name. JAX inlines GELU and softmax, which are known by their shape:
-a value times a sigmoid of itself, and an exponential over its own sum.
+ReLU, SiLU and others are calls by name. JAX inlines GELU and softmax, which are recognised by their
+form: x times a sigmoid of x, and an exponential over its own sum.
 """
 
 from collections.abc import Iterator
@@ -13,9 +13,9 @@ UNITS = (
     "relu", "relu6", "leaky_relu", "elu", "celu", "selu", "silu", "swish", "mish", "hard_silu",
     "hard_swish", "squareplus",
 )  # fmt: skip
-"""Functions of `jax.nn` that are calls of their own in a traced program."""
+"""Functions of `jax.nn` that appear as named calls in a jaxpr."""
 SIGMOIDS = {"tanh": "gelu", "erf": "gelu", "erfc": "gelu", "logistic": "silu"}
-"""What gates a value by itself, and what the product is called."""
+"""The primitive σ in x σ(x), and the name of that activation."""
 ELEMENTWISE = (
     "add", "sub", "mul", "div", "neg", "integer_pow", "pow", "square", "exp", "copy", "copy_p",
     "convert_element_type", *SIGMOIDS,
@@ -24,25 +24,25 @@ RESHAPED = ("broadcast_in_dim", "reshape", "convert_element_type", "transpose")
 
 
 class Found(NamedTuple):
-    """A place in a program that is worth a look."""
+    """An activation or softmax in a jaxpr."""
 
     kind: str
     """`relu`, `gelu`, …, or `softmax`."""
     before: Any
-    """The variable that goes in: the pre-activation."""
+    """The input variable: the pre-activation."""
     after: Any
-    """The variable that comes out."""
+    """The output variable."""
 
 
 class _Origin(NamedTuple):
-    """An elementwise function of one variable, and the sigmoid in it, if there is one."""
+    """The variable `root` that a value is an elementwise function of, and the sigmoid in it."""
 
     root: Any
     sigmoid: str | None = None
 
 
 def recognised(jaxpr: core.Jaxpr) -> dict[int, Found]:
-    """What is found in the equations of a program, by their number; bodies apart."""
+    """`{number of the equation: Found}`, without the bodies of nested jaxprs."""
     return dict(_calls(jaxpr)) | dict(_gated(jaxpr)) | dict(_softmaxes(jaxpr))
 
 
@@ -53,7 +53,7 @@ def _calls(jaxpr: core.Jaxpr) -> Iterator[tuple[int, Found]]:
 
 
 def _gated(jaxpr: core.Jaxpr) -> Iterator[tuple[int, Found]]:
-    """x σ(x), for any factor of x."""
+    """x σ(c x), for any factor c."""
     origins: dict[Any, _Origin] = {}
     for n, eqn in enumerate(jaxpr.eqns):
         name = eqn.primitive.name

@@ -1,4 +1,4 @@
-"""A measure of a loss ↦ the same, compiled once where it is called outside of any trace."""
+"""A function of an objective ↦ the same function, compiled once and cached for eager calls."""
 
 import functools
 from collections.abc import Callable, Hashable
@@ -10,51 +10,51 @@ from curvax.arithmetic.trees import Tree
 from curvax.objective import Objective
 
 KEPT = 64
-"""Compiled measures in memory: a loss defined anew for every call would fill it otherwise."""
+"""Compiled functions in the cache: a loss that is redefined for each call adds one each time."""
 
 
-def compiled_once(measure: Callable[..., Any]) -> Callable[..., Any]:
-    """`measure(objective, params, *arrays, **options)`, compiled at its first eager call.
+def compiled_once(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiles `f(objective, params, *arrays, **options)` at its first eager call.
 
-    Batch, key, parameters and arrays are arguments of what is compiled, the functions of the
-    objective and the options are static: a new batch of the same shape compiles nothing. What is
-    called with traced values is traced along.
+    Batch, key, parameters and arrays are arguments of the compiled program; the functions of the
+    objective and the options are static. A new batch of the same shape does not recompile. With
+    traced arguments f is inlined into the surrounding trace.
 
     Args:
-        measure: a function of an `Objective` with a batch of arrays, trees of arrays, and static
+        f: a function of an `Objective` with a batch of arrays, of trees of arrays, and of static
             options by keyword.
     """
 
-    @functools.wraps(measure)
+    @functools.wraps(f)
     def call(objective: Objective, params: Tree, *arrays: Tree, **options: Any) -> Any:
         dynamic = (objective.batch, objective.key, params, *arrays)
         if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((dynamic, options))):
-            return measure(objective, params, *arrays, **options)
-        recipe = {
+            return f(objective, params, *arrays, **options)
+        fields = {
             "loss": objective.loss,
             "model": objective.model,
             "has_aux": objective.has_aux,
             "microbatch": objective.microbatch,
             "weight": objective.weight,
         }
-        return _compiled(measure, _Static(recipe), _Static(options))(*dynamic)
+        return _compiled(f, _Static(fields), _Static(options))(*dynamic)
 
     return call
 
 
 @functools.lru_cache(maxsize=KEPT)
-def _compiled(measure: Callable[..., Any], recipe: "_Static", options: "_Static") -> Any:
-    half = dict(recipe.values)
-    loss = half.pop("loss")
+def _compiled(f: Callable[..., Any], fields: "_Static", options: "_Static") -> Any:
+    static = dict(fields.values)
+    loss = static.pop("loss")
 
     def run(batch: Tree, key: jax.Array | None, params: Tree, *arrays: Tree) -> Any:
-        return measure(Objective(loss, batch, key=key, **half), params, *arrays, **options.values)
+        return f(Objective(loss, batch, key=key, **static), params, *arrays, **options.values)
 
     return jax.jit(run)
 
 
 class _Static:
-    """Options by name that are equal if their values are, or are the same where they do not say."""
+    """Hashable options, compared by value, or by identity where a value has no hash."""
 
     def __init__(self, values: dict[str, Any]):
         self.values = values
@@ -71,6 +71,6 @@ def _identity(value: Any) -> Hashable:
     try:
         hash(value)
     except TypeError:
-        # The values live as long as their key does, so that no id is given away twice.
+        # The cached key keeps its values alive, so that their ids are not reused.
         return "id", id(value)
     return value

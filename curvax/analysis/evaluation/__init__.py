@@ -1,1 +1,0 @@
-"""How a measure is evaluated: compiled once, on a batch or over a whole data set."""
