@@ -16,6 +16,7 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parents[1]
 SERVED = ("CHANGELOG.md", "CONTRIBUTING.md", "notebooks/*.ipynb", "tests/evidence/*")
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#|/)([^)#\s]+)")
+CODE = re.compile(r"`[^`\n]+`")
 
 
 @plugins.event_priority(100)  # before mkdocs-jupyter looks for notebooks
@@ -41,4 +42,13 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
             return f"{config.repo_url.rstrip('/')}/blob/main/{target}"
         return match[1]
 
-    return LINK.sub(rewritten, markdown)
+    if page.file.src_uri == "index.md":
+        page.meta["hide"] = ["navigation", "toc"]
+    return LINK.sub(rewritten, "\n".join(map(_without_escapes, markdown.split("\n"))))
+
+
+def _without_escapes(line: str) -> str:
+    """A row of a table with plain pipes in code, which GitHub wants escaped and Markdown does not."""
+    if not line.startswith("|"):
+        return line
+    return CODE.sub(lambda code: code[0].replace("\\|", "|"), line)

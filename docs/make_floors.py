@@ -11,7 +11,7 @@ from xml.sax.saxutils import escape
 
 ROOT = Path(__file__).parents[1]
 SVG = ROOT / "docs" / "assets" / "floors.svg"
-WIDTH, ROW, GAP, LEFT = 560, 46, 8, 44
+WIDTH, ROW, GAP, LEFT, PAD = 560, 46, 8, 44, 4
 NEEDS = {
     "models": "flax",
     "flax_bridge": "flax",
@@ -47,15 +47,17 @@ def draw(floors: list[list[str]]) -> str:
         y = GAP + (len(floors) - 1 - number) * (ROW + GAP)
         middle = y + ROW / 2 + 5
         parts.append(f'<text x="{LEFT / 2}" y="{middle}" fill="#57606a">{number}</text>')
-        width = (WIDTH - LEFT - GAP * len(floor)) / len(floor)
-        for place, name in enumerate(floor):
-            x = LEFT + place * (width + GAP)
+        unit = (WIDTH - LEFT - GAP * len(floor)) / sum(len(name) + PAD for name in floor)
+        x = float(LEFT)
+        for name in floor:
+            width = unit * (len(name) + PAD)
             fill, stroke = ("#fff1e0", "#e08a1e") if name in NEEDS else ("#e3eefa", "#3b82c4")
             parts += [
                 f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{ROW}" rx="6" '
                 f'fill="{fill}" stroke="{stroke}"/>',
                 f'<text x="{x + width / 2:.1f}" y="{middle}" fill="#1f2328">{escape(name)}</text>',
             ]
+            x += width + GAP
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
