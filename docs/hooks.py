@@ -48,7 +48,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 def _without_escapes(line: str) -> str:
-    """A row of a table with plain pipes in code, which GitHub wants escaped and Markdown does not."""
+    """A table row with plain pipes in code: GitHub needs them escaped, Python-Markdown does not."""
     if not line.startswith("|"):
         return line
     return CODE.sub(lambda code: code[0].replace("\\|", "|"), line)
