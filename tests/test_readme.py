@@ -99,6 +99,13 @@ def test_equinox_models_are_trees():
     np.testing.assert_allclose(ravel_pytree(updates)[0], by_hand, rtol=1e-12)
 
 
+def test_the_version_is_the_one_in_pyproject():
+    version = PROJECT["version"]
+    assert curvax.__version__ == version
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {version}" in (ROOT / "CHANGELOG.md").read_text()
+
+
 def test_the_readme_is_short():
     assert len(README.read_text().splitlines()) <= 150
 
