@@ -192,6 +192,6 @@ def test_an_installed_package_finds_the_configs_inside_itself(tmp_path, monkeypa
     assert config.docstring("own") == "Mine."
 
 
-def test_the_readme_lists_every_config():
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    assert [name for name in config.names() if f"`{name}`" not in readme] == []
+def test_the_documentation_lists_every_config():
+    page = (Path(__file__).parents[1] / "docs" / "command_line.md").read_text()
+    assert [name for name in config.names() if f"`{name}`" not in page] == []
