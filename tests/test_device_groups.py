@@ -218,7 +218,7 @@ OWN: dict[str, Any] = {
     "kept directions": cx.sam_perturb(0.3, every=2) | cx.keep_orthogonal(mean_over=()),
     "solutions": NEWTON | cx.damp(10.0) | cx.solve(cx.cg(40, tol=1e-6)),
     "dampings": cx.levenberg_marquardt(
-        NEWTON | cx.damp() | cx.solve(cx.cg(40, tol=1e-14)) | optax.scale_by_learning_rate(1.0),
+        NEWTON | cx.damp() | cx.solve(cx.cg(40, tol=1e-8)) | optax.scale_by_learning_rate(1.0),
         10.0,
         mean_over=(),
     ),

@@ -184,7 +184,7 @@ def test_every_picture_is_tested():
 @pytest.mark.parametrize("name", plotting.__all__)
 def test_every_picture_is_documented(name):
     draw = getattr(plotting, name)
-    text = inspect.getdoc(draw)
+    text = inspect.getdoc(draw) or ""
     sections = re.findall(r"^(\w+):$", text, re.MULTILINE)
     assert sections == ["Args", "Returns", "Raises", "Examples"]
     described = re.findall(r"^    (\w+): ", text.partition("Args:")[2], re.MULTILINE)

@@ -102,7 +102,10 @@ def options_of(thing: Any) -> list[str]:
         return []
     if fields := getattr(thing, "_fields", ()):
         return list(fields)
-    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    stars: dict[Any, str] = {
+        inspect.Parameter.VAR_POSITIONAL: "*",
+        inspect.Parameter.VAR_KEYWORD: "**",
+    }
     found = inspect.signature(thing).parameters.values()
     return [stars.get(option.kind, "") + option.name for option in found]
 
