@@ -22,8 +22,8 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "curvax-tests"))
 
-import jax
-import pytest
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 if not hasattr(jax, "enable_x64"):  # JAX 0.7 has it among the experiments.
     from jax.experimental import enable_x64  # type: ignore[attr-defined]
