@@ -85,6 +85,15 @@ def test_norm_at_zero_infinity_and_nan():
     assert trees.magnitude(jnp.array([jnp.nan])) == 1
 
 
+@pytest.mark.parametrize("size", [1, 5])
+def test_a_cosine_of_a_long_and_a_tiny_vector(size, single_precision):
+    a, b = jnp.linspace(1e3, 2e3, size), jnp.linspace(3e-27, -1e-27, size)
+    found = jax.jit(trees.cosine)(a, b)
+    x, y = np.asarray(a, float), np.asarray(b, float)
+    expected = x @ y / np.linalg.norm(x) / np.linalg.norm(y)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def test_the_unit_vector_of_nothing_has_length_zero():
     length = jax.jit(lambda x: trees.norm(trees.unit(x)))
     assert length(jnp.zeros(3)) == 0
