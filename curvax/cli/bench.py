@@ -1,4 +1,4 @@
-"""`curvax bench`."""
+"""`curvax bench`: measures the cost of a training step."""
 
 import argparse
 from collections.abc import Sequence

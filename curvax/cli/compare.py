@@ -1,4 +1,4 @@
-"""`curvax compare`."""
+"""`curvax compare`: trains several methods over seeds."""
 
 import argparse
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""`curvax configs`."""
+"""`curvax configs`: lists the configs, or describes one."""
 
 import argparse
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""`curvax convert`."""
+"""`curvax convert`: makes records from folders of images."""
 
 import argparse
 from collections.abc import Sequence

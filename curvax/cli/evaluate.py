@@ -1,4 +1,4 @@
-"""`curvax evaluate`."""
+"""`curvax evaluate`: tests a trained run on other data."""
 
 import argparse
 from collections.abc import Sequence

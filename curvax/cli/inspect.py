@@ -1,4 +1,4 @@
-"""`curvax inspect`."""
+"""`curvax inspect`: measures the loss around trained runs."""
 
 import argparse
 from collections.abc import Sequence

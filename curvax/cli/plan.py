@@ -1,4 +1,4 @@
-"""`curvax plan`."""
+"""`curvax plan`: compiles a step for other machines."""
 
 import argparse
 from collections.abc import Sequence

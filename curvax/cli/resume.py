@@ -1,4 +1,4 @@
-"""`curvax resume`."""
+"""`curvax resume`: continues an interrupted run."""
 
 import argparse
 from collections.abc import Sequence

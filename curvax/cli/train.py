@@ -1,4 +1,4 @@
-"""`curvax train`."""
+"""`curvax train`: trains the model of a config."""
 
 import argparse
 from collections.abc import Sequence
