@@ -27,7 +27,7 @@ class _DatasetObjective:
     def __init__(self, dataset_loss: DatasetLoss):
         self.dataset_loss = dataset_loss
 
-    def value_aux_and_grad(self, params: Tree) -> tuple[tuple[jax.Array, None], Tree]:
+    def _value_aux_and_grad(self, params: Tree) -> tuple[tuple[jax.Array, None], Tree]:
         value, gradient = self.dataset_loss.value_and_grad(params)
         return (value, None), gradient
 
