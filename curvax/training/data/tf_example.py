@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 
 from curvax.training.data.archives import DataError
 
-_PACKAGE = "curvax.records"
+_PACKAGE = "curvax.tf_example"
 
 
 class Example(NamedTuple):
