@@ -363,7 +363,8 @@ def test_no_average_at_all():
 def test_a_layout_knows_better_than_names():
     params = {"stem": {"kernel": normal(2, 3, 4)}}
     size = jax.tree.map(jnp.abs, params)
-    assert_trees_close(changed(cx.spatial_average(), params), size, tol=0)
+    with pytest.warns(UserWarning, match=r"does not average over a window of `stem/kernel`"):
+        assert_trees_close(changed(cx.spatial_average(), params), size, tol=0)
     layout = {("stem", "kernel"): convolution(1)}
     found = changed(cx.spatial_average(layout=layout), params)["stem"]["kernel"]
     mean = np.mean(size["stem"]["kernel"], axis=0, keepdims=True)

@@ -125,16 +125,16 @@ def test_the_papers_methods_go_in_every_regime(name, regime):
 def test_the_configs_of_the_papers_have_their_settings():
     wrn = config.load("cifar100_wrn")
     assert (wrn.model.name, wrn.epochs, wrn.batch) == ("wrn28_10", 200, 256)
-    assert "cosine(0.1)" in wrn.base
-    assert "add_decayed_weights(5e-4)" in wrn.base
-    assert "clip_by_global_norm(5.0)" in wrn.base
+    assert "cosine(0.1)" in wrn.baseline
+    assert "add_decayed_weights(5e-4)" in wrn.baseline
+    assert "clip_by_global_norm(5.0)" in wrn.baseline
     noise = config.load("cifar10_noise")
     assert (noise.model.name, noise.epochs, noise.rho) == ("resnet32", 200, 0.1)
     assert "adahessian(step_decay(0.15)" in config.load("cifar10_resnet20").optimizer
     resnet = config.load("imagenet_resnet")
     assert (resnet.lr, resnet.rho, resnet.epochs) == (1.0, 0.05, 100)
     for part in ("add_decayed_weights(1e-4)", "sgd(cosine(lr), momentum=0.9)"):
-        assert part in resnet.base
+        assert part in resnet.baseline
 
 
 def test_gsams_radius_and_rate_are_those_of_big_vision():
@@ -145,7 +145,7 @@ def test_gsams_radius_and_rate_are_those_of_big_vision():
     rate = recipe.read(text, recipe.vocabulary(steps) | names)
     inside = vit.optimizer.partition("sam_perturb(")[2].partition(") | gsam_project")[0]
     rho = recipe.read(inside, recipe.vocabulary(steps) | names)
-    assert f"adamw({text}, weight_decay=0.3, mask=kernels)" in vit.base
+    assert f"adamw({text}, weight_decay=0.3, mask=kernels)" in vit.baseline
     for step in (0, 50, 5000, 10_000, 50_000, steps):
         lr = 3e-3 * (step / 1e4 if step < 1e4 else 1 - 0.99 * (step - 1e4) / (steps - 1e4))
         assert float(rate(step)) == pytest.approx(lr, rel=1e-4, abs=1e-9)
