@@ -285,7 +285,7 @@ def test_a_count_of_groups_is_that_of_the_last_one_as_under_jit():
         largest = jnp.max(value_fn.batch)
         return signal, (largest > 0, jnp.int32(100 * largest))
 
-    seen = cx.signal.stage(lambda params: (jnp.bool_(False), jnp.int32(0)), rule)
+    seen = cx.stage(lambda params: (jnp.bool_(False), jnp.int32(0)), rule)
 
     def step(w, x):
         objective = cx.Objective(loss, x)

@@ -286,7 +286,8 @@ def _inner(a: Tree, b: Tree) -> tuple[jax.Array, jax.Array, jax.Array, tuple[flo
     def inner(factor: float) -> jax.Array:
         # XLA would simplify (cx)(cy) to c²xy, and c² overflows; `minimum` prevents that.
         first = lambda x: jnp.minimum(x * factor, jnp.finfo(dtype).max)
-        return sum((jnp.sum(first(x) * (y * factor)) for x, y in pairs), jnp.zeros((), dtype))
+        second = first if a is b else lambda y: y * factor  # one scaling for both
+        return sum((jnp.sum(first(x) * second(y)) for x, y in pairs), jnp.zeros((), dtype))
 
     plain = sum((jnp.sum(x * y) for x, y in pairs), jnp.zeros((), dtype))
     return plain, inner(large), inner(1 / large), (large, low, high)
