@@ -151,4 +151,4 @@ def test_without_the_first_run_a_resumed_one_says_so(first, tmp_path, capsys):
     assert main.main(arguments) == 0
     (folder,) = (tmp_path / "runs").iterdir()
     copy.rename(tmp_path / "moved")
-    assert "also to resume" in complaint(capsys, "resume", str(folder))
+    assert "resuming or inspecting a run" in complaint(capsys, "resume", str(folder))
