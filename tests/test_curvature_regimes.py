@@ -430,7 +430,7 @@ def told(error: Any, *words: str) -> Any:
 def test_model_and_loss_must_be_seen_apart(product):
     loss = lambda params, batch: jnp.mean(net(params, batch) ** 2)
     for objective in (cx.Objective(loss, batch_of()), lambda params: jnp.sum(params["out"] ** 2)):
-        with told(ValueError, "apart", "model=predict", "categorical"):
+        with told(ValueError, "two functions", "model=predict", "categorical"):
             product(objective, net_params())
 
 
