@@ -380,7 +380,7 @@ def test_a_look_into_a_group_of_devices_is_an_error(name, regime):
     tx = cx.per_group(M, within) | cx.pmean_updates(over_all(regime))
     params = make_params()
     step = partial(one_step, tx, of=cx.gaussian("y"), model=predict)
-    with pytest.raises(ValueError, match="one group of several devices here"):
+    with pytest.raises(ValueError, match="spans several devices here"):
         on_groups_of_two(regime, step, params, tx.init(params), make_batch())
 
 

@@ -148,7 +148,7 @@ def test_devices_asked_for_must_be_there(moved, monkeypatch, capsys):
     run, data = moved
     only_devices(monkeypatch, 3)
     assert main.main(["resume", str(run), f"--data.path={data}"]) == 2
-    assert "first of the 3 that JAX sees in one process, and was 4" in capsys.readouterr().err
+    assert "first of the 3 devices of a single process, and was 4" in capsys.readouterr().err
     assert main.main(["resume", str(run), f"--data.path={data}", "--devices=none"]) == 2
     assert "8 examples do not divide over 3 devices" in capsys.readouterr().err
     assert main.main(["evaluate", str(run), f"--data.path={data}", "--devices=9"]) == 2

@@ -391,7 +391,7 @@ def test_pictures_and_names_are_for_runs_on_pictures(digits, tmp_path, capsys):
     assert "trained on `digits`" in capsys.readouterr().err
     (tmp_path / "real.json").write_text("[[1]]")
     assert evaluate(digits, "--labels", tmp_path / "real.json") == 2
-    assert "go by the names of pictures" in capsys.readouterr().err
+    assert "are found by the names of image files" in capsys.readouterr().err
 
 
 def test_records_are_not_corrupted(run, capsys):
