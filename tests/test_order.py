@@ -298,7 +298,7 @@ def test_it_is_refused_of_a_plain_callable_too(averaged):
 
 @pytest.mark.parametrize("regime", ["pmap", "untyped", "typed"])
 def test_a_trainers_own_mean_of_the_gradient_is_refused(regime):
-    with pytest.raises(ValueError, match=r"`mean_over=`|is local, and average after"):
+    with pytest.raises(ValueError, match=r"`mean_over=`"):
         on_devices(cx.sam(base, 0.1, mean_over="batch"), regime, averaged=True)
 
 
