@@ -41,6 +41,12 @@ class StopReason(enum.IntEnum):
 class Solution(NamedTuple):
     """The approximate solution of A x = b, with its accuracy.
 
+    Attributes:
+        x: the solution, shaped and typed like b.
+        steps: products used, an int32 scalar.
+        residual: ‖b - A x‖ / ‖b‖, and 0 for b = 0.
+        reason: why the solver stopped, a `StopReason` as an int32 scalar.
+
     Examples:
         >>> import jax.numpy as jnp, curvax
         >>> solution = curvax.cg(10)(lambda v: 2 * v, jnp.array([3.0, 4.0]))
@@ -51,13 +57,9 @@ class Solution(NamedTuple):
     """
 
     x: Tree
-    """The solution, shaped and typed like b."""
     steps: jax.Array
-    """Products used, an int32 scalar."""
     residual: jax.Array
-    """‖b - A x‖ / ‖b‖, and 0 for b = 0."""
     reason: jax.Array
-    """Why the solver stopped, a `StopReason` as an int32 scalar."""
 
 
 def check_solver(solver: Any, stage: str) -> None:
