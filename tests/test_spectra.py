@@ -263,7 +263,7 @@ def test_errors_say_what_to_ask_for():
     product, like, _ = planted(VALUES)
     with pytest.raises(ValueError, match="'largest'"):
         eigenpairs(product, like, end="top")
-    with pytest.raises(ValueError, match="40 at most"):
+    with pytest.raises(ValueError, match="up to the 40 rows"):
         eigenpairs(product, like, 41)
     with pytest.raises(ValueError, match="subspace"):
         eigenpairs(product, like, 5, subspace=5)
