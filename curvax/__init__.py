@@ -22,9 +22,9 @@ Examples:
 """
 
 import importlib.util
-import warnings
 from typing import TYPE_CHECKING, Any
 
+from curvax import checks
 from curvax.curvature import empirical_fvp, fvp, ggnvp, hvp
 from curvax.likelihoods import bernoulli, categorical, gaussian, poisson
 from curvax.linalg import (
@@ -252,12 +252,7 @@ def __getattr__(name: str) -> Any:
     """
     if name in RENAMED:
         new = RENAMED[name]
-        warnings.warn(
-            f"`curvax.{name}` is now `curvax.{new}`; the old name will be removed. Write "
-            f"`curvax.{new}`.",
-            DeprecationWarning,
-            stacklevel=2,
-        )
+        checks.warn_renamed("curvax", name, new)
         return globals()[new] if new in globals() else __getattr__(new)
     if name == "layout" and importlib.util.find_spec("flax") is None:
         return importlib.import_module("curvax.parameter_roles.layouts").layout_of_tree

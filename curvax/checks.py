@@ -1,6 +1,7 @@
 """Checks of options, parameters and updates, with errors that say what to write instead."""
 
 import numbers
+import warnings
 from typing import Any
 
 import jax
@@ -68,6 +69,16 @@ def _is_scalar(x: Any) -> bool:
 def _kind_of(x: Any) -> str:
     shape = f" of shape {jnp.shape(x)}" if hasattr(x, "dtype") else ""
     return f"a {type(x).__name__}{shape}" if not hasattr(x, "dtype") else f"an array{shape}"
+
+
+def warn_renamed(module: str, old: str, new: str) -> None:
+    """Warns, from a module's `__getattr__`, that a public name has been renamed."""
+    warnings.warn(
+        f"`{module}.{old}` is now `{module}.{new}`; the old name will be removed. Write "
+        f"`{module}.{new}`.",
+        DeprecationWarning,
+        stacklevel=3,
+    )
 
 
 def refuse_complex(tree: Tree, name: str) -> None:

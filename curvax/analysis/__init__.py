@@ -4,9 +4,9 @@ The loss is an `Objective`, a `DatasetLoss` over the batches of a loader, or a c
 `params -> scalar`. This package needs JAX and Optax only; `curvax.plotting` draws its results.
 """
 
-import warnings
 from typing import Any
 
+from curvax import checks
 from curvax.analysis.activations.measures import activation_norms, active_fraction, attention_maps
 from curvax.analysis.alignment import (
     Alignment,
@@ -84,11 +84,6 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "Sweep":
-        warnings.warn(
-            "`curvax.analysis.Sweep` is now `curvax.analysis.DatasetLoss`; the old name will be "
-            "removed in the next release.",
-            DeprecationWarning,
-            stacklevel=2,
-        )
+        checks.warn_renamed(__name__, name, "DatasetLoss")
         return DatasetLoss
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,9 +3,9 @@
 No module of this package knows about losses or models.
 """
 
-import warnings
 from typing import Any
 
+from curvax import checks
 from curvax.linalg.cg import cg
 from curvax.linalg.dense import dense
 from curvax.linalg.eigenpairs import Eigenpairs, eigenpairs
@@ -47,12 +47,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Resolves the deprecated name `Reason`."""
-    if name != "Reason":
-        raise AttributeError(f"module 'curvax.linalg' has no attribute {name!r}")
-    warnings.warn(
-        "`curvax.linalg.Reason` is now `curvax.linalg.StopReason`; the old name will be removed in "
-        "the next release.",
-        DeprecationWarning,
-        stacklevel=2,
-    )
-    return StopReason
+    if name == "Reason":
+        checks.warn_renamed(__name__, name, "StopReason")
+        return StopReason
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -139,9 +139,8 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
         weight, count = objective.batch_weight(), objective.size // here
         first, shards = objective._shard_number(local)
         batch_of_all = objective._device_part()._whole_batch()
-        # The caller's loss and gradient are those of the whole batch.
-        whole_batch = ("value", "grad", "loss", "obj_fn")
-        extra = {name: x for name, x in extra.items() if name not in whole_batch}
+        # The caller's loss is that of the whole batch; `value_fn` and `value` are each group's own.
+        extra = {name: x for name, x in extra.items() if name not in ("loss", "obj_fn")}
         averaged: frozenset[str] = frozenset()
         keys = StateKeys(inner.init, params)
 

@@ -18,8 +18,8 @@ from curvax.training import pretrained, tasks
 from curvax.training.data import datasets, sources
 from curvax.training.data.datasets import Split
 from curvax.training.runtime import run_dir
+from curvax.training.runtime.run_dir import SEED, VARIANT
 
-_VARIANT, _SEED = re.compile(r"\d+-.*"), re.compile(r"seed\d+")
 _SHARED = ("name", "num_train", "label_noise")
 """Fields of `data` that determine the training examples and their labels."""
 
@@ -91,8 +91,8 @@ def _folder(given: Path, seed: int) -> Path:
             f"`data.labels` names the run that predicts the labels, and {given} does not exist. "
             "Restore its folder; resuming or inspecting a run trained on its labels needs it too."
         )
-    variants = [given] if _VARIANT.fullmatch(given.name) else _inside(given, _VARIANT)
-    if _SEED.fullmatch(given.name):
+    variants = [given] if VARIANT.fullmatch(given.name) else _inside(given, VARIANT)
+    if SEED.fullmatch(given.name):
         variants = [given.parent]
     if len(variants) != 1:
         found = ", ".join(variant.name for variant in variants) or "none"
@@ -101,7 +101,7 @@ def _folder(given: Path, seed: int) -> Path:
             "folder of one, such as RUN/1-sam_perturb-sgd."
         )
     folder = variants[0] / f"seed{seed}"
-    if not folder.is_dir() or (_SEED.fullmatch(given.name) and given.name != folder.name):
+    if not folder.is_dir() or (SEED.fullmatch(given.name) and given.name != folder.name):
         raise PseudoLabelError(
             f"Label noise is drawn by the seed, so the labels of seed {seed} are predicted by a "
             f"run of seed {seed}, and {given} is of {_seeds(variants[0], given)}. Train it first, "
@@ -115,9 +115,9 @@ def _inside(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
 
 
 def _seeds(variant: Path, given: Path) -> str:
-    if _SEED.fullmatch(given.name):
+    if SEED.fullmatch(given.name):
         return given.name
-    return ", ".join(path.name for path in _inside(variant, _SEED)) or "none"
+    return ", ".join(path.name for path in _inside(variant, SEED)) or "none"
 
 
 def _require_same_data(root: Path, first: ConfigDict, config: ConfigDict) -> None:

@@ -68,11 +68,12 @@ def vocabulary(steps: int | None = None) -> dict[str, Any]:
         run_schedules.constant,
         run_schedules.step_decay,
     )
+    renamed = curvax.RENAMED.items()
     return {
         **_optax_names(),
         **{f.__name__: functools.partial(f, steps=steps) for f in stretched},
-        **{old: getattr(curvax, new) for old, new in curvax.RENAMED.items()},
         **{name: getattr(curvax, name) for name in curvax.__all__},
+        **{old: getattr(curvax, new) for old, new in renamed if new in curvax.__all__},
     }
 
 

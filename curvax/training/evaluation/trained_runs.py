@@ -14,10 +14,8 @@ from curvax.training.compare import commands, comparison
 from curvax.training.compare.commands import RunSpec
 from curvax.training.experiment import Experiment
 from curvax.training.runtime import run_dir
-from curvax.training.runtime.run_dir import RunError
+from curvax.training.runtime.run_dir import SEED, VARIANT, RunError
 from curvax.training.step import State
-
-_VARIANT, _SEED = re.compile(r"(\d+)-.*"), re.compile(r"seed(\d+)")
 
 
 class TrainedRun(NamedTuple):
@@ -82,13 +80,13 @@ def _newest(experiment: Experiment, folder: Path) -> State:
 
 def _seeds(folder: Path) -> Iterator[Path]:
     """The seed folders that a folder stands for."""
-    if _SEED.fullmatch(folder.name) and run_dir.is_run(folder.parent.parent):
+    if SEED.fullmatch(folder.name) and run_dir.is_run(folder.parent.parent):
         yield folder
-    elif _VARIANT.fullmatch(folder.name) and run_dir.is_run(folder.parent):
+    elif VARIANT.fullmatch(folder.name) and run_dir.is_run(folder.parent):
         yield _first_seed(folder)
     elif run_dir.is_run(folder):
-        variants = [each for each in folder.iterdir() if _VARIANT.fullmatch(each.name)]
-        variants.sort(key=lambda variant: _number(_VARIANT, variant))
+        variants = [each for each in folder.iterdir() if VARIANT.fullmatch(each.name)]
+        variants.sort(key=lambda variant: _number(VARIANT, variant))
         yield from map(_first_seed, variants)
     else:
         raise RunError(
@@ -104,17 +102,17 @@ def _number(pattern: re.Pattern[str], folder: Path) -> int:
 
 
 def _first_seed(variant: Path) -> Path:
-    seeds = [each for each in variant.iterdir() if _SEED.fullmatch(each.name)]
-    return min(seeds, key=lambda seed: _number(_SEED, seed), default=variant / "seed0")
+    seeds = [each for each in variant.iterdir() if SEED.fullmatch(each.name)]
+    return min(seeds, key=lambda seed: _number(SEED, seed), default=variant / "seed0")
 
 
 def _stored(folder: Path, assignments: Sequence[str]) -> _Stored:
     root = folder.parent.parent
     config, spec = commands.read(root)
     variants = spec.variants(config)
-    variant = list(variants)[_number(_VARIANT, folder.parent)]
+    variant = list(variants)[_number(VARIANT, folder.parent)]
     config = commands.with_overrides(_on_available_devices(variants[variant]), assignments)
-    return _Stored(root, folder, _number(_SEED, folder), variant, config, spec)
+    return _Stored(root, folder, _number(SEED, folder), variant, config, spec)
 
 
 def _on_available_devices(config: ConfigDict) -> ConfigDict:

@@ -15,6 +15,7 @@ import errno
 import json
 import math
 import os
+import re
 import socket
 import tempfile
 import time
@@ -38,6 +39,8 @@ Record = dict[str, float]
 
 _CONFIG, _METRICS, _RESULTS = "config.json", "metrics.jsonl", "results.json"
 _SPEC, _OLD_SPEC = "run.json", "plan.json"
+VARIANT, SEED = re.compile(r"(\d+)-.*"), re.compile(r"seed(\d+)")
+"""Names of the folders inside, with the number of the method and of the seed."""
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
