@@ -319,15 +319,6 @@ def test_the_training_step_of_a_config_sends_no_more_than_its_method(text, regim
 GROUPED = "per_group(2, sam_perturb(rho)) | pmean_updates(axes) | adamw(0.001)"
 
 
-def test_groups_are_taken_one_by_one_where_they_were_at_once():
-    changed = memory_savers.one_by_one(GROUPED)
-    assert changed == GROUPED.replace("(rho))", "(rho), sequential=True)")
-    assert not memory_savers.one_by_one(changed)
-    assert not memory_savers.one_by_one("sam_perturb(rho) | adamw(1e-3)")
-    on_lines = "\n  " + GROUPED.replace(" | ", "\n  | ") + "\n"
-    assert memory_savers.one_by_one(on_lines) == changed
-
-
 def test_groups_that_fill_a_device_have_no_turns_to_take():
     text = GROUPED.replace("(2,", "(m,")
     for m, turns in ((PER_DEVICE // 2, True), (PER_DEVICE, False), (2 * PER_DEVICE, False)):

@@ -1,5 +1,6 @@
 """A method's text: what it builds, and where its errors point."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +8,8 @@ import optax
 import pytest
 
 import curvax
-from curvax.training.config.recipe import RecipeError, given, outline, parse, vocabulary
+from curvax.pipes.parts import name_of, options_of, parts_of, walk
+from curvax.training.config.recipe import RecipeError, outline, parse, vocabulary, with_argument
 
 PARAMS = {"w": jnp.array([1.0, -2.0, 3.0])}
 SCALES = jnp.array([1.0, 4.0, 9.0])
@@ -215,18 +217,38 @@ def test_a_deep_outline_names_what_the_parts_hold():
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("text", "sizes"),
     [
-        ("sgd(0.1)", []),
-        ("per_group(32, sam_perturb(rho)) | sgd(0.1)", [32]),
-        ("clip(1.0) | per_group(stages=sam_perturb(rho), m=m) | sgd(0.1)", [8]),
-        ('partition({"a": per_group(2, clip(1.0)), "b": per_group(m, clip(1.0))}, {})', [2, 8]),
+        ("sgd(0.1)", set()),
+        ("per_group(32, sam_perturb(rho)) | sgd(0.1)", {32}),
+        ("per_group(stages=sam_perturb(rho), m=m) | sgd(0.1)", {8}),
+        ("apply_if_finite(per_group(2, sam_perturb(rho)) | sgd(0.1), 3)", {2}),
+        ('partition({"a": per_group(2, clip(1.0)), "b": per_group(m, clip(1.0))}, {})', {2, 8}),
     ],
 )
-def test_what_a_text_gives_an_argument_is_read_without_the_rest(text, expected):
-    assert given(text, "per_group", "m", {"m": 8}) == expected
+def test_the_stages_of_a_text_know_their_options_at_any_depth(text, sizes):
+    optimizer = parse(text, names={"m": 8, "rho": 0.05})
+    groups = [part for part in walk(optimizer) if name_of(part) == "per_group"]
+    assert {options_of(part)["m"] for part in groups} == sizes
 
 
-def test_an_argument_that_cannot_be_read_is_pointed_at():
-    with pytest.raises(RecipeError, match="Unknown name `n`"):
-        given("per_group(n, sgd(0.1))", "per_group", "m", {"m": 8})
+def test_a_plain_part_of_a_text_is_what_its_factory_returns():
+    optimizer = parse("sam_perturb(0.1) | adamw(1e-3, weight_decay=0.1)")
+    *_, adamw = parts_of(optimizer)
+    assert name_of(adamw) == "adamw"
+    assert dict(options_of(adamw)) == {"learning_rate": 1e-3, "weight_decay": 0.1}
+    written, params = optax.adamw(1e-3, weight_decay=0.1), {"w": jnp.ones(3)}
+    expected, _ = written.update(params, written.init(params), params)
+    found, _ = adamw.update(params, adamw.init(params), params)
+    chex.assert_trees_all_equal(found, expected)
+
+
+def test_an_argument_is_added_where_a_factory_lacks_it():
+    text = "per_group(2, sam_perturb(rho)) | pmean_updates(axes) | adamw(0.001)"
+    changed = with_argument(text, "per_group", sequential=True)
+    assert changed == text.replace("(rho))", "(rho), sequential=True)")
+    assert with_argument(changed, "per_group", sequential=True) == changed
+    plain = "sam_perturb(rho) | adamw(1e-3)"
+    assert with_argument(plain, "per_group", sequential=True) == plain
+    on_lines = "\n  " + text.replace(" | ", "\n  | ") + "\n"
+    assert with_argument(on_lines, "per_group", sequential=True) == changed

@@ -23,6 +23,7 @@ from curvax.devices import axes
 from curvax.objective import Objective, as_objective
 from curvax.parameter_roles import frozen
 from curvax.pipes import order
+from curvax.pipes.parts import NamedUpdate, name_of, parts_of
 
 
 class Signal(NamedTuple):
@@ -202,19 +203,6 @@ def step(
     return signal._replace(updates=updates, local=local), state
 
 
-def name_of(part: optax.GradientTransformation) -> str:
-    """The name of a part in error messages, as the user wrote it: `hutchinson_diag`, `ema`."""
-    if isinstance(part.update, _Update):
-        return part.update.name
-    return getattr(part.update, "__qualname__", type(part).__name__).split(".")[0]
-
-
-def parts_of(part: optax.GradientTransformation) -> tuple[optax.GradientTransformation, ...]:
-    """The parts of a pipe; for anything else, the part itself."""
-    inner = part.update.parts if isinstance(part.update, _Update) else ()
-    return inner or (part,)
-
-
 class Kind(NamedTuple):
     """How a stage uses the loss."""
 
@@ -285,7 +273,7 @@ class _Init:
         return self.init(trees.arrays(params))
 
 
-class _Update:
+class _Update(NamedUpdate):
     """The update of a stage: plain updates become a signal before the rule, and are returned after
     it.
     """

@@ -23,6 +23,8 @@ from ml_collections import ConfigDict
 
 from curvax.arithmetic.trees import Tree, is_float
 from curvax.devices.axes import Along, Neighbours
+from curvax.parameter_roles.layouts import Layout
+from curvax.pipes.parts import name_of, options_of, walk
 from curvax.training.config import configs, recipe
 
 Prepare = Callable[[Tree, Tree], Tree]
@@ -264,9 +266,17 @@ def _first(devices: list[jax.Device], count: int) -> list[jax.Device]:
 
 
 def group_sizes(config: ConfigDict) -> set[int]:
-    """The group sizes of a method: each integer `m` of `per_group(m, ...)` in its text."""
-    given = recipe.given(config.optimizer, "per_group", "m", configs.numbers(config))
-    return {m for m in given if isinstance(m, int)}
+    """The sizes m of the groups that a config's optimiser has, `per_group(m, ...)`.
+
+    Raises:
+        RecipeError: the text cannot be parsed.
+    """
+    # Neither the length of the run nor axes, layout and kernels change the groups.
+    names = {"axes": None, "layout": Layout({}), "kernels": None}
+    names = configs.numbers(config) | names
+    optimizer = recipe.parse(config.optimizer, steps=2**31 - 1, names=names)
+    groups = (part for part in walk(optimizer) if name_of(part) == "per_group")
+    return {options_of(group)["m"] for group in groups}
 
 
 def _devices_of_a_group(config: ConfigDict, devices: int) -> int:
@@ -275,7 +285,7 @@ def _devices_of_a_group(config: ConfigDict, devices: int) -> int:
     m = max(sizes, default=named)
     fits = lambda n: config.batch % n == 0 and 0 in (n % per_device, per_device % n)
     if not isinstance(m, int) or m < 1:
-        return 1  # `per_group` itself raises the error
+        return 1
     if fits(m):
         return max(m // per_device, 1)
     if not sizes:

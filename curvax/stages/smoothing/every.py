@@ -12,7 +12,8 @@ from curvax.arithmetic.trees import Tree
 from curvax.devices import axes
 from curvax.objective import as_objective
 from curvax.pipes import requirements
-from curvax.pipes.signal import Signal, Stage, containing, name_of, parts_of, pipe, step
+from curvax.pipes.parts import name_of, parts_of
+from curvax.pipes.signal import Signal, Stage, containing, pipe, step
 
 
 class EveryState(NamedTuple):

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 import optax
 
 import curvax
+from curvax.pipes.parts import with_options
 from curvax.training.config import run_schedules
 
 _NO_NAMES: Mapping[str, Any] = types.MappingProxyType({})
@@ -158,7 +159,13 @@ class _Reader:
         self.check_keywords(node, name, factory)
         positional = [self.value(argument) for argument in node.args]
         named = {keyword.arg: self.value(keyword.value) for keyword in node.keywords if keyword.arg}
-        return self.build(node, factory, *positional, **named)
+        built = self.build(node, factory, *positional, **named)
+        if not isinstance(built, optax.GradientTransformation):
+            return built
+        # `Signature.bind` itself: that of curvax's factories wraps static options.
+        signature = inspect.signature(factory)
+        options = inspect.Signature.bind(signature, *positional, **named).arguments
+        return with_options(built, name, options)
 
     def check_keywords(self, node: ast.Call, name: str, factory: Callable[..., Any]) -> None:
         parameters = inspect.signature(factory).parameters
@@ -202,31 +209,28 @@ def outline(text: str, *, deep: bool = False) -> str:
     Args:
         deep: with the names of nested calls, as `per_group(sam_perturb) | adamw(cosine)`.
     """
-    return " | ".join(_name(part, deep=deep) for part in parts(text))
+    return " | ".join(_name(part, deep=deep) for part in _operands(_Reader(text, {}).tree()))
 
 
-def parts(text: str) -> list[ast.expr]:
-    """The syntax trees of a text's parts."""
-    return _operands(_Reader(text, {}).tree())
+def with_argument(text: str, factory: str, **argument: Any) -> str:
+    """The text with a keyword argument added to every call of a factory that lacks it.
 
+        with_argument("per_group(8, stages) | sgd(0.1)", "per_group", sequential=True)
 
-def given(text: str, factory: str, argument: str, names: Mapping[str, Any]) -> list[Any]:
-    """The values that a text passes for one argument, in every call of a factory.
-
-        given("per_group(m, sam_perturb(0.05)) | sgd(0.1)", "per_group", "m", {"m": 32}) == [32]
+    The text itself if nothing changes.
 
     Raises:
-        RecipeError: as in `parse`, for that argument only.
+        RecipeError: the text cannot be parsed.
     """
-    reader = _Reader(text, {**vocabulary(), **names})
-    place = list(inspect.signature(reader.names[factory]).parameters).index(argument)
-    found = []
-    for node in ast.walk(reader.tree()):
+    ((name, value),) = argument.items()
+    tree, changes = _Reader(text, {}).tree(), False
+    for node in ast.walk(tree):
         match node:
-            case ast.Call(func=ast.Name(id=name)) if name == factory:
-                found += node.args[place : place + 1]
-                found += [word.value for word in node.keywords if word.arg == argument]
-    return [reader.value(node) for node in found]
+            case ast.Call(func=ast.Name(id=called)) if called == factory:
+                if all(keyword.arg != name for keyword in node.keywords):
+                    node.keywords.append(ast.keyword(name, ast.Constant(value)))
+                    changes = True
+    return ast.unparse(tree) if changes else text
 
 
 def _name(node: ast.expr, *, deep: bool) -> str:
