@@ -62,6 +62,7 @@ from curvax.objective import Objective
 from curvax.perturbation import (
     asam,
     asam_all,
+    by_path,
     dual_norm,
     fisher_ascent,
     random_direction,
@@ -117,6 +118,7 @@ __all__ = [
     "asam",
     "asam_all",
     "bernoulli",
+    "by_path",
     "categorical",
     "cg",
     "clip_by_diagonal",

@@ -169,7 +169,15 @@ def test_a_wrong_option_is_named(make, words):
         make()
 
 
-def test_a_radius_that_is_neither_of_paths_nor_of_steps_shows_both():
-    tx = cx.sam_perturb(lambda path: {"a": 0.1}[path[0]])
-    with pytest.raises(ValueError, match="'b'"):
+@pytest.mark.parametrize(
+    ("rho", "words"),
+    [
+        (lambda path: {"a": 0.1}[path[0]], r"the path \('b',\).*KeyError"),
+        (cx.by_path(lambda names: {"a": 0.1}[names[0]]), r"the path \('b',\).*KeyError"),
+        (lambda names: {"a": 0.1}[names[0]], r"by_path\(f\).*the step"),
+    ],
+)
+def test_a_radius_that_fails_on_a_path_or_a_step_says_what_it_was_called_with(rho, words):
+    tx = cx.sam_perturb(rho)
+    with pytest.raises(ValueError, match=words):
         tx.update({"b": W}, tx.init({"b": W}), {"b": W}, value_fn=lambda p: jnp.sum(p["b"] ** 2))

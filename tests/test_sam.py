@@ -146,7 +146,15 @@ def by_layer(hidden: float, out: float) -> np.ndarray:
 RADII = {
     "number": (0.3, by_layer(0.3, 0.3)),
     "tree prefix": ({"hidden": 0.1, "out": 0.3}, by_layer(0.1, 0.3)),
-    "callable on the path": (lambda path: 0.1 if "hidden" in path else 0.3, by_layer(0.1, 0.3)),
+    "function of the path": (
+        cx.by_path(lambda names: 0.1 if "hidden" in names else 0.3),
+        by_layer(0.1, 0.3),
+    ),
+    "callable of a path": (lambda path: 0.1 if "hidden" in path else 0.3, by_layer(0.1, 0.3)),
+    "schedules by path": (
+        cx.by_path(lambda names: lambda count: 0.1 * (1 + count) if "hidden" in names else 0.3),
+        by_layer(0.1, 0.3),
+    ),
     "schedule": (lambda count: 0.3 / (1 + count), by_layer(0.3, 0.3)),
     "Optax's schedule": (optax.linear_schedule(0.3, 0.0, 2), by_layer(0.3, 0.3)),
     "schedules by layer": (

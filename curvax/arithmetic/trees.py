@@ -1,5 +1,6 @@
 """Arithmetic on pytrees of parameters in float32 or wider, and names for their leaves."""
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -37,6 +38,14 @@ def names(path: Iterable[Any]) -> Path:
 def label(path: Path) -> str:
     """A path as text, `block_0/kernel` for example."""
     return "/".join(path) or "(root)"
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """A hashable value without leaves, which JAX's transformations pass on unchanged."""
+
+    value: Any
 
 
 def map_with_path(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:

@@ -56,7 +56,7 @@ def sam(
             each of the k mini-batches is perturbed separately before the mean is taken; a schedule
             of ρ then counts mini-batches.
         rho: ρ >= 0, the radius of the perturbation in the units of the norm: a number, a schedule,
-            a tree prefix of the parameters, or a callable `path -> ρ`.
+            a tree prefix of the parameters, or `by_path(f)`.
         mean_over: device axis, or tuple of axes, to average the perturbed gradient over. Each
             device perturbs on its own part of the batch (m-sharpness).
         p: norm of the ball, in [1, ∞].
@@ -115,7 +115,7 @@ def gsam(
     Args:
         base: an Optax transformation, such as `optax.adamw(1e-3)`.
         rho: ρ >= 0, the radius of the perturbation in the units of the norm: a number, a schedule,
-            a tree prefix of the parameters, or a callable `path -> ρ`.
+            a tree prefix of the parameters, or `by_path(f)`.
         alpha: α, the weight of the orthogonal part: a number or a schedule; 0 is SAM.
         onto: "perturbed" keeps g_p and adds the part of g orthogonal to it (the paper); "clean"
             keeps g and adds the part of g_p orthogonal to it.
@@ -181,7 +181,7 @@ def look_sam(
     Args:
         base: an Optax transformation, such as `optax.adamw(1e-3)`.
         rho: ρ >= 0, the radius of the perturbation in the units of the norm: a number, a schedule,
-            a tree prefix of the parameters, or a callable `path -> ρ`.
+            a tree prefix of the parameters, or `by_path(f)`.
         every: k, the number of steps per SAM step; a positive int.
         alpha: α, the length of the reused part as a fraction of ‖g‖: a number or a schedule.
         mean_over: device axis, or tuple of axes, to average the updates over.

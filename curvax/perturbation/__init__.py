@@ -10,12 +10,14 @@ from curvax.perturbation.directions import (
     weight_scaled,
 )
 from curvax.perturbation.fisher import fisher_ascent
+from curvax.perturbation.radius import by_path
 
 __all__ = [
     "Ascent",
     "MetricAscent",
     "asam",
     "asam_all",
+    "by_path",
     "dual_norm",
     "fisher_ascent",
     "random_direction",

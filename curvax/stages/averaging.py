@@ -141,13 +141,11 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
         batch_of_all = objective._device_part()._whole_batch()
         # The caller's loss is that of the whole batch; `value_fn` and `value` are each group's own.
         extra = {name: x for name, x in extra.items() if name not in ("loss", "obj_fn")}
-        averaged: frozenset[str] = frozenset()
         keys = StateKeys(inner.init, params)
 
         def one(
             i: jax.Array, batch: Tree, params: Tree, state: Any
         ) -> tuple[Any, jax.Array | None]:
-            nonlocal averaged
             group = objective.piece(batch, i, count)
             group = group if count == 1 else group._as_piece_of(batch_of_all)
             (value, aux), gradient = group._value_aux_and_grad(params)
@@ -155,13 +153,14 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
             start = keys.map(lambda key: jax.random.fold_in(key, first * count + i), state)
             extra_of_group = extra | {"value_fn": group, "value": value, "grad": gradient}
             out, new = inner.update(given, start, params, **extra_of_group)
-            averaged = out.averaged - out.local
+            averaged = trees.Static(out.averaged - out.local)
             diagonal = None if local and weight is not None else out.diagonal
             # Keys and axis names do not average; both are put back below.
             out = out._replace(diagonal=diagonal, matvec=None, local=None, averaged=None)
-            return (out, keys.without(new)), group.batch_weight()
+            return (out, averaged, keys.without(new)), group.batch_weight()
 
-        out, new = over_groups(one, groups, count, params, state)
+        out, shared, new = over_groups(one, groups, count, params, state)
+        averaged = shared.value
         out = out._replace(aux=microbatching.finished(out.aux))
         out, new = _sharded_like(out, params), meshes.laid_like(new, state)
         whole = averaged.union(axis for axis in within if isinstance(axis, str))
