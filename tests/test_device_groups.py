@@ -30,7 +30,7 @@ from test_devices import (
 
 import curvax as cx
 from curvax.analysis import m_sharpness, top_eigenpairs
-from curvax.perturbation.directions import random_direction
+from curvax.perturbation.ascent_rules import random_direction
 from curvax.planning import collectives, hlo
 
 pytestmark = pytest.mark.skipif(

@@ -13,7 +13,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import curvax as cx
-from curvax.perturbation.directions import random_direction
+from curvax.perturbation.ascent_rules import random_direction
 from curvax.planning import collectives, hlo
 
 DEVICES, PER_DEVICE, FEATURES, HIDDEN = 8, 4, 5, 3

@@ -12,7 +12,7 @@ from small_problems import net, net_batch, net_loss, net_params, quick_jit
 import curvax as cx
 from curvax.arithmetic import trees
 from curvax.linalg import eigenpairs
-from curvax.perturbation import directions
+from curvax.perturbation import ascent_rules
 
 pytestmark = pytest.mark.usefixtures("single_precision")
 
@@ -49,7 +49,7 @@ def of_vector(x: jax.Array) -> Any:
         near_one=trees.norm(t) * trees.inverse(trees.magnitude(t)),
         cosine=trees.cosine(t, turned),
         rejected=trees.reject(t, turned),
-        steps=[directions.dual_direction(t, p) for p in (1.5, 2, 3)],
+        steps=[ascent_rules.dual_direction(t, p) for p in (1.5, 2, 3)],
     )
 
 

@@ -11,7 +11,7 @@ from curvax.arithmetic.trees import Tree
 from curvax.devices import axes
 from curvax.objective import Objective
 from curvax.perturbation import dual_norm
-from curvax.perturbation.ball import AscentRules, BallAscent, check_ascent
+from curvax.perturbation.ascent_steps import AscentRules, BallAscent, check_ascent
 
 
 class Ascended(NamedTuple):

@@ -12,7 +12,7 @@ from curvax.analysis.directions import stack_of
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
 from curvax.linalg import bases
-from curvax.parameter_roles import layers
+from curvax.parameter_roles import roles_by_name
 from curvax.parameter_roles.roles import Path
 
 
@@ -104,5 +104,5 @@ def _inside(facts: Any, rank: int, biases: bool) -> tuple[int, ...] | None:
 
 def _by_names(params: Tree) -> dict[Path, _Facts]:
     """Facts inferred from names, shapes and classes."""
-    found = layers.param_infos(params)
+    found = roles_by_name.param_infos(params)
     return {path: _Facts(r.role.kind, r.role.outputs, r.depth) for path, r in found.items()}

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from curvax.arithmetic import safe_math, trees
 from curvax.arithmetic.trees import Tree
+from curvax.likelihoods.batch_entries import Entry
 from curvax.likelihoods.likelihood import Likelihood
-from curvax.likelihoods.sites import Entry
 
 
 def categorical(targets: Entry, *, mask: Entry = None, weights: Entry = None) -> Likelihood:

@@ -1,6 +1,6 @@
 """SAM's perturbation: ascent rules, and the ascent in a ball of radius ρ."""
 
-from curvax.perturbation.directions import (
+from curvax.perturbation.ascent_rules import (
     Ascent,
     MetricAscent,
     asam,

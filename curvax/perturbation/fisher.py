@@ -15,7 +15,7 @@ from curvax.devices import axes
 from curvax.linalg import Solver, cg
 from curvax.linalg.solvers import check_solver
 from curvax.objective import Objective
-from curvax.perturbation.directions import MetricAscent
+from curvax.perturbation.ascent_rules import MetricAscent
 
 TEN_STEPS = cg(10)
 

@@ -18,7 +18,7 @@ from curvax.devices.axes import AxisNames
 from curvax.hyperparameters import injectable
 from curvax.objective import Objective, as_objective
 from curvax.perturbation import dual_norm
-from curvax.perturbation.ball import AscentRules, BallAscent, check_ascent
+from curvax.perturbation.ascent_steps import AscentRules, BallAscent, check_ascent
 from curvax.perturbation.radius import radius_of
 from curvax.pipes import order
 from curvax.pipes.diagnostics import Flags, Metrics, StageMetrics, metrics_of, no_metrics

@@ -12,7 +12,7 @@ from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Path, Tree
 from curvax.hyperparameters import injectable
-from curvax.parameter_roles import layers
+from curvax.parameter_roles import roles_by_name
 from curvax.pipes import requirements
 from curvax.pipes.signal import Signal, Stage, stage
 
@@ -108,13 +108,13 @@ def _rule_of(block: Any, layout: Any) -> Callable[[Tree], tuple[BlockRule, LeafA
 
 def _recognised(tree: Tree) -> LeafAxes:
     """The role of each leaf by names, shapes and classes; without a window where in doubt."""
-    return {path: info.role for path, info in layers.param_infos(tree).items()}
+    return {path: info.role for path, info in roles_by_name.param_infos(tree).items()}
 
 
 def _warn_of_windows(params: Tree) -> None:
     """Warns of leaves that may be kernels of convolutions and are not averaged."""
-    shapes, infos = layers.shapes_of(params), layers.param_infos(params)
-    doubtful = layers.doubtful_windows(shapes, infos)
+    shapes, infos = roles_by_name.shapes_of(params), roles_by_name.param_infos(params)
+    doubtful = roles_by_name.doubtful_windows(shapes, infos)
     if doubtful:
         found = ", ".join(f"`{'/'.join(path)}` {shapes[path]}" for path in doubtful[:3])
         more = f" and {len(doubtful) - 3} more" if len(doubtful) > 3 else ""

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from curvax.parameter_roles.layers import shapes_of
 from curvax.parameter_roles.roles import (
     Axes,
     ParamInfo,
@@ -25,6 +24,7 @@ from curvax.parameter_roles.roles import (
     removed,
     role,
 )
+from curvax.parameter_roles.roles_by_name import shapes_of
 
 
 def read(

@@ -14,7 +14,7 @@ from curvax.curvature import hvp
 from curvax.curvature.differentiability import check_mode
 from curvax.devices import axes
 from curvax.objective import Objective
-from curvax.perturbation.directions import Ascent, MetricAscent, check_p, dual_direction, p_norm
+from curvax.perturbation.ascent_rules import Ascent, MetricAscent, check_p, dual_direction, p_norm
 
 
 def check_ascent(
