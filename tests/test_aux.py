@@ -11,7 +11,7 @@ import pytest
 from small_problems import assert_trees_close
 
 import curvax as cx
-from curvax.stages.averaging import per_group
+from curvax.stages.per_group import per_group
 
 N, TOKENS, CLASSES = 8, 5, 3
 PARAMS = {"w": jax.random.normal(jax.random.key(1), (3, CLASSES))}

@@ -390,6 +390,19 @@ def weight_of(signal: Signal, value_fn: Any, over: tuple[str, ...], stage: str) 
     return axes.total(weight, tuple(axis for axis in axes.manual() if axis in before))
 
 
+def mean_over_devices(signal: Signal, over: tuple[str, ...], weight: jax.Array | None) -> Signal:
+    """The signal with updates, clean gradient and losses averaged over bound device axes."""
+    mean = lambda tree: axes.mean(tree, over, weight)
+    same = trees.same_leaves(signal.gradient, signal.updates)
+    updates = mean(signal.updates)
+    gradient = updates if same else mean(signal.gradient)
+    value, perturbed_value = mean((signal.value, signal.perturbed_value))
+    return signal._replace(
+        updates=updates, gradient=gradient, value=value, perturbed_value=perturbed_value,
+        averaged=signal.averaged.union(over),
+    )  # fmt: skip
+
+
 class StepState(NamedTuple):
     """The state of a stage that only counts steps."""
 

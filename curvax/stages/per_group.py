@@ -1,4 +1,4 @@
-"""Averages over devices, and over groups of examples that take the stages separately."""
+"""Groups of examples that take the stages separately: m-sharpness whatever the devices."""
 
 from typing import Any
 
@@ -10,69 +10,11 @@ from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree, is_float
 from curvax.devices import axes, meshes
-from curvax.devices.axes import AxisNames
 from curvax.hyperparameters import injectable
 from curvax.objective import Objective, as_objective, microbatching, require_batch
 from curvax.pipes import order
-from curvax.pipes.signal import Signal, Stage, pipe, stage, weight_of
+from curvax.pipes.signal import Signal, Stage, mean_over_devices, pipe, stage
 from curvax.pipes.state_keys import StateKeys
-
-
-def pmean_updates(axis_name: AxisNames) -> Stage:
-    """Averages updates, clean gradient and losses over device axes.
-
-    Later stages see the means. Means that nothing uses are dropped by the compiler, and values that
-    are equal on all devices cost nothing. Devices are weighted by the objective's weight where it
-    has one. Where no axis is bound the stage is the identity, so that one pipe serves jit, pmap and
-    shard_map.
-
-    Args:
-        axis_name: device axis, or tuple of axes; `()` declares that the updates stay local to each
-            device.
-
-    Returns:
-        A stage.
-
-    Raises:
-        ValueError: in `update`, the axis is not bound while others are, or it is None and the
-            updates are local.
-
-    Examples:
-        >>> import jax, jax.numpy as jnp, optax, curvax
-        >>> loss = lambda w: 0.5 * jnp.sum(w**2)
-        >>> tx = curvax.sam_perturb(0.1) | curvax.pmean_updates("batch") | optax.sgd(1.0)
-        >>> w = jnp.array([3.0, 4.0])
-        >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
-        >>> [round(float(x), 3) for x in updates]  # outside of pmap and shard_map: the identity
-        [-3.06, -4.08]
-    """
-
-    def rule(
-        signal: Signal, state: Any, params: Tree, *, value_fn: Any = None, **extra: Any
-    ) -> Any:
-        del extra
-        local = signal.local
-        if axis_name is None and value_fn is not None:
-            local = local | as_objective(value_fn, "pmean_updates").local_axes(params)
-        over = checks.averaged_axes(axis_name, local, stage="pmean_updates", partly=True)
-        weight = weight_of(signal, value_fn, over, "pmean_updates")
-        remaining = signal.local - set(over) if over else frozenset()
-        return _mean(signal, over, weight)._replace(local=remaining), state
-
-    return stage(lambda params: optax.EmptyState(), rule, evaluates_loss=False, complex_leaves=True)
-
-
-def _mean(signal: Signal, over: tuple[str, ...], weight: jax.Array | None) -> Signal:
-    """The signal with updates, clean gradient and losses averaged over bound device axes."""
-    mean = lambda tree: axes.mean(tree, over, weight)
-    same = trees.same_leaves(signal.gradient, signal.updates)
-    updates = mean(signal.updates)
-    gradient = updates if same else mean(signal.gradient)
-    value, perturbed_value = mean((signal.value, signal.perturbed_value))
-    return signal._replace(
-        updates=updates, gradient=gradient, value=value, perturbed_value=perturbed_value,
-        averaged=signal.averaged.union(over),
-    )  # fmt: skip
 
 
 @injectable
@@ -167,7 +109,9 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
         out = out._replace(local=local - averaged, averaged=whole)
         if weight is not None:
             # Values that devices share were averaged over groups by the weights of one device.
-            out = _mean(out, tuple(axis for axis in axes.manual() if axis in averaged), weight)
+            out = mean_over_devices(
+                out, tuple(axis for axis in axes.manual() if axis in averaged), weight
+            )
         advanced = keys.map(lambda key: jax.random.fold_in(key, shards * count), state)
         new = keys.put_back(advanced, new)
         return out, jax.tree.map(lambda x, old: _settled(x, old, objective, local), new, state)
