@@ -1,4 +1,4 @@
-"""The map of the packages on the architecture page, drawn from `FLOORS` in tests/test_public.py.
+"""The map of the packages on the architecture page, drawn from `FLOORS` in tests/repository/test_public.py.
 
     python docs/make_floors.py
 
@@ -26,7 +26,7 @@ NEEDS = {
 
 def read() -> list[list[str]]:
     """The floors from the ground up, each sorted."""
-    tree = ast.parse((ROOT / "tests" / "test_public.py").read_text())
+    tree = ast.parse((ROOT / "tests" / "repository" / "test_public.py").read_text())
     (found,) = (
         node.value
         for node in tree.body

@@ -1,0 +1,469 @@
+"""The contract of an Optax transformation, kept by every stage and every method."""
+
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from operator import itemgetter
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from small_problems import assert_trees_close, quick_jit
+
+import curvax as cx
+from curvax.pipes.signal import kinds
+
+
+def make_params(dtype: Any = jnp.float64) -> Any:
+    kernel, bias = jax.random.normal(jax.random.key(0), (5, 2), dtype)[:4], jnp.ones(2, dtype) / 3
+    return {"hidden": {"kernel": kernel}, "out": {"bias": bias}}
+
+
+def make_batch(dtype: Any = jnp.float64) -> Any:
+    x = jax.random.normal(jax.random.key(1), (8, 4), dtype)
+    return {"x": x, "y": 1 + x[:, :2]}
+
+
+def predict(params: Any, batch: Any) -> jax.Array:
+    return jnp.tanh(batch["x"] @ params["hidden"]["kernel"]) + params["out"]["bias"][None, :]
+
+
+def objective_on(batch: Any, model: Callable[..., jax.Array] = predict) -> cx.Objective:
+    return cx.Objective(cx.gaussian("y"), batch, model=model)
+
+
+class Row(NamedTuple):
+    """One entry of the table: a pipe around what is tested, and its injectable numbers."""
+
+    build: Callable[..., cx.Stage]
+    numbers: Mapping[str, Any] = MappingProxyType({})
+    perturbs: bool = False
+    """Warns of parameters in half precision."""
+    differentiates: bool = True
+    """Refuses integer parameters."""
+
+
+def is_hidden(params: Any) -> Any:
+    return jax.tree.map_with_path(lambda path, x: "hidden" in jax.tree_util.keystr(path), params)
+
+
+def by_layer(params: Any) -> Any:
+    return jax.tree.map(lambda hidden: "hidden" if hidden else "rest", is_hidden(params))
+
+
+def half(params: Any) -> Any:
+    return optax.EmptyState()
+
+
+def halve(signal: cx.Signal, state: Any, params: Any, **extra: Any) -> Any:
+    return signal._replace(updates=optax.tree.scale(0.5, signal.updates)), state
+
+
+def diagonal(key: Any = 0) -> cx.Stage:
+    return cx.hutchinson_diag(key)
+
+
+def divide() -> cx.Stage:
+    return cx.ema_rms(0.9) | cx.scale_by_power(1.0, eps=0.1)
+
+
+TABLE = {
+    "hutchinson_diag": Row(lambda key: cx.hutchinson_diag(key, probes=2) | divide(), {"key": 3}),
+    "spatial_average": Row(lambda: diagonal() | cx.spatial_average(2) | divide()),
+    "ema_rms": Row(
+        lambda decay: diagonal() | cx.ema_rms(decay) | cx.scale_by_power(1.0, eps=0.1),
+        {"decay": 0.9},
+    ),
+    "every": Row(lambda k: cx.every(k, diagonal()) | divide(), {"k": 2}),
+    "scale_by_power": Row(
+        lambda power, eps, damping: (
+            diagonal() | cx.ema_rms(0.9) | cx.scale_by_power(power, eps=eps, damping=damping)
+        ),
+        {"power": 0.7, "eps": 1e-3, "damping": 0.1},
+    ),
+    "sam_perturb": Row(
+        lambda rho, every: cx.sam_perturb(rho, every=every), {"rho": 0.1, "every": 2}, perturbs=True
+    ),
+    "sam_perturb at random": Row(
+        lambda key: cx.sam_perturb(0.1, ascent=cx.random_direction(key), steps=2),
+        {"key": 3},
+        perturbs=True,
+    ),
+    "sam_perturb to second order": Row(
+        lambda rho: cx.sam_perturb(rho, p=3, second_order=True), {"rho": 0.1}, perturbs=True
+    ),
+    "gsam_project": Row(
+        lambda alpha: cx.sam_perturb(0.1) | cx.gsam_project(alpha), {"alpha": 0.4}, perturbs=True
+    ),
+    "penalize_gap": Row(
+        lambda lam: cx.sam_perturb(0.1) | cx.penalize_gap(lam), {"lam": 0.4}, perturbs=True
+    ),
+    "keep_orthogonal": Row(
+        lambda alpha: cx.sam_perturb(0.1, every=2) | cx.keep_orthogonal(alpha),
+        {"alpha": 0.4},
+        perturbs=True,
+    ),
+    "per_group": Row(
+        lambda rho: cx.per_group(4, cx.sam_perturb(rho) | cx.gsam_project(0.4)),
+        {"rho": 0.1},
+        perturbs=True,
+    ),
+    "pmean_updates": Row(
+        lambda rho: cx.sam_perturb(rho) | cx.pmean_updates("batch"), {"rho": 0.1}, perturbs=True
+    ),
+    "restrict": Row(
+        lambda rho: cx.restrict(cx.sam_perturb(rho), is_hidden),
+        {"rho": 0.1},
+        perturbs=True,
+        differentiates=False,
+    ),
+    "partition": Row(
+        lambda rate: cx.partition(
+            {"hidden": diagonal() | divide(), "rest": optax.adagrad(rate)}, by_layer
+        ),
+        {"rate": 0.1},
+        differentiates=False,
+    ),
+    "record": Row(
+        lambda: cx.record(size=lambda signal, params: optax.tree.norm(signal.updates)),
+        differentiates=False,
+    ),
+    "stage": Row(lambda: cx.stage(half, halve), differentiates=False),
+    "pipe": Row(
+        lambda rate: cx.pipe(optax.clip(0.1), optax.sgd(rate)), {"rate": 0.1}, differentiates=False
+    ),
+    "adahessian": Row(
+        lambda rate: cx.adahessian(rate, block=2, weight_decay=0.1, every=2), {"rate": 0.15}
+    ),
+    "sam": Row(lambda rho: cx.sam(optax.sgd(0.1, 0.9), rho), {"rho": 0.1}, perturbs=True),
+    "gsam": Row(
+        lambda rho, alpha: cx.gsam(optax.adamw(0.1), rho, alpha, ascent=cx.asam(0.01)),
+        {"rho": 0.1, "alpha": 0.4},
+        perturbs=True,
+    ),
+    "look_sam": Row(
+        lambda rho, every: cx.look_sam(optax.adabelief(0.1), rho, every=every),
+        {"rho": 0.1, "every": 2},
+        perturbs=True,
+    ),
+    "squared_gradient | ema_mean | accumulate": Row(
+        lambda decay: (
+            cx.squared_gradient()
+            | cx.ema_mean(decay, lag=1)
+            | cx.accumulate(0.1)
+            | cx.scale_by_power(0.5)
+        ),
+        {"decay": 0.9},
+        differentiates=False,
+    ),
+    "empirical_fisher_diag | clip_by_diagonal": Row(
+        lambda gamma: cx.empirical_fisher_diag() | cx.clip_by_diagonal(gamma, eps=0.1),
+        {"gamma": 0.5},
+    ),
+    "gauss_newton_diag": Row(
+        lambda key: cx.gauss_newton_diag(key, probes=2) | divide(), {"key": 3}
+    ),
+    "fisher_diag": Row(lambda key: cx.fisher_diag(key, shards=2) | divide(), {"key": 3}),
+    "exact_diag": Row(lambda: cx.exact_diag("fisher") | divide()),
+    "hessian_matvec | damp | solve": Row(
+        lambda damping: cx.hessian_matvec() | cx.damp(damping) | cx.solve(cx.steihaug(0.5, 3)),
+        {"damping": 0.3},
+    ),
+    "gauss_newton_matvec": Row(
+        lambda damping: cx.gauss_newton_matvec() | cx.damp(damping) | cx.solve(cx.dense()),
+        {"damping": 0.3},
+    ),
+    "fisher_matvec | trust_region": Row(
+        lambda radius: (
+            cx.fisher_matvec(samples=2)
+            | cx.damp(0.3)
+            | cx.solve(cx.cg(3, warm_start=0.5))
+            | cx.trust_region(radius)
+        ),
+        {"radius": 0.1},
+    ),
+    "empirical_fisher_matvec": Row(
+        lambda damping: cx.empirical_fisher_matvec() | cx.damp(damping) | cx.solve(cx.row_space()),
+        {"damping": 0.3},
+    ),
+    "quadratic_step": Row(lambda: cx.fisher_matvec() | cx.damp(0.3) | cx.quadratic_step()),
+    "levenberg_marquardt": Row(
+        lambda damping: cx.levenberg_marquardt(
+            cx.fisher_matvec() | cx.damp() | cx.solve(cx.cg(3)) | optax.sgd(0.5, 0.9), damping
+        ),
+        {"damping": 0.3},
+    ),
+    "sam_perturb in the Fisher metric": Row(
+        lambda rho: cx.sam_perturb(rho, ascent=cx.fisher_ascent(0.3, solver=cx.cg(3))),
+        {"rho": 0.1},
+        perturbs=True,
+    ),
+    "natural_gradient": Row(
+        lambda rate: cx.natural_gradient(rate, damping=0.3, solver=cx.cg(3), momentum=0.9),
+        {"rate": 0.1},
+    ),
+    "gauss_newton": Row(
+        lambda rate: cx.gauss_newton(rate, damping=0.3, solver=cx.cg(3)), {"rate": 0.1}
+    ),
+    "hessian_free": Row(
+        lambda damping: cx.hessian_free(
+            damping=damping, solver=cx.cg(3, warm_start=0.9, backtrack=True)
+        ),
+        {"damping": 0.3},
+    ),
+    "newton_cg": Row(lambda rate: cx.newton_cg(rate, damping=0.3, solver=cx.cg(3)), {"rate": 0.1}),
+    "diagonal_natural_gradient": Row(
+        lambda rate: cx.diagonal_natural_gradient(rate, damping=0.1, every=2),
+        {"rate": 0.1},
+    ),
+    "sophia_h": Row(lambda rate: cx.sophia_h(rate, every=2), {"rate": 0.1}),
+    "sophia_g": Row(lambda rate: cx.sophia_g(rate, every=2), {"rate": 0.1}),
+}
+
+
+@pytest.fixture(scope="module", params=TABLE)
+def row(request: pytest.FixtureRequest) -> Row:
+    return TABLE[request.param]
+
+
+@pytest.fixture(scope="module")
+def tx(row: Row) -> cx.Stage:
+    return row.build(**row.numbers)
+
+
+def first_step(tx: Any, params: Any, model: Any = predict, batch: Any = None) -> tuple[Any, Any]:
+    """(updates, state) after one step."""
+    objective = objective_on(make_batch() if batch is None else batch, model)
+    _, grads = objective.value_and_grad(params)
+    return tx.update(grads, tx.init(params), params, value_fn=objective)
+
+
+def mini_steps(tx: cx.Stage, params: Any) -> tuple[Any, Any, Any]:
+    """With `MultiSteps` behind: its updates as it waits and steps, and those of each batch."""
+    several = tx | optax.MultiSteps(optax.identity(), 2, accumulator_dtype=jnp.float64)
+    batches = [make_batch(), jax.tree.map(lambda x: 0.5 * x[::-1] - 1, make_batch())]
+    state, alone, both, each = several.init(params), tx.init(params), [], []
+    for batch in batches:
+        objective = objective_on(batch)
+        grads = jax.grad(objective)(params)
+        updates, state = several.update(grads, state, params, value_fn=objective)
+        own, alone = tx.update(grads, alone, params, value_fn=objective)
+        both.append(updates)
+        each.append(own)
+    return *both, each
+
+
+def step_on_hidden(tx: cx.Stage, params: Any) -> Any:
+    """The updates of a model whose only parameters are those of the hidden layer."""
+    part = {"hidden": params["hidden"], "out": {"bias": None}}
+    model = lambda part, batch: predict({**params, "hidden": part["hidden"]}, batch)
+    return first_step(tx, part, model)[0]["hidden"]
+
+
+def vmapped_step(tx: cx.Stage, params: Any) -> Any:
+    several = jax.tree.map(lambda x: jnp.stack([x, -2 * x]), params)
+    return jax.vmap(lambda params: first_step(tx, params)[0])(several)
+
+
+def half_precision_step(tx: cx.Stage, params: Any) -> Any:
+    halved = optax.tree.cast(params, jnp.bfloat16)
+    return first_step(tx, halved, batch=make_batch(dtype=jnp.bfloat16))[0]
+
+
+@pytest.fixture(scope="module")
+def results(row: Row, tx: cx.Stage) -> dict[str, Any]:
+    """What the stage gives alone and inside every wrapper, compiled together."""
+    injected = optax.inject_hyperparams(row.build)(**row.numbers)
+
+    def run(params: Any) -> dict[str, Any]:
+        return {
+            "alone": first_step(tx, params),
+            "chain": first_step(optax.chain(optax.identity(), tx), params)[0],
+            "inject_hyperparams": first_step(injected, params),
+            "MultiSteps": mini_steps(tx, params),
+            "apply_if_finite": first_step(optax.apply_if_finite(tx, 5), params),
+            "restrict": first_step(cx.restrict(tx, is_hidden), params)[0],
+            "hidden alone": step_on_hidden(tx, params),
+            "vmap": vmapped_step(tx, params),
+            "bfloat16": half_precision_step(tx, params),
+        }
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return quick_jit(run)(make_params())
+
+
+def test_the_table_has_every_stage_and_method():
+    public = {name: getattr(cx, name) for name in cx.__all__}
+    makers = {
+        name
+        for name, thing in public.items()
+        if inspect.isfunction(thing)
+        and inspect.signature(thing).return_annotation in (cx.Stage, "Stage")
+    }
+    makers.remove(
+        "split_real_and_imaginary"
+    )  # of complex parameters: tests/stages/test_complex_parameters.py
+    assert makers == {part.split()[0] for name in TABLE for part in name.split(" | ")}
+
+
+def test_compiles_once_and_is_finite_at_zero_gradient(tx, results):
+    traces: list[None] = []
+
+    @quick_jit
+    def step(params, state, batch):
+        traces.append(None)
+        objective = objective_on(batch)
+        _, grads = objective.value_and_grad(params)
+        return grads, tx.update(grads, state, params, value_fn=objective)
+
+    params, batch = make_params(), make_batch()
+    _, (updates, state) = step(params, tx.init(params), batch)
+    assert_trees_close((updates, state), results["alone"])
+    nowhere = jax.tree.map(jnp.zeros_like, params)
+    grads, (updates, state) = step(nowhere, state, {**batch, "y": jnp.zeros_like(batch["y"])})
+    assert_trees_close(grads, nowhere)
+    assert all(bool(jnp.isfinite(u).all()) for u in jax.tree.leaves(updates))
+    # A structure, dtype or weak type that had changed in the state would have traced anew.
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_keeps_dtypes_and_structures(tx, dtype):
+    params, batch = make_params(dtype), make_batch(dtype=dtype)
+    kinds = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    updates, state = jax.eval_shape(lambda p: first_step(tx, p, batch=batch), params)
+    assert kinds(updates) == kinds(params)
+    assert kinds(state) == kinds(jax.eval_shape(tx.init, params))
+
+
+def test_keys_in_the_state_are_plain_data(tx):
+    leaves = jax.tree.leaves(tx.init(make_params()))
+    assert not any(jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in leaves)
+    jax.tree.map(np.asarray, leaves)
+
+
+def test_what_draws_nothing_keeps_no_key():
+    drawing = [cx.fisher_matvec(samples=1), cx.gauss_newton_diag(), cx.fisher_diag()]
+    still = [cx.fisher_matvec(), cx.hessian_matvec(), cx.exact_diag("fisher"), cx.hessian_free()]
+    keyed = lambda tx: any(x.dtype == jnp.uint32 for x in jax.tree.leaves(tx.init(make_params())))
+    assert all(map(keyed, drawing))
+    assert not any(map(keyed, still))
+
+
+def test_unknown_extra_args_change_nothing(tx):
+    params, objective = make_params(), objective_on(make_batch())
+    program = lambda **extra: jax.make_jaxpr(
+        lambda p: tx.update(p, tx.init(p), p, value_fn=objective, **extra)
+    )(params)
+    assert str(program(flavour="vanilla", epoch=3)) == str(program())
+
+
+def test_under_chain(results):
+    assert_trees_close(results["chain"], results["alone"][0])
+
+
+def test_under_inject_hyperparams(row, results):
+    updates, state = results["inject_hyperparams"]
+    assert_trees_close(updates, results["alone"][0])
+    assert set(state.hyperparams) == set(row.numbers)
+
+
+def test_multi_steps_behind_averages_the_updates_of_batches_that_differ(results):
+    waiting, updates, each = results["MultiSteps"]
+    assert not any(map(jnp.any, jax.tree.leaves(waiting)))
+    assert_trees_close(updates, jax.tree.map(lambda a, b: (a + b) / 2, *each))
+
+
+def test_multi_steps_around_what_evaluates_the_loss_is_refused(tx):
+    several = optax.MultiSteps(tx, 2)
+    if any(kind.evaluates_loss for kind in kinds(tx)):
+        with pytest.raises(ValueError, match=r"last mini-batch.*microbatch="):
+            several.init(make_params())
+    else:
+        several.init(make_params())
+
+
+def test_under_apply_if_finite(results):
+    updates, state = results["apply_if_finite"]
+    assert_trees_close((updates, state.inner_state), results["alone"])
+
+
+def test_restricted_to_some_leaves(results):
+    assert_trees_close(results["restrict"]["hidden"], results["hidden alone"])
+    grads = jax.grad(objective_on(make_batch()))(make_params())
+    assert_trees_close(results["restrict"]["out"], grads["out"])
+
+
+def test_under_vmap(results):
+    first = jax.tree.map(lambda u: u[0], results["vmap"])
+    assert_trees_close(first, results["alone"][0])
+
+
+def test_bfloat16_parameters(results):
+    leaves = jax.tree.leaves(results["bfloat16"])
+    assert {u.dtype for u in leaves} == {jnp.dtype(jnp.bfloat16)}
+    assert all(bool(jnp.isfinite(u).all()) for u in leaves)
+
+
+def test_half_precision_is_warned_of_once(row, tx):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        jax.eval_shape(tx.init, make_params(jnp.bfloat16))
+    assert len(caught) == row.perturbs
+    assert all("half precision" in str(warning.message) for warning in caught)
+
+
+def test_empty_tree(tx):
+    updates, state = first_step(tx, {}, lambda params, batch: batch["x"][:, :2])
+    assert updates == {}
+    chex.assert_trees_all_equal_structs(state, tx.init({}))
+
+
+def test_none_leaves_are_absent(tx):
+    params = make_params()
+    alone = jax.make_jaxpr(lambda p: first_step(tx, p))(params)
+    params["hidden"]["scale"] = None
+    assert str(jax.make_jaxpr(lambda p: first_step(tx, p))(params)) == str(alone)
+
+
+def test_integer_leaves_are_refused_at_init(row, tx):
+    params = {**make_params(), "hits": jnp.zeros(2, jnp.int32)}
+    if row.differentiates:
+        with pytest.raises(TypeError, match=r"`hits` has dtype int32.*`curvax\.restrict"):
+            tx.init(params)
+    else:
+        tx.init(params)
+
+
+def test_integer_leaves_stay_outside_a_restriction():
+    params = {**make_params(), "hits": jnp.ones(2, jnp.int32)}
+    grads = jax.grad(objective_on(make_batch()), allow_int=True)(params)
+    only_floats = jax.tree.map(lambda x: x.dtype != jnp.int32, params)
+    tx = cx.restrict(cx.sam_perturb(0.1), only_floats)
+    updates, _ = tx.update(grads, tx.init(params), params, value_fn=objective_on(make_batch()))
+    floats = make_params()
+    expected, _ = first_step(cx.sam_perturb(0.1), floats)
+    assert_trees_close({name: updates[name] for name in floats}, expected)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda key: cx.hutchinson_diag(key) | divide(),
+        lambda key: cx.sam_perturb(0.1, ascent=cx.random_direction(key)),
+    ],
+)
+def test_vmap_over_seeds(build):
+    keys = jax.random.split(jax.random.key(5), 2)
+    updates, state = jax.vmap(lambda key: first_step(build(key), make_params()))(keys)
+    for i, key in enumerate(keys):
+        alone = first_step(build(key), make_params())
+        assert_trees_close(jax.tree.map(itemgetter(i), (updates, state)), alone)
+    kernels = updates["hidden"]["kernel"]
+    assert np.abs(kernels[0] - kernels[1]).max() > 1e-6
