@@ -1,8 +1,9 @@
-"""The map of the packages on the architecture page, drawn from `FLOORS` in tests/repository/test_public.py.
+"""The map of the packages on the architecture page.
 
     python docs/make_floors.py
 
-Writes docs/assets/floors.svg. A package imports from the floors below its own only.
+Reads `FLOORS` in tests/repository/test_public.py and writes docs/assets/floors.svg. A package
+imports from the floors below its own only.
 """
 
 import ast

@@ -24,6 +24,7 @@ from flax import linen as nn  # noqa: E402
 from curvax.models import build  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("single_precision")
+COMMAND = "python -m pytest tests/evidence/test_costs.py -m 'evidence or not evidence'"
 TABLE = EVIDENCE / "costs.md"
 VIT: dict[str, Any] = dict(
     classes=10, width=192, depth=4, heads=3, mlp_width=768, patch=4, dropout=0.0
@@ -201,7 +202,7 @@ def record_row():
         head = ["model", "step", "FLOPs", "temporary memory", "extra copies of the parameters"]
         lines = ["# Cost of a step, in units of one gradient of the same model", ""]
         lines += [
-            "Made by `python -m pytest tests/evidence/test_costs.py -m 'evidence or not evidence'`.",
+            f"Made by `{COMMAND}`.",
             "",
         ]
         lines += ["| " + " | ".join(head) + " |", "|---|---|---|---|---|"]

@@ -22,6 +22,7 @@ from test_costs import VIT, Perceptron  # noqa: E402
 from curvax.models import build  # noqa: E402
 
 pytestmark = pytest.mark.evidence
+COMMAND = "python -m pytest tests/evidence/test_wall_time_of_steps.py -m evidence"
 TABLE = EVIDENCE / "clocks.md"
 ROUNDS = 40
 MODELS = {
@@ -152,8 +153,7 @@ def table():
     lines = [
         "# Wall time of a step, in units of a plain gradient step of the same model",
         "",
-        "Made by `python -m pytest tests/evidence/test_wall_time_of_steps.py -m evidence`: the median of "
-        f"{ROUNDS} rounds, all in turn in one process.",
+        f"Made by `{COMMAND}`: the median of {ROUNDS} rounds, all in turn in one process.",
         "",
         "| model | step | × SGD's or AdamW's | milliseconds |",
         "|---|---|---|---|",
