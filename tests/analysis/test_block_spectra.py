@@ -7,13 +7,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from device_problem import DEVICES, mesh
+from families import net_objective
 from flax import linen as nn
+from framework_problems import nnx_problem
 from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec as P
-from small_problems import dense_hessian, flat, net, net_batch, net_loss, net_params, quick_jit
-from test_analysis_spectra import loader_of, nnx_problem
-from test_curvature import matrix_of, net_objective, read
-from test_devices import DEVICES, mesh
+from recorded_curvature import read
+from small_problems import (
+    dense_hessian,
+    flat,
+    loader_of,
+    matrix_of,
+    net,
+    net_batch,
+    net_loss,
+    net_params,
+    quick_jit,
+)
 from trajectories import recorded
 
 import curvax as cx

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from test_costs import LARGE, MODELS, SMALL, Problem
+from step_costs import LARGE, MODELS, SMALL, Problem
 
 import curvax as cx
 from curvax.analysis import block_eigenvalues, hessian_spectrum, top_eigenpairs

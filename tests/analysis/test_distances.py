@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from families import FAMILIES, every_label, hard_targets, log_likelihood
 from jax.sharding import PartitionSpec as P
+from recorded_curvature import read
 from small_problems import EXAMPLES, flat, net, net_batch, net_params
-from test_curvature import read
 from trajectories import recorded
 
 import curvax as cx

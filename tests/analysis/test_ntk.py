@@ -7,8 +7,8 @@ import pytest
 from flax import linen as nn
 from jax.flatten_util import ravel_pytree
 from jax.sharding import NamedSharding, PartitionSpec
+from recorded_curvature import read
 from small_problems import net, net_batch, net_params
-from test_curvature import read
 from trajectories import recorded
 
 import curvax as cx

@@ -2,30 +2,30 @@
 
 import functools
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from device_problem import DEVICES, REGIMES, mesh, shards
+from families import net_objective
+from framework_problems import equinox_problem, nnx_problem
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from recorded_curvature import read
 from small_problems import (
     dense_hessian,
     flat,
     large_spectrum,
+    loader_of,
     net,
     net_batch,
     net_loss,
     net_params,
     quick_jit,
 )
-from test_curvature import net_objective, read
-from test_devices import DEVICES, REGIMES, mesh, shards
 from trajectories import recorded
 
 import curvax as cx
@@ -255,39 +255,6 @@ def test_in_bfloat16_vectors_and_sums_are_float32():
     assert float(trace.mean) == pytest.approx(values.sum(), abs=3 * float(trace.standard_error))
 
 
-class Nnx(nnx.Module):
-    def __init__(self, rngs: nnx.Rngs):
-        options: Any = dict(rngs=rngs, param_dtype=jnp.float64)
-        self.first = nnx.Linear(4, 3, **options)
-        self.norm = nnx.BatchNorm(3, use_running_average=True, **options)
-        self.last = nnx.Linear(3, 2, **options)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        with jax.numpy_rank_promotion("allow"):
-            return self.last(nnx.gelu(self.norm(self.first(x))))
-
-
-def nnx_problem() -> tuple[Any, Any]:
-    def square(model: Any, batch: Any) -> jax.Array:
-        return jnp.mean((model(batch["x"]) - batch["y"]) ** 2)
-
-    from curvax.flax_bridge import nnx_loss
-
-    loss, params = nnx_loss(Nnx(nnx.Rngs(0)), square)
-    return cx.Objective(loss, net_batch(), has_aux=True), params
-
-
-def equinox_problem() -> tuple[Any, Any]:
-    model = eqx.nn.MLP(4, 2, 3, 1, dtype=jnp.float64, key=jax.random.key(0))
-    params, static = eqx.partition(model, eqx.is_array)
-
-    def loss(params: Any, batch: Any) -> jax.Array:
-        out = jax.vmap(eqx.combine(params, static))(batch["x"])
-        return jnp.mean((out - batch["y"]) ** 2)
-
-    return cx.Objective(loss, net_batch()), params
-
-
 @pytest.mark.parametrize("problem", [nnx_problem, equinox_problem])
 def test_models_of_other_libraries(problem):
     objective, params = problem()
@@ -425,15 +392,6 @@ def test_counters_among_the_parameters_are_refused_by_name():
     params = net_params() | {"step": jnp.zeros((), jnp.int32)}
     with pytest.raises(TypeError, match="`step` has dtype int32"):
         top_eigenpairs(cx.Objective(net_loss, net_batch()), params)
-
-
-# A loader.
-
-
-def loader_of(*sizes: int) -> list[Any]:
-    edges = np.cumsum([0, *sizes])
-    cut = lambda i, j: jax.tree.map(lambda x: np.asarray(x[i:j]), net_batch())
-    return [cut(i, j) for i, j in pairwise(edges)]
 
 
 class Counting:

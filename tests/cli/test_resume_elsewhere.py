@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 import regime_run
-from test_data import make_images, write_idx
+from image_archives import make_images, write_idx
 
 from curvax.cli import main
 from curvax.training import pretrained

@@ -1,17 +1,16 @@
 """Gauss-Newton and Fisher products against dense matrices, expectations and recorded curvature."""
 
-import functools
-import json
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import FAMILIES, every_label, hard_targets, log_likelihood
+from families import FAMILIES, every_label, hard_targets, log_likelihood, net_objective
 from jax.flatten_util import ravel_pytree
-from small_problems import EXAMPLES, flat, net, net_batch, net_params, quick_jit
-from trajectories import load_problem, recorded
+from recorded_curvature import read
+from small_problems import EXAMPLES, flat, matrix_of, net, net_batch, net_params, quick_jit
+from trajectories import recorded
 
 import curvax as cx
 from curvax.curvature import empirical_fvp, fvp, ggnvp, hvp
@@ -20,66 +19,12 @@ from curvax.likelihoods import categorical, gaussian
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
-def matrix_of(make: Any, like: Any) -> np.ndarray:
-    """The matrix of the product that `make()` returns, a column for each unit tree."""
-    point, unravel = ravel_pytree(like)
-
-    def columns() -> jax.Array:
-        product = make()
-        return jax.lax.map(lambda e: ravel_pytree(product(unravel(e)))[0], jnp.eye(point.size))
-
-    return np.asarray(quick_jit(columns)()).T
-
-
-def net_objective(name: str, **options: Any) -> cx.Objective:
-    batch = dict(net_batch(), y=hard_targets(name, EXAMPLES, 2))
-    return cx.Objective(FAMILIES[name]("y"), batch, model=net, **options)
-
-
-# Recorded matrices.
-
-
-class Recorded:
-    """The curvature of a recorded problem at its initial parameters."""
-
-    def __init__(self, path: Any):
-        self.arrays = np.load(path)
-        self.problem = load_problem(json.loads(str(self.arrays["meta_json"]))["problem"])
-        self.params = self.problem.params
-        # ravel_pytree sorts the parameters by name, the recording does not.
-        place = self.problem.unflatten(jnp.arange(len(self.arrays["theta"])))
-        self.order = np.argsort(flat(place))
-
-    def objective(self, **options: Any) -> cx.Objective:
-        def model(params: Any, batch: Any) -> jax.Array:
-            with jax.numpy_rank_promotion("allow"):
-                return self.problem.logits(params, batch)
-
-        return cx.Objective(categorical("Y"), self.problem.batch(), model=model, **options)
-
-    def matrix(self, make: Any) -> np.ndarray:
-        return matrix_of(make, self.params)[np.ix_(self.order, self.order)]
-
-    def expected(self, name: str) -> np.ndarray:
-        if name in self.arrays:
-            return self.arrays[name]
-        size = len(self.arrays["theta"])
-        upper = np.zeros((size, size))
-        upper[np.triu_indices(size)] = self.arrays[f"triu/{name}"]
-        return upper + np.triu(upper, 1).T
-
-
 MATRICES: dict[str, Any] = {
     "hessian": hvp,
     "ggn": ggnvp,
     "fisher": fvp,
     "empirical_fisher": empirical_fvp,
 }
-
-
-@functools.cache
-def read(path: Any) -> Recorded:
-    return Recorded(path)
 
 
 def assert_matrices_close(found: np.ndarray, expected: np.ndarray) -> None:

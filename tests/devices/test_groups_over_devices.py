@@ -8,9 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
-from test_devices import (
+from device_problem import (
     DEVICES,
     FEATURES,
     PER_DEVICE,
@@ -27,6 +25,8 @@ from test_devices import (
     sgd_over,
     shards,
 )
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import curvax as cx
 from curvax.analysis import m_sharpness, top_eigenpairs

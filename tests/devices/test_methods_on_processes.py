@@ -2,17 +2,17 @@
 
 from typing import Any
 
+import device_problem as problem
 import jax
 import numpy as np
 import pytest
-import test_devices as problem
+from device_problem import DEVICES, PER_DEVICE
 from jax.flatten_util import ravel_pytree
+from processes import ended, start
 from repository import ROOT
 from shard_methods import DAMPING, KEY, LR, METHODS, REGIMES
-from test_devices import DEVICES, PER_DEVICE
-from test_processes import ended, start
 
-WORKER = str(ROOT / "tests" / "helpers" / "shards_run.py")
+WORKER = ROOT / "tests" / "helpers" / "shards_run.py"
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from device_problem import DEVICES, REGIMES, mesh, shards
 from small_problems import assert_trees_close, net, net_batch, net_params
-from test_devices import DEVICES, REGIMES, mesh, shards
 
 import curvax as cx
 

@@ -14,7 +14,7 @@ import evidence_tables
 import jax
 import jax.numpy as jnp
 import pytest
-from test_costs import EVERY_MODEL, MODELS, SMALL, Problem, ratio
+from step_costs import EVERY_MODEL, MODELS, SMALL, Problem, ratio
 
 import curvax as cx
 from curvax.linalg.backtracking import kept_steps

@@ -16,7 +16,7 @@ import evidence_tables
 import jax
 import jax.numpy as jnp
 import pytest
-from test_hlo import LOOPS
+from looped_programs import LOOPS
 
 from curvax.planning import compiled_cost, flops, hlo, memory_savers, topologies
 from curvax.training import experiment

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
-from test_clocks_natural import against, in_turn
+from wall_time import against, in_turn
 
 import curvax as cx
 from curvax.linalg import lanczos, rademacher

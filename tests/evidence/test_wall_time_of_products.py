@@ -7,14 +7,13 @@ pip install kfac-jax python-somax.
 """
 
 import os
-import time
 
 import evidence_tables
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_clocks import MODELS, Problem
+from wall_time import MODELS, Problem, against, in_turn
 
 import curvax as cx
 
@@ -94,22 +93,6 @@ def seconds(programs, *args):
     """Seconds of each program, [rounds], all in turn; and what they return."""
     compiled = {name: jax.jit(f).lower(*args).compile() for name, f in programs.items()}
     return in_turn(compiled, *args, rounds=ROUNDS)
-
-
-def in_turn(programs, *args, rounds):
-    """As `seconds`, of programs that are called as they are."""
-    results = {name: jax.block_until_ready(f(*args)) for name, f in programs.items()}
-    clocks = {name: np.empty(rounds) for name in programs}
-    for turn in range(rounds):
-        for name, f in programs.items():
-            began = time.perf_counter()
-            jax.block_until_ready(f(*args))
-            clocks[name][turn] = time.perf_counter() - began
-    return clocks, results
-
-
-def against(clocks, name, base):
-    return float(np.median(clocks[name] / clocks[base]))
 
 
 def assert_agree(results, rtol):

@@ -1,6 +1,7 @@
 """The likelihoods by other libraries: log r(y|z), hard targets, and expectations over labels."""
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,9 @@ import numpy as np
 import optax
 from jax.scipy import stats
 from jax.scipy.special import gammaln
+from small_problems import EXAMPLES, net, net_batch
 
+import curvax as cx
 from curvax.likelihoods import bernoulli, categorical, gaussian, poisson
 
 FAMILIES = {
@@ -65,3 +68,8 @@ def every_label(name: str, z: jax.Array) -> tuple[jax.Array, jax.Array]:
     log_p = jax.vmap(lambda y: log_likelihood(name, z, y))(labels)
     constant = jnp.sum(gammaln(labels + 1), axis=2) if name == "poisson" else 0.0
     return labels, jnp.exp(log_p - constant)
+
+
+def net_objective(name: str, **options: Any) -> cx.Objective:
+    batch = dict(net_batch(), y=hard_targets(name, EXAMPLES, 2))
+    return cx.Objective(FAMILIES[name]("y"), batch, model=net, **options)

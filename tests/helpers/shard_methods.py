@@ -4,13 +4,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import device_problem as problem
 import jax
 import numpy as np
 import optax
-import test_devices as problem
+from device_problem import DEVICES, PER_DEVICE
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_devices import DEVICES, PER_DEVICE
 
 import curvax as cx
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -71,3 +72,21 @@ def assert_trees_close(actual: Any, expected: Any, tol: float = 1e-12) -> None:
         if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key):
             x, y = jax.random.key_data(x), jax.random.key_data(y)
         np.testing.assert_allclose(x, y, rtol=tol, atol=tol, err_msg=where)
+
+
+def matrix_of(make: Any, like: Any) -> np.ndarray:
+    """The matrix of the product that `make()` returns, a column for each unit tree."""
+    point, unravel = ravel_pytree(like)
+
+    def columns() -> jax.Array:
+        product = make()
+        return jax.lax.map(lambda e: ravel_pytree(product(unravel(e)))[0], jnp.eye(point.size))
+
+    return np.asarray(quick_jit(columns)()).T
+
+
+def loader_of(*sizes: int) -> list[Any]:
+    """The batch of the net in parts of these sizes."""
+    edges = np.cumsum([0, *sizes])
+    cut = lambda i, j: jax.tree.map(lambda x: np.asarray(x[i:j]), net_batch())
+    return [cut(i, j) for i, j in pairwise(edges)]

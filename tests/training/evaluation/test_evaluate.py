@@ -13,8 +13,8 @@ import numpy as np
 import photographs
 import pytest
 import tiny_run
+from image_archives import write_idx
 from ml_collections import ConfigDict
-from test_data import write_idx
 
 from curvax.cli import main
 from curvax.training.data import convert, decode, labelled_images

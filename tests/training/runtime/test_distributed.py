@@ -1,13 +1,9 @@
 """Two processes of four devices over loopback: the numbers of one, and what a fault looks like."""
 
 import json
-import os
 import re
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,8 +13,8 @@ import orbax.checkpoint as ocp
 import photographs
 import pytest
 import regime_run
+from processes import LIMIT, ended, start
 
-import curvax
 from curvax.training import loop, pretrained
 from curvax.training.checkpoints import Checkpoints
 from curvax.training.compare.commands import RunSpec
@@ -27,37 +23,6 @@ from curvax.training.experiment import build
 from curvax.training.runtime import distributed, run_dir
 
 CONFIG = str(Path(regime_run.__file__))
-WORKER = str(Path(regime_run.__file__).with_name("process_run.py"))
-LIMIT = 300  # seconds for anything here to end, on machines that others keep busy
-
-
-def start(count, *arguments, worker=WORKER, own=lambda number: ()):
-    """The processes of a run, by the code that is tested, whichever is installed.
-
-    Each has the arguments, and its own.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    begin = lambda number: subprocess.Popen(
-        [sys.executable, worker, *map(str, (port, count, number, *arguments, *own(number)))],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(Path(curvax.__file__).parents[1])},
-    )
-    return [begin(number) for number in range(count)]
-
-
-def ended(running):
-    """(exit status, output) of each."""
-    try:
-        said = [each.communicate(timeout=LIMIT)[0] for each in running]
-    finally:
-        for each in running:
-            each.kill()
-            each.wait()
-    return [(each.returncode, text) for each, text in zip(running, said)]
 
 
 def carried_out(count, *arguments):
