@@ -62,7 +62,7 @@ UNITS = {
     [lambda f: f, jax.jit, jax.checkpoint, jax.vmap],
     ids=["plain", "jit", "checkpoint", "vmap"],
 )
-def test_an_activation_is_found_with_what_goes_in_and_comes_out(name, wrap):
+def test_activation_is_found_with_its_input_and_output(name, wrap):
     f = wrap(UNITS[name])
     found = intermediates(lambda x: jnp.sin(f(x @ jnp.ones((3, 2)))), X)
     ((*_, kind),) = found
@@ -88,11 +88,11 @@ def test_an_activation_is_found_with_what_goes_in_and_comes_out(name, wrap):
     ],
     ids=["tanh", "sigmoid", "softplus", "log_softmax", "standardize", "glu", "gate", "ratio"],
 )
-def test_nothing_else_is_taken_for_one(f):
+def test_other_functions_are_not_taken_for_activations(f):
     assert not intermediates(f, X)
 
 
-def test_a_loop_that_is_unrolled_and_one_that_is_scanned_see_the_same():
+def test_unrolled_and_scanned_loops_have_the_same_activations():
     weights = jnp.asarray(np.random.default_rng(3).normal(size=(3, 3, 3)))
 
     def layer(x, w):
@@ -116,7 +116,7 @@ def test_a_loop_that_is_unrolled_and_one_that_is_scanned_see_the_same():
 # Linen.
 
 
-def test_linen_models_say_what_their_captured_layers_say():
+def test_linen_activations_equal_captured_intermediates():
     objective, params, model = linen("mixer_tiny", depth=2, scan=False)
     _, state = model.apply({"params": params}, IMAGES, capture_intermediates=True)
     shares = active_fraction(objective, params)
@@ -132,7 +132,7 @@ def test_linen_models_say_what_their_captured_layers_say():
 
 
 @pytest.mark.parametrize("options", [{}, {"remat": True}])
-def test_scanned_layers_are_called_like_unrolled_ones(options):
+def test_scanned_layers_have_the_names_of_unrolled_ones(options):
     small = dict(depth=2, width=8, mlp_width=12)
     objective, params, _ = linen("vit_tiny", **small, **options)
     other, _, _ = linen("vit_tiny", **small, scan=False)
@@ -145,7 +145,7 @@ def test_scanned_layers_are_called_like_unrolled_ones(options):
             np.testing.assert_allclose(value, expected[name], rtol=1e-9)
 
 
-def test_attention_is_the_softmax_of_queries_and_keys():
+def test_attention_map_is_the_softmax_of_queries_and_keys():
     layer = nn.MultiHeadDotProductAttention(2, qkv_features=6)
     keys = jnp.asarray(np.random.default_rng(4).normal(size=(3, 5, 4)))
     queries = jnp.asarray(np.random.default_rng(5).normal(size=(3, 7, 4)))
@@ -186,7 +186,7 @@ class Net(nnx.Module):
 TOKENS = jnp.asarray(np.random.default_rng(6).normal(size=(3, 5, 4)))
 
 
-def test_nnx_models_are_named_by_their_modules():
+def test_nnx_activations_are_named_by_their_modules():
     model = Net(nnx.Rngs(0))
     predict, params = nnx_loss(model, named_modules(lambda model, batch: model(batch["x"])))
     loss = lambda outputs, batch: jnp.mean(outputs)
@@ -206,7 +206,7 @@ def test_nnx_models_are_named_by_their_modules():
     assert "named_modules" not in Block.__call__.__qualname__
 
 
-def test_modules_of_a_scan_are_named_by_the_stack_they_come_from():
+def test_nnx_modules_in_a_scan_are_named_by_their_stack():
     class Stacked(nnx.Module):
         def __init__(self, rngs):
             make = nnx.vmap(Block, in_axes=0, out_axes=0)
@@ -225,7 +225,7 @@ def test_modules_of_a_scan_are_named_by_the_stack_they_come_from():
     assert list(active_fraction(objective, params)) == [f"blocks_{n}/gelu" for n in range(3)]
 
 
-def test_scopes_are_left_when_a_model_fails():
+def test_named_modules_restores_methods_when_the_model_raises():
     before = Block.__call__
 
     def fails(model, batch):
@@ -236,7 +236,7 @@ def test_scopes_are_left_when_a_model_fails():
     assert Block.__call__ is before
 
 
-def test_an_equinox_model_needs_no_names():
+def test_equinox_activations_are_found_without_module_names():
     model = eqx.nn.MLP(3, 1, 5, 2, key=jax.random.key(0))
     params, static = eqx.partition(model, eqx.is_inexact_array)
     run = lambda p, x: jax.vmap(eqx.combine(p, static))(x)
@@ -256,7 +256,7 @@ def dense(params, x):
 WEIGHTS = {"w": jnp.asarray(np.random.default_rng(7).normal(size=(3, 6)))}
 
 
-def test_micro_batches_devices_and_a_loss_of_the_parameters_agree():
+def test_active_fraction_agrees_over_microbatches_devices_and_a_plain_loss():
     x = jnp.asarray(np.random.default_rng(8).normal(size=(16, 3)))
     expected = {"relu": float(np.mean(x @ WEIGHTS["w"] > 0))}
     loss = cx.Objective(lambda p, b: jnp.mean(dense(p, b["x"])), {"x": x})
@@ -276,7 +276,7 @@ def test_micro_batches_devices_and_a_loss_of_the_parameters_agree():
         mapped(run)(WEIGHTS, x)
 
 
-def test_a_model_without_activations_says_what_was_looked_for():
+def test_model_without_activations_raises_with_what_was_searched():
     with pytest.raises(ValueError, match=r"`active_fraction` looks for .* found nothing"):
         active_fraction(objective_of(lambda p, x: x @ p["w"], X), WEIGHTS)
     with pytest.raises(ValueError, match=r"`attention_maps` looks for .* found `relu`"):

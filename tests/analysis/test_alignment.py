@@ -17,7 +17,7 @@ def quadratic(params):
     return 0.5 * params["w"] @ MATRIX @ params["w"]
 
 
-def test_on_a_quadratic_the_angle_is_known():
+def test_gradient_angle_on_a_quadratic_is_its_formula():
     g = MATRIX @ np.asarray(POINT["w"])
     g_p = g + 0.5 * MATRIX @ g / np.linalg.norm(g)
     cosine = g @ g_p / np.linalg.norm(g) / np.linalg.norm(g_p)
@@ -28,13 +28,13 @@ def test_on_a_quadratic_the_angle_is_known():
     assert norms == pytest.approx((np.linalg.norm(g), np.linalg.norm(g_p)))
 
 
-def test_a_small_angle_is_not_lost_in_its_cosine():
+def test_small_angle_is_not_rounded_to_zero():
     """On a quadratic the angle is proportional to ρ, for ρ → 0."""
     angles = [float(gradient_angle(quadratic, POINT, rho).angle) for rho in (1e-4, 1e-9)]
     assert angles[0] / angles[1] == pytest.approx(1e5, rel=1e-3)
 
 
-def test_it_is_the_cosine_that_sam_records():
+def test_gradient_angle_has_the_cosine_that_sam_records():
     objective, params = cx.Objective(net_loss, net_batch()), net_params()
     tx = cx.sam_perturb(0.3, steps=2)
     _, grads = objective.value_and_grad(params)
@@ -43,12 +43,12 @@ def test_it_is_the_cosine_that_sam_records():
     assert float(found.cosine) == pytest.approx(float(cx.diagnostics(state)["cosine"]), rel=1e-6)
 
 
-def test_where_a_gradient_vanishes_the_angle_is_right():
+def test_angle_to_a_zero_gradient_is_a_right_angle():
     found = gradient_angle(quadratic, {"w": jnp.zeros(3)}, 0.1)
     assert (float(found.angle), float(found.cosine)) == (np.pi / 2, 0)
 
 
-def test_a_gradient_lies_in_the_span_of_all_eigenvectors():
+def test_share_of_a_gradient_in_all_eigenvectors_is_one():
     _, vectors = np.linalg.eigh(MATRIX)
     g = {"w": jnp.asarray(MATRIX @ np.asarray(POINT["w"]))}
     pairs = top_eigenpairs(quadratic, POINT, 2)
@@ -63,7 +63,7 @@ def test_a_gradient_lies_in_the_span_of_all_eigenvectors():
         alignment(g, {"w": jnp.ones(2)})
 
 
-def test_norms_of_blocks():
+def test_block_norms_are_norms_of_the_matching_leaves():
     params = net_params()
     found = block_norms(params, {"hidden": "hidden", "kernels": "*/kernel"})
     assert float(found["hidden"]) == pytest.approx(np.linalg.norm(flat(params["hidden"])))

@@ -75,7 +75,7 @@ def recorded_blocks(run: Any, family: str) -> tuple[dict[str, str], dict[str, An
 
 @pytest.mark.parametrize("place", [0, 1], ids=["largest", "smallest"])
 @pytest.mark.parametrize("path", recorded("curvature_*"))
-def test_blocks_of_tensors_and_layers_are_those_recorded(path, place):
+def test_eigenvalues_of_tensors_and_layers_are_the_recorded_ones(path, place):
     run, end = read(path), ["largest", "smallest"][place]
     blocks, ends = recorded_blocks(run, "hessian_max_min")
     found = searched(run.objective(), run.params, blocks, end=end, chunk=8)
@@ -83,7 +83,7 @@ def test_blocks_of_tensors_and_layers_are_those_recorded(path, place):
 
 
 @pytest.mark.parametrize("path", recorded("curvature_*"))
-def test_blocks_of_the_gauss_newton_matrix_are_those_recorded(path):
+def test_gauss_newton_blocks_are_the_recorded_ones(path):
     run = read(path)
     blocks, expected = recorded_blocks(run, "ggn_max")
     found = searched(run.objective(), run.params, blocks, curvature="gauss_newton", chunk=8)
@@ -96,7 +96,7 @@ def hessian() -> np.ndarray:
 
 
 @pytest.mark.parametrize("chunk", [2, 8])
-def test_any_number_of_blocks_at_a_time(chunk):
+def test_block_eigenvalues_are_the_same_for_any_chunk(chunk):
     """Overlapping blocks too, and blocks smaller than the subspace."""
     patterns = ["*", "*/kernel", "hidden/bias", "h*n"]
     found = searched(cx.Objective(net_loss, net_batch()), net_params(), patterns, chunk=chunk)
@@ -106,7 +106,7 @@ def test_any_number_of_blocks_at_a_time(chunk):
 
 
 @pytest.mark.parametrize("end", ["largest", "smallest", "magnitude"])
-def test_a_block_never_shows_what_lies_outside_of_it(end):
+def test_block_eigenvalues_ignore_the_rest_of_the_matrix(end):
     """Blocks of one sign only, of one entry, of nothing but zeros."""
     loss = lambda p: 0.5 * (3 * p["up"] ** 2).sum() - 2 * (p["down"] ** 2).sum() + p["flat"].sum()
     params = {"up": jnp.ones(3), "down": jnp.ones(1), "flat": jnp.ones((2, 2))}
@@ -114,7 +114,7 @@ def test_a_block_never_shows_what_lies_outside_of_it(end):
     assert found == pytest.approx({"down": -4.0, "flat": 0.0, "up": 3.0}, abs=1e-12)
 
 
-def test_a_named_block_may_join_what_several_patterns_match():
+def test_named_block_joins_the_matches_of_several_patterns():
     blocks = {"all but one": ["hidden/kernel", "*/kernel"], "one": "hidden/bias"}
     found = searched(cx.Objective(net_loss, net_batch()), net_params(), blocks)
     ends = ends_of_blocks(hessian(), net_params(), blocks)
@@ -171,7 +171,7 @@ def deep(scan: bool) -> tuple[cx.Objective, Any, Any]:
     return cx.Objective(loss, batch), variables["params"], cx.layout(model, variables, batch["x"])
 
 
-def test_a_scanned_depth_has_the_blocks_of_the_unrolled_one():
+def test_scanned_model_has_the_blocks_of_the_unrolled_one():
     scanned, unrolled = (searched(*deep(scan), tol=1e-9) for scan in (True, False))
     assert sorted(scanned) == ["block_0", "block_1", "head"]
     assert values(scanned) == pytest.approx(values(unrolled), rel=1e-9)
@@ -180,7 +180,7 @@ def test_a_scanned_depth_has_the_blocks_of_the_unrolled_one():
     assert_blocks(unrolled, {name: e[1] for name, e in ends.items()})
 
 
-def test_masks_of_a_scanned_depth_are_as_small_as_they_can_be():
+def test_masks_of_a_scanned_model_broadcast():
     _, params, layout = deep(scan=True)
     masks = block_masks(params, layout)
     kernel = masks["block_1"]["block"]["up"]["kernel"]
@@ -190,7 +190,7 @@ def test_masks_of_a_scanned_depth_are_as_small_as_they_can_be():
     assert whole == ravel_pytree(params)[0].size
 
 
-def test_modules_of_an_nnx_model_are_named_by_their_attributes():
+def test_blocks_of_an_nnx_model_are_named_by_its_attributes():
     objective, params = nnx_problem()
     found = searched(objective, params)
     ends = ends_of_blocks(dense_hessian(objective, params), params, "*")
@@ -198,21 +198,21 @@ def test_modules_of_an_nnx_model_are_named_by_their_attributes():
     assert_blocks(found, {name: e[1] for name, e in ends.items()})
 
 
-def test_blocks_of_another_matrix():
+def test_block_eigenvalues_of_the_empirical_fisher_are_the_dense_ones():
     objective, params = net_objective("categorical"), net_params()
     found = searched(objective, params, curvature="empirical_fisher")
     dense = matrix_of(lambda: cx.empirical_fvp(objective, params), params)
     assert_blocks(found, {name: e[1] for name, e in ends_of_blocks(dense, params, "*").items()})
 
 
-def test_blocks_over_a_loader():
+def test_block_eigenvalues_over_a_loader_are_the_dense_ones():
     found = block_eigenvalues(DatasetLoss(net_loss, loader_of(4, 4)), net_params(), subspace=8)
     ends = ends_of_blocks(hessian(), net_params(), "*")
     assert_blocks(found, {name: e[1] for name, e in ends.items()})
 
 
 @pytest.mark.skipif(jax.device_count() < DEVICES, reason="needs eight devices")
-def test_blocks_over_eight_devices():
+def test_block_eigenvalues_on_eight_devices_equal_those_on_one():
     def found(params, batch, mean_over=None):
         objective = cx.Objective(cx.gaussian("y"), batch, model=net)
         return block_eigenvalues(objective, params, "hidden", mean_over=mean_over)
@@ -225,7 +225,7 @@ def test_blocks_over_eight_devices():
     assert values(parted) == pytest.approx(values(expected), rel=1e-10)
 
 
-def test_errors_show_the_names_that_there_are():
+def test_errors_list_the_available_names():
     objective, params = cx.Objective(net_loss, net_batch()), net_params()
     with pytest.raises(ValueError, match=r"`hiden/\*`; near it are \['hidden"):
         block_eigenvalues(objective, params, ["hiden/*"])

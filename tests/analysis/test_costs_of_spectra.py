@@ -66,7 +66,7 @@ def problem(name: str) -> Curved:
 
 
 @EVERY_MODEL
-def test_a_step_of_lanczos_costs_a_product(name):
+def test_lanczos_step_costs_one_product(name):
     p = problem(name)
     flops, memory = p.analysis(hessian_spectrum, probes=1, steps=STEPS[name])
     assert flops - p.products(1)[0] <= 0.1 * p.product
@@ -79,7 +79,7 @@ def test_a_step_of_lanczos_costs_a_product(name):
 
 
 @EVERY_MODEL
-def test_a_step_of_the_restarted_search_costs_a_product(name):
+def test_restarted_search_step_costs_one_product(name):
     """Its program has three: in the first subspace, in the loop of those after, and at the end.
 
     Each of the first two comes with a change of basis, once for thirteen products, and a fresh
@@ -90,7 +90,7 @@ def test_a_step_of_the_restarted_search_costs_a_product(name):
     assert flops - p.products(1)[0] <= (2 * 1.1 + 1.1) * p.product
 
 
-def test_blocks_share_one_linearisation():
+def test_block_eigenvalues_share_one_linearisation():
     """Three products and one more for each of four blocks, and the gradient once."""
     p = problem(SMALL[0])
     flops, _ = p.analysis(block_eigenvalues, subspace=4)
@@ -99,7 +99,7 @@ def test_blocks_share_one_linearisation():
     assert flops - gradient <= 1.1 * 4 * 4 * p.product
 
 
-def test_what_the_bases_hold_is_float32_whatever_the_model():
+def test_eigenvectors_of_a_half_precision_model_are_float32():
     """Half-precision parameters: twenty vectors of four bytes an entry."""
     p = problem(SMALL[0])
     half = lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16)

@@ -38,7 +38,7 @@ def summed_over_labels(name, z, other):
 
 
 @pytest.mark.parametrize("path", recorded("curvature_*"))
-def test_recorded_divergences(path):
+def test_divergences_are_the_recorded_ones(path):
     run = read(path)
     scales, objective = run.arrays["kl/scales"], run.objective()
     for i, direction in enumerate(jnp.asarray(run.arrays["kl/dirs"])):
@@ -64,7 +64,7 @@ def test_divergences_are_sums_over_all_labels(name):
 
 
 @every_family
-def test_they_agree_with_the_form_to_third_order(name):
+def test_divergences_agree_with_the_fisher_form_to_third_order(name):
     errors = []
     for scale in (1e-2, 1e-3):
         found = fisher_kl(objective_of(name), net_params(), a_step(scale))
@@ -72,7 +72,7 @@ def test_they_agree_with_the_form_to_third_order(name):
     assert np.all(np.log10(errors[0] / errors[1]) > 2.95)
 
 
-def test_for_a_gaussian_and_a_linear_model_all_three_are_one():
+def test_divergences_of_a_linear_gaussian_model_equal_the_fisher_form():
     model = lambda params, batch: batch["x"] @ params["w"]
     objective = cx.Objective(cx.gaussian("y"), net_batch(), model=model)
     step = {"w": jnp.arange(8.0).reshape(4, 2)}
@@ -96,7 +96,7 @@ def test_masked_examples_do_not_count(options):
     np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
-def test_the_mean_over_devices_is_that_of_the_whole_batch():
+def test_divergences_over_devices_are_those_of_the_whole_batch():
     objective = objective_of("categorical", 16)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     run = lambda params, step, batch: fisher_kl(objective.on(batch), params, step, mean_over="data")
@@ -106,7 +106,7 @@ def test_the_mean_over_devices_is_that_of_the_whole_batch():
     np.testing.assert_allclose(flat(found), flat(expected), rtol=1e-10)
 
 
-def test_a_loss_that_is_no_likelihood_is_refused():
+def test_loss_without_a_likelihood_is_refused():
     objective = objective_of("gaussian", loss=lambda z, batch: jnp.mean((z - batch["y"]) ** 2))
     with pytest.raises(ValueError, match="callable that does not define a distribution of labels"):
         fisher_kl(objective, net_params(), a_step(0.1))

@@ -114,14 +114,14 @@ def equinox(batch):
 
 @pytest.mark.parametrize("framework", [linen, of_nnx, equinox], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("name", MEASURES)
-def test_a_model_of_any_framework_has_the_numbers_of_plain_arrays(name, framework):
+def test_measures_of_a_framework_model_equal_those_of_plain_arrays(name, framework):
     found = MEASURES[name](*framework(net_batch()))
     expected = MEASURES[name](*plain(net_batch()))
     np.testing.assert_allclose(flat(found), flat(expected), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", MEASURES)
-def test_a_batch_sharded_over_eight_devices_changes_nothing(name):
+def test_measures_on_a_sharded_batch_equal_those_on_one_device(name):
     objective, params = plain(net_batch(16))
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     batch = jax.device_put(objective.batch, NamedSharding(mesh, PartitionSpec("data")))
@@ -144,7 +144,7 @@ def test_every_public_name_and_option_is_documented(name):
         assert not missing
 
 
-def test_over_a_loader_every_measure_is_that_of_the_whole_set():
+def test_measures_over_a_loader_equal_those_of_the_whole_set():
     objective, params = plain(net_batch(10))
     loader = [jax.tree.map(lambda x, r=r: x[r], objective.batch) for r in (slice(8), slice(8, 10))]
     dataset_loss = analysis.DatasetLoss(LABEL, loader, model=net)

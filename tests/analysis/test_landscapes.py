@@ -39,7 +39,7 @@ def at(*places):
 # Slices.
 
 
-def test_a_line_and_a_plane_are_the_losses_there():
+def test_landscape_of_a_line_and_a_plane_has_the_losses_there():
     line = landscape(quadratic, POINT, FIRST, span=(-0.5, 1.0), points=4)
     np.testing.assert_allclose(line.coordinates[0], [-0.5, 0.0, 0.5, 1.0], atol=1e-15)
     np.testing.assert_allclose(line.losses, [at((a, FIRST)) for a in line.coordinates[0]])
@@ -53,7 +53,7 @@ def test_a_line_and_a_plane_are_the_losses_there():
     np.testing.assert_allclose(plane.losses, expected, rtol=1e-12)
 
 
-def test_directions_are_given_alone_in_a_list_or_stacked():
+def test_landscape_takes_directions_alone_in_a_list_or_stacked():
     stacked = jax.tree.map(lambda *x: jnp.stack(x), FIRST, SECOND)
     given = [landscape(quadratic, POINT, d, points=3) for d in ([FIRST, SECOND], stacked)]
     np.testing.assert_array_equal(given[0].losses, given[1].losses)
@@ -61,7 +61,7 @@ def test_directions_are_given_alone_in_a_list_or_stacked():
     np.testing.assert_array_equal(given[0].losses, given[1].losses)
 
 
-def test_along_eigenvectors_the_curvature_is_the_eigenvalue():
+def test_landscape_along_eigenvectors_curves_by_the_eigenvalue():
     pairs = top_eigenpairs(quadratic, POINT, 2)
     found = landscape(quadratic, POINT, pairs.vectors, span=0.5, points=3)
     second = lambda x: (x[0] - 2 * x[1] + x[2]) / 0.25
@@ -69,7 +69,7 @@ def test_along_eigenvectors_the_curvature_is_the_eigenvalue():
     np.testing.assert_allclose(second(found.losses[1]), pairs.values[1], rtol=1e-9)
 
 
-def test_micro_batches_and_devices_see_the_same_landscape():
+def test_landscape_is_the_same_over_microbatches_and_devices():
     params, batch = net_params(), net_batch(16)
     ways = random_directions(params, key=3)
     expected = landscape(cx.Objective(net_loss, batch), params, ways, points=3).losses
@@ -89,7 +89,7 @@ def test_micro_batches_and_devices_see_the_same_landscape():
         mapped(run)(params, batch)
 
 
-def test_half_precision_moves_in_single():
+def test_half_precision_parameters_move_in_float32():
     half = {"w": POINT["w"].astype(jnp.bfloat16)}
     found = landscape(lambda p: jnp.sum(p["w"]), half, FIRST, span=1e-3, points=3)
     np.testing.assert_allclose(found.losses, -0.5 + 3e-3 * np.array([-1, 0, 1]), rtol=1e-6)
@@ -107,7 +107,7 @@ def test_half_precision_moves_in_single():
         (FIRST, {"points": 0}, "positive integer"),
     ],
 )
-def test_errors_name_the_option(directions, options, message):
+def test_landscape_errors_name_the_option(directions, options, message):
     with pytest.raises(ValueError, match=message):
         landscape(quadratic, POINT, directions, **options)
 
@@ -115,7 +115,7 @@ def test_errors_name_the_option(directions, options, message):
 # Of one block.
 
 
-def test_a_block_has_eigenvectors_and_a_landscape_of_its_own():
+def test_of_block_gives_eigenvectors_and_a_landscape_of_the_block():
     params = net_params()
     objective = cx.Objective(net_loss, net_batch())
     masks = block_masks(params, ["hidden", "out"])
@@ -150,7 +150,7 @@ def with_parameters(name, **options):
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["layout", "by-names"])
-def test_every_filter_of_a_vision_transformer_has_the_length_of_its_weights(known):
+def test_filter_normalised_gives_every_filter_the_length_of_its_weights(known):
     model, params = with_parameters("vit_tiny", depth=2, width=8, mlp_width=12, scan=False)
     facts = layout(model, params, jnp.zeros((1, 8, 8, 1))) if known else None
     direction = jax.tree.map(lambda x: x[0], random_directions(params, 1))
@@ -177,7 +177,7 @@ def test_every_filter_of_a_vision_transformer_has_the_length_of_its_weights(know
     assert not np.any(found["norm"]["scale"])
 
 
-def test_biases_move_on_request_each_as_one_vector():
+def test_filter_normalised_treats_each_bias_as_one_vector():
     params = {"layer": {"kernel": jnp.ones((2, 3)), "bias": jnp.array([3.0, 4.0, 0.0])}}
     direction = {"layer": {"kernel": jnp.ones((2, 3)), "bias": jnp.array([0.0, 0.0, -2.0])}}
     found = filter_normalised(direction, params, biases=True)
@@ -185,7 +185,7 @@ def test_biases_move_on_request_each_as_one_vector():
 
 
 @pytest.mark.parametrize("biases", [False, True])
-def test_scanned_and_unrolled_layers_are_normalised_alike(biases):
+def test_filter_normalised_treats_scanned_and_unrolled_layers_alike(biases):
     options = dict(depth=2, width=8, mlp_width=12)
     model, params = with_parameters("vit_tiny", **options)
     unrolled, _ = with_parameters("vit_tiny", **options, scan=False)
@@ -203,7 +203,7 @@ def test_scanned_and_unrolled_layers_are_normalised_alike(biases):
         np.testing.assert_allclose(x, y, rtol=1e-9)
 
 
-def test_stacked_directions_and_filters_of_zeros():
+def test_filter_normalised_takes_stacked_directions_and_zero_filters():
     params = {"dense": {"kernel": jnp.array([[3.0, 0.0], [4.0, 0.0]])}}
     found = filter_normalised(random_directions(params, 3), params)["dense"]["kernel"]
     assert found.shape == (3, 2, 2)
@@ -213,7 +213,7 @@ def test_stacked_directions_and_filters_of_zeros():
     assert not np.any(stuck["dense"]["kernel"])
 
 
-def test_an_nnx_state_is_normalised_by_names_or_by_its_layout():
+def test_filter_normalised_takes_an_nnx_state_with_or_without_layout():
     model = nnx.Sequential(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), nnx.relu)
     _, params = nnx_loss(model, lambda model, batch: model(batch))
     direction = jax.tree.map(lambda x: x[0], random_directions(params, 1))
@@ -235,7 +235,7 @@ def walk(seed=0, points=6):
     return [jax.tree.map(lambda x, n=n: jnp.asarray(x[n]), stack) for n in range(points)]
 
 
-def test_a_trajectory_has_its_principal_components():
+def test_trajectory_directions_are_principal_components():
     path = walk()
     rows = np.stack([flat(p) for p in path])
     _, sizes, axes = np.linalg.svd(rows - rows.mean(0))
@@ -258,6 +258,6 @@ def test_a_path_within_a_plane_lies_on_its_landscape():
         assert float(corner.losses[0, 0]) == pytest.approx(float(quadratic(one)))
 
 
-def test_a_short_path_is_refused():
+def test_trajectory_with_too_few_points_is_refused():
     with pytest.raises(ValueError, match="spans 1 directions at most"):
         trajectory_directions([POINT, FIRST], 2)

@@ -83,7 +83,7 @@ def test_every_block_of_every_example_is_the_dense_one(activation, loss):
             np.testing.assert_allclose(block.largest[example], top, atol=1e-11)
 
 
-def test_the_mean_is_the_block_of_the_mean_loss():
+def test_mean_of_example_blocks_is_the_block_of_the_mean_loss():
     objective, params = objective_of(), make_params()
     found = mlp_block_hessians(objective, params, LAYERS, "x")["first"]
     flat, unravel = ravel_pytree(params["first"]["kernel"])
@@ -121,7 +121,7 @@ def slopes_of_second(params, a, above):
     return jnp.einsum("no,oc,ncd,pd,np->nop", b, k, above, k, b)
 
 
-def test_a_flax_perceptron_is_named_by_its_layers():
+def test_blocks_of_a_flax_perceptron_are_named_by_its_layers():
     class Net(nn.Module):
         @nn.compact
         def __call__(self, x):

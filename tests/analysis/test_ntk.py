@@ -39,7 +39,7 @@ def naive_kernel(model, params, batch):
 @recorded_runs
 @forms
 @pytest.mark.parametrize("chunk", [None, 4])
-def test_recorded_kernels(path, form, chunk):
+def test_ntk_is_the_recorded_kernel(path, form, chunk):
     run = read(path)
     found = ntk(first_rows(run), run.params, form=form, chunk=chunk)
     np.testing.assert_allclose(found, run.arrays[f"ntk/{form}"], rtol=0, atol=1e-12)
@@ -48,7 +48,7 @@ def test_recorded_kernels(path, form, chunk):
 @recorded_runs
 @forms
 @pytest.mark.parametrize("method", ["dense", "lanczos"])
-def test_recorded_condition_numbers(path, form, method):
+def test_condition_number_is_the_recorded_one(path, form, method):
     run = read(path)
     found = ntk_condition_number(first_rows(run), run.params, form=form, method=method)
     assert found.converged
@@ -58,7 +58,7 @@ def test_recorded_condition_numbers(path, form, method):
     np.testing.assert_allclose(found.smallest, spectrum.min(), rtol=1e-9)
 
 
-def test_products_in_chunks_find_the_same_condition_number():
+def test_lanczos_in_chunks_finds_the_dense_condition_number():
     objective, params = objective_of(), net_params()
     dense = ntk_condition_number(objective, params, method="dense")
     for given in ({"chunk": 2}, {"form": "full"}):
@@ -66,7 +66,7 @@ def test_products_in_chunks_find_the_same_condition_number():
         assert float(found.value) == pytest.approx(float(dense.value), rel=1e-9)
 
 
-def test_outputs_of_several_axes_are_one_row():
+def test_ntk_of_outputs_with_several_axes_is_the_naive_kernel():
     model = lambda params, batch: net(params, batch)[:, None] * jnp.arange(1.0, 4.0)[None, :, None]
     found = ntk(objective_of(model), net_params(), chunk=2)
     assert found.shape == (8, 6, 8, 6)
@@ -74,7 +74,7 @@ def test_outputs_of_several_axes_are_one_row():
     np.testing.assert_allclose(found.reshape(48, 48), expected, atol=1e-12)
 
 
-def test_the_default_chunk_fits_the_memory_allowed(monkeypatch):
+def test_default_chunk_fits_the_memory_limit(monkeypatch):
     objective, params = objective_of(), net_params()
     whole = ntk(objective, params)
     monkeypatch.setattr(jacobians, "NUMBERS", 2 * 21 * 5)
@@ -90,7 +90,7 @@ def test_a_repeated_example_makes_the_kernel_singular():
     assert not found.converged
 
 
-def test_batch_norm_in_training_mode_is_refused_and_frozen_it_counts():
+def test_ntk_refuses_batch_norm_in_training_mode_and_takes_it_frozen():
     class Normed(nn.Module):
         @nn.compact
         def __call__(self, x, train):
@@ -117,7 +117,7 @@ def test_batch_norm_in_training_mode_is_refused_and_frozen_it_counts():
     np.testing.assert_allclose(found.reshape(16, 16), expected, atol=1e-5)
 
 
-def test_half_precision_accumulates_in_single():
+def test_ntk_of_half_precision_parameters_is_float32():
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), net_params())
     batch = jax.tree.map(lambda x: x.astype(jnp.bfloat16), net_batch())
     found = ntk(objective_of(batch=batch), half)
@@ -126,7 +126,7 @@ def test_half_precision_accumulates_in_single():
     np.testing.assert_allclose(found, exact, atol=0.05 * float(jnp.max(exact)))
 
 
-def test_eager_calls_compile_once_and_a_sharded_batch_changes_nothing():
+def test_ntk_compiles_once_and_is_the_same_on_a_sharded_batch():
     traces: list[None] = []
 
     def model(params, batch):
@@ -153,7 +153,7 @@ def test_eager_calls_compile_once_and_a_sharded_batch_changes_nothing():
         ({"method": "power"}, "takes `method` as one of"),
     ],
 )
-def test_errors_name_the_option(options, message):
+def test_ntk_errors_name_the_option(options, message):
     measure = ntk_condition_number if "method" in options else ntk
     with pytest.raises(ValueError, match=message):
         measure(objective_of(), net_params(), **options)

@@ -35,14 +35,14 @@ def objective():
 @pytest.mark.parametrize(
     ("p", "dual"), [(2, 2), (1, np.inf), (np.inf, 1), (3, 1.5)], ids=["2", "1", "inf", "3"]
 )
-def test_a_linear_loss_rises_by_the_dual_norm(p, dual):
+def test_sharpness_of_a_linear_loss_is_the_dual_norm(p, dual):
     found = sharpness(linear, POINT, 0.1, p=p)
     assert float(found.value) == pytest.approx(0.1 * np.linalg.norm(GRADIENT, dual), rel=1e-12)
     assert float(found.loss) == pytest.approx(float(linear(POINT)))
     assert float(found.perturbed_loss - found.loss) == float(found.value)
 
 
-def test_in_units_of_the_weights_a_linear_loss_rises_by_the_scaled_norm():
+def test_adaptive_sharpness_of_a_linear_loss_is_the_scaled_norm():
     scaled = (np.abs(POINT["w"]) + 0.01) * GRADIENT
     found = sharpness(linear, POINT, 0.5, ascent=cx.asam(0.01))
     assert float(found.value) == pytest.approx(0.5 * np.linalg.norm(scaled), rel=1e-12)
@@ -60,13 +60,13 @@ def naive_ascent(rho, steps):
 
 
 @pytest.mark.parametrize("steps", [1, 4])
-def test_the_highest_loss_of_a_projected_ascent_counts(steps):
+def test_sharpness_is_the_highest_loss_of_a_projected_ascent(steps):
     losses = naive_ascent(0.7, steps)
     found = sharpness(quadratic, POINT, 0.7, steps=steps)
     assert float(found.perturbed_loss) == pytest.approx(losses.max(), rel=1e-12)
 
 
-def test_many_steps_find_the_worst_point_of_the_ball():
+def test_sharpness_of_many_steps_is_the_maximum_over_the_ball():
     """ε = (μI - A)⁻¹g with μ above all eigenvalues and ‖ε‖ = ρ."""
     values, vectors = np.linalg.eigh(MATRIX)
     g = vectors.T @ GRADIENT
@@ -82,7 +82,7 @@ def test_many_steps_find_the_worst_point_of_the_ball():
     assert first < 0.999 * rise
 
 
-def test_no_descent_on_the_way_is_held_against_the_ascent():
+def test_sharpness_keeps_the_maximum_of_the_ascent():
     """Past the summit the loss falls again; what counts is the summit."""
     summit = lambda params: -jnp.sum((params["w"] - 1.0) ** 2)
     start = {"w": jnp.zeros(1)}
@@ -90,7 +90,7 @@ def test_no_descent_on_the_way_is_held_against_the_ascent():
     assert float(found.perturbed_loss) == 0.0
 
 
-def test_masked_leaves_and_radii_by_leaf():
+def test_sharpness_takes_masks_and_radii_by_leaf():
     params = {"a": jnp.array([2.0]), "b": jnp.array([3.0])}
     loss = lambda params: jnp.sum(params["a"]) + 2 * jnp.sum(params["b"])
     assert float(sharpness(loss, params, 0.1, mask={"a": True, "b": False}).value) == (
@@ -101,7 +101,7 @@ def test_masked_leaves_and_radii_by_leaf():
     assert float(sharpness(loss, params, radii).value) == pytest.approx(expected)
 
 
-def test_the_gap_of_sam_is_the_sharpness_of_one_step():
+def test_sharpness_of_one_step_is_the_gap_of_sam():
     for options in ({}, {"p": jnp.inf}, {"ascent": cx.asam(0.1)}):
         tx = cx.sam_perturb(0.2, **options)
         params, state = net_params(), tx.init(net_params())
@@ -113,7 +113,7 @@ def test_the_gap_of_sam_is_the_sharpness_of_one_step():
         assert float(found.perturbed_loss) == pytest.approx(expected, rel=1e-6)
 
 
-def test_parameters_in_half_precision_are_perturbed_in_single():
+def test_half_precision_parameters_are_perturbed_in_float32():
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), net_params())
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), half)
     for measure in (sharpness, surrogate_gap, random_sharpness):
@@ -135,12 +135,12 @@ def test_m_sharpness_is_the_mean_over_a_loop_of_groups(chunk):
     assert float(found.value) == pytest.approx(np.mean(expected), rel=1e-12)
 
 
-def test_one_group_is_the_whole():
+def test_m_sharpness_of_one_group_is_the_sharpness():
     found = m_sharpness(objective(), net_params(), 0.2, 8, p=1)
     assert float(found.value) == float(sharpness(objective(), net_params(), 0.2, p=1).value)
 
 
-def test_groups_count_by_weight():
+def test_m_sharpness_counts_groups_by_weight():
     batch = dict(net_batch(), w=jnp.array([1.0, 1.0, 0.0, 0.0, 3.0, 1.0, 0.0, 2.0]))
 
     def loss(params, batch):
@@ -154,7 +154,7 @@ def test_groups_count_by_weight():
     assert float(found.value) == pytest.approx(expected)
 
 
-def test_a_random_ascent_draws_for_each_group():
+def test_m_sharpness_draws_a_random_ascent_for_each_group():
     same = jax.tree.map(lambda x: jnp.tile(x[:1], (4, 1)), net_batch())
     found = m_sharpness(
         cx.Objective(net_loss, same), net_params(), 0.1, 1, ascent=cx.random_direction(0)
@@ -165,7 +165,7 @@ def test_a_random_ascent_draws_for_each_group():
 # The surrogate gap.
 
 
-def test_on_a_quadratic_the_corrected_estimate_is_the_curvature_along_the_gradient():
+def test_corrected_gap_on_a_quadratic_is_the_curvature_along_the_gradient():
     found = surrogate_gap(quadratic, POINT, 0.3)
     norm = np.linalg.norm(GRADIENT)
     along = GRADIENT @ MATRIX @ GRADIENT / norm**2
@@ -176,7 +176,7 @@ def test_on_a_quadratic_the_corrected_estimate_is_the_curvature_along_the_gradie
     assert float(found.gradient_norm) == pytest.approx(norm, rel=1e-12)
 
 
-def test_near_a_minimum_along_the_top_eigenvector_both_are_the_eigenvalue():
+def test_gap_estimates_along_the_top_eigenvector_are_the_eigenvalue():
     values, vectors = np.linalg.eigh(MATRIX)
     near = {"w": jnp.asarray(1e-9 * vectors[:, -1])}
     found = surrogate_gap(quadratic, near, 0.1)
@@ -184,12 +184,12 @@ def test_near_a_minimum_along_the_top_eigenvector_both_are_the_eigenvalue():
         assert float(estimate) == pytest.approx(values[-1], rel=1e-6)
 
 
-def test_at_radius_zero_nothing_rises():
+def test_surrogate_gap_at_radius_zero_is_zero():
     found = surrogate_gap(quadratic, POINT, 0.0)
     assert (float(found.gap), float(found.sigma_max), float(found.sigma_max_corrected)) == (0, 0, 0)
 
 
-def test_the_whole_training_set_in_micro_batches():
+def test_surrogate_gap_is_the_same_over_microbatches():
     whole = surrogate_gap(objective(), net_params(), 0.1)
     parts = surrogate_gap(cx.Objective(net_loss, net_batch(), microbatch=2), net_params(), 0.1)
     np.testing.assert_allclose(parts, whole, rtol=1e-9)
@@ -198,7 +198,7 @@ def test_the_whole_training_set_in_micro_batches():
 # On average.
 
 
-def test_on_a_quadratic_the_average_is_that_of_the_probes():
+def test_random_sharpness_on_a_quadratic_is_the_mean_over_its_probes():
     z = np.random.default_rng(0).normal(size=(5, 3))
     expected = 0.2 * z @ GRADIENT + 0.5 * 0.04 * np.einsum("ni,ij,nj->n", z, MATRIX, z)
     found = random_sharpness(quadratic, POINT, 0.2, probes={"w": jnp.asarray(z)})
@@ -209,7 +209,7 @@ def test_on_a_quadratic_the_average_is_that_of_the_probes():
     assert float(found.share) == pytest.approx(np.mean(expected >= 0))
 
 
-def test_at_a_minimum_it_is_half_the_trace():
+def test_random_sharpness_at_a_minimum_is_half_the_trace():
     found = random_sharpness(quadratic, {"w": jnp.zeros(3)}, 0.1, draws=4000, chunk=500)
     error = float(found.value) - 0.005 * np.trace(MATRIX)
     assert abs(error) < 4 * float(found.standard_error)
@@ -224,7 +224,7 @@ def test_normalised_perturbations_lie_on_the_sphere(chunk):
     np.testing.assert_allclose(found.differences, 1.5 * 0.04, rtol=1e-12)
 
 
-def test_draws_follow_the_key():
+def test_random_sharpness_draws_follow_the_key():
     runs = [random_sharpness(quadratic, POINT, 0.1, draws=3, key=key) for key in (0, 0, 1)]
     np.testing.assert_array_equal(runs[0].differences, runs[1].differences)
     assert not np.array_equal(runs[0].differences, runs[2].differences)
@@ -234,7 +234,7 @@ def test_draws_follow_the_key():
 # In training, and on devices.
 
 
-def test_they_are_recorded_in_a_training_step():
+def test_sharpness_measures_are_recorded_in_a_training_step():
     tx = cx.sam_perturb(0.1) | cx.record(
         gap=lambda signal, p, loss: surrogate_gap(loss, p, 0.1).gap,
         m_sharpness=lambda signal, p, loss: m_sharpness(loss, p, 0.1, 2).value,
@@ -276,18 +276,18 @@ def on_devices(measure, check_vma, **over):
 
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("name", MEASURES)
-def test_the_mean_over_devices_is_that_of_the_whole_batch(name, check_vma):
+def test_sharpness_over_devices_is_that_of_the_whole_batch(name, check_vma):
     found, expected = on_devices(MEASURES[name], check_vma, mean_over="data")
     np.testing.assert_allclose(flat(found), flat(expected), rtol=1e-9)
 
 
 @pytest.mark.parametrize("name", MEASURES)
-def test_a_forgotten_axis_is_an_error(name):
+def test_missing_mean_over_devices_is_refused(name):
     with pytest.raises(ValueError, match="mean_over='data'"):
         on_devices(MEASURES[name], True)
 
 
-def test_each_device_may_keep_its_own():
+def test_each_device_can_keep_its_own_sharpness():
     batch, params = net_batch(16), net_params()
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
@@ -300,7 +300,7 @@ def test_each_device_may_keep_its_own():
     np.testing.assert_allclose(jax.jit(mapped)(params, batch), expected, rtol=1e-12)
 
 
-def test_logging_a_gap_costs_a_gradient_and_a_forward_pass():
+def test_logging_the_gap_costs_a_gradient_and_a_forward_pass():
     params, x = {"w": jnp.ones((3, 64, 64))}, jnp.ones((128, 64))
 
     def loss(params, x):
@@ -322,7 +322,7 @@ def test_logging_a_gap_costs_a_gradient_and_a_forward_pass():
 # Compiled once.
 
 
-def test_an_eager_call_compiles_once_for_a_loss_and_shapes():
+def test_eager_measure_compiles_once_for_a_loss_and_shapes():
     traced = []
 
     @compiled_once
@@ -364,6 +364,6 @@ def test_an_eager_call_compiles_once_for_a_loss_and_shapes():
         ),
     ],
 )
-def test_errors_name_the_option(call, error, message):
+def test_sharpness_errors_name_the_option(call, error, message):
     with pytest.raises(error, match=message):
         call()

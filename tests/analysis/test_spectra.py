@@ -61,7 +61,7 @@ def net_hessian() -> np.ndarray:
 
 @every_recording
 @pytest.mark.parametrize("curvature", NAMES)
-def test_the_largest_eigenvalues_are_those_recorded(path, curvature):
+def test_largest_eigenvalues_are_the_recorded_ones(path, curvature):
     run = read(path)
     options: Any = dict(curvature=curvature, end="largest")
     search = lambda p: top_eigenpairs(run.objective(), p, 3, **options)
@@ -72,7 +72,7 @@ def test_the_largest_eigenvalues_are_those_recorded(path, curvature):
 
 
 @every_recording
-def test_pyhessian_finds_the_same_five_but_for_its_bias(path):
+def test_pyhessian_finds_the_same_eigenpairs_up_to_its_bias(path):
     """It divides by ‖v‖ + 1e-6 twice an iteration: its values are 2e-6 too small."""
     run = read(path)
     v0 = run.problem.unflatten(jnp.asarray(run.arrays["pyhessian/top5_tight_v0"][0]))
@@ -91,7 +91,7 @@ def _rows(tree: Any, count: int) -> list[Any]:
 
 
 @every_recording
-def test_the_trace_is_pyhessians_with_its_probes(path):
+def test_trace_with_pyhessian_probes_is_pyhessians(path):
     run = read(path)
     probes = tree_of(run, run.arrays["pyhessian/trace_z_200"])
     found = curvature_trace(run.objective(), run.params, probes=probes)
@@ -103,7 +103,7 @@ def test_the_trace_is_pyhessians_with_its_probes(path):
 
 
 @every_recording
-def test_the_density_is_pyhessians_with_its_probes(path):
+def test_density_with_pyhessian_probes_is_pyhessians(path):
     run = read(path)
     probes = tree_of(run, run.arrays["pyhessian/density_z"])
     spectrum = lambda p: hessian_spectrum(run.objective(), p, probes=probes, steps=20)
@@ -132,7 +132,7 @@ def test_the_density_is_pyhessians_with_its_probes(path):
 
 @pytest.mark.parametrize("end", ["magnitude", "largest", "smallest"])
 @pytest.mark.parametrize("method", ["lanczos", "power"])
-def test_either_method_finds_either_end(method, end):
+def test_both_methods_find_both_ends_of_the_spectrum(method, end):
     values, vectors = np.linalg.eigh(net_hessian())
     rank = {"magnitude": -np.abs(values), "largest": -values, "smallest": values}[end]
     wanted = np.argsort(rank)[:2]
@@ -147,7 +147,7 @@ def test_either_method_finds_either_end(method, end):
     np.testing.assert_allclose(found.residuals, true, rtol=1e-6, atol=1e-13)
 
 
-def test_power_iteration_without_the_products_it_needs_says_so():
+def test_power_iteration_with_too_few_products_is_not_converged():
     objective = cx.Objective(net_loss, net_batch())
     found = top_eigenpairs(objective, net_params(), 2, method="power", max_products=12)
     assert not found.converged.any()
@@ -156,7 +156,7 @@ def test_power_iteration_without_the_products_it_needs_says_so():
     assert (distance.min(axis=1) <= np.asarray(found.residuals)).all()
 
 
-def test_ends_and_bulk_of_the_spectrum():
+def test_hessian_spectrum_has_the_ends_and_the_bulk_ratio():
     """As many steps as parameters: the Ritz values are the eigenvalues."""
     values = np.linalg.eigvalsh(net_hessian())
     found = hessian_spectrum(cx.Objective(net_loss, net_batch()), net_params(), probes=2)
@@ -166,7 +166,7 @@ def test_ends_and_bulk_of_the_spectrum():
     assert float(found.bulk_ratio) == pytest.approx(values[-1] / values[-5], rel=1e-10)
 
 
-def test_fewer_steps_see_the_ends_from_inside():
+def test_fewer_lanczos_steps_bound_the_ends_from_inside():
     values = np.linalg.eigvalsh(net_hessian())
     found = hessian_spectrum(cx.Objective(net_loss, net_batch()), net_params(), steps=7)
     assert values[0] < float(found.smallest) < float(found.largest) < values[-1]
@@ -177,7 +177,7 @@ def test_fewer_steps_see_the_ends_from_inside():
     assert np.isnan(bare.bulk_ratio)
 
 
-def test_a_matrix_of_low_rank_has_no_other_smallest_value_than_its_own():
+def test_spectrum_of_a_low_rank_matrix_has_its_own_smallest_value():
     """F̄ of four examples, seen by Lanczos from a start within its range: four values, no zeros."""
     objective = cx.Objective(net_loss, net_batch(4))
     each = [
@@ -193,7 +193,7 @@ def test_a_matrix_of_low_rank_has_no_other_smallest_value_than_its_own():
     assert np.isnan(found.bulk_ratio)
 
 
-def test_the_trace_of_a_diagonal_matrix_needs_one_probe():
+def test_trace_of_a_diagonal_matrix_is_exact_with_one_probe():
     weights = jnp.arange(1.0, 5.0)
     found = curvature_trace(
         lambda p: 0.5 * jnp.sum(weights * p["x"] ** 2), {"x": weights}, probes=1
@@ -202,7 +202,7 @@ def test_the_trace_of_a_diagonal_matrix_needs_one_probe():
     assert np.isnan(found.standard_error)
 
 
-def test_an_oracle_of_ones_own_takes_the_place_of_a_name():
+def test_curvature_may_be_a_callable():
     objective, params = cx.Objective(net_loss, net_batch()), net_params()
     own = partial(hvp, mode="reverse-over-reverse")
     found = curvature_trace(objective, params, curvature=own)
@@ -215,7 +215,7 @@ def test_an_oracle_of_ones_own_takes_the_place_of_a_name():
 # Compilation, precision, models.
 
 
-def test_it_compiles_once_for_a_loss_and_is_traced_with_the_rest_under_jit():
+def test_curvature_trace_compiles_once_for_a_loss_and_inlines_under_jit():
     traces = []
 
     def loss(params: Any, batch: Any) -> jax.Array:
@@ -233,7 +233,7 @@ def test_it_compiles_once_for_a_loss_and_is_traced_with_the_rest_under_jit():
 
 
 @pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
-def test_micro_batches_give_the_same(curvature):
+def test_microbatches_give_the_same_density(curvature):
     spectrum = lambda **options: hessian_spectrum(
         net_objective("categorical", **options), net_params(), curvature=curvature, steps=5
     )
@@ -241,7 +241,7 @@ def test_micro_batches_give_the_same(curvature):
     np.testing.assert_allclose(found.density, expected.density, rtol=1e-10, atol=1e-12)
 
 
-def test_in_bfloat16_vectors_and_sums_are_float32():
+def test_bfloat16_model_has_float32_vectors_and_sums():
     params, batch = net_params(jnp.bfloat16), net_batch(dtype=jnp.bfloat16)
     widened = jax.tree.map(lambda x: x.astype(jnp.float64), (params, batch))
     values = np.linalg.eigvalsh(dense_hessian(lambda p: net_loss(p, widened[1]), widened[0]))
@@ -256,7 +256,7 @@ def test_in_bfloat16_vectors_and_sums_are_float32():
 
 
 @pytest.mark.parametrize("problem", [nnx_problem, equinox_problem])
-def test_models_of_other_libraries(problem):
+def test_eigenpairs_of_nnx_and_equinox_models_are_the_dense_ones(problem):
     objective, params = problem()
     values = np.linalg.eigvalsh(dense_hessian(objective, params))
     search = quick_jit(lambda p: top_eigenpairs(objective, p, 2, end="largest"))
@@ -296,7 +296,7 @@ needs_devices = pytest.mark.skipif(jax.device_count() < DEVICES, reason="needs e
 
 @needs_devices
 @pytest.mark.parametrize("regime", REGIMES)
-def test_a_product_averaged_over_devices_has_the_spectrum_of_the_whole_batch(regime):
+def test_averaged_over_devices_the_spectrum_is_that_of_the_whole_batch(regime):
     f = partial(measured, mean_over="batch")
     if regime == "pmap":
         mapped = jax.pmap(f, axis_name="batch", in_axes=(None, 0), out_axes=None)
@@ -310,7 +310,7 @@ def test_a_product_averaged_over_devices_has_the_spectrum_of_the_whole_batch(reg
 
 @needs_devices
 @pytest.mark.parametrize("regime", ["shard_map", "unchecked"])
-def test_each_device_may_keep_the_spectrum_of_its_own_examples(regime):
+def test_each_device_can_keep_the_spectrum_of_its_own_examples(regime):
     def own(params: Any, batch: Any) -> Any:
         power = top_eigenpairs(
             cx.Objective(net_loss, batch), params, method="power", end="largest", mean_over=()
@@ -340,14 +340,14 @@ def sharded(kind: AxisType) -> tuple[Any, Any, Any]:
 
 @needs_devices
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_a_sharded_batch_needs_nothing(kind):
+def test_sharded_batch_gives_the_numbers_of_one_device(kind):
     where, params, batch = sharded(kind)
     with jax.set_mesh(where):
         assert_as_on_one_device(quick_jit(measured)(params, batch))
 
 
 @needs_devices
-def test_a_sharded_batch_needs_nothing_without_jit_either():
+def test_sharded_batch_without_jit_gives_the_numbers_of_one_device():
     _, params, batch = sharded(AxisType.Auto)
     objective = cx.Objective(cx.gaussian("y", weights="w"), batch, model=net)
     trace = curvature_trace(objective, params, curvature="gauss_newton", probes=3, key=1)
@@ -355,7 +355,7 @@ def test_a_sharded_batch_needs_nothing_without_jit_either():
 
 
 @needs_devices
-def test_a_device_axis_without_a_mean_over_it_is_an_error():
+def test_missing_mean_over_raises_under_pmap():
     with pytest.raises(ValueError, match="mean_over='batch'"):
         jax.pmap(measured, axis_name="batch", in_axes=(None, 0))(
             net_params(), shards(weighted_batch())
@@ -380,7 +380,7 @@ def test_a_device_axis_without_a_mean_over_it_is_an_error():
         (partial(curvature_trace, curvature="fisher"), ValueError, "`bernoulli`"),
     ],
 )
-def test_options_out_of_range_say_what_is_in_it(call, error, match):
+def test_options_out_of_range_raise_with_the_valid_range(call, error, match):
     objective = cx.Objective(
         lambda z, batch: jnp.mean((z - batch["y"]) ** 2), net_batch(), model=net
     )
@@ -388,7 +388,7 @@ def test_options_out_of_range_say_what_is_in_it(call, error, match):
         call(objective, net_params())
 
 
-def test_counters_among_the_parameters_are_refused_by_name():
+def test_integer_parameters_are_refused_by_name():
     params = net_params() | {"step": jnp.zeros((), jnp.int32)}
     with pytest.raises(TypeError, match="`step` has dtype int32"):
         top_eigenpairs(cx.Objective(net_loss, net_batch()), params)
@@ -418,7 +418,7 @@ def test_a_dataset_loss_over_unequal_batches_is_the_loss_of_the_whole_set():
     np.testing.assert_allclose(flat((value, grads)), flat(expected), rtol=1e-13)
 
 
-def test_a_dataset_loss_weighs_its_batches():
+def test_dataset_loss_weights_its_batches():
     batch = net_batch() | {"w": jnp.arange(8.0)}
     loss = cx.gaussian("y", weights="w")
     pieces = [jax.tree.map(lambda x, i=i: x[i : i + 2], batch) for i in (0, 2, 4, 6)]
@@ -437,7 +437,7 @@ def test_a_dataset_loss_weighs_its_batches():
     ],
     ids=["eigenpairs", "power", "spectrum", "trace"],
 )
-def test_one_pass_over_the_data_for_each_product(measure, products):
+def test_dataset_loss_takes_one_pass_for_each_product(measure, products):
     loader = Counting(loader_of(4, 4))
     found = measure(DatasetLoss(net_loss, loader), net_params())
     expected = quick_jit(lambda p: measure(cx.Objective(net_loss, net_batch()), p))(net_params())
@@ -449,7 +449,7 @@ def test_one_pass_over_the_data_for_each_product(measure, products):
     assert loader.passes == products
 
 
-def test_a_dataset_loss_wraps_its_loader_as_its_progress_option_says(capsys):
+def test_dataset_loss_wraps_its_loader_by_progress(capsys):
     wrapped = []
 
     def watch(loader: Any) -> Any:
@@ -462,7 +462,7 @@ def test_a_dataset_loss_wraps_its_loader_as_its_progress_option_says(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_keys_of_a_dataset_loss_are_those_of_the_batch_at_every_pass():
+def test_dataset_loss_folds_its_key_by_batch_at_every_pass():
     noisy = lambda params, batch, key: net_loss(params, batch) * (1 + jax.random.uniform(key))
     dataset_loss = DatasetLoss(noisy, loader_of(4, 4), key=jax.random.key(3))
     keys = [jax.random.fold_in(jax.random.key(3), i) for i in range(2)]
@@ -471,7 +471,7 @@ def test_keys_of_a_dataset_loss_are_those_of_the_batch_at_every_pass():
     assert float(dataset_loss(net_params())) == float(dataset_loss(net_params()))
 
 
-def test_a_dataset_loss_refuses_what_it_cannot_go_through():
+def test_dataset_loss_refuses_iterators_empty_loaders_raw_keys_and_jit():
     with pytest.raises(ValueError, match="list_iterator"):
         DatasetLoss(net_loss, iter(loader_of(4, 4)))
     with pytest.raises(ValueError, match="gave none"):
@@ -482,7 +482,7 @@ def test_a_dataset_loss_refuses_what_it_cannot_go_through():
         jax.jit(DatasetLoss(net_loss, loader_of(4, 4)))(net_params())
 
 
-def test_a_quadratic_loss_of_ten_thousand_dimensions():
+def test_spectrum_of_ten_thousand_parameters_is_the_planted_one():
     """A planted spectrum in a basis of no axis: its pairs, and its density within the error."""
     values, reflect = large_spectrum()
     loss = lambda x: 0.5 * jnp.sum(values * reflect(x) ** 2)

@@ -54,7 +54,7 @@ def of_vector(x: jax.Array) -> Any:
 
 
 @pytest.mark.parametrize("scale", [1e-35, *SCALES, 1e35])
-def test_norms_and_what_is_made_of_them(scale):
+def test_norms_and_unit_vectors_are_exact_at_any_scale(scale):
     x = VECTOR * np.float32(scale)
     found, exact = of_vector(x), x.astype(float)
     length = np.linalg.norm(exact)
@@ -75,7 +75,7 @@ def test_norms_and_what_is_made_of_them(scale):
         np.testing.assert_allclose(flat(step), wanted, rtol=1e-4)
 
 
-def test_norm_at_zero_infinity_and_nan():
+def test_norm_of_zero_infinity_and_nan():
     assert trees.norm({}) == 0
     assert trees.norm(jnp.zeros(3)) == 0
     assert np.all(jax.grad(trees.norm)(jnp.zeros(3)) == 0)
@@ -86,7 +86,7 @@ def test_norm_at_zero_infinity_and_nan():
 
 
 @pytest.mark.parametrize("size", [1, 5])
-def test_a_cosine_of_a_long_and_a_tiny_vector(size, single_precision):
+def test_cosine_of_a_long_and_a_tiny_vector_is_exact(size, single_precision):
     a, b = jnp.linspace(1e3, 2e3, size), jnp.linspace(3e-27, -1e-27, size)
     found = jax.jit(trees.cosine)(a, b)
     x, y = np.asarray(a, float), np.asarray(b, float)
@@ -94,13 +94,13 @@ def test_a_cosine_of_a_long_and_a_tiny_vector(size, single_precision):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-def test_the_unit_vector_of_nothing_has_length_zero():
+def test_unit_vector_of_zero_has_length_zero():
     length = jax.jit(lambda x: trees.norm(trees.unit(x)))
     assert length(jnp.zeros(3)) == 0
     assert abs(length(jnp.ones(3)) - 1) < 1e-6
 
 
-def test_derivatives_of_the_unit_vector_are_autodiffs():
+def test_derivatives_of_the_unit_vector_are_those_of_autodiff():
     x, w = jnp.array([0.3, -0.2, 0.5]), jnp.array([1.0, 2.0, 3.0])
     plain = lambda x: w @ (x / jnp.sqrt(jnp.sum(x * x)))
     ours = lambda x: w @ trees.unit(x)
@@ -108,7 +108,7 @@ def test_derivatives_of_the_unit_vector_are_autodiffs():
     np.testing.assert_allclose(jax.hessian(ours)(x), jax.hessian(plain)(x), rtol=1e-4, atol=1e-5)
 
 
-def test_norm_of_half_precision_trees():
+def test_norm_of_half_precision_trees_is_float32():
     x = VECTOR.astype(jnp.bfloat16) * jnp.bfloat16(1e-25)
     np.testing.assert_allclose(
         trees.norm(x), np.linalg.norm(np.asarray(x).astype(np.float64)), rtol=1e-6
@@ -151,7 +151,7 @@ REASONS = {
 
 @pytest.mark.parametrize("of", ["matrix", "vector", "both"])
 @pytest.mark.parametrize("scale", SCALES)
-def test_products_at_any_scale(scale, of):
+def test_solvers_and_eigenpairs_follow_the_scale_of_matrix_and_vector(scale, of):
     a = np.float32(scale if of != "vector" else 1)
     k = np.float32(scale if of != "matrix" else 1)
     ratio = float(k) / float(a)
@@ -179,7 +179,7 @@ def test_products_at_any_scale(scale, of):
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1e-15, 1e15])
-def test_negative_curvature_is_seen_at_any_scale(scale):
+def test_negative_curvature_is_detected_at_any_scale(scale):
     matrix = np.float32(scale) * np.diag(np.array([1, 2, -3], np.float32))
     b = np.float32(scale) * np.ones(3, np.float32)
     found = cx.cg(5)(lambda v: jnp.asarray(matrix) @ v, jnp.asarray(b))
@@ -187,14 +187,14 @@ def test_negative_curvature_is_seen_at_any_scale(scale):
     np.testing.assert_allclose(found.x, b, rtol=1e-6)
 
 
-def test_a_zero_right_hand_side_is_solved_by_zero():
+def test_solvers_return_zero_for_a_zero_right_hand_side():
     for solver in (cx.cg(5), cx.steihaug(0.1), cx.dense()):
         found = solver(product(MATRIX), tree(jnp.zeros(SIZE)))
         assert np.all(flat(found.x) == 0)
         assert found.residual == 0
 
 
-def test_an_unbounded_and_an_empty_trust_region():
+def test_steihaug_takes_infinite_and_zero_radii():
     apply, b = product(MATRIX), tree(jnp.asarray(VECTOR))
     free = cx.steihaug(jnp.inf, 30)(apply, b)
     assert free.reason == cx.StopReason.tolerance
@@ -249,7 +249,7 @@ def test_steps_follow_the_scale_of_the_loss(name):
             assert scaled["cg_reason"] == figures["cg_reason"]
 
 
-def test_row_space_at_a_small_gradient():
+def test_row_space_is_exact_at_a_small_gradient():
     batch, params = net_batch(dtype=jnp.float32), net_params(jnp.float32)
     fisher = cx.fvp(cx.Objective(cx.gaussian("y"), batch, model=net), params)
     gradient = jax.grad(net_loss)(params, batch)

@@ -29,7 +29,7 @@ def complaint(capsys, *arguments):
     return printed.err
 
 
-def test_train_leaves_a_run_folder_and_resume_finds_it_done(tmp_path, capsys):
+def test_train_writes_a_run_folder_that_resume_finds_finished(tmp_path, capsys):
     folder = run("train", TINY, "--train_baselines=true", "--epochs=2", runs=tmp_path)
     files = {path.name for path in folder.iterdir()}
     assert files >= {"config.json", "run.json", "table.txt", "curves.png"}
@@ -49,7 +49,7 @@ def test_train_leaves_a_run_folder_and_resume_finds_it_done(tmp_path, capsys):
     assert "sam_perturb | gsam_project | adamw" in table
 
 
-def test_compare_reports_every_arm(tmp_path, capsys):
+def test_compare_reports_every_variant(tmp_path, capsys):
     folder = run("compare", TINY, "--seeds=2", "--fair", "--epochs=1", runs=tmp_path)
     page = json.loads((folder / "compare.json").read_text())
     assert list(page) == [
@@ -70,7 +70,7 @@ def test_compare_reports_every_arm(tmp_path, capsys):
     assert "points over adamw, better of both" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_sweep_scores_held_out_examples_at_every_point(tmp_path, capsys):
+def test_grid_search_scores_held_out_examples_at_every_point(tmp_path, capsys):
     folder = run(
         "compare",
         TINY,
@@ -110,7 +110,7 @@ def regression(tmp_path):
     return str(path)
 
 
-def test_another_task_is_trained_and_compared_by_its_own_score(regression, tmp_path, capsys):
+def test_regression_is_trained_and_compared_by_its_own_metric(regression, tmp_path, capsys):
     folder = run("train", regression, runs=tmp_path / "train")
     said = " ".join(capsys.readouterr().out.split())
     assert "354 rows of diabetes" in said
@@ -129,7 +129,7 @@ def test_another_task_is_trained_and_compared_by_its_own_score(regression, tmp_p
     assert f"gauss_newton: {gain:+.3f} against adam." in capsys.readouterr().out
 
 
-def test_a_sweep_for_a_score_that_falls_finds_the_lowest(regression, tmp_path, capsys):
+def test_grid_search_minimises_a_metric_where_less_is_better(regression, tmp_path, capsys):
     sweep = ["--sweep=lr=1e-2,1e-1", "--batch=100", "--optimizers", "adam(lr)"]
     folder = run("compare", regression, *sweep, runs=tmp_path / "sweep")
     (points,) = json.loads((folder / "sweep.json").read_text()).values()
@@ -168,21 +168,19 @@ def test_bench_counts_sam_as_two_gradients(tmp_path):
         ("--checkpoint_every=2.5", "`int`"),
     ],
 )
-def test_what_is_wrong_with_a_field_is_said_before_anything_is_written(
-    field, hint, tmp_path, capsys
-):
+def test_wrong_field_is_refused_before_anything_is_written(field, hint, tmp_path, capsys):
     assert hint in complaint(capsys, "train", TINY, field, f"--runs={tmp_path}")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_wrong_method_is_pointed_at(tmp_path, capsys):
+def test_unknown_method_is_marked_by_a_caret(tmp_path, capsys):
     said = complaint(capsys, "train", TINY, "--optimizer=sam_perturb(0.1) | adamm(lr)")
     assert "Did you mean `adam`" in said
     line, caret = said.splitlines()[-2:]
     assert line[caret.index("^") :] == "adamm(lr)"
 
 
-def test_a_stage_without_its_input_is_said_before_anything_is_written(tmp_path, capsys):
+def test_stage_without_its_input_is_refused_before_anything_is_written(tmp_path, capsys):
     optimizer = "--optimizer=ema_rms(0.9) | sgd(0.1)"
     assert "hutchinson_diag" in complaint(capsys, "train", TINY, optimizer, f"--runs={tmp_path}")
     assert not list(tmp_path.iterdir())
@@ -200,11 +198,11 @@ def test_a_stage_without_its_input_is_said_before_anything_is_written(tmp_path, 
         (["configs", "digitts"], "Did you mean `digits`"),
     ],
 )
-def test_what_is_wrong_with_a_command_is_said(arguments, hint, capsys):
+def test_wrong_arguments_raise_with_a_hint(arguments, hint, capsys):
     assert hint in complaint(capsys, *arguments)
 
 
-def test_damaged_data_is_an_error_of_one_paragraph(tmp_path, capsys):
+def test_damaged_data_gives_an_error_of_one_line(tmp_path, capsys):
     for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
         (tmp_path / f"{name}-ubyte.gz").write_bytes(b"not gzip")
     said = complaint(capsys, "train", TINY, "--data.name=mnist", f"--data.path={tmp_path}")
@@ -212,7 +210,7 @@ def test_damaged_data_is_an_error_of_one_paragraph(tmp_path, capsys):
     assert len(said.splitlines()) == 1
 
 
-def test_labels_of_the_wrong_shape_are_an_error_before_anything_is_written(tmp_path, capsys):
+def test_labels_of_the_wrong_shape_are_refused_before_anything_is_written(tmp_path, capsys):
     folder = tmp_path / "idx"
     folder.mkdir()
     for part in ("train", "t10k"):
@@ -248,7 +246,7 @@ def test_traceback_shows_where_an_error_arose():
 
 
 @pytest.mark.parametrize("command", ["train", "compare", "bench"])
-def test_help_teaches_fields_and_methods(command, capsys):
+def test_help_shows_fields_and_methods(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main.main([command, "--help"])
     assert stopped.value.code == 0
@@ -266,7 +264,7 @@ def test_help_lists_every_command(capsys):
         assert f"{command.name:10}{command.summary}\n" in said
 
 
-def test_values_of_a_sweep_are_parted_outside_brackets():
+def test_grid_values_are_split_outside_brackets():
     from curvax.training.compare import grid_search
 
     texts = ["optimizer=sgd(step_decay(0.1, [0.5, 0.75])),adamw(1e-3, b1=0.9)", "rho=0.1"]

@@ -92,7 +92,7 @@ def scores(run):
 
 
 @pytest.mark.parametrize("command", WHERE)
-def test_data_that_is_not_there_is_asked_for(command, moved, capsys):
+def test_missing_data_raises_with_the_path_option(command, moved, capsys):
     run, _ = moved
     assert main.main([command, str(run)]) == 2
     said = capsys.readouterr().err
@@ -100,7 +100,7 @@ def test_data_that_is_not_there_is_asked_for(command, moved, capsys):
     assert "`--data.path=PATH`" in said
 
 
-def test_a_run_goes_on_with_its_data_in_another_place(whole, moved):
+def test_run_resumes_with_its_data_in_another_path(whole, moved):
     run, data = moved
     config = (run / "config.json").read_text()
     cut_short(run, at=2)
@@ -115,7 +115,7 @@ def test_a_run_goes_on_with_its_data_in_another_place(whole, moved):
 @pytest.mark.parametrize(
     "fields", [["--devices=1"], ["--devices=2", "--parallelism=jit", "--fsdp=True"]]
 )
-def test_a_run_goes_on_on_other_devices(fields, whole, moved):
+def test_run_resumes_on_another_number_of_devices(fields, whole, moved):
     """Groups are the same, and sums in another order make the difference."""
     run, data = moved
     cut_short(run, at=2)
@@ -125,7 +125,7 @@ def test_a_run_goes_on_on_other_devices(fields, whole, moved):
     jax.tree.map(close, weights(run), weights(first))
 
 
-def test_a_run_is_evaluated_with_its_data_in_another_place(moved):
+def test_run_is_evaluated_with_its_data_in_another_path(moved):
     run, data = moved
     assert main.main(["evaluate", str(run), f"--data.path={data}", "--eval_batch=4"]) == 0
     figures = json.loads((seed(run) / "results.json").read_text())
@@ -133,7 +133,7 @@ def test_a_run_is_evaluated_with_its_data_in_another_place(moved):
 
 
 @pytest.mark.parametrize(("there", "taken"), [(8, 4), (3, 2), (1, 1)])
-def test_a_run_is_looked_at_on_the_devices_that_are_there(there, taken, moved, monkeypatch):
+def test_run_is_inspected_on_the_available_devices(there, taken, moved, monkeypatch):
     """As many of its four as are there and divide its batch of eight."""
     run, data = moved
     only_devices(monkeypatch, there)
@@ -144,7 +144,7 @@ def test_a_run_is_looked_at_on_the_devices_that_are_there(there, taken, moved, m
     assert tested["loss"] == pytest.approx(figures["test_loss"], rel=1e-5)
 
 
-def test_devices_asked_for_must_be_there(moved, monkeypatch, capsys):
+def test_unavailable_devices_are_refused(moved, monkeypatch, capsys):
     run, data = moved
     only_devices(monkeypatch, 3)
     assert main.main(["resume", str(run), f"--data.path={data}"]) == 2
@@ -157,7 +157,7 @@ def test_devices_asked_for_must_be_there(moved, monkeypatch, capsys):
 
 @pytest.mark.parametrize("command", WHERE)
 @pytest.mark.parametrize("other", ["--epochs=9", "--data.seq_len=5", "--devics=1", "--option"])
-def test_nothing_else_of_a_run_changes(command, other, moved, capsys):
+def test_fields_other_than_hardware_and_paths_are_refused(command, other, moved, capsys):
     run, data = moved
     assert main.main([command, str(run), f"--data.path={data}", other]) == 2
     said = capsys.readouterr().err
@@ -166,7 +166,7 @@ def test_nothing_else_of_a_run_changes(command, other, moved, capsys):
 
 
 @pytest.mark.parametrize("command", WHERE)
-def test_help_lists_what_may_change(command, capsys):
+def test_help_lists_the_fields_that_can_change(command, capsys):
     with pytest.raises(SystemExit):
         main.main([command, "--help"])
     said = capsys.readouterr().out

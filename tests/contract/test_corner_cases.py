@@ -33,7 +33,7 @@ def step(tx, w, state, x=None):
         cx.sam(optax.sgd(0.1), 0.1, ascent=cx.random_direction(3)),
     ],
 )
-def test_a_donated_state_takes_no_key_of_the_transformation_along(tx):
+def test_donating_the_state_keeps_the_key_of_the_transformation(tx):
     donating = jax.jit(lambda w, s: step(tx, w, s), donate_argnums=1)
     first, _ = donating(W, tx.init(W))
     again, _ = donating(W, tx.init(W))
@@ -48,7 +48,7 @@ def masked(w, batch):
 MASKED = {"x": X, "m": jnp.array([1.0, 1, 1, 1, 1, 0, 0, 0])}
 
 
-def test_a_piece_that_counts_for_nothing_changes_nothing():
+def test_microbatch_of_weight_zero_changes_nothing():
     whole = cx.Objective(masked, MASKED)
     pieces = cx.Objective(masked, MASKED, weight="m", microbatch=2)
     value, grads = whole.value_and_grad(W)
@@ -59,7 +59,7 @@ def test_a_piece_that_counts_for_nothing_changes_nothing():
 
 
 @pytest.mark.parametrize("sequential", [False, True])
-def test_a_group_that_counts_for_nothing_changes_nothing(sequential):
+def test_group_of_weight_zero_changes_nothing(sequential):
     tx = cx.per_group(2, cx.sam_perturb(0.1), sequential=sequential)
     objective = cx.Objective(masked, MASKED, weight="m")
     _, grads = objective.value_and_grad(W)
@@ -74,7 +74,7 @@ def test_a_group_that_counts_for_nothing_changes_nothing(sequential):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_the_clean_loss_is_known_also_where_nobody_kept_it(compiled):
+def test_clean_loss_is_recorded_where_the_caller_dropped_it(compiled):
     tx = cx.sam_perturb(0.1)
 
     def gap(w):
@@ -86,7 +86,7 @@ def test_the_clean_loss_is_known_also_where_nobody_kept_it(compiled):
     np.testing.assert_allclose((jax.jit(gap) if compiled else gap)(W), loss(W, X), rtol=1e-6)
 
 
-def test_a_record_goes_with_its_parameters():
+def test_cached_gradient_is_dropped_with_its_parameters():
     objective, params = cx.Objective(loss, X), W + 0
     with jax.checking_leaks():
         jax.jit(lambda w: objective.value_and_grad(w)[1])(W)
@@ -105,7 +105,7 @@ def test_a_record_goes_with_its_parameters():
     assert not objective._gradients.records
 
 
-def test_decay_of_the_gradients_may_be_a_schedule():
+def test_b1_of_adahessian_follows_a_schedule():
     schedule = optax.linear_schedule(0.5, 0.9, 10)
     scheduled, state = W, cx.adahessian(0.1, schedule).init(W)
     tx = cx.adahessian(0.1, schedule)
@@ -116,7 +116,7 @@ def test_decay_of_the_gradients_may_be_a_schedule():
     assert np.isfinite(step(tx, scheduled, state)[0]).all()
 
 
-def test_a_signal_made_by_hand_is_projected():
+def test_gsam_project_takes_a_signal_made_by_hand():
     g, g_p = jnp.array([1.0, 2.0, 0.0]), jnp.array([2.0, 0.0, 1.0])
     out, _ = cx.gsam_project(0.5).update(
         cx.Signal(g_p, gradient=g), cx.gsam_project(0.5).init(W), W
@@ -124,7 +124,7 @@ def test_a_signal_made_by_hand_is_projected():
     np.testing.assert_allclose(out.updates, g_p - 0.5 * (g - (g @ g_p) / (g_p @ g_p) * g_p))
 
 
-def test_explicitly_sharded_parameters_take_any_number_of_probes():
+def test_several_probes_run_on_explicitly_sharded_parameters():
     mesh = jax.make_mesh((8,), ("b",), axis_types=(jax.sharding.AxisType.Explicit,))
     with jax.set_mesh(mesh):
         w = jax.device_put(jnp.arange(8.0) / 8, jax.NamedSharding(mesh, jax.P("b")))
@@ -164,12 +164,12 @@ def test_explicitly_sharded_parameters_take_any_number_of_probes():
         (lambda: cx.hvp(lambda w: jnp.sum(w**2), W)({"a": W}), "structure"),
     ],
 )  # fmt: skip
-def test_a_wrong_option_is_named(make, words):
+def test_option_of_a_wrong_type_is_refused_by_name(make, words):
     with pytest.raises((TypeError, ValueError), match=words):
         make()
 
 
-def test_a_radius_that_is_neither_of_paths_nor_of_steps_shows_both():
+def test_radius_by_path_with_a_missing_path_raises_with_that_path():
     tx = cx.sam_perturb(lambda path: {"a": 0.1}[path[0]])
     with pytest.raises(ValueError, match="'b'"):
         tx.update({"b": W}, tx.init({"b": W}), {"b": W}, value_fn=lambda p: jnp.sum(p["b"] ** 2))

@@ -116,7 +116,7 @@ def loss_unknown(tx: Any, state: Any, scale: float = 1.0) -> Any:
 
 
 @pytest.mark.parametrize("every", [1, 2])
-def test_a_loss_that_nobody_says_is_flagged(every):
+def test_unknown_loss_is_flagged_as_nan_in_diagnostics(every):
     tx = cx.sam_perturb(0.05, every=every) | cx.record(mine=lambda s, p: s.value)
     state = tx.init(net_params())
     for _ in range(2):
@@ -132,7 +132,7 @@ def test_a_loss_that_nobody_says_is_flagged(every):
     assert all(optax.tree.get(state, name) == 0 for name in SAM_UNKNOWN)
 
 
-def test_what_no_step_can_know_is_said_once_and_names_the_cure():
+def test_unknown_loss_warns_once_with_the_cure():
     tx = cx.sam_perturb(0.05) | optax.trace(0.3) | optax.trace(0.2)
     state = tx.init(net_params())
     cx.diagnostics(state)  # not measured yet: nothing to say
@@ -146,7 +146,7 @@ def test_what_no_step_can_know_is_said_once_and_names_the_cure():
     cx.diagnostics(state)
 
 
-def test_a_loss_that_is_said_later_is_known_from_then_on():
+def test_loss_passed_at_a_later_step_is_recorded():
     tx = cx.sam_perturb(0.05)
     _, state = loss_unknown(tx, tx.init(net_params()))
     params, f = net_params(), plain()
@@ -155,7 +155,7 @@ def test_a_loss_that_is_said_later_is_known_from_then_on():
     np.testing.assert_allclose(cx.diagnostics(state)["loss"], value, rtol=1e-6)
 
 
-def test_a_computed_nan_stays_one():
+def test_computed_nan_stays_nan():
     jax.config.update("jax_debug_nans", False)
     f = cx.Objective(lambda p, b: net_loss(p, b) * jnp.inf, net_batch())
     tx, params = cx.sam_perturb(0.05), net_params()
@@ -165,7 +165,7 @@ def test_a_computed_nan_stays_one():
         assert not np.isfinite(optax.tree.get(state, name))
 
 
-def test_figures_of_stacked_states_are_shown_each():
+def test_diagnostics_of_stacked_states_are_stacked():
     tx = cx.sam_perturb(0.05)
     params = jax.vmap(lambda i: jax.tree.map(lambda x: (1 + i) * x, net_params()))(jnp.arange(2.0))
     states = jax.vmap(tx.init)(params)
@@ -184,7 +184,7 @@ def test_figures_of_stacked_states_are_shown_each():
     assert np.isfinite(cx.diagnostics(mixed)["loss"]).tolist() == [True, False]
 
 
-def test_a_standard_error_of_one_probe_is_nan_without_an_operation():
+def test_standard_error_of_one_probe_is_nan_without_a_nan_operation():
     probes = jnp.ones((1, 3))
     assert np.isnan(cx.estimate_diagonal(lambda v: 2 * v, probes).standard_error).all()
     assert np.isnan(cx.estimate_trace(lambda v: 2 * v, probes).standard_error)
@@ -197,7 +197,7 @@ class Run(NamedTuple):
     opt_state: Any
 
 
-def test_a_checkpoint_with_nan_for_not_measured_is_restored(tmp_path):
+def test_checkpoint_with_nan_for_unknown_diagnostics_is_restored(tmp_path):
     pytest.importorskip("orbax.checkpoint", reason="checkpoints are Orbax's")
     from curvax.training.checkpoints import Checkpoints
 

@@ -97,26 +97,26 @@ def traces(make: Any, objective: Any, dtype: Any = jnp.float32) -> None:
 
 
 @pytest.mark.parametrize("name", PIPES)
-def test_stages(name):
+def test_stages_run_under_strict_promotion(name):
     traces(PIPES[name], objective(cx.gaussian("y")))
 
 
 @pytest.mark.filterwarnings("ignore:`sam_perturb` on parameters in half precision")
 @pytest.mark.parametrize("name", PIPES)
-def test_stages_in_half_precision(name):
+def test_stages_in_half_precision_run_under_strict_promotion(name):
     batch = net_batch(dtype=jnp.bfloat16) | {"class": jnp.arange(8) % 2}
     for likelihood in (cx.categorical("class"), cx.gaussian("y")):
         traces(PIPES[name], cx.Objective(likelihood, batch, model=net), jnp.bfloat16)
 
 
 @pytest.mark.parametrize("name", ["sam", "hutchinson_diag", "cg", "gauss_newton_diag"])
-def test_stages_over_micro_batches(name):
+def test_stages_over_microbatches_run_under_strict_promotion(name):
     traces(PIPES[name], objective(cx.gaussian("y"), microbatch=4))
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @pytest.mark.parametrize("name", ["cg", "fisher_diag", "gauss_newton_diag", "row_space"])
-def test_stages_of_a_likelihood(name, likelihood):
+def test_stages_of_every_likelihood_run_under_strict_promotion(name, likelihood):
     traces(PIPES[name], objective(LIKELIHOODS[likelihood]))
 
 
@@ -144,6 +144,6 @@ def twice(params: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", MEASURES)
-def test_products_and_measures(name):
+def test_products_and_measures_run_under_strict_promotion(name):
     f = objective(cx.categorical("class"))
     jax.eval_shape(lambda p: MEASURES[name](f, p), net_params(jnp.float32))

@@ -123,7 +123,7 @@ def by_hand(factory: Any, given: dict[str, Any], later: dict[str, float]) -> Any
 
 
 @pytest.mark.parametrize("name", METHODS | STAGES)
-def test_a_factory_is_injected_as_it_stands(name):
+def test_factory_is_injected_without_static_args(name):
     static, numbers = (METHODS | STAGES)[name]
     given = static | {number: start for number, (start, _) in numbers.items()}
     later = {number: value for number, (_, value) in numbers.items()}
@@ -136,7 +136,7 @@ def test_a_factory_is_injected_as_it_stands(name):
     assert_trees_close(found, by_hand(factory, given, later), 1e-10)
 
 
-def test_every_factory_is_tried():
+def test_injection_table_has_every_factory():
     makers = {
         name
         for name in cx.__all__
@@ -147,7 +147,7 @@ def test_every_factory_is_tried():
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_numbers_of_a_method_are_hyperparams_and_nothing_else_is(name):
+def test_numbers_of_a_method_alone_are_hyperparams(name):
     static, numbers = METHODS[name]
     given = static | {number: start for number, (start, _) in numbers.items()}
     found = optax.inject_hyperparams(getattr(cx, name))(**given).init(PARAMS).hyperparams
@@ -156,13 +156,13 @@ def test_the_numbers_of_a_method_are_hyperparams_and_nothing_else_is(name):
     assert all(x.shape == () for x in found.values())
 
 
-def test_options_named_as_static_may_still_be():
+def test_options_can_be_named_as_static():
     tx = optax.inject_hyperparams(cx.sam, static_args=("p", "steps"))(SGD, 0.1, steps=2)
     again = optax.inject_hyperparams(cx.sam)(SGD, 0.1, steps=2)
     assert_trees_close(tx.init(PARAMS), again.init(PARAMS))
 
 
-def test_schedules_are_injected_and_recorded():
+def test_injected_schedules_are_recorded():
     halved = lambda count: 0.1 * 0.5**count
     tx = optax.inject_hyperparams(cx.sam)(SGD, halved)
     state = tx.init(PARAMS)
@@ -175,13 +175,13 @@ def test_schedules_are_injected_and_recorded():
     assert_trees_close(updates, expected)
 
 
-def test_partial_factories_are_injected_too():
+def test_partial_factories_are_injected():
     factory = functools.partial(cx.gsam, SGD, steps=2)
     tx = optax.inject_hyperparams(factory)(rho=0.1, alpha=0.4)
     assert set(tx.init(PARAMS).hyperparams) == {"rho", "alpha"}
 
 
-def test_large_seeds_stay_seeds():
+def test_large_seeds_are_kept():
     with jax.enable_x64(False):
         tx = optax.inject_hyperparams(cx.hutchinson_diag)(2**31 + 5)
         assert_trees_close(tx.init(PARAMS).inner_state, cx.hutchinson_diag(2**31 + 5).init(PARAMS))
@@ -201,7 +201,7 @@ def test_large_seeds_stay_seeds():
         (lambda block: cx.spatial_average(block), "('block',)"),
     ],
 )
-def test_a_factory_of_ones_own_is_shown_all_that_is_static(factory, static):
+def test_own_factory_raises_with_its_static_args(factory, static):
     (option,) = inspect.signature(factory).parameters
     with pytest.raises(TypeError) as told:
         optax.inject_hyperparams(factory)(2).init(PARAMS)

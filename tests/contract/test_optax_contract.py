@@ -298,7 +298,7 @@ def results(row: Row, tx: cx.Stage) -> dict[str, Any]:
         return quick_jit(run)(make_params())
 
 
-def test_the_table_has_every_stage_and_method():
+def test_contract_table_has_every_stage_and_method():
     public = {name: getattr(cx, name) for name in cx.__all__}
     makers = {
         name
@@ -312,7 +312,7 @@ def test_the_table_has_every_stage_and_method():
     assert makers == {part.split()[0] for name in TABLE for part in name.split(" | ")}
 
 
-def test_compiles_once_and_is_finite_at_zero_gradient(tx, results):
+def test_stage_compiles_once_and_is_finite_at_zero_gradient(tx, results):
     traces: list[None] = []
 
     @quick_jit
@@ -334,7 +334,7 @@ def test_compiles_once_and_is_finite_at_zero_gradient(tx, results):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-def test_keeps_dtypes_and_structures(tx, dtype):
+def test_stage_keeps_dtypes_and_structure(tx, dtype):
     params, batch = make_params(dtype), make_batch(dtype=dtype)
     kinds = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
     updates, state = jax.eval_shape(lambda p: first_step(tx, p, batch=batch), params)
@@ -342,13 +342,13 @@ def test_keeps_dtypes_and_structures(tx, dtype):
     assert kinds(state) == kinds(jax.eval_shape(tx.init, params))
 
 
-def test_keys_in_the_state_are_plain_data(tx):
+def test_state_keeps_keys_as_plain_data(tx):
     leaves = jax.tree.leaves(tx.init(make_params()))
     assert not any(jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in leaves)
     jax.tree.map(np.asarray, leaves)
 
 
-def test_what_draws_nothing_keeps_no_key():
+def test_stage_without_draws_keeps_no_key():
     drawing = [cx.fisher_matvec(samples=1), cx.gauss_newton_diag(), cx.fisher_diag()]
     still = [cx.fisher_matvec(), cx.hessian_matvec(), cx.exact_diag("fisher"), cx.hessian_free()]
     keyed = lambda tx: any(x.dtype == jnp.uint32 for x in jax.tree.leaves(tx.init(make_params())))
@@ -364,23 +364,23 @@ def test_unknown_extra_args_change_nothing(tx):
     assert str(program(flavour="vanilla", epoch=3)) == str(program())
 
 
-def test_under_chain(results):
+def test_stage_inside_optax_chain_gives_the_same_update(results):
     assert_trees_close(results["chain"], results["alone"][0])
 
 
-def test_under_inject_hyperparams(row, results):
+def test_stage_inside_inject_hyperparams_gives_the_same_update(row, results):
     updates, state = results["inject_hyperparams"]
     assert_trees_close(updates, results["alone"][0])
     assert set(state.hyperparams) == set(row.numbers)
 
 
-def test_multi_steps_behind_averages_the_updates_of_batches_that_differ(results):
+def test_multi_steps_behind_a_stage_averages_the_updates_of_its_batches(results):
     waiting, updates, each = results["MultiSteps"]
     assert not any(map(jnp.any, jax.tree.leaves(waiting)))
     assert_trees_close(updates, jax.tree.map(lambda a, b: (a + b) / 2, *each))
 
 
-def test_multi_steps_around_what_evaluates_the_loss_is_refused(tx):
+def test_multi_steps_around_a_stage_that_evaluates_the_loss_is_refused(tx):
     several = optax.MultiSteps(tx, 2)
     if any(kind.evaluates_loss for kind in kinds(tx)):
         with pytest.raises(ValueError, match=r"last mini-batch.*microbatch="):
@@ -389,29 +389,29 @@ def test_multi_steps_around_what_evaluates_the_loss_is_refused(tx):
         several.init(make_params())
 
 
-def test_under_apply_if_finite(results):
+def test_stage_inside_apply_if_finite_gives_the_same_update(results):
     updates, state = results["apply_if_finite"]
     assert_trees_close((updates, state.inner_state), results["alone"])
 
 
-def test_restricted_to_some_leaves(results):
+def test_restricted_stage_steps_as_on_those_leaves_alone(results):
     assert_trees_close(results["restrict"]["hidden"], results["hidden alone"])
     grads = jax.grad(objective_on(make_batch()))(make_params())
     assert_trees_close(results["restrict"]["out"], grads["out"])
 
 
-def test_under_vmap(results):
+def test_stage_under_vmap_gives_the_same_update(results):
     first = jax.tree.map(lambda u: u[0], results["vmap"])
     assert_trees_close(first, results["alone"][0])
 
 
-def test_bfloat16_parameters(results):
+def test_bfloat16_parameters_get_finite_bfloat16_updates(results):
     leaves = jax.tree.leaves(results["bfloat16"])
     assert {u.dtype for u in leaves} == {jnp.dtype(jnp.bfloat16)}
     assert all(bool(jnp.isfinite(u).all()) for u in leaves)
 
 
-def test_half_precision_is_warned_of_once(row, tx):
+def test_half_precision_parameters_warn_once(row, tx):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         jax.eval_shape(tx.init, make_params(jnp.bfloat16))
@@ -419,13 +419,13 @@ def test_half_precision_is_warned_of_once(row, tx):
     assert all("half precision" in str(warning.message) for warning in caught)
 
 
-def test_empty_tree(tx):
+def test_empty_tree_gives_an_empty_update(tx):
     updates, state = first_step(tx, {}, lambda params, batch: batch["x"][:, :2])
     assert updates == {}
     chex.assert_trees_all_equal_structs(state, tx.init({}))
 
 
-def test_none_leaves_are_absent(tx):
+def test_none_leaves_change_no_program(tx):
     params = make_params()
     alone = jax.make_jaxpr(lambda p: first_step(tx, p))(params)
     params["hidden"]["scale"] = None
@@ -441,7 +441,7 @@ def test_integer_leaves_are_refused_at_init(row, tx):
         tx.init(params)
 
 
-def test_integer_leaves_stay_outside_a_restriction():
+def test_restrict_leaves_integer_leaves_outside():
     params = {**make_params(), "hits": jnp.ones(2, jnp.int32)}
     grads = jax.grad(objective_on(make_batch()), allow_int=True)(params)
     only_floats = jax.tree.map(lambda x: x.dtype != jnp.int32, params)
@@ -459,7 +459,7 @@ def test_integer_leaves_stay_outside_a_restriction():
         lambda key: cx.sam_perturb(0.1, ascent=cx.random_direction(key)),
     ],
 )
-def test_vmap_over_seeds(build):
+def test_vmap_over_seeds_equals_a_loop_over_seeds(build):
     keys = jax.random.split(jax.random.key(5), 2)
     updates, state = jax.vmap(lambda key: first_step(build(key), make_params()))(keys)
     for i, key in enumerate(keys):

@@ -68,7 +68,7 @@ def test_integers_have_a_gradient_of_zeros():
 
 
 @pytest.mark.parametrize("inner", [lambda: sam(optax.sgd(0.1), 0.05), lambda: adahessian(0.1)])
-def test_integers_outside_of_restrict_stay_and_the_rest_steps_as_alone(inner):
+def test_restrict_leaves_integers_unchanged_and_steps_the_rest(inner):
     tx = restrict(inner(), {"w": True, "table": False})
     with pytest.raises(TypeError, match=r"`table` has dtype int.*curvax\.restrict"):
         inner().init(TABLE)
@@ -84,7 +84,7 @@ def test_integers_outside_of_restrict_stay_and_the_rest_steps_as_alone(inner):
     assert new["table"].dtype == TABLE["table"].dtype
 
 
-def test_a_vector_in_the_place_of_a_tree_names_its_wrapper():
+def test_flattened_parameters_raise_with_optax_flatten():
     tx = optax.flatten(sam(optax.sgd(0.1)))
     for value_fn in (Objective(loss, BATCH), lambda p: loss(p, BATCH)):
         grads = jax.tree.map(jnp.ones_like, PLAIN)
@@ -97,7 +97,7 @@ def test_a_vector_in_the_place_of_a_tree_names_its_wrapper():
         np.testing.assert_allclose(x, y, rtol=1e-12)
 
 
-def test_errors_of_a_loss_of_its_own_parameters_pass_as_they_are():
+def test_errors_of_the_loss_pass_unchanged():
     with pytest.raises(KeyError, match="missing"):
         Objective(lambda p: p["missing"]).value_and_grad(PLAIN)
     with pytest.raises(ValueError, match="mine"):
@@ -108,7 +108,7 @@ def _raising(params):
     raise ValueError("mine")
 
 
-def test_a_gradient_of_other_parameters_is_told():
+def test_gradient_of_other_parameters_is_refused():
     tx = sam(optax.sgd(0.1))
     with pytest.raises(ValueError, match="gradient of 1 arrays for parameters of 2"):
         tx.update({"w": PLAIN["w"]}, tx.init(PLAIN), PLAIN, value_fn=lambda p: loss(p, BATCH))
@@ -123,13 +123,13 @@ def test_a_gradient_of_other_parameters_is_told():
         lambda x: (x, x, x),
     ],
 )
-def test_a_closure_with_aux_is_told_the_objective(returned: Any):
+def test_closure_with_aux_raises_with_the_objective(returned: Any):
     tx, value_fn = sam(optax.sgd(0.1)), lambda p: returned(loss(p, BATCH))
     with pytest.raises(TypeError, match=r"Objective\(loss_fn, has_aux=True\)"):
         tx.update(PLAIN, tx.init(PLAIN), PLAIN, value_fn=value_fn)
 
 
-def test_what_is_no_value_is_told():
+def test_loss_that_returns_no_scalar_is_refused():
     with pytest.raises(TypeError, match="returned None"):
         Objective(lambda p: None)(PLAIN)
     with pytest.raises(TypeError, match=r"first part .* a tuple of 2"):
@@ -145,7 +145,7 @@ def test_what_is_no_value_is_told():
         ),
     ],
 )
-def test_what_drops_the_loss_is_named(wrapped):
+def test_wrapper_that_drops_the_loss_raises_with_the_known_ones(wrapped):
     tx = optax.with_extra_args_support(wrapped(sam(optax.sgd(0.1))))
     with pytest.raises(ValueError, match="value_fn") as told:
         tx.update(PLAIN, tx.init(PLAIN), PLAIN, value_fn=lambda p: loss(p, BATCH))
@@ -154,14 +154,14 @@ def test_what_drops_the_loss_is_named(wrapped):
         assert name in str(told.value)
 
 
-def test_lookahead_is_told():
+def test_optax_lookahead_is_refused():
     tx = optax.lookahead(sam(optax.sgd(0.1)), 2, 0.5)
     params = optax.LookaheadParams.init_synced(PLAIN)
     with pytest.raises(ValueError, match=r"optax\.lookahead"):
         tx.update(PLAIN, tx.init(params), params)
 
 
-def test_products_take_numbers_too():
+def test_hvp_takes_python_numbers():
     number, array = ({"a": x, "w": PLAIN["w"]} for x in (1.5, jnp.asarray(1.5)))
     fs = [curvax.hvp(lambda p: loss(p, BATCH), p)(PLAIN) for p in (number, array)]
     assert jax.tree.all(jax.tree.map(jnp.allclose, *fs))

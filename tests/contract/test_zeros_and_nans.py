@@ -68,23 +68,23 @@ def after_a_step(make: Any, objective: cx.Objective, zero: bool) -> Any:
 
 
 @pytest.mark.parametrize("name", PIPES)
-def test_derivatives_through_a_step_with_a_dead_unit(name):
+def test_derivatives_through_a_step_with_a_dead_unit_are_finite(name):
     for found in jax.tree.leaves(after_a_step(PIPES[name], GAUSSIAN, zero=False)):
         assert np.all(np.isfinite(found))
 
 
 @pytest.mark.parametrize("name", ["gsam", "power", "trust region"])
-def test_derivatives_through_a_step_with_no_gradient(name):
+def test_derivatives_through_a_step_with_zero_gradient_are_finite(name):
     for found in jax.tree.leaves(after_a_step(PIPES[name], GAUSSIAN, zero=True)):
         assert np.all(np.isfinite(found))
 
 
-def test_derivatives_through_roots_of_probabilities_that_are_zero():
+def test_derivatives_through_roots_of_zero_probabilities_are_finite():
     for found in jax.tree.leaves(after_a_step(PIPES["sophia"], CATEGORICAL, zero=False)):
         assert np.all(np.isfinite(found))
 
 
-def test_a_derivative_through_a_step_is_that_of_differences():
+def test_derivative_through_a_step_is_that_of_finite_differences():
     trained = lambda h: after_a_step_at(h)
     found = jax.grad(trained)(0.3)
     step = 1e-6
@@ -99,7 +99,7 @@ def after_a_step_at(power: Any) -> jax.Array:
     return jnp.sum((params - 0.1 * updates) ** 2)
 
 
-def test_roots_powers_and_quotients_of_zero():
+def test_safe_math_at_zero_has_finite_values_and_derivatives():
     value = lambda f, *x: (f(*x), *jax.grad(f, tuple(range(len(x))))(*map(jnp.asarray, x)))
     np.testing.assert_allclose(value(safe_math.root, 0.0), (0, 0))
     np.testing.assert_allclose(value(safe_math.root, 4.0), (2, 0.25))
@@ -128,7 +128,7 @@ def averaged(stage: Any, diagonals: list[Any]) -> tuple[list[np.ndarray], Any]:
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("make", [cx.ema_rms, cx.ema_mean])
-def test_an_average_does_not_take_in_what_is_no_number(make, wrong):
+def test_averages_leave_out_nan_and_infinity(make, wrong):
     good = [3.0, 4.0, 5.0]
     clean, _ = averaged(make(BETA), [good, good, good])
     shown, state = averaged(make(BETA), [good, [3.0, wrong, 5.0], good])
@@ -138,14 +138,14 @@ def test_an_average_does_not_take_in_what_is_no_number(make, wrong):
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(state))
 
 
-def test_a_delayed_average_shows_it_too():
+def test_delayed_average_shows_nan_and_recovers():
     shown, state = averaged(cx.ema_mean(BETA, lag=1), [[3.0] * 3, [np.nan, 3.0, 3.0], [3.0] * 3])
     assert np.isnan(shown[1]).tolist() == [True, False, False]
     np.testing.assert_allclose(shown[2], 3.0)
     np.testing.assert_allclose(state.mean / state.weight, 3.0)
 
 
-def test_a_square_beyond_the_floats_counts_as_the_largest():
+def test_ema_rms_clips_a_square_that_overflows():
     shown, state = averaged(cx.ema_rms(BETA), [[HUGE, 1.0, 1.0], [1.0] * 3])
     root = np.sqrt(np.finfo(float).max)
     np.testing.assert_allclose(shown[0], [root, 1, 1])
@@ -154,7 +154,7 @@ def test_a_square_beyond_the_floats_counts_as_the_largest():
     assert np.all(np.isfinite(state.mean_square))
 
 
-def test_a_sum_goes_on_without_what_is_no_number():
+def test_accumulate_leaves_out_nan_and_infinity():
     shown, state = averaged(cx.accumulate(), [[1.0] * 3, [np.nan, np.inf, 1.0], [1.0] * 3])
     assert np.isnan(shown[1]).tolist() == [True, True, False]
     np.testing.assert_allclose(shown[2], [2, 2, 3])
@@ -163,7 +163,7 @@ def test_a_sum_goes_on_without_what_is_no_number():
     np.testing.assert_allclose(state.total, [largest, 2, 2])
 
 
-def test_a_kept_diagonal_is_the_last_that_was_finite():
+def test_every_keeps_the_last_finite_diagonal():
     given = iter([[1.0, 1, 1], [np.nan, 2, 2], [3.0, 3, 3]])
     made = lambda signal, state, params=None, **extra: (
         signal._replace(diagonal=jnp.asarray(next(given))), state
@@ -181,7 +181,7 @@ def test_a_kept_diagonal_is_the_last_that_was_finite():
     )
 
 
-def test_momentum_of_the_quadratic_step_is_not_spoilt():
+def test_quadratic_step_keeps_finite_momentum_after_nan():
     tx = cx.quadratic_step()
     params = jnp.ones(3)
     signal = cx.Signal(jnp.array([1.0, jnp.nan, 1.0]), params, matvec=lambda v: 2 * v)
@@ -208,7 +208,7 @@ measured.defvjp(lambda z: (z, None), _pull)
 
 
 @pytest.mark.parametrize("loss", [cx.gaussian("y"), lambda z, b: jnp.sum((z - b["y"]) ** 2) / 16])
-def test_a_gauss_newton_product_through_a_normalised_cotangent(loss):
+def test_gauss_newton_product_is_exact_through_a_normalised_cotangent(loss):
     batch, params = {"x": X, "y": Y}, {"w": jnp.ones((4, 2))}
     v = {"w": jax.random.normal(jax.random.key(5), (4, 2))}
     odd = cx.Objective(loss, batch, model=lambda p, b: measured(b["x"] @ p["w"]))

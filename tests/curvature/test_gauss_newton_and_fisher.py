@@ -33,7 +33,7 @@ def assert_matrices_close(found: np.ndarray, expected: np.ndarray) -> None:
 
 @pytest.mark.parametrize("matrix", MATRICES)
 @pytest.mark.parametrize("path", recorded("curvature_*"))
-def test_products_are_the_recorded_matrices(path, matrix):
+def test_products_equal_the_recorded_matrices(path, matrix):
     run = read(path)
     found = run.matrix(lambda: MATRICES[matrix](run.objective(), run.params))
     assert_matrices_close(found, run.expected(matrix))
@@ -41,7 +41,7 @@ def test_products_are_the_recorded_matrices(path, matrix):
 
 @pytest.mark.parametrize("samples", [1, 5])
 @pytest.mark.parametrize("path", recorded("curvature_*"))
-def test_sampled_products_are_those_recorded_with_their_labels(path, samples):
+def test_sampled_products_with_the_recorded_labels_are_the_recorded_ones(path, samples):
     run, name = read(path), f"mc_fisher_{samples}"
     labels = run.arrays[f"{name}/labels"]
     found = run.matrix(lambda: fvp(run.objective(), run.params, labels=labels))
@@ -154,7 +154,7 @@ def test_gauss_newton_of_a_linear_model_is_the_hessian(name):
 
 
 @every_family
-def test_the_sampled_fisher_is_unbiased_and_errs_as_the_root_of_the_samples(name):
+def test_sampled_fisher_is_unbiased_with_error_falling_as_the_root_of_the_samples(name):
     objective, params = net_objective(name), net_params()
     v = jax.tree.map(jnp.cos, params)
     exact = flat(fvp(objective, params)(v))
@@ -186,7 +186,7 @@ def test_the_sampled_fisher_is_the_mean_of_outer_products_of_scores(name):
     np.testing.assert_array_equal(one, again)
 
 
-def test_the_labels_of_the_batch_give_the_empirical_fisher():
+def test_fisher_at_the_batch_labels_is_the_empirical_fisher():
     objective, params = net_objective("categorical"), net_params()
     given = matrix_of(lambda: fvp(objective, params, labels=objective.batch["y"]), params)
     found = matrix_of(lambda: empirical_fvp(objective, params), params)
@@ -222,7 +222,7 @@ PRODUCTS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
-def test_masked_tokens_are_as_if_they_were_not_there(product):
+def test_masked_tokens_do_not_count_in_products(product):
     batch, params = token_batch(), net_params()
     loss = categorical("y", mask="mask", weights="w")
     tokens = cx.Objective(loss, batch, model=token_net)

@@ -43,7 +43,7 @@ def matrix_of(product: Any, like: Any) -> np.ndarray:
 
 @pytest.mark.parametrize("microbatch", [None, 2])
 @pytest.mark.parametrize("mode", MODES)
-def test_product_equals_the_dense_matrix(mode, microbatch, hessian):
+def test_hvp_equals_the_dense_matrix(mode, microbatch, hessian):
     def matrix(params: Any, batch: Any) -> Any:
         objective = cx.Objective(net_loss, batch, microbatch=microbatch)
         point, unravel = ravel_pytree(params)
@@ -54,13 +54,13 @@ def test_product_equals_the_dense_matrix(mode, microbatch, hessian):
     np.testing.assert_allclose(columns.T, hessian, rtol=0, atol=TOLERANCE[mode])
 
 
-def test_product_of_a_plain_callable(hessian):
+def test_hvp_of_a_plain_callable_equals_the_dense_matrix(hessian):
     v = jax.tree.map(jnp.cos, net_params())
     product = cx.hvp(loss_of_params, net_params())(v)
     np.testing.assert_allclose(flat(product), hessian @ flat(v), rtol=1e-12)
 
 
-def test_product_of_a_weighted_keyed_loss_with_aux():
+def test_hvp_of_a_weighted_keyed_loss_with_aux_equals_the_dense_matrix():
     def loss(params: Any, batch: Any, key: jax.Array) -> Any:
         kept = batch["mask"] * jax.random.bernoulli(key, 0.7, batch["mask"].shape)
         values = jnp.sin(batch["x"] @ params) ** 2
@@ -84,7 +84,7 @@ def test_product_of_a_weighted_keyed_loss_with_aux():
     np.testing.assert_allclose(matrix_of(cx.hvp(pieces, params), params), expected, rtol=1e-12)
 
 
-def test_product_keeps_the_dtypes_of_the_parameters():
+def test_hvp_keeps_the_dtypes_of_the_parameters():
     params, batch = net_params(jnp.float32), net_batch(dtype=jnp.float32)
     wide = jax.tree.map(lambda x: x.astype(jnp.float64), params)
     for mode in MODES:
@@ -185,7 +185,7 @@ def test_forward_mode_is_kept_through_an_implicit_layer(oracle):
         np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_stages_pass_through_a_blocked_loss():
+def test_stages_run_on_a_loss_that_blocks_forward_mode():
     def step(loss: Any, tx: cx.Stage) -> Any:
         objective = cx.Objective(loss, INPUTS)
         run = lambda p: tx.update(p, tx.init(p), p, value_fn=objective)[0]
@@ -199,7 +199,7 @@ def test_stages_pass_through_a_blocked_loss():
         np.testing.assert_allclose(step(blocked_loss, tx), step(open_loss, tx), rtol=1e-12)
 
 
-def test_an_error_of_the_loss_comes_through():
+def test_error_of_the_loss_passes_unchanged():
     def broken(params: Any) -> jax.Array:
         raise TypeError("mine")
 
@@ -207,7 +207,7 @@ def test_an_error_of_the_loss_comes_through():
         cx.hvp(broken, POINT)
 
 
-def test_an_unknown_mode_is_told_the_known():
+def test_unknown_mode_raises_with_the_known_ones():
     for act in (
         lambda: cx.hvp(jnp.sum, POINT, mode="forward"),
         lambda: cx.hutchinson_diag(mode="forward"),
@@ -217,14 +217,14 @@ def test_an_unknown_mode_is_told_the_known():
 
 
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
-def test_differences_do_not_depend_on_the_length_of_the_vector(size):
+def test_finite_differences_do_not_depend_on_the_length_of_the_vector(size):
     v = size * jnp.array([1.0, 2.0])
     product = cx.hvp(lambda p: open_loss(p, INPUTS), POINT, mode="finite-differences")(v)
     expected = jax.hessian(open_loss)(POINT, INPUTS) @ v
     np.testing.assert_allclose(product / size, expected / size, rtol=0, atol=1e-9)
 
 
-def test_differences_along_nothing_are_zero():
+def test_finite_differences_along_a_zero_vector_are_zero():
     product = cx.hvp(lambda p: open_loss(p, INPUTS), POINT, mode="finite-differences")
     np.testing.assert_array_equal(product(jnp.zeros(2)), jnp.zeros(2))
 
@@ -295,7 +295,7 @@ def test_power_iteration_finds_the_largest_magnitude():
     assert pair.residual <= 1e-9 * abs(pair.value)
 
 
-def test_power_iteration_says_that_it_did_not_converge():
+def test_power_iteration_with_too_few_steps_is_not_converged():
     pair = cx.power_iteration(product, as_tree(jnp.ones(3)), max_steps=3, tol=1e-9)
     assert pair.steps == 3
     assert not pair.converged

@@ -203,7 +203,7 @@ SEEN_ON_KERNELS = ("hvp", "several probes", "newton", "density")
         *(("kernel", name) for name in SEEN_ON_KERNELS),
     ],
 )
-def test_what_is_made_of_hessian_products(what, name):
+def test_hessian_methods_and_measures_pass_through_refusing_layers(what, name):
     fast, slow = PAIRS[what]
     found, expected = (MADE_OF_HESSIANS[name](whole(f)) for f in (fast, slow))
     np.testing.assert_allclose(flat(found), flat(expected), **NEAR)
@@ -211,7 +211,7 @@ def test_what_is_made_of_hessian_products(what, name):
 
 @pytest.mark.parametrize("microbatch", [None, 4])
 @pytest.mark.parametrize("what", PAIRS)
-def test_products_with_the_hessian(what, microbatch):
+def test_hvp_passes_through_refusing_layers(what, microbatch):
     fast, slow = (whole(f, microbatch=microbatch) for f in PAIRS[what])
     np.testing.assert_allclose(cx.hvp(fast, W)(V)["w"], cx.hvp(slow, W)(V)["w"], **NEAR)
 
@@ -233,7 +233,7 @@ MATRICES: dict[str, Callable[..., Any]] = {
         ("implicit", "empirical_fvp", 4),
     ],
 )
-def test_products_with_gauss_newton_and_fisher(what, name, microbatch):
+def test_gauss_newton_and_fisher_products_pass_through_refusing_layers(what, name, microbatch):
     product = lambda f: MATRICES[name](split(f, microbatch=microbatch), W)(V)["w"]
     found, expected = map(product, PAIRS[what])
     np.testing.assert_allclose(found, expected, **NEAR)
@@ -251,12 +251,12 @@ def test_products_with_gauss_newton_and_fisher(what, name, microbatch):
     ],
     ids=["gauss_newton", "row space", "hessian_free", "sophia_g", "diagonal", "ascent"],
 )
-def test_methods_of_gauss_newton_and_fisher(tx):
+def test_gauss_newton_and_fisher_methods_pass_through_an_implicit_layer(tx):
     found, expected = (updates(tx, split(f)) for f in PAIRS["implicit"])
     np.testing.assert_allclose(flat(found), flat(expected), **NEAR)
 
 
-def test_a_loss_by_a_kernel_behind_a_plain_model():
+def test_gauss_newton_product_passes_through_a_kernel_in_the_loss():
     loss = lambda act: lambda z, b: jnp.mean(act(z - b["y"]) ** 2)
     plain = lambda w, x: jnp.sin(x @ w)
     product = lambda act: cx.ggnvp(split(plain, loss(act)), W)(V)["w"]
@@ -274,7 +274,7 @@ def test_every_mode_of_gauss_newton_gives_the_same_product(mode):
 
 
 @pytest.mark.parametrize("mode", ["reverse-over-reverse", "finite-differences"])
-def test_methods_hand_their_mode_down(mode):
+def test_methods_pass_their_mode_to_the_products(mode):
     plain = split(PAIRS["kernel"][1])
     methods: list[Callable[..., Any]] = [
         functools.partial(cx.adahessian, 0.1),
@@ -308,7 +308,7 @@ def test_analysis_takes_a_mode(curvature):
         eigenvalue(plain, mode="forward")
 
 
-def test_block_hessians_of_a_perceptron_of_kernels():
+def test_mlp_block_hessians_pass_through_kernels():
     params = {f"l{n}": {"kernel": W["w"], "bias": jnp.full(3, 0.1)} for n in range(2)}
 
     def blocks(act: Any, **options: Any) -> Any:
@@ -325,7 +325,7 @@ def test_block_hessians_of_a_perceptron_of_kernels():
         np.testing.assert_allclose(flat(blocks(act, **options)), expected, rtol=1e-5, atol=1e-7)
 
 
-def test_under_shard_map():
+def test_hvp_passes_through_an_implicit_layer_under_shard_map():
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def local(w: Any, v: Any, batch: Any) -> Any:
@@ -340,7 +340,7 @@ def test_under_shard_map():
 # What is said, and what comes through.
 
 
-def test_differences_in_the_place_of_a_derivative_are_said_with_the_obstacle_and_warn():
+def test_falling_back_to_finite_differences_warns_with_the_obstacle():
     fast = PAIRS["implicit"][0]
     for act in (lambda: cx.hvp(whole(fast), W), lambda: cx.ggnvp(split(fast), W)(V)):
         with pytest.warns(UserWarning, match=rf"{SPLITS}.*\(.*\).*finite-differences"):
@@ -357,7 +357,7 @@ def test_no_warning_where_derivatives_are_exact_or_differences_were_asked_for():
 
 
 @pytest.mark.parametrize("mode", ["forward-over-reverse", "reverse-over-reverse"])
-def test_a_mode_that_jax_refuses_names_the_others(mode):
+def test_mode_that_jax_refuses_raises_with_the_others(mode):
     fast = PAIRS["implicit"][0]
     for act in (
         lambda: cx.hvp(whole(fast), W, mode=mode),
@@ -369,7 +369,7 @@ def test_a_mode_that_jax_refuses_names_the_others(mode):
             act()
 
 
-def test_an_error_of_the_callers_own_comes_through_from_every_pass():
+def test_error_of_the_callers_derivative_passes_unchanged():
     @jax.custom_vjp
     def broken(x: jax.Array) -> jax.Array:
         return x
@@ -386,7 +386,7 @@ def test_an_error_of_the_callers_own_comes_through_from_every_pass():
             act()
 
 
-def test_a_kernel_costs_no_pass_more_than_a_product_of_its_own():
+def test_hvp_of_a_kernel_runs_no_extra_pass():
     """One gradient and one push for each product: the trial leaves nothing in the program."""
     names = lambda f: re.findall(r"pallas_call\[", str(jax.make_jaxpr(f)(W, V)))
     fast = whole(PAIRS["kernel"][0])
@@ -397,7 +397,7 @@ def test_a_kernel_costs_no_pass_more_than_a_product_of_its_own():
     )
 
 
-def test_a_refusal_that_comes_with_the_lowering_is_found():
+def test_refusal_at_lowering_is_found():
     grad = jax.grad(lambda p: jnp.sum(masked(X @ p["w"]) ** 2))
     pushed = lambda p: jax.jvp(grad, (p,), (p,))[1]
     jax.make_jaxpr(pushed)(W)
@@ -440,7 +440,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_step_of_differences_follows_the_precision_of_the_products(kind):
+def test_step_of_finite_differences_follows_the_precision_of_the_products(kind):
     stored, computed, bound = KINDS[kind]
     params = jax.tree.map(lambda x: x.astype(stored), network())
     wide = jax.tree.map(lambda x: x.astype(jnp.float64), params)
@@ -454,7 +454,7 @@ def test_the_step_of_differences_follows_the_precision_of_the_products(kind):
         assert np.linalg.norm(found - expected) < bound * np.linalg.norm(expected)
 
 
-def test_rounding_is_that_of_what_lies_between_parameters_and_results():
+def test_rounding_is_that_of_operations_between_parameters_and_results():
     w, half, preset = jnp.ones((3, 3), jnp.float32), jnp.bfloat16, jax.lax.DotAlgorithmPreset
     eps = lambda dtype: float(jnp.finfo(dtype).eps)
     data = jnp.sin(jnp.ones((3, 3), half))
@@ -490,7 +490,7 @@ def test_rounding_is_that_of_what_lies_between_parameters_and_results():
     assert rounding(lambda w: w.astype(jnp.float32), w.astype(half)) == eps(half)
 
 
-def test_differences_are_exact_for_a_quadratic_and_skip_what_is_no_float():
+def test_finite_differences_are_exact_for_a_quadratic_and_skip_integers():
     f = lambda p: {"square": p["a"] ** 2, "count": jnp.array([1, 2])}
     p, v = {"a": jnp.array([1.0, -2.0])}, {"a": jnp.array([3.0, 0.5])}
     found = differences(f, p)(v)
@@ -498,7 +498,7 @@ def test_differences_are_exact_for_a_quadratic_and_skip_what_is_no_float():
     assert found["count"].dtype == jax.dtypes.float0
 
 
-def test_the_largest_singular_value_is_about_that_of_the_leaves():
+def test_largest_singular_value_is_estimated_from_the_leaves():
     a, b = jax.random.normal(jax.random.key(0), (6,)), jax.random.normal(jax.random.key(1), (4,))
     one = jnp.zeros((5, 7)).at[2, 3].set(-2.0)
     wide = jax.random.normal(jax.random.key(2), (40, 30))

@@ -58,13 +58,13 @@ def applied(name: str, objective: cx.Objective, params: Any = None) -> Any:
 
 @pytest.mark.parametrize("microbatch", [1, 2, EXAMPLES])
 @every_product
-def test_micro_batches_equal_the_whole(name, microbatch):
+def test_products_over_microbatches_equal_the_whole(name, microbatch):
     whole = cx.Objective(LOSS, batch_of(), model=net)
     pieces = cx.Objective(LOSS, batch_of(), model=net, microbatch=microbatch)
     assert_trees_close(applied(name, pieces), applied(name, whole), tol=1e-13)
 
 
-def test_given_labels_are_cut_with_the_batch():
+def test_given_labels_are_split_with_the_batch():
     labels = jnp.stack([batch_of()["y"], 1 - batch_of()["y"]])
     found, expected = (
         quick_jit(lambda p, o=objective: fvp(o, p, labels=labels)(direction(p)))(net_params())
@@ -77,7 +77,7 @@ def test_given_labels_are_cut_with_the_batch():
 
 
 @every_product
-def test_groups_average_to_the_whole_by_weight(name):
+def test_weighted_mean_of_group_products_is_the_whole(name):
     objective: Any = cx.Objective(LOSS, batch_of(), model=net)
     groups = objective.groups(2)
     parts = [
@@ -89,14 +89,14 @@ def test_groups_average_to_the_whole_by_weight(name):
     np.testing.assert_allclose(found / objective.batch_weight(), expected, rtol=0, atol=1e-13)
 
 
-def test_the_weight_of_a_batch_is_that_of_its_likelihood():
+def test_batch_weight_is_that_of_the_likelihood():
     of: Any = lambda loss, **options: cx.Objective(loss, batch_of(), model=net, **options)
     np.testing.assert_allclose(of(LOSS).batch_weight(), jnp.sum(batch_of()["w"]), rtol=1e-15)
     assert of(categorical("y")).batch_weight() is None
     np.testing.assert_array_equal(of(LOSS, weight=lambda batch: 3.0).batch_weight(), 3.0)
 
 
-def test_keys_of_examples_go_by_their_place_in_the_whole_batch():
+def test_example_keys_follow_the_place_in_the_whole_batch():
     objective = cx.Objective(LOSS, batch_of(), model=net)
     keys = objective.example_keys(KEY)
     assert len(np.unique(jax.random.key_data(keys), axis=0)) == EXAMPLES
@@ -129,7 +129,7 @@ def over_devices(regime: str, f: Any, params: Any, batch: Any) -> Any:
 @needs_devices
 @pytest.mark.parametrize("regime", REGIMES)
 @every_product
-def test_the_mean_over_devices_equals_the_whole(name, regime):
+def test_mean_of_products_over_devices_equals_the_whole(name, regime):
     batch = batch_of(2 * DEVICES)
 
     def one_device(params: Any, shard: Any) -> Any:
@@ -150,7 +150,7 @@ def test_the_mean_over_devices_equals_the_whole(name, regime):
 
 @needs_devices
 @pytest.mark.parametrize("family", FAMILIES)
-def test_labels_are_drawn_alike_on_any_devices(family):
+def test_labels_are_drawn_alike_on_any_number_of_devices(family):
     n = 2 * DEVICES
     batch = dict(net_batch(n), y=hard_targets(family, n, 2))
     product = lambda params, batch: fvp(
@@ -167,7 +167,7 @@ def test_labels_are_drawn_alike_on_any_devices(family):
 
 @needs_devices
 @every_product
-def test_an_explicitly_sharded_batch_gives_the_same(name):
+def test_explicitly_sharded_batch_gives_the_same_product(name):
     batch = batch_of(2 * DEVICES)
     expected = applied(name, cx.Objective(LOSS, batch, model=net))
     mesh = jax.make_mesh((DEVICES,), ("d",), axis_types=(AxisType.Explicit,))
@@ -182,7 +182,7 @@ def test_an_explicitly_sharded_batch_gives_the_same(name):
 
 
 @pytest.mark.parametrize("name", ["ggnvp", "fvp", "drawn", "empirical"])
-def test_the_root_squares_to_the_product(name):
+def test_root_times_its_transpose_is_the_product(name):
     objective, params = cx.Objective(LOSS, batch_of(), model=net), net_params()
     point, unravel = ravel_pytree(params)
     product = PRODUCTS[name](objective, params)
@@ -218,7 +218,7 @@ def net_and_top(params: Any, batch: Any, key: jax.Array) -> Any:
 
 @pytest.mark.parametrize("microbatch", [None, 2])
 @every_product
-def test_the_gradient_comes_with_the_product(name, microbatch):
+def test_linearization_returns_the_gradient_with_the_product(name, microbatch):
     options: Any = dict(has_aux=True, key=jax.random.key(3), microbatch=microbatch)
     objective = cx.Objective(LOSS, batch_of(), model=net_and_top, **options)
 
@@ -231,7 +231,7 @@ def test_the_gradient_comes_with_the_product(name, microbatch):
     assert_trees_close(product, applied(name, objective), tol=1e-14)
 
 
-def test_a_pass_hands_out_outputs_and_pulls_back_what_lives_there():
+def test_model_pass_gives_outputs_and_pulls_back_their_cotangents():
     objective, params = cx.Objective(LOSS, batch_of(), model=net), net_params()
     whole = model_pass(objective, params)
     assert_trees_close(whole.outputs, net(params, batch_of()), tol=1e-15)
@@ -266,7 +266,7 @@ def deep_net(params: Any, batch: Any, wrap: Any) -> jax.Array:
 
 @pytest.mark.parametrize("microbatch", [None, 2])
 @every_product
-def test_a_custom_vjp_in_the_model_is_no_obstacle(name, microbatch):
+def test_products_pass_through_a_custom_vjp_in_the_model(name, microbatch):
     options: Any = dict(microbatch=microbatch)
     blocked = cx.Objective(LOSS, batch_of(), model=blocked_net, **options)
     expected = applied(name, cx.Objective(LOSS, batch_of(), model=net, **options))
@@ -274,7 +274,7 @@ def test_a_custom_vjp_in_the_model_is_no_obstacle(name, microbatch):
 
 
 @pytest.mark.parametrize("name", ["ggnvp", "empirical"])
-def test_scanned_and_rematerialised_layers_change_nothing(name):
+def test_rematerialised_layers_give_the_same_product(name):
     layers = 0.5 * jax.random.normal(KEY, (3, 4, 4), jnp.float64)
     params = {"layers": layers, "out": layers[0, :, :2]}
     of = lambda wrap: cx.Objective(LOSS, batch_of(), model=partial(deep_net, wrap=wrap))
@@ -297,7 +297,7 @@ def test_products_keep_the_dtypes_of_the_parameters(name, dtype):
 
 
 @every_product
-def test_absent_leaves_stay_absent_and_no_leaf_is_fine(name):
+def test_none_leaves_and_empty_trees_pass_through_products(name):
     with_none = lambda params, batch: net(params["net"], batch)
     params = {"net": net_params(), "none": None}
     found = applied(name, cx.Objective(LOSS, batch_of(), model=with_none), params)
@@ -356,7 +356,7 @@ def test_one_more_product_costs_at_most_1_4_gradients(name, wide):
     assert cost(3) < (0.4 + 3 * 1.4) * gradient
 
 
-def test_two_cotangents_and_the_gradient_cost_at_most_1_7_gradients(wide):
+def test_pulling_noise_with_the_gradient_costs_at_most_1_7_gradients(wide):
     objective, shapes, batch, gradient = wide
 
     def diagonal(params: Any, batch: Any) -> Any:
@@ -370,7 +370,7 @@ def test_two_cotangents_and_the_gradient_cost_at_most_1_7_gradients(wide):
 
 
 @pytest.mark.parametrize("name", ["ggnvp", "drawn", "empirical"])
-def test_memory_in_micro_batches_does_not_grow_with_the_batch(name):
+def test_memory_over_microbatches_does_not_grow_with_the_batch(name):
     kernels = [jax.ShapeDtypeStruct((64, 64), jnp.float32)] * 4
 
     def memory(examples: int) -> float:
@@ -408,7 +408,7 @@ def test_the_model_is_traced_once_for_many_products():
 
 @pytest.mark.parametrize("microbatch", [None, 2])
 @every_product
-def test_matrix_products_are_computed_at_the_precision_asked_for(name, microbatch):
+def test_precision_applies_to_every_matrix_product(name, microbatch):
     params = net_params(jnp.float32)
     batch = batch_of(dtype=jnp.float32)
     objective = cx.Objective(LOSS, batch, model=net, microbatch=microbatch)
@@ -427,14 +427,14 @@ def told(error: Any, *words: str) -> Any:
 
 
 @pytest.mark.parametrize("product", [ggnvp, fvp])
-def test_model_and_loss_must_be_seen_apart(product):
+def test_products_need_model_and_loss_as_two_functions(product):
     loss = lambda params, batch: jnp.mean(net(params, batch) ** 2)
     for objective in (cx.Objective(loss, batch_of()), lambda params: jnp.sum(params["out"] ** 2)):
         with told(ValueError, "two functions", "model=predict", "categorical"):
             product(objective, net_params())
 
 
-def test_the_fisher_matrix_needs_a_likelihood():
+def test_fisher_product_needs_a_likelihood():
     loss = lambda outputs, batch: jnp.mean(outputs**2)
     objective = cx.Objective(loss, batch_of(), model=net)
     with told(ValueError, "expectation", "categorical", "ggnvp", "empirical_fvp"):
@@ -446,7 +446,7 @@ def test_the_empirical_fisher_needs_a_batch():
         empirical_fvp(lambda params: jnp.sum(params["out"]["kernel"]), net_params())
 
 
-def test_draws_are_asked_for_in_one_way():
+def test_conflicting_sampling_options_are_refused():
     objective = cx.Objective(LOSS, batch_of(), model=net)
     for error, options, words in (
         (ValueError, dict(samples=2), ("one of the two", "key=")),

@@ -68,19 +68,19 @@ FORGETFUL = {
 
 @EVERYWHERE
 @pytest.mark.parametrize("tx", FORGETFUL.values(), ids=FORGETFUL)
-def test_a_forgotten_axis_is_an_error(tx, regime):
+def test_missing_mean_over_a_device_axis_raises(tx, regime):
     with pytest.raises(ValueError, match=r"mean_over='batch'|pmean_updates\('batch'\)"):
         mapped(update(tx), regime)(PARAMS, BATCH)
 
 
-def test_a_forgotten_axis_without_a_name_is_an_error():
+def test_missing_mean_over_an_unnamed_axis_raises():
     step = jax.pmap(update(cx.sam(optax.sgd(0.1))), in_axes=(None, 0))
     with pytest.raises(ValueError, match=r"device axis.*no axis to average over was given"):
         step(PARAMS, BATCH.reshape(8, -1, 3))
 
 
 @EVERYWHERE
-def test_a_mean_that_is_not_wanted_can_be_said(regime):
+def test_pmean_updates_over_no_axes_keeps_updates_local(regime):
     tx = cx.sam_perturb(0.1) | cx.pmean_updates(()) | optax.adam(0.1)
     step = lambda w, x: lax.pmean(update(tx)(w, x), "batch")
     assert np.isfinite(mapped(step, regime)(PARAMS, BATCH)).all()
@@ -95,7 +95,7 @@ def test_a_mean_that_is_not_wanted_can_be_said(regime):
         cx.sam(optax.sgd(0.1), sync_over="data", mean_over="batch"),
     ],
 )
-def test_a_wrong_axis_is_named_with_those_that_are_bound(tx, regime):
+def test_unbound_axis_raises_with_the_bound_ones(tx, regime):
     with pytest.raises(ValueError, match=r"'data'.*not bound.*'batch'"):
         mapped(update(tx), regime)(PARAMS, BATCH)
 
@@ -103,7 +103,7 @@ def test_a_wrong_axis_is_named_with_those_that_are_bound(tx, regime):
 @pytest.mark.parametrize(
     "tx", [cx.sam(optax.sgd(0.1), mean_over="batch"), cx.adahessian(0.1, mean_over="batch")]
 )
-def test_a_gradient_that_shard_map_summed_is_an_error(tx):
+def test_gradient_summed_by_shard_map_raises(tx):
     step = update(tx, grads=jax.grad(loss))
     with pytest.raises(ValueError, match=r"already summed.*value_and_grad"):
         mapped(step, "shard_map")(PARAMS, BATCH)
@@ -120,7 +120,7 @@ def averaged_in_disguise(w, x):
 
 @EVERYWHERE
 @pytest.mark.parametrize("bad", [averaged, averaged_in_disguise])
-def test_a_loss_that_averages_its_own_output_is_an_error(bad, regime):
+def test_loss_averaged_over_devices_raises(bad, regime):
     tx = cx.sam(optax.sgd(0.1), mean_over="batch")
     with pytest.raises(ValueError, match="averages its own value over the axis 'batch'"):
         mapped(update(tx, bad), regime)(PARAMS, BATCH)
@@ -141,13 +141,13 @@ def on_one_device(w, x):
 
 
 @EVERYWHERE
-def test_synchronised_batch_norm_is_the_whole_batch(regime):
+def test_synchronised_batch_norm_gives_the_step_of_the_whole_batch(regime):
     tx = cx.sam_perturb(0.1, sync_over="batch") | cx.pmean_updates("batch")
     found = mapped(update(tx, synchronised), regime)(PARAMS, BATCH)
     np.testing.assert_allclose(found, update(cx.sam_perturb(0.1), on_one_device)(PARAMS, BATCH))
 
 
-def test_without_an_axis_the_same_text_runs_under_jit():
+def test_method_with_axes_runs_under_jit_without_them():
     tx = cx.sam(optax.sgd(0.1), sync_over="batch", mean_over="batch")
     plain = cx.sam(optax.sgd(0.1))
     np.testing.assert_array_equal(update(tx)(PARAMS, BATCH), update(plain)(PARAMS, BATCH))
@@ -159,14 +159,14 @@ def naive_groups(n):
 
 
 @pytest.mark.parametrize("regime", ["shard_map", "shard_map unchecked"])
-def test_an_ascent_synced_over_a_mesh_sub_axis_makes_groups_of_devices(regime):
+def test_ascent_synced_over_one_mesh_axis_makes_groups_of_devices(regime):
     tx = cx.sam_perturb(0.05, sync_over="inner") | cx.pmean_updates(("outer", "inner"))
     axes = dict(axes=("outer", "inner"), shape=(2, 4), spec=("outer", "inner"))
     found = mapped(update(tx), regime, **axes)(PARAMS, BATCH)
     np.testing.assert_allclose(found, naive_groups(2), rtol=1e-12)
 
 
-def test_two_axes_and_an_axis_left_to_the_compiler():
+def test_sam_runs_with_a_mesh_axis_left_to_the_compiler():
     tx = cx.sam(optax.identity(), mean_over="batch")
     mesh = jax.make_mesh((4, 2), ("batch", "model"), axis_types=(AxisType.Auto,) * 2)
     step = jax.jit(
@@ -181,7 +181,7 @@ def test_two_axes_and_an_axis_left_to_the_compiler():
     np.testing.assert_allclose(step(PARAMS, BATCH), naive_groups(4), rtol=1e-12)
 
 
-def test_vmap_with_an_axis_name_averages_too():
+def test_vmap_with_an_axis_name_averages_updates():
     tx = cx.sam_perturb(0.05) | cx.pmean_updates("batch")
     step = jax.vmap(update(tx), axis_name="batch", in_axes=(None, 0))
     found = step(PARAMS, BATCH.reshape(8, -1, 3))
@@ -198,7 +198,7 @@ def unmasked(x):
 
 
 @EVERYWHERE
-def test_devices_are_averaged_by_weight(regime):
+def test_devices_are_averaged_by_the_weight_of_their_batches(regime):
     tx = cx.sam_perturb(0.1, sync_over="batch") | cx.pmean_updates("batch")
     found = mapped(update(tx, weighted, weight=unmasked), regime)(PARAMS, BATCH)
     expected = update(cx.sam_perturb(0.1), weighted)(PARAMS, BATCH)
@@ -210,7 +210,7 @@ def noisy(w, x, key):
 
 
 @EVERYWHERE
-def test_dropout_keys_are_those_of_the_piece_whatever_holds_it(regime):
+def test_dropout_keys_follow_the_part_of_the_batch(regime):
     key = jax.random.key(5)
     tx = cx.pmean_updates("batch")
     expected = cx.Objective(noisy, BATCH, key=key, microbatch=2).value_and_grad(PARAMS)[1]
@@ -235,7 +235,7 @@ def test_dropout_keys_do_not_depend_on_the_number_of_devices():
 @EVERYWHERE
 @pytest.mark.parametrize("weight", [None, unmasked])
 @pytest.mark.parametrize("grouped", [False, True])
-def test_figures_are_the_same_on_every_device(regime, weight, grouped):
+def test_diagnostics_are_the_same_on_every_device(regime, weight, grouped):
     stages = cx.sam_perturb(0.05)
     stages = cx.per_group(1, stages) if grouped else stages
     tx = stages | cx.pmean_updates("batch") | optax.sgd(0.1)
@@ -266,7 +266,7 @@ def test_figures_are_the_same_on_every_device(regime, weight, grouped):
 
 @EVERYWHERE
 @pytest.mark.parametrize("mode", ["forward-over-reverse", "reverse-over-reverse"])
-def test_the_local_hessian_product_averages_to_the_whole(mode, regime):
+def test_mean_of_local_hessian_products_is_the_whole_product(mode, regime):
     v = jnp.array([1.0, 2.0, -1.0])
 
     def product(w, x):
@@ -277,7 +277,7 @@ def test_the_local_hessian_product_averages_to_the_whole(mode, regime):
     np.testing.assert_allclose(mapped(product, regime)(PARAMS, BATCH), expected, rtol=1e-12)
 
 
-def test_a_count_of_groups_is_that_of_the_last_one_as_under_jit():
+def test_state_without_a_mean_is_that_of_the_last_group():
     """What has no mean: a bit and a number that differ from group to group."""
 
     def rule(signal, state, params=None, *, value_fn, **extra):

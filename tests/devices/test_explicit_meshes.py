@@ -179,7 +179,7 @@ def assert_same(found: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("kind", MESHES)
-def test_an_explicit_mesh_gives_what_one_device_does(kind, name):
+def test_explicit_mesh_gives_the_numbers_of_one_device(kind, name):
     expected = on_one_device(name)
     with jax.set_mesh(mesh_of(kind)):
         params, batch, model = laid_out(kind)
@@ -187,7 +187,7 @@ def test_an_explicit_mesh_gives_what_one_device_does(kind, name):
 
 
 @pytest.mark.parametrize("name", ["groups of 4", "micro-batches", "shards", "kernel"])
-def test_eager_calls_too(name):
+def test_eager_calls_on_an_explicit_mesh_give_the_numbers_of_one_device(name):
     expected = on_one_device(name)
     with jax.set_mesh(mesh_of("fsdp")):
         params, batch, model = laid_out("fsdp")
@@ -195,7 +195,7 @@ def test_eager_calls_too(name):
     assert_same(jax.tree.map(np.asarray, found), expected)
 
 
-def test_parameters_come_back_as_they_lay():
+def test_parameters_keep_their_sharding():
     with jax.set_mesh(mesh_of("fsdp")):
         params, batch, model = laid_out("fsdp")
         found = run("groups of 4", params, batch, model)
@@ -214,20 +214,20 @@ def named() -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("name", ["groups of 4", "groups of 16", "micro-batches"])
-def test_a_model_that_names_the_axis_of_the_batch_has_its_part_of_each_piece(name):
+def test_model_that_names_the_batch_axis_is_split_by_groups_and_microbatches(name):
     expected = on_one_device(name)
     with jax.set_mesh(grid()):
         assert_same(jax.tree.map(np.asarray, run(name, *named(), by_name)), expected)
 
 
 @pytest.mark.parametrize("name", ["groups of 2", "micro-batches of 2", "kernel", "by rows"])
-def test_pieces_that_such_a_model_cannot_split_are_refused(name):
+def test_pieces_too_small_for_the_named_batch_axis_are_refused(name):
     told = r"(?s)lies along \['data'\].*names an axis.*typeof"
     with jax.set_mesh(grid()), pytest.raises(ValueError, match=told):
         run(name, *named(), by_name)
 
 
-def test_jaxs_own_errors_stay_where_no_layout_is_at_fault():
+def test_errors_of_jax_pass_unchanged():
     broken = lambda params, batch: predict(params, batch) @ jnp.ones((3, 3))
     with jax.set_mesh(mesh_of("data")):
         params, batch, _ = laid_out("data")
@@ -235,7 +235,7 @@ def test_jaxs_own_errors_stay_where_no_layout_is_at_fault():
             run("groups of 4", params, batch, broken)
 
 
-def test_the_default_mesh_of_shard_map():
+def test_groups_under_shard_map_with_an_explicit_mesh_equal_one_device():
     tx = cx.per_group(2, sam) | cx.pmean_updates("batch") | optax.sgd(0.1)
 
     def step(params: Any, batch: Any) -> Any:

@@ -86,7 +86,7 @@ LOOPS = {"SAM": sam_of, "GSAM": gsam_of}
 
 @pytest.mark.parametrize("regime", GROUPED)
 @pytest.mark.parametrize("name", STAGES)
-def test_a_group_may_span_devices(name, regime):
+def test_groups_over_two_devices_equal_those_under_jit(name, regime):
     stages = cx.per_group(M, STAGES[name])
     tx = stages | cx.pmean_updates(over_all(regime)) | optax.sgd(0.1, momentum=0.9)
     params, batch = make_params(), make_batch()
@@ -159,13 +159,13 @@ WEIGHED: dict[str, tuple[Any, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("regime", ["grid", "pmap"])
 @pytest.mark.parametrize("case", WEIGHED)
-def test_a_group_of_devices_weighs_what_its_examples_weigh(case, regime):
+def test_groups_of_devices_count_by_the_weight_of_their_examples(case, regime):
     tx_of, options = WEIGHED[case]
     assert_like_jit(tx_of, regime, weighted_batch(), of=weighted, weight="w", **options)
 
 
 @pytest.mark.parametrize("regime", ["grid", "pmap"])
-def test_one_perturbation_of_all_groups_counts_them_by_weight(regime):
+def test_ascent_synced_over_all_groups_counts_them_by_weight(regime):
     axes = over_all(regime)
     tx = cx.per_group(M, cx.sam_perturb(0.3, sync_over=axes)) | cx.pmean_updates(axes)
     tx = tx | optax.sgd(0.1)
@@ -181,7 +181,7 @@ def test_one_perturbation_of_all_groups_counts_them_by_weight(regime):
 
 @pytest.mark.parametrize("regime", ["grid", "pmap"])
 @pytest.mark.parametrize("microbatch", [1, 2])
-def test_micro_batches_within_a_group_send_no_more(microbatch, regime):
+def test_microbatches_within_a_group_send_no_more_bytes(microbatch, regime):
     tx = grouped(cx.sam_perturb(0.3, second_order=True))(over_all(regime))
     params, batch = make_params(), make_batch()
 
@@ -204,7 +204,7 @@ HESSIANS: dict[str, tuple[cx.Stage, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("regime", ["grid", "pmap"])
 @pytest.mark.parametrize("name", HESSIANS)
-def test_the_hessian_of_a_group_is_that_of_its_examples(name, regime):
+def test_hessian_of_a_group_of_devices_is_that_of_its_examples(name, regime):
     estimator, options = HESSIANS[name]
     within = cx.restrict(estimator | cx.scale_by_power(1.0, eps=1.0), MASK)
     assert_like_jit(grouped(within), regime, make_batch(), **options)
@@ -233,13 +233,13 @@ OWN: dict[str, Any] = {
 @pytest.mark.parametrize("regime", ["grid", "pmap"])
 @pytest.mark.parametrize("name", OWN)
 @pytest.mark.parametrize("m", [PER_DEVICE, M])
-def test_what_groups_keep_to_themselves_is_averaged_afterwards(m, name, regime):
+def test_updates_local_to_groups_are_averaged_afterwards(m, name, regime):
     tx_of = lambda axes: cx.per_group(m, OWN[name]) | cx.pmean_updates(axes) | optax.sgd(0.1)
     assert_like_jit(tx_of, regime, make_batch(), steps=3)
 
 
 @pytest.mark.parametrize("regime", ["grid", "pmap"])
-def test_an_estimator_may_follow_groups_of_devices(regime):
+def test_estimator_after_groups_of_devices_equals_that_under_jit(regime):
     groups = cx.per_group(M, cx.sam_perturb(0.3))
 
     def tx_of(axes):
@@ -250,7 +250,7 @@ def test_an_estimator_may_follow_groups_of_devices(regime):
 
 
 @pytest.mark.parametrize("regime", ["grid", "grid unchecked"])
-def test_a_mean_over_groups_alone_counts_them_by_weight(regime):
+def test_mean_over_the_group_axis_counts_groups_by_weight(regime):
     groups = cx.per_group(M, cx.sam_perturb(0.3))
 
     def tx_of(axes):
@@ -278,7 +278,7 @@ def centred(params, batch, regime):
 
 
 @pytest.mark.parametrize("regime", ["grid", "grid unchecked", "pmap"])
-def test_batch_norm_of_a_group_is_shared_without_weights_alone(regime):
+def test_batch_norm_shared_in_a_group_is_refused_with_weights(regime):
     tx = grouped(cx.sam_perturb(0.3))(over_all(regime))
     params, batch = make_params(), weighted_batch()
     step = partial(one_step, tx, of=partial(centred, regime=regime), weight="w")
@@ -317,7 +317,7 @@ def normed_in_turn(params, batch):
 
 
 @pytest.mark.parametrize("regime", ["shard_map", "pmap"])
-def test_weights_forbid_only_what_a_derivative_passes_through(regime):
+def test_weights_refuse_shared_statistics_in_the_derivative_alone(regime):
     tx = cx.sam_perturb(0.3) | cx.pmean_updates("batch") | optax.sgd(0.1)
     params, batch = make_params(), weighted_batch()
     stepped = lambda of, **options: run(regime, tx, params, batch, 1, of=of, weight="w", **options)
@@ -329,7 +329,7 @@ def test_weights_forbid_only_what_a_derivative_passes_through(regime):
         stepped(normed_in_turn)
 
 
-def test_a_model_divided_among_devices_may_have_weights():
+def test_model_parallel_loss_accepts_weights():
     """Hidden units along the last axis of a mesh, over which the batch does not vary."""
     mesh = jax.make_mesh((4, 2), ("batch", "model"), axis_types=(AxisType.Auto,) * 2)
 
@@ -374,7 +374,7 @@ LOOKS: dict[str, Any] = {
 
 @pytest.mark.parametrize("regime", ["grid", "pmap"])
 @pytest.mark.parametrize("name", LOOKS)
-def test_a_look_into_a_group_of_devices_is_an_error(name, regime):
+def test_stages_that_split_a_group_of_devices_are_refused(name, regime):
     # A mask hides from `per_group` what the stages within it hand on.
     within = cx.restrict(LOOKS[name], MASK)
     tx = cx.per_group(M, within) | cx.pmean_updates(over_all(regime))
@@ -385,7 +385,7 @@ def test_a_look_into_a_group_of_devices_is_an_error(name, regime):
 
 
 @pytest.mark.parametrize("regime", ["grid", "pmap"])
-def test_weighted_groups_hand_on_no_diagonal_that_devices_may_share(regime):
+def test_weighted_groups_hand_on_no_shared_diagonal(regime):
     within = cx.hutchinson_diag(mean_over=over_all(regime))
     tx = cx.per_group(M, within) | cx.scale_by_power(1.0)
     params = make_params()
@@ -418,7 +418,7 @@ MEANS_WITHIN: dict[str, Any] = {
 @pytest.mark.parametrize("regime", ["grid", "grid unchecked", "pmap"])
 @pytest.mark.parametrize("case", MEANS_WITHIN)
 @pytest.mark.parametrize("m", [2, M])
-def test_stages_within_a_group_may_average_over_devices(m, case, regime):
+def test_stages_within_a_group_can_average_over_devices(m, case, regime):
     assert_like_jit(
         partial(MEANS_WITHIN[case], m), regime, weighted_batch(), of=weighted, weight="w", steps=2
     )
@@ -430,7 +430,7 @@ DIVIDED = dict(rtol=1e-10, atol=1e-10)
 
 @pytest.mark.parametrize("regime", ["grid", "pmap"])
 @pytest.mark.parametrize("m", [2, PER_DEVICE, M])
-def test_groups_use_diagonals_of_their_own_whatever_the_weights(m, regime):
+def test_groups_with_diagonals_of_their_own_equal_those_under_jit_with_weights(m, regime):
     within = cx.hutchinson_diag(mean_over=()) | cx.scale_by_power(1.0, eps=1.0)
     tx_of = lambda axes: cx.per_group(m, within) | cx.pmean_updates(axes) | optax.sgd(0.1)
     options: Any = dict(tolerance=DIVIDED, of=weighted, weight="w")
@@ -439,7 +439,7 @@ def test_groups_use_diagonals_of_their_own_whatever_the_weights(m, regime):
 
 @pytest.mark.parametrize("regime", ["grid", "pmap"])
 @pytest.mark.parametrize("parts", [2, 4])
-def test_a_probe_for_each_part_of_a_group(parts, regime):
+def test_shards_within_a_group_draw_their_own_probes(parts, regime):
     within = cx.hutchinson_diag(shards=parts, mean_over=()) | cx.scale_by_power(1.0, eps=1.0)
     tx_of = lambda axes: cx.per_group(PER_DEVICE, within) | cx.pmean_updates(axes) | optax.sgd(0.1)
     assert_like_jit(tx_of, regime, make_batch())
@@ -447,7 +447,7 @@ def test_a_probe_for_each_part_of_a_group(parts, regime):
 
 @pytest.mark.parametrize("regime", ["grid", "pmap"])
 @pytest.mark.parametrize("parts", [DEVICES, 2 * DEVICES])
-def test_the_error_of_a_diagonal_is_that_of_all_its_probes(parts, regime):
+def test_error_of_a_diagonal_counts_the_probes_of_all_devices(parts, regime):
     def tx_of(axes):
         estimate = cx.hutchinson_diag(shards=parts, probes=2, mean_over=axes)
         return estimate | cx.pmean_updates(axes) | optax.sgd(0.1)
@@ -455,7 +455,7 @@ def test_the_error_of_a_diagonal_is_that_of_all_its_probes(parts, regime):
     assert_like_jit(tx_of, regime, make_batch())
 
 
-def test_what_a_mean_over_some_axes_counts_must_be_known():
+def test_mean_over_some_axes_after_optax_chain_is_refused_without_vma_checks():
     """Nothing tells, behind `optax.chain` and with `check_vma=False`, what was averaged before."""
     groups, params = cx.per_group(M, cx.sam_perturb(0.3)), make_params()
 
@@ -475,7 +475,7 @@ def test_what_a_mean_over_some_axes_counts_must_be_known():
 
 
 @pytest.mark.parametrize("regime", ["grid", "grid unchecked", "pmap"])
-def test_an_ascent_may_start_from_a_mean(regime):
+def test_ascent_from_averaged_updates_is_the_synced_ascent(regime):
     axes, params, batch = over_all(regime), make_params(), make_batch()
     rest = cx.pmean_updates(axes) | optax.sgd(0.1)
 
@@ -497,13 +497,13 @@ def test_an_ascent_may_start_from_a_mean(regime):
         ("pmap", 16 * PER_DEVICE, "into groups of 64"),
     ],
 )
-def test_a_group_that_no_devices_hold_is_an_error(regime, m, said):
+def test_group_size_that_does_not_fit_devices_is_refused(regime, m, said):
     tx = cx.per_group(m, cx.sam_perturb(0.3)) | cx.pmean_updates("batch")
     with pytest.raises(ValueError, match=said):
         run(regime, tx, make_params(), make_batch(), steps=1)
 
 
-def test_a_group_lies_along_axes_that_split_the_batch():
+def test_groups_span_axes_that_split_the_batch_alone():
     """Not along the last axis of a mesh where that is for the model."""
     mesh = jax.make_mesh((4, 2), ("batch", "model"), axis_types=(AxisType.Auto,) * 2)
 

@@ -102,7 +102,7 @@ def test_second_order_terms_equal_autodiff_through_the_ascent(regime, synced_asc
 
 
 @pytest.mark.parametrize("regime", REGIMES)
-def test_devices_that_share_an_ascent_draw_one_direction(regime):
+def test_synced_random_ascent_draws_one_direction(regime):
     rule = random_direction(5)
     tx = cx.sam(optax.sgd(0.1), 0.3, ascent=rule, sync_over="batch", mean_over="batch")
     params, batch = make_params(), make_batch()
@@ -114,7 +114,7 @@ def test_devices_that_share_an_ascent_draw_one_direction(regime):
 
 
 @pytest.mark.parametrize("regime", REGIMES)
-def test_what_looksam_keeps_counts_devices_by_weight(regime):
+def test_keep_orthogonal_counts_devices_by_weight(regime):
     def weighted(params, batch):
         errors = (predict(params, batch) - batch["y"]) ** 2
         return jnp.sum(batch["w"] * errors) / jnp.sum(batch["w"])
@@ -137,7 +137,7 @@ def test_what_looksam_keeps_counts_devices_by_weight(regime):
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("case", ["groups", "shards"])
-def test_groups_of_a_sharded_batch_cost_one_reduction(kind, case):
+def test_groups_of_a_sharded_batch_need_one_all_reduce(kind, case):
     if case == "groups":
         tx = cx.per_group(PER_DEVICE, cx.sam_perturb(0.3)) | optax.sgd(0.1)
     else:
@@ -168,7 +168,7 @@ def test_adahessian_equals_the_loop_over_shards(regime):
 
 
 @pytest.mark.parametrize("regime", [*REGIMES, "jit"])
-def test_one_probe_a_shard_is_the_same_run_on_any_device_count(regime):
+def test_one_probe_per_shard_gives_the_same_run_on_any_number_of_devices(regime):
     params, batch, key = make_params(), make_batch(), jax.random.key(3)
     tx = by_shard(key)
     if regime == "jit":
@@ -183,7 +183,7 @@ def test_one_probe_a_shard_is_the_same_run_on_any_device_count(regime):
 
 
 @pytest.mark.parametrize("regime", REGIMES)
-def test_several_shards_on_a_device_are_those_of_one_device_alone(regime):
+def test_several_shards_per_device_equal_those_on_one_device(regime):
     params, batch = make_params(), make_batch()
     tx = by_shard(jax.random.key(3), shards=2 * DEVICES)
     found, _ = run(regime, tx, params, batch, steps=1)
@@ -192,7 +192,7 @@ def test_several_shards_on_a_device_are_those_of_one_device_alone(regime):
 
 
 @pytest.mark.parametrize("regime", REGIMES)
-def test_groups_draw_their_own_probes_whatever_device_has_them(regime):
+def test_groups_draw_their_own_probes_on_any_device(regime):
     params, batch = make_params(), make_batch()
     tx = (
         cx.per_group(2, cx.hutchinson_diag(jax.random.key(3), mean_over="batch"))
@@ -207,7 +207,7 @@ def test_groups_draw_their_own_probes_whatever_device_has_them(regime):
 
 
 @pytest.mark.parametrize("regime", REGIMES)
-def test_every_keeps_and_averages_inside(regime):
+def test_every_keeps_the_averaged_diagonal_on_devices(regime):
     params, batch = make_params(), make_batch()
     tx = cx.every(2, cx.hutchinson_diag(mean_over="batch"))
     state = tx.init(params)

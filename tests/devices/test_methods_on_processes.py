@@ -56,7 +56,7 @@ def expected(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_two_processes_equal_the_loop_over_shards(name, found):
+def test_methods_on_two_processes_equal_the_loop_over_shards(name, found):
     reference = problem.ravel(expected(name))
     assert np.abs(reference - problem.ravel(problem.make_params())).max() > 1e-2
     for regime in REGIMES:

@@ -173,7 +173,7 @@ def case(request):
 
 
 @pytest.mark.parametrize("regime", REGIMES)
-def test_a_method_on_eight_devices_is_that_on_one(case, regime, request):
+def test_method_on_eight_devices_equals_that_on_one(case, regime, request):
     tx, likelihood, (expected, state_of_one) = case
     params, state = run(regime, tx, likelihood)
     assert_trees_close(params, expected, 1e-11)
@@ -214,7 +214,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_forgotten_mean_is_an_error(name):
+def test_missing_mean_over_devices_is_refused(name):
     tx, match = REFUSED[name]
     for regime in REGIMES:
         with pytest.raises(ValueError, match=match):

@@ -46,7 +46,7 @@ def test_sharpness_costs_a_second_gradient(name, method, record_row):
 
 
 @EVERY_MODEL
-def test_adahessian_costs_what_a_bare_product_costs(name, record_row):
+def test_adahessian_costs_as_much_as_its_hessian_product(name, record_row):
     p = problem(name)
     found = p.step(cx.adahessian(0.1))
     record_row(name, "jvp of value_and_grad, by hand", ratio(p.bare_product, p.gradient))
@@ -57,7 +57,7 @@ def test_adahessian_costs_what_a_bare_product_costs(name, record_row):
 
 
 @EVERY_MODEL
-def test_adahessian_in_the_plain_optax_idiom(name, record_row):
+def test_adahessian_that_keeps_the_loss_costs_at_most_3_4_gradients(name, record_row):
     p = problem(name)
     found = p.step(cx.adahessian(0.1), plain=True, keep_loss=True)
     record_row(name, "adahessian, jax.value_and_grad, loss kept", ratio(found, p.gradient))
@@ -67,7 +67,7 @@ def test_adahessian_in_the_plain_optax_idiom(name, record_row):
 
 
 @EVERY_MODEL
-def test_refreshed_and_kept_steps(name, record_row):
+def test_refreshed_steps_cost_a_product_and_kept_steps_one_gradient(name, record_row):
     p = problem(name)
     tx = cx.adahessian(0.1, every=5)
     refresh, kept = p.step(tx, at=0), p.step(tx, at=1)

@@ -155,7 +155,7 @@ def test_a_natural_gradient_shares_its_linearisation_with_the_gradient(name, rec
 
 
 @EVERY_MODEL
-def test_trust_regions_and_adaptive_damping_on_top(name, record):
+def test_trust_region_and_adaptive_damping_add_a_product_and_a_forward_pass(name, record):
     p = problem(name)
     region = p.update(cx.natural_gradient(0.1, damping=0.1, radius=0.1))
     adaptive = p.update(cx.natural_gradient(0.1, damping=0.1, adaptive=True))
@@ -169,7 +169,7 @@ def test_trust_regions_and_adaptive_damping_on_top(name, record):
 
 
 @EVERY_MODEL
-def test_backtracking_keeps_vectors_and_nothing_else(name, record):
+def test_backtracking_costs_memory_for_the_kept_iterates_alone(name, record):
     p, steps = problem(name), 50
     found = p.solve(cx.cg(steps, progress=5e-4, backtrack=True))
     record(name, "cg(50, backtrack=True), with one iteration and one look back", *found)

@@ -121,7 +121,7 @@ def record():
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("source", PATCHES)
-def test_sam_ends_flatter(source, name, record):
+def test_sam_ends_at_a_smaller_largest_eigenvalue_than_its_base(source, name, record):
     try:
         load(source)
     except DataError as error:

@@ -97,7 +97,7 @@ SETTING = (
 )
 
 
-def test_the_smaller_the_groups_the_better_at_one_radius():
+def test_smaller_groups_lower_the_test_error_at_one_radius():
     rows = []
     for noise, label in NOISE.items():
         rows.append([label, "0 (SGD)", *[interval(errors(noise, BATCH, 0.0))] * len(GROUPS)])
@@ -118,7 +118,7 @@ def test_the_smaller_the_groups_the_better_at_one_radius():
         assert means[-1] < sgd.mean()
 
 
-def test_m_sharpness_ranks_models_by_their_gap_the_better_the_smaller_m():
+def test_m_sharpness_ranks_models_by_their_gap_better_at_smaller_m():
     found = {
         (noise, radius): {size: correlations(noise, radius, size) for size in SIZES}
         for noise, radius in itertools.product(NOISE, RADII)

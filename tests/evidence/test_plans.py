@@ -77,14 +77,14 @@ def compiled(name, topology, unroll):
 # Convolutions are no case: the compiler puts them into other shapes, with other padding, in a loop.
 @pytest.mark.parametrize("name", list(WIDE)[:2])
 @pytest.mark.parametrize("topology", ["v3:2x2", "v5e:2x2"])
-def test_a_loop_counts_what_the_program_without_it_counts(name, topology):
+def test_flops_of_a_tpu_loop_are_those_of_the_unrolled_program(name, topology):
     found = [compiled(name, topology, unroll) for unroll in (1, 5)]
     looped, expected = (flops.count(each, hlo.read(each)) for each in found)
     assert looped == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize("name", WIDE)
-def test_instructions_of_a_tpu_count_what_xla_counts(name):
+def test_flops_of_a_tpu_program_are_those_of_xla(name):
     found = compiled(name, "v5e:2x2", 5)
     assert hlo.read(found).total(flops.of) == pytest.approx(found.cost_analysis()["flops"])
 
@@ -113,7 +113,7 @@ def read(config, machine):
     return compiled_cost.read(experiment.outline(config, machine.devices), machine)
 
 
-def test_a_device_does_the_same_whatever_their_number():
+def test_work_of_a_device_does_not_depend_on_the_number_of_devices():
     rows = []
     machines = {n: topologies.find(f"v5e:{shape}") for shape, n in SHAPES.items()}
     for name, text in methods("adamw(lr)", "adahessian(0.15, mean_over=axes)").items():
@@ -167,7 +167,7 @@ def until_it_fits(arm, machine, config):
             break
 
 
-def test_the_papers_runs_fit():
+def test_papers_imagenet_runs_fit_the_topologies():
     rows, unfit, flops_of = [], [], {}
     for arm, machine, config in paper_arms():
         found = list(until_it_fits(arm, machine, config))

@@ -121,7 +121,7 @@ def record():
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_several_times_fewer_steps_than_adam(name, record):
+def test_second_order_methods_take_several_times_fewer_steps_than_adam(name, record):
     task, batch = TASKS[name], images()
     rate, first = tuned(task, batch)
     others = [

@@ -104,7 +104,7 @@ def across_settings(name):
     return spearmanr(at_end(name).ravel(), at_end("power").ravel()).statistic
 
 
-def test_the_gap_ranks_minima_as_power_iteration_does():
+def test_surrogate_gap_ranks_minima_as_power_iteration_does():
     ends = {name: at_end(name) for name in COLUMNS}
     write(ends)
     draw(ends)

@@ -137,7 +137,7 @@ def kfac(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # kfac-jax's own
 @pytest.mark.parametrize("model", MODELS)
-def test_products_are_as_fast_as_those_of_kfac_jax(model, kfac, record):
+def test_gauss_newton_products_are_as_fast_as_those_of_kfac_jax(model, kfac, record):
     """Which linearises in each product, and in a loop is saved by the compiler's hoisting."""
     p = Solving(model)
     for times in 1, 10:
@@ -153,7 +153,7 @@ def test_products_are_as_fast_as_those_of_kfac_jax(model, kfac, record):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_iterations_are_as_fast_as_those_of_jax_and_faster_than_those_of_somax(model, record):
+def test_cg_is_as_fast_as_jax_scipy_and_faster_than_somax(model, record):
     p = Solving(model)
     programs = {
         "curvax.cg": p.curvax_cg,

@@ -64,7 +64,7 @@ def measure(problem, steps, base, model, table):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_sam_is_as_fast_as_by_hand_and_as_optax(model, table):
+def test_sam_is_as_fast_as_sam_by_hand_and_as_optax(model, table):
     with jax.enable_x64(False):
         problem = Problem(model)
         steps = {
@@ -84,7 +84,7 @@ def test_sam_is_as_fast_as_by_hand_and_as_optax(model, table):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_adahessian_is_as_fast_as_by_hand_and_faster_than_somax_and_sophia(model, table):
+def test_adahessian_is_as_fast_as_by_hand_and_faster_than_somax_and_optax_sophia(model, table):
     with jax.enable_x64(False):
         problem = Problem(model)
         steps = {

@@ -102,7 +102,7 @@ def curvax_step(tx, **options):
     ],
     ids=["sam", "microbatch", "per-group", "sgd"],
 )
-def test_what_the_loss_sows_is_in_the_module_as_after_nnx_value_and_grad(tx, options):
+def test_variables_sown_by_the_loss_are_updated_as_by_nnx_value_and_grad(tx, options):
     """At ρ = 0 two steps train like Flax's own, and the module gets the same variable."""
     values, model = curvax_step(tx(), **options)
     expected_values, expected = flax_step(optax.sgd(0.1))
@@ -114,7 +114,7 @@ def test_what_the_loss_sows_is_in_the_module_as_after_nnx_value_and_grad(tx, opt
         assert_same(model["first"], expected["first"])
 
 
-def test_adahessian_trains_a_module_that_sows():
+def test_adahessian_trains_a_module_with_sown_variables():
     """Its first update from the exact product is that of the same network without sowing."""
     _, model = curvax_step(adahessian(0.1))
     flat = Sowing(nnx.Rngs(0))
@@ -141,7 +141,7 @@ def test_aux_of_the_loss_comes_before_the_state():
     assert set(state) == {"load"}
 
 
-def test_a_pair_without_has_aux_names_it_and_so_does_has_aux_without_a_pair():
+def test_mismatch_of_has_aux_and_loss_raises():
     model = Sowing(nnx.Rngs(0))
     loss, params = nnx_loss(model, with_logits)
     with pytest.raises(TypeError, match=r"nnx_loss\(model, loss_fn, has_aux=True"):
@@ -151,7 +151,7 @@ def test_a_pair_without_has_aux_names_it_and_so_does_has_aux_without_a_pair():
         Objective(loss, BATCH, has_aux=True).value_and_grad(params)
 
 
-def test_outputs_may_be_a_tuple():
+def test_outputs_of_an_nnx_model_can_be_a_tuple():
     loss, params = nnx_loss(
         Sowing(nnx.Rngs(0)), lambda model, batch: (model(batch["image"]), jnp.ones(8))
     )
@@ -208,7 +208,7 @@ def test_rngs_draw_the_same_in_both_passes_and_advance_once(has_aux):
         assert int(rngs.dropout.count[...]) == count
 
 
-def test_a_key_gives_groups_draws_of_their_own_from_the_streams_or_without_any():
+def test_key_gives_microbatches_their_own_draws_with_or_without_streams():
     model = Dropping(nnx.Rngs(0))
     for rngs in (nnx.Rngs(dropout=3), None):
         loss, params = nnx_loss(model, dropping_loss, rngs=rngs)
@@ -222,7 +222,7 @@ def test_a_key_gives_groups_draws_of_their_own_from_the_streams_or_without_any()
         np.testing.assert_allclose(found, sum(by_part) / 2, rtol=1e-12)
 
 
-def test_rngs_that_are_missing_or_none_are_told():
+def test_missing_and_invalid_rngs_raise():
     model = Dropping(nnx.Rngs(0))
     loss, params = nnx_loss(model, dropping_loss)
     with pytest.raises(TypeError, match="rngs=rngs"):
@@ -273,7 +273,7 @@ def test_a_narrower_filter_of_the_optimiser_trains_its_parameters_alone(narrow):
     assert np.abs(found[1]["lora"]["lora_b"] - before).max() > 0
 
 
-def test_a_wider_filter_of_the_optimiser_is_told():
+def test_wider_filter_of_the_optimiser_is_refused():
     model = lora_model()
     optimizer = nnx.Optimizer(model, sam(optax.sgd(0.1), RHO), wrt=nnx.Param)
     loss, params = nnx_loss(model, squares, wrt=nnx.LoRAParam)
@@ -285,7 +285,7 @@ def test_a_wider_filter_of_the_optimiser_is_told():
         loss(nnx.state(model, nnx.Param), BATCH)
 
 
-def test_a_loss_of_the_module_in_the_place_of_value_fn_is_told():
+def test_loss_of_the_module_as_value_fn_is_refused():
     model = lora_model()
     optimizer = nnx.Optimizer(model, sam(optax.sgd(0.1), RHO), wrt=nnx.Param)
     grads = nnx.grad(squares)(model, BATCH)
@@ -293,7 +293,7 @@ def test_a_loss_of_the_module_in_the_place_of_value_fn_is_told():
         optimizer.update(model, grads, value_fn=lambda model: squares(model, BATCH))
 
 
-def test_parameters_born_and_variables_removed_in_the_loss_are_told():
+def test_parameters_created_or_variables_removed_in_the_loss_are_refused():
     def lazy(model, batch):
         model.extra = nnx.Param(jnp.ones(()))
         return squares(model, batch)

@@ -132,7 +132,7 @@ def sam(**options: Any) -> cx.Stage:
 
 @pytest.mark.parametrize("value_fn", ["objective", "closure"])
 @pytest.mark.parametrize("gradient", ["objective", "jax"])
-def test_m_sam_in_a_linen_trainer_under_pmap(gradient, value_fn):
+def test_m_sam_runs_in_a_linen_trainer_under_pmap(gradient, value_fn):
     found = train_linen(sam(mean_over="batch"), gradient=gradient, value_fn=value_fn)
     assert_trees_close(found, sam_by_hand(), tol=1e-10)
 
@@ -171,7 +171,7 @@ EDITS: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize("edit", EDITS)
-def test_an_edit_that_would_train_something_else_is_told_what_to_write(edit):
+def test_wrong_edit_of_a_linen_trainer_raises_with_what_to_write(edit):
     act, cure = EDITS[edit]
     with pytest.raises((TypeError, ValueError), match=re.escape(cure)):
         act()
@@ -213,7 +213,7 @@ def equinox_sam_by_hand() -> Any:
     return jax.tree.map(lambda w, g: w - LEARNING_RATE * g, params, jax.grad(loss)(ahead))
 
 
-def test_sam_in_a_step_that_hands_over_obj_fn():
+def test_sam_runs_in_a_step_that_passes_obj_fn():
     model, batch = equinox_problem()
     state = sam().init(eqx.filter(model, eqx.is_inexact_array))
     step = eqx.filter_jit(functools.partial(levanter_step, sam()))
@@ -225,7 +225,7 @@ def test_sam_in_a_step_that_hands_over_obj_fn():
     assert figures["surrogate_gap"] == figures["perturbed_loss"] - figures["loss"] > 0
 
 
-def test_sophia_in_a_step_that_hands_over_obj_fn():
+def test_sophia_runs_in_a_step_that_passes_obj_fn():
     model, batch = equinox_problem()
     ours, theirs = cx.sophia_h(1e-2), optax.contrib.sophia(1e-2)
     params = eqx.filter(model, eqx.is_inexact_array)
@@ -300,14 +300,14 @@ def state_of(model: Any) -> list[Any]:
     return jax.tree.leaves(nnx.state(model, (nnx.Param, nnx.BatchStat)))
 
 
-def test_sam_at_a_radius_of_zero_trains_a_module_as_the_example_does():
+def test_sam_at_radius_zero_trains_an_nnx_module_as_the_example():
     plain = train_nnx(as_the_example, optax.sgd(LEARNING_RATE))
     ours = train_nnx(with_a_loss_of_parameters, cx.sam(optax.sgd(LEARNING_RATE), 0.0))
     for x, y in zip(state_of(ours), state_of(plain), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
-def test_sam_of_a_module_perturbs_the_parameters_and_keeps_the_clean_statistics():
+def test_sam_of_an_nnx_module_keeps_the_clean_statistics():
     graphdef, params, *others = nnx.split(Mlp(nnx.Rngs(0)), nnx.Param, ...)
     rest = others[0]
 
@@ -339,7 +339,7 @@ NNX_EDITS = {
 
 
 @pytest.mark.parametrize("edit", NNX_EDITS)
-def test_an_edit_of_a_step_in_nnx_is_told_what_to_write(edit):
+def test_wrong_edit_of_an_nnx_step_raises_with_what_to_write(edit):
     step, cure = NNX_EDITS[edit]
     with pytest.raises((TypeError, ValueError), match=re.escape(cure)):
         train_nnx(step, cx.sam(optax.sgd(LEARNING_RATE), RHO))

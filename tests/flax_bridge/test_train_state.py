@@ -91,7 +91,7 @@ def test_fp8_scales_are_those_of_the_clean_pass_and_params_those_of_sam(fp8, sin
     assert any(np.any(x != y) for x, y in zip(scales, jax.tree.leaves(fp8[0][OVERWRITE])))
 
 
-def test_fp8_groups_see_one_set_of_scales(fp8, single_precision):
+def test_fp8_groups_share_one_set_of_scales(fp8, single_precision):
     def step(p, _, loss):
         parts = [tuple(x[i : i + 8] for x in fp8[2]) for i in (0, 8)]
         grads = [sam_step(p, jax.grad(loss)(p, part), loss, part) for part in parts]
@@ -102,7 +102,7 @@ def test_fp8_groups_see_one_set_of_scales(fp8, single_precision):
     assert_close((value, state.params), by_hand(fp8, step))
 
 
-def test_fp8_adahessian_is_that_of_the_loss_of_params_alone(fp8, single_precision):
+def test_fp8_adahessian_is_that_of_the_loss_of_the_parameters_alone(fp8, single_precision):
     tx = adahessian(0.01, b1=0.0, b2=0.0)
 
     def step(p, g, loss):
@@ -113,7 +113,7 @@ def test_fp8_adahessian_is_that_of_the_loss_of_params_alone(fp8, single_precisio
     assert_close((value, state.params), by_hand(fp8, step, 1), 1e-4)
 
 
-def test_fp8_objective_knows_its_own_gradient(fp8, single_precision):
+def test_fp8_objective_recognises_its_own_gradient(fp8, single_precision):
     """What the objective remembers of the gradient is known of the loss of `params` too."""
     seen = []
 
@@ -131,7 +131,7 @@ def quadratic(params):
     return jnp.sum((params["w"] - jnp.asarray([1.0, -2.0])) ** 2)
 
 
-def test_subclasses_add_fields_of_their_own():
+def test_train_state_subclasses_add_fields():
     class Mine(TrainState):
         ema: Any
         metrics: Any = None
@@ -154,7 +154,7 @@ def test_subclasses_add_fields_of_their_own():
     assert state.batch_stats == {}
 
 
-def test_flax_own_state_names_ours():
+def test_flax_own_train_state_raises_with_ours():
     params = {"w": jnp.zeros(2)}
     state = train_state.TrainState.create(apply_fn=None, params=params, tx=sam(optax.sgd(0.1)))
     with pytest.raises(ValueError, match=r"`curvax\.TrainState`"):

@@ -103,7 +103,7 @@ def test_linen_step_is_sam_with_one_dropout_key_and_clean_statistics():
     assert len(traces) == 1
 
 
-def test_transformation_is_handed_loss_value_and_gradient():
+def test_train_state_passes_loss_value_and_gradient_to_the_transformation():
     seen: dict[str, Any] = {}
 
     def update(updates, state, params=None, **extra):
@@ -123,7 +123,7 @@ def test_transformation_is_handed_loss_value_and_gradient():
     assert set(seen) == {"updates"}
 
 
-def test_without_a_loss_it_is_flax_own_state():
+def test_train_state_without_a_loss_steps_as_flax_own_state():
     grads = {"w": jnp.asarray([0.5, -2.0])}
     given = {"apply_fn": None, "params": {"w": jnp.ones(2)}, "tx": optax.adam(0.1)}
     ours, flax = TrainState.create(**given), train_state.TrainState.create(**given)
@@ -135,13 +135,13 @@ def test_without_a_loss_it_is_flax_own_state():
     assert ours.batch_stats == {}
 
 
-def test_misspelt_field_is_refused():
+def test_misspelt_field_of_the_train_state_is_refused():
     state = TrainState.create(apply_fn=None, params={"w": jnp.ones(2)}, tx=optax.sgd(0.1))
     with pytest.raises(TypeError, match="batch_stat"):
         state.apply_gradients(grads=state.params, batch_stat={})
 
 
-def test_line_search_finds_what_it_needs():
+def test_optax_lbfgs_runs_in_the_train_state():
     loss = lambda params: jnp.sum((params["w"] - jnp.asarray([1.0, -2.0])) ** 2)
     state = TrainState.create(apply_fn=None, params={"w": jnp.zeros(2)}, tx=optax.lbfgs())
     for _ in range(3):
@@ -232,7 +232,7 @@ def test_parameters_of_an_nnx_loss_do_not_follow_the_module():
     assert loss(params, batch)[0] == before
 
 
-def test_key_gives_groups_masks_of_their_own_and_the_stream_advances_once():
+def test_key_of_an_nnx_loss_changes_its_masks_and_advances_streams_once():
     model, batch = nnx_model(), data()
     loss, params = nnx_loss(model, nnx_cross_entropy)
     values, states = zip(*(loss(params, batch, jax.random.key(seed)) for seed in (1, 1, 2)))
@@ -265,7 +265,7 @@ def test_key_is_folded_into_every_stream_of_stacked_layers():
     assert len(values) == 3
 
 
-def test_other_parameters_may_be_chosen():
+def test_nnx_loss_of_selected_parameters_trains_them_alone():
     model, batch = nnx_model(), data()
     bias = nnx.All(nnx.Param, nnx.PathContains("last"))
     loss, params = nnx_loss(model, nnx_cross_entropy, wrt=bias)
@@ -277,7 +277,7 @@ def test_other_parameters_may_be_chosen():
     assert np.abs(model.last.kernel[...] - before[1]).max() > 0
 
 
-def test_nnx_module_as_the_model_half_of_an_objective():
+def test_nnx_module_is_the_model_of_an_objective():
     """Its natural gradient is that of the same network written by hand."""
     module = nnx.Linear(3, 2, rngs=nnx.Rngs(0), param_dtype=jnp.float64)
     batch = {"x": jax.random.normal(jax.random.key(1), (6, 3)), "label": jnp.arange(6) % 2}

@@ -64,7 +64,7 @@ def facts(**changes):
     return RunFacts("mlp", 0.1, 10, 10, False)._replace(**changes)
 
 
-def test_the_sentences_give_numbers_ratios_and_places(found):
+def test_findings_give_numbers_ratios_and_blocks(found):
     assert findings(found) == [
         "The largest eigenvalue of the Hessian is 104 in `sgd` and 4 in `sam` (26 times smaller).",
         "The block of largest eigenvalue is `block/mlp` in `sgd` (80), `embedding` in `sam` (8).",
@@ -81,7 +81,7 @@ def test_the_sentences_give_numbers_ratios_and_places(found):
     ]
 
 
-def test_one_run_is_told_by_itself(found):
+def test_findings_of_one_run_compare_nothing(found):
     for runs in found.results.values():
         del runs["sam"]
     said = findings(found)
@@ -90,7 +90,7 @@ def test_one_run_is_told_by_itself(found):
     assert caveats(found, {"sgd": facts()}) == []
 
 
-def test_what_to_bear_in_mind(found):
+def test_caveats_name_differences_between_runs(found):
     found.results["eigenpairs"]["sgd"] = pairs(104.0, converged=False)
     about = {
         "sgd": facts(step=5, normalised=True),
@@ -109,7 +109,7 @@ def test_what_to_bear_in_mind(found):
     assert len(said) == 6
 
 
-def test_equal_settings_are_told_as_equal(found):
+def test_caveats_name_equal_settings(found):
     found.results["surrogate_gap"]["sam"][RHO].loss = 0.201
     said = caveats(found, {"sgd": facts(), "sam": facts()})
     assert said == [
@@ -120,7 +120,7 @@ def test_equal_settings_are_told_as_equal(found):
     assert "learning rate of `sgd` could not be read" in said[0]
 
 
-def test_a_survey_without_results_says_nothing():
+def test_findings_without_results_are_empty():
     assert findings(Results()) == []
     assert summary_rows(Results()) == {}
 
@@ -138,17 +138,17 @@ def test_a_survey_without_results_says_nothing():
         (1.0, 0.0, ""),
     ],
 )
-def test_ratios_in_words(value, base, words):
+def test_ratio_is_given_in_words(value, base, words):
     assert ratio(value, base) == words
 
 
-def test_thousands_are_written_out():
+def test_thousands_are_written_without_exponent():
     assert listing({"a": 1723.4, "b": 0.00123}, "{:.3g}", compared=False) == (
         "1,720 in `a` and 0.00123 in `b`"
     )
 
 
-def test_a_change_within_its_error_is_none(found):
+def test_change_within_its_standard_error_is_called_none(found):
     found.results["random_sharpness"]["sam"].standard_error = np.float32(0.006)
     told = next(each for each in findings(found) if "random perturbations" in each)
     assert told.endswith("in `sam` that is within two standard errors of nothing.")
@@ -157,7 +157,7 @@ def test_a_change_within_its_error_is_none(found):
     assert told.endswith("the condition of SAM's Theorem 2 holds there.")
 
 
-def test_a_listing_of_three():
+def test_listing_compares_three_runs():
     assert listing({"a": 1.0, "b": 3.0, "c": 1.0}, "{:g}") == (
         "1 in `a`, 3 in `b` (3.0 times larger) and 1 in `c` (about the same)"
     )
@@ -179,11 +179,11 @@ def test_a_listing_of_three():
         ("levenberg_marquardt(gauss_newton_matvec() | damp())", None),
     ],
 )
-def test_the_peak_of_the_learning_rate_is_read_where_the_text_tells(text, rate):
+def test_peak_learning_rate_is_read_from_the_optimizer_text(text, rate):
     assert peak_rate(text, {"lr": 1e-3, "rho": 0.1}) == rate
 
 
-def test_json_holds_names_lists_and_null_for_what_is_not_finite():
+def test_encode_gives_null_for_numbers_that_are_not_finite():
     found = {0.5: pairs(1.0, np.inf), "list": [np.float32(2), (np.nan, True)]}
     assert encode(found) == {
         "0.5": {

@@ -91,7 +91,7 @@ def sam(run):
 # What is measured.
 
 
-def test_every_measure_is_taken_or_excused(told):
+def test_every_measure_is_taken_or_left_out_with_a_reason(told):
     titles = {measure.title: measure.name for measure in measures.MEASURES}
     excused = {titles[each["measure"]]: each["kind"] for each in told["left_out"]}
     assert excused == {"attention": "inapplicable"}
@@ -116,14 +116,14 @@ def test_every_measure_is_taken_or_excused(told):
         ),
     ],
 )  # fmt: skip
-def test_numbers_are_those_of_the_analysis(measure, path, direct, told, sam):
+def test_inspected_numbers_are_those_of_the_analysis(measure, path, direct, told, sam):
     found = told["measures"][measure]["sam_perturb | adam"]
     for name in path:
         found = found[name]
     np.testing.assert_allclose(found, direct(*sam), rtol=1e-5, atol=1e-7)  # float32 parameters
 
 
-def test_eigenvalues_are_those_of_the_dense_hessian(told, sam):
+def test_inspected_eigenvalues_are_those_of_the_dense_hessian(told, sam):
     objective, params = sam
     flat, unravel = ravel_pytree(params)
     hessian = np.asarray(jax.hessian(lambda x: objective(unravel(x)))(flat))
@@ -169,7 +169,7 @@ def surveyed(monkeypatch, clock, seconds, *stubs):
     return runner.measure_all(runs, Budget(seconds, clock), measures=stubs)
 
 
-def test_what_does_not_fit_is_left_out_and_named_and_the_smaller_goes_on(monkeypatch):
+def test_measure_beyond_the_budget_is_left_out_and_smaller_ones_run(monkeypatch):
     clock = Clock()
     stubs = [stub("first", 3, clock), stub("large", 8, clock), stub("small", 1, clock)]
     found = surveyed(monkeypatch, clock, 10, *stubs)
@@ -181,7 +181,7 @@ def test_what_does_not_fit_is_left_out_and_named_and_the_smaller_goes_on(monkeyp
     assert found.seconds == 8
 
 
-def test_what_needs_eigenpairs_is_priced_with_them_until_they_are_there():
+def test_price_includes_eigenpairs_until_they_are_computed():
     work = {measure.name: measure.work for measure in measures.MEASURES}
     bare: Any = SimpleNamespace()
     searched: Any = SimpleNamespace(pairs="found")
@@ -190,7 +190,7 @@ def test_what_needs_eigenpairs_is_priced_with_them_until_they_are_there():
         assert work[name](bare).gradients - work[name](searched).gradients == search > 0
 
 
-def test_estimates_learn_from_what_was_spent(monkeypatch):
+def test_time_estimates_follow_the_measured_time(monkeypatch):
     clock = Clock()
     stubs = [stub("slow", 1, clock, takes=3), stub("next", 3, clock)]
     found = surveyed(monkeypatch, clock, 20, *stubs)
@@ -198,7 +198,7 @@ def test_estimates_learn_from_what_was_spent(monkeypatch):
     assert "18 s, and 14 s" in found.omissions[0].reason
 
 
-def test_a_failure_is_told_and_the_rest_goes_on(monkeypatch):
+def test_failed_measure_is_reported_and_the_others_run(monkeypatch):
     clock = Clock()
     stubs = [
         stub("broken", 1, clock, error=RuntimeError("out of memory\nlong story")),
@@ -215,7 +215,7 @@ def test_a_failure_is_told_and_the_rest_goes_on(monkeypatch):
 # Which runs.
 
 
-def test_a_folder_stands_for_its_first_seeds_an_arm_for_its_first(run):
+def test_folder_means_the_first_seed_of_each_variant(run):
     names = lambda *folders: [subject.name for subject in trained_runs.load(folders)]
     assert names(run) == ["adam", "sam_perturb | adam"]
     arm = run / "0-adam"
@@ -224,7 +224,7 @@ def test_a_folder_stands_for_its_first_seeds_an_arm_for_its_first(run):
     assert [int(s.state.step) for s in trained_runs.load([arm])] == [4]
 
 
-def test_checkpoints_are_read_in_silence(run, caplog):
+def test_reading_checkpoints_logs_nothing(run, caplog):
     Checkpoints(run / "0-adam" / "seed0" / "checkpoints", read_only=True)
     assert not caplog.messages
 
@@ -234,12 +234,12 @@ def complaint(capsys, *folders):
     return capsys.readouterr().err
 
 
-def test_what_is_no_run_is_said(tmp_path, capsys):
+def test_folder_without_a_run_is_refused(tmp_path, capsys):
     assert f"{tmp_path} holds no run" in complaint(capsys, tmp_path)
     assert "holds no run" in complaint(capsys, tmp_path / "nowhere")
 
 
-def test_a_run_without_a_checkpoint_is_said(run, tmp_path, capsys):
+def test_run_without_a_checkpoint_is_refused(run, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     shutil.rmtree(copy / "0-adam" / "seed0" / "checkpoints")
@@ -261,13 +261,13 @@ def test_runs_of_different_tasks_are_refused(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("option", "hint"), [("--budget=0", "positive"), ("--budget=inf", "positive")]
 )
-def test_a_budget_is_a_positive_number(run, option, hint, capsys):
+def test_budget_that_is_not_positive_is_refused(run, option, hint, capsys):
     with pytest.raises(SystemExit):
         main.main(["inspect", str(run), option])
     assert hint in capsys.readouterr().err
 
 
-def test_runs_are_inspected_as_they_are(run, capsys):
+def test_config_fields_are_refused_by_inspect(run, capsys):
     assert main.main(["inspect", str(run), "--epochs=3"]) == 2
     assert "--epochs=3" in capsys.readouterr().err
 
@@ -300,7 +300,7 @@ class Reader(HTMLParser):
         self.texts.append(data)
 
 
-def test_the_page_stands_alone_and_shows_every_picture(folder, told):
+def test_page_is_self_contained_and_shows_every_figure(folder, told):
     text = (folder / "report.html").read_text()
     reader = Reader(text)
     images = [attributes for tag, attributes in reader.tags if tag == "img"]
@@ -316,7 +316,7 @@ def test_the_page_stands_alone_and_shows_every_picture(folder, told):
     assert len(links) >= 8
 
 
-def test_the_page_says_what_was_found(folder, told):
+def test_page_has_findings_and_caveats(folder, told):
     said = "".join(Reader((folder / "report.html").read_text()).texts)
     for sentence in (*told["findings"], *told["caveats"]):
         assert sentence.replace("`", "") in said
@@ -333,7 +333,7 @@ WIDTHS = """<script>addEventListener("load", () => {
 
 @pytest.mark.skipif(not BROWSER, reason="needs a browser: apt-get install chromium")
 @pytest.mark.parametrize("dark", [False, True])
-def test_a_browser_shows_the_page_without_a_complaint(folder, dark, tmp_path):
+def test_browser_shows_the_page_without_errors(folder, dark, tmp_path):
     page = tmp_path / "page.html"
     page.write_text((folder / "report.html").read_text().replace("</body>", WIDTHS))
     assert BROWSER is not None

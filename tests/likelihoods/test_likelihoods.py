@@ -49,7 +49,7 @@ def test_the_loss_is_the_mean_of_minus_the_log_likelihood(name):
 
 
 @every_family
-def test_weights_and_masks_make_a_weighted_mean(name):
+def test_weights_and_masks_give_a_weighted_mean(name):
     z, batch = problem(name, mask=MASK, w=WEIGHTS)
     each = -log_likelihood(name, z, batch["y"])
     of_batch = lambda batch: batch["w"]
@@ -66,7 +66,7 @@ def test_weights_and_masks_make_a_weighted_mean(name):
 
 
 @every_family
-def test_a_mask_with_more_axes_makes_sites_of_them(name):
+def test_mask_with_more_axes_makes_sites(name):
     z, batch = problem(name, EXAMPLES, TOKENS, CLASSES, mask=TOKEN_MASK, w=WEIGHTS)
     loss = FAMILIES[name]("y", mask="mask", weights="w")
     rows = lambda x: x.reshape(EXAMPLES * TOKENS, *x.shape[2:])
@@ -77,7 +77,7 @@ def test_a_mask_with_more_axes_makes_sites_of_them(name):
     assert loss.site_weights(z, batch).shape == (EXAMPLES, TOKENS, 1)
 
 
-def test_every_token_is_a_site_of_logits_and_every_example_one_of_numbers():
+def test_tokens_are_sites_of_logits_and_examples_sites_of_numbers():
     for name, count in (("categorical", EXAMPLES * TOKENS), ("gaussian", EXAMPLES)):
         _, batch = problem(name, EXAMPLES, TOKENS, CLASSES)
         assert FAMILIES[name]("y").total_weight(batch) == count
@@ -117,7 +117,7 @@ def test_weighted_scores_sum_to_the_gradient(name):
 
 
 @every_family
-def test_what_is_masked_may_be_nan(name):
+def test_masked_entries_can_be_nan(name):
     z, batch = problem(name, mask=MASK, w=jnp.ones(EXAMPLES))
     loss = FAMILIES[name]("y", mask="mask")
     holes = z.at[1].set(jnp.nan).at[4].set(jnp.inf)
@@ -140,7 +140,7 @@ def test_what_is_masked_may_be_nan(name):
 
 
 @every_family
-def test_nothing_counted_is_zero(name):
+def test_loss_of_a_fully_masked_batch_is_zero(name):
     z, batch = problem(name, mask=jnp.zeros(EXAMPLES, bool))
     loss = FAMILIES[name]("y", mask="mask")
     value, gradient = jax.value_and_grad(loss)(z * jnp.nan, batch)
@@ -178,7 +178,7 @@ def test_scores_of_samples_have_mean_zero_and_the_hessian_as_covariance(name):
 
 
 @every_family
-def test_labels_are_shaped_like_hard_targets_and_drawn_by_example(name):
+def test_sampled_labels_have_the_shape_of_targets_and_follow_example_keys(name):
     z, batch = problem(name, EXAMPLES, TOKENS, CLASSES)
     loss = FAMILIES[name]("y")
     keys = jax.random.split(jax.random.key(0), EXAMPLES)
@@ -193,7 +193,7 @@ def test_labels_are_shaped_like_hard_targets_and_drawn_by_example(name):
 # Classes and probabilities.
 
 
-def test_one_hot_rows_are_the_same_as_classes():
+def test_one_hot_labels_equal_class_numbers():
     z, batch = problem("categorical", EXAMPLES, TOKENS, CLASSES, mask=TOKEN_MASK)
     rows = dict(batch, y=jax.nn.one_hot(batch["y"], CLASSES))
     loss = categorical("y", mask="mask")
@@ -214,7 +214,7 @@ def test_soft_labels_are_mixtures_of_hard_losses():
     np.testing.assert_allclose(product, hessian, rtol=0, atol=1e-14)
 
 
-def test_an_unknown_class_is_nan_unless_it_is_masked():
+def test_unknown_class_gives_nan_unless_masked():
     z, batch = problem("categorical", mask=MASK)
     for wrong in (-1, CLASSES):
         at = lambda i, wrong=wrong: dict(batch, y=batch["y"].at[i].set(wrong))
@@ -223,7 +223,7 @@ def test_an_unknown_class_is_nan_unless_it_is_masked():
 
 
 @pytest.mark.parametrize("soft", [False, True])
-def test_a_forbidden_class_has_a_logit_of_minus_infinity(soft):
+def test_logit_of_minus_infinity_excludes_a_class(soft):
     z = normal(0, EXAMPLES, CLASSES).at[:, 2].set(-jnp.inf)
     y = jnp.array([0, 1, 0, 1, 0, 1])
     batch = {"y": jax.nn.one_hot(y, CLASSES) if soft else y}
@@ -257,7 +257,7 @@ def test_large_logits_are_stable_in_float32(name):
         np.testing.assert_array_equal(found, 0)
 
 
-def test_small_losses_keep_their_digits_in_float32():
+def test_small_losses_are_accurate_in_float32():
     z = jnp.array([[20.0]], jnp.float32)
     found = bernoulli("y")(z, {"y": jnp.ones((1, 1))})
     np.testing.assert_allclose(found, np.log1p(np.exp(-20.0)), rtol=1e-6)
@@ -290,7 +290,7 @@ def test_targets_are_never_broadcast(name):
         FAMILIES[name]("y")(z, {"y": jnp.zeros(EXAMPLES)})
 
 
-def test_classes_that_do_not_fit_the_logits():
+def test_labels_that_do_not_fit_the_logits_are_refused():
     z = normal(0, EXAMPLES, CLASSES)
     for y, word in (
         (jnp.zeros((EXAMPLES, 1), int), "dropped"),
@@ -315,7 +315,7 @@ def test_a_learned_variance_is_refused():
 
 
 @every_family
-def test_outputs_are_one_floating_array(name):
+def test_outputs_that_are_not_one_floating_array_are_refused(name):
     _, batch = problem(name)
     loss = FAMILIES[name]("y")
     with told(TypeError, name, "a dict of 1", "has_aux"):
@@ -324,7 +324,7 @@ def test_outputs_are_one_floating_array(name):
         loss(jnp.zeros((EXAMPLES, CLASSES), int), batch)
 
 
-def test_masks_and_weights_that_do_not_fit():
+def test_masks_and_weights_that_do_not_fit_are_refused():
     z, batch = problem("gaussian", mask=MASK, short=MASK[:-1], w=WEIGHTS)
     with told(TypeError, r"gaussian\(mask=\)", "float64", "weights"):
         gaussian("y", mask="w")(z, batch)
@@ -336,14 +336,14 @@ def test_masks_and_weights_that_do_not_fit():
 
 
 @pytest.mark.parametrize("option", ["targets", "mask", "weights"])
-def test_keys_that_the_batch_has_not_are_named_before_the_step(option):
+def test_missing_batch_entries_are_named_before_the_step(option):
     batch = {"x": jnp.zeros((2, 1)), "y": jnp.zeros((2, 1))}
     loss = gaussian(**{"targets": "y", option: "yy"})
     with told(ValueError, "gaussian", "'yy'", "'x', 'y'"):
         cx.Objective(loss, batch, model=lambda params, batch: params * batch["x"])
 
 
-def test_an_array_is_no_name():
+def test_array_in_place_of_a_batch_entry_is_refused():
     with told(TypeError, r"`bernoulli\(mask=\)`", "name it"):
         bernoulli("y", mask=MASK)
 
@@ -353,14 +353,14 @@ def test_a_likelihood_needs_a_model():
         cx.Objective(gaussian("y"), {"y": jnp.zeros(2)})
 
 
-def test_entries_may_be_places_in_a_tuple():
+def test_batch_entries_can_be_tuple_positions():
     z, batch = problem("categorical")
     assert_trees_close(categorical(1)(z, (z, batch["y"])), categorical("y")(z, batch), tol=0)
     with told(ValueError, "entry 2", "type tuple"):
         categorical(2)(z, (z, batch["y"]))
 
 
-def test_a_likelihood_is_a_value():
+def test_likelihoods_are_hashable_and_comparable():
     assert categorical("y", mask="m") == categorical("y", mask="m") != categorical("y")
     assert isinstance(hash(gaussian("y")), int)
     assert isinstance(gaussian("y"), Likelihood)

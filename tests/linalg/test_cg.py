@@ -38,7 +38,7 @@ def system(path, damping):
 
 @RECORDED
 @pytest.mark.parametrize("damping", [0.1, 0.001])
-def test_iterates_are_the_recorded_ones(path, damping):
+def test_cg_iterates_are_the_recorded_ones(path, damping):
     arrays, product, b = system(path, damping)
     for k in (1, 2, 5, 10):
         found = jax.jit(lambda b, k=k: cg(k, tol=0.0)(product, b))(b)
@@ -52,7 +52,7 @@ def test_iterates_are_the_recorded_ones(path, damping):
 @RECORDED
 @pytest.mark.parametrize("damping", [0.1, 0.001])
 @pytest.mark.parametrize("solver", [dense(), cg(150, tol=1e-13)], ids=["dense", "cg"])
-def test_solutions_are_the_recorded_ones(path, damping, solver):
+def test_cg_and_dense_solutions_are_the_recorded_ones(path, damping, solver):
     arrays, product, b = system(path, damping)
     wanted = arrays[f"ngd/lam{damping}/solution"]
     found = jax.jit(lambda b: solver(product, b))(b)
@@ -61,7 +61,7 @@ def test_solutions_are_the_recorded_ones(path, damping, solver):
 
 
 @pytest.mark.parametrize("steps", [1, 4, SIZE])
-def test_solution_residual_and_steps_are_the_textbook_s(steps):
+def test_cg_solution_residual_and_steps_are_those_of_the_textbook(steps):
     matrix = definite()
     found = jitted(cg(steps, tol=0.0), matrix, B)
     wanted = textbook_iterates(steps, matrix, B)[-1]
@@ -71,7 +71,7 @@ def test_solution_residual_and_steps_are_the_textbook_s(steps):
     assert found.steps == steps
 
 
-def test_as_many_steps_as_there_are_eigenvalues():
+def test_cg_takes_as_many_steps_as_there_are_distinct_eigenvalues():
     basis, _ = np.linalg.qr(numbers(3, SIZE, SIZE))
     matrix = basis @ np.diag([1.0] * 5 + [2.0] * 4 + [5.0] * 3) @ basis.T
     found = jitted(cg(SIZE, tol=1e-12), matrix, B)
@@ -80,7 +80,7 @@ def test_as_many_steps_as_there_are_eigenvalues():
     assert_solves(found.x, np.linalg.solve(matrix, B), 1e-12)
 
 
-def test_it_stops_at_the_first_iterate_within_the_tolerance():
+def test_cg_stops_at_the_first_iterate_within_the_tolerance():
     matrix = definite()
     residuals = [iterate.residual for iterate in textbook_iterates(SIZE, matrix, B)]
     found = jitted(cg(SIZE, tol=1e-2), matrix, B)
@@ -89,7 +89,7 @@ def test_it_stops_at_the_first_iterate_within_the_tolerance():
 
 
 @pytest.mark.parametrize("solver", [cg(5, warm_start=0.9), steihaug(1.0), dense()])
-def test_nothing_to_solve_takes_no_iteration(solver):
+def test_zero_right_hand_side_takes_no_iteration(solver):
     state = solver.init(tree_of(jnp.asarray(B)))
     state = jax.tree.map(jnp.ones_like, state)
     zero = tree_of(jnp.zeros(SIZE))
@@ -127,13 +127,13 @@ class Counted:
 
 
 @pytest.mark.parametrize("solver", [cg(7, tol=0.0), steihaug(1e6, 7, tol=0.0)])
-def test_k_steps_cost_k_products(solver):
+def test_k_cg_steps_cost_k_products(solver):
     product = Counted(definite())
     found = jax.jit(lambda b: solver(product, b))(tree_of(jnp.asarray(B)))
     assert product.count == found.steps == 7
 
 
-def test_a_start_that_is_not_zero_costs_one_of_the_products():
+def test_warm_start_costs_one_of_the_products():
     solver = cg(4, tol=0.0, warm_start=0.5)
     product, b = Counted(definite()), tree_of(jnp.asarray(B))
     solve = jax.jit(lambda b, state: solver.solve(product, b, state))
@@ -144,7 +144,7 @@ def test_a_start_that_is_not_zero_costs_one_of_the_products():
     assert product.count == 8
 
 
-def test_a_warm_start_is_the_last_solution_decayed():
+def test_warm_start_is_the_decayed_last_solution():
     matrix, later = definite(), numbers(11, SIZE)
     solver = cg(5, tol=0.0, warm_start=0.8)
     b = tree_of(jnp.asarray(B))
@@ -159,7 +159,7 @@ def test_a_warm_start_is_the_last_solution_decayed():
     np.testing.assert_array_equal(vector_of(state), vector_of(second.x))
 
 
-def test_a_start_within_the_tolerance_is_kept():
+def test_warm_start_within_the_tolerance_is_returned():
     matrix, b = definite(), tree_of(jnp.asarray(B))
     solver = cg(20, tol=1e-8, warm_start=1.0, backtrack=True)
     solve = lambda state: solver.solve(product_of(matrix), b, state, score=lambda x: jnp.zeros(()))
@@ -177,7 +177,7 @@ DIAGONAL = np.abs(numbers(5, SIZE)) + 0.1
 
 @pytest.mark.parametrize("damping", [None, 0.5])
 @pytest.mark.parametrize("make", [cg, lambda k, **o: steihaug(1e6, k, **o)], ids=["cg", "steihaug"])
-def test_a_power_of_the_diagonal_is_that_preconditioner(make, damping):
+def test_preconditioner_power_is_that_power_of_the_diagonal(make, damping):
     matrix = definite()
     product = Product(product_of(matrix), damping=damping)
     found = make(4, tol=0.0, preconditioner=0.75)(
@@ -188,20 +188,20 @@ def test_a_power_of_the_diagonal_is_that_preconditioner(make, damping):
     assert_solves(found.x, textbook_iterates(4, damped, B, m=m)[-1].x, 1e-11)
 
 
-def test_a_callable_is_the_inverse_of_the_preconditioner():
+def test_callable_preconditioner_applies_its_inverse():
     matrix, m = definite(), definite(7)
     found = jitted(cg(4, tol=0.0, preconditioner=product_of(np.linalg.inv(m))), matrix, B)
     assert_solves(found.x, textbook_iterates(4, matrix, B, m=m)[-1].x, 1e-10)
 
 
-def test_the_inverse_itself_takes_one_step():
+def test_preconditioning_by_the_exact_inverse_takes_one_step():
     matrix = definite()
     found = jitted(cg(preconditioner=product_of(np.linalg.inv(matrix))), matrix, B)
     assert found.steps == 1
     assert_solves(found.x, np.linalg.solve(matrix, B), 1e-12)
 
 
-def test_an_entry_without_curvature_is_left_as_it_is():
+def test_zero_entry_of_the_diagonal_is_not_preconditioned():
     diagonal = DIAGONAL.copy()
     diagonal[3] = 0
     found = cg(3, tol=0.0, preconditioner=1.0)(
@@ -229,7 +229,7 @@ def stops_at(models, epsilon):
 
 # The last stops at step 163, where ⌈i/10⌉ is not ⌊i/10⌋ and tells them apart.
 @pytest.mark.parametrize("epsilon", [3e-2, 1e-2, 1e-3, 6.3e-5])
-def test_the_progress_stop_is_martens(epsilon):
+def test_progress_stop_is_the_rule_of_martens(epsilon):
     matrix, b = string(300)
     models = [iterate.model for iterate in textbook_iterates(200, matrix, b)]
     solver = cg(200, tol=0.0, progress=epsilon)
@@ -238,7 +238,7 @@ def test_the_progress_stop_is_martens(epsilon):
     assert found.steps == stops_at(models, epsilon)
 
 
-def test_progress_is_not_looked_at_before_the_model_has_fallen_below_zero():
+def test_progress_is_ignored_while_the_model_is_positive():
     """From a start far up φ stays positive, and the rule of Martens would divide by it."""
     matrix, b = np.diag(np.logspace(0, 6, SIZE)), tree_of(1e-6 * jnp.ones(SIZE))
     solver = cg(SIZE, tol=0.0, warm_start=1.0, progress=10.0)
@@ -283,21 +283,21 @@ def test_backtracking_returns_the_iterate_before_the_score_rises(target, max_ste
     assert found.steps == max_steps
 
 
-def test_backtracking_leaves_a_last_iterate_that_is_best():
+def test_backtracking_returns_the_last_iterate_where_it_is_best():
     plain = jitted(cg(7, tol=0.0), definite(), B)
     score = lambda x: -jnp.sum(vector_of(x) * B)
     found = jitted(cg(7, tol=0.0, backtrack=True), definite(), B, score=score)
     np.testing.assert_array_equal(vector_of(found.x), vector_of(plain.x))
 
 
-def test_backtracking_flees_from_a_score_that_is_no_number():
+def test_backtracking_returns_an_iterate_with_a_finite_score():
     long = np.linalg.norm(textbook_iterates(2, definite(), B)[2].x)
     broken = lambda x: jnp.where(jnp.linalg.norm(vector_of(x)) > 1.0001 * long, jnp.nan, 1.0)
     found = jitted(cg(7, tol=0.0, backtrack=True), definite(), B, score=broken)
     assert_solves(found.x, textbook_iterates(2, definite(), B)[2].x, 1e-11)
 
 
-def test_a_warm_start_is_the_last_iterate_though_an_earlier_one_was_best():
+def test_warm_start_is_the_last_iterate_with_backtracking():
     solver = cg(6, tol=0.0, warm_start=1.0, backtrack=True)
     b = tree_of(jnp.asarray(B))
     short = lambda x: jnp.sum(vector_of(x) ** 2)
@@ -307,7 +307,7 @@ def test_a_warm_start_is_the_last_iterate_though_an_earlier_one_was_best():
     assert_solves(state, iterates[6].x, 1e-11)
 
 
-def test_negative_curvature_at_once_gives_the_preconditioned_gradient():
+def test_negative_curvature_at_the_first_step_gives_the_preconditioned_gradient():
     m = definite(2)
     solver = cg(preconditioner=product_of(np.linalg.inv(m)))
     found = jitted(solver, -definite(), B)
@@ -317,7 +317,7 @@ def test_negative_curvature_at_once_gives_the_preconditioned_gradient():
     np.testing.assert_allclose(found.residual, relative_residual(-definite(), found.x, B))
 
 
-def test_no_curvature_at_once_gives_the_gradient():
+def test_zero_curvature_at_the_first_step_gives_the_gradient():
     found = jitted(cg(), 0 * definite(), B)
     np.testing.assert_array_equal(vector_of(found.x), B)
     assert found.reason == StopReason.negative_curvature
@@ -332,7 +332,7 @@ def first_negative(matrix):
     return next((i, a.x) for i, (a, b) in enumerate(ahead) if b.model > a.model)
 
 
-def test_negative_curvature_later_gives_the_iterate_before():
+def test_negative_curvature_at_a_later_step_gives_the_iterate_before():
     i, x = first_negative(indefinite())
     assert i > 0
     found = jitted(cg(SIZE, tol=0.0), indefinite(), B)
@@ -343,7 +343,7 @@ def test_negative_curvature_later_gives_the_iterate_before():
 
 
 @pytest.mark.parametrize("backtrack", [False, True])
-def test_a_product_that_breaks_gives_the_last_finite_iterate(backtrack):
+def test_product_with_nan_gives_the_last_finite_iterate(backtrack):
     iterates = textbook_iterates(4, definite(), B)
     fourth = iterates[4].x - iterates[3].x
 
@@ -361,7 +361,7 @@ def test_a_product_that_breaks_gives_the_last_finite_iterate(backtrack):
 
 
 @pytest.mark.parametrize("solver", [cg(warm_start=1.0, backtrack=True), steihaug(1.0), dense()])
-def test_a_vector_that_is_no_number_shows_and_moves_nothing(solver):
+def test_right_hand_side_with_nan_gives_zero_and_breakdown(solver):
     b, state = tree_of(jnp.asarray(B)), solver.init(tree_of(jnp.asarray(B)))
     state = jax.tree.map(jnp.ones_like, state)
     b["bias"] = b["bias"].at[2].set(jnp.nan)
@@ -372,7 +372,7 @@ def test_a_vector_that_is_no_number_shows_and_moves_nothing(solver):
     np.testing.assert_array_equal(vector_of(found.x), np.zeros(SIZE))
 
 
-def test_a_preconditioner_that_is_not_definite_shows():
+def test_indefinite_preconditioner_gives_breakdown():
     found = jitted(cg(preconditioner=lambda v: jax.tree.map(jnp.negative, v)), definite(), B)
     assert found.reason == StopReason.breakdown
     assert found.steps == 0
@@ -393,23 +393,23 @@ BAD = {
 
 
 @pytest.mark.parametrize(("make", "options", "message"), BAD.values(), ids=BAD)
-def test_an_option_out_of_range_is_an_error_at_once(make, options, message):
+def test_solver_option_out_of_range_raises_at_construction(make, options, message):
     with pytest.raises((ValueError, TypeError), match=message):
         make(**options)
 
 
 @pytest.mark.parametrize("solver", [cg(preconditioner=0.75), steihaug(1.0, preconditioner=0.75)])
-def test_a_power_without_a_diagonal_names_the_estimators(solver):
+def test_preconditioner_power_without_a_diagonal_raises_with_the_estimators(solver):
     with pytest.raises(ValueError, match=r"no earlier stage gave one.*`fisher_diag`.*`diagonal=`"):
         solver(product_of(definite()), tree_of(jnp.asarray(B)))
 
 
-def test_backtracking_without_a_score_says_what_to_pass():
+def test_backtracking_without_a_score_raises_with_what_to_pass():
     with pytest.raises(ValueError, match=r"value_fn=curvax.Objective.*`score=`"):
         cg(backtrack=True)(product_of(definite()), tree_of(jnp.asarray(B)))
 
 
-def test_dtypes_are_those_of_the_vector_and_sums_are_in_float32():
+def test_solutions_keep_the_dtypes_of_the_vector_and_sums_are_float32():
     b = {"bias": jnp.asarray(B[:4], jnp.bfloat16), "kernel": jnp.asarray(B[4:], jnp.float32)}
     seen = []
 
@@ -426,14 +426,14 @@ def test_dtypes_are_those_of_the_vector_and_sums_are_in_float32():
     assert all(dtypes == jax.tree.map(lambda x: x.dtype, b) for dtypes in seen)
 
 
-def test_a_thousand_bf16_entries_are_solved_to_float32():
+def test_thousand_bfloat16_entries_are_solved_accurately():
     scale = jnp.asarray(1 + np.arange(1000) % 7, jnp.float32)
     b = jnp.ones(1000, jnp.bfloat16)
     found = cg(40, tol=1e-3)(lambda v: scale * v, b)
     np.testing.assert_allclose(found.x.astype(jnp.float32), 1 / scale, rtol=2**-7)
 
 
-def test_float32_reaches_a_residual_near_its_rounding():
+def test_cg_in_float32_reaches_a_residual_near_rounding():
     matrix = definite().astype(np.float32)
     found = jitted(cg(40, tol=1e-6), matrix, B.astype(np.float32))
     assert found.reason == StopReason.tolerance

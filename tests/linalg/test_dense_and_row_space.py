@@ -25,13 +25,13 @@ B = numbers(9, SIZE)
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 5, 12, 100])
-def test_the_matrix_of_a_product_that_is_not_symmetric(chunk):
+def test_materialize_gives_a_matrix_that_is_not_symmetric(chunk):
     matrix = numbers(0, SIZE, SIZE)
     found = materialize(product_of(matrix), tree_of(jnp.asarray(B)), chunk=chunk)
     np.testing.assert_allclose(found, matrix, rtol=1e-14)
 
 
-def test_the_matrix_is_in_the_order_of_ravel_pytree():
+def test_materialize_orders_rows_as_ravel_pytree():
     params = {"b": jnp.ones((2, 3)), "a": [jnp.ones(()), None, jnp.ones(4)]}
     f = lambda p: jnp.sum(jnp.sin(p["b"])) * jnp.prod(p["a"][2]) + p["a"][0] ** 2
     flat, unravel = ravel_pytree(params)
@@ -41,21 +41,21 @@ def test_the_matrix_is_in_the_order_of_ravel_pytree():
     np.testing.assert_allclose(found, wanted, atol=1e-14)
 
 
-def test_shapes_alone_say_what_the_matrix_is_of():
+def test_materialize_takes_shapes():
     like = {"x": jax.ShapeDtypeStruct((2, 2), np.float32), "y": jax.ShapeDtypeStruct((1,), "f4")}
     found = materialize(lambda v: jax.tree.map(lambda x: 2 * x, v), like)
     np.testing.assert_array_equal(found, 2 * np.eye(5))
     assert found.dtype == jnp.float32
 
 
-def test_mixed_dtypes_give_a_wide_matrix():
+def test_materialize_promotes_mixed_dtypes():
     like = {"x": jnp.ones(2, jnp.bfloat16), "y": jnp.ones(1, jnp.float32)}
     found = materialize(lambda v: {"x": 3 * v["x"], "y": v["y"] + v["x"][:1]}, like)
     np.testing.assert_array_equal(found, [[3, 0, 0], [0, 3, 0], [1, 0, 1]])
     assert found.dtype == jnp.float32
 
 
-def test_an_empty_tree_has_an_empty_matrix():
+def test_materialize_of_an_empty_tree_is_empty():
     assert materialize(lambda v: v, {}).shape == (0, 0)
     found = dense()(lambda v: v, {"none": None})
     assert found.x == {"none": None}
@@ -63,7 +63,7 @@ def test_an_empty_tree_has_an_empty_matrix():
 
 
 @pytest.mark.parametrize("matrix", [definite(), indefinite(), -definite()])
-def test_dense_solves_what_is_definite_and_what_is_not(matrix):
+def test_dense_solves_definite_and_indefinite_systems(matrix):
     found = jitted(dense(), matrix, B)
     assert_solves(found.x, np.linalg.solve(matrix, B), 1e-12)
     np.testing.assert_allclose(found.residual, relative_residual(matrix, found.x, B), atol=1e-14)
@@ -71,7 +71,7 @@ def test_dense_solves_what_is_definite_and_what_is_not(matrix):
     assert found.steps == SIZE
 
 
-def test_a_singular_matrix_breaks_and_moves_nothing():
+def test_dense_reports_breakdown_and_returns_zero_for_a_singular_matrix():
     found = jitted(dense(), np.zeros((SIZE, SIZE)), B)
     np.testing.assert_array_equal(vector_of(found.x), np.zeros(SIZE))
     assert found.reason == StopReason.breakdown
@@ -117,7 +117,7 @@ def test_row_space_without_damping_is_the_pseudo_inverse(rows, damping):
     np.testing.assert_allclose(found.residual, rest, atol=1e-9)
 
 
-def test_repeated_rows_are_no_trouble_to_the_pseudo_inverse():
+def test_row_space_of_repeated_rows_is_the_pseudo_inverse():
     half = numbers(2, 3, SIZE)
     r = jnp.asarray(np.concatenate([half, half]))
     root = Root(lambda v: r @ vector_of(v), lambda u: tree_of(r.T @ u), jnp.zeros(6))
@@ -126,14 +126,14 @@ def test_repeated_rows_are_no_trouble_to_the_pseudo_inverse():
     assert_solves(found.x, np.linalg.pinv(r.T @ r, rcond=1e-10) @ B, 1e-10)
 
 
-def test_a_traced_damping_of_zero_breaks_and_moves_nothing():
+def test_row_space_reports_breakdown_at_a_traced_damping_of_zero():
     product, _ = rooted(5, jnp.zeros(()))
     found = row_space()(product, tree_of(jnp.asarray(B)))
     assert found.reason == StopReason.breakdown
     np.testing.assert_array_equal(vector_of(found.x), np.zeros(SIZE))
 
 
-def test_row_space_keeps_bf16():
+def test_row_space_keeps_bfloat16():
     b = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree_of(jnp.asarray(B)))
     product, _ = rooted(5, 0.5)
     found = row_space()(product, b)
@@ -142,13 +142,13 @@ def test_row_space_keeps_bf16():
 
 
 @pytest.mark.parametrize("product", [product_of(definite()), Product(product_of(definite()))])
-def test_row_space_without_a_root_says_which_products_have_one(product):
+def test_row_space_without_a_root_raises_with_the_products_that_have_one(product):
     with pytest.raises(ValueError, match=r"has none.*`fisher_matvec\(\)`.*`cg\(20\)`"):
         row_space()(product, tree_of(jnp.asarray(B)))
 
 
 @pytest.mark.parametrize("solver", [dense(), row_space()])
-def test_its_own_matrix_products_are_computed_at_the_highest_precision(solver):
+def test_direct_solvers_multiply_at_the_highest_precision(solver):
     r = np.float32(numbers(1, 5, SIZE))
     exact = jax.lax.Precision.HIGHEST
     root = Root(

@@ -38,7 +38,7 @@ def planted(values, seed=0):
 VALUES = np.concatenate([np.linspace(-1, 2, 37), [5.0, 7.5, -6.0]])
 
 
-def test_lanczos_makes_an_orthonormal_basis_and_a_tridiagonal_matrix():
+def test_lanczos_gives_an_orthonormal_basis_and_a_tridiagonal_matrix():
     product, like, _ = planted(VALUES)
     v0 = gaussian_probe(jax.random.key(0), like)
     found = quick_jit(lambda v: lanczos(product, v, 12))(v0)
@@ -54,21 +54,21 @@ def test_lanczos_makes_an_orthonormal_basis_and_a_tridiagonal_matrix():
     assert bare.basis is None
 
 
-def test_lanczos_to_the_end_has_all_eigenvalues_once():
+def test_lanczos_of_full_length_has_all_eigenvalues_once():
     """As many steps as rows, though the extreme values converged long before: no ghosts."""
     product, like, _ = planted(VALUES)
     found = lanczos(product, gaussian_probe(jax.random.key(1), like), len(VALUES))
     np.testing.assert_allclose(np.linalg.eigvalsh(found.matrix), np.sort(VALUES), atol=1e-10)
 
 
-def test_without_its_basis_lanczos_sees_ghosts():
+def test_lanczos_without_its_basis_repeats_eigenvalues():
     product, like, _ = planted(VALUES)
     v0 = gaussian_probe(jax.random.key(1), like)
     bare = np.linalg.eigvalsh(lanczos(product, v0, 60, keep_basis=False).matrix)
     assert (np.abs(bare - 7.5) < 1e-6).sum() > 1
 
 
-def test_lanczos_stops_where_nothing_is_left_to_explore():
+def test_lanczos_stops_at_an_invariant_subspace():
     """From a sum of two eigenvectors two steps say all; what follows is weightless."""
     product, like, vectors = planted(VALUES)
     unravel = ravel_pytree(like)[1]
@@ -83,7 +83,7 @@ def test_lanczos_stops_where_nothing_is_left_to_explore():
 
 
 @pytest.mark.parametrize("path", recorded("lanczos_*"))
-def test_recorded_lanczos_runs(path):
+def test_lanczos_follows_the_recorded_runs(path):
     run = np.load(path)
     arrays = np.load(FOLDER / f"curvature_{path.stem.removeprefix('lanczos_')}.npz")
     for name in ("hessian", "ggn"):
@@ -110,7 +110,7 @@ def to_the(power, x):
     return x**power
 
 
-def test_the_quadrature_is_exact_for_polynomials_of_degree_2k_less_1():
+def test_quadrature_is_exact_for_polynomials_of_degree_2k_minus_1():
     product, like, _ = planted(VALUES)
     dense = np.asarray(materialize(product, like))
     z = rademacher(jax.random.key(2), like)
@@ -122,7 +122,7 @@ def test_the_quadrature_is_exact_for_polynomials_of_degree_2k_less_1():
         assert float(found) == pytest.approx(expected, rel=1e-9)
 
 
-def test_the_density_lies_within_its_error():
+def test_density_lies_within_its_standard_error():
     product, like, _ = planted(VALUES)
     keys = jax.random.split(jax.random.key(3), 64)
     probes = jax.vmap(rademacher, (0, None))(keys, like)
@@ -145,7 +145,7 @@ ENDS = {
 
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("subspace", [None, 8])
-def test_eigenpairs_of_either_end(end, subspace):
+def test_eigenpairs_of_both_ends_are_the_planted_ones(end, subspace):
     product, like, _ = planted(VALUES)
     v0 = gaussian_probe(jax.random.key(4), like)
     search = lambda v: eigenpairs(product, v, 3, end=end, tol=1e-9, subspace=subspace)
@@ -199,7 +199,7 @@ def test_a_small_vector_of_many_leaves_is_searched_as_one_array(monkeypatch):
     assert found.converged.all()
 
 
-def test_vectors_have_the_dtypes_of_their_leaves():
+def test_eigenvectors_have_the_dtypes_of_their_leaves():
     scales = {"a": jnp.arange(1.0, 5.0), "b": jnp.arange(5.0, 8.0, dtype=jnp.float32)}
     product = lambda v: jax.tree.map(jnp.multiply, scales, v)
     found = eigenpairs(product, jax.tree.map(jnp.ones_like, scales), 7)
@@ -207,7 +207,7 @@ def test_vectors_have_the_dtypes_of_their_leaves():
     np.testing.assert_allclose(np.sort(found.values), np.arange(1, 8), rtol=1e-6)
 
 
-def test_ten_pairs_of_ten_thousand_dimensions():
+def test_ten_eigenpairs_of_ten_thousand_dimensions_are_the_planted_ones():
     """A planted spectrum, diagonal but for a reflection, with true residuals."""
     values, reflect = large_spectrum()
     product = lambda v: reflect(values * reflect(v))
@@ -224,7 +224,7 @@ def test_ten_pairs_of_ten_thousand_dimensions():
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
-def test_explicitly_sharded_vectors():
+def test_lanczos_and_eigenpairs_run_on_explicitly_sharded_vectors():
     values = jnp.asarray(np.random.default_rng(0).permutation(32), float) - 7
     mesh = jax.make_mesh((8,), ("rows",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
@@ -250,7 +250,7 @@ def test_explicitly_sharded_vectors():
         np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-9)
 
 
-def test_what_has_not_converged_says_so():
+def test_eigenpairs_with_too_few_products_are_not_converged():
     product, like, _ = planted(np.linspace(0, 1, 40))
     v0 = gaussian_probe(jax.random.key(8), like)
     found = eigenpairs(product, v0, 3, tol=1e-12, max_products=10, subspace=8)
@@ -259,7 +259,7 @@ def test_what_has_not_converged_says_so():
     assert (found.residuals > 1e-12).any()
 
 
-def test_errors_say_what_to_ask_for():
+def test_eigenpair_and_lanczos_errors_give_the_valid_options():
     product, like, _ = planted(VALUES)
     with pytest.raises(ValueError, match="'largest'"):
         eigenpairs(product, like, end="top")
@@ -271,7 +271,7 @@ def test_errors_say_what_to_ask_for():
         lanczos(product, like, 0)
 
 
-def test_an_end_near_zero_converges_beside_the_other_end():
+def test_eigenvalues_near_zero_converge_next_to_large_ones():
     """A singular matrix: what is sought is rounding, and small beside the largest."""
     product, like, _ = planted(np.concatenate([np.zeros(5), np.linspace(1, 3, 15)]))
     found = eigenpairs(product, gaussian_probe(jax.random.key(9), like), 2, end="smallest")

@@ -71,7 +71,7 @@ def sharded(f, checked, out=None):
 
 
 @EVERY
-def test_whole(solver):
+def test_solver_on_one_device_solves_the_whole_system(solver):
     found = jax.jit(partial(solve_twice, solver))(ROWS, B)
     assert_solves(found.x, SOLUTION, EXACT)
     assert found.residual < EXACT
@@ -79,13 +79,13 @@ def test_whole(solver):
 
 @EVERY
 @pytest.mark.parametrize("checked", [True, False])
-def test_a_mean_over_shard_map_is_the_whole(solver, checked):
+def test_solver_under_shard_map_solves_the_averaged_system(solver, checked):
     f = lambda rows, b: solve_twice(solver, rows, b, ("batch",))
     assert_solves(sharded(f, checked)(ROWS, B).x, SOLUTION, EXACT)
 
 
 @EVERY
-def test_a_mean_over_pmap_is_the_whole(solver):
+def test_solver_under_pmap_solves_the_averaged_system(solver):
     f = lambda rows, b: solve_twice(solver, rows, b, ("batch",))
     found = jax.pmap(f, axis_name="batch", in_axes=(0, None))(ROWS.reshape(DEVICES, 2, SIZE), B)
     assert_solves(jax.tree.map(lambda x: x[5], found.x), SOLUTION, EXACT)
@@ -93,7 +93,7 @@ def test_a_mean_over_pmap_is_the_whole(solver):
 
 @EVERY
 @pytest.mark.parametrize("checked", [True, False])
-def test_each_device_may_solve_its_own_system(solver, checked):
+def test_each_device_can_solve_its_own_system(solver, checked):
     def f(rows, b):
         number = lax.axis_index("batch")
         b = jax.tree.map(lambda x: jnp.where(number == 3, 2 * x, x), b)
@@ -105,7 +105,7 @@ def test_each_device_may_solve_its_own_system(solver, checked):
 
 
 @pytest.mark.parametrize("solver", [cg(), steihaug(1.0)])
-def test_own_vectors_with_an_averaged_product_are_an_error(solver):
+def test_local_vectors_with_an_averaged_product_are_refused(solver):
     def f(rows, b):
         own = axes.vary(b, ("batch",))
         return jax.tree.map(lambda x: x[None], solver(fisher(rows, ("batch",)), own).x)
@@ -115,7 +115,7 @@ def test_own_vectors_with_an_averaged_product_are_an_error(solver):
 
 
 @EVERY
-def test_many_vectors_at_once(solver):
+def test_solver_under_vmap_solves_each_vector(solver):
     many = jax.tree.map(lambda x: jnp.stack([2 * x, 0 * x, x]), B)
     found = jax.jit(jax.vmap(partial(solve_twice, solver), (None, 0)))(ROWS, many)
     for i, wanted in enumerate([TWICE, 0 * SOLUTION, SOLUTION]):
@@ -123,7 +123,7 @@ def test_many_vectors_at_once(solver):
 
 
 @EVERY
-def test_in_a_scan_over_steps(solver):
+def test_solver_state_passes_through_a_scan(solver):
     options = dict(diagonal=jax.tree.map(jnp.ones_like, B), score=lambda x: jnp.zeros(()))
 
     def step(state, factor):
@@ -147,7 +147,7 @@ def in_parts(kernel, inputs):
 
 @EVERY
 @pytest.mark.parametrize("compiled", [True, False])
-def test_explicitly_sharded_parameters(solver, compiled):
+def test_solver_runs_on_explicitly_sharded_parameters(solver, compiled):
     inputs, kernel = numbers(2, 4, 16), numbers(3, 16, 2)
     explicit = mesh(AxisType.Explicit)
     with jax.set_mesh(explicit):
@@ -164,13 +164,13 @@ def test_explicitly_sharded_parameters(solver, compiled):
 
 
 @pytest.mark.parametrize("checked", [True, False])
-def test_the_matrix_of_an_averaged_product(checked):
+def test_materialize_of_an_averaged_product_is_the_whole_matrix(checked):
     f = lambda rows, b: materialize(fisher(rows, ("batch",)), b)
     np.testing.assert_allclose(sharded(f, checked)(ROWS, B), MATRIX, atol=1e-14)
 
 
 @pytest.mark.parametrize("checked", [True, False])
-def test_a_step_communicates_one_product_and_nothing_else(checked):
+def test_cg_step_sends_one_product_alone(checked):
     f = lambda rows, b: cg(5)(fisher(rows, ("batch",)), b).x
     program = hlo.read(sharded(f, checked).lower(ROWS, B).compile())
     assert collectives.count(program) == {"all-reduce": (5, 5 * 8 * SIZE)}

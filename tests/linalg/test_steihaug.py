@@ -54,7 +54,7 @@ def edge_of_path(iterates, radius):
 
 
 @pytest.mark.parametrize("share", [0.05, 0.4, 0.9])
-def test_it_follows_the_path_of_conjugate_gradients_to_the_boundary(share):
+def test_steihaug_follows_the_path_of_cg_to_the_boundary(share):
     matrix = definite()
     iterates = textbook_iterates(SIZE, matrix, B)
     radius = share * np.linalg.norm(iterates[-1].x)
@@ -68,7 +68,7 @@ def test_it_follows_the_path_of_conjugate_gradients_to_the_boundary(share):
 
 
 @pytest.mark.parametrize("radius", [0.1, 1.0, 3.0, 10.0])
-def test_at_least_half_of_what_the_ball_allows(radius):
+def test_steihaug_reduces_the_model_by_at_least_half_of_the_optimum(radius):
     # For positive definite A: Yuan, On the truncated conjugate gradient method, 2000.
     matrix = definite()
     found = jitted(steihaug(radius, SIZE, tol=1e-12), matrix, B)
@@ -77,7 +77,7 @@ def test_at_least_half_of_what_the_ball_allows(radius):
     assert least * (1 + 1e-9) <= value <= least / 2
 
 
-def test_inside_a_large_region_it_is_conjugate_gradients():
+def test_steihaug_inside_a_large_region_is_cg():
     free = jitted(cg(6, tol=0.0), definite(), B)
     found = jitted(steihaug(1e3, 6, tol=0.0), definite(), B)
     np.testing.assert_array_equal(vector_of(found.x), vector_of(free.x))
@@ -85,14 +85,14 @@ def test_inside_a_large_region_it_is_conjugate_gradients():
 
 
 @pytest.mark.parametrize("radius", [0.3, 5.0])
-def test_negative_curvature_at_once_goes_down_to_the_boundary(radius):
+def test_negative_curvature_at_the_first_step_goes_to_the_boundary(radius):
     found = jitted(steihaug(radius), -definite(), B)
     assert_solves(found.x, radius * B / np.linalg.norm(B), 1e-12)
     assert found.reason == StopReason.negative_curvature
     assert found.steps == 1
 
 
-def test_negative_curvature_later_goes_on_down_to_the_boundary():
+def test_negative_curvature_at_a_later_step_goes_on_to_the_boundary():
     matrix = indefinite()
     before = jitted(cg(SIZE, tol=0.0), matrix, B)
     radius = 2 * float(jnp.linalg.norm(vector_of(before.x)))
@@ -105,7 +105,7 @@ def test_negative_curvature_later_goes_on_down_to_the_boundary():
     assert minimum_in_ball(matrix, radius) * (1 + 1e-9) <= model(matrix, x)
 
 
-def test_the_ball_is_round_whatever_the_preconditioner():
+def test_steihaug_radius_is_euclidean_with_a_preconditioner():
     matrix, m = definite(), definite(7)
     solver = steihaug(0.4, SIZE, preconditioner=product_of(np.linalg.inv(m)))
     found = jitted(solver, matrix, B)

@@ -95,14 +95,14 @@ def many_diagonals(make: Any, value_fn: Any = quadratic) -> np.ndarray:
     ],
     ids=["signs", "several probes", "normals", "reverse-over-reverse"],
 )
-def test_estimate_is_unbiased_on_a_coupled_matrix(options):
+def test_hutchinson_diag_is_unbiased_on_a_coupled_matrix(options):
     found = many_diagonals(lambda key: cx.hutchinson_diag(key, **options))
     error = found.std(axis=0, ddof=1) / np.sqrt(len(found))
     assert np.all(error > 0)
     assert np.all(np.abs(found.mean(axis=0) - np.diag(COUPLED)) < 4 * error)
 
 
-def test_variance_is_that_of_signs():
+def test_hutchinson_diag_has_the_variance_of_rademacher_probes():
     # Var (z ⊙ Az)ᵢ = Σ_{j≠i} Aᵢⱼ² for independent signs: neither one key nor one sign for all.
     expected = (COUPLED**2).sum(axis=1) - np.diag(COUPLED) ** 2
     found = many_diagonals(cx.hutchinson_diag).var(axis=0, ddof=1)
@@ -111,14 +111,14 @@ def test_variance_is_that_of_signs():
     np.testing.assert_allclose(several, expected / 4, rtol=0.2)
 
 
-def test_probes_are_signs_of_both_kinds():
+def test_hutchinson_probes_are_plus_and_minus_one():
     linear_in_pairs = lambda params: params["a"][0] * params["b"][0]
     found = many_diagonals(cx.hutchinson_diag, linear_in_pairs)[:, 0]
     assert set(np.unique(found)) == {-1.0, 1.0}
     assert abs(found.mean()) < 4 / np.sqrt(len(found))
 
 
-def test_exact_on_a_diagonal_hessian():
+def test_hutchinson_diag_is_exact_on_a_diagonal_hessian():
     params = net_params()
     quartic = lambda p: sum(jnp.sum(x**4) for x in jax.tree.leaves(p))
     expected = jax.tree.map(lambda x: 12 * x**2, params)
@@ -130,7 +130,7 @@ def test_exact_on_a_diagonal_hessian():
 
 
 @pytest.mark.parametrize("shards", [1, 4])
-def test_standard_error_of_several_probes(shards):
+def test_relative_error_of_several_probes_is_their_standard_error(shards):
     value_fn = cx.Objective(quadratic_over_examples, jnp.ones(4))
 
     def run(key: jax.Array) -> Any:
@@ -145,13 +145,13 @@ def test_standard_error_of_several_probes(shards):
     assert abs(variance.mean() - expected) < 4 * error
 
 
-def test_one_probe_claims_no_error():
+def test_one_probe_records_no_standard_error():
     tx = cx.hutchinson_diag()
     _, state = tx.update(LEAVES, tx.init(LEAVES), LEAVES, value_fn=quadratic)
     assert cx.diagnostics(state) == {}
 
 
-def test_draws_are_keyed_by_step():
+def test_probes_depend_on_key_and_step():
     tx = cx.hutchinson_diag(5) | show_diagonal
     start = tx.init(net_params())
     step = lambda state: tx.update(
@@ -167,7 +167,7 @@ def test_draws_are_keyed_by_step():
     assert_trees_close(typed, first, tol=0)
 
 
-def test_any_sampler_will_do():
+def test_sampler_replaces_the_rademacher_probes():
     ones = lambda key, tree: jax.tree.map(jnp.ones_like, tree)
     objective = cx.Objective(net_loss, net_batch())
     found = diagonal_of(cx.hutchinson_diag(sampler=ones), net_params(), objective)
@@ -175,7 +175,7 @@ def test_any_sampler_will_do():
     np.testing.assert_allclose(flat(found), rows, rtol=1e-10, atol=1e-10)
 
 
-def test_fraction_is_the_first_part_of_the_batch():
+def test_fraction_takes_the_first_part_of_the_batch():
     whole, half = cx.Objective(net_loss, net_batch(8)), cx.Objective(net_loss, net_batch(8))
     half = half.on(jax.tree.map(lambda x: x[:4], net_batch(8)))
     tx = cx.hutchinson_diag(fraction=0.5)
@@ -188,7 +188,7 @@ def test_fraction_is_the_first_part_of_the_batch():
     assert_trees_close(updates, grads, tol=0)
 
 
-def test_one_probe_per_shard_is_the_mean_over_shards():
+def test_hutchinson_diag_with_shards_is_the_mean_over_shards():
     key = jax.random.key(5)
     objective = cx.Objective(net_loss, net_batch(8))
     found = diagonal_of(cx.hutchinson_diag(key, shards=4), net_params(), objective)
@@ -200,7 +200,7 @@ def test_one_probe_per_shard_is_the_mean_over_shards():
     np.testing.assert_allclose(flat(found), np.mean(parts, axis=0), rtol=1e-12)
 
 
-def test_shards_are_unbiased_and_less_noisy():
+def test_shards_keep_the_estimate_unbiased_and_divide_its_variance():
     value_fn = cx.Objective(quadratic_over_examples, jnp.ones(4))
     one = many_diagonals(cx.hutchinson_diag, value_fn)
     several = many_diagonals(lambda key: cx.hutchinson_diag(key, shards=4), value_fn)
@@ -218,12 +218,12 @@ def test_shards_are_unbiased_and_less_noisy():
         (dict(fraction=1.5), "got 1.5"),
     ],
 )
-def test_options_out_of_range(options, message):
+def test_hutchinson_diag_refuses_options_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         cx.hutchinson_diag(**options)
 
 
-def test_shards_must_divide_the_batch():
+def test_shards_that_do_not_divide_the_batch_are_refused():
     with pytest.raises(ValueError, match=r"`hutchinson_diag\(shards=3\)`.* 8 examples"):
         diagonal_of(
             cx.hutchinson_diag(shards=3), net_params(), cx.Objective(net_loss, net_batch(8))
@@ -233,7 +233,7 @@ def test_shards_must_divide_the_batch():
 # Sharing the gradient.
 
 
-def test_the_shared_gradient_has_the_same_numbers():
+def test_sharing_the_gradient_gives_the_same_update():
     tx = cx.adahessian(0.1, block=None)
 
     @quick_jit
@@ -247,7 +247,7 @@ def test_the_shared_gradient_has_the_same_numbers():
     assert_trees_close(*both(net_params()))
 
 
-def test_another_gradient_is_never_replaced():
+def test_hutchinson_diag_never_replaces_a_different_gradient():
     objective, tx = cx.Objective(net_loss, net_batch()), cx.hutchinson_diag()
     params = net_params()
     _, grads = objective.value_and_grad(params)
@@ -283,7 +283,7 @@ def normal(*shape: int) -> jax.Array:
         ("blocks", (6, 3, 4), (6, 4), ()),
     ],
 )
-def test_auto_averages_windows_and_nothing_else(module, shape, bias, axes):
+def test_spatial_average_auto_averages_convolution_windows_alone(module, shape, bias, axes):
     leaves = {"kernel": normal(*shape)}
     if bias is not None:
         leaves["bias"] = normal(*bias)
@@ -295,7 +295,7 @@ def test_auto_averages_windows_and_nothing_else(module, shape, bias, axes):
         np.testing.assert_array_equal(found["bias"], np.abs(leaves["bias"]))
 
 
-def test_each_leaf_is_averaged_on_its_own():
+def test_spatial_average_averages_each_leaf_alone():
     # Of leaves in a row each has its own values, those of rank 3 included.
     leaves = {f"conv_{i}": {"kernel": normal(*s)} for i, s in enumerate([(3, 2, 4), (3, 2, 4)])}
     found = changed(cx.spatial_average(), leaves)
@@ -319,7 +319,7 @@ def blocks_last(rows: np.ndarray, block: int) -> np.ndarray:
         (("of_unknown_role", "kernel"), (2, 3, 4), (2, 0, 1)),
     ],
 )
-def test_an_int_is_blocks_along_the_inputs(path, shape, to_rows):
+def test_integer_block_averages_blocks_along_the_inputs(path, shape, to_rows):
     d = normal(*shape)
     projection = lambda: {"kernel": normal(6, 2, 3), "bias": normal(2, 3)}
     tree: Any = {name: projection() for name in ("query", "key", "value")}
@@ -329,12 +329,12 @@ def test_an_int_is_blocks_along_the_inputs(path, shape, to_rows):
     np.testing.assert_allclose(found, expected, rtol=1e-14)
 
 
-def test_an_int_leaves_vectors_alone():
+def test_integer_block_leaves_vectors_unchanged():
     d = {"bias": normal(3), "scale": normal()}
     assert_trees_close(changed(cx.spatial_average(2), d), jax.tree.map(jnp.abs, d), tol=0)
 
 
-def test_a_callable_decides_for_each_leaf():
+def test_callable_block_decides_for_each_leaf():
     d = {"a": normal(4, 3), "b": normal(6), "c": normal(2, 2)}
     blocks: dict[str, Any] = {"a": (0,), "b": 3, "c": None}
     rule = lambda path, leaf: blocks[path[0]]
@@ -347,7 +347,7 @@ def test_a_callable_decides_for_each_leaf():
     np.testing.assert_array_equal(found["c"], size["c"])
 
 
-def test_signed_values_may_cancel():
+def test_spatial_average_of_signed_values_may_cancel():
     d = {"conv": {"kernel": jnp.array([1.0, -1.0, 3.0]).reshape(3, 1, 1)}}
     signed = changed(cx.spatial_average(magnitudes=False), d)["conv"]["kernel"]
     np.testing.assert_allclose(signed.ravel(), np.ones(3))
@@ -355,12 +355,12 @@ def test_signed_values_may_cancel():
     np.testing.assert_allclose(sizes.ravel(), np.full(3, 5 / 3))
 
 
-def test_no_average_at_all():
+def test_spatial_average_of_none_changes_nothing():
     d = {"conv": {"kernel": normal(3, 3, 2, 2)}}
     assert_trees_close(changed(cx.spatial_average(None, magnitudes=False), d), d, tol=0)
 
 
-def test_a_layout_knows_better_than_names():
+def test_spatial_average_prefers_a_layout_to_names():
     params = {"stem": {"kernel": normal(2, 3, 4)}}
     size = jax.tree.map(jnp.abs, params)
     with pytest.warns(UserWarning, match=r"does not average over a window of `stem/kernel`"):
@@ -372,7 +372,7 @@ def test_a_layout_knows_better_than_names():
 
 
 @pytest.mark.parametrize("block", [0, -2, 2.5, True, "rows"])
-def test_a_block_that_is_none(block):
+def test_block_of_a_wrong_kind_is_refused(block):
     with pytest.raises(ValueError, match=r"'auto', a positive int, None, or a callable"):
         cx.spatial_average(block)
 
@@ -382,7 +382,7 @@ def test_a_block_that_does_not_divide_names_leaf_size_and_block():
         changed(cx.spatial_average(5), {"dense": {"kernel": normal(4, 3)}})
 
 
-def test_axes_that_a_leaf_has_not():
+def test_axes_that_a_leaf_lacks_are_refused():
     with pytest.raises(ValueError, match=r"axes \(2,\) of `a`, which has shape \(2, 2\)"):
         changed(cx.spatial_average(lambda path, leaf: (2,)), {"a": normal(2, 2)})
 
@@ -402,7 +402,7 @@ def rms_so_far(sequence: np.ndarray, decay: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.999])
-def test_rms_is_the_formula(decay):
+def test_ema_rms_is_its_formula(decay):
     np.testing.assert_allclose(
         steps_of(given_diagonal() | cx.ema_rms(decay), SEQUENCE),
         rms_so_far(SEQUENCE, decay),
@@ -410,13 +410,13 @@ def test_rms_is_the_formula(decay):
     )
 
 
-def test_rms_at_decay_zero_is_the_magnitude():
+def test_ema_rms_at_decay_zero_is_the_magnitude():
     np.testing.assert_allclose(
         steps_of(given_diagonal() | cx.ema_rms(0.0), SEQUENCE), np.abs(SEQUENCE), rtol=1e-15
     )
 
 
-def test_rms_with_a_decay_that_changes():
+def test_ema_rms_follows_a_schedule_of_decays():
     decays = np.array([0.9, 0.5, 0.0, 0.7, 0.99, 0.2, 0.5])
     table = jnp.array(decays)
     found = steps_of(given_diagonal() | cx.ema_rms(lambda step: table[step]), SEQUENCE)
@@ -428,7 +428,7 @@ def test_rms_with_a_decay_that_changes():
 
 
 @pytest.mark.parametrize("decay", [1.0, -0.1])
-def test_decay_out_of_range(decay):
+def test_ema_rms_refuses_a_decay_out_of_range(decay):
     with pytest.raises(ValueError, match=f"`decay` in .* got {decay}"):
         cx.ema_rms(decay)
 
@@ -442,16 +442,16 @@ HELD = SEQUENCE[[0, 0, 0, 3, 3, 3, 6]]
 
 
 @pytest.mark.parametrize("k", [3, jnp.array(3)])
-def test_the_kept_diagonal_is_handed_on(k):
+def test_every_hands_on_the_kept_diagonal(k):
     np.testing.assert_array_equal(steps_of(every_of(k), SEQUENCE), HELD)
 
 
-def test_a_kept_diagonal_feeds_the_average_at_each_step():
+def test_kept_diagonal_enters_a_later_average_at_each_step():
     found = steps_of(every_of(3) | cx.ema_rms(0.9), SEQUENCE)
     np.testing.assert_allclose(found, rms_so_far(HELD, 0.9), rtol=1e-12)
 
 
-def test_an_average_inside_every_counts_refreshes_only():
+def test_average_inside_every_counts_refreshes_alone():
     found = steps_of(every_of(3, cx.ema_rms(0.9)), SEQUENCE)
     refreshed = rms_so_far(SEQUENCE[::3], 0.9)
     np.testing.assert_allclose(found, refreshed[[0, 0, 0, 1, 1, 1, 2]], rtol=1e-12)
@@ -471,7 +471,7 @@ def test_a_kept_step_changes_neither_gradient_nor_inner_state():
     assert np.abs(flat(again.diagonal) - flat(kept.diagonal)).max() > 1e-3
 
 
-def test_every_refuses_no_step_at_all():
+def test_every_refuses_zero_steps():
     with pytest.raises(ValueError, match=r"`k` as a positive integer, and got 0"):
         cx.every(0, cx.hutchinson_diag())
 
@@ -485,7 +485,7 @@ def test_every_refuses_no_step_at_all():
      dict(power=0.0, eps=0.1)],
     ids=str,
 )  # fmt: skip
-def test_updates_are_divided_by_a_power(options):
+def test_scale_by_power_divides_updates_by_a_power_of_the_diagonal(options):
     d, u = jnp.array([0.5, 2.0, 0.0]), jnp.array([1.0, -2.0, 3.0])
     tx = given_diagonal() | cx.scale_by_power(**options)
     found, _ = tx.update(u, tx.init(u), u, diagonal=d)
@@ -493,7 +493,7 @@ def test_updates_are_divided_by_a_power(options):
     np.testing.assert_allclose(found, u / ((d + damping) ** k + eps), rtol=1e-12)
 
 
-def test_power_may_follow_a_schedule():
+def test_scale_by_power_follows_a_schedule_of_powers():
     u = jnp.array([1.0])
     tx = given_diagonal() | cx.scale_by_power(lambda step: 1 / (1 + step), eps=0.0)
     state, found = tx.init(u), []
@@ -505,7 +505,7 @@ def test_power_may_follow_a_schedule():
 
 @pytest.mark.parametrize("options", [dict(power=1.1), dict(power=1, eps=-1.0),
                                      dict(power=1, damping=-1.0)])  # fmt: skip
-def test_power_options_out_of_range(options):
+def test_scale_by_power_refuses_options_out_of_range(options):
     with pytest.raises(ValueError, match=r"`scale_by_power` takes"):
         cx.scale_by_power(**options)
 
@@ -576,7 +576,7 @@ def test_adahessian_is_its_pipe():
     assert_trees_close(run(method, net_params(), objective), run(spelled, net_params(), objective))
 
 
-def test_power_zero_is_gradient_descent_with_momentum():
+def test_adahessian_at_power_zero_is_gradient_descent_with_momentum():
     plain = optax.chain(optax.ema(0.9), optax.scale_by_learning_rate(0.1 / (1 + 1e-4)))
     objective = lambda i: cx.Objective(net_loss, net_batch())
     flat_method = cx.adahessian(0.1, power=0.0)
@@ -601,7 +601,7 @@ EMBEDDED = {
 WORDS = {"word": jnp.array([0, 3, 3, 1]), "label": jnp.array([0, 1, 0, 1])}
 
 
-def test_adagrad_on_the_embedding_while_adahessian_trains_the_rest():
+def test_partition_trains_the_embedding_by_adagrad_and_the_rest_by_adahessian():
     labels = {"embed": "table", "dense": "rest"}
     parts = {"table": optax.adagrad(0.3), "rest": cx.adahessian(0.1, key=2)}
     found = run(cx.partition(parts, labels), EMBEDDED, lambda i: cx.Objective(embedded_loss, WORDS))
@@ -622,6 +622,6 @@ def test_adagrad_on_the_embedding_while_adahessian_trains_the_rest():
         assert_trees_close(reached, {"embed": table, "dense": dense}, tol=1e-11)
 
 
-def test_a_label_without_stages_is_an_error_at_init():
+def test_partition_refuses_a_label_without_stages_at_init():
     with pytest.raises(ValueError, match="nothing"):
         cx.partition({"a": optax.sgd(0.1)}, {"embed": "a", "dense": "nothing"}).init(EMBEDDED)

@@ -113,7 +113,7 @@ class Recorded:
 
 
 @pytest.mark.parametrize("path", recorded("curvature_*"))
-def test_recorded_solutions(path):
+def test_natural_gradient_steps_are_the_recorded_solutions(path):
     run = Recorded(path)
     params, value_fn = run.problem.params, run.objective()
     for name in run.keys("ngd"):
@@ -126,7 +126,7 @@ def test_recorded_solutions(path):
 
 
 @pytest.mark.parametrize("path", recorded("curvature_*"))
-def test_recorded_cg_iterates(path):
+def test_natural_gradient_by_cg_gives_the_recorded_iterates(path):
     run = Recorded(path)
     params, value_fn = run.problem.params, run.objective()
     iterates = run.arrays["ngd/lam0.1/cg_iterates"]
@@ -140,7 +140,7 @@ def test_recorded_cg_iterates(path):
 
 
 @pytest.mark.parametrize("path", recorded("curvature_*"))
-def test_recorded_trajectories(path):
+def test_natural_gradient_follows_the_recorded_trajectories(path):
     run = Recorded(path)
     value_fn = run.objective()
     for name in run.keys("ngd_traj"):
@@ -208,7 +208,7 @@ ADAPTIVE = {
 
 
 @pytest.mark.parametrize("name", ADAPTIVE)
-def test_eq_10_holds_the_adaptive_methods(name):
+def test_diagonal_pipes_are_the_adaptive_methods_of_optax(name):
     ours, theirs = (build() for build in ADAPTIVE[name])
     params = net_params()
     state, state_of_theirs = ours.init(params), theirs.init(params)
@@ -222,7 +222,7 @@ def test_eq_10_holds_the_adaptive_methods(name):
 @pytest.mark.parametrize(
     "estimator", [cx.squared_gradient, cx.empirical_fisher_diag, cx.fisher_diag, cx.exact_diag]
 )
-def test_eq_10_as_a_pipe(estimator, power):
+def test_diagonal_pipe_divides_the_gradient_by_a_power_of_the_damped_diagonal(estimator, power):
     params, value_fn = net_params(), objective()
     lam = 40.0  # The exact Hessian diagonal is not positive everywhere.
     kept: dict[str, Any] = {}
@@ -281,7 +281,7 @@ PIPES = {
 
 
 @pytest.mark.parametrize("name", PIPES)
-def test_a_diagonal_method_is_the_pipe_it_says_it_is(name):
+def test_diagonal_methods_are_their_pipes(name):
     value_fn, ends = objective(), []
     for build in PIPES[name]:
         tx = build()
@@ -310,7 +310,7 @@ def test_ema_mean_lags_by_one_step():
         before = jax.tree.map(jnp.square, grads)
 
 
-def test_backtracking_in_a_pipe_takes_the_iterate_of_the_lowest_loss():
+def test_backtracking_in_a_pipe_takes_the_iterate_of_lowest_loss():
     """Ranked by the loss at θ - x: with little damping the last iterates lead too far."""
     params, value_fn = net_params(), objective()
     pipe = lambda solver: cx.fisher_matvec() | cx.damp(0.01) | cx.solve(solver)
@@ -322,7 +322,7 @@ def test_backtracking_in_a_pipe_takes_the_iterate_of_the_lowest_loss():
     assert_trees_close(found, kept[best], 1e-9)
 
 
-def test_without_damping_row_space_gives_the_least_step_that_fits():
+def test_row_space_without_damping_gives_the_step_of_least_norm():
     """Fewer outputs than parameters: of all solutions, the one of least norm."""
     params, value_fn = net_params(), objective(net_batch(3))
     tx = cx.natural_gradient(damping=0.0, solver=cx.row_space())

@@ -65,7 +65,7 @@ def direct_formula(g: np.ndarray, p: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("p", [1, 1.5, 2, 3, np.inf])
-def test_perturbation_is_the_formula_of_its_norm(p):
+def test_perturbation_is_the_formula_of_its_dual_norm(p):
     found = perturbation(0.3, p=p)
     np.testing.assert_allclose(found, 0.3 * direct_formula(GRADIENT, p), rtol=1e-12, atol=1e-15)
     np.testing.assert_allclose(np.linalg.norm(found, p), 0.3, rtol=1e-12)
@@ -75,14 +75,14 @@ def test_perturbation_is_the_formula_of_its_norm(p):
 
 
 @pytest.mark.parametrize("p", [1, 1.5, 2, 3, np.inf])
-def test_no_direction_of_the_ball_is_steeper(p):
+def test_perturbation_is_the_steepest_of_the_ball(p):
     found = GRADIENT @ perturbation(0.3, p=p)
     others = np.random.default_rng(0).normal(size=(1000, GRADIENT.size))
     others *= 0.3 / np.linalg.norm(others, p, axis=1, keepdims=True)
     assert np.all(others @ GRADIENT < found)
 
 
-def test_one_weight_moves_where_two_are_largest():
+def test_one_norm_moves_one_weight_where_several_are_largest():
     grads = {"a": jnp.array([2.0, -2.0]), "b": jnp.array([2.0])}
     tx = cx.sam_perturb(0.3, p=1)
     distance = lambda p: (jnp.sum(p["a"] ** 2) + jnp.sum(p["b"] ** 2)) / 2
@@ -98,26 +98,26 @@ SCALINGS = {
 
 
 @pytest.mark.parametrize("name", SCALINGS)
-def test_adaptive_perturbation_is_the_formula(name):
+def test_adaptive_perturbation_is_its_formula(name):
     ascent, t = SCALINGS[name]
     expected = 0.3 * t**2 * GRADIENT / np.linalg.norm(t * GRADIENT)
     np.testing.assert_allclose(perturbation(0.3, ascent=ascent), expected, rtol=1e-12, atol=1e-15)
 
 
-def test_weight_scaled_measures_without_the_weights():
+def test_weight_scaled_normalises_without_the_weights():
     expected = 0.3 * np.abs(WEIGHTS) * GRADIENT / np.linalg.norm(GRADIENT)
     found = perturbation(0.3, ascent=cx.weight_scaled())
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
-def test_adaptive_perturbation_in_another_norm():
+def test_adaptive_perturbation_in_the_maximum_norm_is_its_formula():
     t = SCALINGS["asam"][1]
     expected = 0.3 * t * direct_formula(t * GRADIENT, np.inf)
     found = perturbation(0.3, ascent=cx.asam(0.01), p=np.inf)
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
-def test_a_random_direction_does_not_ask_the_gradient():
+def test_random_direction_ignores_the_gradient():
     ascent = cx.random_direction(4)
     found = perturbation(0.3, ascent=ascent)
     elsewhere = unravel(jnp.cos(WEIGHTS))
@@ -127,7 +127,7 @@ def test_a_random_direction_does_not_ask_the_gradient():
     assert np.abs(found - perturbation(0.3, ascent=cx.random_direction(5))).max() > 1e-3
 
 
-def test_a_random_direction_is_drawn_at_each_step_and_leaf():
+def test_random_direction_is_drawn_for_each_step_and_leaf():
     tx = cx.sam_perturb(0.3, ascent=cx.random_direction(4))
     _, state = step(tx)
     first, second = (perturbation(0.3, s, ascent=cx.random_direction(4)) for s in (None, state))
@@ -157,7 +157,7 @@ RADII = {
 
 
 @pytest.mark.parametrize("form", RADII)
-def test_radius_in_every_form(form):
+def test_radius_can_be_a_number_a_tree_or_a_function_of_the_path(form):
     rho, expected = RADII[form]
     # Optax's schedules compute in float32.
     np.testing.assert_allclose(perturbation(rho), expected, rtol=1e-6)
@@ -170,7 +170,7 @@ def test_radius_follows_its_schedule():
     np.testing.assert_allclose(perturbation(rho, state), by_layer(0.1, 0.1), rtol=1e-12)
 
 
-def test_radius_may_be_traced():
+def test_radius_can_be_traced():
     run = quick_jit(lambda rho: step(cx.sam_perturb(rho, steps=2))[0])
     assert_trees_close(run(0.3), step(cx.sam_perturb(0.3, steps=2))[0])
 
@@ -183,7 +183,7 @@ def test_radius_may_be_traced():
     ],
     ids=["tree prefix", "callable on the path"],
 )
-def test_groups_have_their_own_scaling_under_one_norm(ascent):
+def test_parameter_groups_have_their_own_scaling_under_one_norm(ascent):
     t = np.where(IN_HIDDEN, SCALINGS["asam"][1], 1.0)
     expected = 0.3 * t**2 * GRADIENT / np.linalg.norm(t * GRADIENT)
     np.testing.assert_allclose(perturbation(0.3, ascent=ascent), expected, rtol=1e-12)
@@ -257,7 +257,7 @@ def ascent_options(request: pytest.FixtureRequest) -> dict[str, Any]:
     return ASCENTS[request.param]
 
 
-def test_several_steps_are_the_loop(ascent_options):
+def test_several_ascent_steps_are_the_loop(ascent_options):
     naive = quick_jit(lambda w: jax.grad(loss)(ascended(w, 0.3, **ascent_options)))
     updates, _ = quick_jit(lambda p: step(stage_of(ascent_options), params=p))(PARAMS)
     np.testing.assert_allclose(flat(updates), naive(WEIGHTS), rtol=1e-11, atol=1e-13)
@@ -271,7 +271,7 @@ def test_second_order_is_autodiff_through_the_perturbation(ascent_options):
     np.testing.assert_allclose(flat(updates), naive(WEIGHTS), rtol=1e-12, atol=1e-13)
 
 
-def test_second_order_keeps_the_first_order_gradient_in_its_figures():
+def test_second_order_records_the_first_order_gradient_norm():
     _, first = step(cx.sam_perturb(0.3))
     updates, second = step(cx.sam_perturb(0.3, second_order=True))
     assert_trees_close(cx.diagnostics(second), cx.diagnostics(first), tol=1e-6)
@@ -279,7 +279,7 @@ def test_second_order_keeps_the_first_order_gradient_in_its_figures():
     assert abs(np.linalg.norm(flat(updates)) - norm) > 1e-3
 
 
-def test_steps_stay_in_the_ball():
+def test_projected_ascent_stays_in_the_ball():
     def farthest(**options: Any) -> float:
         return float(np.linalg.norm(ascended(WEIGHTS, 0.3, steps=3, **options) - WEIGHTS))
 
@@ -290,7 +290,7 @@ def test_steps_stay_in_the_ball():
 # Some steps only.
 
 
-def test_every_other_step_is_clean():
+def test_sam_every_two_steps_is_clean_in_between():
     tx = cx.sam_perturb(0.3, every=2) | cx.record(
         perturbed=lambda signal, params: signal.perturbed,
         value_p=lambda signal, params: signal.perturbed_value,
@@ -364,7 +364,7 @@ def test_gsam_reduces_the_gap_with_the_perturbed_loss(perturbed_gradient):
     np.testing.assert_allclose(flat(updates), expected, rtol=1e-11, atol=1e-13)
 
 
-def test_gsam_beside_the_clean_loss(perturbed_gradient):
+def test_gsam_onto_the_clean_loss_is_its_formula(perturbed_gradient):
     updates, _ = step(cx.sam_perturb(0.3) | cx.gsam_project(0.4, onto="clean"))
     expected = GRADIENT + 0.4 * orthogonal(perturbed_gradient, GRADIENT)
     np.testing.assert_allclose(flat(updates), expected, rtol=1e-11, atol=1e-13)
@@ -438,7 +438,7 @@ def test_methods_are_their_pipes():
 # Figures.
 
 
-def test_figures_are_what_they_are_called(perturbed_gradient):
+def test_sam_diagnostics_are_what_their_names_say(perturbed_gradient):
     _, state = step(cx.gsam(optax.adam(0.1), 0.3, 0.4))
     epsilon = 0.3 * GRADIENT / np.linalg.norm(GRADIENT)
     gap = loss(WEIGHTS + epsilon) - loss(WEIGHTS)
@@ -460,7 +460,7 @@ def test_figures_are_what_they_are_called(perturbed_gradient):
         np.testing.assert_allclose(found[name], value, rtol=1e-6, err_msg=name)
 
 
-def test_gap_is_nan_where_nobody_says_the_loss():
+def test_surrogate_gap_is_nan_where_the_loss_is_unknown():
     tx = cx.sam_perturb(0.3)
     grads = jax.grad(objective())(PARAMS)
     _, state = tx.update(grads, tx.init(PARAMS), PARAMS, value_fn=objective())
@@ -474,7 +474,7 @@ def test_gap_is_nan_where_nobody_says_the_loss():
     assert cx.diagnostics(state)["loss"] == 2.0
 
 
-def test_an_estimator_tells_the_loss_on_its_way():
+def test_estimator_before_sam_supplies_the_loss():
     tx = cx.hutchinson_diag() | cx.sam_perturb(0.3)
     _, state = tx.update(
         jax.grad(objective())(PARAMS), tx.init(PARAMS), PARAMS, value_fn=objective()
@@ -498,14 +498,14 @@ def group_gradients(m: int, method: Any, batch: Any = None) -> np.ndarray:
 
 @pytest.mark.parametrize("sequential", [False, True])
 @pytest.mark.parametrize("m", [2, 8])
-def test_groups_are_the_loop_over_groups(m, sequential):
+def test_per_group_is_the_loop_over_groups(m, sequential):
     inner = cx.sam_perturb(0.3) | cx.gsam_project(0.4)
     updates, _ = step(cx.per_group(m, inner, sequential=sequential))
     expected = group_gradients(m, inner).mean(axis=0)
     np.testing.assert_allclose(flat(updates), expected, rtol=1e-11, atol=1e-13)
 
 
-def test_parts_within_a_group_are_handed_its_own_loss():
+def test_parts_within_a_group_receive_its_own_loss():
     """Some of Optax's parts need `value=`, as `reduce_on_plateau` does."""
 
     def times_loss(updates: Any, state: Any, params: Any = None, *, value: Any, **extra: Any):
@@ -521,7 +521,7 @@ def test_parts_within_a_group_are_handed_its_own_loss():
     assert_trees_close(step(plateau)[0], step(cx.per_group(2, cx.sam_perturb(0.3)))[0])
 
 
-def test_groups_do_not_use_the_gradient_that_they_are_handed():
+def test_per_group_ignores_the_given_gradient():
     tx = cx.per_group(2, cx.sam_perturb(0.3))
     nonsense = jax.tree.map(lambda x: x * jnp.nan, PARAMS)
     updates, _ = tx.update(nonsense, tx.init(PARAMS), PARAMS, value_fn=objective(), value=jnp.nan)
@@ -529,7 +529,7 @@ def test_groups_do_not_use_the_gradient_that_they_are_handed():
 
 
 @pytest.mark.parametrize("sequential", [False, True])
-def test_groups_count_by_weight(sequential):
+def test_groups_are_averaged_by_their_weight(sequential):
     batch = {**net_batch(), "tokens": jnp.array([1.0, 2.0, 3.0, 4.0, 1.0, 1.0, 0.5, 0.5])}
     weighted = cx.Objective(net_loss, batch, weight="tokens")
     tx = cx.per_group(2, cx.sam_perturb(0.3), sequential=sequential)
@@ -546,7 +546,7 @@ def test_groups_count_by_weight(sequential):
 
 
 @pytest.mark.parametrize("sequential", [False, True])
-def test_groups_keep_the_state_of_one_pipe(sequential):
+def test_per_group_keeps_the_state_of_one_pipe(sequential):
     inner = cx.sam_perturb(0.3, ascent=cx.random_direction(3)) | optax.ema(0.9, debias=False)
     tx = cx.per_group(2, inner, sequential=sequential)
     start = tx.init(PARAMS)
@@ -560,7 +560,7 @@ def test_groups_keep_the_state_of_one_pipe(sequential):
     assert len(drawn) == 3
 
 
-def test_groups_draw_for_themselves():
+def test_groups_draw_their_own_directions():
     ascent = cx.random_direction(3)
     plain = lambda w, batch: jnp.mean(batch) * jnp.sum(w**3)
     w, same = jnp.ones(4), cx.Objective(plain, jnp.ones(4))
@@ -572,7 +572,7 @@ def test_groups_draw_for_themselves():
     assert np.abs(grouped - alone).max() > 1e-3
 
 
-def test_groups_draw_the_probes_of_their_number():
+def test_groups_draw_probes_by_their_number():
     key, inner = jax.random.key(4), lambda key: cx.hutchinson_diag(key) | cx.scale_by_power(1.0)
     whole, found = objective(), step(cx.per_group(4, inner(key)))[0]
     expected = []
@@ -585,7 +585,7 @@ def test_groups_draw_the_probes_of_their_number():
 
 
 @pytest.mark.parametrize("sequential", [False, True])
-def test_groups_hand_on_their_mean_loss_and_aux(sequential):
+def test_per_group_hands_on_the_mean_loss_and_aux(sequential):
     def with_aux(w: Any, batch: Any) -> Any:
         return w * jnp.mean(batch), {"mean": jnp.mean(batch), "last": batch[-1].astype(int)}
 
@@ -605,7 +605,7 @@ def test_groups_hand_on_their_mean_loss_and_aux(sequential):
     assert_trees_close(note["signal"].aux, {"mean": jnp.array(3.5), "last": jnp.array(7)})
 
 
-def test_groups_have_dropout_keys_of_their_own():
+def test_groups_have_their_own_dropout_keys():
     def dropped(w: Any, batch: Any, key: jax.Array) -> jax.Array:
         return jnp.mean(batch * (w * jax.random.uniform(key, (), w.dtype)) ** 2)
 
@@ -618,7 +618,7 @@ def test_groups_have_dropout_keys_of_their_own():
     np.testing.assert_allclose(updates, expected, rtol=1e-12)
 
 
-def test_a_random_ascent_draws_anew_at_each_step():
+def test_random_ascent_draws_at_each_of_its_steps():
     """Three unprojected steps of the same direction would be 1 + 2/3 of one step's length."""
     w = jnp.zeros(64)
     offset = lambda p: 0.5 * jnp.sum(p**2)  # its gradient at a point is the point
@@ -641,7 +641,7 @@ def test_groups_must_divide_the_batch():
 # GSAM's schedule.
 
 
-def test_radius_follows_the_learning_rate():
+def test_rho_schedule_follows_the_learning_rate():
     lr = optax.warmup_cosine_decay_schedule(0.0, 3e-3, 10, 100, 3e-5)
     rho = cx.rho_schedule(lr, 0.6, 0.1, lr_max=3e-3, lr_min=3e-5)
     np.testing.assert_allclose([rho(10), rho(100)], [0.6, 0.1], rtol=1e-6)
@@ -652,7 +652,7 @@ def test_radius_follows_the_learning_rate():
     assert steep(0) == 0
 
 
-def test_a_constant_learning_rate_has_the_largest_radius():
+def test_rho_schedule_of_a_constant_learning_rate_is_rho_max():
     rho = cx.rho_schedule(optax.constant_schedule(0.1), 0.6, 0.1, lr_max=0.1, lr_min=0.1)
     assert rho(3) == 0.6
 
@@ -661,7 +661,7 @@ def test_a_constant_learning_rate_has_the_largest_radius():
     "options", [dict(rho_max=-0.1, rho_min=0.0, lr_max=1.0), dict(rho_max=0.1, rho_min=-1.0,
     lr_max=1.0), dict(rho_max=0.1, rho_min=0.0, lr_max=0.1, lr_min=0.2)],
 )  # fmt: skip
-def test_ranges_of_the_schedule(options):
+def test_rho_schedule_refuses_wrong_ranges(options):
     with pytest.raises(ValueError, match="`rho_schedule` takes rho_max, rho_min >= 0"):
         cx.rho_schedule(optax.constant_schedule(0.1), **options)
 
@@ -702,7 +702,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("wrong", REFUSED)
-def test_refusals_say_what_is_wrong(wrong):
+def test_sam_errors_say_what_is_wrong(wrong):
     act, message = REFUSED[wrong]
     with pytest.raises((TypeError, ValueError), match=message):
         act()

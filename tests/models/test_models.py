@@ -58,12 +58,12 @@ def run(model, variables, x, **options):
         ("mixer_b16", 1000, 224, 59_880_472),
     ],
 )
-def test_exact_number_of_parameters(name, classes, size, expected):
+def test_models_have_the_published_number_of_parameters(name, classes, size, expected):
     assert count(name, classes, size) == expected
 
 
 # Hinton and Salakhutdinov's 784-1000-500-250-30-250-500-1000-784, summed layer by layer.
-def test_the_autoencoder_has_its_layers_and_gives_back_the_shape():
+def test_autoencoder_has_its_layers_and_the_shape_of_its_input():
     x, model = jnp.zeros((2, 28, 28, 1)), build("autoencoder")
     outputs, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), x)
     assert outputs.shape == x.shape
@@ -87,7 +87,7 @@ def test_the_autoencoder_has_its_layers_and_gives_back_the_shape():
         ("mixer_b16", 59),
     ],
 )
-def test_number_of_parameters_is_the_papers(name, millions):
+def test_models_have_the_papers_number_of_parameters_in_millions(name, millions):
     assert abs(count(name, 1000, 224) / 1e6 - millions) < 1
 
 
@@ -102,7 +102,7 @@ def tokens(n: int = 2) -> jax.Array:
 @pytest.mark.parametrize(
     ("name", "inputs"), [("vit_tiny", digits), ("mixer_tiny", digits), ("lm_tiny", tokens)]
 )
-def test_scanned_and_unrolled_give_the_same_numbers(name, inputs):
+def test_scanned_and_unrolled_models_give_the_same_outputs(name, inputs):
     x = inputs()
     scanned, unrolled = (build(name, 10, scan=scan, depth=3, width=8) for scan in (True, False))
     stacked = random_variables(scanned, x)["params"]
@@ -119,7 +119,7 @@ def test_scanned_and_unrolled_give_the_same_numbers(name, inputs):
     ("name", "options"),
     [("mixer_tiny", {"depth": 2}), ("vit_tiny", {"depth": 1, "scan": False}), ("wrn10_1", {})],
 )
-def test_remat_changes_no_number(name, options):
+def test_remat_changes_no_gradient(name, options):
     x = digits()
     plain, remat = build(name, 3, **options), build(name, 3, remat=True, **options)
     variables = random_variables(plain, x)
@@ -221,7 +221,7 @@ def twin(name: str, p, x):
     ("name", "options"),
     [("vit_tiny", {}), ("vit_tiny", {"pool": "token"}), ("mixer_tiny", {})],
 )
-def test_network_of_patches_equals_its_naive_twin(name, options):
+def test_patch_networks_equal_their_naive_twins(name, options):
     x, model = digits(), build(name, 3, scan=False, depth=2, width=16, **options)
     variables = random_variables(model, x)
     expected = twin(name, jax.tree.map(np.asarray, variables["params"]), np.asarray(x))
@@ -262,7 +262,7 @@ def test_dense_networks_equal_their_naive_twins(name, classes, layers):
     np.testing.assert_allclose(run(model, variables, x).reshape(h.shape), h, rtol=1e-10)
 
 
-def test_batch_statistics_move_in_training_alone():
+def test_batch_statistics_change_in_training_alone():
     x, model = digits(8), build("resnet8", 3, sizes=(1,))
     variables = random_variables(model, x)
     _, new = run(model, variables, x, train=True, mutable=["batch_stats"])
@@ -274,7 +274,7 @@ def test_batch_statistics_move_in_training_alone():
     assert all((a == b).all() for a, b in zip(jax.tree.leaves(same), old, strict=True))
 
 
-def test_batch_norm_over_an_axis_sees_the_whole_batch():
+def test_batch_norm_synced_over_an_axis_sees_the_whole_batch():
     x, options = digits(8), {"sizes": (1,), "width": 4}
     whole, local = (build("resnet8", 3, sync_over=axis, **options) for axis in (None, "devices"))
     variables = random_variables(whole, x)
@@ -311,7 +311,7 @@ def test_without_norm_every_block_starts_as_its_shortcut():
         ("wrn10_1", {"norm": "group"}, {"dropout": 0.5}),
     ],
 )
-def test_dropout_follows_its_key_and_spares_evaluation(name, form, drop):
+def test_dropout_follows_its_key_and_is_off_in_evaluation(name, form, drop):
     x = digits(8)
     plain, model = build(name, 3, **form), build(name, 3, **form, **drop)
     variables = random_variables(plain, x)
@@ -334,7 +334,7 @@ def test_dropped_branches_are_dropped_whole_and_the_others_scaled():
     np.testing.assert_array_equal(drop_branch(jax.random.key(1), branch, 0.0), branch)
 
 
-def test_bfloat16_is_for_activations_alone():
+def test_bfloat16_applies_to_activations_alone():
     x, model = digits(), build("vit_tiny", 3, depth=1, dtype=jnp.bfloat16)
     variables = jax.jit(model.init)(jax.random.key(0), x)
     logits, seen = run(model, variables, x, capture_intermediates=True)
@@ -365,7 +365,7 @@ def test_sincos_positions_are_waves_of_their_coordinates():
     assert "pos_embedding" not in random_variables(model, digits())["params"]
 
 
-def test_any_wide_resnet_has_a_name():
+def test_any_wide_resnet_can_be_built_by_name():
     model = build("wrn16_4", 10)
     assert (model.depth, model.widen) == (16, 4)
     assert len(set(names())) == len(names()) >= 20
@@ -387,12 +387,12 @@ def test_any_wide_resnet_has_a_name():
         ("autoencoder", {}, ValueError, "`autoencoder` was built with 10"),
     ],
 )
-def test_errors_name_the_cure(name, options, error, message):
+def test_build_errors_name_the_cure(name, options, error, message):
     with pytest.raises(error, match=message):
         build(name, 10, **options)
 
 
-def test_a_list_makes_the_model_that_a_tuple_makes():
+def test_list_option_builds_the_same_model_as_a_tuple():
     models = {build("mlp", 3, widths=widths) for widths in ([8, 4], (8, 4))}
     assert len(models) == 1
 

@@ -106,7 +106,7 @@ def aux_of(loss: Any, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("microbatch", [1, 2])
-def test_the_aux_of_micro_batches_is_that_of_the_whole(microbatch):
+def test_aux_of_microbatches_is_that_of_the_whole_batch(microbatch):
     loss = measured(MEASURES)
     (value, aux), grads = aux_of(loss)
     (value_found, found), grads_found = aux_of(loss, microbatch=microbatch)
@@ -119,7 +119,7 @@ def test_the_aux_of_micro_batches_is_that_of_the_whole(microbatch):
     assert jax.random.key_data(found["key"]).tolist() == jax.random.key_data(aux["key"]).tolist()
 
 
-def test_the_aux_of_a_model_too_and_eagerly():
+def test_aux_of_a_model_is_reduced_over_microbatches_without_jit():
     def model(params: Any, batch: Any) -> Any:
         logits, hit, losses = seen(params, batch)
         return logits, {"correct": jnp.sum(hit), "worst": jnp.max(losses), "hits": hit}
@@ -161,7 +161,7 @@ UNDECIDED: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("name", UNDECIDED)
-def test_what_does_not_follow_from_pieces_is_refused_by_name(name):
+def test_aux_that_microbatches_cannot_determine_is_refused_by_name(name):
     measure, told = UNDECIDED[name]
     loss = measured({"odd": measure, "accuracy": MEASURES["accuracy"]})
     with pytest.raises(ValueError, match=rf"(?s)`odd` \(.*{told}.*reduce_aux"):
@@ -181,7 +181,7 @@ NAMED = ("mean", "sum", "max", "min")
 
 
 @pytest.mark.parametrize("name", [*NAMED, "last", "concat"])
-def test_named_reductions(name):
+def test_reduce_aux_takes_names_of_reductions(name):
     first = measured({"first": lambda p, b: b["x"][0, 0] * jnp.ones(1)})
     pieces = np.asarray(make_batch()["x"][::2, 0])
     by_path = lambda path: name if path == ("first",) else None
@@ -192,7 +192,7 @@ def test_named_reductions(name):
         np.testing.assert_allclose(aux["first"], wanted, rtol=1e-15)
 
 
-def test_a_reduction_of_another_name_is_refused():
+def test_unknown_reduction_is_refused():
     with pytest.raises(ValueError, match="`Objective\\(reduce_aux=\\)` takes 'mean', 'sum'"):
         cx.Objective(measured({}), make_batch(), has_aux=True, reduce_aux={"a": "average"})
 
@@ -213,7 +213,7 @@ def normed(params: Any, batch: Any, *, remat: bool) -> Any:
 
 
 @pytest.mark.parametrize("remat", [False, True])
-def test_batch_statistics_are_averaged_and_metrics_are_those_of_the_pieces(remat):
+def test_batch_statistics_are_averaged_over_microbatches(remat):
     loss = partial(normed, remat=remat)
     (_, found), _ = aux_of(loss, microbatch=4)
     batch = make_batch()
@@ -228,7 +228,7 @@ def test_batch_statistics_are_averaged_and_metrics_are_those_of_the_pieces(remat
 
 @pytest.mark.parametrize("microbatch", [None, 2])
 @pytest.mark.parametrize("sequential", [False, True])
-def test_the_aux_of_groups_is_that_of_the_whole(microbatch, sequential):
+def test_aux_of_groups_is_that_of_the_whole_batch(microbatch, sequential):
     names = ("correct", "hits", "worst", "accuracy", "of tokens")
     loss = measured({name: MEASURES[name] for name in names})
     found: list[Any] = []

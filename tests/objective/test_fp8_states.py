@@ -54,13 +54,13 @@ def assert_same(found: Any, expected: Any) -> None:
 
 
 @pytest.mark.parametrize("microbatch", [1, 2, 4])
-def test_of_micro_batches_they_are_those_of_the_whole(microbatch):
+def test_overwritten_states_of_microbatches_are_those_of_the_whole_batch(microbatch):
     expected = jax.value_and_grad(loss)(make_variables(), make_batch())
     objective = cx.Objective(loss, make_batch(), microbatch=microbatch)
     assert_same(jax.jit(objective.value_and_grad)(make_variables()), expected)
 
 
-def test_of_weighed_micro_batches_too():
+def test_overwritten_states_of_weighted_microbatches_are_those_of_the_whole_batch():
     def weighed(variables: Any, batch: Any) -> jax.Array:
         rows = jnp.sum((watched(
             batch["x"] @ variables["params"]["w"], **variables[OWN]
@@ -74,7 +74,7 @@ def test_of_weighed_micro_batches_too():
 
 
 @pytest.mark.parametrize("sequential", [False, True])
-def test_of_groups_they_are_the_largest(sequential):
+def test_overwritten_states_of_groups_are_the_largest(sequential):
     variables, batch = make_variables(), make_batch()
     tx = cx.per_group(4, optax.identity(), sequential=sequential)
     objective = cx.Objective(loss, batch)
@@ -87,7 +87,7 @@ def test_of_groups_they_are_the_largest(sequential):
 
 
 @pytest.mark.skipif(jax.device_count() < DEVICES, reason="needs eight devices")
-def test_of_devices_they_are_the_largest():
+def test_overwritten_states_of_devices_are_the_largest():
     tx = optax.chain(cx.pmean_updates("batch"))
 
     def step(variables: Any, batch: Any) -> Any:

@@ -75,7 +75,7 @@ def passes(objective: cx.Objective) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scale", [2.0**15, jnp.float32(2.0**-9), 2**7])
-def test_a_power_of_two_changes_nothing(kind, scale):
+def test_scaling_by_a_power_of_two_changes_nothing(kind, scale):
     """Every intermediate is scaled exactly, unless what is fused makes other roundings."""
     expected = passes(objective(kind))
     assert_trees_close(passes(objective(kind, scale=scale)), expected, 1e-9)
@@ -100,7 +100,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_takes_the_same_step(name):
+def test_every_method_takes_the_same_step_at_any_scale(name):
     tx = METHODS[name]()
 
     @jax.jit
@@ -179,7 +179,7 @@ HALF: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", HALF)
 @pytest.mark.parametrize("microbatch", [None, 4])
-def test_in_float16_nothing_underflows(name, microbatch):
+def test_scaled_loss_does_not_underflow_in_float16(name, microbatch):
     single = in_single(PARAMS)
     make = tiny_halves if name == "ggnvp" else tiny_objective
     expected = HALF[name](make(jnp.float64), single)
@@ -190,7 +190,7 @@ def test_in_float16_nothing_underflows(name, microbatch):
     assert relative(kept, expected) < 5e-3
 
 
-def test_noise_at_float16_outputs_does_not_overflow():
+def test_output_noise_does_not_overflow_in_float16():
     """At the scale of a mean over 8 examples, which each count fully in a square."""
     model = lambda p, b: predict(p, b, jnp.float16)
     single, scale = in_single(PARAMS), 2.0**16
@@ -209,7 +209,7 @@ def test_noise_at_float16_outputs_does_not_overflow():
 
 
 @pytest.mark.filterwarnings("ignore:`sam_perturb` on parameters in half precision")
-def test_parameters_in_float16_get_gradients_in_float32():
+def test_float16_parameters_get_float32_gradients_with_a_scale():
     half = optax.tree.cast(PARAMS, jnp.float16)
     value_fn = tiny_objective(jnp.float16, scale=SCALE)
     (_, grads), product = value_fn.value_and_grad(half), cx.hvp(value_fn, half)(V)
@@ -222,7 +222,7 @@ def test_parameters_in_float16_get_gradients_in_float32():
     assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(jnp.float32)}
 
 
-def test_the_loss_that_is_called_is_not_scaled():
+def test_called_objective_returns_the_unscaled_loss():
     value_fn = objective("likelihood", scale=2.0**10)
     plain = objective("likelihood")
     np.testing.assert_allclose(value_fn(PARAMS), plain(PARAMS), rtol=1e-15)
@@ -232,7 +232,7 @@ def test_the_loss_that_is_called_is_not_scaled():
     assert_trees_close(through.value_and_grad(PARAMS), expected.value_and_grad(PARAMS), 1e-13)
 
 
-def test_under_a_device_axis_the_scale_is_every_device_s():
+def test_scale_applies_on_every_device():
     mesh = jax.make_mesh((4,), ("batch",), (jax.sharding.AxisType.Auto,))
     tx = cx.sam(optax.sgd(0.1), 0.1, mean_over="batch")
 
@@ -267,7 +267,7 @@ def train_step(tx: Any, params: Any, state: Any, dynamic: Any, batch: Any) -> An
     return params, keep(new_state, state), scaled, finite & whole
 
 
-def test_dynamic_scale_comes_down_to_where_sam_trains_as_in_float64():
+def test_dynamic_scale_falls_until_sam_trains_as_in_float64():
     tx = cx.sam(optax.sgd(2.0**20, 0.9), 0.1)
     params, state = in_single(PARAMS), tx.init(in_single(PARAMS))
     step = jax.jit(partial(train_step, tx))
@@ -289,7 +289,7 @@ def test_dynamic_scale_comes_down_to_where_sam_trains_as_in_float64():
     assert relative(moved, expected) < 5e-3
 
 
-def test_apply_if_finite_behind_the_stages_skips_a_step_that_overflows():
+def test_apply_if_finite_after_sam_skips_a_step_that_overflows():
     tx = cx.sam(optax.apply_if_finite(optax.sgd(0.1, 0.9), 3), 0.1)
     single = in_single(PARAMS)
     value_fn = tiny_objective(jnp.float16, scale=2.0**60)
@@ -307,6 +307,6 @@ def test_apply_if_finite_behind_the_stages_skips_a_step_that_overflows():
         (float("nan"), ValueError), (jnp.ones(3), TypeError), ("8", TypeError), (True, TypeError),
     ],
 )  # fmt: skip
-def test_what_is_no_scale_is_refused(scale, error):
+def test_invalid_scale_is_refused(scale, error):
     with pytest.raises(error, match=r"`Objective\(scale=\)` multiplies the loss"):
         objective("likelihood", scale=scale)

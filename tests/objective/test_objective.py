@@ -41,7 +41,7 @@ FORMS = {
 
 @pytest.mark.parametrize("microbatch", [None, 2, EXAMPLES])
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_has_the_value_and_gradient_of_the_loss(form, microbatch):
+def test_every_form_of_objective_has_the_value_and_gradient_of_the_loss(form, microbatch):
     objective = FORMS[form](microbatch=microbatch)
     value, grads = jax.value_and_grad(net_loss)(net_params(), net_batch())
     out, gradient = objective.value_and_grad(net_params())
@@ -55,7 +55,7 @@ def test_every_form_has_the_value_and_gradient_of_the_loss(form, microbatch):
         np.testing.assert_allclose(aux["top"], jnp.max(rows), rtol=1e-15)
 
 
-def test_named_reductions_average_the_floats_or_take_the_last():
+def test_named_reductions_apply_to_each_aux_dtype():
     def loss(params: Any, batch: Any) -> Any:
         aux = {
             "mean": jnp.mean(batch["i"].astype(jnp.float32)),
@@ -87,7 +87,7 @@ def masked_mean(scale: Any, batch: Any) -> jax.Array:
 
 
 @pytest.mark.parametrize("weight", ["mask", lambda batch: jnp.sum(batch["mask"])])
-def test_weighted_micro_batches_equal_the_whole(weight):
+def test_weighted_microbatches_equal_the_whole_batch(weight):
     scale = jnp.array(0.3)
     whole = jax.value_and_grad(masked_mean)(scale, TOKENS)
     parts = cx.Objective(masked_mean, TOKENS, microbatch=2, weight=weight)
@@ -119,17 +119,17 @@ def keyed(**options: Any) -> cx.Objective:
     return cx.Objective(noisy, jnp.arange(8.0), key=jax.random.key(3), **options)
 
 
-def test_the_whole_batch_is_called_with_the_very_key():
+def test_whole_batch_is_evaluated_with_the_given_key():
     assert noise_of(keyed()) == jax.random.uniform(jax.random.key(3), (), jnp.float64)
 
 
-def test_each_group_has_a_key_of_its_own():
+def test_each_group_has_its_own_key():
     groups = keyed().groups(2)
     values = [noise_of(keyed().piece(group, i, 4)) for i, group in enumerate(groups)]
     assert len({*values, noise_of(keyed())}) == 5
 
 
-def test_a_piece_of_a_piece_is_numbered_through():
+def test_key_of_a_nested_piece_is_numbered_in_the_whole_batch():
     halves = keyed().piece(jnp.arange(4.0), 1, 2)
     assert noise_of(halves.piece(jnp.arange(1.0), 3, 4)) == noise_of(
         keyed().piece(jnp.arange(1.0), 7, 8)
@@ -137,7 +137,7 @@ def test_a_piece_of_a_piece_is_numbered_through():
 
 
 @pytest.mark.parametrize("m", [1, 2, 4])
-def test_micro_batches_have_the_keys_of_as_many_groups(m):
+def test_microbatches_have_the_keys_of_as_many_groups(m):
     groups = keyed().groups(m)
     values = [noise_of(keyed().piece(g, i, 8 // m)) for i, g in enumerate(groups)]
     np.testing.assert_allclose(noise_of(keyed(microbatch=m)), np.mean(values), rtol=1e-14)
@@ -164,7 +164,7 @@ def test_groups_are_contiguous():
     np.testing.assert_array_equal(groups["a"][1], batch["a"][3:])
 
 
-def test_on_another_batch_is_the_same_loss_elsewhere():
+def test_on_evaluates_the_same_loss_on_another_batch():
     objective = cx.Objective(net_loss, net_batch(8), microbatch=2)
     other = net_batch(4)
     assert_trees_close(objective.on(other)(net_params()), net_loss(net_params(), other))
@@ -172,7 +172,7 @@ def test_on_another_batch_is_the_same_loss_elsewhere():
 
 
 @pytest.mark.parametrize(("fraction", "count"), [(0.5, 4), (0.26, 2), (1e-6, 1), (1.0, 8)])
-def test_first_part_of_a_batch(fraction, count):
+def test_first_takes_the_first_fraction_of_the_batch(fraction, count):
     part = cx.Objective(net_loss, net_batch(8)).first(fraction)
     start = jax.tree.map(lambda x: x[:count], net_batch(8))
     assert part.size == count
@@ -180,7 +180,7 @@ def test_first_part_of_a_batch(fraction, count):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_through_a_map_of_parameters(form):
+def test_through_composes_the_loss_with_a_map_of_parameters(form):
     cube = lambda params: jax.tree.map(lambda x: x**3 + x, params)
     objective = FORMS[form]().through(cube)
     direct = lambda params: net_loss(cube(params), net_batch())
@@ -190,7 +190,7 @@ def test_through_a_map_of_parameters(form):
     assert_trees_close(grads, expected)
 
 
-def test_losses_are_float32_or_wider():
+def test_losses_of_half_precision_models_are_float32():
     params = net_params(jnp.bfloat16)
     objective = cx.Objective(net_loss, net_batch(dtype=jnp.bfloat16))
     value, grads = objective.value_and_grad(params)
@@ -198,7 +198,7 @@ def test_losses_are_float32_or_wider():
     assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype(jnp.bfloat16)}
 
 
-def test_micro_batches_are_accumulated_in_float32():
+def test_microbatches_are_accumulated_in_float32():
     # A sum of bfloat16 numbers would stop growing at 256.
     ones = jnp.full(1024, 1 + 2**-7, jnp.bfloat16)
     objective = cx.Objective(lambda p, x: p * jnp.mean(x), ones, microbatch=1)
@@ -210,7 +210,7 @@ def test_micro_batches_are_accumulated_in_float32():
 # The gradient cache.
 
 
-def test_it_knows_its_own_gradient():
+def test_objective_recognises_its_own_gradient():
     objective, params = cx.Objective(net_loss, net_batch()), net_params()
     value, grads = objective.value_and_grad(params)
     given = objective.cached_gradient(params, grads)
@@ -222,7 +222,7 @@ def test_it_knows_its_own_gradient():
     assert objective.on(objective.batch).cached_gradient(params, grads) is None
 
 
-def test_it_keeps_no_gradient_alive():
+def test_objective_keeps_no_gradient_alive():
     objective, params = cx.Objective(net_loss, net_batch()), net_params()
     _, grads = objective.value_and_grad(params)
     refs = [weakref.ref(leaf) for leaf in jax.tree.leaves(grads)]
@@ -231,7 +231,7 @@ def test_it_keeps_no_gradient_alive():
     assert all(ref() is None for ref in refs)
 
 
-def test_nothing_traced_leaks():
+def test_objective_leaks_no_tracers():
     objective, tx = cx.Objective(net_loss, net_batch()), cx.adahessian(0.1)
 
     def step(params: Any) -> Any:
@@ -279,7 +279,7 @@ def updates_of(tx: cx.Stage, objective: cx.Objective, params: Any) -> Any:
 
 
 @pytest.mark.parametrize("computation", COMPUTATIONS)
-def test_memory_does_not_grow_with_the_batch(computation):
+def test_memory_over_microbatches_does_not_grow_with_the_batch(computation):
     compute = COMPUTATIONS[computation]
     few, many = (temporary_bytes(n, 16, compute) for n in (64, 1024))
     assert many <= 1.05 * few + 1024
@@ -340,7 +340,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("wrong", REFUSED)
-def test_refusals_say_what_to_write(wrong):
+def test_objective_errors_say_what_to_write(wrong):
     act, message = REFUSED[wrong]
     with pytest.raises((TypeError, ValueError), match=message):
         act()

@@ -34,7 +34,7 @@ MASK = {"body": False, "head": True}
     ],
     ids=["sam", "gsam", "per_group"],
 )
-def test_frozen_leaves_that_are_perturbed_are_told_and_masked_ones_are_not(base, make):
+def test_perturbed_frozen_leaves_warn_and_masked_ones_do_not(base, make):
     with pytest.warns(UserWarning, match="`body/w`.*mask=") as told:
         make(BASES[base]()).init(PARAMS)
     assert len(told) == 1
@@ -51,12 +51,12 @@ def test_frozen_leaves_that_are_perturbed_are_told_and_masked_ones_are_not(base,
         optax.inject_hyperparams(optax.sgd)(learning_rate=0.1),
     ],
 )
-def test_others_are_silent(base):
+def test_bases_without_frozen_leaves_do_not_warn(base):
     sam(base, 0.1).init(PARAMS)
     jax.jit(sam(base, 0.1).init)(PARAMS)
 
 
-def test_the_mask_gives_the_step_of_the_head_alone():
+def test_masked_sam_gives_the_step_of_the_head_alone():
     def loss(p):
         return jnp.sum(jnp.sin(p["body"]["w"])) * jnp.sum(p["head"]["w"] ** 2)
 

@@ -50,7 +50,7 @@ def stack(module, length, **options):
 
 @pytest.mark.parametrize("known", [True, False], ids=["traced", "by-names"])
 @pytest.mark.parametrize("name", ["vit_tiny", "mixer_tiny"])
-def test_scanned_and_unrolled_models_give_the_same_facts(name, known):
+def test_scanned_and_unrolled_models_have_the_same_layout(name, known):
     inputs = (IMAGE,) if known else ()
     scanned, unrolled = (build(name, 3, depth=3, scan=scan) for scan in (True, False))
     stacked = layout(scanned, shapes(scanned, IMAGE), *inputs)
@@ -76,7 +76,7 @@ def test_scanned_and_unrolled_models_give_the_same_facts(name, known):
         ("mixer_tiny", {}),
     ],
 )
-def test_names_and_shapes_tell_what_the_module_tells(name, options):
+def test_layout_by_names_equals_that_by_the_module(name, options):
     model = build(name, 3, **options)
     variables = shapes(model, IMAGE)
     told = layout(model, variables, IMAGE)
@@ -86,7 +86,7 @@ def test_names_and_shapes_tell_what_the_module_tells(name, options):
     assert layout(variables["params"]) == told
 
 
-def test_vision_transformer_leaf_by_leaf():
+def test_layout_of_a_vision_transformer_leaf_by_leaf():
     facts = read(build("vit_tiny", 3, pool="token"), IMAGE)
     get = lambda path: facts[tuple(path.split("/"))]
     assert get("embedding/kernel")[:6] == ("convolution", (2, 2, 1, 64), (0, 1), (2,), (3,), ())
@@ -106,7 +106,7 @@ def test_vision_transformer_leaf_by_leaf():
     assert get("head/kernel") == ("dense", (64, 3), (), (0,), (1,), (), "head")
 
 
-def test_every_convolution_of_a_resnet_has_its_window_and_nothing_else_has_one():
+def test_convolutions_of_a_resnet_alone_have_windows():
     facts = read(build("resnet50", 3, sizes=(1, 1), width=4), IMAGE)
     for path, leaf in facts.items():
         conv = path[-1] == "kernel" and path[-2].startswith("conv")
@@ -138,7 +138,9 @@ class Net(nn.Module):
         (nn.DenseGeneral(4, batch_dims=(0,)), (2, 3, 5), (), (1,), (2,)),
     ],
 )
-def test_a_module_tells_what_rank_does_not(layer, input_shape, window, inputs, outputs):
+def test_layout_by_the_module_separates_layers_of_equal_rank(
+    layer, input_shape, window, inputs, outputs
+):
     facts = read(Net(layer.clone(name="stem")), jnp.zeros(input_shape))
     leaf = facts["layer", "kernel"]
     assert (leaf.window, leaf.inputs, leaf.outputs, leaf.depth) == (window, inputs, outputs, ())
@@ -172,7 +174,7 @@ def test_a_scanned_stack_of_convolutions_is_never_averaged_over_its_depth(bias):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_by_names_a_scanned_convolution_is_told_by_what_is_stacked_with_it(bias):
+def test_scanned_convolution_is_recognised_by_its_stacked_neighbours(bias):
     conv = {"kernel": (3, 5, 4, 6)} | ({"bias": (3, 6)} if bias else {})
     norm = {} if bias else {"norm": {"scale": (3, 4)}}
     tree = {"layer": {"conv": conv, **norm}, "head": {"kernel": (6, 2), "bias": (2,)}}
@@ -181,7 +183,7 @@ def test_by_names_a_scanned_convolution_is_told_by_what_is_stacked_with_it(bias)
     assert facts["layer", "conv", "kernel"] == expected
 
 
-def test_by_names_the_doubtful_is_left_alone():
+def test_ambiguous_kernel_has_no_role_by_names():
     tree = {"layer": {"conv": {"kernel": np.empty((3, 5, 4, 6))}}, "head": {"bias": np.empty(2)}}
     leaf = layout(tree)["layer", "conv", "kernel"]
     assert (leaf.kind, leaf.window, leaf.depth) == ("other", (), ())
@@ -189,7 +191,7 @@ def test_by_names_the_doubtful_is_left_alone():
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("scanned", [True, False])
-def test_attention_has_no_window_whatever_it_is_called(scanned, bias):
+def test_attention_has_no_window_under_any_name(scanned, bias):
     class Step(nn.Module):
         @nn.compact
         def __call__(self, x, _):
@@ -216,7 +218,7 @@ def test_attention_has_no_window_whatever_it_is_called(scanned, bias):
         assert not any(leaf.window for leaf in facts.values())
 
 
-def test_layers_may_be_stacked_twice_and_along_any_axis():
+def test_layers_stacked_twice_or_along_any_axis_are_recognised():
     class Model(nn.Module):
         @nn.compact
         def __call__(self, x):
@@ -244,7 +246,7 @@ def test_layers_may_be_stacked_twice_and_along_any_axis():
     assert set(facts.blocks()) == names
 
 
-def test_blocks_are_the_same_scanned_and_unrolled_and_cover_each_entry_once():
+def test_blocks_of_scanned_and_unrolled_models_are_the_same_and_cover_all():
     options = {"depth": 3, "pool": "token"}
     scanned, unrolled = (build("vit_tiny", 3, scan=scan, **options) for scan in (True, False))
 
@@ -263,7 +265,7 @@ def test_blocks_are_the_same_scanned_and_unrolled_and_cover_each_entry_once():
     assert set(sizes(scanned)) == {"embedding", "norm", "head", *parts}
 
 
-def test_lookup_tables_and_boxed_parameters():
+def test_embeddings_and_boxed_parameters_are_recognised():
     class Model(nn.Module):
         @nn.compact
         def __call__(self, tokens):
@@ -296,7 +298,7 @@ class Twin(nnx.Module):
         self.head = nnx.LinearGeneral(4, (2, 3), rngs=rngs)
 
 
-def test_an_nnx_module_and_its_stacked_twin_give_the_same_facts():
+def test_stacked_nnx_module_has_the_layout_of_the_separate_one():
     twins = (nnx.eval_shape(partial(Twin, scanned)) for scanned in (True, False))
     stacked, separate = map(layout, twins)
     conv = stacked["layers", "conv", "kernel"]
@@ -311,7 +313,7 @@ def test_an_nnx_module_and_its_stacked_twin_give_the_same_facts():
     assert separate["layers", "1", "attention", "query", "kernel"].block == "layers/1/attention"
 
 
-def test_nnx_paths_are_the_optimisers_with_variables_or_without():
+def test_nnx_layout_has_the_paths_of_the_parameters():
     model = nnx.eval_shape(partial(Twin, True))
     facts, params = layout(model), nnx.state(model, nnx.Param)
     for tree in (params, as_pure(params)):
@@ -320,7 +322,7 @@ def test_nnx_paths_are_the_optimisers_with_variables_or_without():
             assert facts[names].shape == leaf.shape
 
 
-def test_errors_name_the_cure():
+def test_layout_errors_name_the_cure():
     facts = layout({"Dense_0": {"kernel": np.empty((2, 3)), "bias": np.empty(3)}})
     with pytest.raises(KeyError, match="Dense_0/kernel"):
         facts["Dense_0", "kernal"]

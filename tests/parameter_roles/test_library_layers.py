@@ -70,12 +70,12 @@ HAIKU: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("module", HAIKU)
-def test_haiku_by_the_names_of_its_modules(module):
+def test_haiku_windows_are_known_by_module_names(module):
     shapes, window = HAIKU[module]
     assert_windows(tree_of({module: shapes}), {f"{module}/w": window} if "w" in shapes else {})
 
 
-def test_roles_of_haiku():
+def test_haiku_parameters_have_their_roles():
     shapes = {module: shapes for module, (shapes, _) in HAIKU.items()}
     facts = layout_of_tree(tree_of(shapes))
     assert facts["conv2_d_transpose", "w"][:5] == ("convolution", (3, 3, 4, 2), (0, 1), (3,), (2,))
@@ -112,7 +112,7 @@ class Net(eqx.Module):
         self.act = jax.nn.relu
 
 
-def test_equinox_by_the_classes_of_its_layers():
+def test_equinox_windows_are_known_by_layer_classes():
     params = arrays(Net(KEY))
     windows = {"stem/weight": (2, 3), "line/weight": (2,), "up/weight": (2, 3, 4)}
     assert_windows(params, windows | {"blocks/weight": (3, 4)})
@@ -120,7 +120,7 @@ def test_equinox_by_the_classes_of_its_layers():
     assert_windows(params.stem, {"weight": (2, 3)})
 
 
-def test_layout_of_an_equinox_module():
+def test_equinox_module_has_a_layout():
     for facts in (cx.layout(Net(KEY)), layout_of_tree(arrays(Net(KEY)))):
         assert facts["stem", "weight"][:5] == ("convolution", (4, 2, 3, 2), (2, 3), (1,), (0,))
         assert facts["blocks", "weight"].depth == (0,)
@@ -131,7 +131,7 @@ def test_layout_of_an_equinox_module():
         assert kinds["words", "weight"] == "embedding"
 
 
-def test_filters_are_along_the_outputs_of_each_library():
+def test_filter_normalised_follows_the_output_axis_of_each_library():
     """The same filters, ‖d_i‖ = ‖θ_i‖ for output i, in (3, 3, 2, 4) and in (4, 2, 3, 3)."""
     conv = arrays(eqx.nn.Conv2d(2, 4, 3, key=KEY))
     moved = jax.tree.map(lambda x: jnp.flip(x) ** 3, conv)
@@ -152,7 +152,7 @@ class NnxNet(nnx.Module):
         self.attention = nnx.MultiHeadAttention(2, 4, rngs=rngs, decode=False)
 
 
-def test_nnx_by_names_with_variables_or_without():
+def test_nnx_windows_are_known_by_names_with_or_without_variables():
     state = nnx.state(NnxNet(nnx.Rngs(0)), nnx.Param)
     windows = {"conv1/kernel": (0, 1), "stem/kernel": (0, 1)}
     assert_windows(normal(compat.as_pure(state)), windows)
@@ -181,7 +181,7 @@ def test_nnx_by_names_with_variables_or_without():
         {"kernel": (3, 1, 4)},
     ],
 )
-def test_a_doubtful_window_is_not_averaged_and_is_told_once(tree):
+def test_ambiguous_window_is_not_averaged_and_warns_once(tree):
     params, stage = tree_of(tree), spatial_average()
     with pytest.warns(UserWarning, match="does not average over a window"):
         state = stage.init(params)
@@ -204,7 +204,7 @@ def test_a_doubtful_window_is_not_averaged_and_is_told_once(tree):
         ("resnet50", {"sizes": (1, 1), "width": 4}),
     ],
 )
-def test_known_models_are_silent(name, options):
+def test_known_models_do_not_warn(name, options):
     model = build(name, 3, **options)
     spatial_average().init(jax.eval_shape(model.init, KEY, jnp.zeros((2, 8, 8, 1)))["params"])
 
@@ -222,7 +222,7 @@ class Attending(nn.Module):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("scanned", [True, False])
-def test_attention_is_silent(bias, scanned):
+def test_attention_does_not_warn(bias, scanned):
     kind = nn.scan(
         Attending, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
     ) if scanned else Attending  # fmt: skip
@@ -254,7 +254,7 @@ def test_attention_is_silent(bias, scanned):
         ({"first.bias": (3,), "first.weight": (3, 2)}, {"first.bias"}),
     ],
 )
-def test_asam_knows_a_bias_by_its_own_name(tree, biases):
+def test_asam_recognises_a_bias_by_its_own_name(tree, biases):
     """T = |w| + η, and 1 for a bias: ε̂ ∝ T² g."""
     params = tree_of(tree)
     rule = cx.asam(0.5)
@@ -265,7 +265,7 @@ def test_asam_knows_a_bias_by_its_own_name(tree, biases):
         np.testing.assert_allclose(rule.scale(names, jnp.ones_like(w), w), t)
 
 
-def test_asam_knows_the_bias_of_an_nnx_state():
+def test_asam_recognises_the_bias_of_an_nnx_state():
     rule = cx.asam(0.5)
     w = jnp.asarray([2.0, 3.0])
     paths = {"first/bias/value": [1.0, 1.0], "bias/kernel": [2.5, 3.5]}

@@ -76,7 +76,7 @@ def test_gsam_over_multi_steps_is_the_mean_of_its_updates():
     assert_trees_close(together[1], mean(*alone))
 
 
-def test_multi_steps_hands_on_what_the_caller_gave():
+def test_multi_steps_passes_extra_arguments_on():
     seen = {}
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
@@ -88,7 +88,7 @@ def test_multi_steps_hands_on_what_the_caller_gave():
     assert {"value", "value_fn"} <= set(seen)
 
 
-def test_micro_batches_take_the_sam_gradient_of_the_whole():
+def test_microbatches_give_the_sam_gradient_of_the_whole_batch():
     updates = steps(cx.sam(optax.sgd(1.0), RHO), [net_batch()], microbatch=4)[0]
     assert_trees_close(optax.tree.scale(-1.0, updates), sam_gradient(net_batch()))
 
@@ -132,12 +132,12 @@ def test_multi_steps_of_a_schedule_that_starts_with_one_is_refused():
         optax.MultiSteps(cx.sam(optax.sgd(0.1)), lambda step: 1 + step // 100).init(net_params())
 
 
-def test_multi_steps_around_is_fine_where_every_mini_step_is_a_step():
+def test_multi_steps_of_one_step_is_allowed_around_sam():
     once = optax.MultiSteps(cx.sam(optax.sgd(1.0), RHO), 1, accumulator_dtype=jnp.float64)
     assert_trees_close(optax.tree.scale(-1.0, one(once)), sam_gradient(net_batch()))
 
 
-def test_multi_steps_around_is_fine_where_the_loss_is_not_evaluated():
+def test_multi_steps_is_allowed_around_stages_that_evaluate_no_loss():
     adam = cx.squared_gradient() | cx.ema_mean(0.9) | cx.scale_by_power(0.5)
     _, updates = steps(several(adam), HALVES)
     whole = mean(*(jax.grad(net_loss)(net_params(), half) for half in HALVES))
@@ -181,18 +181,18 @@ LOST: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("lost", LOST)
-def test_what_a_stage_with_its_own_gradient_would_lose_is_refused(lost):
+def test_updates_changed_before_sam_are_refused(lost):
     with pytest.raises(ValueError, match=r"would be lost.*(behind|`per_group)"):
         one(LOST[lost]())
 
 
-def test_a_part_before_is_refused_where_the_pipe_is_written():
+def test_clipping_before_sam_is_refused_when_the_pipe_is_made():
     with pytest.raises(ValueError, match=r"`sam_perturb\(\.\.\.\) \| clip_by_global_norm\(\.\.\."):
         clip | cx.sam(base)
 
 
 @pytest.mark.parametrize("change", [lambda g: 2 * g, lambda g: g.astype(jnp.float32), jnp.sign])
-def test_a_gradient_that_the_caller_changed_is_refused_and_may_be_gone(change):
+def test_gradient_changed_by_the_caller_is_refused(change):
     tx, params = cx.sam(base), net_params()
 
     def step(params: Any) -> Any:
@@ -206,7 +206,7 @@ def test_a_gradient_that_the_caller_changed_is_refused_and_may_be_gone(change):
             run(params)
 
 
-def test_what_cannot_be_known_is_taken_as_given():
+def test_gradient_of_unknown_origin_is_accepted():
     tx, params = cx.sam(base, RHO), net_params()
     objective = cx.Objective(net_loss, net_batch())
     grads = optax.tree.scale(2.0, jax.grad(objective)(params))
@@ -228,11 +228,11 @@ PASSES: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("passes", PASSES)
-def test_what_leaves_the_updates_alone_may_stand_before(passes):
+def test_parts_that_keep_the_updates_are_allowed_before_sam(passes):
     assert_trees_close(optax.tree.scale(-1.0, one(PASSES[passes]())), sam_gradient(net_batch()))
 
 
-def test_what_stood_before_acts_behind():
+def test_clipping_and_decay_act_after_sam():
     clipped = one(cx.sam_perturb(RHO) | clip | base)
     np.testing.assert_allclose(optax.tree.norm(clipped), 1e-3)
     pull = jax.tree.map(
@@ -241,7 +241,7 @@ def test_what_stood_before_acts_behind():
     assert_trees_close(pull, optax.tree.scale(-0.3, net_params()))
 
 
-def test_curvature_takes_a_clipped_gradient_as_it_is():
+def test_hutchinson_diag_passes_a_clipped_gradient_on():
     grads = jax.grad(net_loss)(net_params(), net_batch())
     clipped = optax.tree.scale(1e-3 / optax.tree.norm(grads), grads)
     assert_trees_close(one(optax.chain(clip, cx.hutchinson_diag())), clipped)
@@ -285,25 +285,25 @@ FORGOTTEN: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("regime", ["pmap", "untyped", "typed"])
 @pytest.mark.parametrize("forgotten", FORGOTTEN)
-def test_a_forgotten_mean_over_devices_is_refused(forgotten, regime):
+def test_missing_mean_over_devices_is_refused(forgotten, regime):
     with pytest.raises(ValueError, match=re.escape("pmean_updates('batch')")):
         on_devices(FORGOTTEN[forgotten](), regime)
 
 
 @pytest.mark.parametrize("averaged", [False, True])
-def test_it_is_refused_of_a_plain_callable_too(averaged):
+def test_missing_mean_over_devices_is_refused_for_a_plain_callable(averaged):
     with pytest.raises(ValueError, match=r"each device's own.*`pmean_updates\(\(\)\)`"):
         on_devices(cx.sam_perturb(0.1) | base, "pmap", closure=True, averaged=averaged)
 
 
 @pytest.mark.parametrize("regime", ["pmap", "untyped", "typed"])
-def test_a_trainers_own_mean_of_the_gradient_is_refused(regime):
+def test_gradient_averaged_by_the_trainer_is_refused(regime):
     with pytest.raises(ValueError, match=r"`mean_over=`"):
         on_devices(cx.sam(base, 0.1, mean_over="batch"), regime, averaged=True)
 
 
 @pytest.mark.parametrize("regime", ["pmap", "untyped", "typed"])
-def test_devices_keep_their_own_updates_where_that_is_said(regime):
+def test_pmean_updates_over_no_axes_keeps_updates_of_each_device(regime):
     own = on_devices(cx.sam_perturb(0.1) | cx.pmean_updates(()) | base, regime)
     whole = on_devices(cx.sam_perturb(0.1) | base | cx.pmean_updates("batch"), regime)
     average = jax.tree.map(lambda x: jnp.broadcast_to(x.mean(0), x.shape), own)
@@ -314,7 +314,7 @@ def test_devices_keep_their_own_updates_where_that_is_said(regime):
 # Others' names for the loss.
 
 
-def test_obj_fn_and_loss_are_the_loss():
+def test_obj_fn_and_loss_are_accepted_for_value_fn_and_value():
     params, loss = net_params(), lambda p: net_loss(p, net_batch())
     value, grads = jax.value_and_grad(loss)(params)
     tx = cx.sam(base, RHO)
@@ -324,7 +324,7 @@ def test_obj_fn_and_loss_are_the_loss():
     assert cx.diagnostics(again)["surrogate_gap"] == cx.diagnostics(state)["surrogate_gap"]
 
 
-def test_our_own_names_come_first_and_a_loss_that_is_no_number_is_none():
+def test_value_fn_and_value_take_precedence_over_obj_fn_and_loss():
     params, loss = net_params(), lambda p: net_loss(p, net_batch())
     value, grads = jax.value_and_grad(loss)(params)
     tx = cx.sam(base, RHO)
@@ -336,7 +336,7 @@ def test_our_own_names_come_first_and_a_loss_that_is_no_number_is_none():
         tx.update(grads, tx.init(params), params, value_fn=loss, loss=other)
 
 
-def test_a_value_that_is_no_scalar_is_refused():
+def test_value_that_is_not_a_scalar_is_refused():
     params, loss = net_params(), lambda p: net_loss(p, net_batch())
     tx, grads = cx.sam(base, RHO), jax.grad(loss)(net_params())
     for value in ((loss(params), {"aux": 1}), jnp.ones(8), jnp.ones(1), "0.3"):
@@ -345,7 +345,7 @@ def test_a_value_that_is_no_scalar_is_refused():
 
 
 @pytest.mark.parametrize("number", [float, np.float32, np.float64, np.asarray, jnp.asarray])
-def test_a_loss_of_any_floating_scalar_is_the_value(number):
+def test_loss_of_any_floating_scalar_type_is_the_value(number):
     params, loss = net_params(), lambda p: net_loss(p, net_batch())
     value, grads = jax.value_and_grad(loss)(params)
     tx = cx.sam(base, RHO)
@@ -353,7 +353,7 @@ def test_a_loss_of_any_floating_scalar_is_the_value(number):
     np.testing.assert_allclose(cx.diagnostics(state)["loss"], value, rtol=1e-6)
 
 
-def test_a_value_fn_of_other_arguments_names_the_objective():
+def test_value_fn_with_other_arguments_raises_with_the_objective():
     params, tx = net_params(), cx.sam(base, RHO)
     grads = jax.grad(net_loss)(params, net_batch())
     with pytest.raises(TypeError, match=r"`loss\(params\)`.*curvax\.Objective\(loss, batch\)"):
@@ -363,7 +363,7 @@ def test_a_value_fn_of_other_arguments_names_the_objective():
 
 
 @pytest.mark.parametrize("part", [lambda: optax.apply_every(2), lambda: several(optax.identity())])
-def test_accumulation_before_curvature_is_refused(part):
+def test_gradient_accumulation_before_newton_is_refused(part):
     with pytest.raises(ValueError, match=r"the last one alone.*microbatch="):
         cx.pipe(part(), cx.newton_cg())
     cx.pipe(optax.MultiSteps(optax.identity(), 1), cx.newton_cg())
@@ -380,7 +380,7 @@ LAID_OUT: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="needs JAX 0.10: tracers know no origin")
 @pytest.mark.parametrize("laid_out", LAID_OUT)
-def test_a_gradient_only_laid_out_anew_is_the_gradient(laid_out):
+def test_gradient_with_another_sharding_is_the_gradient(laid_out):
     tx = cx.sam(base, RHO)
     params = net_params(jnp.float32)
 
@@ -416,7 +416,7 @@ def test_a_gradient_that_ends_in_a_cast_is_the_gradient():
 
 
 @pytest.mark.parametrize("method", ["sam", "adahessian", "newton_cg", "hessian_free"])
-def test_parameters_split_along_a_mapped_axis_are_refused(method):
+def test_parameters_sharded_along_a_mapped_axis_are_refused(method):
     make = {
         "sam": lambda: cx.sam(base, RHO, mean_over="batch"),
         "adahessian": lambda: cx.adahessian(0.1, mean_over="batch"),

@@ -69,7 +69,7 @@ def test_a_pipe_is_an_optax_transformation():
     assert isinstance(cx.pipe(optax.clip(1.0), optax.sgd(0.1)), cx.Stage)
 
 
-def test_plain_part_before_a_stage():
+def test_plain_part_before_a_stage_changes_its_gradient():
     clipped = optax.clip_by_global_norm(0.01) | cx.squared_gradient() | cx.scale_by_power(1.0)
     assert isinstance(clipped, cx.Stage)
     grads = jax.grad(objective())(net_params())
@@ -78,7 +78,7 @@ def test_plain_part_before_a_stage():
     assert_trees_close(step(clipped)[0], expected)
 
 
-def test_plain_parts_go_through_pipe():
+def test_pipe_of_plain_parts_is_optax_chain():
     plain = cx.pipe(optax.clip(0.1), optax.adam(0.1))
     chained = optax.chain(optax.clip(0.1), optax.adam(0.1))
     assert_trees_close(step(plain)[0], step(chained)[0], tol=0)
@@ -94,7 +94,7 @@ def seen_by(note: dict[str, Any]) -> cx.Stage:
     return cx.stage(lambda params: (), rule)
 
 
-def test_a_plain_part_touches_the_updates_alone():
+def test_plain_part_changes_the_updates_alone():
     before: dict[str, Any] = {}
     after: dict[str, Any] = {}
     make = lambda: cx.hutchinson_diag() | cx.sam_perturb(0.1) | seen_by(before)
@@ -106,7 +106,7 @@ def test_a_plain_part_touches_the_updates_alone():
         assert getattr(last, field) is getattr(first, field), field
 
 
-def test_a_signal_starts_with_the_clean_pass():
+def test_signal_starts_with_gradient_and_value_of_the_clean_pass():
     note: dict[str, Any] = {}
     tx = seen_by(note) | optax.sgd(0.1)
     params, loss = net_params(), objective()
@@ -122,7 +122,7 @@ def test_a_signal_starts_with_the_clean_pass():
     assert note["signal"].value is None
 
 
-def test_a_stage_of_your_own_gets_extra_args_and_keeps_state():
+def test_own_stage_receives_extra_arguments_and_keeps_state():
     tx = my_stage(2.0) | optax.identity()
     updates, state = step(tx, factor_now=3.0)
     grads = jax.grad(plain_callable)(net_params())
@@ -131,7 +131,7 @@ def test_a_stage_of_your_own_gets_extra_args_and_keeps_state():
     assert step(tx, state, factor_now=3.0)[1][0] == 2
 
 
-def test_a_stage_is_called_in_errors_by_its_factory_or_its_name():
+def test_errors_call_a_stage_by_its_factory_or_its_name():
     pass_on = lambda signal, state, params, **extra: (signal, state)
     named = cx.stage(lambda params: (), pass_on, name="my_name")
     for tx, name in ((my_stage(), "my_stage"), (named, "my_name")):
@@ -227,13 +227,13 @@ MISUSES = {
 
 
 @pytest.mark.parametrize("misuse", MISUSES)
-def test_misuse_is_told_what_to_write(misuse):
+def test_misuse_raises_with_what_to_write(misuse):
     act, cure = MISUSES[misuse]
     with pytest.raises((TypeError, ValueError), match=re.compile(cure, re.DOTALL)):
         act()
 
 
-def test_record_sees_the_signal_at_its_place():
+def test_record_sees_the_signal_at_its_place_in_the_pipe():
     size = lambda signal, params: optax.tree.norm(signal.updates)
     ratio = lambda signal, params: optax.tree.norm(signal.updates) / optax.tree.norm(params)
     tx = cx.record(before=size) | optax.scale(3.0) | cx.record(after=size, ratio=ratio)
@@ -253,13 +253,13 @@ def test_record_sees_the_signal_at_its_place():
         np.testing.assert_allclose(value, expected[name], rtol=1e-6)
 
 
-def test_a_name_met_once_is_found_by_optax_too():
+def test_diagnostic_of_a_unique_name_is_found_by_optax():
     _, state = step(A() | B() | optax.sgd(0.1))
     gap = cx.diagnostics(state)["surrogate_gap"]
     assert gap == optax.tree.get(state, "surrogate_gap")
 
 
-def test_a_name_met_twice_gets_the_place_of_its_stage():
+def test_diagnostics_of_the_same_name_are_numbered_by_their_stage():
     note = lambda scale: cx.record(norm=lambda s, p: scale * optax.tree.norm(s.updates))
     tx = note(1.0) | optax.scale(1.0) | note(3.0) | cx.record(loss=lambda s, p: s.value)
     _, state = step(tx)
@@ -268,7 +268,7 @@ def test_a_name_met_twice_gets_the_place_of_its_stage():
     np.testing.assert_allclose(found["norm[2]"], 3 * found["norm[0]"], rtol=1e-6)
 
 
-def test_figures_are_found_inside_wrappers():
+def test_diagnostics_are_found_inside_wrappers():
     inner = lambda: A() | optax.sgd(0.1)
     for tx in (
         optax.MultiSteps(inner(), 1),
@@ -281,7 +281,7 @@ def test_figures_are_found_inside_wrappers():
         np.testing.assert_allclose(cx.diagnostics(state)["rho"], 0.1, rtol=1e-6)
 
 
-def test_figures_of_two_partitions_are_told_apart():
+def test_diagnostics_of_two_partitions_have_their_labels():
     labels = {"hidden": "a", "out": "b"}
     tx = cx.partition({"a": cx.sam_perturb(0.1), "b": cx.sam_perturb(0.2)}, labels)
     _, state = step(tx)

@@ -117,7 +117,7 @@ KEEPERS = [
 
 
 @pytest.mark.parametrize("keep", KEEPERS)
-def test_a_kept_state_goes_on_bit_for_bit(keep, after_two, after_four, tmp_path):
+def test_restored_state_continues_bit_for_bit(keep, after_two, after_four, tmp_path):
     params, state = after_two
     kept = keep(state, tmp_path)
     found, last = step(TX, *step(TX, params, kept))
@@ -134,7 +134,7 @@ def is_typed(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def test_functions_of_whole_states_take_the_keys(after_two):
+def test_tree_functions_accept_a_state_with_keys(after_two):
     _, state = after_two
     half = lambda x: x.astype(jnp.bfloat16) if jnp.issubdtype(x.dtype, jnp.floating) else x
     chex.assert_trees_all_close(state, jax.tree.map(jnp.copy, state))
@@ -167,7 +167,7 @@ def test_draws_are_those_of_the_typed_key(impl):
 @pytest.mark.parametrize(
     ("impl", "sequential"), [("threefry2x32", False), *((impl, True) for impl in IMPLS)]
 )
-def test_each_group_draws_by_its_number_from_a_key_of_any_kind(impl, sequential):
+def test_groups_draw_by_their_number_from_a_key_of_any_implementation(impl, sequential):
     """By hand: the key advanced once a step, folded with group, step and piece of the batch."""
     key, fold = jax.random.key(5, impl=impl), jax.random.fold_in
     tx = cx.per_group(
@@ -200,7 +200,7 @@ def counting(dtype: Any = jnp.uint32) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, lambda u, state, params=None: (u, state + 1))
 
 
-def test_uint32_of_other_parts_is_no_key():
+def test_uint32_data_of_other_parts_is_not_treated_as_a_key():
     tx = cx.per_group(4, cx.sam_perturb(0.1, ascent=cx.random_direction(3)) | counting())
     state = tx.init(PARAMS)
     _, new = tx.update(PARAMS, state, PARAMS, value_fn=OBJECTIVE)
@@ -208,7 +208,7 @@ def test_uint32_of_other_parts_is_no_key():
     assert (np.asarray(new[0].keys[0]) != np.asarray(state[0].keys[0])).any()
 
 
-def test_typed_keys_of_other_parts_are_folded_too():
+def test_typed_keys_of_other_parts_are_folded():
     tx = cx.per_group(4, cx.pipe(optax.add_noise(1.0, 0.5, 3)))
     state = tx.init(PARAMS)
     updates, new = tx.update(PARAMS, state, PARAMS, value_fn=OBJECTIVE)
@@ -236,7 +236,7 @@ def test_typed_keys_of_other_parts_are_folded_too():
         lambda tx: cx.levenberg_marquardt(tx),
     ],
 )
-def test_a_key_is_known_inside_any_wrapper(wrap):
+def test_key_is_recognised_inside_any_wrapper(wrap):
     tx = wrap(cx.hutchinson_diag(jax.random.key(3, impl="unsafe_rbg")))
     state = tx.init(PARAMS)
     keys = StateKeys(tx.init, PARAMS)
@@ -258,7 +258,7 @@ def test_groups_warn_of_half_precision_at_init_alone(recwarn):
     assert len(recwarn) == given == 1
 
 
-def test_a_seed_keeps_the_kind_of_key_that_it_was_given_under():
+def test_seed_keeps_the_key_implementation_of_its_construction():
     with jax.default_prng_impl("rbg"):
         tx = cx.hutchinson_diag(5)
     state = tx.init(PARAMS)
@@ -269,7 +269,7 @@ def test_a_seed_keeps_the_kind_of_key_that_it_was_given_under():
     assert_trees_close(out.diagonal, expected)
 
 
-def test_a_restart_of_levenberg_marquardt_draws_as_at_the_start():
+def test_reset_of_levenberg_marquardt_restores_the_initial_key():
     """Uphill steps are undone whatever λ, and from the second on the state starts anew."""
     inner = cx.fisher_matvec(samples=1, key=3) | cx.damp() | cx.solve(cx.cg(2)) | optax.sgd(-1e12)
     tx = cx.levenberg_marquardt(inner, 1.0)

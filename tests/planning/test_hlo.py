@@ -27,7 +27,7 @@ def count(f, *shapes):
 
 
 @pytest.mark.parametrize("name", LOOPS)
-def test_a_loop_counts_what_the_program_without_it_counts(name):
+def test_flops_of_a_loop_are_those_of_the_unrolled_program(name):
     f, shapes = LOOPS[name]
     looped = compiled(functools.partial(f, unroll=1), *shapes)
     assert hlo.read(looped).loops()
@@ -53,14 +53,14 @@ STRIDED = dict(
         ((3, 2, 4, 6), {**STRIDED, "feature_group_count": 2}),
     ],
 )
-def test_a_convolution_counts_what_xla_counts(kernel, options):
+def test_flops_of_a_convolution_are_those_of_xla(kernel, options):
     f = lambda x, k: lax.conv_general_dilated(x, k, **options)
     program = compiled(f, (4, 10, 12, 8), kernel)
     found = hlo.read(program).total(flops.of)
     assert found == program.cost_analysis()["flops"]
 
 
-def test_a_batched_product_counts_two_for_each_term():
+def test_flops_of_a_batched_product_are_two_for_each_term():
     program = compiled(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (7, 3, 4), (7, 4, 5))
     assert hlo.read(program).total(flops.of) == 2 * 7 * 3 * 4 * 5
 
@@ -75,7 +75,7 @@ def test_a_loop_that_may_end_early_counts_up_to_its_bound(compared, trips):
     assert [program.trips(loop) for loop in program.loops()] == [trips]
 
 
-def test_of_a_conditional_the_dearer_branch_counts():
+def test_conditional_counts_its_dearest_branch():
     def f(x, w):
         branches = [lambda x: x, lambda x: x @ w, lambda x: (x @ w) @ w]
         return lax.switch(jnp.int32(x[0, 0]), branches, x)
@@ -161,7 +161,7 @@ collective-permute-start(%z), channel_id=3
 """
 
 
-def test_a_program_of_the_tpu_compiler():
+def test_program_of_the_tpu_compiler_is_parsed():
     program = hlo.parse(TPU)
     assert [program.trips(loop) for loop in program.loops()] == [5]
     assert collectives.count(program) == {

@@ -133,7 +133,7 @@ def test_a_method_sends_no_more_than_it_must(method, regime, machine):
 
 @MACHINES
 @pytest.mark.parametrize("regime", ["shard_map", "pmap"])
-def test_sam_keeps_one_copy_of_the_parameters_beside_the_gradients_own(regime, machine):
+def test_sam_needs_one_copy_of_the_parameters_more_than_sgd(regime, machine):
     plain, sam = (
         compiled(tx, machine, regime).temporaries
         for tx in (cx.pmean_updates("batch") | SGD, METHODS["local SAM"][0])
@@ -142,11 +142,11 @@ def test_sam_keeps_one_copy_of_the_parameters_beside_the_gradients_own(regime, m
 
 
 @MACHINES
-def test_under_jit_the_gradient_of_sam_is_that_of_the_whole_batch(machine):
+def test_sam_under_jit_sends_two_gradients(machine):
     assert compiled(cx.sam(SGD, 0.1), machine, "jit").sent == NEARLY(2)
 
 
-def test_under_jit_each_term_of_a_hessian_product_is_sent_on_cpus():
+def test_adahessian_under_jit_sends_each_term_of_the_product_on_cpus():
     # The gradient is one product for each layer, and its tangent two, but one where the layer's
     # input is data.
     expected = 3 - size("in") / size(*WEIGHTS)
@@ -154,7 +154,7 @@ def test_under_jit_each_term_of_a_hessian_product_is_sent_on_cpus():
 
 
 @MACHINES
-def test_the_loop_of_conjugate_gradients_sends_one_product(machine):
+def test_cg_iteration_sends_one_product(machine):
     program = compiled(METHODS["natural gradient"][0], machine).program
     (loop,) = program.loops()
     body = program.computations[loop.called[-1]]
@@ -172,7 +172,7 @@ GROUPS = {
 
 @MACHINES
 @pytest.mark.parametrize("groups", GROUPS)
-def test_groups_on_one_device_send_what_one_gradient_sends(groups, machine):
+def test_groups_within_a_device_send_one_gradient(groups, machine):
     m, options = GROUPS[groups]
     tx = cx.per_group(m, cx.sam_perturb(0.1), **options) | cx.pmean_updates("batch") | SGD
     assert compiled(tx, machine).sent == NEARLY(1)
@@ -180,7 +180,7 @@ def test_groups_on_one_device_send_what_one_gradient_sends(groups, machine):
 
 @MACHINES
 @pytest.mark.parametrize("m", [PER_DEVICE // 2, PER_DEVICE])
-def test_under_jit_too(m, machine):
+def test_groups_within_a_device_send_one_gradient_under_jit(m, machine):
     tx = cx.per_group(m, cx.sam_perturb(0.1)) | SGD
     assert compiled(tx, machine, "jit").sent == NEARLY(1)
 
@@ -201,7 +201,7 @@ def group_of_two(regime):
 
 @MACHINES
 @pytest.mark.parametrize("regime", ACROSS)
-def test_groups_of_devices_send_three_times(regime, machine):
+def test_groups_of_devices_send_three_gradients(regime, machine):
     # The ascent's gradient within a group, the second gradient within it, and then over all.
     tx, groups = group_of_two(regime)
     assert compiled(tx, machine, regime, groups).sent == NEARLY(3)
@@ -213,7 +213,7 @@ COMMAND = "python -m pytest tests/planning/test_plan.py -m evidence"
 
 @pytest.mark.evidence
 @NO_LIBTPU
-def test_what_is_sent_on_every_generation():
+def test_methods_send_the_same_bytes_on_every_tpu_generation():
     rows: list[tuple[str, str, Any, Any]] = []  # method, regime, (pipe, groups), times
     for method, (tx, times) in METHODS.items():
         rows += [(method, regime, (tx, 1), times) for regime in ("shard_map", "pmap")]
@@ -247,23 +247,23 @@ def test_what_is_sent_on_every_generation():
 
 
 @pytest.mark.parametrize("name", ["v5e", "v9:4x4", "cpu:0", "cpu", "v5e:16by16"])
-def test_an_unknown_topology_says_which_there_are(name):
+def test_unknown_topology_raises_with_the_known_ones(name):
     with pytest.raises(topologies.TopologyError, match=r"v3:4x8.*v5e:16x16.*cpu:8"):
         topologies.find(name)
 
 
-def test_a_tpu_without_its_compiler_says_what_to_install(monkeypatch):
+def test_tpu_topology_without_libtpu_raises_with_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(topologies.TopologyError, match=r"pip install 'curvax\[tpu\]'"):
         topologies.find("v5e:16x16")
 
 
-def test_too_few_cpu_devices_say_how_to_get_more():
+def test_too_few_cpu_devices_raise_with_how_to_get_more():
     with pytest.raises(topologies.TopologyError, match="host_platform_device_count=1000"):
         topologies.find("cpu:1000")
 
 
-def test_a_batch_that_does_not_go_over_a_topology_says_what_does(tmp_path, capsys):
+def test_batch_that_does_not_divide_over_a_topology_raises(tmp_path, capsys):
     given = ["digits", "--batch=12", "--topology=cpu:8", f"--runs={tmp_path}"]
     assert main.main(["plan", *given]) == 2
     said = capsys.readouterr().err
@@ -274,7 +274,7 @@ def test_a_batch_that_does_not_go_over_a_topology_says_what_does(tmp_path, capsy
 
 @pytest.mark.evidence
 @NO_LIBTPU
-def test_a_shape_that_a_tpu_does_not_have_is_refused():
+def test_topology_that_libtpu_refuses_raises():
     with pytest.raises(topologies.TopologyError, match=r"libtpu refuses it: .*3x5"):
         topologies.find("v5e:3x5")
 
@@ -319,7 +319,7 @@ def test_the_training_step_of_a_config_sends_no_more_than_its_method(text, regim
 GROUPED = "per_group(2, sam_perturb(rho)) | pmean_updates(axes) | adamw(0.001)"
 
 
-def test_groups_are_taken_one_by_one_where_they_were_at_once():
+def test_one_by_one_makes_groups_sequential():
     changed = memory_savers.one_by_one(GROUPED)
     assert changed == GROUPED.replace("(rho))", "(rho), sequential=True)")
     assert not memory_savers.one_by_one(changed)
@@ -328,7 +328,7 @@ def test_groups_are_taken_one_by_one_where_they_were_at_once():
     assert memory_savers.one_by_one(on_lines) == changed
 
 
-def test_groups_that_fill_a_device_have_no_turns_to_take():
+def test_sequential_groups_are_no_candidate_where_a_group_fills_a_device():
     text = GROUPED.replace("(2,", "(m,")
     for m, turns in ((PER_DEVICE // 2, True), (PER_DEVICE, False), (2 * PER_DEVICE, False)):
         found = memory_savers.candidates(small(text, m=m), DEVICES)
@@ -336,7 +336,7 @@ def test_groups_that_fill_a_device_have_no_turns_to_take():
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 9, 12, 15])
-def test_micro_batches_divide_what_a_device_has(batch):
+def test_candidate_microbatches_divide_the_batch_of_a_device(batch):
     config = small()
     config.batch = DEVICES * batch
     found = [each for each in memory_savers.candidates(config, DEVICES).values() if each.microbatch]
@@ -344,7 +344,7 @@ def test_micro_batches_divide_what_a_device_has(batch):
     assert all(each.microbatch < batch for each in found)
 
 
-def test_remedies_are_what_a_config_admits():
+def test_memory_savers_are_those_that_the_config_allows():
     found = memory_savers.candidates(small(GROUPED, m=2), DEVICES)
     names = [change.partition("=")[0] for change in found]
     assert names == ["--optimizer", "--microbatch", "--fsdp"]
@@ -364,7 +364,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("model", WAYS)
-def test_blocks_can_be_compiled_in_as_many_ways_as_the_model_has(model):
+def test_block_layouts_are_those_of_the_model(model):
     ways = memory_savers.block_layouts(small(model=model))
     assert list(ways) == WAYS[model]
     for way, config in ways.items():
@@ -384,7 +384,7 @@ TINY = ["digits", "--model.options.depth=1", "--model.options.width=16", "--para
 PAIR = ["--optimizers", "pmean_updates(axes) | sgd(0.1)", "sam(sgd(0.1), 0.1, mean_over=axes)"]
 
 
-def test_the_command_leaves_a_table_and_its_numbers(tmp_path, capsys):
+def test_plan_writes_a_table_and_its_numbers(tmp_path, capsys):
     found, table = plan(tmp_path, *TINY, "--topology=cpu:8", *PAIR)
     base, sam = found["arms"].values()
     assert found["devices"] == DEVICES
@@ -394,14 +394,14 @@ def test_the_command_leaves_a_table_and_its_numbers(tmp_path, capsys):
     assert "plan.json" in capsys.readouterr().out
 
 
-def test_the_command_plans_the_program_that_pmap_runs(tmp_path):
+def test_plan_compiles_the_program_that_pmap_runs(tmp_path):
     found, _ = plan(tmp_path, *TINY, "--parallelism=pmap", "--topology=cpu:8", *PAIR)
     for arm in found["arms"].values():
         assert arm["figures"]["sent, × parameters"] == pytest.approx(1, abs=0.02)
         assert arm["memory"]["aliased"] >= arm["parameters"]  # the state is handed on
 
 
-def test_the_command_compiles_blocks_in_every_way_that_is_asked_for(tmp_path):
+def test_plan_variants_compiles_every_block_layout(tmp_path):
     vit = ["digits_vit", "--model.options.depth=2", "--parallelism=shard_map"]
     found, table = plan(tmp_path, *vit, "--topology=cpu:8", *PAIR[:2], "--variants")
     assert [name.partition(", ")[2] for name in found["arms"]] == WAYS["vit_tiny"]
@@ -412,7 +412,7 @@ def test_the_command_compiles_blocks_in_every_way_that_is_asked_for(tmp_path):
     assert "unrolled" in table
 
 
-def test_where_a_step_does_not_fit_what_may_help_is_compiled(tmp_path, monkeypatch):
+def test_plan_tries_memory_savers_where_a_step_does_not_fit(tmp_path, monkeypatch):
     tight = topologies.Chip(memory=1, peak=1.0, example="none")
     machine = topologies.Topology("cpu:8", find("cpu:8").devices, tight)
     monkeypatch.setattr(topologies, "find", lambda name: machine)
@@ -424,7 +424,7 @@ def test_where_a_step_does_not_fit_what_may_help_is_compiled(tmp_path, monkeypat
     assert "Each of these fits" not in table
 
 
-def test_a_reading_that_was_cut_short_is_read_anew(monkeypatch, tmp_path):
+def test_truncated_cache_of_a_compiled_cost_is_replaced(monkeypatch, tmp_path):
     """A kill in the middle of writing leaves nothing under the reading's name."""
     machine = find("cpu:8")
     outline = experiment.outline(small("pmean_updates(axes) | sgd(0.1)"), machine.devices)
@@ -441,7 +441,7 @@ def test_a_reading_that_was_cut_short_is_read_anew(monkeypatch, tmp_path):
     assert compiled_cost.read(outline, machine, tmp_path).flops > 0
 
 
-def test_the_figures_of_a_plan_are_those_of_a_device_beside_the_base():
+def test_plan_metrics_are_those_of_a_device_relative_to_the_baseline():
     topology = topologies.Topology(
         "v", range(4), topologies.Chip(memory=4000, peak=1e6, example="")
     )
@@ -480,7 +480,7 @@ def test_the_figures_of_a_plan_are_those_of_a_device_beside_the_base():
     )
 
 
-def test_a_refusal_of_the_compiler_says_how_much_is_needed(monkeypatch, tmp_path):
+def test_compiler_out_of_memory_gives_the_needed_bytes(monkeypatch, tmp_path):
     words = "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (30.5G) exceeds"
 
     def refuse(self, lowered):

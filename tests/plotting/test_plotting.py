@@ -176,13 +176,13 @@ def labelled(ax):
     return dict(zip(labels, handles))
 
 
-def test_every_picture_is_tested():
+def test_every_plot_is_tested():
     assert {*MANY, *SINGLE} == set(plotting.__all__)
     assert list(plotting.__all__) == sorted(plotting.__all__)
 
 
 @pytest.mark.parametrize("name", plotting.__all__)
-def test_every_picture_is_documented(name):
+def test_every_plot_is_documented(name):
     draw = getattr(plotting, name)
     text = inspect.getdoc(draw) or ""
     sections = re.findall(r"^(\w+):$", text, re.MULTILINE)
@@ -192,7 +192,7 @@ def test_every_picture_is_documented(name):
 
 
 @pytest.mark.parametrize("name", plotting.__all__)
-def test_no_setting_changes_and_the_axes_come_back(name):
+def test_plot_changes_no_settings_and_returns_its_axes(name):
     before = dict(matplotlib.rcParams)
     made = draw(name, {**MANY, **SINGLE}[name]())
     assert dict(matplotlib.rcParams) == before
@@ -201,7 +201,7 @@ def test_no_setting_changes_and_the_axes_come_back(name):
 
 
 @pytest.mark.parametrize("name", [name for name in plotting.__all__ if name not in NO_AXES])
-def test_axes_say_what_they_show(name):
+def test_axes_are_labelled(name):
     ax = draw(name, {**MANY, **SINGLE}[name]())
     rows = [text.get_text() for text in ax.get_yticklabels()]
     assert ax.get_xlabel()
@@ -209,7 +209,7 @@ def test_axes_say_what_they_show(name):
 
 
 @pytest.mark.parametrize("name", [name for name in plotting.__all__ if name not in NO_AXES])
-def test_the_axes_that_are_given_are_drawn_on(name):
+def test_given_axes_are_drawn_on(name):
     flat = {} if name != "landscape_surface" else {"projection": "3d"}
     figure, ax = plt.subplots(subplot_kw=flat)
     assert draw(name, {**MANY, **SINGLE}[name](), ax=ax) is ax
@@ -217,7 +217,7 @@ def test_the_axes_that_are_given_are_drawn_on(name):
 
 
 @pytest.mark.parametrize("name", MANY)
-def test_one_call_for_all_runs_is_a_call_for_each(name):
+def test_one_call_for_several_runs_equals_a_call_for_each(name):
     make = MANY[name]
     together = draw(name, {"SGD": make(), "SAM": make(0.5)})
     apart = draw(name, make(0.5), label="SAM", ax=draw(name, make(), label="SGD"))
@@ -247,13 +247,13 @@ def test_one_run_without_a_label_has_no_legend(name):
 
 
 @pytest.mark.parametrize("name", MANY)
-def test_a_label_names_one_run_alone(name):
+def test_label_with_several_runs_is_refused(name):
     with pytest.raises(ValueError, match=f"`{name}` takes `label` for one run alone"):
         draw(name, {"SGD": MANY[name]()}, label="all")
 
 
 @pytest.mark.parametrize("name", plotting.__all__)
-def test_something_else_is_refused_by_name(name):
+def test_results_of_another_type_are_refused(name):
     if name == "attention_maps":
         return
     with pytest.raises(TypeError, match=f"`{name}` draws what `.*` returns.* and got a `str`"):
@@ -261,19 +261,19 @@ def test_something_else_is_refused_by_name(name):
 
 
 @pytest.mark.parametrize("name", ["block_eigenvalues", "m_sharpness", "mlp_block_hessians"])
-def test_something_else_inside_of_a_run_is_refused(name):
+def test_results_of_another_type_inside_a_run_are_refused(name):
     inside = {"SGD": {**MANY, **SINGLE}[name](), "SAM": {"block": 1.0}}
     with pytest.raises(TypeError, match=rf"`{name}` draws what `{name}` returns.*`float`"):
         draw(name, inside)
 
 
 @pytest.mark.parametrize("name", MANY)
-def test_no_run_is_refused(name):
+def test_plot_without_runs_is_refused(name):
     with pytest.raises(ValueError, match=f"`{name}` got nothing to draw"):
         draw(name, {})
 
 
-def test_the_density_is_that_of_the_quadrature():
+def test_spectral_density_is_that_of_the_quadrature():
     found = spectrum()
     ax = plotting.spectral_density(found, width=0.5)
     grid, mean = ax.lines[0].get_data()
@@ -285,7 +285,7 @@ def test_the_density_is_that_of_the_quadrature():
     assert ax.get_yscale() == "log"
 
 
-def test_every_peak_of_the_density_is_seen():
+def test_every_peak_of_the_density_is_visible():
     nodes = jnp.array([[0.0, 1.0, 100.0]])
     density = SpectralDensity(nodes, jnp.array([[1 - 1e-6, 1e-6 - 1e-8, 1e-8]]))
     ax = plotting.spectral_density(density)
@@ -293,7 +293,7 @@ def test_every_peak_of_the_density_is_seen():
     assert mean[np.abs(grid - 100).argmin()] > 5 * ax.get_ylim()[0]
 
 
-def test_runs_share_the_width_of_the_density():
+def test_runs_share_the_smoothing_width_of_the_density():
     ax = plotting.spectral_density({"SGD": spectrum(), "SAM": spectrum(0.1)})
     grids = [line.get_xdata() for line in ax.lines]
     np.testing.assert_array_equal(*grids)
@@ -302,7 +302,7 @@ def test_runs_share_the_width_of_the_density():
     assert ax.lines[1].get_ydata().max() == pytest.approx(float(expected.max()))
 
 
-def test_eigenvalues_by_rank_hollow_where_not_converged():
+def test_eigenvalues_are_hollow_where_not_converged():
     ax = plotting.eigenvalues(pairs(converged=(True, False, True)))
     np.testing.assert_array_equal(ax.lines[0].get_xdata(), [1, 2, 3])
     np.testing.assert_allclose(ax.lines[0].get_ydata(), [8, 4, 2])
@@ -313,7 +313,7 @@ def test_eigenvalues_by_rank_hollow_where_not_converged():
 
 
 @pytest.mark.parametrize(("sign", "scale"), [(1.0, "log"), (-1.0, "linear")])
-def test_a_scale_is_logarithmic_where_all_is_positive(sign, scale):
+def test_scale_is_logarithmic_where_all_values_are_positive(sign, scale):
     ax = plotting.eigenvalues(pairs())
     assert plotting.eigenvalues(pairs(sign), ax=ax).get_yscale() == scale
 
@@ -331,20 +331,20 @@ def test_blocks_are_rows_from_the_top():
     np.testing.assert_array_equal(joined.get_segments()[0][:, 0], [2, 4])
 
 
-def test_a_block_that_one_run_lacks_leaves_the_rows_in_place():
+def test_block_missing_in_one_run_leaves_the_rows_in_place():
     fewer = {name: x for name, x in blocks(0.5).items() if name != "block_0"}
     ax = plotting.block_eigenvalues({"SGD": blocks(), "SAM": fewer})
     np.testing.assert_array_equal(ax.lines[1].get_ydata(orig=False), [0, 2])
 
 
-def test_shares_are_shown_from_nought_to_one():
+def test_active_fractions_are_shown_from_zero_to_one():
     ax = plotting.active_fraction(norms(0.1))
     np.testing.assert_allclose(ax.lines[0].get_xdata(), [0.4, 0.1, 0.9])
     assert ax.get_xlim() == (0, 1)
     assert ax.get_xscale() == "linear"
 
 
-def test_a_line_is_a_curve():
+def test_landscape_of_a_line_is_a_curve():
     ax = plotting.landscape(line(0.5), label="SAM", ax=plotting.landscape(line(), label="SGD"))
     for drawn, scale in zip(ax.lines, (1, 0.5)):
         np.testing.assert_allclose(drawn.get_xdata(), line().coordinates[0])
@@ -352,7 +352,7 @@ def test_a_line_is_a_curve():
     assert legend_of(ax) == ["SGD", "SAM"]
 
 
-def test_a_plane_has_its_first_direction_to_the_right():
+def test_landscape_of_a_plane_has_its_first_direction_to_the_right():
     x, y = jnp.linspace(0, 1, 4), jnp.linspace(0, 2, 6)
     ax = plotting.landscape(Landscape(x[:, None] + 0 * y[None], (x, y)))
     levels = ax.collections[0].levels
@@ -364,7 +364,7 @@ def test_a_plane_has_its_first_direction_to_the_right():
 
 
 @pytest.mark.parametrize("surface", [False, True])
-def test_landscapes_are_on_one_scale(surface):
+def test_landscapes_share_one_scale(surface):
     panels = plotting.landscapes({"SGD": plane(), "SAM": plane(0.1)}, surface=surface)
     ends = [ax.collections[0].get_clim() for ax in panels]
     assert ends[0] == ends[1]
@@ -375,7 +375,7 @@ def test_landscapes_are_on_one_scale(surface):
         np.testing.assert_allclose([ax.get_zlim() for ax in panels], [(low, high)] * 2)
 
 
-def test_lines_side_by_side_share_their_height():
+def test_lines_side_by_side_share_their_limits():
     panels = plotting.landscapes({"SGD": line(), "SAM": line(0.1)})
     assert panels[0].get_ylim() == panels[1].get_ylim()
 
@@ -388,7 +388,7 @@ def test_a_plane_that_spans_a_factor_of_ten_is_logarithmic(logarithmic, expected
     assert not isinstance(plotting.landscape(flat).collections[0].norm, LogNorm)
 
 
-def test_limits_are_those_that_were_asked_for():
+def test_limits_are_the_given_ones():
     ax = plotting.landscape(plane(), limits=(0.5, 2.0), logarithmic=False)
     assert ax.collections[0].get_clim() == (0.5, 2.0)
     assert ax.collections[0].extend == "both"
@@ -396,7 +396,7 @@ def test_limits_are_those_that_were_asked_for():
     assert solid.get_zlim() == (0.5, 2.0)
 
 
-def test_losses_without_bounds_are_left_blank():
+def test_infinite_and_nan_losses_are_left_blank():
     broken = plane().losses.at[0, 0].set(jnp.inf).at[1, 1].set(jnp.nan)
     ax = plotting.landscape(Landscape(broken, plane().coordinates))
     assert ax.collections[0].get_clim()[1] == pytest.approx(float(plane().losses.max()))
@@ -404,11 +404,11 @@ def test_losses_without_bounds_are_left_blank():
         plotting.landscape(Landscape(jnp.full((7, 5), jnp.nan), plane().coordinates))
 
 
-def test_a_flat_landscape_is_drawn():
+def test_constant_landscape_is_drawn():
     plotting.landscape(Landscape(jnp.ones((7, 5)), plane().coordinates)).figure.canvas.draw()
 
 
-def test_surfaces_refuse_lines_flat_axes_and_mixtures():
+def test_surfaces_refuse_lines_flat_axes_and_mixed_dimensions():
     with pytest.raises(ValueError, match=r"`plotting\.landscape`"):
         plotting.landscape_surface(line())
     with pytest.raises(TypeError, match="three-dimensional axes"):
@@ -417,7 +417,7 @@ def test_surfaces_refuse_lines_flat_axes_and_mixtures():
         plotting.landscapes({"SGD": plane(), "SAM": line()})
 
 
-def test_a_trajectory_lies_on_its_landscape():
+def test_trajectory_is_drawn_on_its_landscape():
     below = plotting.landscape(plane())
     ax = plotting.trajectory(trajectory(), ax=below)
     assert ax is below
@@ -429,18 +429,18 @@ def test_a_trajectory_lies_on_its_landscape():
     assert "20 %" in ax.get_ylabel()
 
 
-def test_a_path_along_one_direction_is_refused():
+def test_trajectory_along_one_direction_is_refused():
     with pytest.raises(ValueError, match="k=2"):
         plotting.trajectory(filled(Trajectory, coordinates=jnp.zeros((3, 1))))
 
 
-def test_a_profile_takes_results_or_numbers():
+def test_sharpness_profile_takes_results_or_numbers():
     ax = plotting.sharpness_profile({"SGD": profile(), "SAM": ([0.1, 0.2], [0.5, 1.5])})
     assert [list(line.get_ydata()) for line in ax.lines] == [[1, 3], [0.5, 1.5]]
     assert list(ax.lines[0].get_xdata()) == [0.1, 0.2]
 
 
-def test_m_sharpness_has_its_error_over_groups():
+def test_m_sharpness_shows_the_standard_error_over_groups():
     ax = plotting.m_sharpness(by_size())
     line, _, (bars,) = ax.containers[0]
     np.testing.assert_allclose(line.get_xydata(), [[4, 2.5], [16, 2.0]])
@@ -449,7 +449,7 @@ def test_m_sharpness_has_its_error_over_groups():
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["4", "16"]
 
 
-def test_the_gap_estimates_eigenvalues_and_is_read_on_the_right():
+def test_surrogate_gap_shows_eigenvalue_estimates_and_the_gap_on_the_right():
     gaps = {0: gap(0.2, 0.1), 10: gap(0.1, 0.1)}
     ax = plotting.surrogate_gap(gaps, {0: 30.0, 10: jnp.array([15.0])})
     plain, corrected, true = (labelled(ax)[name] for name in legend_of(ax))
@@ -468,13 +468,13 @@ def test_gaps_of_several_radii_have_no_common_axis():
     assert ax.get_xlabel() == "radius ρ"
 
 
-def test_runs_by_name_are_dots_without_lines():
+def test_named_runs_are_dots_without_lines():
     ax = plotting.surrogate_gap({"SGD": gap(0.2, 0.1), "SAM": gap(0.1, 0.1)})
     assert {line.get_linestyle() for line in ax.lines} == {"None"}
     assert ax.get_xlabel() == ""
 
 
-def test_a_histogram_counts_all_draws_below_mean_and_error():
+def test_random_sharpness_histogram_counts_all_draws_and_shows_mean_and_error():
     ax = plotting.random_sharpness({"SGD": draws(), "SAM": draws(0.1)})
     bars, errors = ax.containers[::2], ax.containers[1::2]
     assert [sum(bar.get_height() for bar in drawn) for drawn in bars] == [4, 4]
@@ -483,12 +483,12 @@ def test_a_histogram_counts_all_draws_below_mean_and_error():
         np.testing.assert_allclose(drawn.get_segments()[0][:, 0], ends)
 
 
-def test_a_single_draw_is_drawn():
+def test_random_sharpness_of_a_single_draw_is_drawn():
     one = RandomSharpness(jnp.array(0.2), jnp.array(jnp.nan), jnp.array(1.0), jnp.array([0.2]))
     plotting.random_sharpness(one).figure.canvas.draw()
 
 
-def test_a_kernel_is_shown_as_a_matrix():
+def test_ntk_is_shown_as_a_matrix():
     gram = kernel()
     (image,) = plotting.ntk(gram).images
     np.testing.assert_allclose(image.get_array(), gram.reshape(6, 6))
@@ -497,7 +497,7 @@ def test_a_kernel_is_shown_as_a_matrix():
     assert plotting.ntk(jnp.abs(gram[:, 0, :, 0])).images[0].get_clim()[0] == 0
 
 
-def test_the_spectrum_of_a_kernel_is_that_of_the_matrix():
+def test_ntk_spectrum_is_that_of_the_matrix():
     gram = kernel()
     values = np.linalg.eigvalsh(np.asarray(gram).reshape(6, 6))[::-1]
     ax = plotting.ntk_spectrum({"kernel": gram, "values": jnp.asarray(values[::-1].copy())})
@@ -506,19 +506,19 @@ def test_the_spectrum_of_a_kernel_is_that_of_the_matrix():
     assert legend_of(ax)[0] == f"kernel, κ = {values[0] / values[-1]:.3g}"
 
 
-def test_a_singular_kernel_has_no_condition():
+def test_singular_ntk_has_an_infinite_condition_number():
     ax = plotting.ntk_spectrum(jnp.array([0.0, 1.0, 2.0]))
     np.testing.assert_array_equal(ax.lines[0].get_ydata(), [2, 1, np.nan])
     assert legend_of(ax) == ["κ = inf"]
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 4), (3, 2, 2, 3)])
-def test_what_is_no_kernel_is_refused(shape):
+def test_array_that_is_not_a_kernel_is_refused(shape):
     with pytest.raises(ValueError, match="draws a kernel"):
         plotting.ntk(jnp.ones(shape))
 
 
-def test_angles_are_in_degrees():
+def test_gradient_angles_are_in_degrees():
     ax = plotting.gradient_angles({"SGD": steps(), "SAM": ([0, 10], [0.1, 0.2])})
     for drawn in ax.lines:
         np.testing.assert_allclose(drawn.get_ydata(), np.degrees([0.1, 0.2]))
@@ -530,14 +530,14 @@ def test_alignment_grows_to_its_share():
     assert drawn.get_ydata()[-1] == pytest.approx(float(aligned().share))
 
 
-def test_divergences_are_drawn_beside_their_form():
+def test_divergences_are_drawn_with_their_fisher_form():
     ax = plotting.fisher_kl({0.1: divergence(0.1), 1.0: divergence(1.0)}, label="SAM")
     assert legend_of(ax) == ["SAM: ½ dᵀF d", "SAM: KL(θ ‖ θ + d)", "SAM: KL(θ + d ‖ θ)"]
     np.testing.assert_allclose(ax.lines[1].get_xydata(), [[0.1, 0.011], [1.0, 2.0]])
     assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
 
 
-def test_attention_is_a_map_or_an_image():
+def test_attention_maps_show_a_matrix_or_an_image():
     weights = np.random.default_rng(0).random((2, 3, 5, 5))
     shown = lambda **options: np.asarray(
         plotting.attention_maps({"a": weights}, "a", **options).images[0].get_array()
@@ -550,7 +550,7 @@ def test_attention_is_a_map_or_an_image():
     np.testing.assert_allclose(shown(patches=(1, 5)), over_queries)
 
 
-def test_attention_refuses_other_layers_and_patches():
+def test_attention_maps_refuse_other_layers_and_patches():
     maps = {"a": np.ones((1, 1, 5, 5))}
     with pytest.raises(ValueError, match="knows the layers `a`"):
         plotting.attention_maps(maps, "b")
@@ -558,7 +558,7 @@ def test_attention_refuses_other_layers_and_patches():
         plotting.attention_maps(maps, "a", patches=(3, 3))
 
 
-def test_a_perceptron_has_a_panel_for_each_factor():
+def test_mlp_block_hessians_have_a_panel_for_each_factor():
     panels = plotting.mlp_block_hessians({"SGD": perceptron(), "SAM": perceptron(0.1)})
     assert panels.shape == (2, 3)
     largest, bend, active = panels[0, 0], panels[1, 1], panels[1, 2]

@@ -32,13 +32,13 @@ def descend(tx, theta, steps):
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.7, 1.0, 1.9])
-def test_with_the_fisher_matrix_convergence_is_linear_at_any_fixed_step(alpha):
+def test_natural_gradient_converges_linearly_at_any_fixed_step(alpha):
     path = descend(cx.natural_gradient(alpha, damping=0.0, solver=cx.dense()), 1.5, 30)
     np.testing.assert_allclose(path, 1.5 * (1 - alpha) ** np.arange(31), rtol=1e-12, atol=1e-300)
 
 
 @pytest.mark.parametrize("xi", [0.5, 0.75, 1.0])
-def test_with_the_empirical_fisher_no_fixed_step_converges(xi):
+def test_empirical_fisher_converges_at_no_fixed_step(xi):
     alpha, steps = 0.1, 3000
     tx = cx.empirical_fisher_diag() | cx.scale_by_power(xi, eps=0.0) | optax.sgd(alpha)
     path = descend(tx, 1.5, steps)
@@ -50,7 +50,7 @@ def test_with_the_empirical_fisher_no_fixed_step_converges(xi):
 
 
 @pytest.mark.parametrize("xi", [0.5, 0.75])
-def test_with_the_empirical_fisher_a_vanishing_step_converges_as_slowly_as_it_vanishes(xi):
+def test_empirical_fisher_converges_as_slowly_as_its_steps_vanish(xi):
     schedule = lambda k: 0.5 / (k + 1)
     tx = cx.empirical_fisher_diag() | cx.scale_by_power(xi, eps=0.0) | optax.sgd(schedule)
     # With ξ = ½ steps are signed, and θ is exactly 0 after 3537 of them: a sum of ±1/2k.
@@ -111,7 +111,7 @@ def test_natural_gradient_and_newton_are_invariant_to_affine_reparameterisation(
     assert difference(NEWTON(), f, phi) < 1e-8
 
 
-def test_gradient_descent_and_damped_natural_gradient_are_not():
+def test_gradient_descent_and_damped_natural_gradient_are_not_invariant():
     f, phi = affine()
     assert difference(optax.sgd(0.1) | cx.record(), f, phi) > 0.3
     assert difference(NATURAL(lam=0.1), f, phi) > 0.05
@@ -200,7 +200,7 @@ PRECONDITIONED = {
 
 
 @pytest.mark.parametrize("name", PRECONDITIONED)
-def test_a_fixed_step_ends_at_the_covariance_of_the_lyapunov_equation(name):
+def test_fixed_steps_end_at_the_covariance_of_the_lyapunov_equation(name):
     make, preconditioner = PRECONDITIONED[name]
     alpha = 0.3
     slowest = np.linalg.eigvals(np.linalg.inv(preconditioner) @ HESSIAN).real.min()
@@ -208,7 +208,7 @@ def test_a_fixed_step_ends_at_the_covariance_of_the_lyapunov_equation(name):
     assert_covariance(spread(make(alpha), steps), plateau(preconditioner, alpha))
 
 
-def test_steps_of_one_over_k_with_the_hessian_are_the_mean_of_all_batches():
+def test_newton_steps_of_one_over_k_have_the_covariance_of_the_mean_of_all_batches():
     """θ_k = mean of H⁻¹ noise over k batches: covariance H⁻¹ Σ H⁻¹ / k, the best there is."""
     steps = 40
     tx = cx.newton_cg(lambda k: 1.0 / (k + 1), solver=cx.dense())
@@ -216,7 +216,7 @@ def test_steps_of_one_over_k_with_the_hessian_are_the_mean_of_all_batches():
 
 
 @pytest.mark.parametrize("name", ["F", "I"])
-def test_polyak_averaging_reaches_the_same_from_fixed_steps(name):
+def test_polyak_averaging_of_fixed_steps_reaches_the_same_covariance(name):
     """The average forgets the preconditioner: H⁻¹ Σ H⁻¹ / k, up to O(1/k²)."""
     make, _ = PRECONDITIONED[name]
     steps = 600

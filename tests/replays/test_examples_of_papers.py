@@ -53,7 +53,7 @@ def test_adahessian_converges_in_seven_steps_with_hessian_momentum():
     np.testing.assert_allclose(path[-1], -0.0734, atol=5e-5)
 
 
-def test_adahessian_does_not_converge_in_a_thousand_steps_without():
+def test_adahessian_without_hessian_momentum_does_not_converge_in_a_thousand_steps():
     _, heights = wiggly_path(b2=0.0)
     assert heights.min() >= 0.01
 
@@ -72,7 +72,7 @@ def ridge(p):
         pytest.param(gsam(optax.sgd(0.1), 0.3, 0.7), 0.088, id="gsam, alpha 0.7"),
     ],
 )
-def test_gsam_keeps_nearer_to_the_ridge_than_sam(method, distance):
+def test_gsam_stays_nearer_to_the_ridge_than_sam(method, distance):
     path = descend(method, ridge, [4.0, 0.1], 60)
     np.testing.assert_allclose(np.abs(path[:, 1]).mean(), distance, rtol=0, atol=5e-4)
 
@@ -89,7 +89,7 @@ def figures_at(points, loss, rho):
     return jax.jit(jax.vmap(one))(jnp.asarray(points))
 
 
-def test_low_perturbed_loss_in_a_sharp_minimum():
+def test_sam_prefers_a_deep_sharp_minimum_and_the_gap_a_flat_one():
     """GSAM's Lemma 3.1 and 3.3: SAM's loss prefers the deep and sharp of two minima, the surrogate
     gap the flat one, and 2h/ρ² is the curvature (but for 2δ/ρ of it, δ from the minimum)."""
     depth, curvature, rho, off = np.array([0.0, 1.0]), np.array([10.0, 1.0]), 0.2, 1e-3
@@ -106,7 +106,7 @@ def test_low_perturbed_loss_in_a_sharp_minimum():
 
 
 @pytest.mark.parametrize("radius", [1e-3, 0.5])
-def test_surrogate_gap_is_the_worst_of_the_ball_and_not_negative(radius):
+def test_surrogate_gap_is_the_maximum_over_the_ball_and_not_negative(radius):
     """GSAM's eq. 4 and Lemma 3.2, about the minimum (1, 1) of a curved valley and farther away."""
     banana = lambda p: (1 - p[0]) ** 2 + 100 * (p[1] - p[0] ** 2) ** 2
     points = 1 + np.random.default_rng(0).uniform(-radius, radius, (200, 2))

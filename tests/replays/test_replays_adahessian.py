@@ -68,7 +68,7 @@ def drawn_by(sampler, block, *, learning_rate, b1, b2, eps, power, weight_decay)
 
 
 @pytest.mark.parametrize("path", recorded("adahessian_*"))
-def test_pipe_follows_the_authors_code(path):
+def test_adahessian_pipe_follows_the_authors_code(path):
     run = Run(path)
     method = lambda z: drawn_by(lambda key, tree: z, block_of(run), **options(run))
     params, states = follow(run, method, run.tree("z"))
@@ -78,7 +78,7 @@ def test_pipe_follows_the_authors_code(path):
 
 
 @pytest.mark.parametrize("path", recorded("adahessian_*_quad_*", "adahessian_*_sin_*"))
-def test_method_needs_no_recorded_probe_where_the_hessian_is_diagonal(path):
+def test_adahessian_follows_the_record_without_its_probes_where_the_hessian_is_diagonal(path):
     run = Run(path)
     params, _ = follow(run, lambda _: adahessian(**options(run), block=block_of(run)))
     assert_same(params, run.params, run.tolerances[0])
@@ -91,7 +91,7 @@ def one_key_for_all(key):
 
 
 @pytest.mark.parametrize("path", recorded("adahessianjax_*"))
-def test_pipe_follows_the_port_with_its_single_key(path):
+def test_adahessian_pipe_follows_the_jax_port(path):
     run = Run(path)
     hyper = {
         "learning_rate": run.hyper["step_size"],

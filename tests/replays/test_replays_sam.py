@@ -190,7 +190,7 @@ def test_sam_follows_google_research_on_every_replica(path, replicated):
 
 
 @pytest.mark.parametrize("path", recorded("googlesam_*"))
-def test_perturbations_are_google_researchs(path):
+def test_perturbations_are_those_of_google_research(path):
     run = Run(path)
     rho, replicas = run.hyper["rho"], run.hyper["replicas"]
     params = jax.tree.map(lambda x: np.repeat(x[:-1], replicas, axis=0), run.params)

@@ -48,7 +48,7 @@ def arms_of(loaded):
 
 
 @pytest.mark.parametrize("name", config.names())
-def test_a_config_opens_with_paper_command_result_and_cost(name):
+def test_config_docstring_has_paper_command_result_and_cost(name):
     said = config.docstring(name)
     assert len(said.splitlines()[0]) <= 100
     for part in ("\nPaper: ", "\nCommand: curvax ", "\nExpected: ", "\nCost: "):
@@ -57,7 +57,7 @@ def test_a_config_opens_with_paper_command_result_and_cost(name):
 
 
 @pytest.mark.parametrize("name", config.names())
-def test_a_config_builds_with_its_method_and_its_base(name):
+def test_config_builds_with_its_method_and_its_baseline(name):
     loaded = config.load(name)
     assert loaded.is_locked
     if loaded.data.name == "imagenet" or loaded.init_from:  # what is not here
@@ -78,7 +78,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("name", [f"{n}:{v}" for n, found in VARIANTS.items() for v in found])
-def test_a_variant_differs_in_its_model_alone(name):
+def test_model_variant_differs_in_its_model_alone(name):
     stem, _, size = name.partition(":")
     loaded, plain = config.load(name), config.load(stem)
     assert loaded.model.name.endswith(size)
@@ -94,7 +94,7 @@ ADAHESSIAN = ("imagenet_adahessian", "cifar10_resnet20")
 
 
 @pytest.mark.parametrize("name", GROUPS)
-def test_the_papers_runs_climb_by_as_many_examples_whatever_the_devices(name):
+def test_paper_configs_perturb_by_the_papers_m_on_any_number_of_devices(name):
     loaded = config.load(name)
     assert loaded.m == GROUPS[name]
     for text in (loaded.optimizer, *loaded.more_optimizers):
@@ -110,7 +110,7 @@ def test_the_papers_runs_climb_by_as_many_examples_whatever_the_devices(name):
 
 @pytest.mark.parametrize("regime", ["jit", "shard_map", "pmap"])
 @pytest.mark.parametrize("name", [*GROUPS, *ADAHESSIAN])
-def test_the_papers_methods_go_in_every_regime(name, regime):
+def test_paper_methods_build_under_every_parallelism(name, regime):
     loaded = config.load(name)
     with loaded.unlocked():
         loaded.model = {"name": "mlp", "options": {"widths": [4]}}  # the methods, in a second
@@ -121,7 +121,7 @@ def test_the_papers_methods_go_in_every_regime(name, regime):
         assert state.params.keys() == sketch.state.params.keys()
 
 
-def test_the_configs_of_the_papers_have_their_settings():
+def test_paper_configs_have_the_papers_settings():
     wrn = config.load("cifar100_wrn")
     assert (wrn.model.name, wrn.epochs, wrn.batch) == ("wrn28_10", 200, 256)
     assert "cosine(0.1)" in wrn.baseline
@@ -136,7 +136,7 @@ def test_the_configs_of_the_papers_have_their_settings():
         assert part in resnet.baseline
 
 
-def test_gsams_radius_and_rate_are_those_of_big_vision():
+def test_gsam_radius_and_learning_rate_are_those_of_big_vision():
     """ρ follows the learning rate from 0.6 to 0.1, and is never negative while it warms up."""
     vit = config.load("imagenet_vit")
     steps, names = 300 * (1_281_167 // 4096), config.numbers(vit)
@@ -161,7 +161,7 @@ COUNTS = dict.fromkeys(
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_a_count_is_a_whole_number_that_is_not_too_low(name):
+def test_counts_below_their_minimum_are_refused(name):
     given = lambda text: config.override(config.defaults(), [f"--{name}={text}"])
     config.check(given(COUNTS[name]))
     for text in (COUNTS[name] - 1, -7, "true"):
@@ -169,13 +169,13 @@ def test_a_count_is_a_whole_number_that_is_not_too_low(name):
             config.check(given(text))
 
 
-def test_a_count_is_left_out_only_where_it_has_a_default():
+def test_count_without_a_default_cannot_be_none():
     config.check(config.defaults())
     with pytest.raises(config.ConfigError, match="`epochs` is a whole number from 1, and was None"):
         config.check(config.override(config.defaults(), ["--epochs=none"]))
 
 
-def test_fields_that_are_not_set_have_their_types():
+def test_unset_fields_keep_their_types():
     plain = config.defaults()
     assert config.override(plain, ["--data.path=2024"]).data.path == "2024"
     assert plain.data.path is None
@@ -183,7 +183,7 @@ def test_fields_that_are_not_set_have_their_types():
         config.override(plain, ["--data.mean=0.5"])
 
 
-def test_an_installed_package_finds_the_configs_inside_itself(tmp_path, monkeypatch):
+def test_installed_package_finds_its_own_configs(tmp_path, monkeypatch):
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "own.py").write_text('"""Mine."""\n')
     monkeypatch.setattr(config.curvax, "__file__", str(tmp_path / "__init__.py"))

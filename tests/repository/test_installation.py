@@ -48,7 +48,7 @@ def needed(extra: str) -> list[Requirement]:
     return found
 
 
-def test_every_pin_is_read():
+def test_every_pin_of_colab_is_read():
     assert len(PINS) == 14
     assert {name: str(PINS[name]) for name in LOWEST} == {
         "jax": "0.7.2",
@@ -58,20 +58,20 @@ def test_every_pin_is_read():
     }
 
 
-def test_every_requirement_is_a_floor_and_no_more():
+def test_every_requirement_is_a_lower_bound_alone():
     asked = [x for several in requirements().values() for x in several if x.name != "curvax"]
     assert [str(x) for x in asked if [s.operator for s in x.specifier] != [">="]] == []
 
 
 @pytest.mark.parametrize(("name", "floor"), floors(), ids=str)
-def test_no_floor_is_above_what_colab_has(name, floor):
+def test_lower_bounds_are_at_most_the_versions_of_colab(name, floor):
     if name in PINS:
         assert floor <= PINS[name]
     if name in LOWEST:
         assert floor == PINS[name]
 
 
-def test_the_pythons_are_named():
+def test_supported_python_versions_are_classified():
     minors = range(11, 15)
     named = {x for x in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", x)}
     assert named == {f"Programming Language :: Python :: 3.{minor}" for minor in minors}
@@ -79,7 +79,7 @@ def test_the_pythons_are_named():
 
 
 @pytest.mark.parametrize("extra", ["", "train"])
-def test_pip_replaces_nothing_of_what_stands_here(extra):
+def test_pip_replaces_no_installed_package(extra):
     """Without an index pip finds no other version: what is here satisfies it, or it fails."""
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     if subprocess.run([*pip, "--version"], capture_output=True).returncode:

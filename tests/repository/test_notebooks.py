@@ -43,32 +43,34 @@ def outputs(code: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [output for cell in code for output in cell["outputs"]]
 
 
-def test_badges_open_the_notebooks_that_there_are():
+def test_badges_open_the_existing_notebooks():
     badges = re.findall(
         r"\[!\[Open in Colab\]\([^)]*\)\]\(([^)]*)\)", (ROOT / "README.md").read_text()
     )
     assert sorted(badges) == [f"{COLAB}/blob/main/notebooks/{path.name}" for path in NOTEBOOKS]
 
 
-def test_is_a_valid_notebook(path):
+def test_notebook_is_valid(path):
     nbformat = pytest.importorskip("nbformat", reason="pip install 'curvax[notebooks]'")
     nbformat.validate(nbformat.read(path, as_version=4))
 
 
-def test_was_executed_from_top_to_bottom_without_error(code):
+def test_notebook_was_executed_in_order_without_error(code):
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
     assert "error" not in {output["output_type"] for output in outputs(code)}
     assert any("image/png" in output.get("data", {}) for output in outputs(code))
 
 
-def test_begins_by_installing_what_is_missing(code):
+def test_notebook_begins_by_installing_curvax_if_missing(code):
     first = text(code[0])
     assert 'find_spec("curvax") is None' in first
     assert re.search(rf"pip install .*curvax\[\w+\] @ git\+{re.escape(REPOSITORY)}\b", first)
 
 
 @pytest.mark.parametrize("missing", [{"curvax"}, {"curvax", "jaxlib"}, {"curvax", "jax", "jaxlib"}])
-def test_the_jax_that_is_found_is_kept(code, missing, tmp_path, monkeypatch, capsys):
+def test_installing_from_a_notebook_keeps_the_found_jax(
+    code, missing, tmp_path, monkeypatch, capsys
+):
     """The first cell, run where curvax is missing, as its line for pip would be."""
     found, seen = importlib.util.find_spec, []
     monkeypatch.chdir(tmp_path)
@@ -88,7 +90,7 @@ def test_the_jax_that_is_found_is_kept(code, missing, tmp_path, monkeypatch, cap
     assert capsys.readouterr().out.split() == ["kept", "as", "found:", *kept]
 
 
-def test_nothing_is_installed_where_curvax_is(code, tmp_path, monkeypatch, capsys):
+def test_notebook_installs_nothing_where_curvax_is_found(code, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     first = re.sub(r"%pip .*", "raise AssertionError", text(code[0]))
     exec(first, {})
@@ -96,16 +98,16 @@ def test_nothing_is_installed_where_curvax_is(code, tmp_path, monkeypatch, capsy
     assert capsys.readouterr().out == ""
 
 
-def test_code_parses(code):
+def test_notebook_code_parses(code):
     for cell in code:
         ast.parse(re.sub(r"^(\s*)[%!].*", r"\1pass", text(cell), flags=re.M))
 
 
-def test_shrinks_for_a_quick_check(code):
+def test_notebook_shortens_its_runs_by_curvax_fast(code):
     assert any("CURVAX_FAST" in text(cell) for cell in code)
 
 
-def test_carries_nothing_of_the_machine_it_ran_on(path, notebook):
+def test_notebook_has_no_paths_of_the_machine_it_ran_on(path, notebook):
     assert not any(cell["metadata"].get("execution") for cell in notebook["cells"])
     words = re.sub(r'"image/png": "[^"]*"', "", path.read_text())
     assert not OUTER_PATH.findall(words)

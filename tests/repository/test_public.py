@@ -63,25 +63,25 @@ def label(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=label)
-def test_imports_go_strictly_down(path):
+def test_imports_go_strictly_down_the_floors(path):
     room = room_of(path)
     assert room in FLOOR_OF, f"give the new room `{room}` its floor"
     above = {seen for seen in rooms_seen(path) - {room} if FLOOR_OF[seen] >= FLOOR_OF[room]}
     assert not above
 
 
-def test_a_product_never_sees_a_loss():
+def test_linalg_never_imports_a_loss():
     for path in (ROOT / "linalg").glob("*.py"):
         assert rooms_seen(path) <= {"linalg", "arithmetic", "devices", "linear_operator", "checks"}
 
 
-def test_stages_do_not_see_each_other():
+def test_stages_do_not_import_each_other():
     for path in set((ROOT / "stages").glob("*.py")) - {ROOT / "stages" / "__init__.py"}:
         assert "stages" not in rooms_seen(path)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=label)
-def test_every_module_opens_with_its_idea(path):
+def test_every_module_has_a_docstring(path):
     docstring = ast.get_docstring(ast.parse(path.read_text()))
     assert docstring
     assert len(docstring.splitlines()[0]) > 20
@@ -131,7 +131,7 @@ def test_the_list_of_public_names_is_complete_and_sorted():
     assert named == set(cx.__all__)
 
 
-def test_the_bridge_is_imported_when_asked_for():
+def test_flax_bridge_is_imported_on_demand():
     from curvax import flax_bridge
 
     assert cx.layout is flax_bridge.layout
@@ -139,12 +139,12 @@ def test_the_bridge_is_imported_when_asked_for():
         _ = cx.adahesian
 
 
-def test_the_old_name_of_stop_reason_in_linalg_is_deprecated():
+def test_linalg_reason_is_a_deprecated_name():
     with pytest.warns(DeprecationWarning, match=r"Reason` is now `curvax.*\.StopReason`"):
         assert cx.linalg.Reason is cx.StopReason
 
 
-def test_a_layout_needs_no_flax(monkeypatch):
+def test_layout_works_without_flax(monkeypatch):
     from curvax.parameter_roles.layouts import layout_of_tree
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -152,13 +152,13 @@ def test_a_layout_needs_no_flax(monkeypatch):
 
 
 @pytest.mark.parametrize(("old", "new"), cx.RENAMED.items())
-def test_old_names_warn_and_are_the_new_ones(old, new):
+def test_renamed_public_names_warn_and_work(old, new):
     with pytest.warns(DeprecationWarning, match=rf"`curvax\.{old}` is now `curvax\.{new}`"):
         assert getattr(cx, old) is getattr(cx, new)
     assert old not in cx.__all__
 
 
-def test_names_of_the_analysis_have_a_second_address():
+def test_analysis_names_are_available_in_curvax():
     assert cx._LAZY["curvax.analysis"] == tuple(analysis.__all__)
     assert all(getattr(cx, name) is getattr(analysis, name) for name in analysis.__all__)
     assert {*analysis.__all__, "analysis", "plotting", "layout"} <= {*dir(cx)}
@@ -180,7 +180,7 @@ print(*(set(sys.modules) - before))
     assert printed(program) == ""
 
 
-def test_the_core_needs_jax_and_optax_alone():
+def test_core_imports_jax_and_optax_alone():
     program = """
 import sys, jax, optax
 before = set(sys.modules)

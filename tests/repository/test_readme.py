@@ -50,7 +50,7 @@ WITH_CODE = [page for page in PAGES if list(sections(page))]
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=label)
-def test_python_of_a_page_runs(page, recwarn):
+def test_python_blocks_of_a_page_run(page, recwarn):
     for title, code in sections(page):
         names: dict[str, Any] = {}
         # A newcomer's settings, not those of the tests.
@@ -61,7 +61,7 @@ def test_python_of_a_page_runs(page, recwarn):
             assert all(np.isfinite(x).all() for x in jax.tree.leaves(names.get(name, ()))), title
 
 
-def test_there_is_a_snippet_for_each_way_of_writing_models():
+def test_quickstart_has_a_snippet_for_each_framework():
     quickstart = {title for title, _ in sections(DOCS / "quickstart.md")}
     assert {"Plain JAX", "Flax linen", "Flax nnx", "Equinox"} <= quickstart
     assert "jax.shard_map" in dict(sections(DOCS / "distributed.md"))["One step, any mapping"]
@@ -74,7 +74,7 @@ def test_every_method_has_a_page_with_a_snippet():
     assert [name for name in methods.__all__ if f"curvax.{name}(" not in code] == []
 
 
-def test_equinox_models_are_trees():
+def test_readme_step_runs_on_an_equinox_model():
     eqx = pytest.importorskip("equinox")
     model = eqx.nn.MLP(3, 1, 4, 1, key=jax.random.key(0), activation=jnp.tanh)
     params, static = eqx.partition(model, eqx.is_inexact_array)
@@ -119,13 +119,13 @@ def test_links_within_the_repository_lead_to_files(page):
 @pytest.mark.parametrize(
     "path", [*PAGES, *NOTEBOOKS, ROOT / "mkdocs.yml", ROOT / "CITATION.cff"], ids=label
 )
-def test_the_address_is_the_one_in_pyproject(path):
+def test_repository_address_is_the_one_in_pyproject(path):
     found = re.findall(r"github(?:\.com)?/([\w.-]+/curvax)\b", path.read_text())
     assert set(found) <= {REPOSITORY}
 
 
 @pytest.mark.parametrize("path", [*PAGES, *NOTEBOOKS], ids=label)
-def test_nothing_is_installed_by_a_name_that_pypi_has_not(path):
+def test_no_page_installs_curvax_from_pypi(path):
     text = path.read_text().replace('\\"', '"')
     assert not re.findall(r"""pip install (?:-\S+ )*["']?curvax\b(?!\S* @ git\+).*""", text)
 
@@ -141,7 +141,7 @@ def stands_in(table: str, number: str) -> bool:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=label)
-def test_numbers_beside_a_link_to_a_table_stand_in_that_table(page):
+def test_numbers_next_to_a_link_to_a_table_stand_in_that_table(page):
     for row in page.read_text().splitlines():
         tables = re.findall(r"\]\((\S*tests/evidence/\w+\.md)\)", row)
         if not row.startswith("|") or not tables:
@@ -187,7 +187,7 @@ def reference() -> list[str]:
 @pytest.mark.parametrize(
     "module", ["curvax", "curvax.analysis", "curvax.plotting", "curvax.flax_bridge"]
 )
-def test_every_public_name_is_in_the_reference_once(module):
+def test_every_public_name_is_in_the_api_reference_once(module):
     listed = [name for name in reference() if name.rpartition(".")[0] == module]
     public = importlib.import_module(module).__all__
     assert sorted(listed) == sorted(f"{module}.{name}" for name in public)

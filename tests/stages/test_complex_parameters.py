@@ -72,7 +72,7 @@ def test_split_methods_take_the_steps_of_the_real_problem(name, conjugated):
         assert jnp.isrealobj(ours["b"])
 
 
-def test_a_newton_step_on_a_complex_least_squares_problem_ends_at_its_solution():
+def test_newton_step_solves_a_complex_least_squares_problem():
     quadratic = cx.Objective(lambda p: jnp.mean(jnp.abs(A @ p["z"] - B) ** 2))
     tx = cx.split_real_and_imaginary(cx.newton_cg(solver=cx.cg(50, tol=1e-12)))
     params = {"z": PARAMS["z"]}
@@ -83,7 +83,7 @@ def test_a_newton_step_on_a_complex_least_squares_problem_ends_at_its_solution()
     np.testing.assert_allclose(moved["z"], solution, rtol=1e-8)
 
 
-def test_figures_are_those_of_the_real_problem():
+def test_diagnostics_are_those_of_the_real_problem():
     tx = cx.split_real_and_imaginary(cx.sam(optax.identity(), 0.05))
     objective = cx.Objective(loss)
     value, grads = objective.value_and_grad(PARAMS)
@@ -92,7 +92,7 @@ def test_figures_are_those_of_the_real_problem():
     np.testing.assert_allclose(cx.diagnostics(state)["gradient_norm"], expected, rtol=1e-6)
 
 
-def test_plain_transformations_go_as_in_optax():
+def test_split_of_a_plain_transformation_is_that_of_optax():
     tx = optax.adam(0.1)
     grads = jax.tree.map(jnp.conj, jax.grad(loss)(PARAMS))
     ours, theirs = cx.split_real_and_imaginary(tx), optax.contrib.split_real_and_imaginary(tx)
@@ -102,7 +102,7 @@ def test_plain_transformations_go_as_in_optax():
 
 
 @pytest.mark.parametrize("conjugated", [False, True])
-def test_stages_within_know_the_own_gradient(conjugated):
+def test_stages_inside_the_split_recognise_the_objectives_gradient(conjugated):
     """So that estimators share its backward pass, and what has changed it can be told."""
     known = []
 
@@ -138,7 +138,7 @@ def test_stages_refuse_complex_parameters_at_init_and_name_the_cure(tx):
         tx.init(PARAMS)
 
 
-def test_products_and_measures_refuse_them_too():
+def test_products_and_measures_refuse_complex_parameters():
     z, model = {"z": PARAMS["z"]}, lambda p, b: jnp.abs(b @ p["z"])
     batch = A.real
     objective = cx.Objective(lambda out, b: jnp.mean(out**2), batch, model=model)
@@ -163,7 +163,7 @@ def test_products_and_measures_refuse_them_too():
             act()
 
 
-def test_a_complex_leaf_outside_of_a_restriction_is_none_of_its_concern():
+def test_restrict_ignores_complex_leaves_outside_its_mask():
     mask = {"b": True, "z": False}
     tx, objective = cx.restrict(cx.sam(optax.sgd(0.1), 0.1), mask), cx.Objective(loss)
     _, grads = objective.value_and_grad(PARAMS)
@@ -174,7 +174,7 @@ def test_a_complex_leaf_outside_of_a_restriction_is_none_of_its_concern():
     np.testing.assert_allclose(updates["b"], expected, rtol=1e-6)
 
 
-def test_complex_outputs_are_told_to_be_split():
+def test_complex_outputs_raise_with_the_split_as_the_cure():
     model = lambda p, b: b @ (p + 1j * p)
     objective = cx.Objective(lambda z, b: jnp.mean(jnp.abs(z) ** 2), A, model=model)
     with pytest.raises(TypeError, match=r"complex.*z.real, z.imag"):
@@ -182,7 +182,7 @@ def test_complex_outputs_are_told_to_be_split():
 
 
 @pytest.mark.parametrize("chunk", [None, 2])
-def test_kernels_of_complex_outputs_are_told_to_split_them(chunk):
+def test_ntk_of_complex_outputs_raises_with_the_split_as_the_cure(chunk):
     model = lambda p, b: b @ (p + 1j * p)
     objective = cx.Objective(lambda z, b: jnp.mean(jnp.abs(z) ** 2), A, model=model)
     with pytest.raises(TypeError, match=r"complex.*z.real, z.imag"):
@@ -196,13 +196,13 @@ def test_kernels_of_complex_outputs_are_told_to_split_them(chunk):
         cx.Objective(cx.gaussian("y"), {"x": A, "y": B.real}, model=lambda p, b: b["x"] @ p),
     ],
 )
-def test_a_complex_loss_is_an_error(objective):
+def test_complex_loss_is_refused(objective):
     for act in (objective, objective.value_and_grad):
         with pytest.raises(TypeError, match=r"must be real, and is complex.*z.real, z.imag"):
             act(jnp.ones(2))
 
 
-def test_measures_of_trees_refuse_complex_ones():
+def test_measures_of_trees_refuse_complex_trees():
     for act in (
         lambda: analysis.block_norms(PARAMS),
         lambda: analysis.filter_normalised(PARAMS, PARAMS),
@@ -216,7 +216,7 @@ def test_measures_of_trees_refuse_complex_ones():
             act()
 
 
-def test_no_solver_drops_the_imaginary_part_of_a_product():
+def test_solvers_refuse_complex_products():
     """A Hermitian matrix has real eigenvalues, and its products of real vectors are complex."""
     hermitian = lambda v: jnp.array([[2, 1j], [-1j, 3]]) @ v
     for act in (

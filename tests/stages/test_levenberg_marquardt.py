@@ -50,7 +50,7 @@ def figure(state, name):
 # -- levenberg_marquardt -------------------------------------------------------------------------
 
 
-def test_the_ratio_is_that_of_loss_and_quadratic_model():
+def test_reduction_ratio_is_that_of_loss_and_quadratic_model():
     params, value_fn, lam = net_params(), objective(), 0.3
     tx = cx.levenberg_marquardt(fisher_solve(), lam)
     updates, state = stepper(tx, value_fn)(params, tx.init(params))
@@ -81,7 +81,7 @@ def newton_on_quadratic(rate, *more):
     )
 
 
-def test_a_faithful_model_lowers_the_damping_by_a_third():
+def test_accurate_model_lowers_the_damping_by_a_third():
     params = {"x": jnp.array([1.0, 2.0])}
     tx = cx.levenberg_marquardt(newton_on_quadratic(1.0), 3.0)
     state = tx.init(params)
@@ -113,7 +113,7 @@ def bowl(params):
     # With x = 1 and λ = 0.9 the solution is x, and δ = -rate.
     [(1.0, 1.0), (1.8, 1.5), (2.5, 4.0), (0.1, 2 / 3)],
 )
-def test_the_damping_follows_the_ratio(rate, factor):
+def test_damping_follows_the_reduction_ratio(rate, factor):
     params = {"x": jnp.array([1.0])}
     tx = cx.levenberg_marquardt(poor_model(rate), 0.9)
     _, state = stepper(tx, cx.Objective(bowl))(params, tx.init(params))
@@ -127,7 +127,7 @@ def without_figures(states):
     return tuple(map(bare, states))
 
 
-def test_a_rejected_step_leaves_everything_and_repeated_ones_start_anew():
+def test_rejected_step_restores_the_state_and_repeated_ones_reset_it():
     """Momentum points uphill: the first rejection keeps it, the second forgets it."""
     params = {"x": jnp.array([1.0])}
     tx = cx.levenberg_marquardt(
@@ -165,7 +165,7 @@ def test_a_rejected_step_leaves_everything_and_repeated_ones_start_anew():
     assert int(third.rejected) == 0
 
 
-def test_without_rejection_the_step_is_taken_and_the_damping_rises():
+def test_without_reject_the_step_is_kept_and_the_damping_rises():
     params = {"x": jnp.array([1.0])}
     tx = cx.levenberg_marquardt(poor_model(2.5), 0.9, reject=False)
     updates, state = stepper(tx, cx.Objective(bowl))(params, tx.init(params))
@@ -182,7 +182,7 @@ def test_a_step_to_nan_is_undone():
     assert float(state.next_damping) == pytest.approx(0.4)
 
 
-def test_at_the_minimum_nothing_is_rejected_and_the_damping_stays():
+def test_at_the_minimum_no_step_is_rejected_and_the_damping_stays():
     params = {"x": jnp.array([1e-12, 0.0])}
     loss = lambda p: 1.0 + quadratic_value(p)
     tx = cx.levenberg_marquardt(newton_on_quadratic(1.0), 1.0)
@@ -191,7 +191,7 @@ def test_at_the_minimum_nothing_is_rejected_and_the_damping_stays():
     assert float(state.next_damping) == 1.0
 
 
-def test_the_damping_always_finds_back():
+def test_damping_recovers_from_zero_and_from_infinity():
     """Neither a model that is always right nor a batch that is no number leads to 0 or ∞."""
     tx = cx.levenberg_marquardt(newton_on_quadratic(1.0), 2.0)
     params, state = {"x": jnp.array([1.0, 2.0])}, tx.init({"x": jnp.zeros(2)})
@@ -213,7 +213,7 @@ def test_the_damping_always_finds_back():
     assert float(after(high, 1.0).next_damping) < 2e10
 
 
-def test_its_figures_are_found_by_name():
+def test_levenberg_marquardt_diagnostics_have_names():
     params, tx = {"x": jnp.array([1.0, 2.0])}, cx.levenberg_marquardt(newton_on_quadratic(1.0), 3.0)
     _, state = stepper(tx, cx.Objective(quadratic_value))(params, tx.init(params))
     found = {name: float(optax.tree.get(state, name)) for name in cx.diagnostics(state)}
@@ -229,7 +229,7 @@ def test_its_figures_are_found_by_name():
     )
 
 
-def test_damping_settles():
+def test_damping_settles_where_ratios_need_no_change():
     """On a net the damping ends where ratios lie between ¼ and ¾, or the model is faithful."""
     params, value_fn = net_params(), objective()
     tx = cx.levenberg_marquardt(fisher_solve(), 100.0)
@@ -242,7 +242,7 @@ def test_damping_settles():
     assert float(state.next_damping) < 1e-3
 
 
-def test_a_key_inside_survives_rejection():
+def test_key_of_an_inner_stage_survives_rejection():
     params, value_fn = net_params(), objective()
     inner = cx.pipe(
         cx.fisher_matvec(samples=1),
@@ -256,7 +256,7 @@ def test_a_key_inside_survives_rejection():
     assert int(state.inner[0].step) == 0
 
 
-def test_the_damping_is_handed_down_by_hand_too():
+def test_damping_can_be_passed_to_update():
     params, value_fn = net_params(), objective()
     tx = fisher_solve()
     grads = value_fn.value_and_grad(params)[1]
@@ -266,7 +266,7 @@ def test_the_damping_is_handed_down_by_hand_too():
     assert_trees_close(given, expected, 1e-13)
 
 
-def test_damping_adds_up():
+def test_several_damp_stages_add_up():
     params, value_fn = net_params(), objective()
     once, twice = (
         cx.pipe(cx.fisher_matvec(), *map(cx.damp, parts), cx.solve(cx.dense()))
@@ -277,7 +277,7 @@ def test_damping_adds_up():
     assert_trees_close(updates, expected)
 
 
-def test_a_schedule_of_damping():
+def test_damp_follows_a_schedule():
     params, value_fn = net_params(), objective()
     tx = cx.pipe(
         cx.fisher_matvec(),
@@ -294,7 +294,7 @@ def test_a_schedule_of_damping():
 
 
 @pytest.mark.parametrize("radius", [1e-3, 0.1, 10.0, 1e4])
-def test_a_step_is_never_longer_than_the_radius(radius):
+def test_trust_region_limits_the_length_of_a_step(radius):
     params, value_fn = net_params(), objective()
     plain = cx.natural_gradient(3.0, damping=0.01, solver=cx.dense())
     bound = cx.natural_gradient(3.0, damping=0.01, solver=cx.dense(), radius=radius)
@@ -309,7 +309,7 @@ def test_a_step_is_never_longer_than_the_radius(radius):
     assert figure(state, "trust_scale") == pytest.approx(scale)
 
 
-def test_the_radius_bounds_the_divergence_of_predictions():
+def test_trust_region_radius_bounds_the_divergence_of_predictions():
     """KL of unit Gaussians is ½ the mean squared distance of their means: ½ r² in the small."""
     params, value_fn, radius = net_params(), objective(), 1e-4
     tx = cx.natural_gradient(100.0, damping=0.01, solver=cx.dense(), radius=radius)
@@ -319,7 +319,7 @@ def test_the_radius_bounds_the_divergence_of_predictions():
     assert kl == pytest.approx(0.5 * radius**2, rel=1e-2)
 
 
-def test_a_schedule_of_the_radius():
+def test_trust_region_follows_a_schedule():
     params, value_fn = net_params(), objective()
     tx = cx.fisher_matvec() | cx.trust_region(optax.linear_schedule(1e-3, 3e-3, 2))
     state, step = tx.init(params), stepper(tx, value_fn)
@@ -328,7 +328,7 @@ def test_a_schedule_of_the_radius():
         assert figure(state, "kl") == pytest.approx(0.5 * radius**2)
 
 
-def test_a_step_along_which_the_model_curves_downwards_passes():
+def test_trust_region_passes_a_step_of_negative_curvature():
     params = {"x": jnp.array([1.0, 0.1])}
     loss = lambda p: 0.5 * jnp.sum(jnp.array([-1.0, 2.0]) * p["x"] ** 2)
     tx = cx.hessian_matvec() | cx.trust_region(1e-3)
@@ -341,7 +341,7 @@ def test_a_step_along_which_the_model_curves_downwards_passes():
 # -- quadratic_step ------------------------------------------------------------------------------
 
 
-def test_step_size_and_momentum_minimise_the_damped_model():
+def test_quadratic_step_minimises_the_damped_model():
     params, value_fn, lam = net_params(), objective(), 0.5
     direction = cx.pipe(cx.fisher_matvec(), cx.damp(lam), cx.solve(cx.cg(1)))
     tx = direction | cx.quadratic_step() | optax.scale_by_learning_rate(1.0)
@@ -359,7 +359,7 @@ def test_step_size_and_momentum_minimise_the_damped_model():
         params, last = optax.apply_updates(params, updates), best
 
 
-def test_a_single_step_size_is_the_exact_line_search_of_the_model():
+def test_quadratic_step_without_momentum_is_the_exact_line_search():
     params, value_fn, lam = net_params(), objective(), 0.5
     tx = cx.pipe(
         cx.gauss_newton_matvec(),
@@ -377,7 +377,7 @@ def test_a_single_step_size_is_the_exact_line_search_of_the_model():
 
 @pytest.mark.parametrize("momentum", [True, False])
 @pytest.mark.parametrize("curvatures", [(-1.0, -2.0), (-1.0, 0.5)])
-def test_without_a_minimum_the_direction_is_left_as_it_is(momentum, curvatures):
+def test_quadratic_step_without_a_minimum_keeps_the_direction(momentum, curvatures):
     h = jnp.array(curvatures)
     tx = cx.hessian_matvec() | cx.quadratic_step(momentum=momentum)
     state = tx.init({"x": jnp.zeros(2)})
@@ -389,7 +389,7 @@ def test_without_a_minimum_the_direction_is_left_as_it_is(momentum, curvatures):
         assert figure(state, "momentum") == 0
 
 
-def test_the_last_updates_are_kept_in_the_dtype_of_the_parameters():
+def test_quadratic_step_keeps_updates_in_the_dtype_of_the_parameters():
     params = {"x": jnp.array([1.0, 0.1], jnp.bfloat16)}
     tx, value_fn = cx.hessian_matvec() | cx.quadratic_step(), cx.Objective(quadratic_value)
     state = tx.init(params)
@@ -408,7 +408,7 @@ def refuse(tx, match, error=ValueError):
         tx.update(grads, tx.init(params), params, value_fn=value_fn)
 
 
-def test_errors_show_what_to_write():
+def test_solving_stages_raise_with_what_to_write():
     refuse(cx.solve(cx.cg(3)) | optax.sgd(0.1), "fisher_matvec")
     refuse(cx.damp(0.1) | optax.sgd(0.1), "no earlier stage gave one")
     refuse(cx.fisher_matvec() | cx.damp(), "levenberg_marquardt")
@@ -435,7 +435,7 @@ def test_errors_show_what_to_write():
         cx.ema_mean(0.9, lag=2)
 
 
-def test_a_plain_callable_shows_the_objective_to_pass():
+def test_plain_callable_raises_with_the_objective_to_pass():
     params = net_params()
     loss = lambda p: jnp.sum(net(p, net_batch()) ** 2)
     for estimator in (cx.fisher_matvec, cx.gauss_newton_matvec, cx.fisher_diag):

@@ -66,7 +66,7 @@ ESTIMATORS = {"gauss_newton_diag": cx.gauss_newton_diag, "fisher_diag": cx.fishe
 
 @pytest.mark.parametrize("name", LIKELIHOODS)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_unbiased(estimator, name):
+def test_sampled_diagonals_are_unbiased(estimator, name):
     params, value_fn = net_params(), objective(name)
     found = many(ESTIMATORS[estimator], value_fn, params)
     exact = np.diag(np.asarray(cx.materialize(cx.ggnvp(value_fn, params), params)))
@@ -79,7 +79,7 @@ def test_unbiased(estimator, name):
 
 @pytest.mark.parametrize("options", [{"shards": 4}, {"probes": 3}, {"fraction": 0.5}])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_options_leave_it_unbiased(estimator, options):
+def test_sampled_diagonals_are_unbiased_with_shards_probes_and_fraction(estimator, options):
     params, value_fn = net_params(), objective("categorical")
     found = many(lambda key: ESTIMATORS[estimator](key, **options), value_fn, params)
     whole = value_fn.first(options.get("fraction", 1.0))
@@ -89,7 +89,7 @@ def test_options_leave_it_unbiased(estimator, options):
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_its_relative_standard_error_is_right(estimator):
+def test_relative_error_of_a_diagonal_is_its_standard_error(estimator):
     """The figure, over many draws, against the spread of the estimates themselves."""
     params, value_fn, probes = net_params(), objective("gaussian"), 4
 
@@ -104,7 +104,7 @@ def test_its_relative_standard_error_is_right(estimator):
     assert np.sqrt(np.mean(errors**2)) == pytest.approx(spread, rel=0.05)
 
 
-def test_signs_are_exact_where_one_output_touches_each_weight():
+def test_gauss_newton_diag_is_exact_for_one_output_of_a_linear_model():
     """With one example and one output the only sign squares away."""
     value_fn = cx.Objective(
         cx.gaussian("y"),
@@ -132,7 +132,7 @@ def test_fisher_diag_is_the_square_of_one_gradient_on_drawn_labels():
 
 @pytest.mark.parametrize("name", ["categorical", "weighted", "masked"])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_micro_batches_change_nothing(estimator, name):
+def test_microbatches_give_the_same_diagonal(estimator, name):
     params = net_params()
     whole = signal_of(ESTIMATORS[estimator](7), objective(name), params)[0]
     for size in (2, 4):
@@ -174,7 +174,7 @@ MATRICES = {
 
 
 @pytest.mark.parametrize("curvature", MATRICES)
-def test_exact_diag(curvature):
+def test_exact_diag_is_the_diagonal_of_the_dense_matrix(curvature):
     params, value_fn = net_params(), objective("categorical")
     signal, _ = signal_of(cx.exact_diag(curvature), value_fn, params)
     matrix = np.asarray(cx.materialize(MATRICES[curvature](value_fn, params), params))
@@ -183,7 +183,7 @@ def test_exact_diag(curvature):
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_the_callers_gradient_is_shared(estimator):
+def test_diagonal_estimators_share_the_callers_gradient(estimator):
     """The updates that come out are the estimator's own primal gradient, and the same numbers."""
     params, value_fn = net_params(), objective("categorical")
     _, grads = value_fn.value_and_grad(params)
@@ -196,7 +196,7 @@ def test_the_callers_gradient_is_shared(estimator):
     assert jax.tree.leaves(signal.updates)[0] is jax.tree.leaves(other)[0]
 
 
-def test_each_step_draws_anew_and_a_seed_draws_the_same():
+def test_fisher_diag_draws_by_step_and_seed():
     params, value_fn = net_params(), objective("categorical")
     tx = cx.fisher_diag(4)
     first, state = signal_of(tx, value_fn, params)
@@ -206,7 +206,7 @@ def test_each_step_draws_anew_and_a_seed_draws_the_same():
     assert_trees_close(first.diagonal, again.diagonal, 0)
 
 
-def test_fisher_matvec_with_samples_is_fvp_with_the_same_keys():
+def test_fisher_matvec_with_samples_is_fvp_with_the_same_key():
     params, value_fn = net_params(), objective("categorical")
     tx = cx.fisher_matvec(samples=3, key=9)
     state = tx.init(params)
@@ -217,7 +217,7 @@ def test_fisher_matvec_with_samples_is_fvp_with_the_same_keys():
 
 
 @pytest.mark.parametrize("matvec", [cx.gauss_newton_matvec, cx.hessian_matvec])
-def test_a_fraction_of_the_batch_for_curvature(matvec):
+def test_fraction_limits_the_batch_of_the_product_alone(matvec):
     params, value_fn = net_params(), objective("gaussian")
     v = jax.tree.map(jnp.ones_like, params)
     signal, _ = signal_of(matvec(fraction=0.5), value_fn, params)
@@ -226,14 +226,14 @@ def test_a_fraction_of_the_batch_for_curvature(matvec):
     assert_trees_close(signal.updates, value_fn.value_and_grad(params)[1], 1e-13)
 
 
-def test_a_fraction_that_micro_batches_do_not_divide_says_so():
+def test_fraction_that_microbatches_do_not_divide_is_refused():
     tx, params = cx.fisher_matvec(fraction=0.75), net_params()
     value_fn = objective("gaussian", microbatch=4)
     with pytest.raises(ValueError, match=r"on a fraction 0\.75 of the batch.*its 6 examples"):
         tx.update(params, tx.init(params), params, value_fn=value_fn)
 
 
-def test_partition_restricts_the_product():
+def test_restrict_solves_with_the_block_of_the_matrix():
     """A solve on the hidden layer alone is that with its block of the matrix."""
     params, value_fn = net_params(), objective("gaussian")
     hidden = lambda p: {"hidden": True, "out": False}
@@ -264,7 +264,7 @@ def test_per_group_solves_for_each_group():
     assert_trees_close(updates, jax.tree.map(lambda a, b: (a + b) / 2, *halves), 1e-10)
 
 
-def test_every_keeps_a_fisher_diagonal():
+def test_every_keeps_a_fisher_diagonal_between_refreshes():
     params, value_fn = net_params(), objective("categorical")
     tx = cx.every(2, cx.fisher_diag(1)) | cx.scale_by_power(1.0, eps=1.0)
     state, kept = tx.init(params), []
@@ -280,7 +280,7 @@ def test_every_keeps_a_fisher_diagonal():
 
 
 @pytest.mark.parametrize("solver", [cx.cg(100, tol=1e-13), cx.dense(), cx.row_space()])
-def test_fisher_ascent_goes_as_far_as_the_metric_allows(solver):
+def test_fisher_ascent_has_length_rho_in_the_fisher_metric(solver):
     params, value_fn, rho, lam = net_params(), objective("categorical"), 0.2, 0.05
     tx = cx.sam_perturb(rho, ascent=cx.fisher_ascent(lam, solver=solver))
     grads = value_fn.value_and_grad(params)[1]
@@ -293,7 +293,7 @@ def test_fisher_ascent_goes_as_far_as_the_metric_allows(solver):
     assert_trees_close(updates, expected, 1e-8)
 
 
-def test_fisher_ascent_moves_the_predictions_by_half_rho_squared():
+def test_fisher_ascent_moves_predictions_by_a_divergence_of_half_rho_squared():
     """KL of unit Gaussians is ½ the mean squared distance of their means."""
     params, rho, value_fn = net_params(), 1e-3, objective("gaussian")
     metric = cx.fisher_ascent(1e-9, solver=cx.dense())
@@ -328,12 +328,12 @@ def test_fisher_ascent_respects_the_mask():
 
 
 @pytest.mark.parametrize("options", [{"steps": 2}, {"second_order": True}])
-def test_fisher_ascent_takes_one_step_of_first_order(options):
+def test_fisher_ascent_refuses_several_steps_and_second_order(options):
     with pytest.raises(ValueError, match="in one step of first order"):
         cx.sam_perturb(0.1, ascent=cx.fisher_ascent(), **options)
 
 
-def test_a_zero_gradient_does_not_move():
+def test_fisher_ascent_of_a_zero_gradient_does_not_move():
     params, value_fn = net_params(), objective("gaussian")
     zeros = jax.tree.map(jnp.zeros_like, params)
     tx = cx.sam_perturb(0.2, ascent=cx.fisher_ascent()) | optax.sgd(1.0)

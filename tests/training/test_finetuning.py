@@ -58,7 +58,7 @@ def results(folder):
 # Our own checkpoints.
 
 
-def test_every_seed_takes_the_weights_and_keeps_its_own_draws(first):
+def test_every_seed_starts_from_the_weights_with_its_own_key(first):
     (subject,) = trained_runs.load([first])
     trained = subject.state.params
     experiment = build(config_of(first))
@@ -70,13 +70,13 @@ def test_every_seed_takes_the_weights_and_keeps_its_own_draws(first):
     assert jax.random.key_data(one.key).tolist() != jax.random.key_data(other.key).tolist()
 
 
-def test_a_run_is_found_from_where_the_command_is_given(first, monkeypatch):
+def test_init_from_is_relative_to_the_current_folder(first, monkeypatch):
     monkeypatch.chdir(first.parent)
     (subject,) = trained_runs.load([first])
     assert_same(build(config_of(first.name)).init().params, subject.state.params)
 
 
-def test_a_new_head_is_that_of_a_run_from_nothing(first):
+def test_new_head_is_initialised_as_from_scratch(first):
     found = build(config_of(first, "--new_head=true")).init().params
     drawn = build(tiny_run.get_config()).init().params
     (subject,) = trained_runs.load([first])
@@ -93,7 +93,7 @@ def test_training_begins_with_the_scores_of_the_first_run(first, tmp_path):
         assert found[name] == pytest.approx(expected[name], rel=1e-5)
 
 
-def test_a_resumed_run_needs_no_weights_once_it_has_begun(first, tmp_path, capsys):
+def test_resumed_run_needs_no_initial_weights(first, tmp_path, capsys):
     weights = shutil.copytree(first, tmp_path / "weights")
     begin = ["train", TINY, f"--init_from={weights}", f"--runs={tmp_path / 'runs'}"]
     assert main.main(begin) == 0
@@ -129,7 +129,7 @@ def test_weights_that_do_not_fit_are_refused_before_a_folder_is_made(first, tmp_
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_plan_needs_no_weights():
+def test_outline_needs_no_weights():
     outline(config_of("absent.npz"), jax.devices()[:1])
     with pytest.raises(PretrainedError, match="does not exist"):
         build(config_of("absent.npz"))
@@ -148,7 +148,7 @@ def regime_start(tmp_path_factory):
 
 @pytest.mark.skipif(jax.device_count() < regime_run.DEVICES, reason="needs eight devices")
 @pytest.mark.parametrize("regime", REGIMES)
-def test_every_regime_begins_with_weights_and_statistics_where_its_state_lies(regime, regime_start):
+def test_initial_weights_have_the_sharding_of_every_parallelism(regime, regime_start):
     folder, trained = regime_start
     config = comparison.replace(regime_run.get_config(regime), init_from=str(folder))
     experiment = build(config)
@@ -186,7 +186,7 @@ def mixer_file(folder, classes, places=16, seed=0):
 
 
 @pytest.mark.parametrize("classes", [10, 1000])
-def test_a_published_file_begins_a_run_and_its_head_stays_where_it_fits(classes, tmp_path):
+def test_published_weights_start_a_run_and_keep_a_head_that_fits(classes, tmp_path):
     path, arrays = mixer_file(tmp_path, classes)
     params = build(config_of(path)).init().params
     assert_same(params["embedding"]["kernel"], arrays["stem/kernel"])
@@ -198,7 +198,7 @@ def test_a_published_file_begins_a_run_and_its_head_stays_where_it_fits(classes,
     assert_same(params["head"]["kernel"], expected)
 
 
-def test_images_as_large_as_those_of_the_file_fit_it(tmp_path, capsys):
+def test_image_size_of_the_weights_makes_them_fit(tmp_path, capsys):
     path, _ = mixer_file(tmp_path, 1000, places=36)  # 12×12 pixels
     begin = ["train", TINY, f"--init_from={path}", "--epochs=1", f"--runs={tmp_path / 'runs'}"]
     assert main.main(begin) == 2
@@ -222,7 +222,7 @@ def bilinear(image, side):
     return map_coordinates(image, np.meshgrid(*at, indexing="ij"), order=1, mode="nearest")
 
 
-def test_images_grow_bilinearly_between_the_centres_of_pixels():
+def test_resize_is_bilinear_between_the_centres_of_pixels():
     images = np.random.default_rng(0).random((2, 8, 8, 3)).astype(np.float32)
     batch = {"input": jnp.asarray(images), "label": jnp.zeros(2)}
     grown = transforms.resize(12)(jax.random.key(0), batch)["input"]
@@ -234,7 +234,7 @@ def test_images_grow_bilinearly_between_the_centres_of_pixels():
         transforms.resize(0)
 
 
-def test_training_and_test_images_have_the_side_of_the_config():
+def test_training_and_test_images_have_the_configured_size():
     plain, sized = (
         build(override(tiny_run.get_config(), ["--data.augment=[]", *more]))
         for more in ([], ["--data.image_size=12"])
@@ -250,7 +250,7 @@ def test_training_and_test_images_have_the_side_of_the_config():
     assert sized.example.shape == (1, 12, 12, 1)
 
 
-def test_the_outline_of_resized_images_is_that_of_the_built_step():
+def test_outline_with_resized_images_equals_the_built_step():
     config = override(tiny_run.get_config(), ["--data.image_size=12"])
     sketch, built = outline(config, jax.devices()[:1]), build(config)
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
@@ -259,7 +259,7 @@ def test_the_outline_of_resized_images_is_that_of_the_built_step():
     assert shapes(sketch.state) != shapes(build(tiny_run.get_config()).shapes)
 
 
-def test_a_crop_that_has_the_side_is_not_resized_again():
+def test_crop_of_the_configured_size_is_not_resized_again():
     crop = ["--data.augment=['inception_crop(12)']"]
     configs = (
         override(tiny_run.get_config(), crop + more) for more in ([], ["--data.image_size=12"])
@@ -270,7 +270,7 @@ def test_a_crop_that_has_the_side_is_not_resized_again():
 
 
 @pytest.mark.parametrize("variant", ["cifar100-mixer_b16", "cifar10-resnet50", "cifar100"])
-def test_the_config_of_fine_tuning_takes_images_of_224_pixels(variant):
+def test_finetune_config_takes_images_of_224_pixels(variant):
     config = load(f"finetune:{variant}")
     sketch = outline(config, jax.devices()[:1])
     assert sketch.batch["input"].shape == (512, 32, 32, 3)
@@ -281,7 +281,7 @@ def test_the_config_of_fine_tuning_takes_images_of_224_pixels(variant):
         assert "cls" in sketch.state.params
 
 
-def test_fine_tuning_is_500_or_10_000_steps_on_its_data():
+def test_finetune_config_has_500_or_10_000_steps():
     sizes = {"cifar10": 50_000, "cifar100": 50_000, "flowers": 1020, "pets": 3680}
     for name, size in sizes.items():
         config = load(f"finetune:{name}")
@@ -291,7 +291,7 @@ def test_fine_tuning_is_500_or_10_000_steps_on_its_data():
         load("finetune:cars")
 
 
-def test_only_images_of_a_classifier_are_resized():
+def test_image_size_of_an_autoencoder_is_refused():
     fields = [
         "--task=autoencoder",
         "--data.image_size=12",
@@ -302,7 +302,7 @@ def test_only_images_of_a_classifier_are_resized():
         build(override(tiny_run.get_config(), fields))
 
 
-def test_weights_are_laid_over_what_was_drawn():
+def test_pretrained_weights_replace_the_initial_ones():
     drawn = {"params": {"a": 1, "b": {"c": 2}}, "batch_stats": {}}
     assert pretrained.over(drawn, {"params": {"b": {"c": 3}}}) == {
         "params": {"a": 1, "b": {"c": 3}},

@@ -82,7 +82,7 @@ def alone(request):
 
 
 @pytest.mark.parametrize("regime", REGIMES)
-def test_every_regime_takes_the_same_steps(regime, alone):
+def test_every_parallelism_takes_the_same_steps(regime, alone):
     method, (params, figures) = alone
     config = config_of(regime, method)
     experiment = build(config)
@@ -97,7 +97,7 @@ def test_every_regime_takes_the_same_steps(regime, alone):
     assert measured.finite.all()
 
 
-def test_fsdp_divides_parameters_and_moments():
+def test_fsdp_shards_parameters_and_moments():
     experiment = build(config_of("fsdp"))
     state = experiment.init()
     divides = lambda x: x.ndim and x.dtype == jnp.float32 and max(x.shape) % DEVICES == 0
@@ -116,7 +116,7 @@ def test_fsdp_divides_parameters_and_moments():
 
 
 @pytest.mark.parametrize("regime", REGIMES)
-def test_the_outline_of_a_step_is_the_step(regime):
+def test_outline_lowers_to_the_program_of_the_built_step(regime):
     config = config_of(regime, optimizer="sam_perturb(rho) | pmean_updates(axes) | sgd(lr)")
     sketch = outline(config, jax.devices()[:DEVICES])
     planned = sketch.step.lower(sketch.state, sketch.batch)
@@ -131,7 +131,7 @@ def test_the_outline_of_a_step_is_the_step(regime):
 
 
 @pytest.mark.parametrize("regime", ["shard_map", "pmap"])
-def test_updates_that_stay_local_are_an_error(regime):
+def test_updates_local_to_devices_are_refused(regime):
     with pytest.raises(ValueError, match=r"pmean_updates\(axes\)"):
         build(config_of(regime, optimizer="sam_perturb(rho) | sgd(lr)"))
 
@@ -163,7 +163,7 @@ def test_a_run_resumes_bit_for_bit_from_its_middle(regime, runs, tmp_path):
 
 
 @pytest.mark.parametrize("regime", [*REGIMES, "one device"])
-def test_a_checkpoint_reads_under_any_regime(regime, runs):
+def test_checkpoint_is_read_under_any_parallelism(regime, runs):
     written = build(config_of("fsdp"))
     expected, place = Checkpoints(runs / "fsdp" / "checkpoints", read_only=True).restore(
         written.shapes
@@ -179,7 +179,7 @@ def test_a_checkpoint_reads_under_any_regime(regime, runs):
 
 
 @pytest.mark.parametrize("regime", ["shard_map", "pmap", "one device"])
-def test_a_run_goes_on_under_another_regime(regime, runs, tmp_path):
+def test_run_resumes_under_another_parallelism(regime, runs, tmp_path):
     """To the end, from step 4 of a run with divided parameters: what that run came to."""
     shutil.copytree(runs / "fsdp" / "checkpoints" / "4", tmp_path / "checkpoints" / "4")
     reader = reader_of(regime)
@@ -220,13 +220,13 @@ def test_a_nan_on_one_device_stops_all_at_its_step(regime, monkeypatch, tmp_path
     assert int(kept.restore(experiment.shapes)[0].step) == 2
 
 
-def test_devices_lie_in_the_order_of_their_processes():
+def test_mesh_has_devices_in_the_order_of_their_processes():
     devices = jax.devices()[:DEVICES]
     mesh = parallelism.build(regime_run.get_config("shard_map"), devices[::-1]).mesh
     assert mesh.devices.ravel().tolist() == devices
 
 
-def test_errors_say_what_fits():
+def test_parallelism_errors_give_settings_that_fit():
     cases: list[tuple[dict[str, Any], str]] = [
         ({"batch": 68}, "do not divide over 8 devices.*fewer devices, as with `--devices=4`"),
         ({"parallelism": "xmap"}, "`parallelism` is one of jit, shard_map, pmap"),
@@ -254,7 +254,7 @@ def test_methods_without_groups_take_any_batch(regime):
 
 
 @pytest.mark.parametrize("text", ["per_group(m, sgd(lr))", "per_group(16, sgd(lr))", "sgd(lr)"])
-def test_devices_share_the_groups_of_the_text_or_else_of_the_config(text):
+def test_groups_over_devices_follow_the_text_or_else_the_config(text):
     fields = {"optimizer": text, "m": 4 if "16" in text else 16}
     found = [
         parallelism.build(changed(regime_run.get_config(regime), **fields)).group
@@ -272,7 +272,7 @@ def test_devices_share_the_groups_of_the_text_or_else_of_the_config(text):
         ("pmap", "batch", True),
     ],
 )
-def test_batch_norm_may_be_taken_over_all_devices(regime, over, fits):
+def test_batch_norm_can_be_synced_where_the_parallelism_has_axes(regime, over, fits):
     config = config_of(regime, "groups of two devices")
     config.model.options["sync_over"] = over
     if fits:
@@ -283,7 +283,7 @@ def test_batch_norm_may_be_taken_over_all_devices(regime, over, fits):
             build(config)
 
 
-def test_a_config_takes_its_variant_after_a_colon():
+def test_config_variant_follows_a_colon():
     loaded = load(f"{regime_run.__file__}:fsdp")
     assert loaded.fsdp
     assert loaded.name == "regime_run_fsdp"
@@ -291,7 +291,7 @@ def test_a_config_takes_its_variant_after_a_colon():
         load("digitz:b16")
 
 
-def test_a_damaged_checkpoint_names_the_one_before(runs, tmp_path):
+def test_damaged_checkpoint_raises_with_the_newest_good_one(runs, tmp_path):
     experiment = build(config_of("shard_map"))
     loop.fit(build(config_of("shard_map", epochs=1)), tmp_path)
     (largest,) = sorted(

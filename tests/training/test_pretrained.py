@@ -174,7 +174,7 @@ CASES: dict[str, tuple[Any, str, Any]] = {
 
 @pytest.mark.parametrize("scan", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_the_model_computes_what_the_authors_does(case, scan, tmp_path):
+def test_loaded_model_computes_the_outputs_of_the_authors_model(case, scan, tmp_path):
     arrays, name, options = CASES[case]
     model = build(name, CLASSES, **options, scan=scan)
     expected = (logits_of_mixer if name == "mixer_tiny" else logits_of_vit)(arrays, IMAGES)
@@ -182,7 +182,7 @@ def test_the_model_computes_what_the_authors_does(case, scan, tmp_path):
     np.testing.assert_allclose(logits(model, loaded), expected, rtol=1e-9, atol=1e-9)
 
 
-def test_the_stacked_layers_of_a_scanned_big_vision_model(tmp_path):
+def test_stacked_layers_of_a_big_vision_file_are_loaded(tmp_path):
     plain = big_vision()
     names = under(plain, "Transformer/encoderblock_0")
     rest = {k: v for k, v in plain.items() if "encoderblock" not in k}
@@ -203,9 +203,7 @@ def test_the_stacked_layers_of_a_scanned_big_vision_model(tmp_path):
 
 
 @pytest.mark.parametrize("root", ["", "params/", "opt/target/"])
-def test_big_visions_older_files_have_the_positions_elsewhere_and_the_tokens_among_them(
-    root, tmp_path
-):
+def test_older_big_vision_files_are_loaded(root, tmp_path):
     file = vision_transformer()
     positions = file.pop("Transformer/posembed_input/pos_embedding")
     older = {f"{root}{name}": x for name, x in file.items()}
@@ -218,7 +216,7 @@ def test_big_visions_older_files_have_the_positions_elsewhere_and_the_tokens_amo
     )
 
 
-def test_bfloat16_as_numpy_writes_it(tmp_path):
+def test_bfloat16_written_by_numpy_is_loaded(tmp_path):
     model = build("vit_tiny", CLASSES, **VIT)
     half = {name: x.astype(ml_dtypes.bfloat16) for name, x in big_vision().items()}
     loaded = load(written(tmp_path, half), model, variables_of(model))
@@ -227,7 +225,7 @@ def test_bfloat16_as_numpy_writes_it(tmp_path):
     )
 
 
-def test_with_other_classes_the_head_stays_new_and_its_representation_layer_goes(tmp_path):
+def test_head_stays_new_with_another_number_of_classes(tmp_path):
     model = build("vit_tiny", 3, **VIT)
     variables = variables_of(model)
     variables["params"]["head"]["bias"] += 7.0
@@ -240,7 +238,7 @@ def test_with_other_classes_the_head_stays_new_and_its_representation_layer_goes
     np.testing.assert_array_equal(loaded["params"]["embedding"]["kernel"], file["embedding/kernel"])
 
 
-def test_a_head_that_fits_stays_out_when_it_is_to_be_new(tmp_path):
+def test_new_head_leaves_out_a_head_that_fits(tmp_path):
     model = build("vit_tiny", CLASSES, **VIT)
     variables = variables_of(model)
     file = written(tmp_path, big_vision() | drawn(dense("pre_logits", WIDTH, WIDTH)))
@@ -264,7 +262,7 @@ def test_positions_are_interpolated_between_fixed_corners():
 
 
 @pytest.mark.parametrize("token", [True, False])
-def test_a_larger_image_keeps_all_but_its_positions(token, tmp_path):
+def test_larger_image_size_changes_the_positions_alone(token, tmp_path):
     file = vision_transformer(token=token)
     model = build("vit_tiny", CLASSES, **VIT, pool="token" if token else "mean")
     loaded = load(written(tmp_path, file), model, variables_of(model, 2 * SIDE))["params"]
@@ -275,7 +273,7 @@ def test_a_larger_image_keeps_all_but_its_positions(token, tmp_path):
     np.testing.assert_array_equal(loaded["norm"]["scale"], file["Transformer/encoder_norm/scale"])
 
 
-def test_what_is_missing_left_over_or_of_another_shape_is_named(tmp_path):
+def test_missing_extra_and_misshaped_weights_are_named(tmp_path):
     file = big_vision(token=True)
     del file["Transformer/encoder_norm/bias"]
     file["embedding/bias"] = np.zeros(3)
@@ -288,13 +286,13 @@ def test_what_is_missing_left_over_or_of_another_shape_is_named(tmp_path):
     assert "VisionTransformer" in str(error.value)
 
 
-def test_a_shallower_model_names_the_layers_it_does_not_have(tmp_path):
+def test_shallower_model_raises_with_the_extra_layers(tmp_path):
     model = build("vit_tiny", CLASSES, **VIT | {"depth": 1}, scan=False)
     with pytest.raises(PretrainedError, match=r"besides `params/block_1/attention.* and 8 more"):
         load(written(tmp_path, big_vision()), model, variables_of(model))
 
 
-def test_what_holds_no_weights_is_told(tmp_path):
+def test_file_without_weights_is_refused(tmp_path):
     model = build("vit_tiny", CLASSES, **VIT)
     (tmp_path / "text.npz").write_text("no weights")
     for name, said in (("text.npz", "holds no weights"), ("absent.npz", "does not exist")):
@@ -304,7 +302,7 @@ def test_what_holds_no_weights_is_told(tmp_path):
         load(tmp_path, model, variables_of(model))
 
 
-def test_of_many_runs_some_are_named(tmp_path):
+def test_folder_of_many_runs_raises_with_some_of_them(tmp_path):
     for number in range(10, 21):
         (tmp_path / f"{number}/checkpoints/4/state").mkdir(parents=True)
     with pytest.raises(PretrainedError, match=r"10/checkpoints`, .*17/checkpoints` and 3 more"):

@@ -66,7 +66,7 @@ def predicted(folder, seed, inputs):
 
 
 @pytest.mark.parametrize("hold_out", [False, True])
-def test_the_labels_are_the_classes_that_the_run_of_the_seed_puts_first(first, hold_out):
+def test_pseudo_labels_are_the_top_classes_of_the_run_with_the_same_seed(first, hold_out):
     experiment = build(config_of(first), hold_out=hold_out)
     found = {}
     for seed in (0, 1):
@@ -83,7 +83,7 @@ def test_the_labels_are_the_classes_that_the_run_of_the_seed_puts_first(first, h
     assert (found[0] != found[1]).any()
 
 
-def test_data_may_lie_in_another_place_than_that_of_the_run(tmp_path):
+def test_pseudo_labels_are_made_with_data_in_another_path(tmp_path):
     (tmp_path / "data").mkdir()
     for part in ("train", "t10k"):
         write_idx(tmp_path / "data", part, make_images(80, 28, 28), np.arange(80) % 10)
@@ -96,7 +96,7 @@ def test_data_may_lie_in_another_place_than_that_of_the_run(tmp_path):
     np.testing.assert_array_equal(labels(), before)
 
 
-def test_a_run_on_predicted_labels_trains_and_says_how_many_are_wrong(first, tmp_path, capsys):
+def test_training_on_pseudo_labels_reports_the_share_of_wrong_ones(first, tmp_path, capsys):
     arguments = ["train", TINY, f"--data.labels={first}", "--train_baselines=true", *FEW]
     assert main.main([*arguments, f"--runs={tmp_path}"]) == 0
     said = " ".join(capsys.readouterr().out.split())
@@ -112,7 +112,7 @@ def complaint(capsys, *arguments):
     return capsys.readouterr().err
 
 
-def test_what_cannot_predict_the_labels_is_refused_before_a_folder_is_made(first, tmp_path, capsys):
+def test_unsuitable_source_of_labels_is_refused_before_a_folder_is_made(first, tmp_path, capsys):
     arguments = ("train", TINY, *FEW, f"--runs={tmp_path / 'runs'}")
     refused = {
         (f"--data.labels={first}", "--data.label_noise=0.5"): "`data.label_noise` of",
@@ -130,7 +130,7 @@ def test_what_cannot_predict_the_labels_is_refused_before_a_folder_is_made(first
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_run_that_is_not_done_or_has_several_methods_or_is_a_sweep_is_refused(first, tmp_path):
+def test_unfinished_run_several_methods_and_grid_search_are_refused(first, tmp_path):
     copy = shutil.copytree(first, tmp_path / "copy")
     (copy / "0-adamw/seed0/results.json").unlink()
     with pytest.raises(PseudoLabelError, match="curvax resume"):
@@ -145,7 +145,7 @@ def test_a_run_that_is_not_done_or_has_several_methods_or_is_a_sweep_is_refused(
         build(config_of(copy / "1-sgd"))
 
 
-def test_without_the_first_run_a_resumed_one_says_so(first, tmp_path, capsys):
+def test_resuming_without_the_run_behind_the_labels_raises(first, tmp_path, capsys):
     copy = shutil.copytree(first, tmp_path / "copy")
     arguments = ["train", TINY, f"--data.labels={copy}", *FEW, f"--runs={tmp_path / 'runs'}"]
     assert main.main(arguments) == 0

@@ -59,7 +59,7 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("task", MODELS)
-def test_the_training_loss_is_the_likelihoods_written_out(task):
+def test_training_loss_is_the_likelihood_of_the_task(task):
     experiment = build(tiny(task))
     state, batch = experiment.init(), next(experiment.batches())
     batch = experiment.task.in_test(batch)
@@ -72,7 +72,7 @@ def test_the_training_loss_is_the_likelihoods_written_out(task):
     assert scores.keys() == experiment.task.scores.keys()
 
 
-def test_curvature_sees_the_two_halves_of_the_loss(experiment):
+def test_curvature_products_of_a_task_have_model_and_loss(experiment):
     state, batch = experiment.init(), next(experiment.batches())
     draw = lambda key: lambda x: jax.random.normal(jax.random.key(key + x.size), x.shape, x.dtype)
     v = jax.tree.map(draw(1), state.params)
@@ -93,7 +93,7 @@ def test_curvature_sees_the_two_halves_of_the_loss(experiment):
     np.testing.assert_allclose(product(curvax.fvp, None), ggn, atol=1e-5 * size)
 
 
-def test_scores_over_the_test_set_are_those_of_all_outputs(experiment):
+def test_test_scores_in_batches_are_those_of_all_outputs(experiment):
     state, split = experiment.init(), experiment.data.test
     experiment.config.eval_batch = 50  # does not divide any
     found = experiment.test(state)
@@ -110,7 +110,7 @@ def test_scores_over_the_test_set_are_those_of_all_outputs(experiment):
         assert found["squared_error"] == pytest.approx(2 * found["loss"], rel=1e-5)
 
 
-def test_a_step_is_sgd_on_the_loss():
+def test_training_step_of_a_regression_is_sgd_on_its_loss():
     experiment = build(tiny("regression", optimizer="sgd(0.1)"))
     state, batch = experiment.init(), next(experiment.batches())
 
@@ -147,7 +147,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(experiment, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("task", NEW)
-def test_a_method_that_solves_with_the_curvature_trains(task):
+def test_gauss_newton_trains_every_task(task):
     text = "gauss_newton(1.0, damping=1.0, solver=cg(5))"
     experiment = build(tiny(task, optimizer=text, microbatch=8))
     state, batch = experiment.init(), next(experiment.batches())
@@ -172,7 +172,7 @@ def test_a_method_that_solves_with_the_curvature_trains(task):
         ("images", {"model.name": "autoencoder"}, "`autoencoder` was built with 10"),
     ],
 )
-def test_what_does_not_fit_the_task_is_said(task, fields, words):
+def test_fields_that_do_not_fit_the_task_are_refused(task, fields, words):
     own = tiny(task)
     own.model.options = {}
     own.update_from_flattened_dict(fields)
@@ -206,7 +206,7 @@ def outcome(metric, value):
     return [run_dir.Outcome(figures, [{"step": 1, metric.log_key: value - 0.25}])]
 
 
-def test_where_less_is_better_the_verdict_and_the_best_turn_around():
+def test_verdict_and_best_follow_a_metric_where_less_is_better():
     own = tiny("language")
     task = tasks.build(own)
     arms = {"a": outcome(task.metric, 2.5), "b": outcome(task.metric, 2.25)}
@@ -221,7 +221,7 @@ def test_where_less_is_better_the_verdict_and_the_best_turn_around():
     assert better["x, better of both"] == arms["b"]
 
 
-def test_the_best_of_a_goal_is_never_one_that_diverged():
+def test_best_of_a_metric_ignores_nan():
     assert selection_metric.CLASSIFICATION.best([0.5, float("nan"), 0.75]) == 0.75
     assert selection_metric.LANGUAGE.best([0.5, float("nan"), 0.75]) == 0.5
     assert np.isnan(selection_metric.LANGUAGE.best([]))
@@ -236,7 +236,7 @@ def test_three_methods_get_a_verdict_without_a_lead():
     assert "At the end" not in words
 
 
-def test_the_verdict_says_when_the_bases_lowest_loss_was_met():
+def test_verdict_says_when_the_lowest_loss_of_the_baseline_was_reached():
     own = tiny("regression")
     task = tasks.build(own)
 

@@ -78,7 +78,7 @@ def assert_same_run(experiment, folder, reference):
 # A step.
 
 
-def test_a_step_is_sgd_on_the_augmented_batch():
+def test_training_step_is_sgd_on_the_augmented_batch():
     config = changed(optimizer="sgd(0.1, momentum=0.9)")
     config.model.options.dropout = 0.0
     experiment = build(config)
@@ -101,7 +101,7 @@ def test_a_step_is_sgd_on_the_augmented_batch():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.params, params)
 
 
-def test_batch_statistics_and_figures_are_those_of_the_clean_pass():
+def test_batch_statistics_and_metrics_are_those_of_the_clean_pass():
     config = changed(optimizer="sam_perturb(0.5) | sgd(0.1)")
     config.model = {"name": "resnet8", "options": {"width": 4}}
     config.data.augment = []
@@ -153,7 +153,7 @@ def test_perturbations_are_float32_where_activations_are_bfloat16():
     assert "bf16[" in program
 
 
-def test_micro_batches_change_nothing_but_rounding():
+def test_microbatches_change_nothing_but_rounding():
     config = changed(batch=16)
     config.model.options.dropout = 0.0
     stepped = []
@@ -205,7 +205,7 @@ def test_a_killed_run_resumes_bit_for_bit(experiment, reference, tmp_path):
     assert_same_run(experiment, tmp_path, reference)
 
 
-def test_keys_inside_the_optimiser_state_are_kept(tmp_path):
+def test_checkpoint_keeps_keys_of_the_optimiser_state(tmp_path):
     experiment = build(changed(optimizer="adahessian(lr, key=seed)", seed=7))
     state = experiment.init()
     keys = [x for x in jax.tree.leaves(state.opt_state) if x.dtype == jnp.uint32]
@@ -229,7 +229,7 @@ def test_a_checkpoint_with_typed_keys_of_an_earlier_version_is_read(tmp_path):
     assert_same_bits(restored, state)
 
 
-def test_an_array_of_no_entries_is_kept(tmp_path):
+def test_checkpoint_keeps_empty_arrays(tmp_path):
     experiment = build(changed())
     empty = {"seen": jnp.zeros((0, 3)), "ids": jnp.zeros(0, jnp.int32)}
     state = experiment.init()._replace(model_state=empty)
@@ -240,7 +240,7 @@ def test_an_array_of_no_entries_is_kept(tmp_path):
     assert restored.model_state["ids"].dtype == jnp.int32
 
 
-def test_leaves_that_orbax_would_write_over_each_other_are_named(tmp_path):
+def test_leaves_of_colliding_names_are_refused_by_name(tmp_path):
     twice = {"a.b": jnp.ones(3), "a": {"b": jnp.zeros(3)}}
     state = build(changed()).init()._replace(model_state=twice)
     with pytest.raises(CheckpointError, match=r"`model_state\.a\.b`.*disk is not the cause"):
@@ -257,7 +257,7 @@ def test_leaves_that_orbax_would_write_over_each_other_are_named(tmp_path):
         (ValueError("Unsupported type: <class 'str'> for key: ('a',)."), "disk is not the cause"),
     ],
 )
-def test_what_kept_a_checkpoint_from_disk_is_told_as_it_is(error, cure, tmp_path, monkeypatch):
+def test_checkpoint_error_gives_its_cause(error, cure, tmp_path, monkeypatch):
     def fail(self, step, **_):
         raise error
 
@@ -269,14 +269,14 @@ def test_what_kept_a_checkpoint_from_disk_is_told_as_it_is(error, cure, tmp_path
     assert str(error.args[-1])[:20] in str(told.value)
 
 
-def test_a_run_that_is_done_is_read_not_run(experiment, reference, monkeypatch):
+def test_finished_run_is_read_and_not_trained(experiment, reference, monkeypatch):
     monkeypatch.setattr(loop, "_Trainer", None)
     outcome = loop.fit(experiment, reference)
     assert outcome.metrics["steps"] == STEPS
     assert outcome.records[-1]["step"] == STEPS
 
 
-def test_a_full_disk_stops_the_run_and_loses_nothing(experiment, reference, tmp_path, monkeypatch):
+def test_full_disk_stops_the_run_without_loss(experiment, reference, tmp_path, monkeypatch):
     free, room = shutil.disk_usage, iter([True, True, True])  # checkpoints 0, 3 and 6
 
     def usage(path):
@@ -290,7 +290,7 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(experiment, reference, tmp_
     assert_same_run(experiment, tmp_path, reference)
 
 
-def test_a_disk_that_fills_up_while_writing_leaves_the_older_checkpoints(
+def test_disk_that_fills_while_writing_leaves_the_older_checkpoints(
     experiment, reference, tmp_path, monkeypatch
 ):
     def fail(self, step, **_):
@@ -306,7 +306,7 @@ def test_a_disk_that_fills_up_while_writing_leaves_the_older_checkpoints(
     assert_same_run(experiment, tmp_path, reference)
 
 
-def test_an_unreadable_checkpoint_is_named_and_the_one_before_it_serves(
+def test_unreadable_checkpoint_is_named_and_the_one_before_can_be_used(
     experiment, reference, tmp_path
 ):
     shutil.copytree(reference, tmp_path, dirs_exist_ok=True)
@@ -322,7 +322,7 @@ def test_an_unreadable_checkpoint_is_named_and_the_one_before_it_serves(
     assert_same_run(experiment, tmp_path, reference)
 
 
-def test_a_log_opened_again_forgets_what_came_after(tmp_path):
+def test_reopened_log_drops_later_records(tmp_path):
     log = run_dir.Log(tmp_path)
     for step in range(1, 6):
         log.write(step, "train", {"loss": 1 / step, "gap": float("nan")})
@@ -346,7 +346,7 @@ def events(path):
         content = content[16 + length :]
 
 
-def test_tensorboard_is_told_every_step_and_what_to_forget(tmp_path):
+def test_tensorboard_events_have_every_step_and_the_restart(tmp_path):
     for since in (0, 2):
         log = run_dir.Log(tmp_path, since=since)
         for step in range(since + 1, since + 4):
@@ -363,7 +363,7 @@ def test_tensorboard_is_told_every_step_and_what_to_forget(tmp_path):
 
 
 @pytest.mark.parametrize("at", [4, STEPS])
-def test_a_notice_to_terminate_saves_before_it_stops(at, experiment, reference, tmp_path):
+def test_termination_signal_saves_before_it_stops(at, experiment, reference, tmp_path):
     """The next step is the last one; at the end of a run it is heeded before another begins."""
     seen, before = [], signal.getsignal(signal.SIGTERM)
 
@@ -382,7 +382,7 @@ def test_a_notice_to_terminate_saves_before_it_stops(at, experiment, reference, 
     assert_same_run(experiment, tmp_path, reference)
 
 
-def test_a_notice_between_two_runs_of_several_processes_stops_the_second(monkeypatch):
+def test_termination_signal_between_two_runs_stops_the_second(monkeypatch):
     """The runtime stops all of them at the number after the last that any has reached."""
     asked: list[int] = []
     due = -1
@@ -417,13 +417,13 @@ def test_an_infinite_update_stops_the_run_at_its_step(tmp_path):
         (lambda logits, _: jnp.sqrt(0.0 * jnp.sum(logits)), "the gradient of `block_0/.*/bias`"),
     ],
 )
-def test_what_goes_bad_first_is_named(loss, what, monkeypatch):
+def test_first_nan_is_named(loss, what, monkeypatch):
     monkeypatch.setitem(tasks.LIKELIHOODS, "softmax", lambda *_, **__: loss)
     with pytest.raises(loop.NotFinite, match=f"step 1: {what} is NaN"):
         loop.fit(build(changed(optimizer="sgd(0.1)")))
 
 
-def test_every_watched_flag_has_a_name(experiment):
+def test_every_finite_flag_has_a_name(experiment):
     state = experiment.init()
     names = watched_names(state.params)
     _, measured = experiment.step(state, next(experiment.batches()))
@@ -431,7 +431,7 @@ def test_every_watched_flag_has_a_name(experiment):
     assert names[-1] == "the update of `norm/scale`"
 
 
-def test_fields_that_came_after_a_run_have_their_defaults(tmp_path):
+def test_fields_added_after_a_run_have_their_defaults(tmp_path):
     folder = run_dir.create(tmp_path, "train", CONFIG)
     file = folder / "config.json"
     old = json.loads(file.read_text())
@@ -458,7 +458,7 @@ def test_held_out_examples_come_from_the_training_set_alone():
     assert np.mean(parted.wrong) == pytest.approx(0.25, abs=0.01)
 
 
-def test_scores_do_not_depend_on_the_chunks(experiment):
+def test_scores_do_not_depend_on_the_batch_size(experiment):
     state, test = experiment.init(), experiment.data.test
     noise = curvax.gaussian_probe(jax.random.key(0), state.params)
     moved = jax.tree.map(lambda p, z: p + 0.3 * z, state.params, noise)
@@ -472,7 +472,7 @@ def test_scores_do_not_depend_on_the_chunks(experiment):
     assert abs(few["loss"] / whole["loss"] - 1) > 1e-3
 
 
-def test_the_largest_eigenvalue_is_the_dense_hessians():
+def test_largest_eigenvalue_is_that_of_the_dense_hessian():
     key = jax.random.key(0)
     batch = {"input": jax.random.normal(key, (8, 4)), "label": jnp.arange(8) % 3}
     predict = lambda params, batch: jnp.tanh(batch["input"] @ params["w"]) @ params["v"]
@@ -489,7 +489,7 @@ def test_the_largest_eigenvalue_is_the_dense_hessians():
 # Comparisons.
 
 
-def test_the_interval_is_students():
+def test_confidence_interval_is_students():
     summary = summarise([1.0, 2.0, 3.0])
     # t(0.975, 2) = 4.302653 in any table
     assert summary == pytest.approx((2.0, 1.0, 4.302653 / 3**0.5), rel=1e-6)
@@ -500,7 +500,7 @@ def outcome(accuracy):
     return run_dir.Outcome({"test_accuracy": accuracy, "seconds": 1.0}, [])
 
 
-def test_the_better_run_of_the_base_counts_seed_by_seed():
+def test_better_baseline_is_chosen_seed_by_seed():
     short, long = [outcome(0.5), outcome(0.8)], [outcome(0.6), outcome(0.7)]
     arms = {"base": short, "longer": long, "sam": short}
     found = comparison.with_better_baseline(arms, selection_metric.CLASSIFICATION)
@@ -509,7 +509,7 @@ def test_the_better_run_of_the_base_counts_seed_by_seed():
     assert gain.mean == pytest.approx(-0.05)
 
 
-def test_a_run_that_diverges_leaves_the_others_their_comparison(tmp_path):
+def test_diverged_run_leaves_the_comparison_of_the_others(tmp_path):
     texts = ["sgd(0.1)", "scale(1e30) | sgd(1e30)"]
     experiments = {name: build(arm) for name, arm in comparison.variants(CONFIG, texts).items()}
     quiet = lambda name, steps: lambda step, figures: None
@@ -551,7 +551,7 @@ def test_a_run_that_diverges_leaves_the_others_their_comparison(tmp_path):
         ),
     ],
 )
-def test_the_verdict_says_what_the_figures_say(base, method, said, unsaid):
+def test_verdict_states_the_differences_in_words(base, method, said, unsaid):
     config = changed()
     records = [{"step": 1, "test/accuracy": 0.77}, {"step": 2, "train/loss": 1.0}]
     run = lambda figures: [run_dir.Outcome(figures | {"train_examples": 64, "steps": 2}, records)]
@@ -560,7 +560,7 @@ def test_the_verdict_says_what_the_figures_say(base, method, said, unsaid):
     assert unsaid not in words
 
 
-def test_arms_differ_in_what_they_are_named_for():
+def test_variants_are_named_by_their_differences():
     texts = ["adamw(1e-3)", "sam_perturb(0.1) | adamw(1e-3)", "sam_perturb(0.2) | adamw(1e-3)"]
     arms = comparison.variants(CONFIG, texts, fair=True)
     assert list(arms) == ["adamw", "adamw, 2 × epochs", *texts[1:]]
@@ -573,7 +573,7 @@ def test_arms_differ_in_what_they_are_named_for():
     ]
 
 
-def test_a_grid_has_every_point_the_last_field_fastest():
+def test_grid_has_every_point_with_the_last_field_fastest():
     arms = comparison.grid({"m": CONFIG}, {"rho": ["0", "0.1"], "data.label_noise": ["0.2", "0.4"]})
     settings = [(arm.rho, arm.data.label_noise) for arm in arms.values()]
     assert settings == [(0.0, 0.2), (0.0, 0.4), (0.1, 0.2), (0.1, 0.4)]

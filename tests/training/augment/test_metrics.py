@@ -17,7 +17,7 @@ METRICS = [(metrics.top1, LABELS), (metrics.top5, LABELS), (metrics.squared_erro
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])
-def test_top_k_is_a_place_among_the_sorted(k):
+def test_top_k_counts_labels_among_the_k_largest_logits(k):
     highest = np.argsort(-LOGITS, -1)[:, :k]
     expected = (highest == LABELS[:, None]).any(-1).mean()
     score = metrics.top_k(k)(jnp.asarray(LOGITS), jnp.asarray(LABELS))
@@ -26,7 +26,7 @@ def test_top_k_is_a_place_among_the_sorted(k):
     np.testing.assert_array_equal(metrics.top_k(k)(jnp.asarray(LOGITS), rows), score)
 
 
-def test_ties_and_nans_score_nothing():
+def test_ties_and_nans_score_zero():
     labels = jnp.arange(4)
     assert metrics.top1(jnp.zeros((4, 6)), labels) == 0
     assert metrics.top5(jnp.full((4, 6), jnp.nan), labels) == 0
@@ -35,7 +35,7 @@ def test_ties_and_nans_score_nothing():
     assert metrics.top_k(2)(one_nan, labels) == 1
 
 
-def test_squared_errors_are_sums_over_outputs():
+def test_squared_errors_sum_over_outputs():
     error = metrics.squared_error(jnp.asarray(LOGITS), jnp.asarray(ROWS))
     np.testing.assert_allclose(error, ((LOGITS - ROWS) ** 2).sum(-1).mean(), rtol=1e-12)
     pixels = metrics.pixel_error(jnp.asarray(LOGITS), jnp.asarray(ROWS))
@@ -52,7 +52,7 @@ def test_tokens_are_averaged_within_their_example():
 
 
 @pytest.mark.parametrize(("metric", "labels"), METRICS)
-def test_a_mask_leaves_examples_out_whatever_they_hold(metric, labels):
+def test_masked_examples_do_not_count_even_if_nan(metric, labels):
     logits = jnp.where(jnp.asarray(MASK)[:, None], jnp.asarray(LOGITS), jnp.nan)
     masked = metric(logits, jnp.asarray(labels), mask=jnp.asarray(MASK))
     expected = metric(jnp.asarray(LOGITS[MASK]), jnp.asarray(labels[MASK]))
@@ -61,7 +61,7 @@ def test_a_mask_leaves_examples_out_whatever_they_hold(metric, labels):
 
 
 @pytest.mark.parametrize(("metric", "labels"), METRICS)
-def test_means_of_batches_weighted_by_their_size_are_the_mean_of_all(metric, labels):
+def test_weighted_mean_over_batches_is_the_mean_of_all(metric, labels):
     parts = [x.reshape(5, 8, *x.shape[1:]) for x in (LOGITS, labels, MASK)]
     means = jax.vmap(lambda z, y, m: metric(z, y, mask=m))(*parts)
     mean = metrics.weighted_mean(means, jnp.asarray(parts[2].sum(1)))
@@ -80,6 +80,6 @@ def test_bfloat16_outputs_are_reduced_in_float32(metric, labels):
 
 
 @pytest.mark.parametrize("k", [0, 7])
-def test_a_top_k_that_is_always_right_is_refused(k):
+def test_top_k_of_all_classes_is_refused(k):
     with pytest.raises(ValueError, match=f"less than the 7 classes, and got {k}"):
         metrics.top_k(k)(jnp.asarray(LOGITS), jnp.asarray(LABELS))

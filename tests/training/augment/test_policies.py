@@ -67,7 +67,7 @@ MAPS = {
 
 
 @pytest.mark.parametrize("name", [*TABLES, *BLENDS, *MAPS])
-def test_operations_are_those_of_pillow(name):
+def test_image_operations_equal_those_of_pillow(name):
     ours, pillow = (TABLES | BLENDS | MAPS)[name]
     image = make_bytes()
     expected = np.asarray(pillow(Image.fromarray(image))).astype(int)
@@ -107,7 +107,7 @@ def test_strength_zero_is_the_identity(name):
     np.testing.assert_allclose(result, image, atol=1e-7)
 
 
-def test_quarter_turns_and_double_inversions():
+def test_rotate_by_quarter_turns_and_invert_twice_are_exact():
     image = as_float(make_bytes(12, 12))
     np.testing.assert_array_equal(ops.rotate(image, 90.0), np.rot90(image))
     np.testing.assert_array_equal(ops.rotate(image, 180.0), np.rot90(image, 2))
@@ -115,12 +115,12 @@ def test_quarter_turns_and_double_inversions():
 
 
 @pytest.mark.parametrize("op", [ops.autocontrast, ops.equalize])
-def test_constant_channels_stay(op):
+def test_autocontrast_and_equalize_keep_constant_channels(op):
     image = jnp.full((6, 6, 3), np.float32(0.4))
     np.testing.assert_allclose(op(image), image, atol=1e-7)
 
 
-def test_grey_images_have_one_channel():
+def test_colour_operations_accept_grey_images():
     image = as_float(make_bytes())[..., :1]
     np.testing.assert_allclose(ops.color(image, 0.3), image, atol=1e-7)
     np.testing.assert_allclose(
@@ -171,7 +171,7 @@ def policy(monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "level"), AUTHORS)
-def test_levels_mean_what_they_mean_in_the_authors_code(name, level, policy):
+def test_levels_of_auto_augment_are_those_of_the_authors_code(name, level, policy):
     image = make_bytes(32, 32)
     changed = policy((name, 1.0, level), ("Invert", 0.0, 0))(KEY, make_batch(image, 12))["input"]
     candidates = [pillow(Image.fromarray(image)) for pillow in AUTHORS[name, level]]
@@ -180,7 +180,7 @@ def test_levels_mean_what_they_mean_in_the_authors_code(name, level, policy):
     assert np.all(near.any(0))  # both sides occur
 
 
-def test_operations_of_a_pair_come_in_order_each_with_its_probability(policy):
+def test_operations_of_a_pair_run_in_order_with_their_probabilities(policy):
     image = make_bytes(32, 32)
     pair = policy(("Brightness", 0.7, 9), ("Solarize", 0.4, 5))
     changed = pair(KEY, make_batch(image, 400))["input"]
@@ -241,7 +241,7 @@ def test_rand_augment_draws_each_of_its_sixteen_operations():
     assert erased.sum((1, 2)).max() <= 16**2  # 2 · ⌊40 · 32 / 224 · 1.5⌋ = 16
 
 
-def test_layers_follow_one_another():
+def test_rand_augment_applies_its_layers_in_turn():
     image = make_bytes(32, 32)
     changed = np.asarray(policies.rand_augment(2, 15)(KEY, make_batch(image, 64))["input"])
     candidates = [pillow(Image.fromarray(image)) for pillow in RAND]
@@ -251,12 +251,12 @@ def test_layers_follow_one_another():
 
 
 @pytest.mark.parametrize("options", [{"layers": 0}, {"magnitude": 30}, {"magnitude": -1}])
-def test_impossible_rand_augment_is_refused(options):
+def test_rand_augment_refuses_options_out_of_range(options):
     with pytest.raises(ValueError, match=r"magnitude in \[0, 20\]"):
         policies.rand_augment(**options)
 
 
-def test_images_in_turn_are_images_together():
+def test_rand_augment_under_vmap_equals_one_image_at_a_time():
     """Under vmap every operation is computed and one is taken, as on a GPU."""
     batch = make_batch(make_bytes(16, 16), 40)
     transform = policies.rand_augment(1)

@@ -48,7 +48,7 @@ def test_a_shift_crop_is_a_window_of_the_padded_image(mode):
     assert np.all(matches.any(0))  # every place occurs
 
 
-def test_no_padding_is_no_crop():
+def test_shift_crop_without_padding_changes_nothing():
     batch = make_batch()
     np.testing.assert_array_equal(transforms.shift_crop(0)(KEY, batch)["input"], batch["input"])
 
@@ -80,7 +80,7 @@ def first_true(rows, columns, chosen):
     return zip(rows[chosen].argmax(1), columns[chosen].argmax(1))
 
 
-def test_mixup_is_its_equation_for_images_and_labels_alike():
+def test_mixup_is_its_equation_for_images_and_labels():
     batch = make_batch()
     mixed = transforms.mixup(probability=1.0, alpha=1.0)(KEY, batch)
     label, neighbour = (np.asarray(x) for x in (batch["label"], jnp.roll(batch["label"], 1, 0)))
@@ -96,7 +96,7 @@ def test_mixup_is_its_equation_for_images_and_labels_alike():
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.5])
-def test_mixup_leaves_the_others_as_they_were(probability):
+def test_mixup_leaves_unselected_images_unchanged(probability):
     batch = make_batch()
     mixed = transforms.mixup(probability, alpha=8.0)(KEY, batch)
     same = np.all(mixed["input"] == batch["input"], (1, 2, 3))
@@ -108,12 +108,12 @@ def test_mixup_leaves_the_others_as_they_were(probability):
     ("options", "words"),
     [({"probability": 1.5}, r"`probability` in \[0, 1\]"), ({"alpha": 0}, "positive `alpha`")],
 )
-def test_impossible_mixup_is_refused(options, words):
+def test_mixup_refuses_options_out_of_range(options, words):
     with pytest.raises(ValueError, match=words):
         transforms.mixup(**options)
 
 
-def test_mixup_of_integer_labels_asks_for_one_hot():
+def test_mixup_of_integer_labels_is_refused_with_one_hot_as_the_cure():
     batch = make_batch() | {"label": jnp.zeros(SIZE, jnp.int32)}
     with pytest.raises(ValueError, match=r"Place `one_hot\(classes\)` before it"):
         transforms.mixup()(KEY, batch)
@@ -125,7 +125,7 @@ def test_an_inception_crop_of_the_whole_image_is_the_image():
     np.testing.assert_allclose(crop(KEY, batch)["input"], batch["input"], atol=1e-6)
 
 
-def test_an_inception_crop_is_a_resized_box_of_the_asked_area_and_shape():
+def test_inception_crop_is_a_resized_box_within_area_and_aspect():
     height, width, size = 40, 60, 6
     batch = ramps(height, width)
     crop = transforms.inception_crop(size, area=(0.2, 0.5), aspect=(0.5, 2.0))
@@ -151,7 +151,7 @@ def test_an_inception_crop_is_a_resized_box_of_the_asked_area_and_shape():
     assert (tall * wide).std() > 100
 
 
-def test_boxes_that_cannot_fit_give_the_whole_image():
+def test_inception_crop_takes_the_whole_image_where_no_box_fits():
     batch = ramps(8, 8, size=4)
     crop = transforms.inception_crop(8, area=(1.0, 1.0), aspect=(3.0, 4.0))
     np.testing.assert_allclose(crop(KEY, batch)["input"], batch["input"], atol=1e-5)
@@ -160,12 +160,12 @@ def test_boxes_that_cannot_fit_give_the_whole_image():
 @pytest.mark.parametrize(
     "options", [{"area": (0.5, 0.2)}, {"area": (0.5, 1.5)}, {"aspect": (0.0, 1.0)}]
 )
-def test_impossible_boxes_are_refused(options):
+def test_inception_crop_refuses_wrong_ranges(options):
     with pytest.raises(ValueError, match=r"`area` and `aspect` as \(least, greatest\)"):
         transforms.inception_crop(8, **options)
 
 
-def test_one_hot_labels_are_smoothed():
+def test_one_hot_smooths_labels():
     batch = {"label": jnp.array([2, 0])}
     label = transforms.one_hot(4, smoothing=0.2)(KEY, batch)["label"]
     np.testing.assert_allclose(
@@ -174,7 +174,7 @@ def test_one_hot_labels_are_smoothed():
     assert label.dtype == jnp.float32
 
 
-def test_normalise_is_channel_by_channel():
+def test_normalise_acts_on_each_channel():
     batch = make_batch()
     image = transforms.normalise([0.1, 0.2], [0.5, 2.0])(KEY, batch)["input"]
     expected = (np.asarray(batch["input"]) - [0.1, 0.2]) / [0.5, 2.0]
@@ -182,7 +182,7 @@ def test_normalise_is_channel_by_channel():
     assert image.dtype == jnp.float32
 
 
-def test_composed_transforms_come_in_order_and_draw_apart():
+def test_composed_transforms_run_in_order_with_keys_of_their_own():
     shift = lambda by: lambda key, batch: batch | {"input": 2 * batch["input"] + by}
     both = transforms.compose(shift(1.0), shift(10.0))(KEY, {"input": jnp.ones(3)})
     np.testing.assert_array_equal(both["input"], np.full(3, 16.0))

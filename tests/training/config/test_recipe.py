@@ -126,7 +126,7 @@ def test_a_text_steps_as_the_pipe_it_spells(text, built):
     np.testing.assert_array_equal(trajectory(read), trajectory(built()))
 
 
-def test_curvax_wins_over_optax_and_the_callers_names_over_both():
+def test_names_of_the_caller_precede_curvax_and_curvax_precedes_optax():
     assert optax.partition is not curvax.partition
     assert vocabulary()["partition"] is curvax.partition
     assert vocabulary()["rho_like"] is curvax.rho_schedule  # the name of earlier versions
@@ -165,7 +165,7 @@ def test_curvax_wins_over_optax_and_the_callers_names_over_both():
         ("", "", "empty"),
     ],
 )
-def test_errors_point_at_the_node(text, rest, hint):
+def test_parse_errors_point_at_their_place(text, rest, hint):
     message, pointed = place_of_caret(text, steps=10)
     assert pointed.startswith(rest)
     assert hint in message
@@ -181,7 +181,7 @@ def test_errors_point_at_the_node(text, rest, hint):
         ("sgd(step_decay(0.1, [0.5, 2]))", "step_decay", "[0.5, 2]"),
     ],
 )
-def test_what_a_factory_refuses_is_pointed_at_too(text, rest, hint):
+def test_factory_errors_point_at_their_place(text, rest, hint):
     message, pointed = place_of_caret(text, steps=10)
     assert pointed.startswith(rest)
     assert hint in message
@@ -208,7 +208,7 @@ def test_an_outline_names_the_parts():
     assert outline(text) == "sam_perturb | gsam_project | adamw"
 
 
-def test_a_deep_outline_names_what_the_parts_hold():
+def test_deep_outline_names_nested_parts():
     inside = "sam_perturb(rho_schedule(linear(lr), 1.0)) | gsam_project(0.1)"
     found = outline(f"per_group(m, {inside}) | sgd(cosine(1))", deep=True)
     assert found == "per_group(sam_perturb(rho_schedule(linear)) | gsam_project) | sgd(cosine)"
@@ -223,10 +223,10 @@ def test_a_deep_outline_names_what_the_parts_hold():
         ('partition({"a": per_group(2, clip(1.0)), "b": per_group(m, clip(1.0))}, {})', [2, 8]),
     ],
 )
-def test_what_a_text_gives_an_argument_is_read_without_the_rest(text, expected):
+def test_given_reads_one_argument_without_the_rest(text, expected):
     assert given(text, "per_group", "m", {"m": 8}) == expected
 
 
-def test_an_argument_that_cannot_be_read_is_pointed_at():
+def test_unreadable_argument_is_refused():
     with pytest.raises(RecipeError, match="Unknown name `n`"):
         given("per_group(n, sgd(0.1))", "per_group", "m", {"m": 8})

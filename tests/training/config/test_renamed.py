@@ -122,7 +122,7 @@ def old_run(tmp_path):
     return folder
 
 
-def test_a_run_folder_of_before_is_read(old_run):
+def test_run_folder_with_old_field_names_is_read(old_run):
     config, spec = commands.read(old_run)
     old = json.loads(CONFIG)
     for name, new in RENAMED.items():
@@ -135,7 +135,7 @@ def test_a_run_folder_of_before_is_read(old_run):
     assert run_dir.is_run(old_run)
 
 
-def test_a_run_folder_of_before_is_resumed_and_found(old_run):
+def test_run_folder_with_old_field_names_is_resumed(old_run):
     with jax.enable_x64(False):
         assert main.main(["resume", str(old_run)]) == 0
         (run,) = trained_runs.load([old_run])
@@ -143,7 +143,7 @@ def test_a_run_folder_of_before_is_resumed_and_found(old_run):
     assert json.loads((old_run / "config.json").read_text()) == json.loads(CONFIG)
 
 
-def test_a_config_file_of_before_is_read_with_warnings(tmp_path):
+def test_config_file_with_old_field_names_is_read_with_warnings(tmp_path):
     (tmp_path / "old.py").write_text(OLD_FILE)
     (tmp_path / "new.py").write_text(NEW_FILE)
     with pytest.warns(FutureWarning) as caught:
@@ -159,7 +159,7 @@ def test_a_config_file_of_before_is_read_with_warnings(tmp_path):
 
 
 @pytest.mark.parametrize("name", RENAMED)
-def test_an_old_name_on_the_command_line_warns_and_works(name):
+def test_old_field_name_on_the_command_line_warns_and_works(name):
     values = {"data.area": "(0.5,1.0)", "others": "['sgd(0.1)']", "beside": "true"}
     value = values.get(name, "3" if name not in ("regime", "base", "start") else "pmap")
     with pytest.warns(FutureWarning, match=f"`{name}` is now called `{RENAMED[name]}`"):
@@ -167,13 +167,13 @@ def test_an_old_name_on_the_command_line_warns_and_works(name):
     assert old == commands.configure(tiny_run.__file__, [f"--{RENAMED[name]}={value}"])
 
 
-def test_an_old_name_may_change_where_a_run_computes():
+def test_old_field_name_works_as_an_override():
     with pytest.warns(FutureWarning, match="`regime` is now called `parallelism`"):
         changed = commands.with_overrides(tiny_run.get_config(), ["--regime=pmap"])
     assert changed.parallelism == "pmap"
 
 
-def test_an_old_name_of_a_sweep_warns_and_one_that_is_stored_names_its_folder():
+def test_old_field_name_in_a_grid_warns_and_stored_names_keep_their_folder():
     with pytest.warns(FutureWarning, match="`data.noise` is now called `data.label_noise`"):
         fields = grid_search.read_fields(["data.noise=0.1,0.2"])
     assert fields == {"data.label_noise": ["0.1", "0.2"]}

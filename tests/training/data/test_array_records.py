@@ -87,7 +87,7 @@ def some_examples(count=16):
 # Batches
 
 
-def test_batches_are_bytes_with_labels_and_know_their_classes(folder):
+def test_batches_of_records_are_bytes_with_labels_and_class_names(folder):
     dataset = load(folder)
     assert (dataset.train.size, dataset.test.size, dataset.classes) == (42, 15, 3)
     assert list(dataset.names) == list(photographs.CLASSES)
@@ -99,7 +99,7 @@ def test_batches_are_bytes_with_labels_and_know_their_classes(folder):
 
 
 @pytest.mark.parametrize("shards", [2, 4])
-def test_the_union_of_the_processes_is_the_batch_of_one(folder, shards):
+def test_shards_of_all_processes_join_to_the_batch_of_one(folder, shards):
     split = load(folder).train
     for batch, other in zip(
         batches_of(split, epochs=2, seed=3), batches_of(split, shards, epochs=2, seed=3)
@@ -107,7 +107,7 @@ def test_the_union_of_the_processes_is_the_batch_of_one(folder, shards):
         assert_same(batch, other)
 
 
-def test_threads_change_nothing(folder):
+def test_number_of_threads_does_not_change_batches(folder):
     one, three = (load(folder, threads=n).train for n in (1, 3))
     for batch, other in zip(batches_of(one, epochs=1), batches_of(three, epochs=1)):
         assert_same(batch, other)
@@ -131,7 +131,7 @@ def test_resuming_in_the_middle_of_an_epoch_is_exact(folder, shards):
         assert_same(batch, other)
 
 
-def test_every_example_comes_once_an_epoch_and_is_cropped_anew_in_the_next(folder):
+def test_epoch_has_every_example_once_with_new_crops(folder):
     split = load(folder).train
     numbers = split.gather(np.arange(split.size))["input"]  # as in a test: names each example
     assert len({image.tobytes() for image in numbers}) == split.size
@@ -149,7 +149,7 @@ def test_every_example_comes_once_an_epoch_and_is_cropped_anew_in_the_next(folde
 
 @pytest.mark.parametrize("shards", [1, 2, 4])
 @pytest.mark.parametrize("batch_size", [4, 12, 16])
-def test_a_test_shows_every_example_once_whatever_divides(folder, shards, batch_size):
+def test_test_set_shows_every_example_once_for_any_batch_size(folder, shards, batch_size):
     split = load(folder).test
     seen = []
     for shard in range(shards):
@@ -168,7 +168,7 @@ def test_a_test_shows_every_example_once_whatever_divides(folder, shards, batch_
     assert len(seen) == 15
 
 
-def test_a_part_of_the_records_is_the_beginning_of_a_fixed_order(folder):
+def test_smaller_part_of_the_records_is_contained_in_a_larger_one(folder):
     split = load(folder).train
     few, more = (datasets.take(split, count, seed=0) for count in (10, 20))
     assert set(few.chosen) < set(more.chosen)
@@ -180,7 +180,7 @@ def test_a_part_of_the_records_is_the_beginning_of_a_fixed_order(folder):
     )
 
 
-def test_batches_are_made_ahead_while_one_is_trained_on(folder):
+def test_batches_are_prefetched_in_threads(folder):
     split, asked = load(folder).train, []
 
     class Watched(encoded_images.EncodedImages):
@@ -200,7 +200,7 @@ def test_batches_are_made_ahead_while_one_is_trained_on(folder):
 # Where they come from
 
 
-def test_a_folder_of_tfds_reads_too(tmp_path):
+def test_folder_of_tfds_is_read(tmp_path):
     write_records(tmp_path, some_examples(), "imagenet2012-train.array_record-00000-of-00001")
     (tmp_path / array_records.CLASSES).unlink()
     with pytest.raises(DataError, match=r"does not name its classes.*label.labels.txt"):
@@ -215,7 +215,7 @@ def test_a_folder_of_tfds_reads_too(tmp_path):
     )
 
 
-def test_what_tfds_itself_wrote_reads_as_it_reads_it(tmp_path):
+def test_records_written_by_tfds_are_read_as_by_tfds(tmp_path):
     why = "pip install tensorflow-datasets tensorflow-cpu"
     tfds: Any = pytest.importorskip("tensorflow_datasets", reason=why)
     pytest.importorskip("tensorflow", reason=why)
@@ -255,20 +255,20 @@ def test_what_tfds_itself_wrote_reads_as_it_reads_it(tmp_path):
             assert ours.read(number) == expected
 
 
-def test_another_number_of_classes_than_imagenets_is_refused(folder):
+def test_imagenet_with_another_number_of_classes_is_refused(folder):
     with pytest.raises(DataError, match=r"1000 classes, and \S+ has 3.*\"records\""):
         load(folder, name="imagenet")
 
 
 @pytest.mark.parametrize("area", ["(1.0, 0.1)", "(0.5,)", "(0.1, 3.0)", "(0, 1)", "('a', 'b')"])
-def test_an_area_that_is_no_range_of_shares_is_refused(folder, area):
+def test_crop_area_out_of_range_is_refused(folder, area):
     config = override(make_config(folder), [f"--data.crop_area={area}"])
     with pytest.raises(DataError, match=rf"`data.crop_area` is .* and was {re.escape(area)}"):
         build(config)
     assert load(folder, crop_area=[0.2, 0.2]).train.decoding.area == (0.2, 0.2)
 
 
-def test_a_missing_path_is_told():
+def test_missing_path_raises():
     config = defaults()
     config.data.name = "imagenet"
     with pytest.raises(DataError, match=r"`imagenet` cannot be read.*`curvax convert"):
@@ -319,7 +319,7 @@ def first_error(batches, seconds=60):
         (lambda e: e._replace(label=-1), "its label is -1"),
     ],
 )
-def test_a_spoilt_record_is_told_with_its_place_and_name(tmp_path, spoil, words):
+def test_damaged_record_raises_with_its_place_and_name(tmp_path, spoil, words):
     some = some_examples()
     some[11] = spoil(some[11])
     split = load(write_records(tmp_path, some)).train
@@ -333,7 +333,7 @@ def test_a_spoilt_record_is_told_with_its_place_and_name(tmp_path, spoil, words)
 # A run from folders to a resumed training
 
 
-def test_pictures_reach_the_model_as_numbers_between_minus_one_and_one(folder):
+def test_images_reach_the_model_between_minus_one_and_one(folder):
     config = make_config(folder)
     task = training_tasks.build(config)
     batch = next(datasets.batches(task.load(0).test, 8, shuffle=False))
@@ -356,14 +356,14 @@ def test_pictures_reach_the_model_as_numbers_between_minus_one_and_one(folder):
         ("digits", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 1),  # would become three channels
     ],
 )
-def test_moments_of_other_channels_are_refused(folder, name, mean, std, channels):
+def test_mean_and_std_of_another_number_of_channels_are_refused(folder, name, mean, std, channels):
     config = make_config(folder)
     config.data.update(name=name, mean=mean, std=std)
     with pytest.raises(DataError, match=rf"of `{name}` have {channels}, and were \(0\.5, "):
         training_tasks.build(config)
 
 
-def test_a_run_is_made_ready_from_one_picture(folder, monkeypatch):
+def test_building_a_run_decodes_one_image(folder, monkeypatch):
     """In each process of a pod: a batch of the whole is thousands."""
     decode, decoded = encoded_images.EncodedImages._decode, set()
 
@@ -395,7 +395,7 @@ def test_a_run_on_records_resumes_in_the_middle_of_an_epoch(folder, tmp_path):
     assert parted.metrics | {"seconds": 0} == whole.metrics | {"seconds": 0}
 
 
-def test_a_run_that_meets_a_spoilt_record_goes_on_once_it_is_mended(tmp_path):
+def test_run_stopped_by_a_damaged_record_resumes_after_its_repair(tmp_path):
     some = some_examples(32)
     spoilt = [*some]
     spoilt[11] = some[11]._replace(image=some[11].image[:100])

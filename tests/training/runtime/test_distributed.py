@@ -82,7 +82,7 @@ def undisturbed(request, tmp_path_factory):
     return request.param, folder
 
 
-def test_two_processes_come_to_what_one_comes_to(undisturbed, tmp_path):
+def test_two_processes_end_with_the_numbers_of_one(undisturbed, tmp_path):
     regime, folder = undisturbed
     alone = tmp_path / "run" / "0-arm" / "seed0"
     alone.mkdir(parents=True)
@@ -112,7 +112,7 @@ IN_ONE_REGIME = pytest.mark.parametrize("undisturbed", ["shard_map"], indirect=T
 
 @IN_ONE_REGIME
 @pytest.mark.parametrize("killed", [0, 1])
-def test_a_kill_of_either_is_told_and_undone(killed, undisturbed, tmp_path):
+def test_killed_process_stops_the_run_and_resume_undoes_it(killed, undisturbed, tmp_path):
     regime, whole = undisturbed
     running = start(2, "train", f"{CONFIG}:{regime}", "--runs", tmp_path)
     wait_for(lambda: tmp_path.glob("*/*/seed0/checkpoints/4.sha256"), running)
@@ -127,7 +127,7 @@ def test_a_kill_of_either_is_told_and_undone(killed, undisturbed, tmp_path):
     jax.tree.map(same, end_of(tmp_path, regime), end_of(whole, regime))
 
 
-def test_a_process_lost_in_a_checkpoint_is_not_told_as_a_full_disk(monkeypatch, tmp_path):
+def test_process_lost_in_a_checkpoint_is_not_reported_as_a_full_disk(monkeypatch, tmp_path):
     monkeypatch.setenv("KILLED", "1")
     survivor, _ = ended(start(2, "train", f"{CONFIG}:shard_map", "--runs", tmp_path))
     assert_told(*survivor)
@@ -137,7 +137,7 @@ def test_a_process_lost_in_a_checkpoint_is_not_told_as_a_full_disk(monkeypatch, 
 
 
 @pytest.mark.parametrize("what", ["save", "restore"])
-def test_an_error_of_the_runtime_is_none_of_the_disk(what, monkeypatch, tmp_path):
+def test_runtime_error_while_saving_is_not_reported_as_a_disk_error(what, monkeypatch, tmp_path):
     def fail(*_, **__):
         raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection closed")
 
@@ -152,7 +152,7 @@ def test_an_error_of_the_runtime_is_none_of_the_disk(what, monkeypatch, tmp_path
 
 
 @pytest.mark.parametrize("spoilt", [0, 1])
-def test_an_error_of_one_alone_ends_all(spoilt, monkeypatch, tmp_path):
+def test_error_in_one_process_ends_all(spoilt, monkeypatch, tmp_path):
     monkeypatch.setenv("SPOILT", str(spoilt))
     results = ended(start(2, "train", f"{CONFIG}:shard_map", "--runs", tmp_path))
     status, said = results[spoilt]
@@ -162,7 +162,7 @@ def test_an_error_of_one_alone_ends_all(spoilt, monkeypatch, tmp_path):
     assert not list(tmp_path.glob("*/*/seed0/results.json"))
 
 
-def test_a_nan_in_one_process_stops_both_at_its_step(monkeypatch, tmp_path):
+def test_nan_in_one_process_stops_both_at_the_same_step(monkeypatch, tmp_path):
     monkeypatch.setenv("POISONED", "1")
     said: list[list[str]] = []
     for status, text in ended(start(2, "train", f"{CONFIG}:shard_map", "--runs", tmp_path)):
@@ -176,7 +176,7 @@ def test_a_nan_in_one_process_stops_both_at_its_step(monkeypatch, tmp_path):
 
 
 @IN_ONE_REGIME
-def test_two_processes_begin_with_weights_and_predicted_labels(undisturbed, tmp_path):
+def test_two_processes_start_from_weights_and_pseudo_labels(undisturbed, tmp_path):
     """A run that stands still ends with the weights of the first, and has its labels."""
     regime, whole = undisturbed
     first = only(whole, "*/*/seed0")
@@ -194,7 +194,7 @@ def test_two_processes_begin_with_weights_and_predicted_labels(undisturbed, tmp_
     assert results["wrong_labels"] == pytest.approx(wrong)
 
 
-def test_other_processes_may_go_on(undisturbed, tmp_path):
+def test_run_resumes_on_four_processes(undisturbed, tmp_path):
     """Four, from the last checkpoint but one; sums in another order make the difference."""
     regime, whole = undisturbed
     carried_out(4, "resume", cut_short(whole, tmp_path))
@@ -203,7 +203,7 @@ def test_other_processes_may_go_on(undisturbed, tmp_path):
 
 
 @pytest.mark.parametrize(("count", "close"), [(2, 0.0), (4, 2e-4)])
-def test_processes_read_records_and_go_on_in_the_middle_of_an_epoch(count, close, records):
+def test_processes_resume_on_records_in_the_middle_of_an_epoch(count, close, records):
     """From step 14 of epochs of 3."""
     whole, root = records
     parted = root / f"by {count}"
@@ -225,7 +225,7 @@ def records(tmp_path_factory):
     return root / "whole", root
 
 
-def test_sigterm_to_one_saves_in_both(tmp_path):
+def test_sigterm_to_one_process_saves_in_both(tmp_path):
     running = start(2, "train", f"{CONFIG}:shard_map", "--runs", tmp_path)
     wait_for(lambda: tmp_path.glob("*/*/seed0/checkpoints/4.sha256"), running)
     running[1].send_signal(signal.SIGTERM)
@@ -238,7 +238,7 @@ def test_sigterm_to_one_saves_in_both(tmp_path):
     assert step in steps
 
 
-def test_only_what_a_lost_process_causes_is_told_as_one(monkeypatch, tmp_path):
+def test_only_connection_errors_are_reported_as_a_lost_process(monkeypatch, tmp_path):
     gone = jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllReduce failed: Connection closed by peer")
     full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
     assert distributed.lost(gone, tmp_path) is gone
@@ -257,7 +257,7 @@ def test_only_what_a_lost_process_causes_is_told_as_one(monkeypatch, tmp_path):
         (lambda number: ["--batch=0"], "`batch` is a whole number from 1"),
     ],
 )
-def test_what_one_process_is_told_otherwise_or_wrongly_ends_all_in_order(own, cause, tmp_path):
+def test_different_or_wrong_arguments_in_one_process_end_all(own, cause, tmp_path):
     results = ended(start(2, "train", f"{CONFIG}:shard_map", "--runs", tmp_path, own=own))
     for status, said in results:
         assert status == 2
@@ -268,7 +268,7 @@ def test_what_one_process_is_told_otherwise_or_wrongly_ends_all_in_order(own, ca
     assert not list(tmp_path.iterdir())
 
 
-def test_processes_that_resume_two_runs_end_in_order(tmp_path):
+def test_processes_that_resume_different_runs_are_refused(tmp_path):
     folders = [tmp_path / "a", tmp_path / "b"]
     config = regime_run.get_config("shard_map")
     for folder in folders:
@@ -282,12 +282,12 @@ def test_processes_that_resume_two_runs_end_in_order(tmp_path):
 
 
 @pytest.mark.parametrize("coordinator", ["foo", "foo:", ":8476", "foo:port"])
-def test_a_coordinator_has_a_host_and_a_port(coordinator):
+def test_coordinator_without_host_or_port_is_refused(coordinator):
     with pytest.raises(ValueError, match=f"HOST:PORT, and was `{coordinator}`. Give"):
         distributed.join(coordinator, 1, 0)
 
 
-def test_what_jax_cannot_join_is_told_with_its_cure(monkeypatch):
+def test_failure_to_join_raises_with_the_cure(monkeypatch):
     def fail(*_, **__):
         raise jax.errors.JaxRuntimeError("UNKNOWN: Failed to start RPC server")
 
@@ -298,7 +298,7 @@ def test_what_jax_cannot_join_is_told_with_its_cure(monkeypatch):
         distributed.join(None, None, None)
 
 
-def test_a_process_is_told_all_or_nothing():
+def test_process_options_are_needed_together():
     with pytest.raises(ValueError, match="needs all three"):
         distributed.join("127.0.0.1:1", 2, None)
     with pytest.raises(ValueError, match="numbered from 0 to 1"):

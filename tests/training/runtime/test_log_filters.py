@@ -10,7 +10,7 @@ from curvax.training.runtime.log_filters import silence_libtpu
 @pytest.mark.parametrize(
     ("there", "hosts"), [([], "localhost"), (["accel0"], None), (["vfio/0"], None)]
 )
-def test_libtpu_is_told_of_no_hosts_where_there_is_a_tpu(there, hosts, tmp_path, monkeypatch):
+def test_silence_libtpu_sets_hosts_only_without_a_tpu(there, hosts, tmp_path, monkeypatch):
     environment: dict[str, str] = {}
     monkeypatch.setattr("os.environ", environment)
     for name in there:
@@ -21,7 +21,7 @@ def test_libtpu_is_told_of_no_hosts_where_there_is_a_tpu(there, hosts, tmp_path,
     assert len(environment) == (0 if there else 2)
 
 
-def test_what_the_user_tells_libtpu_stands(tmp_path, monkeypatch):
+def test_silence_libtpu_keeps_the_users_settings(tmp_path, monkeypatch):
     monkeypatch.setattr("os.environ", {"TPU_WORKER_HOSTNAMES": "mine"})
     silence_libtpu(tmp_path)
     assert os.environ["TPU_WORKER_HOSTNAMES"] == "mine"

@@ -49,7 +49,7 @@ def begun(tmp_path):
 # Whose it is.
 
 
-def test_a_run_under_way_is_refused_to_another_and_free_when_it_is_killed(begun, capsys):
+def test_run_in_progress_is_locked_until_its_process_ends(begun, capsys):
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(begun)],
         stdout=subprocess.PIPE,
@@ -70,7 +70,7 @@ def test_a_run_under_way_is_refused_to_another_and_free_when_it_is_killed(begun,
         pass
 
 
-def test_a_run_is_held_while_it_trains_and_what_holds_it_is_not_listed(begun, capsys, monkeypatch):
+def test_run_is_locked_while_it_trains_and_the_lock_file_is_hidden(begun, capsys, monkeypatch):
     train, refused = comparison.run, []
 
     def look(experiments, seeds, folder, *rest, **options):
@@ -96,7 +96,7 @@ def test_a_run_is_held_while_it_trains_and_what_holds_it_is_not_listed(begun, ca
 
 @pytest.mark.skipif(run_dir.fcntl is None, reason="has no `flock`")
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EIO])
-def test_a_file_system_without_locks_is_no_obstacle(number, tmp_path, monkeypatch):
+def test_missing_file_locks_are_tolerated(number, tmp_path, monkeypatch):
     def fail(file, operation):
         raise OSError(number, os.strerror(number))
 
@@ -113,9 +113,7 @@ def test_a_file_system_without_locks_is_no_obstacle(number, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("command", ["train", "compare", "bench"])
-def test_a_place_without_room_for_runs_is_met_before_the_preparation(
-    command, tmp_path, capsys, monkeypatch
-):
+def test_unwritable_run_root_is_refused_before_preparation(command, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(commands.RunSpec, "prepare", None)
     (tmp_path / "file").touch()
     said = complaint(capsys, command, TINY, "--runs", tmp_path / "file" / "runs")
@@ -123,7 +121,7 @@ def test_a_place_without_room_for_runs_is_met_before_the_preparation(
     assert "`--runs DIR`" in said
 
 
-def test_a_place_for_runs_is_looked_at_without_a_trace(tmp_path):
+def test_check_root_creates_nothing(tmp_path):
     run_dir.check_root(tmp_path / "a" / "b")
     assert not list(tmp_path.iterdir())
 
@@ -131,7 +129,7 @@ def test_a_place_for_runs_is_looked_at_without_a_trace(tmp_path):
 @pytest.mark.parametrize(
     ("end", "status"), [(KeyboardInterrupt(), 130), (Stopped("it was asked to terminate."), 143)]
 )
-def test_a_run_that_is_stopped_says_how_to_go_on(end, status, begun, capsys, monkeypatch):
+def test_stopped_run_says_how_to_resume(end, status, begun, capsys, monkeypatch):
     def stop(*_, **__):
         raise end
 
