@@ -1,6 +1,5 @@
 """Spectra of losses against recorded and dense matrices, in every precision, model and regime."""
 
-import functools
 from functools import partial
 from typing import Any
 
@@ -8,18 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from device_problem import DEVICES, REGIMES, mesh, shards
 from families import net_objective
 from framework_problems import equinox_problem, nnx_problem
 from jax.flatten_util import ravel_pytree
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 from recorded_curvature import read
 from small_problems import (
     dense_hessian,
     flat,
     large_spectrum,
-    loader_of,
     net,
     net_batch,
     net_loss,
@@ -29,9 +24,8 @@ from small_problems import (
 from trajectories import recorded
 
 import curvax as cx
-from curvax.analysis import DatasetLoss, curvature_trace, hessian_spectrum, top_eigenpairs
+from curvax.analysis import curvature_trace, hessian_spectrum, top_eigenpairs
 from curvax.curvature import hvp
-from curvax.linalg import Eigenpairs
 
 every_recording = pytest.mark.parametrize("path", recorded("curvature_*"))
 NAMES = {
@@ -265,103 +259,6 @@ def test_eigenpairs_of_nnx_and_equinox_models_are_the_dense_ones(problem):
     assert str(jax.tree.structure(found.vectors)) == str(jax.tree.structure(params))
 
 
-# Devices.
-
-
-def measured(params: Any, batch: Any, mean_over: Any = None) -> tuple[Any, ...]:
-    objective = cx.Objective(cx.gaussian("y", weights="w"), batch, model=net)
-    options: Any = dict(mean_over=mean_over, key=1)
-    pairs = top_eigenpairs(objective, params, 2, **options)
-    spectrum = hessian_spectrum(objective, params, probes=2, steps=4, **options)
-    trace = curvature_trace(objective, params, curvature="gauss_newton", probes=3, **options)
-    return pairs.values, pairs.residuals, spectrum.density, trace
-
-
-def weighted_batch() -> Any:
-    return net_batch(2 * DEVICES) | {"w": 1.0 + jnp.arange(2 * DEVICES) % 5}
-
-
-@functools.cache
-def on_one_device() -> Any:
-    return quick_jit(measured)(net_params(), weighted_batch())
-
-
-def assert_as_on_one_device(found: Any) -> None:
-    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(on_one_device())):
-        np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-9)
-
-
-needs_devices = pytest.mark.skipif(jax.device_count() < DEVICES, reason="needs eight devices")
-
-
-@needs_devices
-@pytest.mark.parametrize("regime", REGIMES)
-def test_averaged_over_devices_the_spectrum_is_that_of_the_whole_batch(regime):
-    f = partial(measured, mean_over="batch")
-    if regime == "pmap":
-        mapped = jax.pmap(f, axis_name="batch", in_axes=(None, 0), out_axes=None)
-        assert_as_on_one_device(mapped(net_params(), shards(weighted_batch())))
-    else:
-        specs: Any = dict(in_specs=(P(), P("batch")), out_specs=P())
-        checked = regime == "shard_map"
-        mapped = quick_jit(jax.shard_map(f, mesh=mesh(), check_vma=checked, **specs))
-        assert_as_on_one_device(mapped(net_params(), weighted_batch()))
-
-
-@needs_devices
-@pytest.mark.parametrize("regime", ["shard_map", "unchecked"])
-def test_each_device_can_keep_the_spectrum_of_its_own_examples(regime):
-    def own(params: Any, batch: Any) -> Any:
-        power = top_eigenpairs(
-            cx.Objective(net_loss, batch), params, method="power", end="largest", mean_over=()
-        )
-        return jax.tree.map(lambda x: x[None], (measured(params, batch, ()), power.values))
-
-    batch, checked = weighted_batch(), regime == "shard_map"
-    specs: Any = dict(in_specs=(P(), P("batch")), out_specs=P("batch"))
-    mapped = quick_jit(jax.shard_map(own, mesh=mesh(), check_vma=checked, **specs))
-    (found, power) = mapped(net_params(), batch)
-    for number in 0, DEVICES - 1:
-        part = jax.tree.map(lambda x, i=number: x[2 * i : 2 * i + 2], batch)
-        expected = quick_jit(measured)(net_params(), part)
-        at = jax.tree.map(lambda x, i=number: x[i], found)
-        for x, y in zip(jax.tree.leaves(at), jax.tree.leaves(expected)):
-            np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-9)
-        dense = dense_hessian(partial(net_loss, batch=part), net_params())
-        np.testing.assert_allclose(power[number], np.linalg.eigvalsh(dense)[-1:], rtol=1e-8)
-
-
-def sharded(kind: AxisType) -> tuple[Any, Any, Any]:
-    """(mesh, replicated parameters, a batch that is cut)"""
-    where = jax.make_mesh((DEVICES,), ("batch",), axis_types=(kind,))
-    place = lambda tree, spec: jax.device_put(tree, NamedSharding(where, spec))
-    return where, place(net_params(), P()), place(weighted_batch(), P("batch"))
-
-
-@needs_devices
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_sharded_batch_gives_the_numbers_of_one_device(kind):
-    where, params, batch = sharded(kind)
-    with jax.set_mesh(where):
-        assert_as_on_one_device(quick_jit(measured)(params, batch))
-
-
-@needs_devices
-def test_sharded_batch_without_jit_gives_the_numbers_of_one_device():
-    _, params, batch = sharded(AxisType.Auto)
-    objective = cx.Objective(cx.gaussian("y", weights="w"), batch, model=net)
-    trace = curvature_trace(objective, params, curvature="gauss_newton", probes=3, key=1)
-    np.testing.assert_allclose(trace, on_one_device()[-1], rtol=1e-12)
-
-
-@needs_devices
-def test_missing_mean_over_raises_under_pmap():
-    with pytest.raises(ValueError, match="mean_over='batch'"):
-        jax.pmap(measured, axis_name="batch", in_axes=(None, 0))(
-            net_params(), shards(weighted_batch())
-        )
-
-
 # Errors.
 
 
@@ -392,94 +289,6 @@ def test_integer_parameters_are_refused_by_name():
     params = net_params() | {"step": jnp.zeros((), jnp.int32)}
     with pytest.raises(TypeError, match="`step` has dtype int32"):
         top_eigenpairs(cx.Objective(net_loss, net_batch()), params)
-
-
-class Counting:
-    """A loader that counts its passes."""
-
-    def __init__(self, batches: list[Any]):
-        self.batches, self.passes = batches, 0
-
-    def __iter__(self) -> Any:
-        self.passes += 1
-        return iter(self.batches)
-
-
-def test_a_dataset_loss_over_unequal_batches_is_the_loss_of_the_whole_set():
-    dataset_loss, objective = (
-        DatasetLoss(net_loss, loader_of(3, 3, 2)),
-        cx.Objective(net_loss, net_batch()),
-    )
-    assert float(dataset_loss(net_params())) == pytest.approx(
-        float(objective(net_params())), rel=1e-14
-    )
-    value, grads = dataset_loss.value_and_grad(net_params())
-    expected = objective.value_and_grad(net_params())
-    np.testing.assert_allclose(flat((value, grads)), flat(expected), rtol=1e-13)
-
-
-def test_dataset_loss_weights_its_batches():
-    batch = net_batch() | {"w": jnp.arange(8.0)}
-    loss = cx.gaussian("y", weights="w")
-    pieces = [jax.tree.map(lambda x, i=i: x[i : i + 2], batch) for i in (0, 2, 4, 6)]
-    found = DatasetLoss(loss, pieces, model=net)(net_params())
-    expected = cx.Objective(loss, batch, model=net)(net_params())
-    assert float(found) == pytest.approx(float(expected), rel=1e-14)
-
-
-@pytest.mark.parametrize(
-    ("measure", "products"),
-    [
-        (partial(top_eigenpairs, subspace=8), None),
-        (partial(top_eigenpairs, method="power", max_products=9), 9 + 1),
-        (partial(hessian_spectrum, probes=2, steps=3), 2 * 3),
-        (partial(curvature_trace, probes=3), 3),
-    ],
-    ids=["eigenpairs", "power", "spectrum", "trace"],
-)
-def test_dataset_loss_takes_one_pass_for_each_product(measure, products):
-    loader = Counting(loader_of(4, 4))
-    found = measure(DatasetLoss(net_loss, loader), net_params())
-    expected = quick_jit(lambda p: measure(cx.Objective(net_loss, net_batch()), p))(net_params())
-    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
-        np.testing.assert_allclose(x, y, rtol=1e-8, atol=1e-8)
-    if isinstance(found, Eigenpairs):
-        products = products or int(found.products)
-        assert int(found.products) == products
-    assert loader.passes == products
-
-
-def test_dataset_loss_wraps_its_loader_by_progress(capsys):
-    wrapped = []
-
-    def watch(loader: Any) -> Any:
-        wrapped.append(len(loader))
-        return loader
-
-    DatasetLoss(net_loss, loader_of(4, 4), progress=watch)(net_params())
-    assert wrapped == [2]
-    DatasetLoss(net_loss, loader_of(4, 4), progress=True)(net_params())
-    assert capsys.readouterr().out == ""
-
-
-def test_dataset_loss_folds_its_key_by_batch_at_every_pass():
-    noisy = lambda params, batch, key: net_loss(params, batch) * (1 + jax.random.uniform(key))
-    dataset_loss = DatasetLoss(noisy, loader_of(4, 4), key=jax.random.key(3))
-    keys = [jax.random.fold_in(jax.random.key(3), i) for i in range(2)]
-    expected = np.mean([noisy(net_params(), b, k) for b, k in zip(dataset_loss.loader, keys)])
-    assert float(dataset_loss(net_params())) == pytest.approx(float(expected), rel=1e-12)
-    assert float(dataset_loss(net_params())) == float(dataset_loss(net_params()))
-
-
-def test_dataset_loss_refuses_iterators_empty_loaders_raw_keys_and_jit():
-    with pytest.raises(ValueError, match="list_iterator"):
-        DatasetLoss(net_loss, iter(loader_of(4, 4)))
-    with pytest.raises(ValueError, match="gave none"):
-        DatasetLoss(net_loss, [])(net_params())
-    with pytest.raises(TypeError, match="typed key"):
-        DatasetLoss(net_loss, loader_of(4, 4), key=jnp.zeros(2, jnp.uint32))
-    with pytest.raises(TypeError, match="on the host"):
-        jax.jit(DatasetLoss(net_loss, loader_of(4, 4)))(net_params())
 
 
 def test_spectrum_of_ten_thousand_parameters_is_the_planted_one():

@@ -8,6 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from device_groups import (
+    MASK,
+    M,
+    assert_like_jit,
+    grouped,
+    mapped_to_groups_of_two,
+    on_groups_of_two,
+    over_all,
+    weighted,
+    weighted_batch,
+)
 from device_problem import (
     DEVICES,
     FEATURES,
@@ -23,13 +34,12 @@ from device_problem import (
     run,
     sam_of,
     sgd_over,
-    shards,
 )
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import curvax as cx
-from curvax.analysis import m_sharpness, top_eigenpairs
+from curvax.analysis import top_eigenpairs
 from curvax.perturbation.directions import random_direction
 from curvax.planning import collectives, hlo
 
@@ -38,36 +48,8 @@ pytestmark = pytest.mark.skipif(
     reason="needs XLA_FLAGS=--xla_force_host_platform_device_count=8 before jax is imported",
 )
 
-M = 2 * PER_DEVICE
-
 # A mesh whose last axis holds the devices of a group, or one axis along which they lie in a row.
 GROUPED = ("grid", "grid unchecked", "row unchecked", "pmap")
-
-
-def over_all(regime):
-    return ("batch", "group") if regime.startswith("grid") else "batch"
-
-
-def mapped_to_groups_of_two(regime, step, params, state, batch):
-    """A step of eight devices, two of which make a group, and what it is to be called with."""
-    if regime == "pmap":
-        mapped = jax.pmap(step, axis_name="batch", in_axes=(None, None, 0), out_axes=None)
-        return mapped, (params, state, shards(batch))
-    grid = regime.startswith("grid")
-    names, shape = (("batch", "group"), (4, 2)) if grid else (("batch",), (8,))
-    mapped = jax.shard_map(
-        step,
-        mesh=jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names)),
-        in_specs=(P(), P(), P(names)),
-        out_specs=P(),
-        check_vma=not regime.endswith("unchecked"),
-    )
-    return jax.jit(mapped), (params, state, batch)
-
-
-def on_groups_of_two(*arguments):
-    mapped, operands = mapped_to_groups_of_two(*arguments)
-    return mapped(*operands)
 
 
 STAGES = {
@@ -105,40 +87,6 @@ def test_groups_over_two_devices_equal_those_under_jit(name, regime):
         reference = local(LOOPS[name], DEVICES // 2)
         expected = sgd_over(lambda p: reference(p, batch), params, steps=1)
         jax.tree.map(partial(np.testing.assert_allclose, **TOLERANCE), found, expected)
-
-
-def assert_like_jit(tx_of, regime, batch, *, steps=1, tolerance=TOLERANCE, **options):
-    """The same parameters and figures as under jit, where the groups are cut from the batch."""
-    tx, alone = tx_of(over_all(regime)), tx_of(())
-    params = make_params()
-    found, state = params, tx.init(params)
-    expected, state_alone = params, alone.init(params)
-    step = partial(one_step, tx, **options)
-    mapped, (_, _, parts) = mapped_to_groups_of_two(regime, step, params, state, batch)
-    for _ in range(steps):
-        found, state = mapped(found, state, parts)
-        expected, state_alone = one_step(alone, expected, state_alone, batch, **options)
-    jax.tree.map(partial(np.testing.assert_allclose, **tolerance), found, expected)
-    there, here = cx.diagnostics(state), cx.diagnostics(state_alone)
-    assert there.keys() == here.keys()
-    for figure in there:
-        np.testing.assert_allclose(there[figure], here[figure], rtol=1e-6, err_msg=figure)
-
-
-def weighted(params, batch):
-    hidden = jnp.tanh(batch["x"] @ params["w1"] + params["b1"][None])
-    errors = (hidden @ params["w2"] - batch["y"]) ** 2
-    return jnp.sum(batch["w"] * errors) / jnp.sum(batch["w"])
-
-
-def weighted_batch():
-    batch = make_batch()
-    return batch | {"w": 0.5 + 3 * jax.random.uniform(jax.random.key(7), batch["y"].shape)}
-
-
-def grouped(stages, **options):
-    per_group = cx.per_group(M, stages, **options)
-    return lambda axes: per_group | cx.pmean_updates(axes) | optax.sgd(0.1)
 
 
 WEIGHED: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -194,22 +142,6 @@ def test_microbatches_within_a_group_send_no_more_bytes(microbatch, regime):
     assert sent(microbatch=microbatch) == sent()
 
 
-MASK = {"w1": True, "b1": False, "w2": True}
-HESSIANS: dict[str, tuple[cx.Stage, dict[str, Any]]] = {
-    "Hutchinson": (cx.hutchinson_diag(probes=2, mean_over=()), {}),
-    "Hutchinson, micro-batches": (cx.hutchinson_diag(mean_over=()), {"microbatch": 2}),
-    "exact": (cx.exact_diag(mean_over=()), {}),
-}
-
-
-@pytest.mark.parametrize("regime", ["grid", "pmap"])
-@pytest.mark.parametrize("name", HESSIANS)
-def test_hessian_of_a_group_of_devices_is_that_of_its_examples(name, regime):
-    estimator, options = HESSIANS[name]
-    within = cx.restrict(estimator | cx.scale_by_power(1.0, eps=1.0), MASK)
-    assert_like_jit(grouped(within), regime, make_batch(), **options)
-
-
 NEWTON = cx.hessian_matvec(mean_over=()) | cx.pmean_updates(())
 OWN: dict[str, Any] = {
     "moments": (
@@ -236,17 +168,6 @@ OWN: dict[str, Any] = {
 def test_updates_local_to_groups_are_averaged_afterwards(m, name, regime):
     tx_of = lambda axes: cx.per_group(m, OWN[name]) | cx.pmean_updates(axes) | optax.sgd(0.1)
     assert_like_jit(tx_of, regime, make_batch(), steps=3)
-
-
-@pytest.mark.parametrize("regime", ["grid", "pmap"])
-def test_estimator_after_groups_of_devices_equals_that_under_jit(regime):
-    groups = cx.per_group(M, cx.sam_perturb(0.3))
-
-    def tx_of(axes):
-        shared = cx.hutchinson_diag(mean_over=axes) | cx.pmean_updates(axes)
-        return groups | shared | cx.scale_by_power(1.0, eps=1.0) | optax.sgd(0.1)
-
-    assert_like_jit(tx_of, regime, make_batch())
 
 
 @pytest.mark.parametrize("regime", ["grid", "grid unchecked"])
@@ -360,40 +281,6 @@ def test_model_parallel_loss_accepts_weights():
     jax.tree.map(partial(np.testing.assert_allclose, **TOLERANCE), found, expected)
 
 
-LOOKS: dict[str, Any] = {
-    "groups in groups": cx.per_group(2, cx.sam_perturb(0.3)),
-    "m-sharpness": cx.record(sharp=lambda s, p, objective: m_sharpness(objective, p, 0.3, 2).value),
-    "empirical Fisher": cx.empirical_fisher_diag(mean_over=()),
-    "Fisher": cx.fisher_diag(mean_over=()),
-    "Gauss-Newton": cx.gauss_newton_diag(mean_over=()),
-    "Fisher product": cx.fisher_matvec(mean_over=()),
-    "a part": cx.hutchinson_diag(fraction=0.5, mean_over=()),
-    "a probe for each part": cx.hutchinson_diag(shards=8, mean_over=()),
-}
-
-
-@pytest.mark.parametrize("regime", ["grid", "pmap"])
-@pytest.mark.parametrize("name", LOOKS)
-def test_stages_that_split_a_group_of_devices_are_refused(name, regime):
-    # A mask hides from `per_group` what the stages within it hand on.
-    within = cx.restrict(LOOKS[name], MASK)
-    tx = cx.per_group(M, within) | cx.pmean_updates(over_all(regime))
-    params = make_params()
-    step = partial(one_step, tx, of=cx.gaussian("y"), model=predict)
-    with pytest.raises(ValueError, match="spans several devices here"):
-        on_groups_of_two(regime, step, params, tx.init(params), make_batch())
-
-
-@pytest.mark.parametrize("regime", ["grid", "pmap"])
-def test_weighted_groups_hand_on_no_shared_diagonal(regime):
-    within = cx.hutchinson_diag(mean_over=over_all(regime))
-    tx = cx.per_group(M, within) | cx.scale_by_power(1.0)
-    params = make_params()
-    step = partial(one_step, tx, of=weighted, weight="w")
-    with pytest.raises(ValueError, match="no earlier stage gave one"):
-        on_groups_of_two(regime, step, params, tx.init(params), weighted_batch())
-
-
 MEANS_WITHIN: dict[str, Any] = {
     "GSAM": lambda m, axes: cx.per_group(
         m, cx.gsam(optax.sgd(0.1, momentum=0.9), 0.3, 0.4, mean_over=axes)
@@ -422,37 +309,6 @@ def test_stages_within_a_group_can_average_over_devices(m, case, regime):
     assert_like_jit(
         partial(MEANS_WITHIN[case], m), regime, weighted_batch(), of=weighted, weight="w", steps=2
     )
-
-
-# A signed D + 1 comes within 1e-3 of zero here: a rounding of 1e-16 in D is 1e-10 in the quotient.
-DIVIDED = dict(rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("regime", ["grid", "pmap"])
-@pytest.mark.parametrize("m", [2, PER_DEVICE, M])
-def test_groups_with_diagonals_of_their_own_equal_those_under_jit_with_weights(m, regime):
-    within = cx.hutchinson_diag(mean_over=()) | cx.scale_by_power(1.0, eps=1.0)
-    tx_of = lambda axes: cx.per_group(m, within) | cx.pmean_updates(axes) | optax.sgd(0.1)
-    options: Any = dict(tolerance=DIVIDED, of=weighted, weight="w")
-    assert_like_jit(tx_of, regime, weighted_batch(), **options)
-
-
-@pytest.mark.parametrize("regime", ["grid", "pmap"])
-@pytest.mark.parametrize("parts", [2, 4])
-def test_shards_within_a_group_draw_their_own_probes(parts, regime):
-    within = cx.hutchinson_diag(shards=parts, mean_over=()) | cx.scale_by_power(1.0, eps=1.0)
-    tx_of = lambda axes: cx.per_group(PER_DEVICE, within) | cx.pmean_updates(axes) | optax.sgd(0.1)
-    assert_like_jit(tx_of, regime, make_batch())
-
-
-@pytest.mark.parametrize("regime", ["grid", "pmap"])
-@pytest.mark.parametrize("parts", [DEVICES, 2 * DEVICES])
-def test_error_of_a_diagonal_counts_the_probes_of_all_devices(parts, regime):
-    def tx_of(axes):
-        estimate = cx.hutchinson_diag(shards=parts, probes=2, mean_over=axes)
-        return estimate | cx.pmean_updates(axes) | optax.sgd(0.1)
-
-    assert_like_jit(tx_of, regime, make_batch())
 
 
 def test_mean_over_some_axes_after_optax_chain_is_refused_without_vma_checks():

@@ -1,4 +1,4 @@
-"""SAM's stages against formulas written out, naive loops, and autodiff through the perturbation."""
+"""SAM, GSAM and LookSAM against their pipes, their special cases and a loop written out."""
 
 from typing import Any
 

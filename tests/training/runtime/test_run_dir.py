@@ -1,15 +1,19 @@
 """The folder of a run: where it goes, whose it is, and what is said of a damaged one."""
 
 import errno
+import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import tiny_run
+from short_runs import CONFIG
+from tensorboardX.proto.event_pb2 import Event
 
 import curvax
 from curvax.cli import main
@@ -157,3 +161,51 @@ def test_a_damaged_file_of_a_run_is_named(name, text, cause, begun, capsys):
     said = complaint(capsys, "resume", begun)
     assert f"{begun / name} is damaged ({cause}" in said
     assert "or train anew" in said
+
+
+def test_reopened_log_drops_later_records(tmp_path):
+    log = run_dir.Log(tmp_path)
+    for step in range(1, 6):
+        log.write(step, "train", {"loss": 1 / step, "gap": float("nan")})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "tra')
+    again = run_dir.Log(tmp_path, since=3)
+    again.write(4, "test", {"loss": 7.0})
+    again.close()
+    wanted = [{"step": s, "train/loss": 1 / s} for s in (1, 2, 3)] + [{"step": 4, "test/loss": 7.0}]
+    assert again.records == wanted
+    assert run_dir.records(tmp_path) == wanted
+
+
+def events(path):
+    """The records of an event file: length (uint64), its checksum, the message, its checksum."""
+    content = path.read_bytes()
+    while content:
+        (length,) = struct.unpack("<Q", content[:8])
+        yield Event.FromString(content[12 : 12 + length])
+        content = content[16 + length :]
+
+
+def test_tensorboard_events_have_every_step_and_the_restart(tmp_path):
+    for since in (0, 2):
+        log = run_dir.Log(tmp_path, since=since)
+        for step in range(since + 1, since + 4):
+            log.write(step, "train", {"loss": 1.0 / step})
+        log.close()
+    first, second = sorted(tmp_path.glob("events.*"), key=lambda path: path.suffix)
+    scalars = [(e.step, v.tag, v.simple_value) for e in events(first) for v in e.summary.value]
+    assert scalars == [(s, "train/loss", pytest.approx(1 / s)) for s in (1, 2, 3)]
+    starts = [e.step for e in events(second) if e.HasField("session_log")]
+    assert starts == [3]
+
+
+def test_fields_added_after_a_run_have_their_defaults(tmp_path):
+    folder = run_dir.create(tmp_path, "train", CONFIG)
+    file = folder / "config.json"
+    old = json.loads(file.read_text())
+    del old["init_from"], old["data"]["labels"], old["data"]["image_size"]
+    file.write_text(json.dumps(old))
+    read = run_dir.read_config(folder)
+    assert (read.init_from, read.data.labels, read.data.image_size) == (None, None, None)
+    assert (read.batch, read.data.label_noise) == (CONFIG.batch, CONFIG.data.label_noise)
