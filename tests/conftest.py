@@ -42,7 +42,7 @@ MANY_MAPS = 20_000
 
 @pytest.fixture(autouse=True, scope="module")
 def _few_programs():
-    """Compiled programs go before they are too many: each is some ten maps of memory, of which
+    """Clears compiled programs before they are too many: each has about ten memory maps, of which
     Linux grants a process 65 530, and XLA crashes without."""
     yield
     maps = Path("/proc/self/maps")

@@ -1,4 +1,4 @@
-"""What JAX's versions call differently is read the same, on the version at hand."""
+"""Differences between versions of JAX and Flax are hidden by `curvax.compat`."""
 
 from functools import partial
 from typing import Any

@@ -1,4 +1,4 @@
-"""What goes on inside a model, against the same computed by hand from captured intermediates."""
+"""Activations inside a model against those computed by hand from captured intermediates."""
 
 import equinox as eqx
 import jax

@@ -1,4 +1,4 @@
-"""Eigenvalues of diagonal blocks against recorded and dense ones, whatever names the blocks."""
+"""Eigenvalues of diagonal blocks against recorded and dense ones, by pattern and by layout."""
 
 from functools import partial
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a step of Lanczos costs beside its product, in FLOPs and memory, as XLA counts them.
+"""Cost of a step of Lanczos relative to its product, in FLOPs and memory as XLA counts them.
 
 The perceptron is counted in every run, the ResNet takes minutes to compile:
 
@@ -74,7 +74,7 @@ def test_lanczos_step_costs_one_product(name):
     assert bare - p.products(1)[0] <= 0.02 * p.product
     # A few vectors come and go with every step; the basis is what stays.
     assert memory >= small + 0.9 * (STEPS[name] - 5) * p.bytes
-    # A loop keeps the residuals of the linearisation beside what each product needs.
+    # A loop keeps the residuals of the linearisation in addition to what each product needs.
     assert small <= 1.6 * p.products(1)[1] + 8 * p.bytes
 
 

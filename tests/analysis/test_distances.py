@@ -22,7 +22,7 @@ def objective_of(name, n=EXAMPLES, loss=None, **options):
 
 
 def a_step(scale):
-    """A step in a direction of its own, not along the parameters."""
+    """A step in a direction other than that of the parameters."""
     shifted = jax.tree.map(lambda x: jnp.sin(7 * x + jnp.arange(x.size).reshape(x.shape)), STEPS)
     return jax.tree.map(lambda x: scale * x, shifted)
 

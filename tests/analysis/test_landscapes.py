@@ -228,7 +228,7 @@ def test_filter_normalised_takes_an_nnx_state_with_or_without_layout():
 
 
 def walk(seed=0, points=6):
-    """A walk of some steps in the tree of the net."""
+    """A random path of some steps in the parameters of the net."""
     rng = np.random.default_rng(seed)
     draw = lambda x: np.cumsum(rng.normal(size=(points, *x.shape)), axis=0)
     stack = jax.tree.map(draw, net_params())

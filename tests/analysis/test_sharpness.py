@@ -1,4 +1,4 @@
-"""How far a loss rises nearby: on quadratics by hand, on a net by naive loops, on devices."""
+"""Sharpness measures: on quadratics by formulas, on a net by naive loops, on devices."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ def objective():
     return cx.Objective(net_loss, net_batch())
 
 
-# At worst.
+# Worst case.
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_surrogate_gap_is_the_same_over_microbatches():
     np.testing.assert_allclose(parts, whole, rtol=1e-9)
 
 
-# On average.
+# Average case.
 
 
 def test_random_sharpness_on_a_quadratic_is_the_mean_over_its_probes():

@@ -1,4 +1,4 @@
-"""Spectra of losses against recorded and dense matrices, in every precision, model and regime."""
+"""Spectra of losses against recorded and dense matrices, for several precisions and models."""
 
 from functools import partial
 from typing import Any
@@ -292,7 +292,7 @@ def test_integer_parameters_are_refused_by_name():
 
 
 def test_spectrum_of_ten_thousand_parameters_is_the_planted_one():
-    """A planted spectrum in a basis of no axis: its pairs, and its density within the error."""
+    """A planted spectrum off the axes: its pairs, and its density within the error."""
     values, reflect = large_spectrum()
     loss = lambda x: 0.5 * jnp.sum(values * reflect(x) ** 2)
     pairs = top_eigenpairs(loss, jnp.zeros(10_000), 10, tol=1e-7)

@@ -1,4 +1,4 @@
-"""The command line: what it leaves behind, and how it says what is wrong."""
+"""The command line: the files that it writes, and its error messages."""
 
 import gzip
 import json
@@ -21,7 +21,7 @@ def run(*arguments, runs):
 
 
 def complaint(capsys, *arguments):
-    """What a command that must fail says."""
+    """The error output of a command that must fail."""
     assert main.main(list(arguments)) == 2
     printed = capsys.readouterr()
     assert "Traceback" not in printed.err

@@ -1,4 +1,4 @@
-"""Runs that go on or are looked at elsewhere: their data in another place, on other devices."""
+"""Resuming, evaluating and inspecting a run with its data in another path or on other devices."""
 
 import json
 import shutil
@@ -47,7 +47,7 @@ def _as_users_have_it(single_precision):
 
 @pytest.fixture
 def moved(whole, tmp_path):
-    """The same on another machine, where data lie in another place: the run's folder, and those."""
+    """The run and its data on another machine, where the data have another path."""
     (run,) = (whole / "runs").iterdir()
     shutil.copytree(run, tmp_path / "run")
     shutil.copytree(whole / "data", tmp_path / "new")
@@ -68,7 +68,7 @@ def seed(run):
 
 
 def cut_short(run, at):
-    """Takes away what came after a step."""
+    """Removes checkpoints and results after a step."""
     (seed(run) / "results.json").unlink()
     for kept in (seed(run) / "checkpoints").glob("[0-9]*/"):
         if int(kept.name) > at:
@@ -76,7 +76,7 @@ def cut_short(run, at):
 
 
 def only_devices(monkeypatch, count):
-    """As on a machine that has so many."""
+    """Limits JAX to this number of devices."""
     found = jax.devices()[:count]
     monkeypatch.setattr(jax, "devices", lambda: found)
     monkeypatch.setattr(jax, "device_count", lambda: count)
@@ -116,7 +116,7 @@ def test_run_resumes_with_its_data_in_another_path(whole, moved):
     "fields", [["--devices=1"], ["--devices=2", "--parallelism=jit", "--fsdp=True"]]
 )
 def test_run_resumes_on_another_number_of_devices(fields, whole, moved):
-    """Groups are the same, and sums in another order make the difference."""
+    """The groups are the same; sums in another order make the difference."""
     run, data = moved
     cut_short(run, at=2)
     assert main.main(["resume", str(run), f"--data.path={data}", *fields]) == 0
@@ -134,7 +134,7 @@ def test_run_is_evaluated_with_its_data_in_another_path(moved):
 
 @pytest.mark.parametrize(("there", "taken"), [(8, 4), (3, 2), (1, 1)])
 def test_run_is_inspected_on_the_available_devices(there, taken, moved, monkeypatch):
-    """As many of its four as are there and divide its batch of eight."""
+    """As many of the run's four devices as exist and divide its batch of eight."""
     run, data = moved
     only_devices(monkeypatch, there)
     (subject,) = trained_runs.load([run], [f"--data.path={data}"])

@@ -1,4 +1,4 @@
-"""Corners met in use: donated buffers, empty pieces, values nobody kept, options of wrong kinds."""
+"""Corner cases: donated buffers, zero weights, dropped values, options of wrong types."""
 
 import gc
 from typing import Any
@@ -97,7 +97,7 @@ def test_cached_gradient_is_dropped_with_its_parameters():
     del grads
     gc.collect()
     assert objective.has_gradient_at(params)
-    # Those of earlier calls go, but for the last, whose gradient was alive in the one after.
+    # Earlier records are dropped, except the last, whose gradient was alive in the next call.
     assert [record.value for record in objective._gradients.records] == [None, None]
     assert not objective.has_gradient_at(W)
     del params

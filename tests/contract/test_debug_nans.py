@@ -73,7 +73,7 @@ def assert_finite(*trees: Any) -> None:
 
 
 def trained(make: Any, *, jit: bool, steps: int = 3) -> Any:
-    """(state at first, state after, figures at first and after) of a training."""
+    """(initial state, final state, initial and final diagnostics) of a training."""
     tx, params = make(), net_params()
     first = state = tx.init(params)
 

@@ -82,7 +82,7 @@ LIKELIHOODS = {
 
 
 def traces(make: Any, objective: Any, dtype: Any = jnp.float32) -> None:
-    """A step and its figures trace: what promotion refuses, it refuses then."""
+    """Traces a step and its diagnostics; strict promotion raises while tracing."""
     tx, params = make() | SGD, net_params(dtype)
     state = jax.eval_shape(tx.init, params)
 

@@ -29,7 +29,7 @@ by_path = lambda path: cx.asam(0.01) if path[-1] == "k" else cx.dual_norm(2)
 labels = lambda params: {"k": "in", "b": "out"}
 inner = cx.fisher_matvec() | cx.damp() | cx.solve(cx.cg(2))
 
-# name ↦ (what it is given beside, a number and what it is changed to)
+# name ↦ (static options, {number: (first value, later value)})
 METHODS: dict[str, tuple[dict[str, Any], dict[str, tuple[float, float]]]] = {
     "sam": (dict(base=SGD, ascent=by_path, steps=2, projected=False), dict(rho=(0.1, 0.3))),
     "gsam": (dict(base=SGD, p=3.0, mask=is_kernel), dict(rho=(0.1, 0.3), alpha=(0.4, 0.1))),

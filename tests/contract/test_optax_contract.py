@@ -41,7 +41,7 @@ def first_step(tx: Any, params: Any, model: Any = predict, batch: Any = None) ->
 
 
 def mini_steps(tx: cx.Stage, params: Any) -> tuple[Any, Any, Any]:
-    """With `MultiSteps` behind: its updates as it waits and steps, and those of each batch."""
+    """With `MultiSteps` after the stage: its updates as it waits and steps, and each batch's."""
     several = tx | optax.MultiSteps(optax.identity(), 2, accumulator_dtype=jnp.float64)
     batches = [make_batch(), jax.tree.map(lambda x: 0.5 * x[::-1] - 1, make_batch())]
     state, alone, both, each = several.init(params), tx.init(params), [], []
@@ -103,9 +103,7 @@ def test_contract_table_has_every_stage_and_method():
         if inspect.isfunction(thing)
         and inspect.signature(thing).return_annotation in (cx.Stage, "Stage")
     }
-    makers.remove(
-        "split_real_and_imaginary"
-    )  # of complex parameters: tests/stages/test_complex_parameters.py
+    makers.remove("split_real_and_imaginary")  # see tests/stages/test_complex_parameters.py
     assert makers == {part.split()[0] for name in TABLE for part in name.split(" | ")}
 
 

@@ -1,4 +1,4 @@
-"""What is exactly 0, or no number at all: derivatives through a step, and averages that go on."""
+"""Exact zeros and NaNs: derivatives through a step stay finite, averages leave NaN out."""
 
 from typing import Any
 
@@ -112,13 +112,13 @@ def test_safe_math_at_zero_has_finite_values_and_derivatives():
     np.testing.assert_allclose(value(safe_math.ratio, 3.0, 0.0), (0, 0, 0))
 
 
-# Averages that one step cannot spoil.
+# Averages that survive a NaN or infinity in one step.
 
 HUGE, BETA = 1e200, 0.9
 
 
 def averaged(stage: Any, diagonals: list[Any]) -> tuple[list[np.ndarray], Any]:
-    """What is handed on at each step, and the last state."""
+    """(the average handed on at each step, the last state)"""
     state, shown = stage.init(jnp.zeros(3)), []
     for d in diagonals:
         signal, state = stage.update(cx.Signal(jnp.ones(3), diagonal=jnp.asarray(d)), state)

@@ -1,4 +1,4 @@
-"""Products with the Hessian against dense matrices, and what is made of products."""
+"""Hessian products against dense matrices, and estimates from products."""
 
 import itertools
 from typing import Any
@@ -229,7 +229,7 @@ def test_finite_differences_along_a_zero_vector_are_zero():
     np.testing.assert_array_equal(product(jnp.zeros(2)), jnp.zeros(2))
 
 
-# What is made of a product.
+# Estimates from products.
 
 MATRIX = np.array([[2.0, 1.0, 0.0], [1.0, -3.0, 0.5], [0.0, 0.5, 1.0]])
 

@@ -29,7 +29,7 @@ SPLITS = "JAX cannot differentiate"
 NEAR: Any = dict(rtol=1e-6, atol=1e-8)
 
 
-# Each beside what it computes.
+# (a layer that refuses, the same function in plain JAX)
 PAIRS: dict[str, tuple[Callable[..., jax.Array], Callable[..., jax.Array]]] = {
     "kernel": (lambda w, x: kernel(x @ w), lambda w, x: jnp.tanh(x @ w)),
     "masked kernel": (lambda w, x: masked(x @ w), lambda w, x: jnp.tanh(x @ w)),
@@ -50,7 +50,7 @@ def split(f: Any, loss: Any = None, **options: Any) -> cx.Objective:
 
 @pytest.fixture(autouse=True)
 def silent(request: Any) -> Iterator[None]:
-    """Warnings of differences are tested below; here the numbers are."""
+    """Ignores warnings of finite differences, except in the tests of warnings."""
     with warnings.catch_warnings():
         if "warn" not in request.node.name:
             warnings.filterwarnings("ignore", message=SPLITS)
@@ -230,7 +230,7 @@ def test_hvp_passes_through_an_implicit_layer_under_shard_map():
     np.testing.assert_allclose(found, expected, **NEAR)
 
 
-# What is said, and what comes through.
+# Warnings and errors.
 
 
 def test_falling_back_to_finite_differences_warns_with_the_obstacle():
@@ -280,7 +280,7 @@ def test_error_of_the_callers_derivative_passes_unchanged():
 
 
 def test_hvp_of_a_kernel_runs_no_extra_pass():
-    """One gradient and one push for each product: the trial leaves nothing in the program."""
+    """One gradient and one push for each product: the trial adds nothing to the program."""
     names = lambda f: re.findall(r"pallas_call\[", str(jax.make_jaxpr(f)(W, V)))
     fast = whole(PAIRS["kernel"][0])
     grad = lambda p: fast._value_aux_and_grad(p)[1]

@@ -1,4 +1,4 @@
-"""Curvature products in pieces, on devices and in other dtypes; their cost and their errors."""
+"""Curvature products over microbatches, groups and devices equal those of the whole batch."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A forgotten, wrong or already summed device axis is an error, not a number."""
+"""A missing, wrong or already summed device axis raises instead of giving wrong numbers."""
 
 from functools import partial
 from typing import Any
@@ -28,7 +28,7 @@ def loss(w, x):
 
 
 def mapped(f, regime, *, axes=("batch",), shape=(8,), spec=None, out=None):
-    """f(params, batch) under a regime, replicated results."""
+    """f(params, batch) under pmap or shard_map, with replicated results."""
     out = P() if out is None else out
     if regime == "pmap":
         g = jax.pmap(f, axis_name=axes[0], in_axes=(None, 0), out_axes=None)
@@ -278,7 +278,7 @@ def test_mean_of_local_hessian_products_is_the_whole_product(mode, regime):
 
 
 def test_state_without_a_mean_is_that_of_the_last_group():
-    """What has no mean: a bit and a number that differ from group to group."""
+    """A bit and an integer that differ from group to group have no mean."""
 
     def rule(signal, state, params=None, *, value_fn, **extra):
         del state, params, extra

@@ -45,7 +45,7 @@ def predict(params: Any, batch: Any) -> jax.Array:
 
 
 def gathering(params: Any, batch: Any) -> jax.Array:
-    """The model where weights lie in parts (FSDP): each is gathered before it is used."""
+    """The model with sharded weights (FSDP): each is gathered before it is used."""
     whole = lambda w: jax.sharding.reshard(w, P(*[None] * w.ndim))
     return predict(jax.tree.map(whole, params), batch)
 
@@ -64,7 +64,7 @@ def by_name(params: Any, batch: Any) -> jax.Array:
     return jnp.einsum("bi,ij->bj", h, params["v"], out_sharding=P("data", None))
 
 
-# Shape, axes, where the batch lies, where the parameters do, and the model.
+# Shape, axes, sharding of the batch, sharding of the parameters, and the model.
 MESHES: dict[str, Any] = {
     "data": ((8,), ("data",), P("data"), {"w": P(), "v": P()}, predict),
     "fsdp": ((8,), ("data",), P("data"), {"w": P(None, "data"), "v": P("data")}, gathering),
@@ -119,7 +119,7 @@ def measured(f: Any, **options: Any) -> Any:
 
 sam = cx.sam_perturb(0.05)
 CASES: dict[str, Any] = {
-    # Groups fewer than the devices, as many, more, of one example, and such that do not come out.
+    # Groups fewer than the devices, as many, more, of one example, and of sizes that fit no shard.
     "groups of 16": stepped(cx.per_group(16, sam)),
     "groups of 4": stepped(cx.per_group(4, sam | cx.gsam_project(0.3)), MASKED),
     "groups of 2": stepped(cx.per_group(2, sam), dropout=True, key=KEY),

@@ -1,4 +1,4 @@
-"""Groups of several devices come to what plain jit makes of the same groups of examples."""
+"""Groups over several devices equal the same groups of examples under plain jit."""
 
 from functools import partial
 from typing import Any
@@ -48,7 +48,7 @@ pytestmark = pytest.mark.skipif(
     reason="needs XLA_FLAGS=--xla_force_host_platform_device_count=8 before jax is imported",
 )
 
-# A mesh whose last axis holds the devices of a group, or one axis along which they lie in a row.
+# A mesh whose last axis holds the devices of a group, or one axis with neighbours as a group.
 GROUPED = ("grid", "grid unchecked", "row unchecked", "pmap")
 
 
@@ -76,7 +76,7 @@ def test_groups_over_two_devices_equal_those_under_jit(name, regime):
     halves: Any = dict(of=cx.gaussian("y"), model=predict) if "Fisher" in name else {}
     step: Any = partial(one_step, tx, **halves)
     found, state_found = on_groups_of_two(regime, step, params, state, batch)
-    # Under jit the groups are cut from the whole batch: the same figures too.
+    # Under jit the groups are cut from the whole batch, with the same diagnostics.
     alone, state_alone = step(params, state, batch)
     jax.tree.map(partial(np.testing.assert_allclose, **TOLERANCE), found, alone)
     figures, others = cx.diagnostics(state_found), cx.diagnostics(state_alone)
@@ -312,7 +312,7 @@ def test_stages_within_a_group_can_average_over_devices(m, case, regime):
 
 
 def test_mean_over_some_axes_after_optax_chain_is_refused_without_vma_checks():
-    """Nothing tells, behind `optax.chain` and with `check_vma=False`, what was averaged before."""
+    """After `optax.chain` and with `check_vma=False` the axes already averaged over are unknown."""
     groups, params = cx.per_group(M, cx.sam_perturb(0.3)), make_params()
 
     def stepped(tx, regime):

@@ -17,7 +17,7 @@ WORKER = ROOT / "tests" / "helpers" / "shards_run.py"
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What two processes came to, by method and regime."""
+    """The parameters of two processes, by method and mapping."""
     file = tmp_path_factory.mktemp("found") / "found.npz"
     for status, said in ended(start(2, file, worker=WORKER)):
         assert status == 0, said

@@ -1,4 +1,4 @@
-"""Natural-gradient methods on eight devices equal the same method on one, in every regime."""
+"""Natural-gradient methods on eight devices equal those on one, under pmap and shard_map."""
 
 import jax
 import jax.numpy as jnp
@@ -177,7 +177,7 @@ def test_method_on_eight_devices_equals_that_on_one(case, regime, request):
     tx, likelihood, (expected, state_of_one) = case
     params, state = run(regime, tx, likelihood)
     assert_trees_close(params, expected, 1e-11)
-    if "SAM" not in request.node.name:  # whose figures are the mean of the devices' own
+    if "SAM" not in request.node.name:  # SAM's diagnostics are means over the devices
         assert_trees_close(state, state_of_one, 1e-5)
 
 

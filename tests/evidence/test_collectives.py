@@ -67,7 +67,7 @@ def mesh_of(machine, groups):
 
 
 def compiled(tx, machine, regime="shard_map", groups=1):
-    """The step of a method under a regime."""
+    """The compiled step of a method under jit, shard_map or pmap."""
     mesh = mesh_of(machine, groups)
     split = P(mesh.axis_names)
     step = functools.partial(one_step, tx)
@@ -120,7 +120,7 @@ METHODS = {
         CG_STEPS + 1,
     ),
 }
-# Beside the parameters only figures travel, a few numbers.
+# In addition to the parameters only diagnostics are sent, a few numbers.
 NEARLY = functools.partial(pytest.approx, rel=2e-3)
 
 
@@ -191,7 +191,7 @@ ACROSS: dict[str, Any] = {
     "pmap": ("batch", 1),
     "jit": ((), 1),
 }
-"""How a regime averages over all devices where two make a group, and how many along its axis."""
+"""The axes that a mapping averages over where two devices make a group, and a group's devices."""
 
 
 def group_of_two(regime):
@@ -215,7 +215,7 @@ COMMAND = "python -m pytest tests/evidence/test_collectives.py -m evidence"
 @pytest.mark.evidence
 @NO_LIBTPU
 def test_methods_send_the_same_bytes_on_every_tpu_generation():
-    rows: list[tuple[str, str, Any, Any]] = []  # method, regime, (pipe, groups), times
+    rows: list[tuple[str, str, Any, Any]] = []  # method, mapping, (pipe, groups), times
     for method, (tx, times) in METHODS.items():
         rows += [(method, regime, (tx, 1), times) for regime in ("shard_map", "pmap")]
     for m, which in ((PER_DEVICE // 2, "half a device"), (PER_DEVICE, "one device")):

@@ -56,7 +56,7 @@ MODELS = {
 }
 BY_HEART = 0.05
 """A training loss below which the base has learnt all labels, the wrong ones too. The Hessian of
-the cross entropy vanishes with its loss, and says nothing of sharpness then."""
+the cross entropy vanishes with its loss and is no measure of sharpness then."""
 
 
 @functools.lru_cache
@@ -88,7 +88,7 @@ def end(source, name, rho, seed):
 
 
 def ends(source, name, rho, figure):
-    """That figure where each seed ends, [SEEDS]."""
+    """That measure at the end of each seed, [SEEDS]."""
     return np.array([end(source, name, rho, seed)[figure] for seed in range(SEEDS)])
 
 

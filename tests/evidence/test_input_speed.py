@@ -1,4 +1,4 @@
-"""How fast JPEGs in records become training batches, beside a plain loop and beside tf.data.
+"""How fast JPEGs in records become training batches, compared with a plain loop and tf.data.
 
     python -m pytest tests/evidence/test_input_speed.py -m evidence
 
@@ -27,7 +27,7 @@ class Speed(NamedTuple):
     """Of one way to make batches."""
 
     wall: float  # images a second of the clock
-    core: float  # images a second of a core's time, whoever else uses the machine
+    core: float  # images a second of a core's time, independent of other users
 
 
 def measure(batches):
@@ -129,6 +129,6 @@ def test_input_costs_at_most_a_third_more_than_a_plain_loop(folder):
         ["", "images / core second", "images / second"],
         [[name, f"{s.core:.0f}", f"{s.wall:.0f}"] for name, s in speeds.items()],
     )
-    # records, seeds and threads cost little beside pixels; a quarter is what clocks differ here
+    # records, seeds and threads cost little next to pixels; clocks differ by a quarter here
     plainly = speeds["the same decoding and cropping in a plain loop"]
     assert speeds["curvax, 1 thread"].core > 0.75 * plainly.core

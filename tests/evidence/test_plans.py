@@ -3,7 +3,7 @@
     python -m pytest tests/evidence/test_plans.py -m evidence
 
 writes tests/evidence/scaling.md and tests/evidence/plans.md. A step of the latter compiles for
-minutes, a ResNet-152 for ten and more; readings are kept in ~/.cache/curvax/plans.
+minutes, a ResNet-152 for ten and more; costs are cached in ~/.cache/curvax/plans.
 """
 
 import functools
@@ -74,7 +74,7 @@ def compiled(name, topology, unroll):
     return machine.compile(step.lower(*shapes))
 
 
-# Convolutions are no case: the compiler puts them into other shapes, with other padding, in a loop.
+# Convolutions are left out: in a loop the compiler gives them other shapes and padding.
 @pytest.mark.parametrize("name", list(WIDE)[:2])
 @pytest.mark.parametrize("topology", ["v3:2x2", "v5e:2x2"])
 def test_flops_of_a_tpu_loop_are_those_of_the_unrolled_program(name, topology):
@@ -155,7 +155,7 @@ def paper_arms():
 
 
 def until_it_fits(arm, machine, config):
-    """(arm, reading) of a config and, where it does not fit, of what may help."""
+    """(variant, compiled cost) of a config and, where it does not fit, of the memory savers."""
     take = compiled_cost.recall if KEPT else compiled_cost.read
     for change, changed in {
         "": config,

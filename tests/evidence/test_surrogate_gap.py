@@ -3,7 +3,7 @@
     python -m pytest tests/evidence/test_surrogate_gap.py -m evidence
 
 writes tests/evidence/surrogate_gap.md and .png. Zhuang et al., GSAM, arXiv:2203.08065, Figures 4, 8
-and 9, with a small Mixer on noisy digits. Every figure is taken over the whole training set.
+and 9, with a small Mixer on noisy digits. Every number is measured on the whole training set.
 """
 
 import functools
@@ -54,7 +54,7 @@ def trainer():
 
 @kept
 def training(rho, alpha, seed):
-    """What is seen at the epochs `SEEN` of one training, and at its end."""
+    """Measures at the epochs `SEEN` of one training, and at its end."""
     train, test, _ = images("digits", seed)
     path = list(trainer().epoch_by_epoch(train, seed, rho, alpha))
     found = [seen(train, path[epoch], rho) for epoch in SEEN]
@@ -81,7 +81,7 @@ def seen(train, params, rho):
 
 
 def over_seeds(name, rho, alpha):
-    """[SEEDS], or [SEEDS, epochs] of what is seen during training."""
+    """[SEEDS], or [SEEDS, epochs] of measures during training."""
     return np.array([training(rho, alpha, seed)[name] for seed in range(SEEDS)])
 
 

@@ -1,4 +1,4 @@
-"""Wall time and memory of Lanczos on a network's Hessian beside matfree's, in turn in one process.
+"""Wall time and memory of Lanczos on a network's Hessian and of matfree's, in turn in one process.
 
     python -m pytest tests/evidence/test_wall_time_of_lanczos.py -m evidence
 

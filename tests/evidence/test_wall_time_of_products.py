@@ -1,4 +1,4 @@
-"""Wall time of curvature products and of conjugate gradients beside other people's, in turn.
+"""Wall time of curvature products and CG, in turn with those of kfac-jax, JAX and somax.
 
     python -m pytest tests/evidence/test_wall_time_of_products.py -m evidence
 
@@ -138,7 +138,7 @@ def kfac(monkeypatch):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # kfac-jax's own
 @pytest.mark.parametrize("model", MODELS)
 def test_gauss_newton_products_are_as_fast_as_those_of_kfac_jax(model, kfac, record):
-    """Which linearises in each product, and in a loop is saved by the compiler's hoisting."""
+    """kfac-jax linearises in each product; in a loop the compiler hoists the linearisation."""
     p = Solving(model)
     for times in 1, 10:
         programs = {

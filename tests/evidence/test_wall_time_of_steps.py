@@ -1,4 +1,4 @@
-"""Wall time of a step beside other people's, in turn within one process.
+"""Wall time of a step, in turn with those of Optax, somax and code by hand in one process.
 
     python -m pytest tests/evidence/test_wall_time_of_steps.py -m evidence
 

@@ -251,7 +251,7 @@ def squares(model, batch):
 def test_a_narrower_filter_of_the_optimiser_trains_its_parameters_alone(narrow):
     """`wrt` forgotten in `nnx_loss` gives the same step as `wrt` there.
 
-    Flax 0.11 hands the wider gradient on, which is told.
+    Flax 0.11 passes the wider gradient on, which is refused.
     """
     found = []
     for options in ({"wrt": narrow}, {}):

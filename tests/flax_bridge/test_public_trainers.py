@@ -1,4 +1,4 @@
-"""Steps as other people's trainers write them, with the edits one makes to train SAM in them.
+"""Training steps of public trainers, with the edits that train SAM in them.
 
 Each is written after the documentation of a public trainer: Flax's imagenet example (linen, `pmap`,
 batch norm), Flax's nnx examples (a loss with an aux), and Levanter (Equinox, `obj_fn=`). An edit
@@ -98,8 +98,8 @@ def train_linen(
     """Parameters after some steps under pmap, the same on every device.
 
     Args:
-        gradient: who takes it, the "objective" or "jax".
-        value_fn: what is handed over: the "objective", "loss_fn" with its aux, a "closure" without,
+        gradient: what computes it, the "objective" or "jax".
+        value_fn: what is passed: the "objective", "loss_fn" with its aux, a "closure" without,
             or "nothing".
         averages: whether the trainer averages the gradient itself.
     """
@@ -177,7 +177,7 @@ def test_wrong_edit_of_a_linen_trainer_raises_with_what_to_write(edit):
         act()
 
 
-# Equinox models, `obj_fn=` and `loss=`, as Levanter's step hands them over.
+# Equinox models, `obj_fn=` and `loss=`, as Levanter's step passes them.
 
 
 def levanter_step(tx: Any, model: Any, state: Any, batch: Any) -> tuple[Any, Any]:

@@ -51,7 +51,7 @@ def trained(fp8, tx, steps=2):
 
 
 def by_hand(fp8, step, steps=2):
-    """`step(p, gradient, loss of p)` on `params` alone, the scales of the clean pass handed on."""
+    """`step(p, gradient, loss of p)` on `params` alone, with the scales of the clean pass."""
     variables, loss, batch = fp8
 
     @jax.jit
@@ -114,7 +114,7 @@ def test_fp8_adahessian_is_that_of_the_loss_of_the_parameters_alone(fp8, single_
 
 
 def test_fp8_objective_recognises_its_own_gradient(fp8, single_precision):
-    """What the objective remembers of the gradient is known of the loss of `params` too."""
+    """The cached gradient of the objective is recognised for the loss of `params` alone."""
     seen = []
 
     def update(updates, state, params, *, value_fn, value, **extra):

@@ -20,7 +20,7 @@ def over_all(regime):
 
 
 def mapped_to_groups_of_two(regime, step, params, state, batch):
-    """A step of eight devices, two of which make a group, and what it is to be called with."""
+    """A step of eight devices, two of which make a group, and its arguments."""
     if regime == "pmap":
         mapped = jax.pmap(step, axis_name="batch", in_axes=(None, None, 0), out_axes=None)
         return mapped, (params, state, shards(batch))
@@ -42,7 +42,7 @@ def on_groups_of_two(*arguments):
 
 
 def assert_like_jit(tx_of, regime, batch, *, steps=1, tolerance=TOLERANCE, **options):
-    """The same parameters and figures as under jit, where the groups are cut from the batch."""
+    """Asserts the parameters and diagnostics of jit, where the groups are cut from the batch."""
     tx, alone = tx_of(over_all(regime)), tx_of(())
     params = make_params()
     found, state = params, tx.init(params)

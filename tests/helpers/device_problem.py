@@ -57,7 +57,7 @@ def shards(batch, n=DEVICES):
 
 
 def run(regime, tx, params, batch, steps=2, **options):
-    """Parameters and state after some steps under a regime, from replicated parameters."""
+    """Parameters and state after some steps under pmap or shard_map, from replicated parameters."""
     step = partial(one_step, tx, **options)
     state = tx.init(params)
     if regime == "pmap":

@@ -7,7 +7,7 @@ import curvax as cx
 show_diagonal = cx.stage(
     lambda params: (), lambda s, state, params, **_: (s._replace(updates=s.diagonal), state)
 )
-"""Hands the diagonal out as the updates."""
+"""Returns the diagonal as the updates."""
 
 
 def given_diagonal() -> cx.Stage:

@@ -130,8 +130,8 @@ class Trainer:
 
 
 def kept(run: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """`run`, whose results lie as JSON in the folder `CURVAX_EVIDENCE`, where one is named: a
-    comparison that was stopped goes on where it was."""
+    """`run` with its results kept as JSON in the folder `CURVAX_EVIDENCE`, if one is given: a
+    comparison that was stopped resumes."""
 
     @functools.wraps(run)
     def call(*args: Any) -> dict[str, Any]:

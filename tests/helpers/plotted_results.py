@@ -38,7 +38,7 @@ def flat_canvas():
 
 
 def filled(kind: Any, **fields: Any) -> Any:
-    """A result of which a picture needs these fields alone."""
+    """A result with these fields alone, those that a plot needs."""
     return kind(**{name: fields.get(name) for name in kind._fields})
 
 

@@ -1,8 +1,8 @@
 """One of several processes: `process_run.py PORT COUNT NUMBER ARGUMENTS...`, arguments of `curvax`.
 
-Devices are divided among the processes, and compilations are quick. A lost one is noticed sooner
-than users would want. The process whose number is in `SPOILT` comes to an image that it cannot use,
-that in `POISONED` to one that is not a number. That in `KILLED` dies in its third checkpoint.
+Devices are divided among the processes, and compilations are quick. A lost process is noticed
+sooner than users would want. The process whose number is in `SPOILT` reads a damaged image, that in
+`POISONED` an image with NaN, and that in `KILLED` dies in its third checkpoint.
 """
 
 import itertools

@@ -9,13 +9,13 @@ from pathlib import Path
 import curvax
 
 WORKER = Path(__file__).with_name("process_run.py")
-LIMIT = 300  # seconds for anything here to end, on machines that others keep busy
+LIMIT = 300  # seconds for every process to end, on busy machines
 
 
 def start(count, *arguments, worker=WORKER, own=lambda number: ()):
-    """The processes of a run, by the code that is tested, whichever is installed.
+    """Starts the processes of a run with the tested code, whichever version is installed.
 
-    Each has the arguments, and its own.
+    Each receives the arguments, and those of `own(number)`.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""Runs of seconds on eight devices: the smallest model with dropout and batch norm, any regime."""
+"""Short runs on eight devices, under any parallelism: a small net with dropout and batch norm."""
 
 from typing import Any
 
@@ -38,7 +38,7 @@ models.RECIPES["regime_net"] = Net, {}
 
 
 def get_config(regime: str = "jit") -> ConfigDict:
-    """The variant is a regime; `fsdp` is jit with divided parameters."""
+    """The variant is a parallelism; `fsdp` is jit with sharded parameters."""
     config = defaults(lr=1e-2, rho=0.05, m=4)
     config.name = "regime_run"
     config.model.name = "regime_net"

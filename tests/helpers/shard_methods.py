@@ -1,4 +1,4 @@
-"""The methods that two processes step with, and how: a module that both ends of the test import."""
+"""The methods that two processes step with, imported by the processes and by their test."""
 
 from collections.abc import Callable
 from functools import partial
@@ -36,7 +36,7 @@ METHODS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
         LR, damping=DAMPING, solver=cx.cg(60, tol=1e-15), mean_over=axes
     ),
 }
-"""The methods by what they average over."""
+"""The methods as functions of the axes that they average over."""
 GRIDS = {"groups of two devices": (4, 2), "groups of eight devices": (1, 8)}
 """Meshes whose last axis holds the devices of a group."""
 REGIMES = ("shard_map", "pmap")
@@ -52,7 +52,7 @@ def step_of(name, axes):
 
 
 def stepped(name, regime, steps=2):
-    """What two steps of a method make of the parameters, as one vector."""
+    """The parameters after two steps of a method, as one vector."""
     params, batch = jax.tree.map(np.asarray, (problem.make_params(), problem.make_batch()))
     gridded = name in GRIDS and regime == "shard_map"
     axes, shape = (AXES, GRIDS[name]) if gridded else ((AXIS,), (DEVICES,))

@@ -1,7 +1,7 @@
 """One of several processes: `shards_run.py PORT COUNT NUMBER FILE` steps with every method.
 
 The eight devices are divided among them, numbers are float64, and compilations are quick. The first
-process writes what the parameters come to.
+process writes the resulting parameters.
 """
 
 import os

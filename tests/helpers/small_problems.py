@@ -50,7 +50,7 @@ def flat(tree: Any) -> np.ndarray:
 
 def large_spectrum() -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
     """10⁴ eigenvalues, ten of them above the bulk in [-1, 1] at 2 to 11, and a reflection of the
-    axes on vectors of that size, after which they belong to no axis."""
+    axes on vectors of that size, so that no eigenvector is an axis."""
     values = jnp.concatenate([jnp.linspace(-1, 1, 9_990), jnp.arange(10) + 2.0])
     u = jax.random.normal(jax.random.key(6), values.shape)
     return values, lambda v: v - 2 * u * (u @ v) / (u @ u)

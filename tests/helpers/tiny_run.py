@@ -1,4 +1,4 @@
-"""A run of seconds that uses all there is to keep: momentum, dropout, augmentation, figures."""
+"""A run of seconds whose checkpoints hold momentum, dropout keys, augmentation and diagnostics."""
 
 from ml_collections import ConfigDict
 

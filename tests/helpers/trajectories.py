@@ -2,7 +2,7 @@
 
 A run is a file of arrays with time first: `params/*` one row longer than the rest, `batch_idx` the
 rows of the problem's data seen at each step, and `meta_json` with problem and hyperparameters. The
-folder is `$CURVAX_FIXTURES`, or `shared/fixtures` beside the project; without it, replays skip.
+folder is `$CURVAX_FIXTURES`, or `shared/fixtures` next to the project; without it, replays skip.
 """
 
 import functools
@@ -66,7 +66,7 @@ class Run:
         return {k.removeprefix(start): self.arrays[k] for k in self.arrays if k.startswith(start)}
 
     def loss(self, params, batch):
-        """The mean over the batch; broadcasting as its author saw fit."""
+        """The mean over the batch, with the broadcasting of its author."""
         with jax.numpy_rank_promotion("allow"):
             return self.problem.loss(params, batch)
 
@@ -116,7 +116,7 @@ def stepper(loss, method):
 
 
 def replay(step, state, params, *inputs):
-    """Follows a run, and beside it takes each single step from the recorded parameters.
+    """Follows a run, and takes each single step from the recorded parameters as well.
 
     Args:
         step: as `stepper` returns it, compiled.
@@ -144,7 +144,7 @@ def follow(run, method, given=None):
 
 
 def tapped(states, name):
-    """What `tap(name)`, or the field or figure of that name, held in each state: [T, ...]."""
+    """`tap(name)`, or the field or diagnostic of that name, in each state: [T, ...]."""
     return _stacked([optax.tree.get(state, name) for state in states])
 
 

@@ -1,4 +1,4 @@
-"""What `curvax inspect` says in words: the sentences that planted numbers must give."""
+"""Findings of `curvax inspect`: the sentences that planted numbers must give."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""`curvax inspect`: what it measures is what the analysis says, and what it leaves stands alone."""
+"""`curvax inspect`: its numbers are those of `curvax.analysis`, its page is self-contained."""
 
 import json
 import re
@@ -57,7 +57,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(run, tmp_path_factory):
-    """What inspecting it left."""
+    """The folder that inspecting it wrote."""
     root = tmp_path_factory.mktemp("inspected")
     arguments = [str(run), "--budget=30", f"--examples={EXAMPLES}", f"--runs={root}"]
     assert main.main(["inspect", *arguments]) == 0
@@ -88,7 +88,7 @@ def sam(run):
     return objective, subject.state.params
 
 
-# What is measured.
+# The measures.
 
 
 def test_every_measure_is_taken_or_left_out_with_a_reason(told):
@@ -212,7 +212,7 @@ def test_failed_measure_is_reported_and_the_others_run(monkeypatch):
     assert told["refused", "b"] == ("inapplicable", "no activation")
 
 
-# Which runs.
+# The runs of a folder.
 
 
 def test_folder_means_the_first_seed_of_each_variant(run):
@@ -272,7 +272,7 @@ def test_config_fields_are_refused_by_inspect(run, capsys):
     assert "--epochs=3" in capsys.readouterr().err
 
 
-# What it leaves.
+# The page.
 
 
 class Reader(HTMLParser):

@@ -227,7 +227,7 @@ def stops_at(models, epsilon):
     return None
 
 
-# The last stops at step 163, where ⌈i/10⌉ is not ⌊i/10⌋ and tells them apart.
+# The last stops at step 163, where ⌈i/10⌉ differs from ⌊i/10⌋.
 @pytest.mark.parametrize("epsilon", [3e-2, 1e-2, 1e-3, 6.3e-5])
 def test_progress_stop_is_the_rule_of_martens(epsilon):
     matrix, b = string(300)

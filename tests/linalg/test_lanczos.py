@@ -55,7 +55,7 @@ def test_lanczos_gives_an_orthonormal_basis_and_a_tridiagonal_matrix():
 
 
 def test_lanczos_of_full_length_has_all_eigenvalues_once():
-    """As many steps as rows, though the extreme values converged long before: no ghosts."""
+    """As many steps as rows repeat no eigenvalue, though the extreme ones converged before."""
     product, like, _ = planted(VALUES)
     found = lanczos(product, gaussian_probe(jax.random.key(1), like), len(VALUES))
     np.testing.assert_allclose(np.linalg.eigvalsh(found.matrix), np.sort(VALUES), atol=1e-10)
@@ -69,7 +69,7 @@ def test_lanczos_without_its_basis_repeats_eigenvalues():
 
 
 def test_lanczos_stops_at_an_invariant_subspace():
-    """From a sum of two eigenvectors two steps say all; what follows is weightless."""
+    """From a sum of two eigenvectors two steps are exact; later nodes have no weight."""
     product, like, vectors = planted(VALUES)
     unravel = ravel_pytree(like)[1]
     v0 = unravel(jnp.asarray(vectors[:, -1] + vectors[:, -2]))
@@ -272,7 +272,7 @@ def test_eigenpair_and_lanczos_errors_give_the_valid_options():
 
 
 def test_eigenvalues_near_zero_converge_next_to_large_ones():
-    """A singular matrix: what is sought is rounding, and small beside the largest."""
+    """A singular matrix: the sought eigenvalues are rounding, and small next to the largest."""
     product, like, _ = planted(np.concatenate([np.zeros(5), np.linspace(1, 3, 15)]))
     found = eigenpairs(product, gaussian_probe(jax.random.key(9), like), 2, end="smallest")
     np.testing.assert_allclose(found.values, 0, atol=1e-12)

@@ -166,7 +166,7 @@ def test_aux_that_microbatches_cannot_determine_is_refused_by_name(name):
     loss = measured({"odd": measure, "accuracy": MEASURES["accuracy"]})
     with pytest.raises(ValueError, match=rf"(?s)`odd` \(.*{told}.*reduce_aux"):
         aux_of(loss, microbatch=2)
-    # Passes that hand on no aux go on.
+    # Passes without aux still work.
     objective = cx.Objective(loss, make_batch(), has_aux=True, microbatch=2)
     (value, _), grads = cx.Objective(loss, make_batch(), has_aux=True).value_and_grad(PARAMS)
     assert_trees_close(objective(PARAMS), value, tol=1e-14)

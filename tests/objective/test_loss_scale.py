@@ -112,7 +112,7 @@ def test_every_method_takes_the_same_step_at_any_scale(name):
 
     (updates, figures), (expected, of_expected) = step(2.0**12), step(1.0)
     assert_trees_close(updates, expected, 1e-9)
-    # Figures are float32, and never scaled.
+    # Diagnostics are float32, and never scaled.
     assert_trees_close(figures, of_expected, 1e-5)
 
 

@@ -1,4 +1,4 @@
-"""The loss as stages see it: every form of it has the same value and gradient, in flat memory."""
+"""`Objective`: every form has the same value and gradient, in memory that does not grow."""
 
 import gc
 import weakref
@@ -107,7 +107,7 @@ def test_groups_are_averaged_by_weight(sequential):
 
 
 def noisy(params: Any, batch: Any, key: jax.Array) -> jax.Array:
-    """A loss whose value tells the key apart."""
+    """A loss whose value depends on the key."""
     return params * jax.random.uniform(key, (), jnp.float64) + 0 * jnp.sum(batch)
 
 
@@ -286,7 +286,7 @@ def test_memory_over_microbatches_does_not_grow_with_the_batch(computation):
     assert temporary_bytes(1024, None, compute) > 5 * many
 
 
-# What it refuses.
+# Errors.
 
 BATCH = net_batch(8)
 REFUSED = {

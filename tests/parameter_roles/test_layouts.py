@@ -1,4 +1,4 @@
-"""Layouts: every fact from the module, the same facts from names and shapes alone."""
+"""Layouts from the module, and the same ones from names and shapes alone."""
 
 from functools import partial
 from typing import Any
@@ -26,7 +26,7 @@ def read(model, *inputs, **options):
 
 
 def without_depth(leaf):
-    """The facts of one layer of a stack, as an unrolled layer would have them."""
+    """The `ParamInfo` of one layer of a stack, as an unrolled layer would have it."""
     own = [axis for axis in range(len(leaf.shape)) if axis not in leaf.depth]
     place = lambda axes: tuple(own.index(axis) for axis in axes)
     return leaf._replace(
@@ -114,7 +114,7 @@ def test_convolutions_of_a_resnet_alone_have_windows():
 
 
 class Net(nn.Module):
-    """One layer under a name that tells nothing."""
+    """One layer under an uninformative name."""
 
     layer: nn.Module
 

@@ -1,4 +1,4 @@
-"""Which leaf is a convolution's kernel, and along which axes, in the libraries of others."""
+"""Roles of the parameters of Haiku, Equinox and nnx, by their names and classes."""
 
 from typing import Any
 

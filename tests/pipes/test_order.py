@@ -1,4 +1,4 @@
-"""What may stand before, behind and around a stage that evaluates the loss."""
+"""Parts that are allowed before, after and around a stage that evaluates the loss."""
 
 import functools
 import re
@@ -145,7 +145,7 @@ def test_multi_steps_is_allowed_around_stages_that_evaluate_no_loss():
     assert_trees_close(updates, expected)
 
 
-# What stands before.
+# Parts before the stage.
 
 clip, decay = optax.clip_by_global_norm(1e-3), optax.add_decayed_weights(0.3)
 base = optax.sgd(1.0)
@@ -247,7 +247,7 @@ def test_hutchinson_diag_passes_a_clipped_gradient_on():
     assert_trees_close(one(optax.chain(clip, cx.hutchinson_diag())), clipped)
 
 
-# A forgotten mean over devices.
+# A missing mean over devices.
 
 
 def on_devices(tx: Any, regime: str, *, closure: bool = False, averaged: bool = False) -> Any:
@@ -311,7 +311,7 @@ def test_pmean_updates_over_no_axes_keeps_updates_of_each_device(regime):
     assert np.std(ravel_pytree(own)[0].reshape(-1)) > 0
 
 
-# Others' names for the loss.
+# Other names of the loss.
 
 
 def test_obj_fn_and_loss_are_accepted_for_value_fn_and_value():

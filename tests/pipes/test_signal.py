@@ -1,4 +1,4 @@
-"""Composition: what `|` promises, what travels between stages, and what every misuse is told."""
+"""Composition: the rules of `|`, the signal between stages, and the errors of misuse."""
 
 import re
 from typing import Any
@@ -85,7 +85,7 @@ def test_pipe_of_plain_parts_is_optax_chain():
 
 
 def seen_by(note: dict[str, Any]) -> cx.Stage:
-    """A stage that notes the signal it is handed."""
+    """A stage that notes the signal that it receives."""
 
     def rule(signal: cx.Signal, state: Any, params: Any, **extra: Any) -> Any:
         note["signal"] = signal

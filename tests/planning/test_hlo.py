@@ -1,4 +1,4 @@
-"""FLOPs and collectives read from compiled programs, beside the same programs without loops."""
+"""FLOPs and collectives read from compiled programs, against the same programs without loops."""
 
 import functools
 

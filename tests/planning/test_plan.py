@@ -1,4 +1,4 @@
-"""What methods send over the devices, counted in the compiled step, in units of the parameters."""
+"""`curvax plan`: the bytes of a config's step, memory savers, tables and errors."""
 
 import functools
 import json
@@ -40,7 +40,7 @@ SENT = {
     },
     "adahessian(0.15, mean_over=axes)": {"shard_map": 2},
 }
-"""By text and regime: what a step sends, in units of the parameters."""
+"""By text and parallelism: the bytes that a step sends, in units of the parameters."""
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_block_layouts_are_those_of_the_model(model):
 
 
 def plan(tmp_path, *arguments):
-    """What `curvax plan` left in its folder."""
+    """The files that `curvax plan` wrote."""
     places = [f"--runs={tmp_path / 'runs'}", f"--cache={tmp_path / 'cache'}"]
     assert main.main(["plan", *arguments, *places]) == 0
     (folder,) = (tmp_path / "runs").iterdir()
@@ -139,7 +139,7 @@ def test_plan_compiles_the_program_that_pmap_runs(tmp_path):
     found, _ = plan(tmp_path, *TINY, "--parallelism=pmap", "--topology=cpu:8", *PAIR)
     for arm in found["arms"].values():
         assert arm["figures"]["sent, × parameters"] == pytest.approx(1, abs=0.02)
-        assert arm["memory"]["aliased"] >= arm["parameters"]  # the state is handed on
+        assert arm["memory"]["aliased"] >= arm["parameters"]  # the state is donated
 
 
 def test_plan_variants_compiles_every_block_layout(tmp_path):
@@ -166,7 +166,7 @@ def test_plan_tries_memory_savers_where_a_step_does_not_fit(tmp_path, monkeypatc
 
 
 def test_truncated_cache_of_a_compiled_cost_is_replaced(monkeypatch, tmp_path):
-    """A kill in the middle of writing leaves nothing under the reading's name."""
+    """A kill while writing leaves no file under the name of the cached cost."""
     machine = find("cpu:8")
     outline = experiment.outline(small("pmean_updates(axes) | sgd(0.1)"), machine.devices)
     whole = Path.write_text

@@ -46,7 +46,7 @@ MANY = {
     "active_fraction": lambda scale=1.0: norms(scale / 10),
     "activation_norms": norms,
 }
-"""What can be drawn run beside run on one axes: name ↦ a result of some size."""
+"""Plots of several runs on the same axes: name ↦ a result of some size."""
 
 SINGLE = {
     "landscape": plane,

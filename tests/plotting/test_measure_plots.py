@@ -1,4 +1,4 @@
-"""Pictures show the numbers that they are given, on the axes they are given; nothing else moves."""
+"""Plots of sharpness, gaps, angles, norms and attention show their numbers."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,4 @@
-"""Martens' examples: what the Fisher matrix does that others do not, invariance, and noise."""
+"""Martens' examples: convergence with the Fisher matrix, invariance, and noise."""
 
 import jax
 import jax.numpy as jnp

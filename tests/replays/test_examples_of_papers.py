@@ -1,4 +1,4 @@
-"""The toys of the papers' figures and lemmas, with the settings under which they show."""
+"""Small examples of the papers' figures and lemmas, with the settings that show them."""
 
 import jax
 import jax.numpy as jnp

@@ -54,7 +54,7 @@ def options(run):
 
 
 def drawn_by(sampler, block, *, learning_rate, b1, b2, eps, power, weight_decay):
-    """AdaHessian's pipe with a sampler of one's own and a tap on what is squared."""
+    """AdaHessian's pipe with a given sampler and a tap on what is squared."""
     return pipe(
         hutchinson_diag(sampler=sampler),
         spatial_average(block),

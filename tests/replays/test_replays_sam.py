@@ -72,7 +72,7 @@ def test_sam_and_asam_follow_the_pytorch_codes(path):
     assert_same(params, run.params, run.tolerances[0])
     assert_same(tapped(states, "grad_perturbed"), run.tree("grad_perturbed"), step)
     for figure, name in (("loss", "loss"), ("perturbed_loss", "loss_perturbed")):
-        # Figures are float32.
+        # Diagnostics are float32.
         np.testing.assert_allclose(tapped(states, figure), run[name], rtol=1e-6, err_msg=name)
     rho = np.full(len(states), hyper["rho"])
     found = perturbations(row(run.params, slice(-1)), run.tree("grad"), rho, ascent)

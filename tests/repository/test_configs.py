@@ -1,4 +1,4 @@
-"""Every config that comes with curvax: what it says of itself, and that it can be run."""
+"""Every config that comes with curvax: its docstring, its settings, and that it builds."""
 
 import jax
 import numpy as np
@@ -39,7 +39,7 @@ def _stand_ins(monkeypatch):
     monkeypatch.setattr(preprocessing, "in_memory", load)
     preprocessing._measured.cache_clear()
     yield
-    preprocessing._measured.cache_clear()  # moments of the stand-ins are nobody else's
+    preprocessing._measured.cache_clear()  # moments of the stand-ins are not cached for others
 
 
 def arms_of(loaded):
@@ -60,7 +60,7 @@ def test_config_docstring_has_paper_command_result_and_cost(name):
 def test_config_builds_with_its_method_and_its_baseline(name):
     loaded = config.load(name)
     assert loaded.is_locked
-    if loaded.data.name == "imagenet" or loaded.init_from:  # what is not here
+    if loaded.data.name == "imagenet" or loaded.init_from:  # not here
         for arm in arms_of(loaded).values():
             outline(arm, jax.devices()[:1])
         return

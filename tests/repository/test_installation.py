@@ -1,4 +1,4 @@
-"""What curvax asks for beside it is satisfied by Colab's runtime, and by what stands here."""
+"""The requirements of curvax are satisfied by Colab's runtime and by the installed packages."""
 
 import json
 import re
@@ -80,7 +80,7 @@ def test_supported_python_versions_are_classified():
 
 @pytest.mark.parametrize("extra", ["", "train"])
 def test_pip_replaces_no_installed_package(extra):
-    """Without an index pip finds no other version: what is here satisfies it, or it fails."""
+    """Without an index pip finds no other version: the installed ones satisfy it, or it fails."""
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     if subprocess.run([*pip, "--version"], capture_output=True).returncode:
         pytest.skip("this environment has no pip")

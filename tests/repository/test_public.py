@@ -1,4 +1,4 @@
-"""The package as others see it: documented names, and imports that go strictly down the floors."""
+"""The public package: documented names, and imports that go strictly down the floors."""
 
 import ast
 import doctest
@@ -20,7 +20,7 @@ from curvax import analysis
 ROOT = Path(cx.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
 
-# From the ground up; a room is a module or a package. Rooms on one floor do not see each other.
+# From the ground up. Packages and modules on one floor do not import each other.
 FLOORS = [
     {"arithmetic", "compat", "hyperparameters", "schedules"},
     {"devices", "likelihoods", "parameter_roles"},
@@ -53,7 +53,7 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def rooms_seen(path: Path) -> set[str]:
-    """The rooms of curvax that a module imports; a public name is of the room `curvax`."""
+    """The packages of curvax that a module imports; a public name belongs to `curvax`."""
     own = [name.split(".") for name in imports(path) if name.split(".")[0] == "curvax"]
     return {parts[1] if len(parts) > 1 and parts[1] in FLOOR_OF else "curvax" for parts in own}
 

@@ -103,7 +103,7 @@ def test_split_of_a_plain_transformation_is_that_of_optax():
 
 @pytest.mark.parametrize("conjugated", [False, True])
 def test_stages_inside_the_split_recognise_the_objectives_gradient(conjugated):
-    """So that estimators share its backward pass, and what has changed it can be told."""
+    """Estimators then share its backward pass, and changed gradients are recognised."""
     known = []
 
     def rule(signal: Any, state: Any, params: Any, *, value_fn: Any, **extra: Any) -> Any:

@@ -192,7 +192,7 @@ def test_at_the_minimum_no_step_is_rejected_and_the_damping_stays():
 
 
 def test_damping_recovers_from_zero_and_from_infinity():
-    """Neither a model that is always right nor a batch that is no number leads to 0 or ∞."""
+    """Neither a model that is always right nor a batch with NaN leads to 0 or ∞."""
     tx = cx.levenberg_marquardt(newton_on_quadratic(1.0), 2.0)
     params, state = {"x": jnp.array([1.0, 2.0])}, tx.init({"x": jnp.zeros(2)})
 

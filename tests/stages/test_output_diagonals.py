@@ -1,4 +1,4 @@
-"""Diagonals of Gauss-Newton and Fisher matrices: exact values, bias, standard errors, regimes."""
+"""Diagonals of Gauss-Newton and Fisher matrices: exact values, bias, standard errors."""
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +90,7 @@ def test_sampled_diagonals_are_unbiased_with_shards_probes_and_fraction(estimato
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_relative_error_of_a_diagonal_is_its_standard_error(estimator):
-    """The figure, over many draws, against the spread of the estimates themselves."""
+    """The recorded error, over many draws, against the spread of the estimates themselves."""
     params, value_fn, probes = net_params(), objective("gaussian"), 4
 
     def one(key):
@@ -184,7 +184,7 @@ def test_exact_diag_is_the_diagonal_of_the_dense_matrix(curvature):
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_diagonal_estimators_share_the_callers_gradient(estimator):
-    """The updates that come out are the estimator's own primal gradient, and the same numbers."""
+    """The updates are the estimator's own primal gradient, with the same numbers."""
     params, value_fn = net_params(), objective("categorical")
     _, grads = value_fn.value_and_grad(params)
     tx = ESTIMATORS[estimator]()

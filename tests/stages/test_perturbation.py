@@ -122,7 +122,7 @@ def test_surrogate_gap_is_nan_where_the_loss_is_unknown():
         found = cx.diagnostics(state)
     unknown = {name for name, x in found.items() if np.isnan(x)}
     assert unknown == {"loss", "surrogate_gap", "sigma_max"}
-    assert np.isnan(cx.diagnostics(state)["loss"])  # and is not told again
+    assert np.isnan(cx.diagnostics(state)["loss"])  # without a second warning
     _, state = tx.update(grads, tx.init(PARAMS), PARAMS, value_fn=objective(), value=2.0)
     assert cx.diagnostics(state)["loss"] == 2.0
 
@@ -148,7 +148,7 @@ def test_random_ascent_draws_at_each_of_its_steps():
     assert length < same - 0.1
 
 
-# What is refused.
+# Errors.
 
 PREFIX = r"must be a prefix of the parameters"
 REFUSED = {

@@ -14,13 +14,13 @@ from curvax.parameter_roles.roles import convolution
 
 
 def changed(stages: cx.Stage, diagonal: Any) -> Any:
-    """What stages make of a diagonal."""
+    """The diagonal after some stages."""
     tx = given_diagonal() | stages | show_diagonal
     return tx.update(diagonal, tx.init(diagonal), diagonal, diagonal=diagonal)[0]
 
 
 def steps_of(tx: cx.Stage, diagonals: Any) -> np.ndarray:
-    """What comes out at each step of a pipe that is given these diagonals, one entry each."""
+    """The updates at each step of a pipe that receives these diagonals, one entry each."""
     tx, x = tx | show_diagonal, jnp.zeros(1)
 
     def step(state: Any, d: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Runs that begin with trained weights: what they take over, where it lies, and images resized."""
+"""Runs that start from trained weights: the weights, their sharding, and resized images."""
 
 import json
 import shutil
@@ -55,7 +55,7 @@ def results(folder):
     return json.loads(file.read_text())
 
 
-# Our own checkpoints.
+# Checkpoints of curvax.
 
 
 def test_every_seed_starts_from_the_weights_with_its_own_key(first):

@@ -1,4 +1,4 @@
-"""Runs: what a step does, that a run can be killed and resumed, and how it stops when it must."""
+"""Runs that are killed, resumed, stopped by full disks, signals and numbers that are not finite."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def assert_same_run(experiment, folder, reference):
     assert figures | {"seconds": 0} == wanted | {"seconds": 0}
 
 
-# Kept and resumed.
+# Resuming.
 
 KILLED = """
 import os, signal, sys
@@ -142,12 +142,12 @@ def test_unreadable_checkpoint_is_named_and_the_one_before_can_be_used(
     assert_same_run(experiment, tmp_path, reference)
 
 
-# Stopped.
+# Stopping.
 
 
 @pytest.mark.parametrize("at", [4, STEPS])
 def test_termination_signal_saves_before_it_stops(at, experiment, reference, tmp_path):
-    """The next step is the last one; at the end of a run it is heeded before another begins."""
+    """The next step is the last one; at the end of a run the signal stops before another begins."""
     seen, before = [], signal.getsignal(signal.SIGTERM)
 
     def send(step, figures):

@@ -1,4 +1,4 @@
-"""One training step under jit, FSDP, shard_map and pmap: the same numbers, layouts, checkpoints."""
+"""One training step under jit, FSDP, shard_map and pmap: the same numbers and checkpoints."""
 
 import shutil
 from typing import Any
@@ -56,12 +56,12 @@ def config_of(regime, method="groups", **fields):
 
 
 def reader_of(regime):
-    """The experiment of a regime, or on one device alone."""
+    """The experiment under a parallelism, or on one device alone."""
     return build(config_of("jit", devices=1) if regime == "one device" else config_of(regime))
 
 
 def stepped(experiment, count=2):
-    """The state after some steps, and what the last measured."""
+    """The state after some steps, and the metrics of the last."""
     state, batches = experiment.init(), experiment.batches()
     for _ in range(count):
         state, measured = experiment.step(state, experiment.parallelism.place(next(batches)))
@@ -75,7 +75,7 @@ def assert_close(found, expected, **tolerance):
 
 @pytest.fixture(scope="module", params=METHODS)
 def alone(request):
-    """A method, and what two steps of it come to on one device."""
+    """A method, and the result of two steps of it on one device."""
     with jax.enable_x64(False):
         state, measured = stepped(build(config_of("jit", request.param, devices=1)))
         return request.param, jax.device_get((state.params, measured.metrics))
@@ -138,7 +138,7 @@ def test_updates_local_to_devices_are_refused(regime):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A run of each regime, with all its checkpoints."""
+    """A run under each parallelism, with all its checkpoints."""
     folder = tmp_path_factory.mktemp("runs")
     with jax.enable_x64(False):
         for regime in REGIMES:
@@ -180,7 +180,7 @@ def test_checkpoint_is_read_under_any_parallelism(regime, runs):
 
 @pytest.mark.parametrize("regime", ["shard_map", "pmap", "one device"])
 def test_run_resumes_under_another_parallelism(regime, runs, tmp_path):
-    """To the end, from step 4 of a run with divided parameters: what that run came to."""
+    """From step 4 of a run with sharded parameters to the end, which is that of the first run."""
     shutil.copytree(runs / "fsdp" / "checkpoints" / "4", tmp_path / "checkpoints" / "4")
     reader = reader_of(regime)
     loop.fit(reader, tmp_path)

@@ -1,4 +1,4 @@
-"""Weights in the published formats and our own: the loaded model computes what the file's would."""
+"""Weights in published formats and our own: the loaded model has the outputs of the original."""
 
 from typing import Any
 
@@ -113,7 +113,7 @@ def attended(arrays, x):
 
 
 def logits_of_vit(arrays, images):
-    """What the authors' model computes, in NumPy from their names."""
+    """The outputs of the authors' model, in NumPy from the names of its weights."""
     x, token = patches(under(arrays, "embedding"), images), "cls" in arrays
     names = {name.split("/")[2] for name in arrays if name.startswith("Transformer/encoderblock_0")}
     first, second, attention, hidden = (

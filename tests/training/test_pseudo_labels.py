@@ -1,4 +1,4 @@
-"""Labels that a run predicts: its newest state's classes, seed by seed, and runs that cannot."""
+"""Pseudo-labels: the classes predicted by a run, seed by seed, and unsuitable runs."""
 
 import shutil
 from pathlib import Path
@@ -49,7 +49,7 @@ def split_of(experiment) -> Any:
 
 
 def true_labels(seed):
-    """The training set's own, in its order: what `take` keeps for a seed and no noise changes."""
+    """The true labels in the order of the training set, without label noise."""
     config = tiny_run.get_config()
     config.data.label_noise = 0.0
     return split_of(build(comparison.replace(config, seed=seed))).labels

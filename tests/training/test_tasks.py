@@ -1,4 +1,4 @@
-"""Tasks beside image classification: the losses that they train on, their scores, their limits."""
+"""Tasks other than image classification: their losses, scores and limits."""
 
 import json
 
@@ -198,7 +198,7 @@ def test_image_classification_trains_on_soft_labels():
     assert 0 <= float(scores["accuracy"]) <= 1
 
 
-# Goals
+# Metrics and verdicts
 
 
 def outcome(metric, value):

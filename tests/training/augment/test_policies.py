@@ -16,7 +16,7 @@ GREY = (128, 128, 128)
 
 
 def make_bytes(height=20, width=26, seed=0):
-    """A smooth picture with some noise, whose histogram has gaps at both ends."""
+    """A smooth image with some noise, whose histogram has gaps at both ends."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width] / 10
     waves = np.stack([np.sin(2 * x + y), np.cos(3 * y), np.sin(x * y)], -1)

@@ -1,4 +1,4 @@
-"""A method's text: what it builds, and where its errors point."""
+"""The text of a method: the pipe that it builds, and the places of its errors."""
 
 import jax
 import jax.numpy as jnp

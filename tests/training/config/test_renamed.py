@@ -1,4 +1,4 @@
-"""Config fields that were renamed: what was written under the old names still works."""
+"""Renamed config fields: run folders and files with the old names still work."""
 
 import json
 import warnings

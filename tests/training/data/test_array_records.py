@@ -1,5 +1,5 @@
-"""Training on pictures in records: batches that any number of threads and processes share, faults
-that stop it with a word, and a run from folders of JPEGs to a resumed training."""
+"""Training on images in records: batches that any number of threads and processes share, damaged
+records, and a run from folders of JPEGs to a resumed training."""
 
 import json
 import re
@@ -28,7 +28,7 @@ SIDE = 16
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Records of 3 classes: 42 pictures to train on, 15 to test on."""
+    """Records of 3 classes: 42 images to train on, 15 to test on."""
     root = photographs.write_parts(tmp_path_factory.mktemp("records"), 14, 5)
     convert.convert(convert.find_parts(root), root / "made")
     return root / "made"
@@ -68,7 +68,7 @@ def assert_same(batch, other):
 
 
 def write_records(path, some, name="x-train.array_record-00000-of-00001"):
-    """A file of records beside one of a test part, and the names of three classes."""
+    """A file of records, one of a test part, and the names of three classes."""
     path.mkdir(exist_ok=True)
     for file in (name, name.replace("train", "validation")):
         writer = convert.ArrayRecordWriter(str(path / file), "group_size:1")
@@ -173,7 +173,7 @@ def test_smaller_part_of_the_records_is_contained_in_a_larger_one(folder):
     few, more = (datasets.take(split, count, seed=0) for count in (10, 20))
     assert set(few.chosen) < set(more.chosen)
     assert (few.size, more.size) == (10, 20)
-    # an example keeps its crops, whatever else is trained on
+    # an example keeps its crops in any part of the data
     where = np.flatnonzero(split.chosen == few.chosen[3])
     np.testing.assert_array_equal(
         few.gather(np.array([3]), (0, 5))["input"], split.gather(where, (0, 5))["input"]
@@ -286,7 +286,7 @@ def test_label_noise_and_autoencoders_are_refused(folder):
         training_tasks.build(config).load(0)
 
 
-# Faults: told within a deadline, whatever the threads are at
+# Faults: raised within a deadline, in any state of the threads
 
 
 def first_error(batches, seconds=60):

@@ -1,4 +1,4 @@
-"""Class folders to array_record files: what is written, in which order, and what stops it."""
+"""Conversion of class folders to array_record files: contents, order and errors."""
 
 import collections
 import json
@@ -19,13 +19,13 @@ from curvax.training.data.convert import find_parts
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A folder as ImageNet's: `train` with 12 pictures of each class, `val` with 3."""
+    """A folder as ImageNet's: `train` with 12 images of each class, `val` with 3."""
     return photographs.write_parts(tmp_path_factory.mktemp("pictures"), 12, 3)
 
 
 @pytest.fixture
 def own(source, tmp_path):
-    """A copy that a test may spoil."""
+    """A copy that a test may damage."""
     return shutil.copytree(source, tmp_path / "own")
 
 

@@ -1,4 +1,4 @@
-"""The data side: archives as published, tables and texts, parts, noise, and resumable batches."""
+"""Parts of data sets, held-out examples, and resumable batches."""
 
 import json
 
@@ -13,7 +13,7 @@ from curvax.training.data.labelled_images import flip_labels
 
 
 def make_split(size=200, classes=4, seed=0):
-    """Images that name themselves: image i is filled with i."""
+    """Images filled with their own number."""
     labels = np.random.default_rng(seed).integers(0, classes, size).astype(np.int32)
     images = np.broadcast_to(
         np.arange(size, dtype=np.float32)[:, None, None, None], (size, 2, 2, 1)

@@ -1,4 +1,4 @@
-"""Encoded pictures to squares of bytes: which part is kept, at what size, and what is refused."""
+"""Decoding of images to squares of bytes: central and random crops, modes, damaged files."""
 
 import io
 
@@ -18,7 +18,7 @@ def png(pixels):
 
 
 def ramp(height, width):
-    """A picture whose red grows by one a column, and whose green by one a row."""
+    """An image whose red grows by one a column, and whose green by one a row."""
     down, across = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
     return np.stack([across, down, np.zeros_like(down)], axis=-1)
 

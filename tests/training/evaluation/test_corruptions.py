@@ -1,4 +1,4 @@
-"""Images made worse: each corruption against its definition, and the order of its strengths."""
+"""Corruptions of images against their definitions, and the order of their strengths."""
 
 import numpy as np
 import pytest

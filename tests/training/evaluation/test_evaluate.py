@@ -1,4 +1,4 @@
-"""`curvax evaluate`: what a run is tested on, which classes are right, and that it counts."""
+"""`curvax evaluate`: test sets, the matching of classes, scores and errors."""
 
 import dataclasses
 import functools
@@ -54,7 +54,7 @@ def write_pictures(root, count, names=NAMES, seed=0):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Pictures of 12 classes, `pictures/train` and `pictures/val`, their records and a run."""
+    """Images of 12 classes, `pictures/train` and `pictures/val`, their records and a run."""
     place = tmp_path_factory.mktemp("place")
     write_pictures(place / "pictures/train", 4)
     write_pictures(place / "pictures/val", 3, seed=1)
@@ -87,7 +87,7 @@ def evaluate(run, *options):
 
 
 def results_of(run, *data):
-    """The results that the run's folder holds of pictures and labels, or of its own test set."""
+    """The results in the run's folder of images and labels, or of its own test set."""
     ((_, entry),) = json.loads((run / "evaluate.json").read_text()).items()
     return entry["results"][", ".join(str(each.resolve()) for each in data) or "own"]
 
@@ -98,7 +98,7 @@ def apply(model, variables, images):
 
 
 def logits_of(subject, root):
-    """Naively, one picture at a time: {file: logits of all classes}."""
+    """Naively, one image at a time: {file: logits of all classes}."""
     model, state = subject.experiment.model, subject.state
     found = {}
     for _, path in listing(root).images:
@@ -122,7 +122,7 @@ def own_class(path):
     return {NAMES.index(path.parent.name)}
 
 
-# The run's own test set, and pictures from elsewhere
+# The run's own test set, and other images
 
 
 def test_the_own_test_set_scores_as_at_the_end_of_the_run(run):
@@ -249,7 +249,7 @@ def test_current_folder_is_called_by_its_name(place, run, monkeypatch):
 
 @pytest.fixture
 def validation(tmp_path):
-    """Pictures named as ImageNet's: 12 of one class folder each, numbers 1 to 12."""
+    """Images named as ImageNet's: 12 of one class folder each, numbers 1 to 12."""
     root = write_pictures(tmp_path / "val", 1, seed=6)
     for number, name in enumerate(NAMES, start=1):
         (root / name / f"{name}_0.JPEG").rename(root / name / f"ILSVRC2012_val_{number:08}.JPEG")

@@ -1,4 +1,4 @@
-"""Two processes of four devices over loopback: the numbers of one, and what a fault looks like."""
+"""Two processes of four devices over loopback: the numbers of one process, and faults."""
 
 import json
 import re
@@ -26,7 +26,7 @@ CONFIG = str(Path(regime_run.__file__))
 
 
 def carried_out(count, *arguments):
-    """What the first process says of a run that goes well."""
+    """The output of the first process of a successful run."""
     results = ended(start(count, *arguments))
     assert [status for status, _ in results] == [0] * count, results
     return results[0][1]
@@ -38,7 +38,7 @@ def only(folder, pattern):
 
 
 def wait_for(path_of, running):
-    """Until a path is there."""
+    """Waits until a path exists."""
     for _ in range(10 * LIMIT):
         if any(path_of()):
             return
@@ -48,7 +48,7 @@ def wait_for(path_of, running):
 
 
 def end_of(folder, regime):
-    """The state that a run of any layout ended with, as one process reads it."""
+    """The final state of a run of any sharding, as one process reads it."""
     with jax.enable_x64(False):
         experiment = build(
             regime_run.changed(regime_run.get_config(regime), devices=1, parallelism="jit")
@@ -76,7 +76,7 @@ def cut_short(whole, folder, at=None):
 
 @pytest.fixture(scope="module", params=["shard_map", "pmap", "fsdp"])
 def undisturbed(request, tmp_path_factory):
-    """A regime, and the folder of its run by two processes."""
+    """A parallelism, and the folder of its run by two processes."""
     folder = tmp_path_factory.mktemp("undisturbed")
     carried_out(2, "train", f"{CONFIG}:{request.param}", "--runs", folder)
     return request.param, folder
@@ -96,17 +96,17 @@ def test_two_processes_end_with_the_numbers_of_one(undisturbed, tmp_path):
 
 
 def assert_told(status, said):
-    """A survivor ends, and its log says how to go on.
+    """Asserts that a survivor ends with the command to resume in its log.
 
-    Whether JAX or we come to say why is a race with Gloo, which aborts in a thread of its own: it
-    did before them in 2 of 10 kills of process 0.
+    JAX, curvax and Gloo race to report the cause, and Gloo aborts in a thread of its own: it
+    aborted first in 2 of 10 kills of process 0.
     """
     assert status != 0
     assert "curvax resume " in said
     assert any(cause in said for cause in ("another task died", "lost another one", "gloo::"))
 
 
-# What does not know of regimes: the runtime that notices a loss, weights and labels.
+# Tests that do not depend on the parallelism: lost processes, weights and labels.
 IN_ONE_REGIME = pytest.mark.parametrize("undisturbed", ["shard_map"], indirect=True)
 
 
@@ -177,7 +177,7 @@ def test_nan_in_one_process_stops_both_at_the_same_step(monkeypatch, tmp_path):
 
 @IN_ONE_REGIME
 def test_two_processes_start_from_weights_and_pseudo_labels(undisturbed, tmp_path):
-    """A run that stands still ends with the weights of the first, and has its labels."""
+    """A run at learning rate zero ends with the weights of the first, and has its labels."""
     regime, whole = undisturbed
     first = only(whole, "*/*/seed0")
     still = ["--optimizer=pmean_updates(axes) | sgd(0.0)", "--epochs=1"]
@@ -195,7 +195,7 @@ def test_two_processes_start_from_weights_and_pseudo_labels(undisturbed, tmp_pat
 
 
 def test_run_resumes_on_four_processes(undisturbed, tmp_path):
-    """Four, from the last checkpoint but one; sums in another order make the difference."""
+    """From the last checkpoint but one; sums in another order make the difference."""
     regime, whole = undisturbed
     carried_out(4, "resume", cut_short(whole, tmp_path))
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4)
@@ -216,7 +216,7 @@ def test_processes_resume_on_records_in_the_middle_of_an_epoch(count, close, rec
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
-    """The folder of a run by two processes on pictures in records, and that of its data."""
+    """The folder of a run by two processes on images in records, and that of its data."""
     root = photographs.write_parts(tmp_path_factory.mktemp("records"), 64, 5)
     convert.convert(convert.find_parts(root), root / "made")
     pictures = ["--data.name=records", f"--data.path={root / 'made'}", "--data.image_size=8"]

@@ -1,4 +1,4 @@
-"""Libraries kept silent, where they have nothing to say."""
+"""Filters of the logs of libraries."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Termination signals over several processes."""
+"""Termination signals between runs of several processes."""
 
 import jax
 
@@ -6,7 +6,7 @@ from curvax.training.runtime import preemption
 
 
 def test_termination_signal_between_two_runs_stops_the_second(monkeypatch):
-    """The runtime stops all of them at the number after the last that any has reached."""
+    """The runtime stops all processes at the number after the last that any of them has reached."""
     asked: list[int] = []
     due = -1
 

@@ -1,4 +1,4 @@
-"""The folder of a run: where it goes, whose it is, and what is said of a damaged one."""
+"""The folder of a run: its place, its lock, its logs and damaged files."""
 
 import errno
 import json
@@ -33,7 +33,7 @@ with run_dir.locked(Path(sys.argv[1])):
 
 
 def complaint(capsys, *arguments, status=2):
-    """What a command that must fail says."""
+    """The error output of a command that must fail."""
     assert main.main([str(each) for each in arguments]) == status
     said = capsys.readouterr().err
     assert said.startswith("curvax: ")
@@ -50,7 +50,7 @@ def begun(tmp_path):
     return folder
 
 
-# Whose it is.
+# The lock.
 
 
 def test_run_in_progress_is_locked_until_its_process_ends(begun, capsys):
@@ -113,7 +113,7 @@ def test_missing_file_locks_are_tolerated(number, tmp_path, monkeypatch):
             pass
 
 
-# Where it goes, and how to come back to it.
+# Its place, and how to resume.
 
 
 @pytest.mark.parametrize("command", ["train", "compare", "bench"])
@@ -142,7 +142,7 @@ def test_stopped_run_says_how_to_resume(end, status, begun, capsys, monkeypatch)
     assert f"`curvax resume {begun}` goes on from " in said
 
 
-# Damaged.
+# Damaged files.
 
 
 @pytest.mark.parametrize(
