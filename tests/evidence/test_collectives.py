@@ -240,8 +240,8 @@ def test_methods_send_the_same_bytes_on_every_tpu_generation():
         "What a step sends over eight devices, in units of the parameters",
         f"Made by `{COMMAND} -k generation`: bytes of all collectives in the compiled step of a "
         f"perceptron of three layers, those of a loop times its trips; {CG_STEPS} steps of "
-        "conjugate gradients; the rest over a whole number are figures. A group's ascent is "
+        "conjugate gradients; the rest over a whole number are diagnostics. A group's ascent is "
         "averaged within it.",
-        ["method", "regime", *TABLE],
+        ["method", "mapping", *TABLE],
         table,
     )

@@ -105,9 +105,10 @@ def test_smaller_groups_lower_the_test_error_at_one_radius():
             rows.append([label, rho, *(interval(errors(noise, m, rho)) for m in GROUPS)])
     evidence_tables.write(
         "error_over_rho",
-        "Test error of SAM over ρ, by how many examples climb together",
+        "Test error of SAM over ρ, by how many examples share a perturbation",
         f"Made by `{COMMAND}`: error in % on clean test images of {SETTING} Every m examples of a "
-        "batch climb on their own: `per_group(m, sam_perturb(rho)) | sgd`. 90 % is chance.",
+        "batch have a perturbation of their own: `per_group(m, sam_perturb(rho)) | sgd`. 90 % is "
+        "chance.",
         ["training labels", "ρ", *(f"m = {name}" for name in GROUPS.values())],
         rows,
     )

@@ -133,7 +133,7 @@ def test_work_of_a_device_does_not_depend_on_the_number_of_devices():
         "scaling",
         "Weak scaling in the compiled program: what one device of a TPU v5e does in a step",
         f"Made by `{COMMAND} -k number`: a `vit_tiny` of two blocks on 32×32 images, "
-        f"{PER_DEVICE} examples on each device, regime `shard_map`, base AdamW. Collectives are "
+        f"{PER_DEVICE} examples on each device, under `shard_map`, base AdamW. Collectives are "
         "all-reduces, their bytes in units of the parameters.",
         ["method", "devices", *HEAD],
         rows,
@@ -185,7 +185,7 @@ def test_papers_imagenet_runs_fit_the_topologies():
         f"Made by `{COMMAND} -k papers`, which compiles what `curvax plan` compiles of the configs "
         f"{', '.join(f'`{name}`' for name in PAPERS.values())}: batch 4096, 224×224 images, "
         "activations in bf16, parameters in float32, groups of m = 128 examples on several "
-        "devices, regime `shard_map`. The base is AdamW, of ResNet-152 SGD with momentum; "
+        "devices, under `shard_map`. The base is AdamW, of ResNet-152 SGD with momentum; "
         "AdaHessian takes its place with the same schedule and decay, "
         "`adahessian(linear(lr, warmup=10000, end=lr_min), weight_decay=0.3, mask=kernels, "
         "mean_over=axes)`, of ResNet-152 `adahessian(cosine(lr), weight_decay=1e-4, "

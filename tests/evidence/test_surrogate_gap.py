@@ -132,7 +132,7 @@ def write(ends):
     settings = itertools.product(enumerate(RHOS), enumerate(ALPHAS))
     evidence_tables.write(
         "surrogate_gap",
-        "σ_max from the surrogate gap beside the largest eigenvalue of the Hessian",
+        "σ_max from the surrogate gap next to the largest eigenvalue of the Hessian",
         f"Made by `{COMMAND}`: at the end of {EPOCHS} epochs of GSAM over AdamW (batch {BATCH}, "
         f"learning rate {RATE} with a cosine to zero) on {SIZE} of scikit-learn's digits, "
         f"{100 * NOISE:.0f} % wrongly labelled; `mixer_tiny` of two blocks; {SEEDS} seed(s), or as "

@@ -101,7 +101,7 @@ def test_lanczos_is_as_fast_as_that_of_matfree(problem):
     ]
     evidence_tables.write(
         "clocks_spectra",
-        "Lanczos on the Hessian of ResNet-20, beside matfree's",
+        "Lanczos on the Hessian of ResNet-20, compared with matfree's",
         f"Made by `{COMMAND}`: {STEPS} steps, a batch of {BATCH} images of {SIDE}×{SIDE}×3, "
         f"{jnp.size(ravel_pytree(params)[0])} parameters; the median of "
         f"{len(clocks['curvax'])} rounds, all in turn in one process on {os.cpu_count()} CPU "

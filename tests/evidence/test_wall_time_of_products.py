@@ -114,7 +114,7 @@ def record():
     yield add
     evidence_tables.write(
         "clocks_natural",
-        "Wall time of curvature products and of conjugate gradients, beside other people's",
+        "Wall time of curvature products and of conjugate gradients, compared with other libraries",
         f"Made by `{COMMAND}`: the median of {ROUNDS} rounds, all in turn in one process on "
         f"{os.cpu_count()} CPU cores. Milliseconds of one product or iteration.",
         ["model", "program", "× curvax", "milliseconds"],
