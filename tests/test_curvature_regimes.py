@@ -26,6 +26,7 @@ from curvax.curvature import (
 )
 from curvax.curvature.gauss_newton import model_pass
 from curvax.likelihoods import Likelihood, categorical
+from curvax.objective import value_aux_and_grad
 
 KEY = jax.random.key(7)
 LOSS = categorical("y", weights="w")
@@ -227,7 +228,7 @@ def test_the_gradient_comes_with_the_product(name, microbatch):
         return out, product(direction(params))
 
     out, product = quick_jit(both)(net_params())
-    assert_trees_close(out, objective._value_aux_and_grad(net_params()), tol=1e-14)
+    assert_trees_close(out, value_aux_and_grad(objective, net_params()), tol=1e-14)
     assert_trees_close(product, applied(name, objective), tol=1e-14)
 
 

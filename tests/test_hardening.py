@@ -98,11 +98,11 @@ def test_a_record_goes_with_its_parameters():
     gc.collect()
     assert objective.has_gradient_at(params)
     # Those of earlier calls go, but for the last, whose gradient was alive in the one after.
-    assert [record.value for record in objective._gradients.records] == [None, None]
+    assert [record.value for record in objective.gradients.records] == [None, None]
     assert not objective.has_gradient_at(W)
     del params
     gc.collect()
-    assert not objective._gradients.records
+    assert not objective.gradients.records
 
 
 def test_decay_of_the_gradients_may_be_a_schedule():

@@ -21,6 +21,7 @@ from curvax.curvature.differentiability import refusal
 from curvax.curvature.finite_differences import differences, largest_singular_value
 from curvax.curvature.hessian import MODES
 from curvax.curvature.working_precision import rounding
+from curvax.objective import value_aux_and_grad
 
 X = jax.random.normal(jax.random.key(0), (8, 3))
 W = {"w": 0.3 * jax.random.normal(jax.random.key(1), (3, 3))}
@@ -390,7 +391,7 @@ def test_a_kernel_costs_no_pass_more_than_a_product_of_its_own():
     """One gradient and one push for each product: the trial leaves nothing in the program."""
     names = lambda f: re.findall(r"pallas_call\[", str(jax.make_jaxpr(f)(W, V)))
     fast = whole(PAIRS["kernel"][0])
-    grad = lambda p: fast._value_aux_and_grad(p)[1]
+    grad = lambda p: value_aux_and_grad(fast, p)[1]
     pushed = names(lambda p, v: jax.jvp(grad, (p,), (v,))[1])
     assert len(names(lambda p, v: cx.hvp(fast, p)(v))) == len(pushed) + len(
         names(lambda p, v: grad(p))

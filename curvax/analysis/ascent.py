@@ -9,7 +9,7 @@ from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
 from curvax.devices import axes
-from curvax.objective import Objective
+from curvax.objective import Objective, value_aux_and_grad
 from curvax.perturbation import dual_norm
 from curvax.perturbation.ball import AscentRules, BallAscent, check_ascent
 
@@ -67,7 +67,7 @@ def ascend(
         local=local,
     )
     with jax.default_matmul_precision("highest"):
-        (loss, _), gradient = objective._value_aux_and_grad(ball.params)
+        (loss, _), gradient = value_aux_and_grad(objective, ball.params)
         visited = list(ball.visited(gradient))
     losses = jnp.stack([value for value, _ in visited])
     found = Ascended(loss, gradient, losses, visited[-1][1])

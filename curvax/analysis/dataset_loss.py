@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from curvax.analysis.compiling import compiled_once
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
-from curvax.objective import Objective, check_key
+from curvax.objective import Objective, check_key, value_aux_and_grad
 
 Wrapper = Callable[[Iterable[Tree]], Iterable[Tree]]
 
@@ -147,7 +147,7 @@ def _value(objective: Objective, params: Tree) -> jax.Array:
 
 
 def _value_and_grad(objective: Objective, params: Tree) -> tuple[jax.Array, Tree]:
-    (value, _), grads = objective._value_aux_and_grad(params)
+    (value, _), grads = value_aux_and_grad(objective, params)
     return value, grads
 
 

@@ -13,7 +13,7 @@ from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
 from curvax.devices import axes, meshes
 from curvax.devices.axes import AxisNames
-from curvax.objective import Objective, as_objective, microbatching, require_batch
+from curvax.objective import Objective, as_objective, microbatching, pieces, require_batch
 from curvax.objective.microbatching import weighed
 
 
@@ -231,7 +231,7 @@ def _m_sharpness(
 ) -> MSharpness:
     over = _averaged_axes(objective, params, mean_over, "m_sharpness")
     groups, count = objective.groups(m), objective.size // m
-    first = objective._shard_number(objective.local_axes(params))[0] * count
+    first = pieces.shard_number(objective, objective.local_axes(params))[0] * count
 
     def one(i: jax.Array, batch: Tree, params: Tree) -> tuple[jax.Array, jax.Array | None]:
         group = objective.piece(batch, i, count)

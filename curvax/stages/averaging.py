@@ -12,7 +12,14 @@ from curvax.arithmetic.trees import Tree, is_float
 from curvax.devices import axes, meshes
 from curvax.devices.axes import AxisNames
 from curvax.hyperparameters import injectable
-from curvax.objective import Objective, as_objective, microbatching, require_batch
+from curvax.objective import (
+    Objective,
+    as_objective,
+    microbatching,
+    pieces,
+    require_batch,
+    value_aux_and_grad,
+)
 from curvax.pipes import order
 from curvax.pipes.signal import Signal, Stage, pipe, stage, weight_of
 from curvax.pipes.state_keys import StateKeys
@@ -134,11 +141,11 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
         within = _devices_of_a_group(m, objective)
         here = objective.size if within else m
         groups = objective.groups(here, f"`per_group({m}, ...)`")
-        objective = objective._as_group(within)
+        objective = pieces.as_group(objective, within)
         local = objective.local_axes(params)
         weight, count = objective.batch_weight(), objective.size // here
-        first, shards = objective._shard_number(local)
-        batch_of_all = objective._device_part()._whole_batch()
+        first, shards = pieces.shard_number(objective, local)
+        batch_of_all = pieces.whole_batch(objective)
         # The caller's loss is that of the whole batch; `value_fn` and `value` are each group's own.
         extra = {name: x for name, x in extra.items() if name not in ("loss", "obj_fn")}
         averaged: frozenset[str] = frozenset()
@@ -149,8 +156,8 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
         ) -> tuple[Any, jax.Array | None]:
             nonlocal averaged
             group = objective.piece(batch, i, count)
-            group = group if count == 1 else group._as_piece_of(batch_of_all)
-            (value, aux), gradient = group._value_aux_and_grad(params)
+            group = group if count == 1 else pieces.as_piece_of(group, batch_of_all)
+            (value, aux), gradient = value_aux_and_grad(group, params)
             given = Signal(gradient, gradient, value=value, aux=aux, local=local)
             start = keys.map(lambda key: jax.random.fold_in(key, first * count + i), state)
             extra_of_group = extra | {"value_fn": group, "value": value, "grad": gradient}
@@ -190,7 +197,7 @@ def _devices_of_a_group(m: int, objective: Objective) -> tuple[axes.Along, ...]:
     Raises:
         ValueError: no axes, and no part of one, hold exactly the devices of a group.
     """
-    size, split = objective.size, objective._batch_axes()
+    size, split = objective.size, pieces.batch_axes(objective)
     along = tuple(axis for axis in axes.manual() if axis in split)
     if m <= size or not along:
         return ()

@@ -17,7 +17,7 @@ from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
 from curvax.devices import axes
 from curvax.devices.axes import AxisNames
-from curvax.objective import Objective, as_objective, require_batch
+from curvax.objective import Objective, as_objective, microbatch_mean, require_batch, value_and_aux
 
 Statistic = Callable[[Activation], jax.Array]
 NUMBER = re.compile(r"_\d+$")
@@ -160,7 +160,7 @@ def _means(
         seen = _activations(part, params, _is_unit, name)
         return OrderedDict((path, statistic(x)) for path, x in seen.items())
 
-    return axes.mean(objective._microbatch_mean(inside), over, objective.batch_weight())
+    return axes.mean(microbatch_mean(objective, inside), over, objective.batch_weight())
 
 
 @compiled_once
@@ -183,8 +183,11 @@ def _activations(
     objective: Objective, params: Tree, wanted: Callable[[Name, Activation], bool], where: str
 ) -> dict[str, Activation]:
     """The activations that `wanted` selects, by paths that start like those of the parameters."""
-    forward = objective._evaluate if objective.model is None else objective.outputs
-    found = intermediates(lambda p: forward(p)[0], params)
+    if objective.model is None:
+        forward = lambda p: value_and_aux(objective, p)[0]
+    else:
+        forward = lambda p: objective.outputs(p)[0]
+    found = intermediates(forward, params)
     kept = {name: x for name, x in found.items() if wanted(name, x)}
     if not kept:
         others = ", ".join(f"`{'/'.join(name)}`" for name in found) or "nothing"

@@ -20,7 +20,7 @@ from curvax.devices.axes import AxisNames
 from curvax.hyperparameters import injectable
 from curvax.likelihoods import Likelihood
 from curvax.linalg import rademacher
-from curvax.objective import Objective, require_likelihood
+from curvax.objective import Objective, microbatch_mean, require_likelihood
 from curvax.pipes.signal import Stage
 from curvax.stages.estimation.diagonal_stage import Curvature, diagonal_stage
 
@@ -176,7 +176,7 @@ def _squared(
 
         return loss, gradient, jax.vmap(once)(jax.random.split(key, probes))
 
-    loss, gradient, x = objective._microbatch_mean(pulled)
+    loss, gradient, x = microbatch_mean(objective, pulled)
     x = axes.mean(x, over, objective.batch_weight())
     weight = require_likelihood(objective, "the diagonal").total_weight(objective.batch)
     weight = lax.psum(axes.vary(weight, over), over) if over else weight
