@@ -126,10 +126,11 @@ def microbatch_mean(
         ValueError: the batch is one device's part of a group.
     """
     validation.refuse_joined(objective.joined)
-    size, each = objective.size, objective.microbatch
-    if not each or each == size:
+    each = objective.microbatch
+    if not each or each == objective.size:
         return f(objective, *batched)
-    count, whole = size // each, pieces.whole_batch(objective)
+    size, whole = objective.size, pieces.whole_batch(objective)
+    count = size // each
 
     def of_piece(i: jax.Array, piece: Tree) -> tuple[Tree, jax.Array | None]:
         batch, *rest = piece
