@@ -28,19 +28,10 @@ class Ascended(NamedTuple):
 
 
 def ascend(
-    objective: Objective,
-    params: Tree,
-    rho: Any,
-    over: tuple[str, ...],
-    number: Any = 0,
-    *,
-    p: float = 2,
-    steps: int = 1,
-    step_size: Any = None,
-    projected: bool = True,
-    ascent: Any = None,
-    mask: Any = None,
-) -> Ascended:
+    objective: Objective, params: Tree, rho: Any, over: tuple[str, ...], number: Any = 0, *,
+    p: float = 2, steps: int = 1, step_size: Any = None, projected: bool = True,
+    ascent: Any = None, mask: Any = None,
+) -> Ascended:  # fmt: skip
     """Runs the ascent of `sam_perturb` from parameters in float32 or wider.
 
     Args:
@@ -75,17 +66,9 @@ def ascend(
 
 
 def check_ball(
-    name: str,
-    params: Tree,
-    rho: Any,
-    *,
-    p: Any = 2,
-    steps: Any = 1,
-    step_size: Any = None,
-    projected: Any = True,
-    ascent: Any = None,
-    mask: Any = None,
-) -> None:
+    name: str, params: Tree, rho: Any, *, p: Any = 2, steps: Any = 1, step_size: Any = None,
+    projected: Any = True, ascent: Any = None, mask: Any = None,
+) -> None:  # fmt: skip
     """Checks the options of `ascend` before compilation.
 
     Raises:

@@ -55,16 +55,11 @@ class DatasetLoss:
 
     def __init__(
         self,
-        loss: Callable[..., Any],
-        loader: Iterable[Tree],
-        *,
-        model: Callable[..., Any] | None = None,
-        has_aux: bool = False,
-        key: jax.Array | None = None,
-        microbatch: int | None = None,
-        weight: Callable[[Tree], Any] | str | None = None,
-        progress: bool | Wrapper = False,
-    ):
+        loss: Callable[..., Any], loader: Iterable[Tree], *,
+        model: Callable[..., Any] | None = None, has_aux: bool = False,
+        key: jax.Array | None = None, microbatch: int | None = None,
+        weight: Callable[[Tree], Any] | str | None = None, progress: bool | Wrapper = False,
+    ):  # fmt: skip
         self.loss, self.loader, self.key, self.progress = loss, loader, key, progress
         self._options: dict[str, Any] = dict(
             model=model, has_aux=has_aux, microbatch=microbatch, weight=weight

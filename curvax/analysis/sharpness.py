@@ -53,18 +53,10 @@ class SurrogateGap(NamedTuple):
 
 
 def sharpness(
-    objective: Loss,
-    params: Tree,
-    rho: Any,
-    *,
-    p: float = 2,
-    steps: int = 1,
-    step_size: Any = None,
-    projected: bool = True,
-    ascent: Any = None,
-    mask: Any = None,
+    objective: Loss, params: Tree, rho: Any, *, p: float = 2, steps: int = 1,
+    step_size: Any = None, projected: bool = True, ascent: Any = None, mask: Any = None,
     mean_over: AxisNames = None,
-) -> Sharpness:
+) -> Sharpness:  # fmt: skip
     """Computes SAM's sharpness, the rise of the loss within a ρ-ball, by projected gradient ascent.
 
         max_{‖ε‖_p <= ρ} L(θ + ε) - L(θ)
@@ -203,14 +195,9 @@ def surrogate_gap(
 
 
 def _sharpness(
-    objective: Objective,
-    params: Tree,
-    rho: Any,
-    step_size: Any,
-    *,
-    mean_over: AxisNames,
+    objective: Objective, params: Tree, rho: Any, step_size: Any, *, mean_over: AxisNames,
     **ball: Any,
-) -> Sharpness:
+) -> Sharpness:  # fmt: skip
     over = _averaged_axes(objective, params, mean_over, "sharpness")
     found = ascend(objective, params, rho, over, step_size=step_size, **ball)
     highest = jnp.max(found.visited)

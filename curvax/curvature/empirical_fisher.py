@@ -31,12 +31,9 @@ from curvax.objective import (
 
 
 def empirical_fvp(
-    objective: Objective | Callable[[Tree], jax.Array],
-    params: Tree,
-    *,
-    mode: str = "auto",
+    objective: Objective | Callable[[Tree], jax.Array], params: Tree, *, mode: str = "auto",
     precision: Any = "highest",
-) -> Product:
+) -> Product:  # fmt: skip
     """The product with the empirical Fisher matrix, uncentred, at `params`.
 
         F̄ v = Σₙ wₙ gₙ <gₙ, v> / Σₙ wₙ,   gₙ = ∇ℓ(θ, xₙ)

@@ -36,12 +36,9 @@ Metric = Callable[..., Product]
 
 
 def ggnvp(
-    objective: Objective | Callable[[Tree], jax.Array],
-    params: Tree,
-    *,
-    mode: str = "auto",
+    objective: Objective | Callable[[Tree], jax.Array], params: Tree, *, mode: str = "auto",
     precision: Any = "highest",
-) -> Product:
+) -> Product:  # fmt: skip
     """The product with the generalised Gauss-Newton matrix of the loss at `params`.
 
         G v = Jᵀ ∇²ℓ(z) J v,   z = f(θ),   J = ∂f/∂θ
@@ -200,7 +197,8 @@ def linearized_product(
 def loss_curvature(part: Objective, outputs: Tree, *batched: Tree, mode: str = "auto") -> Product:
     """∇²ℓ in the outputs, in closed form for a likelihood and by autodiff for any other loss."""
     if not isinstance(part.loss, Likelihood):
-        return Product(linearized_gradient(Objective(part._loss_of), outputs, mode=mode)[1])
+        of_outputs = Objective(functools.partial(loss_of_outputs, part))
+        return Product(linearized_gradient(of_outputs, outputs, mode=mode)[1])
     loss, batch = part.loss, part.batch
     root = Root(
         lambda u: loss.root_transpose(outputs, batch, u),

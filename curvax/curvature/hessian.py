@@ -13,8 +13,8 @@ from curvax.curvature.linearization import (
     localized,
     tangent,
 )
-from curvax.curvature.modes import Matvec, way_to_products
-from curvax.linear_operator import Product
+from curvax.curvature.modes import way_to_products
+from curvax.linear_operator import Matvec, Product
 from curvax.objective import (
     LossAndGradient,
     Objective,
@@ -28,12 +28,9 @@ __all__ = ["MODES", "gradient_and_product", "hvp", "linearized_gradient", "linea
 
 
 def hvp(
-    objective: Objective | Callable[[Tree], jax.Array],
-    params: Tree,
-    *,
-    mode: str = "auto",
+    objective: Objective | Callable[[Tree], jax.Array], params: Tree, *, mode: str = "auto",
     precision: Any = "highest",
-) -> Product:
+) -> Product:  # fmt: skip
     """The product with the Hessian of the loss at `params`.
 
         H v = ∇²L(θ) v

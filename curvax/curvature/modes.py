@@ -15,6 +15,7 @@ from curvax.curvature.differentiability import (
     warn_of_differences,
 )
 from curvax.curvature.finite_differences import differences
+from curvax.linear_operator import Matvec
 from curvax.objective import (
     LossAndGradient,
     Objective,
@@ -22,8 +23,6 @@ from curvax.objective import (
     scaling,
     value_aux_and_grad,
 )
-
-Matvec = Callable[[Tree], Tree]
 
 
 class Way(NamedTuple):

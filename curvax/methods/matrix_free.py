@@ -27,19 +27,11 @@ MARTENS = cg(250, tol=0.0, progress=5e-4, warm_start=0.95, backtrack=True)
 
 @injectable
 def natural_gradient(
-    learning_rate: Any = 1.0,
-    *,
-    damping: Any = 1e-3,
-    solver: Solver = TWENTY_STEPS,
-    momentum: float | None = None,
-    radius: Any = None,
-    adaptive: bool = False,
-    samples: int | None = None,
-    key: jax.Array | int = 0,
-    mode: str = "auto",
-    fraction: float = 1.0,
-    mean_over: AxisNames = None,
-) -> Stage:
+    learning_rate: Any = 1.0, *, damping: Any = 1e-3, solver: Solver = TWENTY_STEPS,
+    momentum: float | None = None, radius: Any = None, adaptive: bool = False,
+    samples: int | None = None, key: jax.Array | int = 0, mode: str = "auto",
+    fraction: float = 1.0, mean_over: AxisNames = None,
+) -> Stage:  # fmt: skip
     """Natural gradient: steepest descent in the metric of the Fisher matrix.
 
         fisher_matvec() | damp(λ) | solve(solver) | optax.scale_by_learning_rate(α)
@@ -90,17 +82,10 @@ def natural_gradient(
 
 @injectable
 def gauss_newton(
-    learning_rate: Any = 1.0,
-    *,
-    damping: Any = 1e-3,
-    solver: Solver = TWENTY_STEPS,
-    momentum: float | None = None,
-    radius: Any = None,
-    adaptive: bool = False,
-    mode: str = "auto",
-    fraction: float = 1.0,
-    mean_over: AxisNames = None,
-) -> Stage:
+    learning_rate: Any = 1.0, *, damping: Any = 1e-3, solver: Solver = TWENTY_STEPS,
+    momentum: float | None = None, radius: Any = None, adaptive: bool = False, mode: str = "auto",
+    fraction: float = 1.0, mean_over: AxisNames = None,
+) -> Stage:  # fmt: skip
     """Generalised Gauss-Newton method.
 
         gauss_newton_matvec() | damp(λ) | solve(solver) | optax.scale_by_learning_rate(α)

@@ -30,13 +30,9 @@ Noise = Callable[[Likelihood, jax.Array, jax.Array, Tree], jax.Array]
 
 @injectable
 def gauss_newton_diag(
-    key: jax.Array | int = 0,
-    *,
-    probes: int = 1,
-    fraction: float = 1.0,
-    shards: int = 1,
+    key: jax.Array | int = 0, *, probes: int = 1, fraction: float = 1.0, shards: int = 1,
     mean_over: AxisNames = None,
-) -> Stage:
+) -> Stage:  # fmt: skip
     """Estimates the diagonal of the Gauss-Newton matrix from random signs at the outputs.
 
         D = 1/s Σ (Jᵀ B e)²,   B Bᵀ = ∇²ℓ,   e = ±1
@@ -85,13 +81,9 @@ def gauss_newton_diag(
 
 @injectable
 def fisher_diag(
-    key: jax.Array | int = 0,
-    *,
-    probes: int = 1,
-    fraction: float = 1.0,
-    shards: int = 1,
+    key: jax.Array | int = 0, *, probes: int = 1, fraction: float = 1.0, shards: int = 1,
     mean_over: AxisNames = None,
-) -> Stage:
+) -> Stage:  # fmt: skip
     """Estimates the diagonal of the Fisher matrix from labels drawn from the model's predictions.
 
         D = 1/s Σ N (∇ 1/N Σₙ ℓ(zₙ, ŷₙ))²,   ŷₙ ~ r(·|zₙ)
