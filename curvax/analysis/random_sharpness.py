@@ -65,7 +65,7 @@ def random_sharpness(
         A `RandomSharpness`.
 
     Raises:
-        ValueError, TypeError: an option out of range.
+        ValueError, TypeError: an option out of range, or parameters that are not floating.
 
     Examples:
         >>> import jax.numpy as jnp

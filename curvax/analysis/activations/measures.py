@@ -85,9 +85,7 @@ def activation_norms(
         ValueError: the model has no such activation.
 
     Examples:
-        >>> import jax
-        >>> import jax.numpy as jnp
-        >>> import curvax
+        >>> import jax, jax.numpy as jnp, curvax
         >>> loss = lambda w, batch: jnp.mean(jax.nn.relu(batch * w))
         >>> objective = curvax.Objective(loss, jnp.array([[3.0, 4.0, -1.0]]))
         >>> norms = curvax.analysis.activation_norms(objective, jnp.ones(3))

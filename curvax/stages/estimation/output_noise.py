@@ -101,16 +101,15 @@ def fisher_diag(
             computed on.
         shards: number of contiguous parts of the global batch that are squared separately; the
             estimate is their mean.
-        mean_over: device axis, or tuple of axes, to average over; `()` keeps the diagonal of each
-            device.
+        mean_over: device axis, or tuple of axes, to average over; `()` for a diagonal per device.
 
     Returns:
         A stage that sets `diagonal`, in float32 or wider, shaped like the parameters. It needs
         `value_fn=` an `Objective` with `model=` and a likelihood.
 
     Raises:
-        ValueError: an option is out of range; in `update`, the loss is local to a device axis and
-            `mean_over` is missing.
+        ValueError: an option is out of range; in `update`, the loss is no likelihood, or it is
+            local to a device axis and `mean_over` is missing.
 
     Examples:
         >>> import jax.numpy as jnp, curvax
