@@ -138,14 +138,10 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
     ) -> tuple[Signal, Any]:
         objective = require_batch(as_objective(value_fn, "per_group", params), "per_group")
         order.refuse_changed_in_pipe(signal.updates, signal.gradient, "per_group")
-        within = _devices_of_a_group(m, objective)
-        here = objective.size if within else m
-        groups = objective.groups(here, f"`per_group({m}, ...)`")
-        objective = pieces.as_group(objective, within)
-        local = objective.local_axes(params)
-        weight, count = objective.batch_weight(), objective.size // here
+        objective, groups, count = _divided(m, objective)
+        local, weight = objective.local_axes(params), objective.batch_weight()
         first, shards = pieces.shard_number(objective, local)
-        batch_of_all = pieces.whole_batch(objective)
+        whole_batch = pieces.whole_batch(objective)
         # The caller's loss is that of the whole batch; `value_fn` and `value` are each group's own.
         extra = {name: x for name, x in extra.items() if name not in ("loss", "obj_fn")}
         averaged: frozenset[str] = frozenset()
@@ -156,12 +152,12 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
         ) -> tuple[Any, jax.Array | None]:
             nonlocal averaged
             group = objective.piece(batch, i, count)
-            group = group if count == 1 else pieces.as_piece_of(group, batch_of_all)
+            group = group if count == 1 else pieces.as_piece_of(group, whole_batch)
             (value, aux), gradient = value_aux_and_grad(group, params)
             given = Signal(gradient, gradient, value=value, aux=aux, local=local)
             start = keys.map(lambda key: jax.random.fold_in(key, first * count + i), state)
-            extra_of_group = extra | {"value_fn": group, "value": value, "grad": gradient}
-            out, new = inner.update(given, start, params, **extra_of_group)
+            own = {"value_fn": group, "value": value, "grad": gradient}
+            out, new = inner.update(given, start, params, **extra | own)
             averaged = out.averaged - out.local
             diagonal = None if local and weight is not None else out.diagonal
             # Keys and axis names do not average; both are put back below.
@@ -169,25 +165,34 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
             return (out, keys.without(new)), group.batch_weight()
 
         out, new = over_groups(one, groups, count, params, state)
-        out = out._replace(aux=microbatching.finished(out.aux))
-        out, new = _sharded_like(out, params), meshes.laid_like(new, state)
-        whole = averaged.union(axis for axis in within if isinstance(axis, str))
-        out = out._replace(local=local - averaged, averaged=whole)
+        whole = averaged.union(axis for axis in objective.joined if isinstance(axis, str))
+        out = _finished(out, params)._replace(local=local - averaged, averaged=whole)
         if weight is not None:
             # Values that devices share were averaged over groups by the weights of one device.
             out = _mean(out, tuple(axis for axis in axes.manual() if axis in averaged), weight)
         advanced = keys.map(lambda key: jax.random.fold_in(key, shards * count), state)
-        new = keys.put_back(advanced, new)
+        new = keys.put_back(advanced, meshes.laid_like(new, state))
         return out, jax.tree.map(lambda x, old: _settled(x, old, objective, local), new, state)
 
     return stage(inner.init, rule, replaces_gradient=True)
 
 
-def _sharded_like(signal: Signal, params: Tree) -> Signal:
-    """The signal with trees like the parameters sharded like them, on a mesh of explicit axes."""
+def _divided(m: int, objective: Objective) -> tuple[Objective, Tree, int]:
+    """(the loss of groups of m examples, the batch of this device in groups, their number)"""
+    within = _devices_of_a_group(m, objective)
+    here = objective.size if within else m
+    groups = objective.groups(here, f"`per_group({m}, ...)`")
+    return pieces.as_group(objective, within), groups, objective.size // here
+
+
+def _finished(mean: Signal, params: Tree) -> Signal:
+    """The mean signal of the groups with the whole batch's aux, its trees sharded like `params`."""
     lay = lambda tree: None if tree is None else meshes.laid_like(tree, params)
-    return signal._replace(
-        updates=lay(signal.updates), gradient=lay(signal.gradient), diagonal=lay(signal.diagonal)
+    return mean._replace(
+        updates=lay(mean.updates),
+        gradient=lay(mean.gradient),
+        diagonal=lay(mean.diagonal),
+        aux=microbatching.finished(mean.aux),
     )
 
 
