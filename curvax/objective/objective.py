@@ -114,6 +114,7 @@ class Objective:
         self.loss, self.batch, self.model, self.has_aux = loss, batch, model, has_aux
         self.key, self.microbatch, self.weight, self.scale = key, microbatch, weight, scale
         self.reduce_aux = reduce_aux
+        # What is known of this loss; another one starts anew (`pieces.changed`).
         self.gradients = GradientCache()
         self.known_axes: dict[Any, frozenset[str]] = {}
         # The batch is piece i of n of the one that was passed; (batch, *keys) of that, for the aux.
