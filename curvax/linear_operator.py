@@ -11,6 +11,9 @@ from curvax.arithmetic import safe_math, trees
 from curvax.arithmetic.trees import Tree
 from curvax.devices import axes
 
+Matvec = Callable[[Tree], Tree]
+"""A linear map v ↦ C v, of which only products are known."""
+
 
 class Root(NamedTuple):
     """A factor R with C = RᵀR, which maps parameters to rows, such as the outputs of a batch."""

@@ -9,7 +9,7 @@ from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
 from curvax.devices import axes
-from curvax.objective import Objective
+from curvax.objective import Objective, value_aux_and_grad
 from curvax.perturbation import dual_norm
 from curvax.perturbation.ascent_steps import AscentRules, BallAscent, check_ascent
 
@@ -28,19 +28,10 @@ class Ascended(NamedTuple):
 
 
 def ascend(
-    objective: Objective,
-    params: Tree,
-    rho: Any,
-    over: tuple[str, ...],
-    number: Any = 0,
-    *,
-    p: float = 2,
-    steps: int = 1,
-    step_size: Any = None,
-    projected: bool = True,
-    ascent: Any = None,
-    mask: Any = None,
-) -> Ascended:
+    objective: Objective, params: Tree, rho: Any, over: tuple[str, ...], number: Any = 0, *,
+    p: float = 2, steps: int = 1, step_size: Any = None, projected: bool = True,
+    ascent: Any = None, mask: Any = None,
+) -> Ascended:  # fmt: skip
     """Runs the ascent of `sam_perturb` from parameters in float32 or wider.
 
     Args:
@@ -67,7 +58,7 @@ def ascend(
         local=local,
     )
     with jax.default_matmul_precision("highest"):
-        (loss, _), gradient = objective._value_aux_and_grad(ball.params)
+        (loss, _), gradient = value_aux_and_grad(objective, ball.params)
         visited = list(ball.visited(gradient))
     losses = jnp.stack([value for value, _ in visited])
     found = Ascended(loss, gradient, losses, visited[-1][1])
@@ -75,17 +66,9 @@ def ascend(
 
 
 def check_ball(
-    name: str,
-    params: Tree,
-    rho: Any,
-    *,
-    p: Any = 2,
-    steps: Any = 1,
-    step_size: Any = None,
-    projected: Any = True,
-    ascent: Any = None,
-    mask: Any = None,
-) -> None:
+    name: str, params: Tree, rho: Any, *, p: Any = 2, steps: Any = 1, step_size: Any = None,
+    projected: Any = True, ascent: Any = None, mask: Any = None,
+) -> None:  # fmt: skip
     """Checks the options of `ascend` before compilation.
 
     Raises:

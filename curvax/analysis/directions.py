@@ -14,10 +14,9 @@ from curvax import checks
 from curvax.analysis.curvature_products import CurvatureLike, matrix
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
-from curvax.curvature.modes import Matvec
 from curvax.linalg import bases, gaussian_probe
 from curvax.linalg.probes import as_key
-from curvax.linear_operator import as_product
+from curvax.linear_operator import Matvec, as_product
 from curvax.objective import Objective
 
 

@@ -15,7 +15,7 @@ from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
 from curvax.devices.axes import AxisNames
 from curvax.linalg import bases
-from curvax.objective import Objective
+from curvax.objective import Objective, device_mean
 
 
 class Landscape(NamedTuple):
@@ -112,7 +112,7 @@ def _on_grid(
     places = grid.reshape(-1, len(coordinates))
 
     def loss(place: jax.Array) -> jax.Array:
-        return objective._device_mean(trees.add(params, bases.combination(place, stack)), over)
+        return device_mean(objective, trees.add(params, bases.combination(place, stack)), over)
 
     losses = lax.map(loss, places, batch_size=min(chunk, len(places)))
     return losses.reshape(grid.shape[:-1])

@@ -13,7 +13,7 @@ from curvax.arithmetic.trees import Tree
 from curvax.devices.axes import AxisNames
 from curvax.linalg import gaussian_probe
 from curvax.linalg.probes import as_key
-from curvax.objective import Objective
+from curvax.objective import Objective, device_mean
 
 
 class RandomSharpness(NamedTuple):
@@ -65,7 +65,7 @@ def random_sharpness(
         A `RandomSharpness`.
 
     Raises:
-        ValueError, TypeError: an option out of range.
+        ValueError, TypeError: an option out of range, or parameters that are not floating.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -108,9 +108,9 @@ def _differences(
     def perturbed(draw: Any) -> jax.Array:
         z = gaussian_probe(draw, params) if probes is None else draw
         scale = trees.ratio(jnp.asarray(rho), trees.norm(z)) if normalised else rho
-        return objective._device_mean(trees.add_scaled(params, scale, z), over)
+        return device_mean(objective, trees.add_scaled(params, scale, z), over)
 
     draws = keys if probes is None else probes
     count = len(jax.tree.leaves(draws)[0])
     losses = lax.map(perturbed, draws, batch_size=min(chunk, count))
-    return losses - objective._device_mean(params, over)
+    return losses - device_mean(objective, params, over)

@@ -13,7 +13,7 @@ from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
 from curvax.devices import axes, meshes
 from curvax.devices.axes import AxisNames
-from curvax.objective import Objective, as_objective, microbatching, require_batch
+from curvax.objective import Objective, as_objective, microbatching, pieces, require_batch
 from curvax.objective.microbatching import weighed
 
 
@@ -53,18 +53,10 @@ class SurrogateGap(NamedTuple):
 
 
 def sharpness(
-    objective: Loss,
-    params: Tree,
-    rho: Any,
-    *,
-    p: float = 2,
-    steps: int = 1,
-    step_size: Any = None,
-    projected: bool = True,
-    ascent: Any = None,
-    mask: Any = None,
+    objective: Loss, params: Tree, rho: Any, *, p: float = 2, steps: int = 1,
+    step_size: Any = None, projected: bool = True, ascent: Any = None, mask: Any = None,
     mean_over: AxisNames = None,
-) -> Sharpness:
+) -> Sharpness:  # fmt: skip
     """Computes SAM's sharpness, the rise of the loss within a ρ-ball, by projected gradient ascent.
 
         max_{‖ε‖_p <= ρ} L(θ + ε) - L(θ)
@@ -203,14 +195,9 @@ def surrogate_gap(
 
 
 def _sharpness(
-    objective: Objective,
-    params: Tree,
-    rho: Any,
-    step_size: Any,
-    *,
-    mean_over: AxisNames,
+    objective: Objective, params: Tree, rho: Any, step_size: Any, *, mean_over: AxisNames,
     **ball: Any,
-) -> Sharpness:
+) -> Sharpness:  # fmt: skip
     over = _averaged_axes(objective, params, mean_over, "sharpness")
     found = ascend(objective, params, rho, over, step_size=step_size, **ball)
     highest = jnp.max(found.visited)
@@ -231,7 +218,7 @@ def _m_sharpness(
 ) -> MSharpness:
     over = _averaged_axes(objective, params, mean_over, "m_sharpness")
     groups, count = objective.groups(m), objective.size // m
-    first = objective._shard_number(objective.local_axes(params))[0] * count
+    first = pieces.shard_number(objective, objective.local_axes(params))[0] * count
 
     def one(i: jax.Array, batch: Tree, params: Tree) -> tuple[jax.Array, jax.Array | None]:
         group = objective.piece(batch, i, count)

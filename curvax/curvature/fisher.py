@@ -11,10 +11,9 @@ from curvax.arithmetic import safe_math, trees
 from curvax.arithmetic.trees import Tree
 from curvax.curvature.differentiability import check_mode
 from curvax.curvature.gauss_newton import Metric, linearized_product, loss_curvature
-from curvax.curvature.linearization import LossAndGradient
 from curvax.likelihoods import Likelihood
 from curvax.linear_operator import Product, Root
-from curvax.objective import Objective, as_objective, check_key, require_likelihood
+from curvax.objective import LossAndGradient, Objective, as_objective, check_key, require_likelihood
 
 
 def fvp(

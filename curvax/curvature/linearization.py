@@ -25,9 +25,6 @@ from curvax.devices import axes
 from curvax.linear_operator import Product
 from curvax.objective import Objective
 
-LossAndGradient = tuple[tuple[jax.Array, Any], Tree]
-"""((L, aux), ∇L)"""
-
 
 class Linearized(NamedTuple):
     """The value of a function f at θ, and products with its Jacobian J."""

@@ -15,6 +15,7 @@ from curvax.linalg.backtracking import Score, best, keep, nothing_kept
 from curvax.linalg.cg_loop import Iterate, Rules, System, iterate
 from curvax.linalg.preconditioners import Preconditioner, check_preconditioner, preconditioning
 from curvax.linalg.solvers import Solution, Solver, StopReason, stateless
+from curvax.linear_operator import Matvec
 
 
 def cg(
@@ -82,12 +83,7 @@ def cg(
         )
 
     def solve(
-        product: Callable[[Tree], Tree],
-        b: Tree,
-        state: Any,
-        *,
-        diagonal: Tree = None,
-        score: Score | None = None,
+        product: Matvec, b: Tree, state: Any, *, diagonal: Tree = None, score: Score | None = None
     ) -> tuple[Solution, Any]:
         ranking = _required(score) if backtrack else None
         precondition = preconditioning(preconditioner, product, diagonal, "cg")

@@ -1,7 +1,5 @@
 """Extreme eigenpairs of a symmetric product by power iteration with deflation."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -12,8 +10,7 @@ from curvax.arithmetic.trees import Tree
 from curvax.devices import axes
 from curvax.linalg import Eigenpairs, bases, power_iteration
 from curvax.linalg.eigenpairs import ENDS
-
-Matvec = Callable[[Tree], Tree]
+from curvax.linear_operator import Matvec
 
 
 def deflated_power(

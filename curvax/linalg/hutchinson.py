@@ -74,7 +74,7 @@ def estimate_trace(product: Product, probes: Tree) -> Estimate:
 
     Examples:
         >>> import jax, jax.numpy as jnp, curvax
-        >>> keys = jax.random.split(jax.random.key(0), 4)
+        >>> keys = jax.random.split(jax.random.key(0), 8)
         >>> probes = jax.vmap(lambda key: curvax.rademacher(key, jnp.zeros(3)))(keys)
         >>> estimate = curvax.estimate_trace(lambda v: 2 * v, probes)
         >>> float(estimate.mean), float(estimate.standard_error)

@@ -10,6 +10,7 @@ import jax
 from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
+from curvax.linear_operator import Matvec
 
 
 class StopReason(enum.IntEnum):
@@ -140,18 +141,11 @@ class Solver:
         return self.solve(product, b, self.init(b), diagonal=diagonal, score=score)[0]
 
 
-def direct_solver(solve: Callable[[Callable[[Tree], Tree], Tree], Solution]) -> Solver:
+def direct_solver(solve: Callable[[Matvec, Tree], Solution]) -> Solver:
     """Converts `solve(product, b) -> Solution` to a `Solver` without state or preconditioner."""
 
-    def ignoring(
-        product: Callable[[Tree], Tree],
-        b: Tree,
-        state: Any,
-        *,
-        diagonal: Tree = None,
-        score: Any = None,
-    ) -> tuple[Solution, Any]:
-        del diagonal, score
+    def ignoring(product: Matvec, b: Tree, state: Any, **hints: Any) -> tuple[Solution, Any]:
+        del hints
         return solve(product, b), state
 
     return Solver(ignoring)

@@ -14,6 +14,7 @@ from curvax.arithmetic.trees import Tree
 from curvax.linalg.cg_loop import Iterate, Rules, System, iterate
 from curvax.linalg.preconditioners import Preconditioner, check_preconditioner, preconditioning
 from curvax.linalg.solvers import Solution, Solver, StopReason
+from curvax.linear_operator import Matvec
 
 
 def steihaug(
@@ -69,12 +70,7 @@ def steihaug(
         return jnp.where(concave | outside, edge, alpha), reason
 
     def solve(
-        product: Callable[[Tree], Tree],
-        b: Tree,
-        state: Any,
-        *,
-        diagonal: Tree = None,
-        score: Any = None,
+        product: Matvec, b: Tree, state: Any, *, diagonal: Tree = None, score: Any = None
     ) -> tuple[Solution, Any]:
         del score
         precondition = preconditioning(preconditioner, product, diagonal, "steihaug")

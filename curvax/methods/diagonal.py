@@ -120,22 +120,21 @@ def diagonal_natural_gradient(
 
     Args:
         learning_rate: α, a number or a schedule.
-        b1: β₁ in [0, 1), decay of the gradient's mean: a number or a schedule.
-        b2: β₂ in [0, 1), decay of the diagonal's mean: a number or a schedule.
+        b1, b2: β₁, β₂ in [0, 1), decays of the means of g and of B: numbers or schedules.
         damping: λ >= 0, in the units of the curvature: a number or a schedule.
         power: ξ in [0, 1].
-        every: estimate the diagonal every k-th step only.
-        probes: labels drawn per example and estimate.
-        weight_decay: decoupled weight decay, as in `optax.adamw`.
-        mask: tree prefix of booleans, or a callable `params -> tree`: the leaves that decay.
+        every, probes: estimate B every k-th step only, from this number of labels per example.
         key: typed PRNG key, or seed, of the labels.
+        weight_decay, mask: decoupled weight decay as in `optax.adamw`, and the leaves that decay, a
+            tree prefix of booleans or a callable `params -> tree`.
         mean_over: device axis, or tuple of axes, to average gradient and diagonal over.
 
     Returns:
         A stage. Each `update` needs `value_fn=` an `Objective` with `model=` and a likelihood.
 
     Raises:
-        ValueError, TypeError: an option is out of range, or is traced where it must be static.
+        ValueError, TypeError: an option is out of range, or is traced where it must be static; in
+            `update`, the loss is no likelihood.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax, curvax
@@ -194,16 +193,16 @@ def sophia_h(
         gamma: γ > 0, scale of the diagonal: a number or a schedule.
         threshold: τ > 0, largest magnitude of an entry; None for no clipping.
         every: estimate the diagonal every k-th step only.
-        probes: Hutchinson probes per estimate.
-        sampler: `sampler(key, tree) -> tree` of probes with identity covariance.
-        weight_decay: decoupled weight decay, as in `optax.adamw`.
-        mask: tree prefix of booleans, or a callable `params -> tree`: the leaves that decay.
+        probes, sampler: Hutchinson probes per estimate, and the function that draws one,
+            `sampler(key, tree) -> tree` with identity covariance.
+        weight_decay, mask: decoupled weight decay as in `optax.adamw`, and the leaves that decay, a
+            tree prefix of booleans or a callable `params -> tree`.
         key: typed PRNG key, or seed, of the probes.
         mode: differentiation mode of the Hessian product, as in `hvp`.
         mean_over: device axis, or tuple of axes, to average gradient and diagonal over.
 
     Returns:
-        A stage. Each `update` needs `value_fn`.
+        A stage. Each `update` needs `value_fn`; every k-th takes a Hessian product per probe.
 
     Raises:
         ValueError, TypeError: an option is out of range, or is traced where it must be static.
@@ -257,13 +256,12 @@ def sophia_g(
         learning_rate: α, a number or a schedule.
         b1: β₁ in [0, 1), decay of the gradient's mean: a number or a schedule.
         b2: β₂ in [0, 1), decay of the diagonal's mean, per estimate.
-        eps: ε > 0, lower bound of the denominator.
-        gamma: γ > 0, scale of the diagonal: a number or a schedule.
-        threshold: τ > 0, largest magnitude of an entry; None for no clipping.
+        eps, gamma: ε > 0 and γ > 0 of the denominator max(γ D, ε); γ is a number or a schedule.
+        threshold: τ > 0, the bound of each entry; None for no clipping.
         every: estimate the diagonal every k-th step only.
         probes: labels drawn per example and estimate.
-        weight_decay: decoupled weight decay, as in `optax.adamw`.
-        mask: tree prefix of booleans, or a callable `params -> tree`: the leaves that decay.
+        weight_decay, mask: decoupled weight decay as in `optax.adamw`, and the leaves that decay, a
+            tree prefix of booleans or a callable `params -> tree`.
         key: typed PRNG key, or seed, of the labels.
         mean_over: device axis, or tuple of axes, to average gradient and diagonal over.
 
@@ -271,7 +269,8 @@ def sophia_g(
         A stage. Each `update` needs `value_fn=` an `Objective` with `model=` and a likelihood.
 
     Raises:
-        ValueError, TypeError: an option is out of range, or is traced where it must be static.
+        ValueError, TypeError: an option is out of range, or is traced where it must be static; or
+            the objective that `update` receives has no likelihood.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax, curvax

@@ -120,23 +120,20 @@ def gsam(
         onto: "perturbed" keeps g_p and adds the part of g orthogonal to it (the paper); "clean"
             keeps g and adds the part of g_p orthogonal to it.
         mean_over: device axis, or tuple of axes, to average the updates over.
-        p: norm of the ball, in [1, ∞].
-        steps: number of ascent steps.
-        step_size: length of the ascent steps after the first; ρ/steps by default.
-        projected: whether steps after the first are projected back into the ball.
-        ascent: ascent rule, such as `asam(0.01)`; a tree prefix of rules or a callable
-            `path -> rule` for rules by group. `dual_norm(p)` by default.
-        second_order: whether to differentiate through ε̂(θ), at one Hessian product per ascent
-            step.
-        mode: differentiation mode of these products, as in `hvp`.
-        every: perturb every k-th step only, from the first on.
         sync_over: device axes to average the ascent gradient over, for one perturbation shared by
             all devices.
-        mask: tree prefix of booleans, or a callable `params -> tree`; False leaves stay
-            unperturbed.
+        p: norm of the ball, in [1, ∞].
+        steps, step_size, projected: number of ascent steps; length of those after the first,
+            ρ/steps by default; whether they are projected back into the ball.
+        ascent: ascent rule in place of `dual_norm(p)`, such as `asam(0.01)`; for rules by group, a
+            tree prefix of rules or a callable `path -> rule`.
+        second_order, mode: whether to differentiate through ε̂(θ), at one Hessian product per ascent
+            step, and the differentiation mode of these products, as in `hvp`.
+        every: perturb every k-th step only, from the first on.
+        mask: the leaves to perturb, a tree prefix of booleans or a callable `params -> tree`.
 
     Returns:
-        A stage. Each `update` needs `value_fn`, and costs two gradients.
+        A stage that needs `value_fn` in each `update`, at the cost of two gradients.
 
     Raises:
         ValueError, TypeError: an option is out of range, or is traced where it must be static.

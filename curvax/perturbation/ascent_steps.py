@@ -13,7 +13,7 @@ from curvax.arithmetic.trees import Tree
 from curvax.curvature import hvp
 from curvax.curvature.differentiability import check_mode
 from curvax.devices import axes
-from curvax.objective import Objective
+from curvax.objective import Objective, value_aux_and_grad
 from curvax.perturbation.ascent_rules import Ascent, MetricAscent, check_p, dual_direction, p_norm
 
 
@@ -164,11 +164,11 @@ class BallAscent(NamedTuple):
         trail = []
         for number in range(1, self.steps):
             x, pull_point = jax.vjp(point, e, self.params)
-            _, g = self.objective._value_aux_and_grad(x)
+            _, g = value_aux_and_grad(self.objective, x)
             e, pull_later = jax.vjp(partial(self._later, number), e, self._synced(g), self.params)
             trail.append((x, pull_point, pull_later))
         x, pull_point = jax.vjp(point, e, self.params)
-        (value, _), g_p = self.objective._value_aux_and_grad(x)
+        (value, _), g_p = value_aux_and_grad(self.objective, x)
         w_e, total = pull_point(g_p)
         for x, pull_point, pull_later in reversed(trail):
             w_e, w_g, w_params = pull_later(w_e)
@@ -183,7 +183,7 @@ class BallAscent(NamedTuple):
         return hvp(self.objective, x, mode=self.mode, precision=None)(self._synced(w))
 
     def _at(self, e: Tree) -> tuple[jax.Array, Tree]:
-        (value, _), g = self.objective._value_aux_and_grad(self._point(e, self.params))
+        (value, _), g = value_aux_and_grad(self.objective, self._point(e, self.params))
         return value, g
 
     def _point(self, e: Tree, params: Tree) -> Tree:

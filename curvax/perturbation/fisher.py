@@ -14,7 +14,7 @@ from curvax.curvature.differentiability import check_mode
 from curvax.devices import axes
 from curvax.linalg import Solver, cg
 from curvax.linalg.solvers import check_solver
-from curvax.objective import Objective
+from curvax.objective import Objective, pieces
 from curvax.perturbation.ascent_rules import MetricAscent
 
 TEN_STEPS = cg(10)
@@ -65,7 +65,7 @@ def fisher_ascent(
         sync: tuple[str, ...],
     ) -> Tree:
         over = (*axes.outside(objective.joined, sync), *sync)
-        own = objective._device_part()
+        own = pieces.device_part(objective)
         fisher = fvp(own, params, mode=mode).averaged(over, own.batch_weight())
         product = fisher.within(masked, masked).damped(damping)
         x = solver(product, g).x

@@ -60,7 +60,7 @@ def split_real_and_imaginary(stages: optax.GradientTransformation) -> Stage:
             given = objective.cached_gradient(params, updates)
         updates = _split(updates if given is None else jax.tree.map(jnp.conj, updates))
         if given is not None and own is not None:
-            own._remember(parts, updates, given.value, given.local)
+            own.gradients.store(parts, updates, given.value, given.local)
         inside = signal._replace(
             updates=updates, gradient=updates, diagonal=None, matvec=None, aux=None
         )

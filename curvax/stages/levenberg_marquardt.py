@@ -11,7 +11,7 @@ from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
 from curvax.devices.axes import AxisNames
-from curvax.objective import Objective, as_objective
+from curvax.objective import Objective, as_objective, device_mean
 from curvax.pipes import requirements
 from curvax.pipes.diagnostics import Flags, Metrics, metrics_of, no_metrics, with_metrics_of
 from curvax.pipes.signal import Signal, Stage, containing, pipe
@@ -135,8 +135,8 @@ def _try(objective: Objective, params: Tree, out: Signal, over: tuple[str, ...])
         out.matvec, "levenberg_marquardt", "judges a quadratic model"
     )
     delta = out.updates
-    before = objective._device_mean(params, over)
-    change = objective._device_mean(optax.apply_updates(params, delta), over) - before
+    before = device_mean(objective, params, over)
+    change = device_mean(objective, optax.apply_updates(params, delta), over) - before
     kl = 0.5 * trees.dot(delta, product.curvature(delta))
     model = trees.dot(out.gradient, delta) + kl
     rounding = 8 * jnp.finfo(before.dtype).eps * jnp.abs(before)

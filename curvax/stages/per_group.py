@@ -11,7 +11,14 @@ from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree, is_float
 from curvax.devices import axes, meshes
 from curvax.hyperparameters import injectable
-from curvax.objective import Objective, as_objective, microbatching, require_batch
+from curvax.objective import (
+    Objective,
+    as_objective,
+    microbatching,
+    pieces,
+    require_batch,
+    value_aux_and_grad,
+)
 from curvax.pipes import order
 from curvax.pipes.signal import Signal, Stage, mean_over_devices, pipe, stage
 from curvax.pipes.state_keys import StateKeys
@@ -73,14 +80,10 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
     ) -> tuple[Signal, Any]:
         objective = require_batch(as_objective(value_fn, "per_group", params), "per_group")
         order.refuse_changed_in_pipe(signal.updates, signal.gradient, "per_group")
-        within = _devices_of_a_group(m, objective)
-        here = objective.size if within else m
-        groups = objective.groups(here, f"`per_group({m}, ...)`")
-        objective = objective._as_group(within)
-        local = objective.local_axes(params)
-        weight, count = objective.batch_weight(), objective.size // here
-        first, shards = objective._shard_number(local)
-        batch_of_all = objective._device_part()._whole_batch()
+        objective, groups, count = _divided(m, objective)
+        local, weight = objective.local_axes(params), objective.batch_weight()
+        first, shards = pieces.shard_number(objective, local)
+        whole_batch = pieces.whole_batch(objective)
         # The caller's loss is that of the whole batch; `value_fn` and `value` are each group's own.
         extra = {name: x for name, x in extra.items() if name not in ("loss", "obj_fn")}
         keys = StateKeys(inner.init, params)
@@ -89,12 +92,12 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
             i: jax.Array, batch: Tree, params: Tree, state: Any
         ) -> tuple[Any, jax.Array | None]:
             group = objective.piece(batch, i, count)
-            group = group if count == 1 else group._as_piece_of(batch_of_all)
-            (value, aux), gradient = group._value_aux_and_grad(params)
+            group = group if count == 1 else pieces.as_piece_of(group, whole_batch)
+            (value, aux), gradient = value_aux_and_grad(group, params)
             given = Signal(gradient, gradient, value=value, aux=aux, local=local)
             start = keys.map(lambda key: jax.random.fold_in(key, first * count + i), state)
-            extra_of_group = extra | {"value_fn": group, "value": value, "grad": gradient}
-            out, new = inner.update(given, start, params, **extra_of_group)
+            own = {"value_fn": group, "value": value, "grad": gradient}
+            out, new = inner.update(given, start, params, **extra | own)
             averaged = trees.Static(out.averaged - out.local)
             diagonal = None if local and weight is not None else out.diagonal
             # Keys and axis names do not average; both are put back below.
@@ -103,27 +106,36 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
 
         out, shared, new = over_groups(one, groups, count, params, state)
         averaged = shared.value
-        out = out._replace(aux=microbatching.finished(out.aux))
-        out, new = _sharded_like(out, params), meshes.laid_like(new, state)
-        whole = averaged.union(axis for axis in within if isinstance(axis, str))
-        out = out._replace(local=local - averaged, averaged=whole)
+        whole = averaged.union(axis for axis in objective.joined if isinstance(axis, str))
+        out = _finished(out, params)._replace(local=local - averaged, averaged=whole)
         if weight is not None:
             # Values that devices share were averaged over groups by the weights of one device.
             out = mean_over_devices(
                 out, tuple(axis for axis in axes.manual() if axis in averaged), weight
             )
         advanced = keys.map(lambda key: jax.random.fold_in(key, shards * count), state)
-        new = keys.put_back(advanced, new)
+        new = keys.put_back(advanced, meshes.laid_like(new, state))
         return out, jax.tree.map(lambda x, old: _settled(x, old, objective, local), new, state)
 
     return stage(inner.init, rule, replaces_gradient=True)
 
 
-def _sharded_like(signal: Signal, params: Tree) -> Signal:
-    """The signal with trees like the parameters sharded like them, on a mesh of explicit axes."""
+def _divided(m: int, objective: Objective) -> tuple[Objective, Tree, int]:
+    """(the loss of groups of m examples, the batch of this device in groups, their number)"""
+    within = _devices_of_a_group(m, objective)
+    here = objective.size if within else m
+    groups = objective.groups(here, f"`per_group({m}, ...)`")
+    return pieces.as_group(objective, within), groups, objective.size // here
+
+
+def _finished(mean: Signal, params: Tree) -> Signal:
+    """The mean signal of the groups with the whole batch's aux, its trees sharded like `params`."""
     lay = lambda tree: None if tree is None else meshes.laid_like(tree, params)
-    return signal._replace(
-        updates=lay(signal.updates), gradient=lay(signal.gradient), diagonal=lay(signal.diagonal)
+    return mean._replace(
+        updates=lay(mean.updates),
+        gradient=lay(mean.gradient),
+        diagonal=lay(mean.diagonal),
+        aux=microbatching.finished(mean.aux),
     )
 
 
@@ -133,7 +145,7 @@ def _devices_of_a_group(m: int, objective: Objective) -> tuple[axes.Along, ...]:
     Raises:
         ValueError: no axes, and no part of one, hold exactly the devices of a group.
     """
-    size, split = objective.size, objective._batch_axes()
+    size, split = objective.size, pieces.batch_axes(objective)
     along = tuple(axis for axis in axes.manual() if axis in split)
     if m <= size or not along:
         return ()

@@ -16,7 +16,7 @@ from curvax.arithmetic.trees import Tree
 from curvax.devices import axes
 from curvax.devices.axes import AxisNames
 from curvax.hyperparameters import injectable
-from curvax.objective import Objective, as_objective
+from curvax.objective import Objective, as_objective, pieces
 from curvax.perturbation import dual_norm
 from curvax.perturbation.ascent_steps import AscentRules, BallAscent, check_ascent
 from curvax.perturbation.radius import radius_of
@@ -188,7 +188,7 @@ def _drawn(
     keys: tuple[jax.Array, ...], step: jax.Array, objective: Objective, local: frozenset[str]
 ) -> tuple[jax.Array, ...]:
     """The keys of this step for this device's part of the global batch, by its place on `local`."""
-    shard, _ = objective._shard_number(local)
+    shard, _ = pieces.shard_number(objective, local)
     fold = jax.random.fold_in
     return tuple(fold(fold(key, step), shard) for key in keys)
 

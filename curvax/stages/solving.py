@@ -12,7 +12,7 @@ from curvax.arithmetic.trees import Tree
 from curvax.hyperparameters import injectable
 from curvax.linalg import Solver
 from curvax.linalg.solvers import check_solver
-from curvax.objective import Objective
+from curvax.objective import Objective, device_mean
 from curvax.pipes import requirements
 from curvax.pipes.diagnostics import Flags, Metrics, metrics_of, no_metrics
 from curvax.pipes.signal import Signal, Stage, at, stage
@@ -126,7 +126,7 @@ def solve(solver: Solver) -> Stage:
         checks.refuse_local(signal.local, stage="solve")
         score = None
         if isinstance(value_fn, Objective):
-            score = lambda x: value_fn._device_mean(trees.add_scaled(params, -1.0, x), product.over)
+            score = lambda x: device_mean(value_fn, trees.add_scaled(params, -1.0, x), product.over)
         solution, inner = solver.solve(
             product, signal.updates, state.solver, diagonal=signal.diagonal, score=score
         )

@@ -98,11 +98,11 @@ def test_cached_gradient_is_dropped_with_its_parameters():
     gc.collect()
     assert objective.has_gradient_at(params)
     # Earlier records are dropped, except the last, whose gradient was alive in the next call.
-    assert [record.value for record in objective._gradients.records] == [None, None]
+    assert [record.value for record in objective.gradients.records] == [None, None]
     assert not objective.has_gradient_at(W)
     del params
     gc.collect()
-    assert not objective._gradients.records
+    assert not objective.gradients.records
 
 
 def test_b1_of_adahessian_follows_a_schedule():

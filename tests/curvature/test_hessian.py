@@ -11,6 +11,7 @@ from small_problems import dense_hessian, flat, net_batch, net_loss, net_params,
 
 import curvax as cx
 from curvax.curvature.hessian import MODES
+from curvax.objective import value_and_aux
 
 # Central differences err by about (2e-16)^(2/3) of the product, linear maps by rounding.
 TOLERANCE = {mode: 1e-8 if mode == "finite-differences" else 1e-12 for mode in MODES}
@@ -68,7 +69,7 @@ def test_hvp_of_a_weighted_keyed_loss_with_aux_equals_the_dense_matrix():
             whole.piece(jax.tree.map(lambda x, i=i: x[2 * i : 2 * i + 2], batch), i, 3)
             for i in range(3)
         ]
-        weighted = [jnp.sum(part.batch["mask"]) * part._evaluate(params)[0] for part in parts]
+        weighted = [jnp.sum(part.batch["mask"]) * value_and_aux(part, params)[0] for part in parts]
         return sum(weighted) / jnp.sum(batch["mask"])
 
     expected = quick_jit(jax.hessian(mean))(params)

@@ -19,6 +19,7 @@ import curvax as cx
 from curvax import analysis
 from curvax.curvature.differentiability import refusal
 from curvax.curvature.hessian import MODES
+from curvax.objective import value_aux_and_grad
 
 X = jax.random.normal(jax.random.key(0), (8, 3))
 W = {"w": 0.3 * jax.random.normal(jax.random.key(1), (3, 3))}
@@ -283,7 +284,7 @@ def test_hvp_of_a_kernel_runs_no_extra_pass():
     """One gradient and one push for each product: the trial adds nothing to the program."""
     names = lambda f: re.findall(r"pallas_call\[", str(jax.make_jaxpr(f)(W, V)))
     fast = whole(PAIRS["kernel"][0])
-    grad = lambda p: fast._value_aux_and_grad(p)[1]
+    grad = lambda p: value_aux_and_grad(fast, p)[1]
     pushed = names(lambda p, v: jax.jvp(grad, (p,), (v,))[1])
     assert len(names(lambda p, v: cx.hvp(fast, p)(v))) == len(pushed) + len(
         names(lambda p, v: grad(p))

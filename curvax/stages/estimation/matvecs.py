@@ -48,10 +48,9 @@ def hessian_matvec(
     gradient replaces them: same values, and one linearisation for both.
 
     Args:
-        mode: differentiation mode of the product, as in `hvp`.
+        mode, precision: differentiation mode and precision of the product, as in `hvp`.
         fraction: fraction of the batch in (0, 1], its first examples, that the curvature is
             computed on.
-        precision: precision of matrix multiplications, as in `jax.default_matmul_precision`.
         mean_over: device axis, or tuple of axes, to average the product over; `()` keeps the
             product of each device.
 
@@ -89,10 +88,9 @@ def gauss_newton_matvec(
     arXiv:1412.1193.
 
     Args:
-        mode: differentiation mode of the product, as in `ggnvp`.
+        mode, precision: differentiation mode and precision of the product, as in `ggnvp`.
         fraction: fraction of the batch in (0, 1], its first examples, that the curvature is
             computed on.
-        precision: precision of matrix multiplications, as in `jax.default_matmul_precision`.
         mean_over: device axis, or tuple of axes, to average the product over; `()` keeps the
             product of each device.
 
@@ -100,8 +98,8 @@ def gauss_newton_matvec(
         A stage that sets `matvec`. It needs `value_fn=` an `Objective` with `model=`.
 
     Raises:
-        ValueError: an option is out of range; in `update`, the loss is local to a device axis and
-            `mean_over` is missing.
+        ValueError: an option is out of range; in `update`, the objective has no `model`, or the
+            loss is local to a device axis and `mean_over` is missing.
 
     Examples:
         >>> import jax.numpy as jnp, curvax
@@ -133,10 +131,9 @@ def fisher_matvec(
     Args:
         samples: labels drawn per site; None for the exact expectation.
         key: typed PRNG key, or seed, of the labels.
-        mode: differentiation mode of the product, as in `fvp`.
+        mode, precision: differentiation mode and precision of the product, as in `fvp`.
         fraction: fraction of the batch in (0, 1], its first examples, that the curvature is
             computed on.
-        precision: precision of matrix multiplications, as in `jax.default_matmul_precision`.
         mean_over: device axis, or tuple of axes, to average the product over; `()` keeps the
             product of each device.
 
@@ -145,18 +142,18 @@ def fisher_matvec(
         likelihood.
 
     Raises:
-        ValueError: an option is out of range; in `update`, the loss is local to a device axis and
-            `mean_over` is missing.
+        ValueError: an option is out of range; in `update`, the loss is no likelihood, or it is
+            local to a device axis and `mean_over` is missing.
 
     Examples:
         >>> import jax.numpy as jnp, curvax
-        >>> batch = {"x": jnp.array([[1.0], [2.0]]), "y": jnp.array([[2.0], [4.0]])}
+        >>> batch = {"x": jnp.array([[1.0], [3.0]]), "y": jnp.array([[2.0], [6.0]])}
         >>> objective = curvax.Objective(curvax.gaussian("y"), batch, model=lambda w, b: b["x"] * w)
         >>> stage, w = curvax.fisher_matvec(), jnp.zeros(1)
         >>> signal = curvax.Signal(objective.value_and_grad(w)[1])
         >>> signal, state = stage.update(signal, stage.init(w), w, value_fn=objective)
         >>> print(signal.matvec(jnp.ones(1)))  # the mean of x²
-        [2.5]
+        [5.]
     """
     check_mode(mode)
     if samples is not None:
@@ -179,10 +176,9 @@ def empirical_fisher_matvec(
     approximate F. Martens, arXiv:1412.1193, section 11.
 
     Args:
-        mode: differentiation mode of the product, as in `empirical_fvp`.
+        mode, precision: differentiation mode and precision of the product, as in `empirical_fvp`.
         fraction: fraction of the batch in (0, 1], its first examples, that the curvature is
             computed on.
-        precision: precision of matrix multiplications, as in `jax.default_matmul_precision`.
         mean_over: device axis, or tuple of axes, to average the product over; `()` keeps the
             product of each device.
 
@@ -190,8 +186,8 @@ def empirical_fisher_matvec(
         A stage that sets `matvec`. It needs `value_fn=` an `Objective` with a batch.
 
     Raises:
-        ValueError: an option is out of range; in `update`, the loss is local to a device axis and
-            `mean_over` is missing.
+        ValueError: an option is out of range; in `update`, the objective has no batch, or the loss
+            is local to a device axis and `mean_over` is missing.
 
     Examples:
         >>> import jax.numpy as jnp, curvax

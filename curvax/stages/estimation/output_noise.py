@@ -20,7 +20,7 @@ from curvax.devices.axes import AxisNames
 from curvax.hyperparameters import injectable
 from curvax.likelihoods import Likelihood
 from curvax.linalg import rademacher
-from curvax.objective import Objective, require_likelihood
+from curvax.objective import Objective, microbatch_mean, require_likelihood
 from curvax.pipes.signal import Stage
 from curvax.stages.estimation.diagonal_stage import Curvature, diagonal_stage
 
@@ -30,13 +30,9 @@ Noise = Callable[[Likelihood, jax.Array, jax.Array, Tree], jax.Array]
 
 @injectable
 def gauss_newton_diag(
-    key: jax.Array | int = 0,
-    *,
-    probes: int = 1,
-    fraction: float = 1.0,
-    shards: int = 1,
+    key: jax.Array | int = 0, *, probes: int = 1, fraction: float = 1.0, shards: int = 1,
     mean_over: AxisNames = None,
-) -> Stage:
+) -> Stage:  # fmt: skip
     """Estimates the diagonal of the Gauss-Newton matrix from random signs at the outputs.
 
         D = 1/s Σ (Jᵀ B e)²,   B Bᵀ = ∇²ℓ,   e = ±1
@@ -85,13 +81,9 @@ def gauss_newton_diag(
 
 @injectable
 def fisher_diag(
-    key: jax.Array | int = 0,
-    *,
-    probes: int = 1,
-    fraction: float = 1.0,
-    shards: int = 1,
+    key: jax.Array | int = 0, *, probes: int = 1, fraction: float = 1.0, shards: int = 1,
     mean_over: AxisNames = None,
-) -> Stage:
+) -> Stage:  # fmt: skip
     """Estimates the diagonal of the Fisher matrix from labels drawn from the model's predictions.
 
         D = 1/s Σ N (∇ 1/N Σₙ ℓ(zₙ, ŷₙ))²,   ŷₙ ~ r(·|zₙ)
@@ -109,16 +101,15 @@ def fisher_diag(
             computed on.
         shards: number of contiguous parts of the global batch that are squared separately; the
             estimate is their mean.
-        mean_over: device axis, or tuple of axes, to average over; `()` keeps the diagonal of each
-            device.
+        mean_over: device axis, or tuple of axes, to average over; `()` for a diagonal per device.
 
     Returns:
         A stage that sets `diagonal`, in float32 or wider, shaped like the parameters. It needs
         `value_fn=` an `Objective` with `model=` and a likelihood.
 
     Raises:
-        ValueError: an option is out of range; in `update`, the loss is local to a device axis and
-            `mean_over` is missing.
+        ValueError: an option is out of range; in `update`, the loss is no likelihood, or it is
+            local to a device axis and `mean_over` is missing.
 
     Examples:
         >>> import jax.numpy as jnp, curvax
@@ -176,7 +167,7 @@ def _squared(
 
         return loss, gradient, jax.vmap(once)(jax.random.split(key, probes))
 
-    loss, gradient, x = objective._microbatch_mean(pulled)
+    loss, gradient, x = microbatch_mean(objective, pulled)
     x = axes.mean(x, over, objective.batch_weight())
     weight = require_likelihood(objective, "the diagonal").total_weight(objective.batch)
     weight = lax.psum(axes.vary(weight, over), over) if over else weight

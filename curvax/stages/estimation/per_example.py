@@ -12,7 +12,14 @@ from curvax.arithmetic.trees import Tree
 from curvax.devices import axes, meshes
 from curvax.devices.axes import AxisNames
 from curvax.hyperparameters import injectable
-from curvax.objective import Objective, as_objective, microbatching, require_batch
+from curvax.objective import (
+    Objective,
+    as_objective,
+    microbatch_mean,
+    microbatching,
+    require_batch,
+    value_aux_and_grad,
+)
 from curvax.pipes.signal import Signal, Stage, stage
 from curvax.stages.estimation.diagonal_stage import check_fraction, part_of
 
@@ -61,7 +68,7 @@ def empirical_fisher_diag(*, fraction: float = 1.0, mean_over: AxisNames = None)
         local = objective.local_axes(params)
         over = checks.averaged_axes(mean_over, local, stage="empirical_fisher_diag")
         here = part_of(objective, fraction, "empirical_fisher_diag")
-        diagonal = here._microbatch_mean(lambda part: _mean_of_squares(part, params))
+        diagonal = microbatch_mean(here, lambda part: _mean_of_squares(part, params))
         return signal._replace(diagonal=axes.mean(diagonal, over, here.batch_weight())), state
 
     return stage(_floating("empirical_fisher_diag"), rule)
@@ -72,7 +79,7 @@ def _mean_of_squares(objective: Objective, params: Tree) -> Tree:
 
     def square(i: jax.Array, batch: Tree, params: Tree) -> tuple[Tree, jax.Array | None]:
         example = objective.piece(batch, i, size)
-        _, gradient = example._value_aux_and_grad(params)
+        _, gradient = value_aux_and_grad(example, params)
         squares = jax.tree.map(lambda g: jnp.square(trees.widen(g)), gradient)
         return squares, example.batch_weight()
 
