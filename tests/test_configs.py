@@ -14,6 +14,7 @@ from curvax.training.config import configs as config
 from curvax.training.config import recipe
 from curvax.training.data import datasets
 from curvax.training.experiment import build, outline
+from curvax.training.runtime.errors import ConfigError
 
 SHAPES = {
     "digits": (8, 8, 1),
@@ -166,13 +167,13 @@ def test_a_count_is_a_whole_number_that_is_not_too_low(name):
     given = lambda text: config.override(config.defaults(), [f"--{name}={text}"])
     config.check(given(COUNTS[name]))
     for text in (COUNTS[name] - 1, -7, "true"):
-        with pytest.raises(config.ConfigError, match=rf"`{name}` is a whole number from [01], and"):
+        with pytest.raises(ConfigError, match=rf"`{name}` is a whole number from [01], and"):
             config.check(given(text))
 
 
 def test_a_count_is_left_out_only_where_it_has_a_default():
     config.check(config.defaults())
-    with pytest.raises(config.ConfigError, match="`epochs` is a whole number from 1, and was None"):
+    with pytest.raises(ConfigError, match="`epochs` is a whole number from 1, and was None"):
         config.check(config.override(config.defaults(), ["--epochs=none"]))
 
 
@@ -180,7 +181,7 @@ def test_fields_that_are_not_set_have_their_types():
     plain = config.defaults()
     assert config.override(plain, ["--data.path=2024"]).data.path == "2024"
     assert plain.data.path is None
-    with pytest.raises(config.ConfigError, match=r"`data\.mean` has the type `tuple`"):
+    with pytest.raises(ConfigError, match=r"`data\.mean` has the type `tuple`"):
         config.override(plain, ["--data.mean=0.5"])
 
 

@@ -22,6 +22,7 @@ from curvax.planning import collectives, compiled_cost, hlo, memory_savers, topo
 from curvax.planning import plan as plans
 from curvax.training import experiment
 from curvax.training.config import defaults
+from curvax.training.runtime.errors import ConfigError
 
 DEVICES, PER_DEVICE = 8, 4
 WEIGHTS = {"in": (64, 96), "hidden": (96, 96), "out": (96, 64)}
@@ -248,18 +249,18 @@ def test_what_is_sent_on_every_generation():
 
 @pytest.mark.parametrize("name", ["v5e", "v9:4x4", "cpu:0", "cpu", "v5e:16by16"])
 def test_an_unknown_topology_says_which_there_are(name):
-    with pytest.raises(topologies.TopologyError, match=r"v3:4x8.*v5e:16x16.*cpu:8"):
+    with pytest.raises(ConfigError, match=r"v3:4x8.*v5e:16x16.*cpu:8"):
         topologies.find(name)
 
 
 def test_a_tpu_without_its_compiler_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(topologies.TopologyError, match=r"pip install 'curvax\[tpu\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'curvax\[tpu\]'"):
         topologies.find("v5e:16x16")
 
 
 def test_too_few_cpu_devices_say_how_to_get_more():
-    with pytest.raises(topologies.TopologyError, match="host_platform_device_count=1000"):
+    with pytest.raises(ConfigError, match="host_platform_device_count=1000"):
         topologies.find("cpu:1000")
 
 
@@ -275,7 +276,7 @@ def test_a_batch_that_does_not_go_over_a_topology_says_what_does(tmp_path, capsy
 @pytest.mark.evidence
 @NO_LIBTPU
 def test_a_shape_that_a_tpu_does_not_have_is_refused():
-    with pytest.raises(topologies.TopologyError, match=r"libtpu refuses it: .*3x5"):
+    with pytest.raises(ConfigError, match=r"libtpu refuses it: .*3x5"):
         topologies.find("v5e:3x5")
 
 

@@ -7,7 +7,8 @@ import optax
 import pytest
 
 import curvax
-from curvax.training.config.recipe import RecipeError, given, outline, parse, vocabulary
+from curvax.training.config.recipe import given, outline, parse, vocabulary
+from curvax.training.runtime.errors import ConfigError
 
 PARAMS = {"w": jnp.array([1.0, -2.0, 3.0])}
 SCALES = jnp.array([1.0, 4.0, 9.0])
@@ -30,7 +31,7 @@ def trajectory(optimizer, steps=5):
 
 def place_of_caret(text, **options):
     """The message, and the text from the caret on."""
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(ConfigError) as caught:
         parse(text, **options)
     *_, message, line, caret = str(caught.value).split("\n")
     assert caret.strip() == "^"
@@ -228,5 +229,5 @@ def test_what_a_text_gives_an_argument_is_read_without_the_rest(text, expected):
 
 
 def test_an_argument_that_cannot_be_read_is_pointed_at():
-    with pytest.raises(RecipeError, match="Unknown name `n`"):
+    with pytest.raises(ConfigError, match="Unknown name `n`"):
         given("per_group(n, sgd(0.1))", "per_group", "m", {"m": 8})
