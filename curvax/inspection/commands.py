@@ -46,7 +46,7 @@ def inspect(
         The folder, with inspect.json, report.html and the figures.
 
     Raises:
-        RunError, CheckpointError, ConfigError: as in `trained_runs.load`.
+        ConfigError, CheckpointError: as in `trained_runs.load`.
     """
     budget, console = Budget(60 * minutes), Console()
     with _bar(console, minutes) as report:

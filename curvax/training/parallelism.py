@@ -26,6 +26,7 @@ from curvax.devices.axes import Along, Neighbours
 from curvax.parameter_roles.layouts import Layout
 from curvax.pipes.parts import name_of, options_of, walk
 from curvax.training.config import configs, recipe
+from curvax.training.runtime.errors import ConfigError
 
 Prepare = Callable[[Tree, Tree], Tree]
 """(state, batch) ↦ batch; always applied to the whole batch."""
@@ -34,10 +35,6 @@ Core = Callable[[Tree, Tree], tuple[Tree, Tree]]
 
 P = PartitionSpec
 BATCH, GROUP = "batch", "group"
-
-
-class ParallelismError(ValueError):
-    """Devices that a run's batch or groups cannot be divided over."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +217,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ji
     one axis. A method without groups uses the config's number `m`, for its batch norm.
 
     Raises:
-        ParallelismError: an unknown `parallelism`, options that exclude each other, or devices or
+        ConfigError: an unknown `parallelism`, options that exclude each other, or devices or
             groups that do not divide the batch.
     """
     _check(config)
@@ -232,7 +229,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ji
         fewer = f"fewer devices, as with `--devices={math.gcd(config.batch, len(found))}`"
         if devices is not None:
             fewer = "a smaller topology"
-        raise ParallelismError(
+        raise ConfigError(
             f"A batch is divided equally among the devices, and {config.batch} examples do not "
             f"divide over {len(found)} devices. Use a multiple as `batch`, or {fewer}."
         )
@@ -248,9 +245,9 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ji
 def _check(config: ConfigDict) -> None:
     if config.parallelism not in PARALLELISMS:
         known = ", ".join(PARALLELISMS)
-        raise ParallelismError(f"`parallelism` is one of {known}, and was `{config.parallelism}`.")
+        raise ConfigError(f"`parallelism` is one of {known}, and was `{config.parallelism}`.")
     if config.fsdp and config.parallelism != "jit":
-        raise ParallelismError(
+        raise ConfigError(
             "`fsdp` lets the compiler divide the parameters, which needs `parallelism=jit`, and "
             f"`parallelism` is `{config.parallelism}`. Leave out one of the two."
         )
@@ -258,7 +255,7 @@ def _check(config: ConfigDict) -> None:
 
 def _first(devices: list[jax.Device], count: int) -> list[jax.Device]:
     if not 0 < count <= len(devices) or jax.process_count() > 1:
-        raise ParallelismError(
+        raise ConfigError(
             f"`devices` selects the first of the {len(devices)} devices of a single process, and "
             f"was {count} with {jax.process_count()} processes. `--devices=none` uses all."
         )
@@ -269,7 +266,7 @@ def group_sizes(config: ConfigDict) -> set[int]:
     """The sizes m of the groups that a config's optimiser has, `per_group(m, ...)`.
 
     Raises:
-        RecipeError: the text cannot be parsed.
+        ConfigError: the text cannot be parsed.
     """
     # Neither the length of the run nor axes, layout and kernels change the groups.
     names = {"axes": None, "layout": Layout({}), "kernels": None}
@@ -293,7 +290,7 @@ def _devices_of_a_group(config: ConfigDict, devices: int) -> int:
     fitting = next(n for n in (math.gcd(m, config.batch), per_device) if fits(n))
     cure = f"--m={fitting}" if m == named else f"per_group({fitting}, ...)"
     each = f" and the {per_device} of each of {devices} devices" if devices > 1 else ""
-    raise ParallelismError(
+    raise ConfigError(
         f"Groups of {m} examples do not divide a batch of {config.batch}{each} evenly. With "
         f"`--batch={config.batch}` use for instance `{cure}`."
     )

@@ -17,6 +17,7 @@ from curvax.pipes.signal import step as apply
 from curvax.training import pretrained
 from curvax.training.augment.transforms import Batch
 from curvax.training.parallelism import Jit
+from curvax.training.runtime.errors import ConfigError
 from curvax.training.tasks import Task
 
 
@@ -177,7 +178,7 @@ def _keys(state: State) -> jax.Array:
 
 def _refuse_local(local: frozenset[str]) -> None:
     if local:
-        raise ValueError(
+        raise ConfigError(
             f"The optimiser's text leaves the updates different on each device of {sorted(local)}. "
             "Average them before the optimiser: `sam_perturb(0.05) | pmean_updates(axes) | "
             "adamw(1e-3)`, or `mean_over=axes` in a method. `axes` stands for the device axes "

@@ -3,12 +3,15 @@
 import gzip
 import json
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import tiny_run
 
 from curvax.cli import main
+from curvax.training.runtime import distributed
+from curvax.training.runtime.errors import ConfigError
 
 TINY = str(Path(tiny_run.__file__))
 
@@ -238,6 +241,49 @@ def test_a_config_with_a_misspelt_field_is_refused_when_loaded(tmp_path, capsys)
     said = complaint(capsys, "train", str(config))
     assert str(config) in said
     assert "epoch" in said
+
+
+@pytest.fixture
+def raising(monkeypatch):
+    """Runs a command that raises an error, and returns its exit code."""
+
+    def run(error, *options):
+        monkeypatch.setattr(distributed, "together", mock.Mock(side_effect=error))
+        return main.main(["train", *options])
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (ConfigError("`epochs` is 0."), 2, "`epochs` is 0."),
+        (TypeError("`rho` is text."), 2, "`rho` is text."),
+        (OSError("The disk is full."), 2, "The disk is full."),
+        (FloatingPointError("The loss is NaN."), 2, "The loss is NaN."),
+        (ModuleNotFoundError("No module `grain`"), 2, "pip install 'curvax[train]'"),
+        (KeyboardInterrupt(), 130, "stopped."),
+        (InterruptedError("terminated."), 143, "terminated."),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_an_expected_error_is_its_message_and_an_exit_code(error, code, said, raising, capsys):
+    assert raising(error) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("curvax: ")
+    assert line.endswith(said)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyError, AttributeError, AssertionError])
+def test_a_fault_of_the_program_keeps_its_traceback(error, raising):
+    with pytest.raises(error):
+        raising(error)
+
+
+def test_traceback_leaves_interruptions_as_they_are(raising):
+    assert raising(InterruptedError("terminated."), "--traceback") == 143
+    with pytest.raises(ConfigError):
+        raising(ConfigError("`epochs` is 0."), "--traceback")
 
 
 def test_traceback_shows_where_an_error_arose():

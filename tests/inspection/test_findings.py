@@ -9,9 +9,10 @@ import pytest
 from curvax.inspection.encoding import encode
 from curvax.inspection.findings import RunFacts, caveats, findings
 from curvax.inspection.measures import RHO
+from curvax.inspection.page import Content, page
 from curvax.inspection.peak_lr import peak_rate
 from curvax.inspection.phrasing import listing, ratio
-from curvax.inspection.runner import Results
+from curvax.inspection.runner import Omission, Results
 from curvax.inspection.summary_table import summary_rows
 from curvax.linalg import Eigenpairs
 from curvax.training.config.recipe import parse
@@ -162,6 +163,31 @@ def test_listing_compares_three_runs():
     assert listing({"a": 1.0, "b": 3.0, "c": 1.0}, "{:g}") == (
         "1 in `a`, 3 in `b` (3.0 times larger) and 1 in `c` (about the same)"
     )
+
+
+def test_a_page_escapes_its_texts_and_makes_code_of_names_in_backticks(found):
+    content = Content(
+        title="<title>",
+        lead="The run `a<b`.",
+        findings=['f < `g` & "h"'],
+        caveats=[],
+        about={"sgd": {"method": "`sgd`"}, "sam": {}},
+        rows=list(summary_rows(found).values()),
+        figures=[],
+        omissions=[Omission("trace", ("sgd", "sam"), "budget", "It takes <1 s.")],
+        closing="",
+    )
+    text = page(content)
+    for part in (
+        "<h1>&lt;title&gt;</h1>",
+        "The run <code>a&lt;b</code>.",
+        "<li>f &lt; <code>g</code> &amp; &#34;h&#34;</li>",
+        "<td><code>sgd</code></td><td></td>",
+        '<td class="number">104</td><td class="number">4<small>26 times smaller</small></td>',
+        "lack of time: trace (<code>sgd</code>, <code>sam</code>). It takes &lt;1 s.",
+    ):
+        assert part in text
+    assert "Read with care" not in text
 
 
 @pytest.mark.parametrize(

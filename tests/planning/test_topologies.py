@@ -6,6 +6,7 @@ import pytest
 
 from curvax.cli import main
 from curvax.planning import topologies
+from curvax.training.runtime.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("single_precision")
 
@@ -16,18 +17,18 @@ NO_LIBTPU = pytest.mark.skipif(
 
 @pytest.mark.parametrize("name", ["v5e", "v9:4x4", "cpu:0", "cpu", "v5e:16by16"])
 def test_unknown_topology_raises_with_the_known_ones(name):
-    with pytest.raises(topologies.TopologyError, match=r"v3:4x8.*v5e:16x16.*cpu:8"):
+    with pytest.raises(ConfigError, match=r"v3:4x8.*v5e:16x16.*cpu:8"):
         topologies.find(name)
 
 
 def test_tpu_topology_without_libtpu_raises_with_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(topologies.TopologyError, match=r"pip install 'curvax\[tpu\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'curvax\[tpu\]'"):
         topologies.find("v5e:16x16")
 
 
 def test_too_few_cpu_devices_raise_with_how_to_get_more():
-    with pytest.raises(topologies.TopologyError, match="host_platform_device_count=1000"):
+    with pytest.raises(ConfigError, match="host_platform_device_count=1000"):
         topologies.find("cpu:1000")
 
 
@@ -43,5 +44,5 @@ def test_batch_that_does_not_divide_over_a_topology_raises(tmp_path, capsys):
 @pytest.mark.evidence
 @NO_LIBTPU
 def test_topology_that_libtpu_refuses_raises():
-    with pytest.raises(topologies.TopologyError, match=r"libtpu refuses it: .*3x5"):
+    with pytest.raises(ConfigError, match=r"libtpu refuses it: .*3x5"):
         topologies.find("v5e:3x5")

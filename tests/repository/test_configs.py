@@ -13,6 +13,7 @@ from curvax.training.config import configs as config
 from curvax.training.config import recipe
 from curvax.training.data import datasets
 from curvax.training.experiment import build, outline
+from curvax.training.runtime.errors import ConfigError
 
 SHAPES = {
     "digits": (8, 8, 1),
@@ -165,13 +166,13 @@ def test_counts_below_their_minimum_are_refused(name):
     given = lambda text: config.override(config.defaults(), [f"--{name}={text}"])
     config.check(given(COUNTS[name]))
     for text in (COUNTS[name] - 1, -7, "true"):
-        with pytest.raises(config.ConfigError, match=rf"`{name}` is a whole number from [01], and"):
+        with pytest.raises(ConfigError, match=rf"`{name}` is a whole number from [01], and"):
             config.check(given(text))
 
 
 def test_count_without_a_default_cannot_be_none():
     config.check(config.defaults())
-    with pytest.raises(config.ConfigError, match="`epochs` is a whole number from 1, and was None"):
+    with pytest.raises(ConfigError, match="`epochs` is a whole number from 1, and was None"):
         config.check(config.override(config.defaults(), ["--epochs=none"]))
 
 
@@ -179,7 +180,7 @@ def test_unset_fields_keep_their_types():
     plain = config.defaults()
     assert config.override(plain, ["--data.path=2024"]).data.path == "2024"
     assert plain.data.path is None
-    with pytest.raises(config.ConfigError, match=r"`data\.mean` has the type `tuple`"):
+    with pytest.raises(ConfigError, match=r"`data\.mean` has the type `tuple`"):
         config.override(plain, ["--data.mean=0.5"])
 
 

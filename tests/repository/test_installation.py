@@ -49,7 +49,7 @@ def needed(extra: str) -> list[Requirement]:
 
 
 def test_every_pin_of_colab_is_read():
-    assert len(PINS) == 14
+    assert len(PINS) == 15
     assert {name: str(PINS[name]) for name in LOWEST} == {
         "jax": "0.7.2",
         "optax": "0.2.8",

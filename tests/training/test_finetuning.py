@@ -18,10 +18,10 @@ from curvax.training import loop, pretrained, tasks
 from curvax.training.augment import transforms
 from curvax.training.checkpoints import Checkpoints
 from curvax.training.compare import comparison
-from curvax.training.config.configs import ConfigError, load, override
+from curvax.training.config.configs import load, override
 from curvax.training.evaluation import trained_runs
 from curvax.training.experiment import build, outline
-from curvax.training.pretrained import PretrainedError
+from curvax.training.runtime.errors import ConfigError
 
 TINY = str(Path(tiny_run.__file__))
 REGIMES = ("jit", "fsdp", "shard_map", "pmap")
@@ -131,7 +131,7 @@ def test_weights_that_do_not_fit_are_refused_before_a_folder_is_made(first, tmp_
 
 def test_outline_needs_no_weights():
     outline(config_of("absent.npz"), jax.devices()[:1])
-    with pytest.raises(PretrainedError, match="does not exist"):
+    with pytest.raises(ConfigError, match="does not exist"):
         build(config_of("absent.npz"))
     build(config_of("absent.npz"), begins=False)
 

@@ -13,10 +13,10 @@ from regime_run import DEVICES, GROUPS, changed
 from curvax.devices.axes import Neighbours
 from curvax.training import loop, parallelism
 from curvax.training.checkpoints import CheckpointError, Checkpoints
-from curvax.training.config.configs import ConfigError, load
-from curvax.training.experiment import ExperimentError, build, outline
+from curvax.training.config.configs import load
+from curvax.training.experiment import build, outline
 from curvax.training.loop import NotFinite
-from curvax.training.parallelism import ParallelismError
+from curvax.training.runtime.errors import ConfigError
 
 REGIMES = ("jit", "fsdp", "shard_map", "pmap")
 DRY = {"dropout": 0.0}  # which draws for each device anew
@@ -241,9 +241,9 @@ def test_parallelism_errors_give_settings_that_fit():
         ({"optimizer": "per_group(12, sgd(lr))"}, r"use for instance `per_group\(4, \.\.\.\)`"),
     ]
     for fields, said in cases:
-        with pytest.raises(ParallelismError, match=said):
+        with pytest.raises(ConfigError, match=said):
             parallelism.build(changed(regime_run.get_config("shard_map"), **fields))
-    with pytest.raises(ParallelismError, match="`fsdp` lets the compiler divide"):
+    with pytest.raises(ConfigError, match="`fsdp` lets the compiler divide"):
         parallelism.build(changed(regime_run.get_config("pmap"), fsdp=True))
 
 
@@ -279,7 +279,7 @@ def test_batch_norm_can_be_synced_where_the_parallelism_has_axes(regime, over, f
         state, _ = stepped(build(config))
         assert int(state.step) == 2
     else:
-        with pytest.raises(ExperimentError, match=r"`model\.options\.sync_over` takes"):
+        with pytest.raises(ConfigError, match=r"`model\.options\.sync_over` takes"):
             build(config)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from curvax.models import build
 from curvax.training import pretrained
-from curvax.training.pretrained import PretrainedError
+from curvax.training.runtime.errors import ConfigError
 
 WIDTH, HEADS, DEPTH, HIDDEN, PATCH, SIDE, CLASSES = 8, 2, 2, 12, 4, 12, 5
 PLACES = (SIDE // PATCH) ** 2
@@ -242,7 +242,7 @@ def test_new_head_leaves_out_a_head_that_fits(tmp_path):
     model = build("vit_tiny", CLASSES, **VIT)
     variables = variables_of(model)
     file = written(tmp_path, big_vision() | drawn(dense("pre_logits", WIDTH, WIDTH)))
-    with pytest.raises(PretrainedError, match="`new_head` if only the head differs"):
+    with pytest.raises(ConfigError, match="`new_head` if only the head differs"):
         load(file, model, variables)
     loaded = load(file, model, variables, new_head=True)
     assert not np.any(loaded["params"]["head"]["kernel"])
@@ -257,7 +257,7 @@ def test_positions_are_interpolated_between_fixed_corners():
     y, x = np.mgrid[:5, :5] / 2
     np.testing.assert_allclose(new, 3 * y + x, rtol=1e-6, atol=1e-6)
     assert pretrained.resized(old, 9) is old
-    with pytest.raises(PretrainedError, match="not both of"):
+    with pytest.raises(ConfigError, match="not both of"):
         pretrained.resized(old, 8)
 
 
@@ -278,7 +278,7 @@ def test_missing_extra_and_misshaped_weights_are_named(tmp_path):
     del file["Transformer/encoder_norm/bias"]
     file["embedding/bias"] = np.zeros(3)
     model = build("vit_tiny", CLASSES, **VIT, scan=False)
-    with pytest.raises(PretrainedError) as error:
+    with pytest.raises(ConfigError) as error:
         load(written(tmp_path, file), model, variables_of(model))
     assert "it lacks `params/norm/bias`" in str(error.value)
     assert "besides `params/cls`" in str(error.value)
@@ -288,7 +288,7 @@ def test_missing_extra_and_misshaped_weights_are_named(tmp_path):
 
 def test_shallower_model_raises_with_the_extra_layers(tmp_path):
     model = build("vit_tiny", CLASSES, **VIT | {"depth": 1}, scan=False)
-    with pytest.raises(PretrainedError, match=r"besides `params/block_1/attention.* and 8 more"):
+    with pytest.raises(ConfigError, match=r"besides `params/block_1/attention.* and 8 more"):
         load(written(tmp_path, big_vision()), model, variables_of(model))
 
 
@@ -296,14 +296,14 @@ def test_file_without_weights_is_refused(tmp_path):
     model = build("vit_tiny", CLASSES, **VIT)
     (tmp_path / "text.npz").write_text("no weights")
     for name, said in (("text.npz", "holds no weights"), ("absent.npz", "does not exist")):
-        with pytest.raises(PretrainedError, match=said):
+        with pytest.raises(ConfigError, match=said):
             load(tmp_path / name, model, variables_of(model))
-    with pytest.raises(PretrainedError, match="there are: none"):
+    with pytest.raises(ConfigError, match="there are: none"):
         load(tmp_path, model, variables_of(model))
 
 
 def test_folder_of_many_runs_raises_with_some_of_them(tmp_path):
     for number in range(10, 21):
         (tmp_path / f"{number}/checkpoints/4/state").mkdir(parents=True)
-    with pytest.raises(PretrainedError, match=r"10/checkpoints`, .*17/checkpoints` and 3 more"):
+    with pytest.raises(ConfigError, match=r"10/checkpoints`, .*17/checkpoints` and 3 more"):
         pretrained.arrays(tmp_path)

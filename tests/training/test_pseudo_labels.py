@@ -16,7 +16,7 @@ from curvax.training.config.configs import override
 from curvax.training.data import labelled_images
 from curvax.training.evaluation import trained_runs
 from curvax.training.experiment import build
-from curvax.training.pseudo_labels import PseudoLabelError
+from curvax.training.runtime.errors import ConfigError
 
 TINY = str(Path(tiny_run.__file__))
 FEW = ("--epochs=2", "--hessian_examples=0")
@@ -133,15 +133,15 @@ def test_unsuitable_source_of_labels_is_refused_before_a_folder_is_made(first, t
 def test_unfinished_run_several_methods_and_grid_search_are_refused(first, tmp_path):
     copy = shutil.copytree(first, tmp_path / "copy")
     (copy / "0-adamw/seed0/results.json").unlink()
-    with pytest.raises(PseudoLabelError, match="curvax resume"):
+    with pytest.raises(ConfigError, match="curvax resume"):
         build(config_of(copy))
     build(config_of(f"{first}/0-adamw/seed0"))
     shutil.copytree(copy / "0-adamw", copy / "1-sgd")
-    with pytest.raises(PseudoLabelError, match="0-adamw, 1-sgd"):
+    with pytest.raises(ConfigError, match="0-adamw, 1-sgd"):
         build(config_of(copy))
     plan = copy / "run.json"
     plan.write_text(plan.read_text().replace('"fields": {}', '"fields": {"lr": ["1"]}'))
-    with pytest.raises(PseudoLabelError, match="is a sweep"):
+    with pytest.raises(ConfigError, match="is a sweep"):
         build(config_of(copy / "1-sgd"))
 
 

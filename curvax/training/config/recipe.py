@@ -22,13 +22,10 @@ import optax
 import curvax
 from curvax.pipes.parts import with_options
 from curvax.training.config import run_schedules
+from curvax.training.runtime.errors import ConfigError
 
 _NO_NAMES: Mapping[str, Any] = types.MappingProxyType({})
 _LITERALS = (bool, int, float, str, types.NoneType)
-
-
-class RecipeError(ValueError):
-    """A text that cannot be parsed; the message has the line with a caret under the node."""
 
 
 def parse(
@@ -44,7 +41,7 @@ def parse(
         names: further names that the text may use; they take precedence over all others.
 
     Raises:
-        RecipeError: an unknown name or argument (the message has near matches), an expression
+        ConfigError: an unknown name or argument (the message has near matches), an expression
             that is not a call, a literal or a list, or an error raised by a factory.
     """
     reader = _Reader(text, {**vocabulary(steps), **names})
@@ -55,7 +52,7 @@ def read(text: str, names: Mapping[str, Any]) -> Any:
     """The value of any text of this grammar, which may use `names` only.
 
     Raises:
-        RecipeError: as in `parse`.
+        ConfigError: as in `parse`.
     """
     reader = _Reader(text, names)
     return reader.value(reader.tree())
@@ -192,7 +189,7 @@ class _Reader:
             self.fail(node, str(error) or type(error).__name__, error)
 
     def fail(self, at: Any, message: str, cause: Exception | None = None) -> NoReturn:
-        raise RecipeError(f"{message}\n{self.caret(at)}") from cause
+        raise ConfigError(f"{message}\n{self.caret(at)}") from cause
 
     def caret(self, at: ast.expr | ast.keyword | int) -> str:
         """The line of the text around a node, with a caret below it."""
@@ -220,7 +217,7 @@ def with_argument(text: str, factory: str, **argument: Any) -> str:
     The text itself if nothing changes.
 
     Raises:
-        RecipeError: the text cannot be parsed.
+        ConfigError: the text cannot be parsed.
     """
     ((name, value),) = argument.items()
     tree, changes = _Reader(text, {}).tree(), False

@@ -9,7 +9,8 @@ import pytest
 
 import curvax
 from curvax.pipes.parts import name_of, options_of, parts_of, walk
-from curvax.training.config.recipe import RecipeError, outline, parse, vocabulary, with_argument
+from curvax.training.config.recipe import outline, parse, vocabulary, with_argument
+from curvax.training.runtime.errors import ConfigError
 
 PARAMS = {"w": jnp.array([1.0, -2.0, 3.0])}
 SCALES = jnp.array([1.0, 4.0, 9.0])
@@ -32,7 +33,7 @@ def trajectory(optimizer, steps=5):
 
 def place_of_caret(text, **options):
     """The message, and the text from the caret on."""
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(ConfigError) as caught:
         parse(text, **options)
     *_, message, line, caret = str(caught.value).split("\n")
     assert caret.strip() == "^"

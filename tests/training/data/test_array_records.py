@@ -22,6 +22,7 @@ from curvax.training.data import array_records, convert, datasets, encoded_image
 from curvax.training.data.archives import DataError
 from curvax.training.data.tf_example import Example
 from curvax.training.experiment import build
+from curvax.training.runtime.errors import ConfigError
 
 SIDE = 16
 
@@ -282,7 +283,7 @@ def test_label_noise_and_autoencoders_are_refused(folder):
         run_data.load(config, training_tasks.build(config))
     config = make_config(folder, task="autoencoder")
     config.data.image_size = None
-    with pytest.raises(training_tasks.TaskError, match="images in memory"):
+    with pytest.raises(ConfigError, match="images in memory"):
         training_tasks.build(config).load(0)
 
 

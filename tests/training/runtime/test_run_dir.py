@@ -19,6 +19,7 @@ import curvax
 from curvax.cli import main
 from curvax.training.compare import commands, comparison
 from curvax.training.runtime import run_dir
+from curvax.training.runtime.errors import ConfigError
 from curvax.training.runtime.preemption import Stopped
 
 TINY = str(Path(tiny_run.__file__))
@@ -79,7 +80,7 @@ def test_run_is_locked_while_it_trains_and_the_lock_file_is_hidden(begun, capsys
 
     def look(experiments, seeds, folder, *rest, **options):
         with (
-            pytest.raises(run_dir.RunError, match=f"process {os.getpid()} on "),
+            pytest.raises(ConfigError, match=f"process {os.getpid()} on "),
             run_dir.locked(folder),
         ):
             pass
