@@ -29,6 +29,7 @@ LossAndGradient = tuple[tuple[jax.Array, Any], Tree]
 """((L, aux), ∇L), where aux is None without `has_aux`."""
 
 
+# Dispatched by type, since `analysis` evaluates losses over whole data sets too.
 @functools.singledispatch
 def value_aux_and_grad(objective: Objective, params: Tree) -> LossAndGradient:
     """((L(θ), aux), ∇L(θ)), not recorded in the gradient cache; aux is None without `has_aux`."""
