@@ -32,7 +32,7 @@ def ggnvp(
     params: Tree,
     *,
     mode: str = "auto",
-    precision: Any = "highest",
+    precision: str | None = "highest",
 ) -> Product:
     """The product with the generalised Gauss-Newton matrix of the loss at `params`.
 
@@ -77,7 +77,7 @@ def ggnvp(
 
 
 def linearized_gauss_newton(
-    objective: Objective, params: Tree, *, mode: str = "auto", precision: Any = "highest"
+    objective: Objective, params: Tree, *, mode: str = "auto", precision: str | None = "highest"
 ) -> tuple[LossAndGradient, Product]:
     """(((L, aux), ∇L), product of `ggnvp`) from one linearisation."""
     gradient, product = _linearized(objective, params, mode, precision)
@@ -85,7 +85,7 @@ def linearized_gauss_newton(
 
 
 def _linearized(
-    objective: Objective, params: Tree, mode: str, precision: Any
+    objective: Objective, params: Tree, mode: str, precision: str | None
 ) -> tuple[Callable[[], LossAndGradient], Product]:
     check_mode(mode)
     objective = require_model(objective, "The Gauss-Newton matrix, Jᵀ ∇²ℓ J,")
@@ -159,7 +159,7 @@ def linearized_product(
     metric: Metric,
     *batched: Tree,
     mode: str = "auto",
-    precision: Any,
+    precision: str | None,
 ) -> tuple[Callable[[], LossAndGradient], Product]:
     """(() ↦ ((L, aux), ∇L), v ↦ Jᵀ M J v) from one linearisation.
 

@@ -1,11 +1,11 @@
 """Products with the Hessian, v ↦ H v, and the gradient from the same linearisation."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Matvec
 from curvax.curvature.differentiability import MODES, check_mode
 from curvax.curvature.linearization import (
     LossAndGradient,
@@ -14,7 +14,7 @@ from curvax.curvature.linearization import (
     localized,
     tangent,
 )
-from curvax.curvature.modes import Matvec, way_to_products
+from curvax.curvature.modes import way_to_products
 from curvax.linear_operator import Product
 from curvax.objective import Objective, as_objective
 
@@ -26,7 +26,7 @@ def hvp(
     params: Tree,
     *,
     mode: str = "auto",
-    precision: Any = "highest",
+    precision: str | None = "highest",
 ) -> Product:
     """The product with the Hessian of the loss at `params`.
 
@@ -69,7 +69,7 @@ def hvp(
 
 
 def linearized_hessian(
-    objective: Objective, params: Tree, *, mode: str = "auto", precision: Any = "highest"
+    objective: Objective, params: Tree, *, mode: str = "auto", precision: str | None = "highest"
 ) -> tuple[LossAndGradient, Product]:
     """(((L, aux), ∇L), product of `hvp`) from one linearisation."""
     check_mode(mode)

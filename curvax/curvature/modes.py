@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Matvec
 from curvax.curvature.differentiability import (
     Function,
     is_opaque,
@@ -17,8 +18,6 @@ from curvax.curvature.differentiability import (
 from curvax.curvature.finite_differences import differences
 from curvax.curvature.linearization import LossAndGradient
 from curvax.objective import Objective
-
-Matvec = Callable[[Tree], Tree]
 
 
 class Way(NamedTuple):

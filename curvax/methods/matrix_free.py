@@ -1,10 +1,10 @@
 """Methods that solve a linear system with a curvature product, each a pipe of a few stages."""
 
-from typing import Any
+from __future__ import annotations
 
-import jax
 import optax
 
+from curvax.arithmetic.typing import Key, ScalarOrSchedule
 from curvax.devices.axes import AxisNames
 from curvax.hyperparameters import injectable
 from curvax.linalg import Solver, cg
@@ -27,15 +27,15 @@ MARTENS = cg(250, tol=0.0, progress=5e-4, warm_start=0.95, backtrack=True)
 
 @injectable
 def natural_gradient(
-    learning_rate: Any = 1.0,
+    learning_rate: ScalarOrSchedule = 1.0,
     *,
-    damping: Any = 1e-3,
+    damping: ScalarOrSchedule = 1e-3,
     solver: Solver = TWENTY_STEPS,
     momentum: float | None = None,
-    radius: Any = None,
+    radius: ScalarOrSchedule | None = None,
     adaptive: bool = False,
     samples: int | None = None,
-    key: jax.Array | int = 0,
+    key: Key = 0,
     mode: str = "auto",
     fraction: float = 1.0,
     mean_over: AxisNames = None,
@@ -90,12 +90,12 @@ def natural_gradient(
 
 @injectable
 def gauss_newton(
-    learning_rate: Any = 1.0,
+    learning_rate: ScalarOrSchedule = 1.0,
     *,
-    damping: Any = 1e-3,
+    damping: ScalarOrSchedule = 1e-3,
     solver: Solver = TWENTY_STEPS,
     momentum: float | None = None,
-    radius: Any = None,
+    radius: ScalarOrSchedule | None = None,
     adaptive: bool = False,
     mode: str = "auto",
     fraction: float = 1.0,
@@ -148,9 +148,9 @@ def gauss_newton(
 
 @injectable
 def hessian_free(
-    learning_rate: Any = 1.0,
+    learning_rate: ScalarOrSchedule = 1.0,
     *,
-    damping: Any = 1.0,
+    damping: ScalarOrSchedule = 1.0,
     solver: Solver = MARTENS,
     mode: str = "auto",
     fraction: float = 1.0,
@@ -196,9 +196,9 @@ def hessian_free(
 
 @injectable
 def newton_cg(
-    learning_rate: Any = 1.0,
+    learning_rate: ScalarOrSchedule = 1.0,
     *,
-    damping: Any = 0.0,
+    damping: ScalarOrSchedule = 0.0,
     solver: Solver = NEWTON,
     adaptive: bool = False,
     mode: str = "auto",
@@ -244,13 +244,13 @@ def newton_cg(
 
 def _solved(
     matvec: Stage,
-    learning_rate: Any,
-    damping: Any,
+    learning_rate: ScalarOrSchedule,
+    damping: ScalarOrSchedule,
     solver: Solver,
     mean_over: AxisNames,
     *,
     momentum: float | None = None,
-    radius: Any = None,
+    radius: ScalarOrSchedule | None = None,
     adaptive: bool = False,
 ) -> Stage:
     """The solution of the damped system, scaled by the learning rate."""

@@ -14,6 +14,7 @@ from jax import lax
 from curvax.arithmetic import trees
 from curvax.arithmetic.safe_math import root
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Key
 from curvax.curvature.gauss_newton import model_pass
 from curvax.devices import axes
 from curvax.devices.axes import AxisNames
@@ -30,7 +31,7 @@ Noise = Callable[[Likelihood, jax.Array, jax.Array, Tree], jax.Array]
 
 @injectable
 def gauss_newton_diag(
-    key: jax.Array | int = 0,
+    key: Key = 0,
     *,
     probes: int = 1,
     fraction: float = 1.0,
@@ -85,7 +86,7 @@ def gauss_newton_diag(
 
 @injectable
 def fisher_diag(
-    key: jax.Array | int = 0,
+    key: Key = 0,
     *,
     probes: int = 1,
     fraction: float = 1.0,
@@ -141,7 +142,7 @@ def fisher_diag(
 def _from_outputs(
     name: str,
     noise: Noise,
-    key: jax.Array | int,
+    key: Key,
     probes: int,
     fraction: float,
     shards: int,
@@ -162,7 +163,7 @@ def _squared(
 ) -> Curvature:
     """The mean square of the pulled-back noise over probes; the mean over devices comes first."""
 
-    def pulled(part: Objective) -> tuple[Any, Tree, Tree]:
+    def pulled(part: Objective) -> tuple[tuple[jax.Array, Any], Tree, Tree]:
         at, likelihood = model_pass(part, params), require_likelihood(part, "the diagonal")
         loss, gradient = at.loss_and_gradient()
         weight = likelihood.total_weight(part.batch)
