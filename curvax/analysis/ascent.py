@@ -1,6 +1,6 @@
 """An objective, a point and a ball ↦ the losses and gradients along an ascent within the ball."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +8,11 @@ import jax.numpy as jnp
 from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Mask, Period, Scalar, TreePrefix
 from curvax.devices import axes
 from curvax.objective import Objective, value_aux_and_grad
 from curvax.perturbation import dual_norm
+from curvax.perturbation.ascent_rules import AscentLike
 from curvax.perturbation.ascent_steps import AscentRules, BallAscent, check_ascent
 
 
@@ -28,10 +30,19 @@ class Ascended(NamedTuple):
 
 
 def ascend(
-    objective: Objective, params: Tree, rho: Any, over: tuple[str, ...], number: Any = 0, *,
-    p: float = 2, steps: int = 1, step_size: Any = None, projected: bool = True,
-    ascent: Any = None, mask: Any = None,
-) -> Ascended:  # fmt: skip
+    objective: Objective,
+    params: Tree,
+    rho: Scalar | TreePrefix,
+    over: tuple[str, ...],
+    number: Period = 0,
+    *,
+    p: float = 2,
+    steps: int = 1,
+    step_size: Scalar | None = None,
+    projected: bool = True,
+    ascent: AscentLike | None = None,
+    mask: Mask | None = None,
+) -> Ascended:
     """Runs the ascent of `sam_perturb` from parameters in float32 or wider.
 
     Args:
@@ -66,9 +77,17 @@ def ascend(
 
 
 def check_ball(
-    name: str, params: Tree, rho: Any, *, p: Any = 2, steps: Any = 1, step_size: Any = None,
-    projected: Any = True, ascent: Any = None, mask: Any = None,
-) -> None:  # fmt: skip
+    name: str,
+    params: Tree,
+    rho: Scalar | TreePrefix,
+    *,
+    p: float = 2,
+    steps: int = 1,
+    step_size: Scalar | None = None,
+    projected: bool = True,
+    ascent: AscentLike | None = None,
+    mask: Mask | None = None,
+) -> None:
     """Checks the options of `ascend` before compilation.
 
     Raises:

@@ -48,9 +48,13 @@ def as_loss(objective: Loss, where: str, params: Tree) -> Objective | DatasetLos
 
 
 def evaluate_mean(
-    f: Callable[..., Tree], objective: Objective | DatasetLoss, params: Tree, /, *arrays: Tree,
+    f: Callable[..., Tree],
+    objective: Objective | DatasetLoss,
+    params: Tree,
+    /,
+    *arrays: Tree,
     **options: Any,
-) -> Tree:  # fmt: skip
+) -> Tree:
     """Evaluates `f(objective, params, *arrays, **options)`, a mean over the examples.
 
     Over a `DatasetLoss`: the mean of f over the batches by weight, in one pass over the data.
@@ -68,9 +72,13 @@ def evaluate_mean(
 
 
 def evaluate_gradients(
-    f: Callable[..., Tree], objective: Objective | DatasetLoss, params: Tree, /, *arrays: Tree,
+    f: Callable[..., Tree],
+    objective: Objective | DatasetLoss,
+    params: Tree,
+    /,
+    *arrays: Tree,
     **options: Any,
-) -> Tree:  # fmt: skip
+) -> Tree:
     """Like `evaluate_mean`, for functions of the full loss and gradient at several points.
 
     Over a `DatasetLoss`, f runs on the host, and each point costs a pass over the data.

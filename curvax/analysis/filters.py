@@ -91,7 +91,7 @@ def _scaled(stack: Tree, params: Tree, *, inside: tuple[tuple[int, ...] | None, 
     return jax.tree.unflatten(structure, map(scaled, leaves, jax.tree.leaves(params), inside))
 
 
-def _inside(facts: Any, rank: int, biases: bool) -> tuple[int, ...] | None:
+def _inside(facts: _Facts, rank: int, biases: bool) -> tuple[int, ...] | None:
     """The axes within a filter, or None for a leaf that is set to 0."""
     apart = set(facts.depth)
     if facts.kind in ("bias", "norm") or rank - len(apart) < 2:

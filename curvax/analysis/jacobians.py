@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +98,7 @@ def _linearized(objective: Objective, params: Tree) -> Maps:
     return Maps(lambda v: rows(whole.model.push(v), n), pull)
 
 
-def _like(u: jax.Array, outputs: Any) -> Tree:
+def _like(u: jax.Array, outputs: Tree) -> Tree:
     """Splits rows [n, C] into a tree like the outputs, the inverse of `rows`."""
     leaves, treedef = jax.tree.flatten(outputs)
     ends = [0]

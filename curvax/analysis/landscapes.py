@@ -17,6 +17,9 @@ from curvax.devices.axes import AxisNames
 from curvax.linalg import bases
 from curvax.objective import Objective, device_mean
 
+Span = float | tuple[float, float]
+"""s for [-s, s], or (low, high)."""
+
 
 class Landscape(NamedTuple):
     """Result of `landscape`: the loss on a grid around a point."""
@@ -30,9 +33,9 @@ class Landscape(NamedTuple):
 def landscape(
     objective: Loss,
     params: Tree,
-    directions: Any,
+    directions: Tree,
     *,
-    span: Any = 1.0,
+    span: Span | Sequence[Span] = 1.0,
     points: int | Sequence[int] = 21,
     chunk: int = 1,
     mean_over: AxisNames = None,
@@ -118,7 +121,7 @@ def _on_grid(
     return losses.reshape(grid.shape[:-1])
 
 
-def _ranges(span: Any, k: int) -> list[tuple[float, float]]:
+def _ranges(span: Span | Sequence[Span], k: int) -> list[tuple[float, float]]:
     """(low, high) for each of the k directions."""
     if isinstance(span, numbers.Real) or _is_pair(span):
         span = [span] * k

@@ -1,6 +1,6 @@
 """A loss, a point and a scale ρ ↦ the mean rise of the loss under random perturbations."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from curvax import checks
 from curvax.analysis.evaluation import Loss, as_loss, evaluate_mean
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Key, Scalar
 from curvax.devices.axes import AxisNames
 from curvax.linalg import gaussian_probe
 from curvax.linalg.probes import as_key
@@ -32,12 +33,12 @@ class RandomSharpness(NamedTuple):
 def random_sharpness(
     objective: Loss,
     params: Tree,
-    rho: Any,
+    rho: Scalar,
     *,
     draws: int = 16,
     normalised: bool = False,
     probes: Tree = None,
-    key: jax.Array | int = 0,
+    key: Key = 0,
     chunk: int = 1,
     mean_over: AxisNames = None,
 ) -> RandomSharpness:
@@ -92,7 +93,7 @@ def random_sharpness(
 def _differences(
     objective: Objective,
     params: Tree,
-    rho: Any,
+    rho: Scalar,
     keys: jax.Array | None,
     probes: Tree,
     *,
@@ -105,7 +106,7 @@ def _differences(
     local = objective.local_axes(params)
     over = checks.averaged_axes(mean_over, local, stage="random_sharpness")
 
-    def perturbed(draw: Any) -> jax.Array:
+    def perturbed(draw: Tree) -> jax.Array:
         z = gaussian_probe(draw, params) if probes is None else draw
         scale = trees.ratio(jnp.asarray(rho), trees.norm(z)) if normalised else rho
         return device_mean(objective, trees.add_scaled(params, scale, z), over)

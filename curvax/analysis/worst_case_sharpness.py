@@ -1,5 +1,7 @@
 """A loss, a point and a radius ↦ the worst-case rise of the loss, overall or by groups."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax
@@ -11,10 +13,12 @@ from curvax.analysis.compiling import compiled_once
 from curvax.analysis.evaluation import Loss, as_loss, evaluate_gradients
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Mask, Scalar, TreePrefix
 from curvax.devices import axes, meshes
 from curvax.devices.axes import AxisNames
 from curvax.objective import Objective, as_objective, microbatching, pieces, require_batch
 from curvax.objective.microbatching import weighed
+from curvax.perturbation.ascent_rules import AscentLike
 
 
 class Sharpness(NamedTuple):
@@ -53,10 +57,18 @@ class SurrogateGap(NamedTuple):
 
 
 def sharpness(
-    objective: Loss, params: Tree, rho: Any, *, p: float = 2, steps: int = 1,
-    step_size: Any = None, projected: bool = True, ascent: Any = None, mask: Any = None,
+    objective: Loss,
+    params: Tree,
+    rho: Scalar | TreePrefix,
+    *,
+    p: float = 2,
+    steps: int = 1,
+    step_size: Scalar | None = None,
+    projected: bool = True,
+    ascent: AscentLike | None = None,
+    mask: Mask | None = None,
     mean_over: AxisNames = None,
-) -> Sharpness:  # fmt: skip
+) -> Sharpness:
     """Computes SAM's sharpness, the rise of the loss within a ρ-ball, by projected gradient ascent.
 
         max_{‖ε‖_p <= ρ} L(θ + ε) - L(θ)
@@ -104,7 +116,7 @@ def sharpness(
 def m_sharpness(
     objective: Objective,
     params: Tree,
-    rho: Any,
+    rho: Scalar | TreePrefix,
     m: int,
     *,
     chunk: int = 1,
@@ -156,7 +168,7 @@ def m_sharpness(
 def surrogate_gap(
     objective: Loss,
     params: Tree,
-    rho: Any,
+    rho: Scalar,
     *,
     mean_over: AxisNames = None,
 ) -> SurrogateGap:
@@ -195,9 +207,14 @@ def surrogate_gap(
 
 
 def _sharpness(
-    objective: Objective, params: Tree, rho: Any, step_size: Any, *, mean_over: AxisNames,
+    objective: Objective,
+    params: Tree,
+    rho: Scalar | TreePrefix,
+    step_size: Scalar | None,
+    *,
+    mean_over: AxisNames,
     **ball: Any,
-) -> Sharpness:  # fmt: skip
+) -> Sharpness:
     over = _averaged_axes(objective, params, mean_over, "sharpness")
     found = ascend(objective, params, rho, over, step_size=step_size, **ball)
     highest = jnp.max(found.visited)
@@ -208,8 +225,8 @@ def _sharpness(
 def _m_sharpness(
     objective: Objective,
     params: Tree,
-    rho: Any,
-    step_size: Any,
+    rho: Scalar | TreePrefix,
+    step_size: Scalar | None,
     *,
     m: int,
     chunk: int,
@@ -233,7 +250,7 @@ def _m_sharpness(
 
 
 def _surrogate_gap(
-    objective: Objective, params: Tree, rho: Any, *, mean_over: AxisNames
+    objective: Objective, params: Tree, rho: Scalar, *, mean_over: AxisNames
 ) -> SurrogateGap:
     over = _averaged_axes(objective, params, mean_over, "surrogate_gap")
     found = ascend(objective, params, rho, over)

@@ -1,13 +1,13 @@
 """Products with the empirical Fisher matrix, the mean of the gradients' outer products."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from curvax.arithmetic import safe_math, trees
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Matvec
 from curvax.curvature.differentiability import check_mode
 from curvax.curvature.linearization import (
     at_precision,
@@ -31,9 +31,12 @@ from curvax.objective import (
 
 
 def empirical_fvp(
-    objective: Objective | Callable[[Tree], jax.Array], params: Tree, *, mode: str = "auto",
-    precision: Any = "highest",
-) -> Product:  # fmt: skip
+    objective: Objective | Callable[[Tree], jax.Array],
+    params: Tree,
+    *,
+    mode: str = "auto",
+    precision: str | None = "highest",
+) -> Product:
     """The product with the empirical Fisher matrix, uncentred, at `params`.
 
         F̄ v = Σₙ wₙ gₙ <gₙ, v> / Σₙ wₙ,   gₙ = ∇ℓ(θ, xₙ)
@@ -74,7 +77,7 @@ def empirical_fvp(
 
 
 def linearized_empirical_fisher(
-    objective: Objective, params: Tree, *, mode: str = "auto", precision: Any = "highest"
+    objective: Objective, params: Tree, *, mode: str = "auto", precision: str | None = "highest"
 ) -> tuple[LossAndGradient, Product]:
     """(((L, aux), ∇L), product of `empirical_fvp`); the gradient takes a pass of its own."""
     product = empirical_fvp(objective, params, mode=mode, precision=precision)
@@ -101,7 +104,7 @@ def _outer(objective: Objective, params: Tree, mode: str) -> Product:
     return unit_sized(objective, Product(lambda v: pull(w * push(v)), root))
 
 
-def _scaled_pull(objective: Objective, pull: Callable[[jax.Array], Tree]) -> Any:
+def _scaled_pull(objective: Objective, pull: Matvec) -> Matvec:
     """`pull` of scaled losses, each divided by n as in the mean that the scale is chosen for."""
 
     def pulled(u: jax.Array) -> Tree:

@@ -1,7 +1,6 @@
 """Products with the Fisher matrix of a model's predictive distribution, exact or sampled."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ def fvp(
     key: jax.Array | None = None,
     labels: jax.Array | None = None,
     mode: str = "auto",
-    precision: Any = "highest",
+    precision: str | None = "highest",
 ) -> Product:
     """The product with the Fisher matrix of the model's predictive distribution at `params`.
 
@@ -76,7 +75,7 @@ def linearized_fisher(
     samples: int | None = None,
     key: jax.Array | None = None,
     mode: str = "auto",
-    precision: Any = "highest",
+    precision: str | None = "highest",
 ) -> tuple[LossAndGradient, Product]:
     """(((L, aux), ∇L), product of `fvp`) from one linearisation; `key` is unused if exact."""
     gradient, product = _linearized(objective, params, mode, precision, samples, key)
@@ -87,7 +86,7 @@ def _linearized(
     objective: Objective,
     params: Tree,
     mode: str,
-    precision: Any,
+    precision: str | None,
     samples: int | None,
     key: jax.Array | None,
     labels: jax.Array | None = None,
@@ -160,7 +159,7 @@ def _by_example(labels: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.moveaxis(labels, 0, 1)
 
 
-def _check_draws(samples: Any, key: Any, labels: Any) -> None:
+def _check_draws(samples: int | None, key: jax.Array | None, labels: jax.Array | None) -> None:
     if labels is not None:
         if samples is not None or key is not None:
             raise ValueError(

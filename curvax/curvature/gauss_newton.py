@@ -36,9 +36,12 @@ Metric = Callable[..., Product]
 
 
 def ggnvp(
-    objective: Objective | Callable[[Tree], jax.Array], params: Tree, *, mode: str = "auto",
-    precision: Any = "highest",
-) -> Product:  # fmt: skip
+    objective: Objective | Callable[[Tree], jax.Array],
+    params: Tree,
+    *,
+    mode: str = "auto",
+    precision: str | None = "highest",
+) -> Product:
     """The product with the generalised Gauss-Newton matrix of the loss at `params`.
 
         G v = Jᵀ ∇²ℓ(z) J v,   z = f(θ),   J = ∂f/∂θ
@@ -82,7 +85,7 @@ def ggnvp(
 
 
 def linearized_gauss_newton(
-    objective: Objective, params: Tree, *, mode: str = "auto", precision: Any = "highest"
+    objective: Objective, params: Tree, *, mode: str = "auto", precision: str | None = "highest"
 ) -> tuple[LossAndGradient, Product]:
     """(((L, aux), ∇L), product of `ggnvp`) from one linearisation."""
     gradient, product = _linearized(objective, params, mode, precision)
@@ -90,7 +93,7 @@ def linearized_gauss_newton(
 
 
 def _linearized(
-    objective: Objective, params: Tree, mode: str, precision: Any
+    objective: Objective, params: Tree, mode: str, precision: str | None
 ) -> tuple[Callable[[], LossAndGradient], Product]:
     check_mode(mode)
     objective = require_model(objective, "The Gauss-Newton matrix, Jᵀ ∇²ℓ J,")
@@ -165,7 +168,7 @@ def linearized_product(
     metric: Metric,
     *batched: Tree,
     mode: str = "auto",
-    precision: Any,
+    precision: str | None,
 ) -> tuple[Callable[[], LossAndGradient], Product]:
     """(() ↦ ((L, aux), ∇L), v ↦ Jᵀ M J v) from one linearisation.
 

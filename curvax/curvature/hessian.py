@@ -1,11 +1,11 @@
 """Products with the Hessian, v ↦ H v, and the gradient from the same linearisation."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Matvec
 from curvax.curvature.differentiability import MODES, check_mode
 from curvax.curvature.linearization import (
     at_precision,
@@ -14,7 +14,7 @@ from curvax.curvature.linearization import (
     tangent,
 )
 from curvax.curvature.modes import way_to_products
-from curvax.linear_operator import Matvec, Product
+from curvax.linear_operator import Product
 from curvax.objective import (
     LossAndGradient,
     Objective,
@@ -28,9 +28,12 @@ __all__ = ["MODES", "gradient_and_product", "hvp", "linearized_gradient", "linea
 
 
 def hvp(
-    objective: Objective | Callable[[Tree], jax.Array], params: Tree, *, mode: str = "auto",
-    precision: Any = "highest",
-) -> Product:  # fmt: skip
+    objective: Objective | Callable[[Tree], jax.Array],
+    params: Tree,
+    *,
+    mode: str = "auto",
+    precision: str | None = "highest",
+) -> Product:
     """The product with the Hessian of the loss at `params`.
 
         H v = ∇²L(θ) v
@@ -72,7 +75,7 @@ def hvp(
 
 
 def linearized_hessian(
-    objective: Objective, params: Tree, *, mode: str = "auto", precision: Any = "highest"
+    objective: Objective, params: Tree, *, mode: str = "auto", precision: str | None = "highest"
 ) -> tuple[LossAndGradient, Product]:
     """(((L, aux), ∇L), product of `hvp`) from one linearisation."""
     check_mode(mode)

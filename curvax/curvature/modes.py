@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Matvec
 from curvax.curvature.differentiability import (
     Function,
     is_opaque,
@@ -15,7 +16,6 @@ from curvax.curvature.differentiability import (
     warn_of_differences,
 )
 from curvax.curvature.finite_differences import differences
-from curvax.linear_operator import Matvec
 from curvax.objective import (
     LossAndGradient,
     Objective,

@@ -7,10 +7,10 @@ from jax import lax
 from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Matvec
 from curvax.devices import axes
 from curvax.linalg import Eigenpairs, bases, power_iteration
 from curvax.linalg.eigenpairs import ENDS
-from curvax.linear_operator import Matvec
 
 
 def deflated_power(

@@ -3,14 +3,14 @@
 import dataclasses
 import enum
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
 from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
-from curvax.linear_operator import Matvec
+from curvax.arithmetic.typing import Matvec, Score
 
 
 class StopReason(enum.IntEnum):
@@ -63,7 +63,7 @@ class Solution(NamedTuple):
     reason: jax.Array
 
 
-def check_solver(solver: Any, stage: str) -> None:
+def check_solver(solver: object, stage: str) -> None:
     """Checks that an argument is a `Solver`.
 
     Raises:
@@ -107,16 +107,16 @@ class Solver:
         [1.0, 1.0]
     """
 
-    solve: Callable[..., tuple[Solution, Any]]
-    init: Callable[[Tree], Any] = stateless
+    solve: Callable[..., tuple[Solution, Tree]]
+    init: Callable[[Tree], Tree] = stateless
 
     def __call__(
         self,
-        product: Callable[[Tree], Tree],
+        product: Matvec,
         b: Tree = None,
         *,
         diagonal: Tree = None,
-        score: Callable[[Tree], jax.Array] | None = None,
+        score: Score | None = None,
     ) -> Solution:
         """Solves A x = b once, from a new state.
 
@@ -144,8 +144,15 @@ class Solver:
 def direct_solver(solve: Callable[[Matvec, Tree], Solution]) -> Solver:
     """Converts `solve(product, b) -> Solution` to a `Solver` without state or preconditioner."""
 
-    def ignoring(product: Matvec, b: Tree, state: Any, **hints: Any) -> tuple[Solution, Any]:
-        del hints
+    def ignoring(
+        product: Matvec,
+        b: Tree,
+        state: Tree,
+        *,
+        diagonal: Tree = None,
+        score: Score | None = None,
+    ) -> tuple[Solution, Tree]:
+        del diagonal, score
         return solve(product, b), state
 
     return Solver(ignoring)

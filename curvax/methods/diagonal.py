@@ -1,11 +1,11 @@
 """Methods that precondition with a curvature diagonal, each a pipe of a few stages."""
 
-from typing import Any
+from __future__ import annotations
 
-import jax
 import optax
 
 from curvax import checks, stages
+from curvax.arithmetic.typing import Key, Mask, Period, Sampler, ScalarOrSchedule
 from curvax.devices.axes import AxisNames
 from curvax.hyperparameters import injectable
 from curvax.linalg import rademacher
@@ -20,23 +20,24 @@ from curvax.stages import (
     scale_by_power,
     spatial_average,
 )
+from curvax.stages.smoothing.spatial import Block, BlockRule
 
 
 @injectable
 def adahessian(
-    learning_rate: Any,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
+    learning_rate: ScalarOrSchedule,
+    b1: ScalarOrSchedule = 0.9,
+    b2: ScalarOrSchedule = 0.999,
     *,
-    eps: Any = 1e-4,
-    power: Any = 1.0,
-    block: Any = "auto",
+    eps: ScalarOrSchedule = 1e-4,
+    power: ScalarOrSchedule = 1.0,
+    block: str | BlockRule | Block = "auto",
     magnitudes: bool = True,
-    every: Any = 1,
+    every: Period = 1,
     probes: int = 1,
-    weight_decay: Any = 0.0,
-    mask: Any = None,
-    key: jax.Array | int = 0,
+    weight_decay: ScalarOrSchedule = 0.0,
+    mask: Mask | None = None,
+    key: Key = 0,
     mode: str = "auto",
     mean_over: AxisNames = None,
 ) -> Stage:
@@ -95,17 +96,17 @@ def adahessian(
 
 @injectable
 def diagonal_natural_gradient(
-    learning_rate: Any,
-    b1: Any = 0.0,
-    b2: Any = 0.999,
+    learning_rate: ScalarOrSchedule,
+    b1: ScalarOrSchedule = 0.0,
+    b2: ScalarOrSchedule = 0.999,
     *,
-    damping: Any = 1e-3,
-    power: Any = 1.0,
-    every: Any = 1,
+    damping: ScalarOrSchedule = 1e-3,
+    power: ScalarOrSchedule = 1.0,
+    every: Period = 1,
     probes: int = 1,
-    weight_decay: Any = 0.0,
-    mask: Any = None,
-    key: jax.Array | int = 0,
+    weight_decay: ScalarOrSchedule = 0.0,
+    mask: Mask | None = None,
+    key: Key = 0,
     mean_over: AxisNames = None,
 ) -> Stage:
     """Natural gradient with the diagonal of the Fisher matrix.
@@ -158,19 +159,19 @@ def diagonal_natural_gradient(
 
 @injectable
 def sophia_h(
-    learning_rate: Any,
-    b1: Any = 0.965,
-    b2: Any = 0.99,
+    learning_rate: ScalarOrSchedule,
+    b1: ScalarOrSchedule = 0.965,
+    b2: ScalarOrSchedule = 0.99,
     *,
-    eps: Any = 1e-8,
-    gamma: Any = 0.01,
-    threshold: Any = 1.0,
-    every: Any = 10,
+    eps: ScalarOrSchedule = 1e-8,
+    gamma: ScalarOrSchedule = 0.01,
+    threshold: ScalarOrSchedule | None = 1.0,
+    every: Period = 10,
     probes: int = 1,
-    sampler: Any = rademacher,
-    weight_decay: Any = 1e-4,
-    mask: Any = None,
-    key: jax.Array | int = 0,
+    sampler: Sampler = rademacher,
+    weight_decay: ScalarOrSchedule = 1e-4,
+    mask: Mask | None = None,
+    key: Key = 0,
     mode: str = "auto",
     mean_over: AxisNames = None,
 ) -> Stage:
@@ -228,18 +229,18 @@ def sophia_h(
 
 @injectable
 def sophia_g(
-    learning_rate: Any,
-    b1: Any = 0.965,
-    b2: Any = 0.99,
+    learning_rate: ScalarOrSchedule,
+    b1: ScalarOrSchedule = 0.965,
+    b2: ScalarOrSchedule = 0.99,
     *,
-    eps: Any = 1e-8,
-    gamma: Any = 0.05,
-    threshold: Any = 1.0,
-    every: Any = 10,
+    eps: ScalarOrSchedule = 1e-8,
+    gamma: ScalarOrSchedule = 0.05,
+    threshold: ScalarOrSchedule | None = 1.0,
+    every: Period = 10,
     probes: int = 1,
-    weight_decay: Any = 1e-4,
-    mask: Any = None,
-    key: jax.Array | int = 0,
+    weight_decay: ScalarOrSchedule = 1e-4,
+    mask: Mask | None = None,
+    key: Key = 0,
     mean_over: AxisNames = None,
 ) -> Stage:
     """Sophia-G: Sophia with the Fisher diagonal, from labels drawn from the model's predictions.
@@ -291,24 +292,26 @@ def sophia_g(
     )
 
 
-def _every(k: Any, estimate: Stage) -> Stage:
+def _every(k: Period, estimate: Stage) -> Stage:
     """The estimate every k steps; for k = 1 as it is, so that it shares the caller's gradient."""
     return estimate if isinstance(k, int) and k == 1 else stages.every(k, estimate)
 
 
-def _delayed(k: Any, estimate: Stage, b2: Any) -> Stage:
+def _delayed(k: Period, estimate: Stage, b2: ScalarOrSchedule) -> Stage:
     """Sophia's diagonal: the mean over estimates, as it was one step before."""
     smoothed = stages.every(k, pipe(estimate, ema_mean(b2, debias=False)))
     return pipe(smoothed, ema_mean(0.0, debias=False, lag=1))
 
 
-def _momentum(method: str, b1: Any) -> optax.GradientTransformation:
+def _momentum(method: str, b1: ScalarOrSchedule) -> optax.GradientTransformation:
     """The mean of past gradients, with a number or a schedule for its decay."""
     checks.check_decay("b1", b1, stage=method)
     return optax.inject_hyperparams(optax.ema)(b1) if callable(b1) else optax.ema(b1)
 
 
-def _descent(learning_rate: Any, weight_decay: Any, mask: Any) -> tuple[Any, ...]:
+def _descent(
+    learning_rate: ScalarOrSchedule, weight_decay: ScalarOrSchedule, mask: Mask | None
+) -> tuple[optax.GradientTransformation, ...]:
     """Decoupled weight decay and the learning rate."""
     decay = optax.add_decayed_weights(weight_decay, mask)
     return decay, optax.scale_by_learning_rate(learning_rate)

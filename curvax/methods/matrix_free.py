@@ -1,10 +1,10 @@
 """Methods that solve a linear system with a curvature product, each a pipe of a few stages."""
 
-from typing import Any
+from __future__ import annotations
 
-import jax
 import optax
 
+from curvax.arithmetic.typing import Key, ScalarOrSchedule
 from curvax.devices.axes import AxisNames
 from curvax.hyperparameters import injectable
 from curvax.linalg import Solver, cg
@@ -27,11 +27,19 @@ MARTENS = cg(250, tol=0.0, progress=5e-4, warm_start=0.95, backtrack=True)
 
 @injectable
 def natural_gradient(
-    learning_rate: Any = 1.0, *, damping: Any = 1e-3, solver: Solver = TWENTY_STEPS,
-    momentum: float | None = None, radius: Any = None, adaptive: bool = False,
-    samples: int | None = None, key: jax.Array | int = 0, mode: str = "auto",
-    fraction: float = 1.0, mean_over: AxisNames = None,
-) -> Stage:  # fmt: skip
+    learning_rate: ScalarOrSchedule = 1.0,
+    *,
+    damping: ScalarOrSchedule = 1e-3,
+    solver: Solver = TWENTY_STEPS,
+    momentum: float | None = None,
+    radius: ScalarOrSchedule | None = None,
+    adaptive: bool = False,
+    samples: int | None = None,
+    key: Key = 0,
+    mode: str = "auto",
+    fraction: float = 1.0,
+    mean_over: AxisNames = None,
+) -> Stage:
     """Natural gradient: steepest descent in the metric of the Fisher matrix.
 
         fisher_matvec() | damp(λ) | solve(solver) | optax.scale_by_learning_rate(α)
@@ -82,10 +90,17 @@ def natural_gradient(
 
 @injectable
 def gauss_newton(
-    learning_rate: Any = 1.0, *, damping: Any = 1e-3, solver: Solver = TWENTY_STEPS,
-    momentum: float | None = None, radius: Any = None, adaptive: bool = False, mode: str = "auto",
-    fraction: float = 1.0, mean_over: AxisNames = None,
-) -> Stage:  # fmt: skip
+    learning_rate: ScalarOrSchedule = 1.0,
+    *,
+    damping: ScalarOrSchedule = 1e-3,
+    solver: Solver = TWENTY_STEPS,
+    momentum: float | None = None,
+    radius: ScalarOrSchedule | None = None,
+    adaptive: bool = False,
+    mode: str = "auto",
+    fraction: float = 1.0,
+    mean_over: AxisNames = None,
+) -> Stage:
     """Generalised Gauss-Newton method.
 
         gauss_newton_matvec() | damp(λ) | solve(solver) | optax.scale_by_learning_rate(α)
@@ -133,9 +148,9 @@ def gauss_newton(
 
 @injectable
 def hessian_free(
-    learning_rate: Any = 1.0,
+    learning_rate: ScalarOrSchedule = 1.0,
     *,
-    damping: Any = 1.0,
+    damping: ScalarOrSchedule = 1.0,
     solver: Solver = MARTENS,
     mode: str = "auto",
     fraction: float = 1.0,
@@ -181,9 +196,9 @@ def hessian_free(
 
 @injectable
 def newton_cg(
-    learning_rate: Any = 1.0,
+    learning_rate: ScalarOrSchedule = 1.0,
     *,
-    damping: Any = 0.0,
+    damping: ScalarOrSchedule = 0.0,
     solver: Solver = NEWTON,
     adaptive: bool = False,
     mode: str = "auto",
@@ -229,13 +244,13 @@ def newton_cg(
 
 def _solved(
     matvec: Stage,
-    learning_rate: Any,
-    damping: Any,
+    learning_rate: ScalarOrSchedule,
+    damping: ScalarOrSchedule,
     solver: Solver,
     mean_over: AxisNames,
     *,
     momentum: float | None = None,
-    radius: Any = None,
+    radius: ScalarOrSchedule | None = None,
     adaptive: bool = False,
 ) -> Stage:
     """The solution of the damped system, scaled by the learning rate."""

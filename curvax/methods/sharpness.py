@@ -1,11 +1,14 @@
 """SAM, GSAM and LookSAM over any base optimiser, each a pipe of a few stages."""
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import optax
 
+from curvax.arithmetic.typing import Period, ScalarOrSchedule, TreePrefix
 from curvax.devices.axes import AxisNames
 from curvax.hyperparameters import injectable
 from curvax.pipes.signal import Stage, pipe
@@ -38,7 +41,7 @@ def _with_options_of(factory: Callable[..., Stage]) -> Callable[[Method], Method
 @_with_options_of(sam_perturb)
 def sam(
     base: optax.GradientTransformation,
-    rho: Any = 0.05,
+    rho: ScalarOrSchedule | TreePrefix = 0.05,
     *,
     mean_over: AxisNames = None,
     **options: Any,
@@ -96,8 +99,8 @@ def sam(
 @_with_options_of(sam_perturb)
 def gsam(
     base: optax.GradientTransformation,
-    rho: Any,
-    alpha: Any,
+    rho: ScalarOrSchedule | TreePrefix,
+    alpha: ScalarOrSchedule,
     *,
     onto: str = "perturbed",
     mean_over: AxisNames = None,
@@ -159,10 +162,10 @@ def gsam(
 @_with_options_of(sam_perturb)
 def look_sam(
     base: optax.GradientTransformation,
-    rho: Any,
+    rho: ScalarOrSchedule | TreePrefix,
     *,
-    every: Any = 5,
-    alpha: Any = 0.7,
+    every: Period = 5,
+    alpha: ScalarOrSchedule = 0.7,
     mean_over: AxisNames = None,
     **options: Any,
 ) -> Stage:

@@ -12,18 +12,19 @@ direction of the whole tree in a p-norm, scale it back:
 import dataclasses
 import numbers
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Path, Tree, widen
+from curvax.arithmetic.typing import Key, TreePrefix
 from curvax.linalg.probes import as_key
+from curvax.objective import Objective
 
 Leaf = jax.Array
-Measure = Callable[[Path, Leaf, Leaf, jax.Array | None], Leaf]
-Scale = Callable[[Path, Leaf, Leaf], Leaf]
+LeafMeasure = Callable[[Path, Leaf, Leaf, jax.Array | None], Leaf]
+LeafScale = Callable[[Path, Leaf, Leaf], Leaf]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +38,8 @@ class Ascent:
         key: typed PRNG key of a random rule.
     """
 
-    measure: Measure = lambda path, g, w, key: g
-    scale: Scale = lambda path, e, w: e
+    measure: LeafMeasure = lambda path, g, w, key: g
+    scale: LeafScale = lambda path, e, w: e
     p: float | None = None
     key: jax.Array | None = None
 
@@ -53,7 +54,11 @@ class MetricAscent:
             average over.
     """
 
-    direction: Callable[[Any, Tree, Tree, Callable[[Tree], Tree], tuple[str, ...]], Tree]
+    direction: Callable[[Objective, Tree, Tree, Callable[[Tree], Tree], tuple[str, ...]], Tree]
+
+
+AscentLike = Ascent | MetricAscent | TreePrefix | Callable[[Path], Ascent]
+"""One rule for all leaves, a tree prefix of rules, or a function of the path of a leaf."""
 
 
 def dual_norm(p: float = 2) -> Ascent:
@@ -164,7 +169,7 @@ def weight_scaled() -> Ascent:
     return Ascent(scale=lambda path, e, w: jnp.abs(w) * e)
 
 
-def random_direction(key: jax.Array | int = 0) -> Ascent:
+def random_direction(key: Key = 0) -> Ascent:
     """A random direction of length ρ, independent of the gradient.
 
         ε̂ = ρ z / ‖z‖₂,   z ~ N(0, I)
@@ -210,7 +215,7 @@ def _is_bias(path: Path, w: Leaf) -> bool:
     return name == "bias" or (name == "b" and len(own) > 1 and jnp.ndim(w) <= 1)
 
 
-def check_p(p: Any) -> None:
+def check_p(p: object) -> None:
     """Refuses a p that is not in [1, ∞].
 
     Raises:

@@ -1,8 +1,8 @@
 """A loss, a point and an ascent rule ↦ the gradient at the end of an ascent in a ball around it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,19 +10,27 @@ import jax.numpy as jnp
 from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Mask, Scalar, ScalarOrSchedule, TreePrefix
 from curvax.curvature import hvp
 from curvax.curvature.differentiability import check_mode
 from curvax.devices import axes
 from curvax.objective import Objective, value_aux_and_grad
-from curvax.perturbation.ascent_rules import Ascent, MetricAscent, check_p, dual_direction, p_norm
+from curvax.perturbation.ascent_rules import (
+    Ascent,
+    AscentLike,
+    MetricAscent,
+    check_p,
+    dual_direction,
+    p_norm,
+)
 
 
 def check_ascent(
     name: str,
-    rho: Any,
-    p: Any,
-    steps: Any,
-    ascent: Any,
+    rho: ScalarOrSchedule | TreePrefix,
+    p: float,
+    steps: int,
+    ascent: AscentLike | None,
     *,
     second_order: bool = False,
     mode: str = "auto",
@@ -49,7 +57,7 @@ def check_ascent(
 class AscentRules:
     """The ascent rule, the norm and the mask of every leaf."""
 
-    def __init__(self, ascent: Any, p: float, mask: Any, params: Tree):
+    def __init__(self, ascent: AscentLike | None, p: float, mask: Mask | None, params: Tree):
         self.metric = ascent if isinstance(ascent, MetricAscent) else None
         ascent = Ascent() if self.metric else ascent
         is_rule = lambda x: isinstance(x, Ascent)
@@ -102,7 +110,9 @@ class AscentRules:
         steps = jax.tree.map(lambda r, x: r * x, radius, self._each(self._scale, e, params))
         return trees.add(params, steps)
 
-    def _each(self, f: Any, tree: Tree, params: Tree) -> Tree:
+    def _each(
+        self, f: Callable[[int, jax.Array, jax.Array], jax.Array], tree: Tree, params: Tree
+    ) -> Tree:
         leaves, treedef = jax.tree.flatten(tree)
         weights = jax.tree.leaves(params)
         return jax.tree.unflatten(
@@ -132,7 +142,7 @@ class BallAscent(NamedTuple):
     keys: tuple[jax.Array, ...]
     radius: Tree
     steps: int
-    step_size: Any
+    step_size: Scalar | None
     projected: bool
     sync: tuple[str, ...]
     local: frozenset[str]
@@ -207,7 +217,7 @@ class BallAscent(NamedTuple):
         e = trees.add(e, step)
         return self.rules.into_ball(e) if self.projected else e
 
-    def _later_length(self, radius: Any) -> Any:
+    def _later_length(self, radius: Scalar) -> Scalar:
         """The length of the steps after the first, as a fraction of the radius of the ball."""
         if self.step_size is None:
             return 1 / self.steps

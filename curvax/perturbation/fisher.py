@@ -1,7 +1,6 @@
 """SAM's ascent in the Fisher metric, which measures the change of the predictions."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax.numpy as jnp
 
@@ -9,6 +8,7 @@ from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.safe_math import root
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Scalar
 from curvax.curvature import fvp
 from curvax.curvature.differentiability import check_mode
 from curvax.devices import axes
@@ -21,7 +21,7 @@ TEN_STEPS = cg(10)
 
 
 def fisher_ascent(
-    damping: Any = 1e-3, *, solver: Solver = TEN_STEPS, mode: str = "auto"
+    damping: Scalar = 1e-3, *, solver: Solver = TEN_STEPS, mode: str = "auto"
 ) -> MetricAscent:
     """Steepest ascent in the damped Fisher metric.
 

@@ -9,6 +9,7 @@ from jax import lax
 from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree, is_float
+from curvax.arithmetic.typing import ValueFn
 from curvax.devices import axes, meshes
 from curvax.hyperparameters import injectable
 from curvax.objective import (
@@ -76,8 +77,13 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
     over_groups = microbatching.mean_over_scan if sequential else microbatching.mean_over_vmap
 
     def rule(
-        signal: Signal, state: Any, params: Tree, *, value_fn: Any = None, **extra: Any
-    ) -> tuple[Signal, Any]:
+        signal: Signal,
+        state: optax.OptState,
+        params: Tree,
+        *,
+        value_fn: ValueFn | None = None,
+        **extra: Any,
+    ) -> tuple[Signal, optax.OptState]:
         objective = require_batch(as_objective(value_fn, "per_group", params), "per_group")
         order.refuse_changed_in_pipe(signal.updates, signal.gradient, "per_group")
         objective, groups, count = _divided(m, objective)
@@ -89,8 +95,8 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
         keys = StateKeys(inner.init, params)
 
         def one(
-            i: jax.Array, batch: Tree, params: Tree, state: Any
-        ) -> tuple[Any, jax.Array | None]:
+            i: jax.Array, batch: Tree, params: Tree, state: optax.OptState
+        ) -> tuple[Tree, jax.Array | None]:
             group = objective.piece(batch, i, count)
             group = group if count == 1 else pieces.as_piece_of(group, whole_batch)
             (value, aux), gradient = value_aux_and_grad(group, params)
@@ -168,7 +174,9 @@ def _devices_of_a_group(m: int, objective: Objective) -> tuple[axes.Along, ...]:
     return found
 
 
-def _settled(x: jax.Array, old: jax.Array, objective: Any, local: frozenset[str]) -> jax.Array:
+def _settled(
+    x: jax.Array, old: jax.Array, objective: Objective, local: frozenset[str]
+) -> jax.Array:
     """A moment, metric or key after the groups, equal on all devices if it was so before.
 
     The mean, or the value of the last group for integers and keys. Where types do not show device

@@ -3,6 +3,8 @@
 ε̂(θ) = argmax_{‖ε‖ <= ρ} L(θ + ε),    u ← ∇L(θ + ε̂(θ))
 """
 
+from __future__ import annotations
+
 import warnings
 from typing import Any, NamedTuple
 
@@ -13,11 +15,13 @@ from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.safe_math import root
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Mask, Period, ScalarOrSchedule, TreePrefix, ValueFn
 from curvax.devices import axes
 from curvax.devices.axes import AxisNames
 from curvax.hyperparameters import injectable
 from curvax.objective import Objective, as_objective, pieces
 from curvax.perturbation import dual_norm
+from curvax.perturbation.ascent_rules import AscentLike
 from curvax.perturbation.ascent_steps import AscentRules, BallAscent, check_ascent
 from curvax.perturbation.radius import radius_of
 from curvax.pipes import order
@@ -48,18 +52,18 @@ class SamState(NamedTuple):
 
 @injectable
 def sam_perturb(
-    rho: Any,
+    rho: ScalarOrSchedule | TreePrefix,
     *,
     p: float = 2,
     steps: int = 1,
-    step_size: Any = None,
+    step_size: ScalarOrSchedule | None = None,
     projected: bool = True,
-    ascent: Any = None,
+    ascent: AscentLike | None = None,
     second_order: bool = False,
     mode: str = "auto",
-    every: Any = 1,
+    every: Period = 1,
     sync_over: AxisNames = None,
-    mask: Any = None,
+    mask: Mask | None = None,
 ) -> Stage:
     """Replaces the gradient by the gradient at the worst-case perturbation in a ball of radius ρ.
 
@@ -126,7 +130,12 @@ def sam_perturb(
     init.perturbs = lambda params: AscentRules(ascent, p, mask, params).mask  # type: ignore[attr-defined]
 
     def rule(
-        signal: Signal, state: SamState, params: Tree, *, value_fn: Any = None, **extra: Any
+        signal: Signal,
+        state: SamState,
+        params: Tree,
+        *,
+        value_fn: ValueFn | None = None,
+        **extra: Any,
     ) -> tuple[Signal, SamState]:
         del extra
         objective = as_objective(value_fn, "sam_perturb", params)

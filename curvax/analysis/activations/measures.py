@@ -15,6 +15,7 @@ from curvax.analysis.dataset_loss import DatasetLoss
 from curvax.analysis.evaluation import evaluate_mean
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import ValueFn
 from curvax.devices import axes
 from curvax.devices.axes import AxisNames
 from curvax.objective import Objective, as_objective, microbatch_mean, require_batch, value_and_aux
@@ -212,5 +213,5 @@ def _is_attention(name: Name, seen: Activation) -> bool:
     return name[-1].startswith("softmax") and seen.after.ndim >= 3
 
 
-def _checked(objective: Any, params: Tree, name: str) -> Objective:
+def _checked(objective: Objective | ValueFn, params: Tree, name: str) -> Objective:
     return require_batch(as_objective(objective, name, params), name)

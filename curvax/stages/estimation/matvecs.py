@@ -10,6 +10,7 @@ import optax
 from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Key, ValueFn
 from curvax.curvature import (
     linearized_empirical_fisher,
     linearized_fisher,
@@ -17,6 +18,7 @@ from curvax.curvature import (
     linearized_hessian,
 )
 from curvax.curvature.differentiability import check_mode
+from curvax.curvature.linearization import LossAndGradient
 from curvax.devices.axes import AxisNames
 from curvax.hyperparameters import injectable
 from curvax.linalg import exact_diagonal
@@ -26,7 +28,7 @@ from curvax.pipes.signal import Signal, Stage, containing, stage
 from curvax.pipes.state_keys import DrawingKey
 from curvax.stages.estimation.diagonal_stage import check_fraction, part_and_axes, share_gradient
 
-Linearize = Callable[[Objective, Tree, jax.Array | None], tuple[Any, Product]]
+Linearize = Callable[[Objective, Tree, jax.Array | None], tuple[LossAndGradient, Product]]
 """(objective, parameters, key) ↦ (((L, aux), ∇L), v ↦ C v), from one linearisation."""
 
 
@@ -39,9 +41,12 @@ class DrawState(NamedTuple):
 
 @injectable
 def hessian_matvec(
-    *, mode: str = "auto", fraction: float = 1.0, precision: Any = "highest",
+    *,
+    mode: str = "auto",
+    fraction: float = 1.0,
+    precision: str | None = "highest",
     mean_over: AxisNames = None,
-) -> Stage:  # fmt: skip
+) -> Stage:
     """Adds the product with the Hessian of the loss, v ↦ ∇²L(θ) v.
 
     If the updates are the gradient that `objective.value_and_grad` returned, the stage's own
@@ -79,9 +84,12 @@ def hessian_matvec(
 
 @injectable
 def gauss_newton_matvec(
-    *, mode: str = "auto", fraction: float = 1.0, precision: Any = "highest",
+    *,
+    mode: str = "auto",
+    fraction: float = 1.0,
+    precision: str | None = "highest",
     mean_over: AxisNames = None,
-) -> Stage:  # fmt: skip
+) -> Stage:
     """Adds the product with the generalised Gauss-Newton matrix, G = mean of Jᵀ ∇²ℓ J.
 
     G is positive semi-definite for any loss that is convex in the outputs. Martens,
@@ -120,9 +128,14 @@ def gauss_newton_matvec(
 
 @injectable
 def fisher_matvec(
-    *, samples: int | None = None, key: jax.Array | int = 0, mode: str = "auto",
-    fraction: float = 1.0, precision: Any = "highest", mean_over: AxisNames = None,
-) -> Stage:  # fmt: skip
+    *,
+    samples: int | None = None,
+    key: Key = 0,
+    mode: str = "auto",
+    fraction: float = 1.0,
+    precision: str | None = "highest",
+    mean_over: AxisNames = None,
+) -> Stage:
     """Adds the product with the Fisher matrix, F = mean of E_y[∇log r(y|z) ∇log r(y|z)ᵀ].
 
     The expectation is over labels y drawn from the model's predictions. Martens, arXiv:1412.1193,
@@ -167,9 +180,12 @@ def fisher_matvec(
 
 @injectable
 def empirical_fisher_matvec(
-    *, mode: str = "auto", fraction: float = 1.0, precision: Any = "highest",
+    *,
+    mode: str = "auto",
+    fraction: float = 1.0,
+    precision: str | None = "highest",
     mean_over: AxisNames = None,
-) -> Stage:  # fmt: skip
+) -> Stage:
     """Adds the product with the empirical Fisher matrix, F̄ = mean of gₙ gₙᵀ over the examples.
 
     gₙ is the gradient at the label of the data, uncentred; far from a good fit F̄ does not
@@ -211,7 +227,7 @@ def _matvec(
     linearize: Linearize,
     fraction: float,
     mean_over: AxisNames,
-    key: jax.Array | int | None = None,
+    key: Key | None = None,
 ) -> Stage:
     """A stage that adds such a product; `key` is None for products that draw no labels."""
     check_fraction(fraction, name)
@@ -224,8 +240,13 @@ def _matvec(
         return DrawState(drawing.initial(), jnp.zeros((), jnp.int32))
 
     def rule(
-        signal: Signal, state: Any, params: Tree, *, value_fn: Any = None, **extra: Any
-    ) -> tuple[Signal, Any]:
+        signal: Signal,
+        state: optax.OptState,
+        params: Tree,
+        *,
+        value_fn: ValueFn | None = None,
+        **extra: Any,
+    ) -> tuple[Signal, optax.OptState]:
         del extra
         objective = as_objective(value_fn, name, params)
         here, local, over = part_and_axes(signal, objective, params, fraction, mean_over, name)
@@ -285,7 +306,9 @@ def exact_diag(
         )
     matvec = MATRICES[curvature](mode=mode, mean_over=mean_over)
 
-    def rule(signal: Signal, state: Any, params: Tree, **extra: Any) -> tuple[Signal, Any]:
+    def rule(
+        signal: Signal, state: optax.OptState, params: Tree, **extra: Any
+    ) -> tuple[Signal, optax.OptState]:
         inner, state = matvec.update(signal, state, params, **extra)
         diagonal = exact_diagonal(inner.matvec, params)
         return inner._replace(diagonal=diagonal, matvec=signal.matvec), state

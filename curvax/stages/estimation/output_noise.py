@@ -14,6 +14,7 @@ from jax import lax
 from curvax.arithmetic import trees
 from curvax.arithmetic.safe_math import root
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Key
 from curvax.curvature.gauss_newton import model_pass
 from curvax.devices import axes
 from curvax.devices.axes import AxisNames
@@ -30,9 +31,13 @@ Noise = Callable[[Likelihood, jax.Array, jax.Array, Tree], jax.Array]
 
 @injectable
 def gauss_newton_diag(
-    key: jax.Array | int = 0, *, probes: int = 1, fraction: float = 1.0, shards: int = 1,
+    key: Key = 0,
+    *,
+    probes: int = 1,
+    fraction: float = 1.0,
+    shards: int = 1,
     mean_over: AxisNames = None,
-) -> Stage:  # fmt: skip
+) -> Stage:
     """Estimates the diagonal of the Gauss-Newton matrix from random signs at the outputs.
 
         D = 1/s Σ (Jᵀ B e)²,   B Bᵀ = ∇²ℓ,   e = ±1
@@ -81,9 +86,13 @@ def gauss_newton_diag(
 
 @injectable
 def fisher_diag(
-    key: jax.Array | int = 0, *, probes: int = 1, fraction: float = 1.0, shards: int = 1,
+    key: Key = 0,
+    *,
+    probes: int = 1,
+    fraction: float = 1.0,
+    shards: int = 1,
     mean_over: AxisNames = None,
-) -> Stage:  # fmt: skip
+) -> Stage:
     """Estimates the diagonal of the Fisher matrix from labels drawn from the model's predictions.
 
         D = 1/s Σ N (∇ 1/N Σₙ ℓ(zₙ, ŷₙ))²,   ŷₙ ~ r(·|zₙ)
@@ -132,7 +141,7 @@ def fisher_diag(
 def _from_outputs(
     name: str,
     noise: Noise,
-    key: jax.Array | int,
+    key: Key,
     probes: int,
     fraction: float,
     shards: int,
@@ -153,7 +162,7 @@ def _squared(
 ) -> Curvature:
     """The mean square of the pulled-back noise over probes; the mean over devices comes first."""
 
-    def pulled(part: Objective) -> tuple[Any, Tree, Tree]:
+    def pulled(part: Objective) -> tuple[tuple[jax.Array, Any], Tree, Tree]:
         at, likelihood = model_pass(part, params), require_likelihood(part, "the diagonal")
         loss, gradient = at.loss_and_gradient()
         weight = likelihood.total_weight(part.batch)

@@ -1,5 +1,6 @@
 """Diagonals without random draws: from the gradients of single examples, or of the batch."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import optax
 from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import ValueFn
 from curvax.devices import axes, meshes
 from curvax.devices.axes import AxisNames
 from curvax.hyperparameters import injectable
@@ -60,8 +62,13 @@ def empirical_fisher_diag(*, fraction: float = 1.0, mean_over: AxisNames = None)
     check_fraction(fraction, "empirical_fisher_diag")
 
     def rule(
-        signal: Signal, state: Any, params: Tree, *, value_fn: Any = None, **extra: Any
-    ) -> tuple[Signal, Any]:
+        signal: Signal,
+        state: optax.OptState,
+        params: Tree,
+        *,
+        value_fn: ValueFn | None = None,
+        **extra: Any,
+    ) -> tuple[Signal, optax.OptState]:
         del extra
         objective = as_objective(value_fn, "empirical_fisher_diag", params)
         require_batch(objective, "empirical_fisher_diag")
@@ -110,7 +117,9 @@ def squared_gradient() -> Stage:
         [ 9. 16.]
     """
 
-    def rule(signal: Signal, state: Any, params: Tree = None, **extra: Any) -> Any:
+    def rule(
+        signal: Signal, state: optax.OptState, params: Tree = None, **extra: Any
+    ) -> tuple[Signal, optax.OptState]:
         del params, extra
         checks.refuse_local(signal.local, stage="squared_gradient")
         diagonal = jax.tree.map(lambda u: jnp.square(trees.widen(u)), signal.updates)
@@ -119,7 +128,7 @@ def squared_gradient() -> Stage:
     return stage(lambda params: optax.EmptyState(), rule)
 
 
-def _floating(name: str) -> Any:
+def _floating(name: str) -> Callable[[Tree], optax.EmptyState]:
     def init(params: Tree) -> optax.EmptyState:
         trees.require_floating(params, name)
         return optax.EmptyState()

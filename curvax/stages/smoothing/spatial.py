@@ -24,7 +24,10 @@ LeafAxes = Mapping[Any, Any]
 
 @injectable
 def spatial_average(
-    block: str | BlockRule | Block = "auto", *, magnitudes: bool = True, layout: Any = None
+    block: str | BlockRule | Block = "auto",
+    *,
+    magnitudes: bool = True,
+    layout: LeafAxes | None = None,
 ) -> Stage:
     """Replaces the diagonal by its mean over blocks of neighbouring weights.
 
@@ -62,7 +65,9 @@ def spatial_average(
     checks.check_static("spatial_average", block=block)
     rule_of = _rule_of(block, layout)
 
-    def rule(signal: Signal, state: Any, params: Tree = None, **extra: Any) -> Any:
+    def rule(
+        signal: Signal, state: optax.OptState, params: Tree = None, **extra: Any
+    ) -> tuple[Signal, optax.OptState]:
         del params, extra
         diagonal = requirements.needed_diagonal(
             signal.diagonal, "spatial_average", "averages a diagonal"
@@ -83,7 +88,9 @@ def spatial_average(
     return stage(init, rule)
 
 
-def _rule_of(block: Any, layout: Any) -> Callable[[Tree], tuple[BlockRule, LeafAxes]]:
+def _rule_of(
+    block: str | BlockRule | Block, layout: LeafAxes | None
+) -> Callable[[Tree], tuple[BlockRule, LeafAxes]]:
     """tree ↦ the block of each leaf, and the axes of each leaf."""
     if block == "auto":
         decide = lambda axes_of: lambda path, leaf: axes_of[path].window or None

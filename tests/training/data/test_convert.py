@@ -3,7 +3,9 @@
 import collections
 import json
 import os
+import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +13,7 @@ import photographs
 import pytest
 
 from curvax.cli import main
-from curvax.training.data import array_records, convert, image_folders, tf_example
+from curvax.training.data import array_records, convert, image_folders, tf_example, tf_example_pb2
 from curvax.training.data.archives import DataError
 from curvax.training.data.array_records import Shards, read_folder
 from curvax.training.data.convert import find_parts
@@ -235,6 +237,41 @@ def test_records_without_classes_raise(features, copy):
     (copy / "features.json").write_text(json.dumps(told))
     with pytest.raises(DataError, match="no feature `label` with classes"):
         read_folder(copy)
+
+
+def tagged(number, content):
+    """A field of a protocol buffer: its number and wire type 2, its length, its bytes."""
+    return bytes([number << 3 | 2, len(content)]) + content
+
+
+def test_records_have_the_wire_format_of_tensorflow():
+    features = {
+        b"file_name": tagged(1, tagged(1, b"a.jpg")),  # Feature.bytes_list, BytesList.value
+        b"image": tagged(1, tagged(1, b"\xff\xd8")),
+        b"label": tagged(3, tagged(1, b"\xac\x02")),  # Feature.int64_list, packed varints
+    }
+    entries = [tagged(1, tagged(1, name) + tagged(2, kind)) for name, kind in features.items()]
+    record = tagged(1, b"".join(entries))
+    example = tf_example.Example(b"\xff\xd8", 300, "a.jpg")
+    assert tf_example.encode(example) == record
+    box = tagged(2, tagged(1, np.float32([0, 1]).tobytes()))  # Feature.float_list, packed
+    more = tagged(1, tagged(1, tagged(1, b"box") + tagged(2, box)))
+    assert tf_example.decode(record + more) == example
+
+
+def test_the_generated_messages_are_those_of_the_proto_file():
+    path = Path(tf_example_pb2.__file__)
+    text = (path.parent / "tf_example.proto").read_text()
+    assert f"-I. --python_out=. {tf_example_pb2.DESCRIPTOR.name}" in text
+    declared = {
+        message: dict(re.findall(r"(\w+) = (\d+);", fields))
+        for message, fields in re.findall(r"^message (\w+) {(.*?)^}", text, re.M | re.S)
+    }
+    generated = {
+        name: {field.name: str(field.number) for field in message.fields}
+        for name, message in tf_example_pb2.DESCRIPTOR.message_types_by_name.items()
+    }
+    assert declared == generated
 
 
 def test_file_names_that_are_not_utf8_are_kept():
