@@ -34,7 +34,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 # Programs of other processes, which read their command line: not to be imported for doctests.
-collect_ignore_glob = ["*_run.py"]
+collect_ignore_glob = ["*process_run.py", "*shards_run.py"]
 
 
 @pytest.fixture
