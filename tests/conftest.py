@@ -1,6 +1,5 @@
 """Hostile settings for every test: float64, no silent broadcasts between ranks, eight devices."""
 
-import gc
 import importlib.metadata
 import os
 import re
@@ -37,6 +36,7 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
+<<<<<<< HEAD
 MANY_MAPS = 20_000
 
 
@@ -49,6 +49,10 @@ def _few_programs():
     if maps.exists() and maps.read_bytes().count(b"\n") > MANY_MAPS:
         jax.clear_caches()
         gc.collect()
+=======
+# Programs of other processes, which read their command line: not to be imported for doctests.
+collect_ignore_glob = ["*process_run.py", "*shards_run.py"]
+>>>>>>> refs/heads/docs
 
 
 @pytest.fixture

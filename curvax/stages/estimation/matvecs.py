@@ -18,12 +18,11 @@ from curvax.curvature import (
     linearized_hessian,
 )
 from curvax.curvature.differentiability import check_mode
-from curvax.curvature.linearization import LossAndGradient
 from curvax.devices.axes import AxisNames
 from curvax.hyperparameters import injectable
 from curvax.linalg import exact_diagonal
 from curvax.linear_operator import Product
-from curvax.objective import Objective, as_objective
+from curvax.objective import LossAndGradient, Objective, as_objective
 from curvax.pipes.signal import Signal, Stage, containing, stage
 from curvax.pipes.state_keys import DrawingKey
 from curvax.stages.estimation.diagonal_stage import check_fraction, part_and_axes, share_gradient
