@@ -36,23 +36,8 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
-<<<<<<< HEAD
-MANY_MAPS = 20_000
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _few_programs():
-    """Clears compiled programs before they are too many: each has about ten memory maps, of which
-    Linux grants a process 65 530, and XLA crashes without."""
-    yield
-    maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > MANY_MAPS:
-        jax.clear_caches()
-        gc.collect()
-=======
 # Programs of other processes, which read their command line: not to be imported for doctests.
 collect_ignore_glob = ["*process_run.py", "*shards_run.py"]
->>>>>>> refs/heads/docs
 
 
 @pytest.fixture

@@ -13,18 +13,10 @@ import numpy as np
 import optax
 import pytest
 from jax.flatten_util import ravel_pytree
-<<<<<<< HEAD:tests/repository/test_readme.py
-from repository import ROOT
-
-import curvax
-
-DOCS = ROOT / "docs"
-=======
 from pages import DOCS, ROOT, label, sections
 
 import curvax
 
->>>>>>> refs/heads/docs:tests/test_readme.py
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -36,13 +28,8 @@ WITH_CODE = [page for page in PAGES if sections(page)]
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=label)
-<<<<<<< HEAD:tests/repository/test_readme.py
 def test_python_blocks_of_a_page_run(page, recwarn):
-    for title, code in sections(page):
-=======
-def test_python_of_a_page_runs(page, recwarn):
     for title, code in sections(page).items():
->>>>>>> refs/heads/docs:tests/test_readme.py
         names: dict[str, Any] = {}
         # A newcomer's settings, not those of the tests.
         with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
@@ -52,17 +39,10 @@ def test_python_of_a_page_runs(page, recwarn):
             assert all(np.isfinite(x).all() for x in jax.tree.leaves(names.get(name, ()))), title
 
 
-<<<<<<< HEAD:tests/repository/test_readme.py
 def test_quickstart_has_a_snippet_for_each_framework():
-    quickstart = {title for title, _ in sections(DOCS / "quickstart.md")}
-    assert {"Plain JAX", "Flax linen", "Flax nnx", "Equinox"} <= quickstart
-    assert "jax.shard_map" in dict(sections(DOCS / "distributed.md"))["One step, any mapping"]
-=======
-def test_there_is_a_snippet_for_each_way_of_writing_models():
     quickstart = sections(DOCS / "quickstart.md")
     assert {"Plain JAX", "Flax linen", "Flax nnx", "Equinox"} <= set(quickstart)
     assert "jax.shard_map" in sections(DOCS / "distributed.md")["One step, any mapping"]
->>>>>>> refs/heads/docs:tests/test_readme.py
 
 
 def test_every_method_has_a_page_with_a_snippet():
