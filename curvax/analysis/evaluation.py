@@ -34,7 +34,7 @@ class _DatasetObjective:
         return None
 
 
-@value_aux_and_grad.register
+@value_aux_and_grad.register  # type: ignore[misc]
 def _(objective: _DatasetObjective, params: Tree) -> LossAndGradient:
     value, gradient = objective.dataset_loss.value_and_grad(params)
     return (value, None), gradient

@@ -123,9 +123,9 @@ def _on_grid(
 
 def _ranges(span: Span | Sequence[Span], k: int) -> list[tuple[float, float]]:
     """(low, high) for each of the k directions."""
-    if isinstance(span, numbers.Real) or _is_pair(span):
-        span = [span] * k
-    ranges = [(-s, s) if isinstance(s, numbers.Real) else tuple(s) for s in span]
+    one = isinstance(span, numbers.Real) or _is_pair(span)
+    spans: Any = [span] * k if one else span
+    ranges = [(-s, s) if isinstance(s, numbers.Real) else tuple(s) for s in spans]
     for low, high in ranges:
         if not low < high:
             raise ValueError(

@@ -105,7 +105,7 @@ def sharpness(
         >>> round(float(found.value), 3)  # ½ 5.1² - ½ 5²
         0.505
     """
-    ball = dict(p=p, steps=steps, projected=projected, ascent=ascent, mask=mask)
+    ball: dict[str, Any] = dict(p=p, steps=steps, projected=projected, ascent=ascent, mask=mask)
     objective = as_loss(objective, "sharpness", params)
     check_ball("sharpness", params, rho, **ball)
     return evaluate_gradients(

@@ -245,7 +245,7 @@ def newton_cg(
 def _solved(
     matvec: Stage,
     learning_rate: ScalarOrSchedule,
-    damping: ScalarOrSchedule,
+    damping: Any,  # a number with `adaptive`, else also a schedule
     solver: Solver,
     mean_over: AxisNames,
     *,

@@ -162,7 +162,8 @@ def record(**measures: Callable[..., Any]) -> Stage:
         del state, extra
         objective = as_objective(value_fn, "record", params) if of_loss else None
         seen = lambda name: (signal, params, objective)[: 3 if name in of_loss else 2]
-        found, known = {}, {}
+        found: dict[str, Scalar] = {}
+        known: dict[str, Any] = {}
         for name, measure in measures.items():
             found[name] = measure(*seen(name))
             if _skips(signal) and _uses_perturbed_loss(measure, *seen(name)):

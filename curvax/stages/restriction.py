@@ -6,7 +6,7 @@ becomes the loss of that sub-tree with all other leaves fixed, so that a Hessian
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ from curvax.pipes.signal import Signal, Stage, containing, step
 
 @injectable
 def partition(
-    stages_by_label: Mapping[Hashable, optax.GradientTransformation],
+    stages_by_label: Mapping[Any, optax.GradientTransformation],
     labels: TreePrefix | Callable[[Tree], TreePrefix],
 ) -> Stage:
     """Applies different stages to different leaves, as `optax.partition` does.
@@ -105,7 +105,7 @@ def restrict(stages: optax.GradientTransformation, mask: Mask) -> Stage:
 
 
 def _partition(
-    within: Mapping[Hashable, _Within], labels: TreePrefix | Callable[[Tree], TreePrefix]
+    within: Mapping[Any, _Within], labels: TreePrefix | Callable[[Tree], TreePrefix]
 ) -> optax.GradientTransformationExtraArgs:
     parts = {
         label: optax.GradientTransformationExtraArgs(part.init, part.update)

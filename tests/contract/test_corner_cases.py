@@ -145,7 +145,7 @@ def test_several_probes_run_on_explicitly_sharded_parameters():
     [
         (lambda: cx.hutchinson_diag(probes=WRONG), "`probes` as a positive integer"),
         (lambda: cx.hutchinson_diag(sampler=WRONG), "sampler"),
-        (lambda: cx.every(2.5, cx.hutchinson_diag()), "`k` as a positive integer"),
+        (lambda: cx.every(WRONG, cx.hutchinson_diag()), "`k` as a positive integer"),
         (lambda: cx.per_group(WRONG, cx.sam_perturb(0.1)), "`m` as a positive integer"),
         (lambda: cx.Objective(loss, X, microbatch=WRONG), "microbatch"),
         (lambda: cx.sam_perturb(np.float32(-0.1)), "`rho` in"),

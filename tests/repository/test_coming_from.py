@@ -206,8 +206,10 @@ def fisher_diag_of_optax(row):
 @claim("optax.contrib", "`obj_fn=`")
 def names_of_the_loss(row):
     names = [re.findall(r"`(\w+)=?`", cell)[0] for cell in (row.cells[0], row.cells[1])]
-    paths = [path_of(cx.sam(optax.sgd(0.1), 0.2), coupled, 1, **{name: coupled}) for name in names]
-    assert_near(*paths, 0.0)
+    first, second = (
+        path_of(cx.sam(optax.sgd(0.1), 0.2), coupled, 1, **{name: coupled}) for name in names
+    )
+    assert_near(first, second, 0.0)
 
 
 # kfac-jax

@@ -12,7 +12,7 @@ from small_problems import assert_trees_close, net_batch, net_loss, net_params
 
 import curvax as cx
 
-(_, CODE), *_ = blocks(DOCS / "new_method.md")
+CODE = next(blocks(DOCS / "new_method.md"))[1]
 RHO, DECAY, SIGMA, DEVICES, STEPS = 0.3, 0.6, 0.8, 2, 3
 
 
@@ -48,7 +48,7 @@ def by_hand(parts: Any) -> Any:
 def test_devices_share_the_average_and_ascend_on_their_own(f_sam):
     tx = f_sam(optax.sgd(0.1), RHO, sigma=SIGMA, decay=DECAY, mean_over="batch")
     parts = jax.tree.map(lambda x: x.reshape(DEVICES, -1, *x.shape[1:]), net_batch())
-    traces = []
+    traces: list[None] = []
 
     def step(params: Any, state: Any, part: Any) -> Any:
         traces.append(None)

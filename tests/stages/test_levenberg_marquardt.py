@@ -423,7 +423,7 @@ def test_solving_stages_raise_with_what_to_write():
     with pytest.raises(ValueError, match="damping"):
         cx.damp(-1.0)
     with pytest.raises(TypeError, match="`damp` takes `damping` as a number"):
-        cx.damp("1e-3")
+        cx.damp("1e-3")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="stays 0"):
         cx.levenberg_marquardt(fisher_solve(), 0.0)
     own = lambda rate, solver: cx.natural_gradient(rate, solver=solver)
