@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import optax
 
 from curvax.arithmetic.typing import Key, ScalarOrSchedule
