@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,16 +64,40 @@ class Tapped:
         return trees.scale(root, self.part._unscaled(self.pull(cast(scaled))))
 
 
-def tapped(part: Objective, params: Tree) -> Tapped:
-    """Traces and evaluates the model of an objective at `params`, on its batch in one piece."""
-    params, local = localized(part, params)
+class Traced(NamedTuple):
+    """The model of an objective as a program, and what its parameters get."""
+
+    program: Any
+    """A closed jaxpr of the parameters and the batch."""
+    kinds: Tree
+    """The shapes and dtypes of the outputs."""
+    plan: Plan
+
+
+def traced(part: Objective, params: Tree) -> Traced:
+    """Traces the model and finds its sites; computes nothing."""
     leaves, treedef = jax.tree.flatten(params)
 
     def forward(leaves: list[jax.Array], batch: Tree) -> Tree:
         return part._changed(batch=batch).outputs(jax.tree.unflatten(treedef, leaves))[0]
 
     program, kinds = jax.make_jaxpr(forward, return_shape=True)(leaves, part.batch)
-    plan = _plan(part, program, kinds, leaves)
+    names = Names()
+    found = Found(names)
+    weights = jax.eval_shape(lambda z: site_weights(part, z), kinds)
+    sites = (part.size,) if weights is None else weights.shape
+    values = [parameter(number, x.shape) for number, x in enumerate(leaves)]
+    values += [_entry(x.shape, sites, names) for x in jax.tree.leaves(part.batch)]
+    outs = walk(program.jaxpr, values, found)
+    found.refuse(outs, "the outputs of the model")
+    return Traced(program, kinds, plan_of(found, leaves, part.size))
+
+
+def tapped(part: Objective, params: Tree) -> Tapped:
+    """Traces and evaluates the model of an objective at `params`, on its batch in one piece."""
+    params, local = localized(part, params)
+    leaves = jax.tree.leaves(params)
+    program, kinds, plan = traced(part, params)
     uses = [use for own in (*plan.uses, *plan.repeated.values()) for use in own]
     sites: Sites = {use.number: use.site for use in uses}
     zeros = lambda use: jnp.zeros(use.shape, use.site.aval.dtype)
@@ -91,19 +115,6 @@ def tapped(part: Objective, params: Tree) -> Tapped:
     outputs, pull, seen = jax.vjp(shifted, shifts, start, has_aux=True)
     weights = site_weights(part, outputs)
     return Tapped(part, plan, outputs, seen, weights, pull, local)
-
-
-def _plan(part: Objective, program: Any, kinds: Tree, leaves: list[jax.Array]) -> Plan:
-    """The sites of a traced model, and what each parameter gets."""
-    names = Names()
-    found = Found(names)
-    weights = jax.eval_shape(lambda z: site_weights(part, z), kinds)
-    sites = (part.size,) if weights is None else weights.shape
-    values = [parameter(number, x.shape) for number, x in enumerate(leaves)]
-    values += [_entry(x.shape, sites, names) for x in jax.tree.leaves(part.batch)]
-    outs = walk(program.jaxpr, values, found)
-    found.refuse(outs, "the outputs of the model")
-    return plan_of(found, leaves, part.size)
 
 
 def _entry(shape: tuple[int, ...], sites: tuple[int, ...], names: Names) -> Value:

@@ -16,6 +16,11 @@ from curvax.curvature.kronecker.atoms import aligned
 from curvax.curvature.kronecker.sites import Bias, Level, Site, repeated, site_of
 from curvax.curvature.kronecker.values import Names, Place, Value, is_of_batch
 
+JAXPRS = (core.Jaxpr, core.ClosedJaxpr)
+OPAQUE = ("scan", "while", "cond", "custom_vjp", "custom_lin", "shard_map", "pallas")
+"""Prefixes of the names of primitives whose programs run otherwise than once, or whose derivatives
+are not those of their programs."""
+
 
 class Found:
     """What a walk collects."""
@@ -133,15 +138,14 @@ def _equation(
 
 def inlined(eqn: Any) -> core.ClosedJaxpr | None:
     """The program of a call, a rematerialised part or a custom forward derivative."""
-    if "branches" in eqn.params or "cond_jaxpr" in eqn.params:
-        return None
-    if eqn.primitive.name.startswith(("custom_vjp", "shard_map", "pallas", "custom_lin")):
-        return None
     body = eqn.params.get("call_jaxpr", eqn.params.get("jaxpr"))
-    if not isinstance(body, core.Jaxpr | core.ClosedJaxpr):
+    if eqn.primitive.name.startswith(OPAQUE) or not isinstance(body, JAXPRS):
         return None
     body = compat.closed(body)
-    return body if len(body.jaxpr.invars) == len(eqn.invars) else None
+    pairs = (*zip(body.jaxpr.invars, eqn.invars), *zip(body.jaxpr.outvars, eqn.outvars))
+    shape = lambda x: getattr(x.aval, "shape", None)
+    whole = len(body.jaxpr.invars) == len(eqn.invars)
+    return body if whole and all(shape(x) == shape(y) for x, y in pairs) else None
 
 
 def _repetitions(
