@@ -8,40 +8,11 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.flatten_util import ravel_pytree
+from kronecker_problems import N, assert_same, normal, regression
 from small_problems import quick_jit
 
-import curvax as cx
 from curvax.curvature import fvp
-from curvax.curvature.kronecker import KroneckerFactors, kronecker_factors
-
-N = 6
-
-
-def normal(seed: int, *shape: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape)
-
-
-def regression(model: Any, params: Any, batch: Any, **options: Any) -> cx.Objective:
-    kind = jax.eval_shape(model, params, batch)
-    batch = dict(batch, target=jnp.zeros(kind.shape, kind.dtype))
-    return cx.Objective(cx.gaussian("target"), batch, model=model, **options)
-
-
-def factors_of(objective: cx.Objective, params: Any, **options: Any) -> KroneckerFactors:
-    return quick_jit(lambda params: kronecker_factors(objective, params, **options))(params)
-
-
-def report_of(objective: cx.Objective, params: Any, **options: Any) -> dict[str, Any]:
-    """The report, by tracing alone."""
-    options = dict(fisher="empirical") | options
-    kind = jax.eval_shape(lambda params: kronecker_factors(objective, params, **options), params)
-    return kind.report()
-
-
-def assert_same(found: Any, expected: Any, rtol: float = 1e-11) -> None:
-    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        size = max(float(jnp.max(jnp.abs(y))), 1e-30)
-        np.testing.assert_allclose(x, y, rtol=0, atol=rtol * size)
+from curvax.curvature.kronecker import kronecker_factors
 
 
 def restricted(tree: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
@@ -114,7 +85,12 @@ def dense_matrix(apply: Any, like: Any) -> jax.Array:
 
 @pytest.mark.parametrize("bias", ["joint", "separate"])
 def test_solutions_and_powers_are_those_of_the_dense_matrix(bias):
-    params = {"w": normal(0, 3, 2), "b": normal(1, 2), "scale": normal(2, 2), "table": normal(3, 5, 3)}
+    params = {
+        "w": normal(0, 3, 2),
+        "b": normal(1, 2),
+        "scale": normal(2, 2),
+        "table": normal(3, 5, 3),
+    }
     batch = {"x": jnp.arange(N) % 4, "z": normal(4, N, 3)}
 
     def model(p: Any, batch: Any) -> jax.Array:
@@ -145,14 +121,23 @@ def test_solutions_and_powers_are_those_of_the_dense_matrix(bias):
 
 # Convolutions.
 
+NHWC = ("NHWC", "HWIO", "NHWC")
 CONVOLUTIONS: dict[str, dict[str, Any]] = {
-    "same": dict(window_strides=(1, 1), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")),
-    "strided": dict(window_strides=(2, 1), padding=((1, 0), (0, 2)), dimension_numbers=("NHWC", "HWIO", "NHWC")),
-    "dilated": dict(window_strides=(1, 1), padding="VALID", rhs_dilation=(2, 1), dimension_numbers=("NHWC", "HWIO", "NHWC")),
-    "transposed": dict(window_strides=(1, 1), padding=((1, 1), (1, 1)), lhs_dilation=(2, 2), dimension_numbers=("NHWC", "OIHW", "NCHW")),
-    "grouped": dict(window_strides=(1, 2), padding="SAME", feature_group_count=2, dimension_numbers=("NHWC", "HWIO", "NHWC")),
-    "depthwise": dict(window_strides=(1, 1), padding="SAME", feature_group_count=4, dimension_numbers=("NHWC", "OIHW", "NHWC")),
-}  # fmt: skip
+    "same": dict(padding="SAME"),
+    "strided": dict(window_strides=(2, 1), padding=((1, 0), (0, 2))),
+    "dilated": dict(padding="VALID", rhs_dilation=(2, 1)),
+    "transposed": dict(
+        padding=((1, 1), (1, 1)), lhs_dilation=(2, 2), dimension_numbers=("NHWC", "OIHW", "NCHW")
+    ),
+    "grouped": dict(window_strides=(1, 2), padding="SAME", feature_group_count=2),
+    "depthwise": dict(
+        padding="SAME", feature_group_count=4, dimension_numbers=("NHWC", "OIHW", "NHWC")
+    ),
+}
+CONVOLUTIONS = {
+    name: dict(window_strides=(1, 1), dimension_numbers=NHWC) | options
+    for name, options in CONVOLUTIONS.items()
+}
 
 
 def kernel_shape(name: str) -> tuple[int, ...]:
@@ -162,9 +147,8 @@ def kernel_shape(name: str) -> tuple[int, ...]:
     return tuple(sizes[letter] for letter in options["dimension_numbers"][1])
 
 
-def convolutions(p: Any, batch: Any) -> dict[str, jax.Array]:
-    convolve = lambda name: lax.conv_general_dilated(batch["x"], p[name], **CONVOLUTIONS[name])
-    return {name: convolve(name) for name in p}
+def convolve(name: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return lax.conv_general_dilated(x, kernel, **CONVOLUTIONS[name])
 
 
 def readout(y: jax.Array) -> jax.Array:
@@ -175,25 +159,24 @@ def readout(y: jax.Array) -> jax.Array:
 
 def test_factors_of_convolutions_are_those_of_their_derivatives():
     params = {name: normal(n, *kernel_shape(name)) for n, name in enumerate(CONVOLUTIONS)}
-    batch = {"x": normal(8, 2, 4, 3, 4)}
-    model = lambda p, batch: sum(readout(y) for y in convolutions(p, batch).values())
-    objective = regression(model, params, batch)
+    x = normal(8, 2, 4, 3, 4)
+    model = lambda p, batch: sum(readout(convolve(k, batch["x"], p[k])) for k in p)
+    objective = regression(model, params, {"x": x})
+
+    def derivatives(name: str, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Of the results in the kernel, and of the two outputs in the results."""
+        y, pull = jax.vjp(readout, convolve(name, x, kernel))
+        back = [pull(jnp.zeros_like(y).at[:, k].set(1.0))[0] for k in range(2)]
+        return jax.jacfwd(lambda k: convolve(name, x, k))(kernel), jnp.stack(back)
 
     def compute(params: Any) -> Any:
         factors = kronecker_factors(objective, params)
+        found = {name: derivatives(name, kernel) for name, kernel in params.items()}
         corrected = factors.corrected(objective, params)
-        jacobian = jax.jacfwd(lambda p: convolutions(p, batch))(params)
-        shapes = convolutions(params, batch)
-        pulled = {
-            name: jax.vmap(lambda e, y=y: jax.vjp(readout, y)[1](e)[0])(
-                jnp.eye(2)[:, None] * jnp.ones((1, 2, 1))
-            )
-            for name, y in shapes.items()
-        }
-        own = {name: jacobian[name][name] for name in params}
-        return factors, corrected, own, pulled
+        jacobian, pulled = ({k: x[n] for k, x in found.items()} for n in range(2))
+        return factors, corrected.trace(), jacobian, pulled
 
-    factors, corrected, jacobian, pulled = quick_jit(compute)(params)
+    factors, total, jacobian, pulled = quick_jit(compute)(params)
     for name in CONVOLUTIONS:
         groups = CONVOLUTIONS[name].get("feature_group_count", 1)
         _, kernel, out = CONVOLUTIONS[name]["dimension_numbers"]
@@ -209,6 +192,9 @@ def test_factors_of_convolutions_are_those_of_their_derivatives():
         g = np.moveaxis(pulled[name], 1 + out.index("C"), 4).reshape(-1, groups, 4 // groups)
         expected = np.einsum("rgo,rgq->goq", g, g) / 2
         assert_same(np.reshape(outputs, expected.shape), expected)
-    full = [np.einsum("knyxc,nyxc...->kn...", np.asarray(pulled[n]), np.asarray(jacobian[n])) for n in params]
+    full = [
+        np.einsum("knyxc,nyxc...->kn...", np.asarray(pulled[n]), np.asarray(jacobian[n]))
+        for n in params
+    ]
     trace = sum(np.sum(np.square(x)) for x in full) / 2
-    np.testing.assert_allclose(corrected.trace(), trace, rtol=1e-12)
+    np.testing.assert_allclose(total, trace, rtol=1e-12)

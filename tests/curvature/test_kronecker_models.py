@@ -10,9 +10,9 @@ from flax import nnx
 
 import curvax as cx
 from curvax import models
+from curvax.arithmetic import trees
 from curvax.curvature.kronecker import LeafReport
 from curvax.curvature.kronecker.tapped import traced
-from curvax.arithmetic import trees
 
 IMAGES = {"x": jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32)}
 TOKENS = {"x": jax.ShapeDtypeStruct((2, 8), jnp.int32)}
@@ -75,7 +75,9 @@ def test_every_kernel_of_a_model_of_the_papers_is_factored(name, batch, options)
 
 def test_scanned_layers_have_factors_of_their_own():
     reports = of_linen("vit_s16", IMAGES, dropout=0.0)
-    kernels = {path: r for path, r in reports.items() if "block" in path and path.endswith("kernel")}
+    kernels = {
+        path: r for path, r in reports.items() if "block" in path and path.endswith("kernel")
+    }
     assert kernels
     assert {r.stack for r in kernels.values()} == {(12,)}
 
@@ -105,13 +107,19 @@ def test_an_nnx_transformer_by_einsum_is_factored():
     reports = reports_of(model, params, {"x": jnp.ones((2, 5, 8), jnp.float32)})
     treatments = {path.split("/")[0]: r.treatment for path, r in reports.items()}
     assert treatments["qkv"] == treatments["out"] == "kronecker"
-    assert reports["mlp/kernel/value" if "mlp/kernel/value" in reports else "mlp/kernel"].inputs == 8
+    assert (
+        reports["mlp/kernel/value" if "mlp/kernel/value" in reports else "mlp/kernel"].inputs == 8
+    )
 
 
 def test_an_equinox_network_is_factored():
     keys = jax.random.split(jax.random.key(0), 2)
     module = eqx.nn.Sequential(
-        [eqx.nn.Conv2d(3, 4, 3, key=keys[0]), eqx.nn.Lambda(jnp.ravel), eqx.nn.Linear(16, 2, key=keys[1])]
+        [
+            eqx.nn.Conv2d(3, 4, 3, key=keys[0]),
+            eqx.nn.Lambda(jnp.ravel),
+            eqx.nn.Linear(16, 2, key=keys[1]),
+        ]
     )
     params, static = eqx.partition(module, eqx.is_inexact_array)
     model = lambda params, batch: jax.vmap(eqx.combine(params, static))(batch["x"])

@@ -89,7 +89,7 @@ class Recorded:
         return np.concatenate([np.ravel(value[name]) for name in self.order])
 
     def expected(self, name: str) -> np.ndarray | None:
-        return self.arrays[name] if name in self.arrays else None
+        return self.arrays.get(name)
 
 
 read = functools.cache(Recorded)
@@ -134,4 +134,3 @@ def test_products_and_solutions_are_the_recorded_ones(path, fisher, sharing):
                 continue
             exact = name in ("Kv", "trace")
             assert_close(run.like(value), expected, FACTOR if exact else INVERSE)
-

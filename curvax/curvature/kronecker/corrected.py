@@ -14,7 +14,7 @@ from curvax.curvature.kronecker.cotangents import columns, draws_of
 from curvax.curvature.kronecker.operator import BlockOperator, Structure
 from curvax.curvature.kronecker.options import check_draws, required
 from curvax.curvature.kronecker.statistics import Rows, cotangents_of, halves, inputs_of_blocks
-from curvax.curvature.kronecker.tapped import Tapped, tapped
+from curvax.curvature.kronecker.tapped import tapped
 from curvax.curvature.kronecker.taps import Arrays
 from curvax.devices import axes
 from curvax.devices.axes import AxisNames

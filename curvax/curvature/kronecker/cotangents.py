@@ -13,9 +13,10 @@ import numpy as np
 
 from curvax.arithmetic import safe_math, trees
 from curvax.arithmetic.trees import Tree
-from curvax.curvature.fisher import _by_example, draw
+from curvax.curvature.fisher import by_example, draw
 from curvax.likelihoods import Likelihood
 from curvax.objective import Objective, require_likelihood
+
 
 class Columns(NamedTuple):
     """`count` cotangents of the outputs of all examples."""
@@ -87,7 +88,8 @@ def draws_of(
         assert key is not None
         return (objective.example_keys(key)[:, None],)
     likelihood = require_likelihood(objective, "The Fisher matrix")
-    return (_by_example(jnp.asarray(labels), likelihood.label_shape(objective.batch)),)
+    shape = likelihood.label_shape(objective.batch)
+    return (by_example(jnp.asarray(labels), shape, "kronecker_factors"),)
 
 
 def with_signs(part: Objective, j: Any, cotangent: Tree) -> Tree:

@@ -6,10 +6,10 @@ import jax
 
 from curvax import checks
 from curvax.arithmetic.trees import Tree
-from curvax.curvature.kronecker.factors import KroneckerFactors
 from curvax.curvature.kronecker.cotangents import draws_of
-from curvax.curvature.kronecker.sums import sums_of
+from curvax.curvature.kronecker.factors import KroneckerFactors
 from curvax.curvature.kronecker.options import Options, check_draws, required
+from curvax.curvature.kronecker.sums import sums_of
 from curvax.devices import axes
 from curvax.devices.axes import AxisNames
 from curvax.objective import Objective

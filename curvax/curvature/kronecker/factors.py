@@ -19,14 +19,29 @@ from curvax.objective import Objective
 class KroneckerFactors(BlockOperator):
     """The matrix G ⊗ A of every kernel, and the diagonal of other parameters.
 
-    A pytree, so that it may leave `jax.jit`, be averaged and be saved. `kronecker_factors` makes
-    it.
+    `kronecker_factors` computes it. A linear operator, `factors(v)`, and a pytree of its arrays, so
+    that it can leave `jax.jit`, be averaged and be saved.
 
     Attributes:
         inputs: A of each block, [*layers, inputs, inputs], or its diagonal, [*layers, inputs].
         outputs: G of each block, [*layers, outputs, outputs].
         diagonals: the diagonal of every other parameter, by its number.
-        structure: which parameter is in which block.
+        structure: which parameter is in which block, and how its axes are divided.
+
+    Examples:
+        >>> import jax.numpy as jnp, curvax
+        >>> batch = {"x": jnp.array([[1.0, 0.0], [0.0, 2.0]]), "y": jnp.zeros((2, 1))}
+        >>> predict = lambda p, batch: batch["x"] @ p["w"] * p["scale"][None]
+        >>> objective = curvax.Objective(curvax.gaussian("y"), batch, model=predict)
+        >>> params = {"w": jnp.ones((2, 1)), "scale": jnp.ones(1)}
+        >>> factors = curvax.kronecker_factors(objective, params)
+        >>> inputs, outputs = factors.factors_of("w")
+        >>> inputs.tolist(), outputs.tolist()
+        ([[0.5, 0.0], [0.0, 2.0]], [[1.0]])
+        >>> {name: line.treatment for name, line in factors.report().items()}
+        {'scale': 'diagonal', 'w': 'kronecker'}
+        >>> float(factors.trace())  # 2.5 of w, and E[(x w)²] = 2.5 of the scale
+        5.0
     """
 
     inputs: tuple[jax.Array, ...]

@@ -75,9 +75,11 @@ def plan_of(found: Found, leaves: Sequence[Any], n: int) -> Plan:
     uses: dict[int, list[Use]] = {}
     reasons = {leaf: f"it is used by `{how}`" for leaf, how in found.odd.items()}
     for number, site in enumerate(found.sites):
+        if not trees.is_float(leaves[site.leaf]):
+            continue
         use = use_of(number, site, found.names, n)
         if isinstance(use, str):
-            reasons.setdefault(site.leaf, f"{use}, at a `{site.eqn.primitive.name}`")
+            reasons.setdefault(site.leaf, f"{use} where `{site.eqn.primitive.name}` takes it")
         else:
             uses.setdefault(site.leaf, []).append(use)
     for leaf, own in uses.items():
@@ -166,9 +168,7 @@ def _block(uses: list[Use], leaves: Sequence[Any], bias: Bias | None) -> Block:
     )
 
 
-def _reports(
-    plan: Plan, reasons: dict[int, str], leaves: Sequence[Any]
-) -> tuple[LeafReport, ...]:
+def _reports(plan: Plan, reasons: dict[int, str], leaves: Sequence[Any]) -> tuple[LeafReport, ...]:
     """A report for every parameter."""
     found: dict[int, LeafReport] = {}
     for block, uses in zip(plan.blocks, plan.uses):

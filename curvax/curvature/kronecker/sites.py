@@ -64,7 +64,7 @@ def site_of(
     """
     whole = [n for n, value in enumerate(values) if value.is_whole]
     make = MAKERS.get(eqn.primitive.name)
-    if make is None or len(whole) != 1 or any(v.leaf is not None for v in values[: whole[0]]):
+    if make is None or len(whole) != 1:
         return None
     return make(eqn, place, values, whole[0], levels, names)
 

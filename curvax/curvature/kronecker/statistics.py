@@ -1,6 +1,5 @@
 """Activations and cotangents at the sites of a model ↦ the factors A and G, and diagonals."""
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -24,8 +23,8 @@ class Rows(NamedTuple):
     values: jax.Array
     """a, [layers, examples, positions, features], or the numbers of the rows of a table, [layers,
     examples, positions]."""
-    weights: jax.Array
-    """ρ with Σρ = 1, [examples, positions]."""
+    weights: jax.Array | None
+    """ρ with Σρ = 1, [examples, positions]; None if all are the same."""
     table: int = 0
     """The number of rows of the table, if it is one."""
 
@@ -39,14 +38,11 @@ def site_weights(part: Objective, outputs: Tree) -> jax.Array | None:
     return w.reshape(w.shape[: max(1, sites)])
 
 
-def row_weights(use: Use, sites: jax.Array | None, n: int) -> jax.Array:
+def row_weights(use: Use, sites: jax.Array, n: int) -> jax.Array:
     """The weight of every row of a use, [examples, positions], which sum to one.
 
     A position along which the sites lie has their weights; others share equally.
     """
-    shape = (size_of(use.examples), use.count)
-    if sites is None:
-        return jnp.full(shape, 1 / math.prod(shape), jnp.result_type(float))
     digits = {k: [a for a in use.positions if a[:2] == (ROWS, k)] for k in range(1, sites.ndim)}
     kept = [k for k, own in digits.items() if size_of(own) == sites.shape[k] > 1]
     w = jnp.sum(sites, axis=tuple(k for k in range(1, sites.ndim) if k not in kept))
@@ -89,9 +85,11 @@ def _patches(use: Use, images: jax.Array) -> jax.Array:
 
 def rows_of(uses: list[Use], seen: Arrays, sites: jax.Array | None, n: int) -> Rows:
     """The activations of several uses of a parameter, side by side as positions."""
-    count = sum(use.count for use in uses)
-    share = lambda use: row_weights(use, sites, n) * (use.count / count)
-    weights = jnp.concatenate([share(use) for use in uses], axis=1)
+    weights = None
+    if sites is not None:
+        count = sum(use.count for use in uses)
+        share = lambda use: row_weights(use, sites, n) * (use.count / count)
+        weights = jnp.concatenate([share(use) for use in uses], axis=1)
     values = [inputs_of(use, seen[use.number]) for use in uses]
     table = 0
     if all(use.site.kind == "lookup" for use in uses):
@@ -116,33 +114,36 @@ def with_ones(rows: Rows) -> Rows:
 
 def input_factor(rows: Rows, sharing: str) -> jax.Array:
     """A, [layers, features, features], or its diagonal for a table, [layers, features]."""
-    rho = rows.weights
     if rows.table:
         return _table_factor(rows, sharing)
-    a = rows.values
-    if sharing == "reduce":
+    a, rho = rows.values, rows.weights
+    if sharing == "reduce" and rho is None:
+        a = jnp.mean(a, axis=2, keepdims=True)
+    elif sharing == "reduce" and rho is not None:
         share = jnp.sum(rho, axis=1, keepdims=True)
-        a = jnp.sum(a * trees.ratio(rho, share).astype(a.dtype)[None, :, :, None], axis=2)
-        return jnp.einsum("ln,lni,lnj->lij", _like(share[None, :, 0], a), a, a)
-    return jnp.einsum("lnp,lnpi,lnpj->lij", _like(rho[None], a), a, a)
+        part = _like(trees.ratio(rho, share)[None, ..., None], a)
+        a, rho = jnp.sum(part * a, axis=2, keepdims=True), share
+    if rho is None:
+        return jnp.einsum("lnpi,lnpj->lij", a, a) / (a.shape[1] * a.shape[2])
+    return jnp.einsum("lnpi,lnpj->lij", _like(rho[None, ..., None], a) * a, a)
 
 
 def _like(weights: jax.Array, a: jax.Array) -> jax.Array:
-    return jnp.broadcast_to(weights, a.shape[: weights.ndim]).astype(a.dtype)
+    return jnp.broadcast_to(weights, (*a.shape[:-1], 1)).astype(a.dtype)
 
 
 def _table_factor(rows: Rows, sharing: str) -> jax.Array:
-    rho, ids = rows.weights, rows.values
-    layers, n = ids.shape[:2]
+    """How often each row of the table is used; for `reduce`, the mean square per example."""
+    ids = rows.values
+    layers, n, count = ids.shape
+    rho = jnp.full((n, count), 1 / (n * count)) if rows.weights is None else rows.weights
+    layer, example = jnp.arange(layers)[:, None, None], jnp.arange(n)[None, :, None]
+    spread = lambda w: jnp.broadcast_to(w[None], ids.shape)
     if sharing == "expand":
-        place = jnp.arange(layers)[:, None, None]
-        empty = jnp.zeros((layers, rows.table), rho.dtype)
-        return empty.at[place, ids].add(jnp.broadcast_to(rho[None], ids.shape))
+        return jnp.zeros((layers, rows.table), rho.dtype).at[layer, ids].add(spread(rho))
     share = jnp.sum(rho, axis=1)
-    place = jnp.arange(layers)[:, None, None], jnp.arange(n)[None, :, None]
-    empty = jnp.zeros((layers, n, rows.table), rho.dtype)
-    part = trees.ratio(rho, share[:, None])
-    means = empty.at[(*place, ids)].add(jnp.broadcast_to(part[None], ids.shape))
+    part = spread(trees.ratio(rho, share[:, None]))
+    means = jnp.zeros((layers, n, rows.table), rho.dtype).at[layer, example, ids].add(part)
     return jnp.einsum("n,lnv->lv", share, jnp.square(means))
 
 
@@ -158,7 +159,9 @@ def squares(uses: tuple[Use, ...], pulled: Arrays, shape: tuple[int, ...]) -> ja
     total = jnp.zeros(())
     for use in uses:
         own = canonical((*use.stack, *use.outputs))
-        g = arranged(trees.widen(pulled[use.number]), use.result, (use.examples, use.positions, own))
+        g = arranged(
+            trees.widen(pulled[use.number]), use.result, (use.examples, use.positions, own)
+        )
         total = total + jnp.sum(g, axis=1)
     return jnp.sum(jnp.square(total), axis=0).reshape(shape)
 
@@ -172,8 +175,7 @@ def split(block: Block, uses: tuple[Use, ...]) -> tuple[list[Use], list[Use]]:
 def halves(plan: Plan) -> list[list[list[Use]]]:
     """The uses of every block, as it is and exchanged, without empty lists."""
     return [
-        [half for half in split(block, uses) if half]
-        for block, uses in zip(plan.blocks, plan.uses)
+        [half for half in split(block, uses) if half] for block, uses in zip(plan.blocks, plan.uses)
     ]
 
 

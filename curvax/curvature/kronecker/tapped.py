@@ -121,6 +121,4 @@ def _entry(shape: tuple[int, ...], sites: tuple[int, ...], names: Names) -> Valu
     """An array of the batch, whose first axes are those of the sites as far as they agree."""
     same = next((i for i, (a, b) in enumerate(zip(shape, sites)) if a != b), len(sites))
     known = lambda k, size: (Atom(ROWS, k, 1, size),) if size > 1 else ()
-    return Value(
-        tuple(known(k, n) if k < same else names.fresh(n) for k, n in enumerate(shape))
-    )
+    return Value(tuple(known(k, n) if k < same else names.fresh(n) for k, n in enumerate(shape)))

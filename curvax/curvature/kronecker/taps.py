@@ -65,9 +65,7 @@ def _equation(
     return _site(eqn, values, sites, shifts)
 
 
-def _site(
-    eqn: Any, values: list[Any], sites: Sites, shifts: Arrays
-) -> tuple[list[Any], Arrays]:
+def _site(eqn: Any, values: list[Any], sites: Sites, shifts: Arrays) -> tuple[list[Any], Arrays]:
     seen: Arrays = {}
     shifted = []
     for number, site in sites.items():
@@ -92,7 +90,7 @@ def _scan(
         outs, seen = run(closed.jaxpr, closed.consts, args, sites, shifts, here)
         return outs[:carried], (outs[carried:], seen)
 
-    options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
+    options = {k: eqn.params[k] for k in ("length", "reverse", "unroll") if k in eqn.params}
     start, xs = rest[:carried], (rest[carried:], shifts)
     carry, (ys, seen) = lax.scan(step, start, xs, **options)
     return [*carry, *ys], seen

@@ -55,7 +55,8 @@ def use_of(number: int, site: Site, names: Names, n: int) -> Use | str:
         return "its activations and its results have other axes"
     examples = tuple(sorted(filter(_is_example, rows), key=lambda atom: -atom.stride))
     if canonical(examples) != canonical((Atom(ROWS, 0, 1, n),) if n > 1 else ()):
-        return "its activations have no axis of examples"
+        what = "it is" if site.kind == "repeated" else "its activations are"
+        return f"{what} not laid out along the examples"
     positions = tuple(atom for atom in rows if atom not in examples)
     return Use(number, site, given, result, stack, inputs, outputs, examples, positions)
 

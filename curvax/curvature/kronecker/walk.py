@@ -126,9 +126,10 @@ def _equation(
     if site is not None:
         found.products[place] = len(found.sites)
         found.sites.append(site)
-        others = [value for n, value in enumerate(values) if n != site.operand]
-        found.refuse(others, name)
-        return [Value(site.result, product=place)]
+        values[site.operand] = values[site.operand].plain()
+        result = Value(site.result, product=place)
+        _repetitions(eqn, values, found, result, place, levels)
+        return [result]
     (first, *_) = results = rules.results(eqn, values, found.names)
     _repetitions(eqn, values, found, first, place, levels)
     if name in ("add", "add_any"):
@@ -231,5 +232,3 @@ def _sliced(value: Value, depth: int, found: Found) -> Value:
         found.refuse([value], "a scan along an axis that repeats it")
         return Value(axes)
     return value._replace(axes=axes, outer=(*value.outer, (depth, first)), product=None)
-
-
