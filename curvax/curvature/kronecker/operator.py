@@ -26,6 +26,7 @@ class Structure:
     """What does not change from step to step: which parameter is in which block, and how."""
 
     names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
     blocks: tuple[Block, ...]
     reports: tuple[LeafReport, ...]
     options: Options
@@ -130,12 +131,13 @@ class BlockOperator(abc.ABC):
         return jax.tree.unflatten(treedef, [own(k, x) for k, x in enumerate(leaves)])
 
     def _check_tree(self, leaves: list[Any]) -> None:
-        sizes = [report.size for report in self.structure.reports]
-        if [x.size for x in leaves] != sizes:
+        shapes = tuple(jnp.shape(x) for x in leaves)
+        if shapes != self.structure.shapes:
             raise ValueError(
                 "Kronecker factors act on trees with the structure of the parameters, with arrays "
-                f"of {sizes} entries, and received arrays of {[x.size for x in leaves]}. Build "
-                "the vector from the parameters with `jax.tree.map`."
+                f"of shapes {list(map(list, self.structure.shapes))}, and received "
+                f"{list(map(list, shapes))}. Build the vector from the parameters with "
+                "`jax.tree.map`."
             )
 
     def _check_style(self, style: str, damping: Any) -> None:

@@ -75,9 +75,9 @@ def plan_of(found: Found, leaves: Sequence[Any], n: int) -> Plan:
     uses: dict[int, list[Use]] = {}
     reasons = {leaf: f"it is used by `{how}`" for leaf, how in found.odd.items()}
     for number, site in enumerate(found.sites):
-        if not trees.is_float(leaves[site.leaf]):
+        if site.kind == "factor" or not trees.is_float(leaves[site.leaf]):
             continue
-        use = use_of(number, site, found.names, n)
+        use = use_of(number, found.sites, found.names, n)
         if isinstance(use, str):
             reasons.setdefault(site.leaf, f"{use} where `{site.eqn.primitive.name}` takes it")
         else:

@@ -34,7 +34,8 @@ class Site(NamedTuple):
 
     place: Place
     kind: str
-    """`product`, `convolution`, `lookup`, or `repeated` where only repeated over the batch."""
+    """`product`, `convolution`, `lookup`; `repeated`, if only repeated over the batch; or `factor`,
+    if multiplied by an array of its shape before that."""
     leaf: int
     operand: int
     """The argument of the equation that is the parameter."""
@@ -53,6 +54,8 @@ class Site(NamedTuple):
     """The type of it, without those of scans around it."""
     eqn: Any
     bias: Bias | None = None
+    scale: int | None = None
+    """The number of the `factor` that the parameter was multiplied by before."""
 
 
 def site_of(
@@ -90,6 +93,7 @@ def _product(
         result=product_axes(eqn, *pair, names=names),
         aval=eqn.outvars[0].aval,
         eqn=eqn,
+        scale=kernel.scale,
     )  # fmt: skip
 
 
@@ -113,6 +117,7 @@ def _convolution(
         place, "convolution", _leaf(kernel), n, kernel.outer, levels,
         stack=group, inputs=inputs, outputs=outputs,
         given=tuple(given), result=tuple(result), aval=eqn.outvars[0].aval, eqn=eqn,
+        scale=kernel.scale,
     )  # fmt: skip
 
 
@@ -124,7 +129,8 @@ def _lookup(
     rows, shape = numbers.collapsed_slice_dims, eqn.invars[0].aval.shape
     slices = all(size == shape[i] for i, size in enumerate(sizes) if i not in rows)
     single = len(rows) == 1 and tuple(numbers.start_index_map) == tuple(rows)
-    if n != 0 or numbers.operand_batching_dims or not single or not slices:
+    batched = numbers.operand_batching_dims or table.scale is not None
+    if n != 0 or batched or not single or not slices:
         return None
     return Site(
         place, "lookup", _leaf(table), n, table.outer, levels,
@@ -148,7 +154,7 @@ def _leaf(value: Value) -> int:
 
 def repeated(
     eqn: Any, place: Place, n: int, value: Value, result: Value, levels: tuple[Level, ...]
-) -> Site | None:
+) -> Site:
     """The site at which argument `n` is a parameter, repeated along the axes of the batch.
 
     An argument that the equation itself repeats is taken with the axes of its result.
@@ -162,4 +168,24 @@ def repeated(
     return Site(
         place, "repeated", _leaf(value), n, value.outer, levels,
         stack=(), inputs=(), outputs=own, given=(), result=axes, aval=aval, eqn=eqn,
+        scale=value.scale,
+    )  # fmt: skip
+
+
+def factor(
+    eqn: Any, place: Place, n: int, values: list[Value], levels: tuple[Level, ...]
+) -> Site | None:
+    """The site at which argument `n`, a parameter, is multiplied by an array of no larger shape.
+
+    Whether that array differs between examples is known only at the end of the walk.
+    """
+    value, other = values[n], values[1 - n]
+    first = value.is_whole and value.scale is None and other.leaf is None
+    divides = eqn.primitive.name == "div" and n == 1
+    if not first or divides or eqn.outvars[0].aval.shape != eqn.invars[n].aval.shape:
+        return None
+    return Site(
+        place, "factor", _leaf(value), n, value.outer, levels,
+        stack=(), inputs=(), outputs=(), given=value.axes, result=other.axes,
+        aval=eqn.invars[1 - n].aval, eqn=eqn,
     )  # fmt: skip

@@ -54,13 +54,26 @@ def row_weights(use: Use, sites: jax.Array, n: int) -> jax.Array:
     return arranged(w, axes, (use.examples, use.positions))
 
 
-def inputs_of(use: Use, seen: jax.Array) -> jax.Array:
+def inputs_of(use: Use, seen: Arrays) -> jax.Array:
     """The activations at a use, [layers, examples, positions, features]; of a table, numbers."""
+    a = seen[use.number]
     if use.site.kind == "lookup":
-        return arranged(seen[..., 0], use.given, use.of_rows)
+        return arranged(a[..., 0], use.given, use.of_rows)
     if use.site.kind == "convolution":
-        seen = _patches(use, seen)
-    return arranged(trees.widen(seen), use.given, (*use.of_rows, use.inputs))
+        a = _patches(use, a)
+    a = trees.widen(a)
+    if use.factor is not None:
+        scale = _factor(use, seen)
+        a = a * scale.reshape(*scale.shape, *[1] * (a.ndim - scale.ndim))
+    return arranged(a, use.given, (*use.of_rows, use.inputs))
+
+
+def _factor(use: Use, seen: Arrays) -> jax.Array:
+    """What the parameter was multiplied by before this use, over all scans."""
+    assert use.factor is not None
+    assert use.site.scale is not None
+    c = trees.widen(seen[use.site.scale])
+    return 1 / c if use.factor.eqn.primitive.name == "div" else c
 
 
 def outputs_of(use: Use, cotangent: jax.Array) -> jax.Array:
@@ -90,7 +103,7 @@ def rows_of(uses: list[Use], seen: Arrays, sites: jax.Array | None, n: int) -> R
         count = sum(use.count for use in uses)
         share = lambda use: row_weights(use, sites, n) * (use.count / count)
         weights = jnp.concatenate([share(use) for use in uses], axis=1)
-    values = [inputs_of(use, seen[use.number]) for use in uses]
+    values = [inputs_of(use, seen) for use in uses]
     table = 0
     if all(use.site.kind == "lookup" for use in uses):
         table = size_of(uses[0].inputs)
@@ -154,15 +167,23 @@ def output_factor(g: jax.Array, sharing: str) -> jax.Array:
     return jnp.einsum("lnpo,lnpq->loq", g, g)
 
 
-def squares(uses: tuple[Use, ...], pulled: Arrays, shape: tuple[int, ...]) -> jax.Array:
+def squares(
+    uses: tuple[Use, ...], pulled: Arrays, seen: Arrays, shape: tuple[int, ...]
+) -> jax.Array:
     """Σ over the examples of the squared gradients of a repeated parameter, shaped like it."""
     total = jnp.zeros(())
     for use in uses:
         own = canonical((*use.stack, *use.outputs))
-        g = arranged(
-            trees.widen(pulled[use.number]), use.result, (use.examples, use.positions, own)
-        )
-        total = total + jnp.sum(g, axis=1)
+        g = trees.widen(pulled[use.number])
+        g = jnp.sum(arranged(g, use.result, (use.examples, use.positions, own)), axis=1)
+        if use.factor is not None:
+            c = _factor(use, seen)
+            levels, inside = c.shape[: len(use.site.levels)], use.factor.given
+            whole = (*levels, *map(size_of, inside))
+            c = c.reshape(*levels, *[1] * (len(whole) - c.ndim), *c.shape[len(levels) :])
+            stack = tuple(axis for _, axis in use.site.outer)
+            g = g * arranged(jnp.broadcast_to(c, whole), (*stack, *inside), (own,))[None]
+        total = total + g
     return jnp.sum(jnp.square(total), axis=0).reshape(shape)
 
 

@@ -13,6 +13,7 @@ from curvax.curvature.kronecker.cotangents import columns
 from curvax.curvature.kronecker.factors import KroneckerFactors
 from curvax.curvature.kronecker.operator import Structure
 from curvax.curvature.kronecker.options import Options
+from curvax.curvature.kronecker.plan import Plan
 from curvax.curvature.kronecker.statistics import (
     cotangents_of,
     halves,
@@ -72,7 +73,7 @@ def sums_of(part: Objective, params: Tree, options: Options, *draws: Tree) -> Su
             for own in halves(at.plan)
         )
         exact = {
-            leaf: squares(uses, pulled, jnp.shape(leaves[leaf]))
+            leaf: squares(uses, pulled, at.seen, jnp.shape(leaves[leaf]))
             for leaf, uses in at.plan.repeated.items()
         }
         estimated = {k: jnp.square(trees.widen(g)) for k, g in zip(at.plan.loose, loose)}
@@ -87,7 +88,9 @@ def sums_of(part: Objective, params: Tree, options: Options, *draws: Tree) -> Su
     return Sums(inputs, outputs, diagonals | unused, structure)
 
 
-def structure_of(plan: Any, params: Tree, options: Options) -> Structure:
+def structure_of(plan: Plan, params: Tree, options: Options) -> Structure:
     """What does not change from step to step."""
-    paths = [trees.label(trees.names(path)) for path, _ in jax.tree.leaves_with_path(params)]
-    return Structure(tuple(paths), plan.blocks, plan.reports, options)
+    leaves = jax.tree.leaves_with_path(params)
+    names = tuple(trees.label(trees.names(path)) for path, _ in leaves)
+    shapes = tuple(jnp.shape(x) for _, x in leaves)
+    return Structure(names, shapes, plan.blocks, plan.reports, options)

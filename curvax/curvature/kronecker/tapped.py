@@ -100,6 +100,7 @@ def tapped(part: Objective, params: Tree) -> Tapped:
     program, kinds, plan = traced(part, params)
     uses = [use for own in (*plan.uses, *plan.repeated.values()) for use in own]
     sites: Sites = {use.number: use.site for use in uses}
+    sites |= {use.site.scale: use.factor for use in uses if use.factor is not None}
     zeros = lambda use: jnp.zeros(use.shape, use.site.aval.dtype)
     shifts = axes.vary({use.number: zeros(use) for use in uses}, local)
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
@@ -43,7 +44,7 @@ def run(
         here = (*place, number)
         own = {k: site for k, site in sites.items() if site.place[: len(here)] == here}
         values = [read(x) for x in eqn.invars]
-        outs, inner = _equation(eqn, values, own, {k: shifts[k] for k in own}, here)
+        outs, inner = _equation(eqn, values, own, {k: shifts[k] for k in own if k in shifts}, here)
         seen |= inner
         env.update(zip(eqn.outvars, outs))
     return [read(x) for x in jaxpr.outvars], seen
@@ -71,8 +72,9 @@ def _site(eqn: Any, values: list[Any], sites: Sites, shifts: Arrays) -> tuple[li
     for number, site in sites.items():
         if site.kind == "repeated":
             values[site.operand] = values[site.operand] + shifts[number]
-        else:
-            seen[number] = values[1 - site.operand]
+            continue
+        seen[number] = jnp.asarray(values[1 - site.operand])
+        if site.kind != "factor":
             shifted.append(shifts[number])
     outs = compat.bind(eqn, values)
     return [out + shift for out, shift in zip(outs, shifted)] or outs, seen

@@ -23,6 +23,8 @@ class Use(NamedTuple):
     outputs: Axis
     examples: Axis
     positions: Axis
+    factor: Site | None = None
+    """What the parameter was multiplied by before, if it was."""
 
     @property
     def count(self) -> int:
@@ -39,8 +41,12 @@ class Use(NamedTuple):
         return self.stack, self.examples, self.positions
 
 
-def use_of(number: int, site: Site, names: Names, n: int) -> Use | str:
-    """The layout of a site, or why there is none."""
+def use_of(number: int, sites: list[Site], names: Names, n: int) -> Use | str:
+    """The layout of one of the sites, or why there is none."""
+    site = sites[number]
+    scale = None if site.scale is None else sites[site.scale]
+    if scale is not None and (why := _refused(scale, site, names)):
+        return why
     outer = dict(site.outer)
     levels = [
         outer[k] if k in outer else names.resolved(level.axis)
@@ -58,7 +64,17 @@ def use_of(number: int, site: Site, names: Names, n: int) -> Use | str:
         what = "it is" if site.kind == "repeated" else "its activations are"
         return f"{what} not laid out along the examples"
     positions = tuple(atom for atom in rows if atom not in examples)
-    return Use(number, site, given, result, stack, inputs, outputs, examples, positions)
+    rows = (examples, positions)
+    return Use(number, site, given, result, stack, inputs, outputs, *rows, factor=scale)
+
+
+def _refused(factor: Site, site: Site, names: Names) -> str:
+    """Why the factor of a parameter cannot be accounted for, or ""."""
+    if any(atom.source == ROWS for axis in factor.result for atom in names.resolved(axis)):
+        return "it is multiplied by something of each example"
+    if factor.levels != site.levels or len(site.outer) != len(site.levels):
+        return "it is multiplied by something outside of this scan"
+    return ""
 
 
 def _is_example(atom: Atom) -> bool:

@@ -23,10 +23,16 @@ class Value(NamedTuple):
     product: Place | None = None
     """The product whose result this is, moved but unchanged, and not used elsewhere."""
 
+    scale: int | None = None
+    """The number of the site at which that parameter was multiplied by an array of its shape."""
+    scalar: bool = False
+    """Whether it was a scalar."""
+
     @property
     def is_whole(self) -> bool:
         """Whether this is a view of a parameter, every entry of which occurs once."""
-        return self.leaf is not None and all(a.source == self.leaf for a in atoms_of(self.axes))
+        own = self.leaf is not None and all(a.source == self.leaf for a in atoms_of(self.axes))
+        return own and (self.scale is None or self.scalar)
 
     def plain(self) -> "Value":
         """The same axes, not followed as a view or as a result of a product."""

@@ -13,7 +13,7 @@ from jax.extend import core
 from curvax import compat
 from curvax.curvature.kronecker import rules
 from curvax.curvature.kronecker.atoms import aligned
-from curvax.curvature.kronecker.sites import Bias, Level, Site, repeated, site_of
+from curvax.curvature.kronecker.sites import Bias, Level, Site, factor, repeated, site_of
 from curvax.curvature.kronecker.values import Names, Place, Value, is_of_batch
 
 JAXPRS = (core.Jaxpr, core.ClosedJaxpr)
@@ -122,6 +122,8 @@ def _equation(
     if compat.bodies(eqn.params):
         values = found.refuse(values, name)
         return rules.results(eqn, values, found.names)
+    if name in ("mul", "div") and (scaled := _scaled(eqn, values, found, place, levels)):
+        return [scaled]
     site = site_of(eqn, place, values, levels, found.names)
     if site is not None:
         found.products[place] = len(found.sites)
@@ -149,23 +151,33 @@ def inlined(eqn: Any) -> core.ClosedJaxpr | None:
     return body if whole and all(shape(x) == shape(y) for x, y in pairs) else None
 
 
+def _scaled(
+    eqn: Any, values: list[Value], found: Found, place: Place, levels: tuple[Level, ...]
+) -> Value | None:
+    """A parameter times an array of its shape, such as the scale of a norm times 1/σ."""
+    for n, value in enumerate(values):
+        site = factor(eqn, place, n, values, levels)
+        if site is not None:
+            found.sites.append(site)
+            scalar = eqn.invars[1 - n].aval.shape == ()
+            number = len(found.sites) - 1
+            return value._replace(scale=number, scalar=scalar, product=None)
+    return None
+
+
 def _repetitions(
     eqn: Any, values: list[Value], found: Found, result: Value, place: Place, levels: Any
 ) -> None:
+    """Notes the arguments that are parameters, repeated along the axes of the result."""
     for n, value in enumerate(values):
-        if value.leaf is None:
-            continue
-        site = repeated(eqn, place, n, value, result, levels)
-        if site is None:
-            found.odd.setdefault(value.leaf, eqn.primitive.name)
-        else:
-            found.sites.append(site)
+        if value.leaf is not None:
+            found.sites.append(repeated(eqn, place, n, value, result, levels))
 
 
 def _bias(values: list[Value], found: Found) -> None:
     """Notes the bias of a product where the two are added."""
     for one, other in (values, values[::-1]):
-        if one.product is None or other.leaf is None:
+        if one.product is None or other.leaf is None or other.scale is not None:
             continue
         number = found.products[one.product]
         site = found.sites[number]
@@ -203,7 +215,8 @@ def _bias_pairs(site: Site, product: Value, bias: Value) -> Any:
 def _scan(
     eqn: Any, values: list[Value], found: Found, place: Place, levels: tuple[Level, ...]
 ) -> list[Value]:
-    body, (fixed, carried) = eqn.params["jaxpr"], compat.scan_arguments(eqn)
+    body, (fixed, carried) = compat.closed(eqn.params["jaxpr"]), compat.scan_arguments(eqn)
+    values = [value._replace(product=None) for value in values]
     consts, carry, xs = values[:fixed], values[fixed : fixed + carried], values[fixed + carried :]
     carry = found.refuse(carry, "the carry of a scan")
     depth, length, names = len(levels), eqn.params["length"], found.names
