@@ -111,9 +111,8 @@ def eigenpairs(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def solved(matrix: jax.Array, damping: jax.Array, v: jax.Array) -> jax.Array:
     """(M + damping·I)⁻¹ V for positive semi-definite matrices [..., d, d]."""
-    size = matrix.shape[-1]
     floor = jnp.finfo(matrix.dtype).eps * _trace(matrix)
-    shift = jnp.maximum(damping, floor)[..., None, None] * jnp.eye(size, dtype=matrix.dtype)
+    shift = _diagonal(jnp.broadcast_to(jnp.maximum(damping, floor)[..., None], matrix.shape[:-1]))
     one: Callable[..., Any] = lambda m, b: cho_solve(cho_factor(m, lower=True), b)
     for _ in range(matrix.ndim - 2):
         one = jax.vmap(one)
@@ -144,9 +143,14 @@ def combined(cells: list[Cell]) -> Cell:
 
 
 def _dense(cell: Cell) -> jax.Array:
-    if not cell.is_table:
-        return cell.inputs
-    return cell.inputs[..., None] * jnp.eye(cell.inputs.shape[-1], dtype=cell.inputs.dtype)
+    return _diagonal(cell.inputs) if cell.is_table else cell.inputs
+
+
+def _diagonal(entries: jax.Array) -> jax.Array:
+    """The diagonal matrices [..., d, d] with these entries, [..., d]."""
+    size = entries.shape[-1]
+    eye = jnp.broadcast_to(jnp.eye(size, dtype=entries.dtype), (*entries.shape, size))
+    return entries[..., None] * eye
 
 
 def _trace(matrix: jax.Array) -> jax.Array:

@@ -134,7 +134,8 @@ def _biases(
     for leaf, own in kernels.items():
         biases = [use.site.bias for use in own]
         first = biases[0]
-        if first is None or any(b is None or b.leaf != first.leaf for b in biases):
+        looked_up = any(use.site.kind == "lookup" for use in own)
+        if first is None or looked_up or any(b is None or b.leaf != first.leaf for b in biases):
             continue
         straight = all(use.inputs == own[0].inputs for use in own)
         alone = len(uses.get(first.leaf, ())) == len(own) and first.leaf not in reasons
