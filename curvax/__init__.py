@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from curvax import checks
 from curvax.curvature import empirical_fvp, fvp, ggnvp, hvp
+from curvax.curvature.kronecker import KroneckerFactors, kronecker_factors
 from curvax.likelihoods import bernoulli, categorical, gaussian, poisson
 from curvax.linalg import (
     Solution,
@@ -106,6 +107,7 @@ from curvax.stages import (
 )
 
 __all__ = [
+    "KroneckerFactors",
     "Objective",
     "Product",
     "Signal",
@@ -153,6 +155,7 @@ __all__ = [
     "hutchinson_diag",
     "hvp",
     "keep_orthogonal",
+    "kronecker_factors",
     "lanczos",
     "levenberg_marquardt",
     "look_sam",

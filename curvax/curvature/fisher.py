@@ -97,7 +97,7 @@ def _linearized(
     batched: tuple[jax.Array, ...] = ()
     if labels is not None:
         shape = likelihood.label_shape(objective.batch)
-        metric, batched = given_labels, (_by_example(jnp.asarray(labels), shape),)
+        metric, batched = given_labels, (by_example(jnp.asarray(labels), shape, "fvp"),)
     elif samples is not None and key is not None:
         metric, batched = drawn_labels, (sample_keys(objective, key, samples),)
     return linearized_product(objective, params, metric, *batched, mode=mode, precision=precision)
@@ -143,8 +143,13 @@ def given_labels(part: Objective, outputs: jax.Array, labels: jax.Array) -> Prod
     return Product(lambda u: transpose(forward(u)), root)
 
 
-def _by_example(labels: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def by_example(labels: jax.Array, shape: tuple[int, ...], where: str) -> jax.Array:
     """Labels [S, n, ...] or [n, ...] as [n, S, ...].
+
+    Args:
+        labels: draws.
+        shape: of hard targets.
+        where: the function that they were passed to, for errors.
 
     Raises:
         ValueError: they have another shape.
@@ -153,8 +158,8 @@ def _by_example(labels: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         labels = labels[None]
     if labels.shape[1:] != shape:
         raise ValueError(
-            f"`fvp(labels=)` takes labels shaped like hard targets, {list(shape)}, or S of them "
-            f"stacked along a new first axis, [S, ...], and received {list(labels.shape)}."
+            f"`{where}(labels=)` takes labels shaped like hard targets, {list(shape)}, or S of "
+            f"them stacked along a new first axis, [S, ...], and received {list(labels.shape)}."
         )
     return jnp.moveaxis(labels, 0, 1)
 
