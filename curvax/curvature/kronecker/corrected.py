@@ -18,7 +18,7 @@ from curvax.curvature.kronecker.tapped import tapped
 from curvax.curvature.kronecker.taps import Arrays
 from curvax.devices import axes
 from curvax.devices.axes import AxisNames
-from curvax.objective import Objective
+from curvax.objective import Objective, microbatch_mean
 
 Values = tuple[tuple[jax.Array, ...], ...]
 """E of every block, and of its bias if that is apart."""
@@ -76,7 +76,7 @@ def corrections(
     with jax.default_matmul_precision("highest"):
         bases = [[cell.eigen() for cell in factors.cells(k)] for k in range(len(factors.inputs))]
         own = lambda part, *draws: _values(part, params, factors.structure, bases, draws)
-        values = objective._microbatch_mean(own, *draws, aux=False)
+        values = microbatch_mean(objective, own, *draws, aux=False)
         values = axes.mean(values, over, objective.batch_weight())
     replaced = tuple(
         tuple(eigen._replace(values=e.reshape(eigen.values.shape)) for eigen, e in zip(own, new))

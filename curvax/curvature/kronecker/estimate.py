@@ -12,7 +12,7 @@ from curvax.curvature.kronecker.options import Options, check_draws, required
 from curvax.curvature.kronecker.sums import sums_of
 from curvax.devices import axes
 from curvax.devices.axes import AxisNames
-from curvax.objective import Objective
+from curvax.objective import Objective, microbatch_mean
 
 
 def kronecker_factors(
@@ -87,6 +87,6 @@ def kronecker_factors(
 
     own = lambda part, *draws: sums_of(part, params, options, *draws)
     with jax.default_matmul_precision("highest"):
-        found = objective._microbatch_mean(own, *draws, aux=False)
+        found = microbatch_mean(objective, own, *draws, aux=False)
         found = axes.mean(found, over, objective.batch_weight())
         return found.finished()
