@@ -34,8 +34,8 @@ class _DatasetObjective:
         return None
 
 
-@value_aux_and_grad.register  # type: ignore[misc]
-def _(objective: _DatasetObjective, params: Tree) -> LossAndGradient:
+@value_aux_and_grad.register
+def _(objective: _DatasetObjective, params: Tree) -> LossAndGradient:  # type: ignore[misc]
     value, gradient = objective.dataset_loss.value_and_grad(params)
     return (value, None), gradient
 

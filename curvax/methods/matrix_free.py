@@ -6,7 +6,7 @@ from typing import Any
 
 import optax
 
-from curvax.arithmetic.typing import Key, ScalarOrSchedule
+from curvax.arithmetic.typing import Key, Scalar, ScalarOrSchedule
 from curvax.devices.axes import AxisNames
 from curvax.hyperparameters import injectable
 from curvax.linalg import Solver, cg
@@ -152,7 +152,7 @@ def gauss_newton(
 def hessian_free(
     learning_rate: ScalarOrSchedule = 1.0,
     *,
-    damping: ScalarOrSchedule = 1.0,
+    damping: Scalar = 1.0,
     solver: Solver = MARTENS,
     mode: str = "auto",
     fraction: float = 1.0,

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from small_problems import flat
+from small_problems import flat, quick_jit
 
 # Steps on a loss with a diagonal Hessian, whose estimate by one probe is exact.
 
@@ -123,7 +123,7 @@ def linear(w: Any, batch: Any) -> jax.Array:
 
 def hessian_of(loss: Any, batch: Any = BATCH) -> np.ndarray:
     """∇² of `loss(outputs, batch)`."""
-    found = jax.hessian(lambda w: loss(linear(w, batch), batch))(WEIGHTS)
+    found = quick_jit(jax.hessian(lambda w: loss(linear(w, batch), batch)))(WEIGHTS)
     return np.asarray(found).reshape(WEIGHTS.size, WEIGHTS.size)
 
 

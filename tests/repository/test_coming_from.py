@@ -40,7 +40,7 @@ from other_conventions import (
     square,
 )
 from pages import DOCS, Row, rows, sections
-from small_problems import flat
+from small_problems import flat, quick_jit
 from test_curvature import read
 from test_replays_sam import google_loss, momentum_sgd, scheduled_rho
 from trajectories import FOLDER, Run, assert_same, follow, replay, stepper
@@ -123,6 +123,7 @@ def agreement(row: Row) -> float:
 
 def path_of(tx: Any, loss: Any, steps: int, params: Any = PARAMS, **extra: Any) -> list[np.ndarray]:
     """The parameters after each step, flat."""
+    tx = optax.with_extra_args_support(tx)
 
     @jax.jit
     def step(params: Any, state: Any) -> Any:
@@ -147,7 +148,7 @@ def objective_of(likelihood: Any, batch: Any = BATCH, model: Any = linear) -> cx
 
 
 def matrix_of(product: Any, objective: Any, params: Any = WEIGHTS) -> np.ndarray:
-    return np.asarray(cx.materialize(product(objective, params), params))
+    return np.asarray(quick_jit(lambda p: cx.materialize(product(objective, p), p))(params))
 
 
 def ratio(theirs: Any, mine: Any) -> float:
@@ -444,7 +445,7 @@ def eigenvalues_of_pyhessian(row):
     run, k = recorded_curvature(), 2
     search = partial(analysis.top_eigenpairs, tol=1e-6, max_products=20_000)
     given = {"objective": run.objective(), "params": run.params, "k": k, "top_eigenpairs": search}
-    found = ours(row.cells[1], **given).values
+    found = quick_jit(lambda: ours(row.cells[1], **given).values)()
     stated = re.search(r"eigenvalues come out (\S+) low", row.cells[2])
     assert stated is not None
     bias = run.arrays["pyhessian/top5_tight"][:k] / np.asarray(found) - 1
@@ -466,7 +467,8 @@ def trace_of_pyhessian(row):
 def density_of_pyhessian(row):
     run = recorded_curvature()
     probes = jax.vmap(run.problem.unflatten)(run.arrays["pyhessian/density_z"].astype(float))
-    found = ours(row.cells[1])(run.objective(), run.params, probes=probes, steps=20).density
+    spectrum = partial(ours(row.cells[1]), run.objective(), probes=probes, steps=20)
+    found = quick_jit(spectrum)(run.params).density
     np.testing.assert_allclose(
         found.nodes, np.sort(run.arrays["pyhessian/density_nodes"], axis=1), rtol=0, atol=1e-5
     )
@@ -500,10 +502,10 @@ def squares_of_curvlinops(row):
 
 @claim(FACTORS, "curvlinops 3.0.1 | MSE(mean), empirical Fisher")
 def empirical_fisher_of_curvlinops(row):
-    """Each example's loss is the mean over the outputs, so that the product has its square."""
-    g = each_gradient(mean_square)
+    """The factor 1/NC of the mean stands outside of the product."""
+    g = each_gradient(lambda output, example: jnp.sum(square(output, example)))
     mine = matrix_of(cx.empirical_fvp, likelihood_in(row.cells[2]))
-    assert_factor(g.T @ g / N, mine, row.cells[2], C=CLASSES)
+    assert_factor(g.T @ g / (N * CLASSES), mine, row.cells[2], C=CLASSES)
 
 
 @claim(FACTORS, "curvlinops 3.0.1 | cross-entropy")

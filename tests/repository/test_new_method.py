@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 from pages import DOCS, blocks
 from small_problems import assert_trees_close, net_batch, net_loss, net_params
 
@@ -27,7 +28,7 @@ def test_the_code_of_the_method_is_short():
     assert len(CODE.splitlines()) < 40
 
 
-def by_hand(parts: Any) -> Any:
+def by_hand(parts: Any) -> tuple[Any, Any]:
     """Every device ascends along its gradient less the average over devices and steps."""
     params = net_params()
     mean = jax.tree.map(jnp.zeros_like, params)
@@ -42,29 +43,46 @@ def by_hand(parts: Any) -> Any:
         mean = jax.tree.map(lambda m, g: DECAY * m + (1 - DECAY) * g.mean(0), mean, clean)
         found = jax.vmap(of_device, (None, 0, None))(params, parts, mean)
         params = jax.tree.map(lambda w, u: w - 0.1 * u.mean(0), params, found)
-    return params
+    return params, mean
 
 
-def test_devices_share_the_average_and_ascend_on_their_own(f_sam):
+def divided(batch: Any) -> Any:
+    return jax.tree.map(lambda x: x.reshape(DEVICES, -1, *x.shape[1:]), batch)
+
+
+def on_pmap(step: Any, params: Any, state: Any) -> tuple[Any, Any]:
+    mapped = jax.pmap(step, axis_name="batch", devices=jax.devices()[:DEVICES])
+    on_each = lambda tree: jax.tree.map(lambda x: np.stack([x] * DEVICES), tree)
+    params, state, parts = on_each(params), on_each(state), divided(net_batch())
+    for _ in range(STEPS):
+        params, state = mapped(params, state, parts)
+    return jax.tree.map(lambda x: x[0], (params, state))
+
+
+def on_shard_map(step: Any, params: Any, state: Any) -> tuple[Any, Any]:
+    mesh = jax.make_mesh((DEVICES,), ("batch",), devices=jax.devices()[:DEVICES])
+    specs: Any = dict(in_specs=(P(), P(), P("batch")), out_specs=(P(), P()))
+    mapped = jax.jit(jax.shard_map(step, mesh=mesh, **specs))
+    for _ in range(STEPS):
+        params, state = mapped(params, state, net_batch())
+    return params, state
+
+
+@pytest.mark.parametrize("run", [on_pmap, on_shard_map])
+def test_devices_share_the_average_and_ascend_on_their_own(f_sam, run):
     tx = f_sam(optax.sgd(0.1), RHO, sigma=SIGMA, decay=DECAY, mean_over="batch")
-    parts = jax.tree.map(lambda x: x.reshape(DEVICES, -1, *x.shape[1:]), net_batch())
-    traces: list[None] = []
 
     def step(params: Any, state: Any, part: Any) -> Any:
-        traces.append(None)
         objective = cx.Objective(net_loss, part)
         _, grads = objective.value_and_grad(params)
         updates, state = tx.update(grads, state, params, value_fn=objective)
         return optax.apply_updates(params, updates), state
 
-    mapped = jax.pmap(step, axis_name="batch", devices=jax.devices()[:DEVICES])
-    on_each = lambda tree: jax.tree.map(lambda x: np.stack([x] * DEVICES), tree)
-    params, state = on_each(net_params()), on_each(tx.init(net_params()))
-    for _ in range(STEPS):
-        params, state = mapped(params, state, parts)
-    assert len(traces) == 1
-    assert_trees_close(jax.tree.map(lambda x: x[0], params), by_hand(parts), tol=1e-10)
-    assert_trees_close(*(jax.tree.map(lambda x, i=i: x[i], state[0].average) for i in range(2)))
+    params, state = run(step, net_params(), tx.init(net_params()))
+    expected, mean = by_hand(divided(net_batch()))
+    assert_trees_close(jax.device_get(params), jax.device_get(expected), tol=1e-10)
+    found = optax.tree.get(state, "ema")
+    assert_trees_close(jax.device_get(found), jax.device_get(mean), tol=1e-10)
 
 
 def test_at_sigma_zero_it_is_sam(f_sam):

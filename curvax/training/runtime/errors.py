@@ -1,7 +1,8 @@
-"""The error for what a command was given, and all errors that it reports without a traceback.
+"""Errors that a command reports by their message, without a traceback.
 
-An error class of its own stands where it is raised, and only if some code or a caller tells it from
-others: `DataError`, `CheckpointError`, `NotFinite`, `Stopped`, `Refused`, `ProcessLost`.
+Errors that are caught by class are defined where they are raised: `DataError`, `CheckpointError`,
+`NotFinite`, `Stopped`, `Refused` and `ProcessLost`. What is wrong with a command's input is a
+`ConfigError`.
 """
 
 EXPECTED = (ValueError, TypeError, OSError, ArithmeticError)

@@ -254,7 +254,9 @@ def test_records_have_the_wire_format_of_tensorflow():
     record = tagged(1, b"".join(entries))
     example = tf_example.Example(b"\xff\xd8", 300, "a.jpg")
     assert tf_example.encode(example) == record
-    box = tagged(2, tagged(1, np.float32([0, 1]).tobytes()))  # Feature.float_list, packed
+    box = tagged(
+        2, tagged(1, np.asarray([0, 1], np.float32).tobytes())
+    )  # Feature.float_list, packed
     more = tagged(1, tagged(1, tagged(1, b"box") + tagged(2, box)))
     assert tf_example.decode(record + more) == example
 
