@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any
 
 from curvax import checks
 from curvax.curvature import empirical_fvp, fvp, ggnvp, hvp
-from curvax.curvature.kronecker import KroneckerFactors, kronecker_factors
 from curvax.likelihoods import bernoulli, categorical, gaussian, poisson
 from curvax.linalg import (
     Solution,
@@ -107,7 +106,6 @@ from curvax.stages import (
 )
 
 __all__ = [
-    "KroneckerFactors",
     "Objective",
     "Product",
     "Signal",
@@ -155,7 +153,6 @@ __all__ = [
     "hutchinson_diag",
     "hvp",
     "keep_orthogonal",
-    "kronecker_factors",
     "lanczos",
     "levenberg_marquardt",
     "look_sam",

@@ -169,7 +169,8 @@ def _at_once(f: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
 
     @functools.wraps(f)
     def run(*args: Arguments.args, **options: Arguments.kwargs) -> Result:
-        if jax.config.jax_disable_jit and not any(map(_is_traced, jax.tree.leaves(args))):
+        in_python = jax.config.jax_disable_jit  # type: ignore[attr-defined]
+        if in_python and not any(map(_is_traced, jax.tree.leaves(args))):
             with jax.disable_jit(False):
                 return compiled(*args, **options)
         return f(*args, **options)

@@ -15,13 +15,13 @@ from curvax.arithmetic import safe_math, trees
 from curvax.arithmetic.trees import Tree
 from curvax.curvature.fisher import by_example, draw
 from curvax.likelihoods import Likelihood
-from curvax.objective import Objective, require_likelihood
+from curvax.objective import Objective, loss_of_outputs, require_likelihood
 
 
 class Columns(NamedTuple):
     """`count` cotangents of the outputs of all examples."""
 
-    count: int
+    count: int  # type: ignore[assignment]
     at: Callable[[Any], Tree]
     """j ↦ c_j, shaped like the outputs."""
 
@@ -75,7 +75,7 @@ def _observed(part: Objective, outputs: Tree) -> Tree:
         return share * trees.widen(part.loss.scores(outputs, part.batch))
     weight = part.batch_weight()
     total = jnp.asarray(part.size if weight is None else weight, jnp.result_type(float))
-    return trees.scale(jnp.sqrt(total), jax.grad(part._loss_of)(outputs))
+    return trees.scale(jnp.sqrt(total), jax.grad(lambda z: loss_of_outputs(part, z))(outputs))
 
 
 def draws_of(

@@ -68,11 +68,12 @@ def kronecker_factors(
 
     Examples:
         >>> import jax.numpy as jnp, curvax
+        >>> from curvax.curvature.kronecker import kronecker_factors
         >>> batch = {"x": jnp.array([[1.0, 0.0], [0.0, 2.0]]), "y": jnp.zeros((2, 1))}
         >>> predict = lambda w, batch: batch["x"] @ w
         >>> objective = curvax.Objective(curvax.gaussian("y"), batch, model=predict)
         >>> w = jnp.ones((2, 1))
-        >>> factors = curvax.kronecker_factors(objective, w)
+        >>> factors = kronecker_factors(objective, w)
         >>> factors(w)[:, 0].tolist()  # E[x xᵀ] w
         [0.5, 2.0]
         >>> factors.solve(factors(w), damping=0.0)[:, 0].tolist()

@@ -30,11 +30,12 @@ class KroneckerFactors(BlockOperator):
 
     Examples:
         >>> import jax.numpy as jnp, curvax
+        >>> from curvax.curvature.kronecker import kronecker_factors
         >>> batch = {"x": jnp.array([[1.0, 0.0], [0.0, 2.0]]), "y": jnp.zeros((2, 1))}
         >>> predict = lambda p, batch: batch["x"] @ p["w"] * p["scale"][None]
         >>> objective = curvax.Objective(curvax.gaussian("y"), batch, model=predict)
         >>> params = {"w": jnp.ones((2, 1)), "scale": jnp.ones(1)}
-        >>> factors = curvax.kronecker_factors(objective, params)
+        >>> factors = kronecker_factors(objective, params)
         >>> inputs, outputs = factors.factors_of("w")
         >>> inputs.tolist(), outputs.tolist()
         ([[0.5, 0.0], [0.0, 2.0]], [[1.0]])

@@ -75,7 +75,7 @@ def results(eqn: Any, values: Sequence[Value], names: Names) -> list[Value]:
     """The results of any other equation, of which only the axes are followed."""
     name = eqn.primitive.name
     if name == "dot_general":
-        return [Value(product_axes(eqn, *values, names=names))]
+        return [Value(product_axes(eqn, values[0], values[1], names))]
     if name == "conv_general_dilated":
         return [Value(convolution_axes(eqn, values[0].axes, names))]
     if name == "gather":

@@ -90,7 +90,7 @@ def _product(
         inputs=atoms_of(kernel.axes[i] for i in summed[n]),
         outputs=atoms_of(free),
         given=tuple(given),
-        result=product_axes(eqn, *pair, names=names),
+        result=product_axes(eqn, pair[0], pair[1], names),
         aval=eqn.outvars[0].aval,
         eqn=eqn,
         scale=kernel.scale,

@@ -18,7 +18,7 @@ from curvax.curvature.kronecker.values import ROWS, Names, Value, parameter
 from curvax.curvature.kronecker.walk import Found, walk
 from curvax.curvature.linearization import localized
 from curvax.devices import axes
-from curvax.objective import Objective
+from curvax.objective import Objective, pieces, scaling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +60,8 @@ class Tapped:
         if self.part.scale is None:
             return self.pull(cast(cotangent))
         root = self.part.size**0.5
-        scaled = self.part._scaled(trees.scale(1 / root, trees.wide(cotangent)))
-        return trees.scale(root, self.part._unscaled(self.pull(cast(scaled))))
+        pull = scaling.at_scale(lambda c: self.pull(cast(c)), self.part.scale)
+        return trees.scale(root, pull(trees.scale(1 / root, trees.wide(cotangent))))
 
 
 class Traced(NamedTuple):
@@ -79,7 +79,7 @@ def traced(part: Objective, params: Tree) -> Traced:
     leaves, treedef = jax.tree.flatten(params)
 
     def forward(leaves: list[jax.Array], batch: Tree) -> Tree:
-        return part._changed(batch=batch).outputs(jax.tree.unflatten(treedef, leaves))[0]
+        return pieces.changed(part, batch=batch).outputs(jax.tree.unflatten(treedef, leaves))[0]
 
     program, kinds = jax.make_jaxpr(forward, return_shape=True)(leaves, part.batch)
     names = Names()
@@ -100,7 +100,7 @@ def tapped(part: Objective, params: Tree) -> Tapped:
     program, kinds, plan = traced(part, params)
     uses = [use for own in (*plan.uses, *plan.repeated.values()) for use in own]
     sites: Sites = {use.number: use.site for use in uses}
-    sites |= {use.site.scale: use.factor for use in uses if use.factor is not None}
+    sites |= {use.site.scale: use.factor for use in uses if use.factor is not None}  # type: ignore[misc]
     zeros = lambda use: jnp.zeros(use.shape, use.site.aval.dtype)
     shifts = axes.vary({use.number: zeros(use) for use in uses}, local)
 

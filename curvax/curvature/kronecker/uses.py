@@ -27,7 +27,7 @@ class Use(NamedTuple):
     """What the parameter was multiplied by before, if it was."""
 
     @property
-    def count(self) -> int:
+    def count(self) -> int:  # type: ignore[override]
         """The number of positions of an example."""
         return size_of(self.positions)
 
@@ -64,8 +64,9 @@ def use_of(number: int, sites: list[Site], names: Names, n: int) -> Use | str:
         what = "it is" if site.kind == "repeated" else "its activations are"
         return f"{what} not laid out along the examples"
     positions = tuple(atom for atom in rows if atom not in examples)
-    rows = (examples, positions)
-    return Use(number, site, given, result, stack, inputs, outputs, *rows, factor=scale)
+    return Use(
+        number, site, given, result, stack, inputs, outputs, examples, positions, factor=scale
+    )
 
 
 def _refused(factor: Site, site: Site, names: Names) -> str:
