@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from pages import DOCS, blocks
 from small_problems import assert_trees_close, net_batch, net_loss, net_params
@@ -60,7 +61,8 @@ def on_pmap(step: Any, params: Any, state: Any) -> tuple[Any, Any]:
 
 
 def on_shard_map(step: Any, params: Any, state: Any) -> tuple[Any, Any]:
-    mesh = jax.make_mesh((DEVICES,), ("batch",), devices=jax.devices()[:DEVICES])
+    automatic, devices = (AxisType.Auto,), jax.devices()[:DEVICES]
+    mesh = jax.make_mesh((DEVICES,), ("batch",), automatic, devices=devices)
     specs: Any = dict(in_specs=(P(), P(), P("batch")), out_specs=(P(), P()))
     mapped = jax.jit(jax.shard_map(step, mesh=mesh, **specs))
     for _ in range(STEPS):
@@ -101,8 +103,8 @@ def test_it_keeps_the_rules_of_order(f_sam):
         optax.clip_by_global_norm(1.0) | tx
     with pytest.raises(ValueError, match="the last mini-batch"):
         optax.MultiSteps(tx, 2).init(net_params())
-    objective = cx.Objective(net_loss, net_batch())
-    _, grads = objective.value_and_grad(net_params())
+    objective, params = cx.Objective(net_loss, net_batch()), net_params()
+    _, grads = objective.value_and_grad(params)
     clipped = jax.tree.map(lambda g: 0.5 * g, grads)
     with pytest.raises(ValueError, match="would be lost"):
-        tx.update(clipped, tx.init(net_params()), net_params(), value_fn=objective)
+        tx.update(clipped, tx.init(params), params, value_fn=objective)
