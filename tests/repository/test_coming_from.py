@@ -40,9 +40,9 @@ from other_conventions import (
     square,
 )
 from pages import DOCS, Row, rows, sections
+from recorded_curvature import read
+from recorded_sam import google_loss, momentum_sgd, scheduled_rho
 from small_problems import flat, quick_jit
-from test_curvature import read
-from test_replays_sam import google_loss, momentum_sgd, scheduled_rho
 from trajectories import FOLDER, Run, assert_same, follow, replay, stepper
 from trajectories import row as at
 
