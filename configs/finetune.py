@@ -29,7 +29,8 @@ each; an estimate. Flowers and Pets a twentieth of it.
 
 from ml_collections import ConfigDict
 
-from curvax.training.config.configs import ConfigError, defaults
+from curvax.training.config.configs import defaults
+from curvax.training.runtime.errors import ConfigError
 
 SIDE = 224
 EPOCHS = {"cifar10": 103, "cifar100": 103, "flowers": 500, "pets": 71}

@@ -1,23 +1,23 @@
 """A symmetric linear map v ↦ C v on trees, with its damping and, where known, its square root."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from curvax.arithmetic import safe_math, trees
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Matvec, Scalar
 from curvax.devices import axes
 
 
 class Root(NamedTuple):
     """A factor R with C = RᵀR, which maps parameters to rows, such as the outputs of a batch."""
 
-    forward: Callable[[Tree], Tree]
+    forward: Matvec
     """v ↦ R v."""
-    transpose: Callable[[Tree], Tree]
+    transpose: Matvec
     """u ↦ Rᵀ u."""
     rows: Tree
     """A tree of `jax.ShapeDtypeStruct`, shaped like R v."""
@@ -40,16 +40,16 @@ class Product:
         [1.5, 4.5]
     """
 
-    curvature: Callable[[Tree], Tree]
+    curvature: Matvec
     root: Root | None = None
-    damping: Any = None
+    damping: Scalar | None = None
     over: tuple[axes.Along, ...] = ()
 
     def __call__(self, v: Tree) -> Tree:
         cv = self.curvature(v)
         return cv if self.damping is None else trees.add_scaled(cv, self.damping, v)
 
-    def damped(self, damping: Any) -> "Product":
+    def damped(self, damping: Scalar) -> "Product":
         """The product with more damping, v ↦ (C + (λ + damping) I) v.
 
         Args:
@@ -77,7 +77,7 @@ class Product:
             over=over,
         )
 
-    def within(self, into: Callable[[Tree], Tree], out_of: Callable[[Tree], Tree]) -> "Product":
+    def within(self, into: Matvec, out_of: Matvec) -> "Product":
         """The product v ↦ Pᵀ C P v, a diagonal block of C for example.
 
         Args:
@@ -92,7 +92,7 @@ class Product:
         return dataclasses.replace(self, curvature=curvature, root=root)
 
 
-def as_product(matvec: Callable[[Tree], Tree]) -> Product:
+def as_product(matvec: Matvec) -> Product:
     """Converts a callable v ↦ C v to a `Product`."""
     return matvec if isinstance(matvec, Product) else Product(matvec)
 

@@ -1,8 +1,9 @@
-"""The map of the packages on the architecture page, drawn from `FLOORS` in tests/test_public.py.
+"""The map of the packages on the architecture page.
 
     python docs/make_floors.py
 
-Writes docs/assets/floors.svg. A package imports from the floors below its own only.
+Reads `FLOORS` in tests/repository/test_public.py and writes docs/assets/floors.svg. A package
+imports from the floors below its own only.
 """
 
 import ast
@@ -26,7 +27,7 @@ NEEDS = {
 
 def read() -> list[list[str]]:
     """The floors from the ground up, each sorted."""
-    tree = ast.parse((ROOT / "tests" / "test_public.py").read_text())
+    tree = ast.parse((ROOT / "tests" / "repository" / "test_public.py").read_text())
     (found,) = (
         node.value
         for node in tree.body

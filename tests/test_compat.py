@@ -1,4 +1,4 @@
-"""What JAX's versions call differently is read the same, on the version at hand."""
+"""Differences between versions of JAX and Flax are hidden by `curvax.compat`."""
 
 from functools import partial
 from typing import Any
@@ -71,17 +71,17 @@ def seen_axes(regime, inner):
 
 @pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize("regime", DEVICE_REGIMES)
-def test_the_axis_of_devices_is_seen(regime, inner):
+def test_manual_axes_finds_the_device_axis(regime, inner):
     assert seen_axes(DEVICE_REGIMES[regime], inner) == {("batch",)}
 
 
 @pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize("outer", [vmapped, jax.jit, lambda f: f])
-def test_no_other_axis_is_taken_for_one_of_devices(outer, inner):
+def test_manual_axes_ignores_axes_of_vmap(outer, inner):
     assert seen_axes(outer, inner) == {()}
 
 
-def test_the_axes_of_a_larger_mesh_that_are_left_to_the_compiler_are_not_seen():
+def test_manual_axes_ignores_mesh_axes_left_to_the_compiler():
     seen = []
 
     def f(x):
@@ -104,7 +104,7 @@ LOCAL = [name for name in DEVICE_REGIMES if "eval_shape" not in name]
 
 
 @pytest.mark.parametrize("regime", LOCAL)
-def test_the_gradient_at_what_was_cast_is_that_of_the_device(regime):
+def test_gradient_at_a_cast_value_is_that_of_the_device(regime):
     """Also through the cast's own transpose, which sums where types track it, and only there."""
 
     def local(w, x):
@@ -132,7 +132,7 @@ def varies(x):
 
 
 @pytest.mark.parametrize("kind", AXIS_TYPES)
-def test_types_tell_what_varies_where_shard_map_checks_it(kind):
+def test_varying_axes_are_known_where_shard_map_checks_them(kind):
     seen = {}
 
     def f(checked, w, x):
@@ -145,7 +145,7 @@ def test_types_tell_what_varies_where_shard_map_checks_it(kind):
     assert seen == {True: [False, True] * 2, False: [False] * 4}
 
 
-def test_the_bodies_of_every_kind_of_equation_are_found():
+def test_sub_jaxprs_of_every_kind_of_equation_are_found():
     def f(x):
         y = lax.cond(x[0] > 0, jnp.sin, jnp.cos, x)
         y = lax.scan(lambda c, a: (c + jnp.exp(a), a), y, y)[0]
@@ -167,7 +167,7 @@ def test_the_bodies_of_every_kind_of_equation_are_found():
 @pytest.mark.parametrize("carries", [0, 1, 3])
 @pytest.mark.parametrize("sequences", [0, 2])
 @pytest.mark.parametrize("stacked", [0, 2])
-def test_the_parts_of_a_scan_are_counted(consts, carries, sequences, stacked):
+def test_scan_parts_are_counted(consts, carries, sequences, stacked):
     """Carries as long as the sequences and keys, whose shape hides an axis, among them."""
     fixed = [jax.random.split(jax.random.key(0), 3), jnp.arange(3.0)][:consts]
     start = [jnp.ones(3), jax.random.key(1), jnp.ones((3, 3))][:carries]
@@ -203,7 +203,7 @@ def is_key(x):
 
 
 @pytest.mark.parametrize("f", [jnp.sin, jax.nn.relu, jax.jit(jnp.cos), lambda x: lax.sort(x)])
-def test_an_equation_gives_what_it_gave(f):
+def test_bind_repeats_the_result_of_an_equation(f):
     jaxpr = jax.make_jaxpr(f)(X)
     env: dict[Any, Any] = dict(zip(jaxpr.jaxpr.invars, [X]))
     for eqn in jaxpr.eqns:
@@ -212,7 +212,7 @@ def test_an_equation_gives_what_it_gave(f):
     np.testing.assert_array_equal(env[jaxpr.jaxpr.outvars[0]], f(X))
 
 
-def test_an_nnx_state_is_made_of_arrays_and_its_modules_have_paths():
+def test_nnx_state_becomes_arrays_and_modules_have_paths():
     class Net(nnx.Module):
         def __init__(self):
             self.inner = nnx.Linear(2, 3, rngs=nnx.Rngs(0))

@@ -30,7 +30,8 @@ from curvax.analysis.landscapes import Landscape, landscape
 from curvax.analysis.mlp_hessians import MlpBlockHessian, mlp_block_hessians
 from curvax.analysis.ntk import ConditionNumber, ntk, ntk_condition_number
 from curvax.analysis.random_sharpness import RandomSharpness, random_sharpness
-from curvax.analysis.sharpness import (
+from curvax.analysis.spectra import Spectrum, curvature_trace, hessian_spectrum, top_eigenpairs
+from curvax.analysis.worst_case_sharpness import (
     MSharpness,
     Sharpness,
     SurrogateGap,
@@ -38,7 +39,6 @@ from curvax.analysis.sharpness import (
     sharpness,
     surrogate_gap,
 )
-from curvax.analysis.spectra import Spectrum, curvature_trace, hessian_spectrum, top_eigenpairs
 
 __all__ = [
     "Alignment",

@@ -12,6 +12,7 @@ from curvax.analysis.directions import stack_of
 from curvax.analysis.evaluation import Loss, as_loss, evaluate_gradients
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Scalar, TreePrefix
 from curvax.devices.axes import AxisNames
 from curvax.linalg import bases
 from curvax.objective import Objective
@@ -42,7 +43,7 @@ class Alignment(NamedTuple):
 def gradient_angle(
     objective: Loss,
     params: Tree,
-    rho: Any,
+    rho: Scalar | TreePrefix,
     *,
     mean_over: AxisNames = None,
     **ball: Any,
@@ -84,7 +85,7 @@ def gradient_angle(
     )
 
 
-def alignment(vector: Tree, basis: Any) -> Alignment:
+def alignment(vector: Tree, basis: Tree) -> Alignment:
     """Computes the share of a gradient or an update in the span of orthonormal directions.
 
         ‖Vᵀu‖² / ‖u‖²
@@ -149,8 +150,8 @@ def block_norms(tree: Tree, blocks: Blocks = "*") -> dict[str, jax.Array]:
 def _gradient_angle(
     objective: Objective,
     params: Tree,
-    rho: Any,
-    step_size: Any,
+    rho: Scalar | TreePrefix,
+    step_size: Scalar | None,
     *,
     mean_over: AxisNames,
     **ball: Any,

@@ -1,6 +1,6 @@
 """An objective, a point and a ball ↦ the losses and gradients along an ascent within the ball."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +8,12 @@ import jax.numpy as jnp
 from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Mask, Period, Scalar, TreePrefix
 from curvax.devices import axes
-from curvax.objective import Objective
+from curvax.objective import Objective, value_aux_and_grad
 from curvax.perturbation import dual_norm
-from curvax.perturbation.ball import AscentRules, BallAscent, check_ascent
+from curvax.perturbation.ascent_rules import AscentLike
+from curvax.perturbation.ascent_steps import AscentRules, BallAscent, check_ascent
 
 
 class Ascended(NamedTuple):
@@ -30,16 +32,16 @@ class Ascended(NamedTuple):
 def ascend(
     objective: Objective,
     params: Tree,
-    rho: Any,
+    rho: Scalar | TreePrefix,
     over: tuple[str, ...],
-    number: Any = 0,
+    number: Period = 0,
     *,
     p: float = 2,
     steps: int = 1,
-    step_size: Any = None,
+    step_size: Scalar | None = None,
     projected: bool = True,
-    ascent: Any = None,
-    mask: Any = None,
+    ascent: AscentLike | None = None,
+    mask: Mask | None = None,
 ) -> Ascended:
     """Runs the ascent of `sam_perturb` from parameters in float32 or wider.
 
@@ -67,7 +69,7 @@ def ascend(
         local=local,
     )
     with jax.default_matmul_precision("highest"):
-        (loss, _), gradient = objective._value_aux_and_grad(ball.params)
+        (loss, _), gradient = value_aux_and_grad(objective, ball.params)
         visited = list(ball.visited(gradient))
     losses = jnp.stack([value for value, _ in visited])
     found = Ascended(loss, gradient, losses, visited[-1][1])
@@ -77,14 +79,14 @@ def ascend(
 def check_ball(
     name: str,
     params: Tree,
-    rho: Any,
+    rho: Scalar | TreePrefix,
     *,
-    p: Any = 2,
-    steps: Any = 1,
-    step_size: Any = None,
-    projected: Any = True,
-    ascent: Any = None,
-    mask: Any = None,
+    p: float = 2,
+    steps: int = 1,
+    step_size: Scalar | None = None,
+    projected: bool = True,
+    ascent: AscentLike | None = None,
+    mask: Mask | None = None,
 ) -> None:
     """Checks the options of `ascend` before compilation.
 

@@ -15,6 +15,7 @@ from curvax.analysis.evaluation import Loss, evaluate_products
 from curvax.analysis.spectra import start_vector, tolerance
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Key
 from curvax.devices.axes import AxisNames
 from curvax.linalg import eigenpairs
 from curvax.linalg.probes import as_key
@@ -45,7 +46,7 @@ def block_eigenvalues(
     subspace: int | None = None,
     chunk: int = 4,
     v0: Tree = None,
-    key: jax.Array | int = 0,
+    key: Key = 0,
     mean_over: AxisNames = None,
 ) -> dict[str, BlockEigenvalue]:
     """Computes λ_max of the diagonal block of the curvature for each block of parameters.

@@ -10,9 +10,9 @@ from curvax import checks
 from curvax.analysis.dataset_loss import DatasetLoss
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Matvec
 from curvax.curvature import empirical_fvp, fvp, ggnvp, hvp
 from curvax.curvature.differentiability import check_mode
-from curvax.curvature.modes import Matvec
 from curvax.devices.axes import AxisNames
 from curvax.linear_operator import as_product
 from curvax.objective import Objective

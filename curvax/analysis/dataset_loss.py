@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from curvax.analysis.compiling import compiled_once
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
-from curvax.objective import Objective, check_key
+from curvax.objective import Objective, check_key, value_aux_and_grad
 
 Wrapper = Callable[[Iterable[Tree]], Iterable[Tree]]
 
@@ -55,16 +55,11 @@ class DatasetLoss:
 
     def __init__(
         self,
-        loss: Callable[..., Any],
-        loader: Iterable[Tree],
-        *,
-        model: Callable[..., Any] | None = None,
-        has_aux: bool = False,
-        key: jax.Array | None = None,
-        microbatch: int | None = None,
-        weight: Callable[[Tree], Any] | str | None = None,
-        progress: bool | Wrapper = False,
-    ):
+        loss: Callable[..., Any], loader: Iterable[Tree], *,
+        model: Callable[..., Any] | None = None, has_aux: bool = False,
+        key: jax.Array | None = None, microbatch: int | None = None,
+        weight: Callable[[Tree], Any] | str | None = None, progress: bool | Wrapper = False,
+    ):  # fmt: skip
         self.loss, self.loader, self.key, self.progress = loss, loader, key, progress
         self._options: dict[str, Any] = dict(
             model=model, has_aux=has_aux, microbatch=microbatch, weight=weight
@@ -147,7 +142,7 @@ def _value(objective: Objective, params: Tree) -> jax.Array:
 
 
 def _value_and_grad(objective: Objective, params: Tree) -> tuple[jax.Array, Tree]:
-    (value, _), grads = objective._value_aux_and_grad(params)
+    (value, _), grads = value_aux_and_grad(objective, params)
     return value, grads
 
 

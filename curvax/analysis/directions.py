@@ -5,7 +5,7 @@ A direction is a tree like the parameters; several are stacked along a new first
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from curvax import checks
 from curvax.analysis.curvature_products import CurvatureLike, matrix
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
-from curvax.curvature.modes import Matvec
+from curvax.arithmetic.typing import Key, Matvec
 from curvax.linalg import bases, gaussian_probe
 from curvax.linalg.probes import as_key
 from curvax.linear_operator import as_product
@@ -32,7 +32,7 @@ class Trajectory(NamedTuple):
     """The share of the path's variance along each direction, [k]."""
 
 
-def random_directions(params: Tree, k: int = 2, *, key: jax.Array | int = 0) -> Tree:
+def random_directions(params: Tree, k: int = 2, *, key: Key = 0) -> Tree:
     """Draws k Gaussian directions.
 
     Args:
@@ -135,7 +135,7 @@ def of_block(
     return lambda objective, params: product(objective, params).within(within, within)
 
 
-def stack_of(directions: Any, params: Tree, where: str) -> tuple[Tree, int]:
+def stack_of(directions: Tree, params: Tree, where: str) -> tuple[Tree, int]:
     """Stacks directions to [k, ...] in float32 or wider, and returns them with k.
 
     Args:

@@ -14,7 +14,7 @@ from curvax.curvature import fvp
 from curvax.devices import axes
 from curvax.devices.axes import AxisNames
 from curvax.likelihoods import Likelihood
-from curvax.objective import Objective, require_likelihood
+from curvax.objective import Objective, microbatch_mean, require_likelihood
 
 
 class FisherKL(NamedTuple):
@@ -84,7 +84,7 @@ def _fisher_kl(
         return _divergence(part, z, z_there), _divergence(part, z_there, z)
 
     with jax.default_matmul_precision("highest"):
-        forward, reverse = objective._microbatch_mean(divergences)
+        forward, reverse = microbatch_mean(objective, divergences)
     return axes.mean(FisherKL(form, forward, reverse), over, objective.batch_weight())
 
 

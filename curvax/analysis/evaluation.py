@@ -16,26 +16,28 @@ import jax
 from curvax.analysis.compiling import compiled_once
 from curvax.analysis.dataset_loss import DatasetLoss
 from curvax.arithmetic.trees import Tree
-from curvax.objective import Objective, as_objective
+from curvax.objective import LossAndGradient, Objective, as_objective, value_aux_and_grad
 
 Loss = Objective | DatasetLoss | Callable[[Tree], jax.Array]
 
 
 class _DatasetObjective:
-    """The methods of `Objective` that an ascent calls, for a loss over a whole data set."""
+    """What an ascent needs of an `Objective`, for a loss over a whole data set."""
 
     def __init__(self, dataset_loss: DatasetLoss):
         self.dataset_loss = dataset_loss
-
-    def _value_aux_and_grad(self, params: Tree) -> tuple[tuple[jax.Array, None], Tree]:
-        value, gradient = self.dataset_loss.value_and_grad(params)
-        return (value, None), gradient
 
     def local_axes(self, params: Tree) -> frozenset[str]:
         return frozenset()
 
     def batch_weight(self) -> None:
         return None
+
+
+@value_aux_and_grad.register
+def _(objective: _DatasetObjective, params: Tree) -> LossAndGradient:  # type: ignore[misc]
+    value, gradient = objective.dataset_loss.value_and_grad(params)
+    return (value, None), gradient
 
 
 def as_loss(objective: Loss, where: str, params: Tree) -> Objective | DatasetLoss:

@@ -12,7 +12,7 @@ from curvax.analysis.directions import stack_of
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
 from curvax.linalg import bases
-from curvax.parameter_roles import layers
+from curvax.parameter_roles import roles_by_name
 from curvax.parameter_roles.roles import Path
 
 
@@ -91,7 +91,7 @@ def _scaled(stack: Tree, params: Tree, *, inside: tuple[tuple[int, ...] | None, 
     return jax.tree.unflatten(structure, map(scaled, leaves, jax.tree.leaves(params), inside))
 
 
-def _inside(facts: Any, rank: int, biases: bool) -> tuple[int, ...] | None:
+def _inside(facts: _Facts, rank: int, biases: bool) -> tuple[int, ...] | None:
     """The axes within a filter, or None for a leaf that is set to 0."""
     apart = set(facts.depth)
     if facts.kind in ("bias", "norm") or rank - len(apart) < 2:
@@ -104,5 +104,5 @@ def _inside(facts: Any, rank: int, biases: bool) -> tuple[int, ...] | None:
 
 def _by_names(params: Tree) -> dict[Path, _Facts]:
     """Facts inferred from names, shapes and classes."""
-    found = layers.param_infos(params)
+    found = roles_by_name.param_infos(params)
     return {path: _Facts(r.role.kind, r.role.outputs, r.depth) for path, r in found.items()}

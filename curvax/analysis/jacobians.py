@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from curvax.arithmetic.trees import Tree
 from curvax.curvature.gauss_newton import model_pass
 from curvax.curvature.linearization import localized, refuse_complex_values
 from curvax.devices import meshes
-from curvax.objective import Objective, microbatching
+from curvax.objective import Objective, map_examples, microbatching
 
 NUMBERS = 2**26
 """Default limit on the entries of a Jacobian in memory: 256 MB in float32."""
@@ -37,7 +37,7 @@ def outputs_of(objective: Objective, params: Tree) -> jax.Array:
 
 def outputs_alone(objective: Objective, params: Tree) -> jax.Array:
     """The outputs of each example evaluated as a batch of one, [n, C]."""
-    return objective._map_examples(lambda one, params: outputs_of(one, params)[0], params)[0]
+    return map_examples(objective, lambda one, params: outputs_of(one, params)[0], params)[0]
 
 
 def outputs_shape(objective: Objective, params: Tree) -> tuple[int, int]:
@@ -56,7 +56,7 @@ def jacobian(objective: Objective, params: Tree) -> Tree:
     """∂z/∂θ with each example as a batch of one: a tree like `params`, leaves [n, C, ...]."""
     params, _ = localized(objective, params)
     one = lambda example, params: jax.jacrev(lambda p: outputs_of(example, p)[0])(params)
-    return objective._map_examples(one, params)[0]
+    return map_examples(objective, one, params)[0]
 
 
 def fitting_chunk(objective: Objective, params: Tree) -> int:
@@ -98,7 +98,7 @@ def _linearized(objective: Objective, params: Tree) -> Maps:
     return Maps(lambda v: rows(whole.model.push(v), n), pull)
 
 
-def _like(u: jax.Array, outputs: Any) -> Tree:
+def _like(u: jax.Array, outputs: Tree) -> Tree:
     """Splits rows [n, C] into a tree like the outputs, the inverse of `rows`."""
     leaves, treedef = jax.tree.flatten(outputs)
     ends = [0]

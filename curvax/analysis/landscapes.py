@@ -15,7 +15,10 @@ from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
 from curvax.devices.axes import AxisNames
 from curvax.linalg import bases
-from curvax.objective import Objective
+from curvax.objective import Objective, device_mean
+
+Span = float | tuple[float, float]
+"""s for [-s, s], or (low, high)."""
 
 
 class Landscape(NamedTuple):
@@ -30,9 +33,9 @@ class Landscape(NamedTuple):
 def landscape(
     objective: Loss,
     params: Tree,
-    directions: Any,
+    directions: Tree,
     *,
-    span: Any = 1.0,
+    span: Span | Sequence[Span] = 1.0,
     points: int | Sequence[int] = 21,
     chunk: int = 1,
     mean_over: AxisNames = None,
@@ -112,17 +115,17 @@ def _on_grid(
     places = grid.reshape(-1, len(coordinates))
 
     def loss(place: jax.Array) -> jax.Array:
-        return objective._device_mean(trees.add(params, bases.combination(place, stack)), over)
+        return device_mean(objective, trees.add(params, bases.combination(place, stack)), over)
 
     losses = lax.map(loss, places, batch_size=min(chunk, len(places)))
     return losses.reshape(grid.shape[:-1])
 
 
-def _ranges(span: Any, k: int) -> list[tuple[float, float]]:
+def _ranges(span: Span | Sequence[Span], k: int) -> list[tuple[float, float]]:
     """(low, high) for each of the k directions."""
-    if isinstance(span, numbers.Real) or _is_pair(span):
-        span = [span] * k
-    ranges = [(-s, s) if isinstance(s, numbers.Real) else tuple(s) for s in span]
+    one = isinstance(span, numbers.Real) or _is_pair(span)
+    spans: Any = [span] * k if one else span
+    ranges = [(-s, s) if isinstance(s, numbers.Real) else tuple(s) for s in spans]
     for low, high in ranges:
         if not low < high:
             raise ValueError(

@@ -13,7 +13,14 @@ from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
 from curvax.curvature.differentiability import check_mode
 from curvax.curvature.hessian import gradient_and_product, linearized_gradient
-from curvax.objective import Objective, as_objective, require_batch, require_model
+from curvax.objective import (
+    Objective,
+    as_objective,
+    loss_of_outputs,
+    map_examples,
+    require_batch,
+    require_model,
+)
 
 
 class MlpBlockHessian(NamedTuple):
@@ -122,10 +129,10 @@ def _recursion(
     def one(part: Objective, chain: tuple[_Layer, ...]) -> tuple[list[MlpBlockHessian], jax.Array]:
         fed = inputs(part.batch) if callable(inputs) else part.batch[inputs]
         x = trees.widen(fed[0].ravel())
-        return _blocks(chain, x, activation, lambda z: part._loss_of(z[None]), mode)
+        return _blocks(chain, x, activation, lambda z: loss_of_outputs(part, z[None]), mode)
 
     with jax.default_matmul_precision("highest"):
-        (blocks, outputs), _ = objective._map_examples(one, chain)
+        (blocks, outputs), _ = map_examples(objective, one, chain)
         expected = outputs_alone(objective, params)
     blocks = [b._replace(weight_norm=b.weight_norm[0]) for b in blocks]
     if outputs.shape != expected.shape:

@@ -1,7 +1,7 @@
 """A model and a point ↦ the neural tangent kernel of a batch, and its condition number."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from curvax.analysis.jacobians import (
 )
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Key, ValueFn
 from curvax.devices import meshes
 from curvax.linalg import eigenpairs, gaussian_probe
 from curvax.linalg.probes import as_key
@@ -97,7 +98,7 @@ def ntk_condition_number(
     chunk: int | None = None,
     tol: float = 1e-3,
     max_products: int = 5000,
-    key: jax.Array | int = 0,
+    key: Key = 0,
 ) -> ConditionNumber:
     """Computes the condition number of the neural tangent kernel.
 
@@ -274,7 +275,9 @@ def _refuse_dependent(difference: jax.Array, name: str) -> None:
     )
 
 
-def _checked(objective: Any, params: Tree, name: str, form: str, chunk: int | None) -> Objective:
+def _checked(
+    objective: Objective | ValueFn, params: Tree, name: str, form: str, chunk: int | None
+) -> Objective:
     what = f"`{name}`"
     objective = require_model(require_batch(as_objective(objective, name, params), name), what)
     if form not in FORMS:

@@ -1,6 +1,6 @@
 """A loss, a point and a scale ρ ↦ the mean rise of the loss under random perturbations."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,11 @@ from curvax import checks
 from curvax.analysis.evaluation import Loss, as_loss, evaluate_mean
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Key, Scalar
 from curvax.devices.axes import AxisNames
 from curvax.linalg import gaussian_probe
 from curvax.linalg.probes import as_key
-from curvax.objective import Objective
+from curvax.objective import Objective, device_mean
 
 
 class RandomSharpness(NamedTuple):
@@ -32,12 +33,12 @@ class RandomSharpness(NamedTuple):
 def random_sharpness(
     objective: Loss,
     params: Tree,
-    rho: Any,
+    rho: Scalar,
     *,
     draws: int = 16,
     normalised: bool = False,
     probes: Tree = None,
-    key: jax.Array | int = 0,
+    key: Key = 0,
     chunk: int = 1,
     mean_over: AxisNames = None,
 ) -> RandomSharpness:
@@ -65,7 +66,7 @@ def random_sharpness(
         A `RandomSharpness`.
 
     Raises:
-        ValueError, TypeError: an option out of range.
+        ValueError, TypeError: an option out of range, or parameters that are not floating.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -92,7 +93,7 @@ def random_sharpness(
 def _differences(
     objective: Objective,
     params: Tree,
-    rho: Any,
+    rho: Scalar,
     keys: jax.Array | None,
     probes: Tree,
     *,
@@ -105,12 +106,12 @@ def _differences(
     local = objective.local_axes(params)
     over = checks.averaged_axes(mean_over, local, stage="random_sharpness")
 
-    def perturbed(draw: Any) -> jax.Array:
+    def perturbed(draw: Tree) -> jax.Array:
         z = gaussian_probe(draw, params) if probes is None else draw
         scale = trees.ratio(jnp.asarray(rho), trees.norm(z)) if normalised else rho
-        return objective._device_mean(trees.add_scaled(params, scale, z), over)
+        return device_mean(objective, trees.add_scaled(params, scale, z), over)
 
     draws = keys if probes is None else probes
     count = len(jax.tree.leaves(draws)[0])
     losses = lax.map(perturbed, draws, batch_size=min(chunk, count))
-    return losses - objective._device_mean(params, over)
+    return losses - device_mean(objective, params, over)

@@ -11,6 +11,7 @@ from curvax.analysis.curvature_products import CurvatureLike, Matrix, matrix
 from curvax.analysis.evaluation import Loss, evaluate_products
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Key
 from curvax.devices import meshes
 from curvax.devices.axes import AxisNames
 from curvax.linalg import (
@@ -43,7 +44,7 @@ def top_eigenpairs(
     max_products: int = 1000,
     subspace: int | None = None,
     v0: Tree = None,
-    key: jax.Array | int = 0,
+    key: Key = 0,
     mean_over: AxisNames = None,
 ) -> Eigenpairs:
     """Computes k eigenpairs of a curvature matrix at one end of its spectrum.
@@ -151,7 +152,7 @@ def hessian_spectrum(
     mode: str = "auto",
     probes: int | Tree = 4,
     steps: int = 50,
-    key: jax.Array | int = 0,
+    key: Key = 0,
     keep_basis: bool = True,
     mean_over: AxisNames = None,
 ) -> Spectrum:
@@ -233,7 +234,7 @@ def curvature_trace(
     curvature: CurvatureLike = "hessian",
     mode: str = "auto",
     probes: int | Tree = 16,
-    key: jax.Array | int = 0,
+    key: Key = 0,
     mean_over: AxisNames = None,
 ) -> Estimate:
     """Estimates the trace of a curvature matrix by Hutchinson's method.

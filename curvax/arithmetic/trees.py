@@ -1,7 +1,9 @@
 """Arithmetic on pytrees of parameters in float32 or wider, and names for their leaves."""
 
+import dataclasses
+import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +30,9 @@ class Name(str):
 
 Path = tuple[Name, ...]
 
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
 
 def names(path: Iterable[Any]) -> Path:
     """The names along a JAX key path, `('block_0', 'kernel')` for example."""
@@ -37,6 +42,14 @@ def names(path: Iterable[Any]) -> Path:
 def label(path: Path) -> str:
     """A path as text, `block_0/kernel` for example."""
     return "/".join(path) or "(root)"
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """A hashable value without leaves, which JAX's transformations pass on unchanged."""
+
+    value: Any
 
 
 def map_with_path(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
@@ -146,16 +159,41 @@ def laid_out_like(tree: Tree, like: Tree) -> Tree:
     return jax.tree.map(lay, tree, like)
 
 
+def _at_once(f: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Keeps `f` one program under `jax.disable_jit`, instead of several operations for each leaf.
+
+    Loops over products that JAX cannot trace, such as those over a whole data set, run in Python
+    under `disable_jit`.
+    """
+    compiled = jax.jit(f)
+
+    @functools.wraps(f)
+    def run(*args: Arguments.args, **options: Arguments.kwargs) -> Result:
+        in_python = jax.config.jax_disable_jit  # type: ignore[attr-defined]
+        if in_python and not any(map(_is_traced, jax.tree.leaves(args))):
+            with jax.disable_jit(False):
+                return compiled(*args, **options)
+        return f(*args, **options)
+
+    return run
+
+
+def _is_traced(x: Any) -> bool:
+    return isinstance(x, jax.core.Tracer)
+
+
 def add(a: Tree, b: Tree) -> Tree:
     """a + b with the dtypes of a."""
     return jax.tree.map(lambda x, y: (widen(x) + widen(y)).astype(x.dtype), a, b)
 
 
+@_at_once
 def add_scaled(a: Tree, scale: Any, b: Tree) -> Tree:
     """a + scale·b with the dtypes of a."""
     return jax.tree.map(lambda x, y: (widen(x) + scale * widen(y)).astype(x.dtype), a, b)
 
 
+@_at_once
 def scale(factor: Any, tree: Tree) -> Tree:
     return jax.tree.map(lambda x: (factor * widen(x)).astype(x.dtype), tree)
 
@@ -175,12 +213,14 @@ def total(tree: Tree) -> jax.Array:
     return sum((jnp.sum(widen(x)) for x in jax.tree.leaves(tree)), jnp.zeros((), jnp.float32))
 
 
+@_at_once
 def dot(a: Tree, b: Tree) -> jax.Array:
     """<a, b> over the whole tree, as sums of products: `vdot` does not allow sharded leaves."""
     return total(jax.tree.map(lambda x, y: widen(x) * widen(y), a, b))
 
 
 @jax.custom_jvp
+@_at_once
 def norm(tree: Tree) -> jax.Array:
     """‖a‖₂ over the whole tree, with derivative 0 at 0, without overflow or underflow of squares.
 
@@ -206,6 +246,7 @@ def _ranges(dtype: Any) -> tuple[float, float, float]:
 
 
 @jax.custom_jvp
+@_at_once
 def unit(tree: Tree) -> Tree:
     """a / ‖a‖₂ in float32 or wider, and 0 for a = 0."""
     near_one = inverse(magnitude(tree))
@@ -254,6 +295,7 @@ def inverse(power: jax.Array) -> jax.Array:
 
 
 @jax.custom_jvp
+@_at_once
 def cosine(a: Tree, b: Tree) -> jax.Array:
     """<a, b> / ‖a‖‖b‖ over the whole tree, and 0 if a or b is 0.
 

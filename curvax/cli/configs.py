@@ -17,9 +17,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from curvax.training.config import configs
+    from curvax.training.runtime.errors import ConfigError
 
     if overrides:
-        raise ValueError(
+        raise ConfigError(
             f"`curvax configs` takes only the name of a config, and got {' '.join(overrides)}."
         )
     if arguments.config:

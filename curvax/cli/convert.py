@@ -29,9 +29,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from curvax.training.data import convert
+    from curvax.training.runtime.errors import ConfigError
 
     if overrides:
-        raise ValueError(f"`curvax convert` has no option {overrides[0]}.")
+        raise ConfigError(f"`curvax convert` has no option {overrides[0]}.")
     convert.command(arguments.images, arguments.out, arguments.validation, arguments.skip)
 
 

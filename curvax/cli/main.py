@@ -5,6 +5,7 @@ import contextlib
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from curvax.cli.bench import BENCH
 from curvax.cli.command import Parser
@@ -16,6 +17,7 @@ from curvax.cli.inspect import INSPECT
 from curvax.cli.plan import PLAN
 from curvax.cli.resume import RESUME
 from curvax.cli.train import TRAIN
+from curvax.training.runtime.errors import EXPECTED
 from curvax.training.runtime.log_filters import silence_libtpu
 
 _DESCRIPTION = """\
@@ -29,7 +31,15 @@ Curvature and sharpness in training, from the command line.
   curvax configs               all configs that come with curvax
 """
 
+_ERROR = 2
+"""The exit code of errors; those of interruptions are 128 and the number of the signal."""
+
 COMMANDS = (TRAIN, COMPARE, INSPECT, BENCH, PLAN, RESUME, EVALUATE, CONVERT, CONFIGS)
+
+
+class _Failure(NamedTuple):
+    message: str
+    code: int
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,17 +59,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         joined = _join(arguments)
         with _exits_alone() if joined else contextlib.nullcontext():
             arguments.run(arguments, overrides)
-    except KeyboardInterrupt as stopped:
-        return _fail(str(stopped) or "stopped.", 130)
-    except InterruptedError as stopped:
-        return _fail(str(stopped), 143)
-    except ModuleNotFoundError as error:
-        return _fail(f"{error}. The command line needs an extra: pip install 'curvax[train]'", 2)
-    except (ValueError, TypeError, OSError, ArithmeticError) as error:
-        if arguments.traceback:
+    except BaseException as error:
+        found = _expected(error)
+        if found is None or (arguments.traceback and found.code == _ERROR):
             raise
-        return _fail(str(error), 2)
+        return _fail(found)
     return 0
+
+
+def _expected(error: BaseException) -> _Failure | None:
+    """What is reported of an error; None for faults of the program, which end in a traceback."""
+    match error:
+        case KeyboardInterrupt():
+            return _Failure(str(error) or "stopped.", 130)
+        case InterruptedError():
+            return _Failure(str(error), 143)
+        case ModuleNotFoundError():
+            cure = "The command line needs an extra: pip install 'curvax[train]'"
+            return _Failure(f"{error}. {cure}", _ERROR)
+    return _Failure(str(error), _ERROR) if isinstance(error, EXPECTED) else None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -95,15 +113,13 @@ def _exits_alone() -> Iterator[None]:
         yield
     except (distributed.Refused, InterruptedError, ArithmeticError, ModuleNotFoundError):
         raise
-    except (ValueError, TypeError, OSError) as error:
-        distributed.leave(_fail(str(error), 2))
-    except KeyboardInterrupt as stopped:
-        distributed.leave(_fail(str(stopped) or "stopped.", 130))
-    except BaseException:
+    except BaseException as error:
+        if found := _expected(error):
+            distributed.leave(_fail(found))
         traceback.print_exc()
         distributed.leave(1)
 
 
-def _fail(message: str, code: int) -> int:
-    print(f"curvax: {message}", file=sys.stderr)
-    return code
+def _fail(failure: _Failure) -> int:
+    print(f"curvax: {failure.message}", file=sys.stderr)
+    return failure.code

@@ -1,16 +1,15 @@
 """Products with the empirical Fisher matrix, the mean of the gradients' outer products."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from curvax.arithmetic import safe_math, trees
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Matvec
 from curvax.curvature.differentiability import check_mode
 from curvax.curvature.linearization import (
-    LossAndGradient,
     at_precision,
     at_unit_size,
     linearized,
@@ -18,7 +17,17 @@ from curvax.curvature.linearization import (
     unit_sized,
 )
 from curvax.linear_operator import Product, Root
-from curvax.objective import Objective, as_objective, require_batch
+from curvax.objective import (
+    LossAndGradient,
+    Objective,
+    as_objective,
+    map_examples,
+    microbatch_mean,
+    require_batch,
+    scaling,
+    value_and_aux,
+    value_aux_and_grad,
+)
 
 
 def empirical_fvp(
@@ -26,7 +35,7 @@ def empirical_fvp(
     params: Tree,
     *,
     mode: str = "auto",
-    precision: Any = "highest",
+    precision: str | None = "highest",
 ) -> Product:
     """The product with the empirical Fisher matrix, uncentred, at `params`.
 
@@ -68,17 +77,17 @@ def empirical_fvp(
 
 
 def linearized_empirical_fisher(
-    objective: Objective, params: Tree, *, mode: str = "auto", precision: Any = "highest"
+    objective: Objective, params: Tree, *, mode: str = "auto", precision: str | None = "highest"
 ) -> tuple[LossAndGradient, Product]:
     """(((L, aux), ∇L), product of `empirical_fvp`); the gradient takes a pass of its own."""
     product = empirical_fvp(objective, params, mode=mode, precision=precision)
-    return objective._value_aux_and_grad(params), product
+    return value_aux_and_grad(objective, params), product
 
 
 def _linearized(objective: Objective, params: Tree, mode: str) -> Product:
     if not objective.microbatch:
         return _outer(objective, params, mode)
-    return Product(lambda v: objective._microbatch_mean(lambda part: _outer(part, params, mode)(v)))
+    return Product(lambda v: microbatch_mean(objective, lambda part: _outer(part, params, mode)(v)))
 
 
 def _outer(objective: Objective, params: Tree, mode: str) -> Product:
@@ -95,18 +104,18 @@ def _outer(objective: Objective, params: Tree, mode: str) -> Product:
     return unit_sized(objective, Product(lambda v: pull(w * push(v)), root))
 
 
-def _scaled_pull(objective: Objective, pull: Callable[[jax.Array], Tree]) -> Any:
+def _scaled_pull(objective: Objective, pull: Matvec) -> Matvec:
     """`pull` of scaled losses, each divided by n as in the mean that the scale is chosen for."""
 
     def pulled(u: jax.Array) -> Tree:
-        return trees.scale(u.size, objective._unscaled(pull(objective._scaled(u / u.size))))
+        return trees.scale(u.size, scaling.at_scale(pull, objective.scale)(u / u.size))
 
     return at_unit_size(objective, pulled)
 
 
 def _losses(objective: Objective, params: Tree) -> tuple[jax.Array, jax.Array | None]:
     """(losses, weights or None) of all examples, [n] each."""
-    return objective._map_examples(lambda part, params: part._evaluate(params)[0], params)
+    return map_examples(objective, lambda part, params: value_and_aux(part, params)[0], params)
 
 
 def _shape(x: jax.Array) -> jax.ShapeDtypeStruct:

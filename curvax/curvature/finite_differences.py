@@ -91,7 +91,7 @@ def _precise(f: Function) -> Function:
     return precise
 
 
-def _quotient(ahead: Any, behind: Any, scale: jax.Array) -> Any:
+def _quotient(ahead: jax.Array, behind: jax.Array, scale: jax.Array) -> jax.Array | np.ndarray:
     if not trees.is_float(ahead):
         return np.zeros(ahead.shape, jax.dtypes.float0)
     return (scale * (trees.widen(ahead) - trees.widen(behind))).astype(ahead.dtype)

@@ -1,7 +1,6 @@
 """Products with the Fisher matrix of a model's predictive distribution, exact or sampled."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +10,9 @@ from curvax.arithmetic import safe_math, trees
 from curvax.arithmetic.trees import Tree
 from curvax.curvature.differentiability import check_mode
 from curvax.curvature.gauss_newton import Metric, linearized_product, loss_curvature
-from curvax.curvature.linearization import LossAndGradient
 from curvax.likelihoods import Likelihood
 from curvax.linear_operator import Product, Root
-from curvax.objective import Objective, as_objective, check_key, require_likelihood
+from curvax.objective import LossAndGradient, Objective, as_objective, check_key, require_likelihood
 
 
 def fvp(
@@ -25,7 +23,7 @@ def fvp(
     key: jax.Array | None = None,
     labels: jax.Array | None = None,
     mode: str = "auto",
-    precision: Any = "highest",
+    precision: str | None = "highest",
 ) -> Product:
     """The product with the Fisher matrix of the model's predictive distribution at `params`.
 
@@ -77,7 +75,7 @@ def linearized_fisher(
     samples: int | None = None,
     key: jax.Array | None = None,
     mode: str = "auto",
-    precision: Any = "highest",
+    precision: str | None = "highest",
 ) -> tuple[LossAndGradient, Product]:
     """(((L, aux), ∇L), product of `fvp`) from one linearisation; `key` is unused if exact."""
     gradient, product = _linearized(objective, params, mode, precision, samples, key)
@@ -88,7 +86,7 @@ def _linearized(
     objective: Objective,
     params: Tree,
     mode: str,
-    precision: Any,
+    precision: str | None,
     samples: int | None,
     key: jax.Array | None,
     labels: jax.Array | None = None,
@@ -99,7 +97,7 @@ def _linearized(
     batched: tuple[jax.Array, ...] = ()
     if labels is not None:
         shape = likelihood.label_shape(objective.batch)
-        metric, batched = given_labels, (_by_example(jnp.asarray(labels), shape),)
+        metric, batched = given_labels, (by_example(jnp.asarray(labels), shape, "fvp"),)
     elif samples is not None and key is not None:
         metric, batched = drawn_labels, (sample_keys(objective, key, samples),)
     return linearized_product(objective, params, metric, *batched, mode=mode, precision=precision)
@@ -145,8 +143,13 @@ def given_labels(part: Objective, outputs: jax.Array, labels: jax.Array) -> Prod
     return Product(lambda u: transpose(forward(u)), root)
 
 
-def _by_example(labels: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def by_example(labels: jax.Array, shape: tuple[int, ...], where: str) -> jax.Array:
     """Labels [S, n, ...] or [n, ...] as [n, S, ...].
+
+    Args:
+        labels: draws.
+        shape: of hard targets.
+        where: the function that they were passed to, for errors.
 
     Raises:
         ValueError: they have another shape.
@@ -155,13 +158,13 @@ def _by_example(labels: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         labels = labels[None]
     if labels.shape[1:] != shape:
         raise ValueError(
-            f"`fvp(labels=)` takes labels shaped like hard targets, {list(shape)}, or S of them "
-            f"stacked along a new first axis, [S, ...], and received {list(labels.shape)}."
+            f"`{where}(labels=)` takes labels shaped like hard targets, {list(shape)}, or S of "
+            f"them stacked along a new first axis, [S, ...], and received {list(labels.shape)}."
         )
     return jnp.moveaxis(labels, 0, 1)
 
 
-def _check_draws(samples: Any, key: Any, labels: Any) -> None:
+def _check_draws(samples: int | None, key: jax.Array | None, labels: jax.Array | None) -> None:
     if labels is not None:
         if samples is not None or key is not None:
             raise ValueError(

@@ -13,7 +13,6 @@ from curvax.curvature.differentiability import check_mode
 from curvax.curvature.hessian import linearized_gradient
 from curvax.curvature.linearization import (
     Linearized,
-    LossAndGradient,
     at_precision,
     linearized,
     localized,
@@ -21,7 +20,16 @@ from curvax.curvature.linearization import (
 )
 from curvax.likelihoods import Likelihood
 from curvax.linear_operator import Product, Root
-from curvax.objective import Objective, as_objective, require_model
+from curvax.objective import (
+    LossAndGradient,
+    Objective,
+    as_objective,
+    loss_of_outputs,
+    microbatch_mean,
+    require_model,
+    scaling,
+    value_aux_and_grad,
+)
 
 Metric = Callable[..., Product]
 """`metric(objective, outputs, *batched) -> product`: a curvature in the space of the outputs."""
@@ -32,7 +40,7 @@ def ggnvp(
     params: Tree,
     *,
     mode: str = "auto",
-    precision: Any = "highest",
+    precision: str | None = "highest",
 ) -> Product:
     """The product with the generalised Gauss-Newton matrix of the loss at `params`.
 
@@ -77,7 +85,7 @@ def ggnvp(
 
 
 def linearized_gauss_newton(
-    objective: Objective, params: Tree, *, mode: str = "auto", precision: Any = "highest"
+    objective: Objective, params: Tree, *, mode: str = "auto", precision: str | None = "highest"
 ) -> tuple[LossAndGradient, Product]:
     """(((L, aux), ∇L), product of `ggnvp`) from one linearisation."""
     gradient, product = _linearized(objective, params, mode, precision)
@@ -85,7 +93,7 @@ def linearized_gauss_newton(
 
 
 def _linearized(
-    objective: Objective, params: Tree, mode: str, precision: Any
+    objective: Objective, params: Tree, mode: str, precision: str | None
 ) -> tuple[Callable[[], LossAndGradient], Product]:
     check_mode(mode)
     objective = require_model(objective, "The Gauss-Newton matrix, Jᵀ ∇²ℓ J,")
@@ -110,7 +118,7 @@ class ModelPass:
 
     def pull(self, cotangent: Tree) -> Tree:
         """Jᵀ c for a cotangent c of the outputs, by one backward pass."""
-        return self.objective._unscaled(self.model.pull(self.objective._scaled(cotangent)))
+        return scaling.at_scale(self.model.pull, self.objective.scale)(cotangent)
 
     def pull_sum(self, cotangent: Tree, weight: jax.Array) -> Tree:
         """Jᵀ c for a cotangent of a sum over the examples instead of a mean.
@@ -124,13 +132,14 @@ class ModelPass:
 
     def loss_and_gradient(self) -> LossAndGradient:
         """((L, aux), ∇L)"""
+        scale = self.objective.scale
 
         def scaled(z: Tree) -> tuple[jax.Array, jax.Array]:
-            value = self.objective._loss_of(trees.cast_like(z, self.kinds))
-            return self.objective._scaled(value), value
+            value = loss_of_outputs(self.objective, trees.cast_like(z, self.kinds))
+            return scaling.scaled(value, scale), value
 
         (_, value), cotangent = jax.value_and_grad(scaled, has_aux=True)(self.outputs)
-        return (value, self.model.aux), self.objective._unscaled(self.model.pull(cotangent))
+        return (value, self.model.aux), scaling.unscaled(self.model.pull(cotangent), scale)
 
     def product(self, metric: Metric, *batched: Tree) -> Product:
         """v ↦ Jᵀ M J v, where M = `metric(objective, outputs, *batched)`."""
@@ -159,7 +168,7 @@ def linearized_product(
     metric: Metric,
     *batched: Tree,
     mode: str = "auto",
-    precision: Any,
+    precision: str | None,
 ) -> tuple[Callable[[], LossAndGradient], Product]:
     """(() ↦ ((L, aux), ∇L), v ↦ Jᵀ M J v) from one linearisation.
 
@@ -182,16 +191,17 @@ def linearized_product(
     def scanned(v: Tree) -> Tree:
         at = lambda part: model_pass(part, params, mode=mode)
         apply = lambda part, *rest: at(part).product(metric, *rest)(v)
-        return objective._microbatch_mean(apply, *batched)
+        return microbatch_mean(objective, apply, *batched)
 
-    gradient = lambda: objective._value_aux_and_grad(params)
+    gradient = lambda: value_aux_and_grad(objective, params)
     return gradient, at_precision(precision, Product(scanned))
 
 
 def loss_curvature(part: Objective, outputs: Tree, *batched: Tree, mode: str = "auto") -> Product:
     """∇²ℓ in the outputs, in closed form for a likelihood and by autodiff for any other loss."""
     if not isinstance(part.loss, Likelihood):
-        return Product(linearized_gradient(Objective(part._loss_of), outputs, mode=mode)[1])
+        of_outputs = Objective(functools.partial(loss_of_outputs, part))
+        return Product(linearized_gradient(of_outputs, outputs, mode=mode)[1])
     loss, batch = part.loss, part.batch
     root = Root(
         lambda u: loss.root_transpose(outputs, batch, u),

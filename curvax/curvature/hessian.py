@@ -1,22 +1,28 @@
 """Products with the Hessian, v ↦ H v, and the gradient from the same linearisation."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Matvec
 from curvax.curvature.differentiability import MODES, check_mode
 from curvax.curvature.linearization import (
-    LossAndGradient,
     at_precision,
     at_unit_size,
     localized,
     tangent,
 )
-from curvax.curvature.modes import Matvec, way_to_products
+from curvax.curvature.modes import way_to_products
 from curvax.linear_operator import Product
-from curvax.objective import Objective, as_objective
+from curvax.objective import (
+    LossAndGradient,
+    Objective,
+    as_objective,
+    group_mean,
+    pieces,
+    value_aux_and_grad,
+)
 
 __all__ = ["MODES", "gradient_and_product", "hvp", "linearized_gradient", "linearized_hessian"]
 
@@ -26,7 +32,7 @@ def hvp(
     params: Tree,
     *,
     mode: str = "auto",
-    precision: Any = "highest",
+    precision: str | None = "highest",
 ) -> Product:
     """The product with the Hessian of the loss at `params`.
 
@@ -69,7 +75,7 @@ def hvp(
 
 
 def linearized_hessian(
-    objective: Objective, params: Tree, *, mode: str = "auto", precision: Any = "highest"
+    objective: Objective, params: Tree, *, mode: str = "auto", precision: str | None = "highest"
 ) -> tuple[LossAndGradient, Product]:
     """(((L, aux), ∇L), product of `hvp`) from one linearisation."""
     check_mode(mode)
@@ -82,10 +88,10 @@ def linearized_gradient(
     objective: Objective, params: Tree, *, mode: str = "auto"
 ) -> tuple[LossAndGradient, Matvec]:
     """(((L, aux), ∇L), v ↦ H v) from one linearisation, at the current matmul precision."""
-    own = objective._device_part()
+    own = pieces.device_part(objective)
     out, product = _own_linearized(own, *localized(own, params), mode)
     product = at_unit_size(own, product)
-    return objective._group_mean(out), lambda v: objective._group_mean(product(v))
+    return group_mean(objective, out), lambda v: group_mean(objective, product(v))
 
 
 def _own_linearized(
@@ -95,7 +101,7 @@ def _own_linearized(
     if own.microbatch:
         # The residuals of all micro-batches would take the memory of the whole batch.
         product = lambda v: way.once(own, params, v)[1]
-        out = own._value_aux_and_grad(params)
+        out = value_aux_and_grad(own, params)
     else:
         out, product = way.many(own, params)
     return out, lambda v: product(tangent(v, params, local))
@@ -105,7 +111,7 @@ def gradient_and_product(
     objective: Objective, params: Tree, v: Tree, *, mode: str = "auto"
 ) -> tuple[LossAndGradient, Tree]:
     """(((L, aux), ∇L), H v) for a single v, from one forward and backward pass."""
-    own = objective._device_part()
+    own = pieces.device_part(objective)
     params, local = localized(own, params)
     way = way_to_products(mode, own, params, once=True)
-    return objective._group_mean(way.once(own, params, tangent(v, params, local)))
+    return group_mean(objective, way.once(own, params, tangent(v, params, local)))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Matvec
 from curvax.curvature.differentiability import (
     NO_FORWARD,
     Function,
@@ -25,23 +26,24 @@ from curvax.devices import axes
 from curvax.linear_operator import Product
 from curvax.objective import Objective
 
-LossAndGradient = tuple[tuple[jax.Array, Any], Tree]
-"""((L, aux), ∇L)"""
-
 
 class Linearized(NamedTuple):
     """The value of a function f at θ, and products with its Jacobian J."""
 
     value: Tree
     aux: Any
-    push: Callable[[Tree], Tree]
+    push: Matvec
     """v ↦ J v for any tree v with the structure of θ."""
-    pull: Callable[[Tree], Tree]
+    pull: Matvec
     """c ↦ Jᵀ c."""
 
 
 def linearized(
-    f: Callable[[Tree], tuple[Tree, Any]], params: Tree, local: Any = (), *, mode: str = "auto"
+    f: Callable[[Tree], tuple[Tree, Any]],
+    params: Tree,
+    local: Iterable[str] = (),
+    *,
+    mode: str = "auto",
 ) -> Linearized:
     """Linearises a function at a point; it is traced once for both directions.
 
@@ -135,7 +137,7 @@ def localized(objective: Objective, params: Tree) -> tuple[Tree, frozenset[str]]
     return axes.vary(params, local), local
 
 
-def tangent(v: Tree, params: Tree, local: Any) -> Tree:
+def tangent(v: Tree, params: Tree, local: Iterable[str]) -> Tree:
     """v with the dtypes and the sharding of the parameters, typed as varying over `local`.
 
     Raises:
@@ -150,10 +152,10 @@ def tangent(v: Tree, params: Tree, local: Any) -> Tree:
     return axes.vary(trees.laid_out_like(v, params), local)
 
 
-def at_precision(precision: Any, product: Product) -> Product:
+def at_precision(precision: str | None, product: Product) -> Product:
     """The same product, evaluated at a given precision of matrix products."""
 
-    def wrap(f: Callable[[Tree], Tree]) -> Callable[[Tree], Tree]:
+    def wrap(f: Matvec) -> Matvec:
         def wrapped(x: Tree) -> Tree:
             with jax.default_matmul_precision(precision):
                 return f(x)
@@ -166,7 +168,7 @@ def at_precision(precision: Any, product: Product) -> Product:
     return dataclasses.replace(product, curvature=wrap(product.curvature), root=root)
 
 
-def at_unit_size(objective: Objective, f: Callable[[Tree], Tree]) -> Callable[[Tree], Tree]:
+def at_unit_size(objective: Objective, f: Matvec) -> Matvec:
     """The linear map f, evaluated at v divided by a power of two near its largest entry.
 
     Only if the loss is scaled: a pass in half precision would flush small entries of v to zero, as

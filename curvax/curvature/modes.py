@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Matvec
 from curvax.curvature.differentiability import (
     Function,
     is_opaque,
@@ -15,10 +16,13 @@ from curvax.curvature.differentiability import (
     warn_of_differences,
 )
 from curvax.curvature.finite_differences import differences
-from curvax.curvature.linearization import LossAndGradient
-from curvax.objective import Objective
-
-Matvec = Callable[[Tree], Tree]
+from curvax.objective import (
+    LossAndGradient,
+    Objective,
+    microbatch_mean,
+    scaling,
+    value_aux_and_grad,
+)
 
 
 class Way(NamedTuple):
@@ -52,7 +56,7 @@ def way_to_products(mode: str, objective: Objective, params: Tree, *, once: bool
     allowed = [way for way in WAYS[int(once) :] if mode in ("auto", way.mode)]
     if allowed[0].trial is None or not is_opaque(objective, params):
         return allowed[0]
-    gradient = replayed(lambda p: objective._value_aux_and_grad(p)[1], params)
+    gradient = replayed(lambda p: value_aux_and_grad(objective, p)[1], params)
     what, reasons = "the gradient of this loss", list[str]()
     for way in allowed:
         if way.trial is None:
@@ -69,7 +73,7 @@ def gradient_of(objective: Objective) -> Callable[[Tree], tuple[Tree, tuple[jax.
     """θ ↦ (∇L, (L, aux)), for JAX transformations with `has_aux=True`."""
 
     def gradient(params: Tree) -> tuple[Tree, tuple[jax.Array, Any]]:
-        loss, grads = objective._value_aux_and_grad(params)
+        loss, grads = value_aux_and_grad(objective, params)
         return grads, loss
 
     return gradient
@@ -82,7 +86,7 @@ def _linearized(objective: Objective, params: Tree) -> tuple[LossAndGradient, Ma
 
 def _pushed(objective: Objective, params: Tree) -> tuple[LossAndGradient, Matvec]:
     product = lambda v: _pushed_once(objective, params, v)[1]
-    return objective._value_aux_and_grad(params), product
+    return value_aux_and_grad(objective, params), product
 
 
 def _pushed_once(objective: Objective, params: Tree, v: Tree) -> tuple[LossAndGradient, Tree]:
@@ -90,13 +94,13 @@ def _pushed_once(objective: Objective, params: Tree, v: Tree) -> tuple[LossAndGr
         grads, product, loss = jax.jvp(gradient_of(part), (params,), (v,), has_aux=True)
         return (loss, grads), product
 
-    return objective._microbatch_mean(forward)
+    return microbatch_mean(objective, forward)
 
 
 def _reversed(objective: Objective, params: Tree) -> tuple[LossAndGradient, Matvec]:
     # H is symmetric, so the vector-Jacobian product of the gradient is the Hessian product.
     grads, pull, loss = jax.vjp(gradient_of(objective), params, has_aux=True)
-    return (loss, grads), lambda v: objective._unscaled(pull(objective._scaled(v))[0])
+    return (loss, grads), lambda v: scaling.at_scale(pull, objective.scale)(v)[0]
 
 
 def _reversed_once(objective: Objective, params: Tree, v: Tree) -> tuple[LossAndGradient, Tree]:
@@ -104,12 +108,12 @@ def _reversed_once(objective: Objective, params: Tree, v: Tree) -> tuple[LossAnd
         out, product = _reversed(part, params)
         return out, product(v)
 
-    return objective._microbatch_mean(reverse)
+    return microbatch_mean(objective, reverse)
 
 
 def _differenced(objective: Objective, params: Tree) -> tuple[LossAndGradient, Matvec]:
-    gradient = lambda p: objective._value_aux_and_grad(p)[1]
-    return objective._value_aux_and_grad(params), differences(gradient, params)
+    gradient = lambda p: value_aux_and_grad(objective, p)[1]
+    return value_aux_and_grad(objective, params), differences(gradient, params)
 
 
 def _differenced_once(objective: Objective, params: Tree, v: Tree) -> tuple[LossAndGradient, Tree]:

@@ -6,10 +6,10 @@ from flax import linen as nn
 from flax import nnx
 
 from curvax import compat
-from curvax.flax_bridge import linen_roles, nnx_roles
+from curvax.flax_bridge import linen_layers, nnx_layers
 from curvax.parameter_roles import roles
-from curvax.parameter_roles.layers import shapes_of
 from curvax.parameter_roles.layouts import Layout, assemble, layout_of_tree
+from curvax.parameter_roles.roles_by_name import shapes_of
 
 
 def layout(model: Any, variables: Any = None, *inputs: Any, **options: Any) -> Layout:
@@ -43,7 +43,7 @@ def layout(model: Any, variables: Any = None, *inputs: Any, **options: Any) -> L
     """
     if isinstance(model, nnx.Module):
         shapes = shapes_of(compat.as_pure(nnx.state(model, nnx.Param)))
-        return assemble(shapes, nnx_roles.read(model, shapes))
+        return assemble(shapes, nnx_layers.read(model, shapes))
     if not isinstance(model, nn.Module):
         return layout_of_tree(model)
     if variables is None:
@@ -55,5 +55,5 @@ def layout(model: Any, variables: Any = None, *inputs: Any, **options: Any) -> L
     shapes = shapes_of(variables["params"])
     infos = roles.read(shapes)
     if inputs:
-        infos |= linen_roles.read(model, variables, inputs, options)
+        infos |= linen_layers.read(model, variables, inputs, options)
     return assemble(shapes, infos)

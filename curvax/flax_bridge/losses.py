@@ -11,7 +11,7 @@ from flax import nnx
 
 from curvax import compat
 
-Loss = Callable[..., tuple[Any, Any]]
+PureLoss = Callable[..., tuple[Any, Any]]
 Place = tuple[Any, ...]
 """The path of a variable: names and numbers."""
 
@@ -23,7 +23,7 @@ def nnx_loss(
     wrt: Any = nnx.Param,
     has_aux: bool = False,
     rngs: nnx.Rngs | None = None,
-) -> tuple[Loss, nnx.State]:
+) -> tuple[PureLoss, nnx.State]:
     """Splits an nnx module into its parameters and a pure loss of them.
 
     Every evaluation starts from the module's current state (batch statistics, dropout counters), so

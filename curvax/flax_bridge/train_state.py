@@ -89,4 +89,5 @@ class TrainState(train_state.TrainState, kw_only=True):
         objective = as_objective(value_fn, "TrainState.apply_gradients")
         inner = objective.through(lambda params: {"params": params, OVERWRITE_WITH_GRADIENT: kept})
         own = self.params["params"], grads["params"]
-        return inner._inherit_gradients(objective, (self.params, grads), own)
+        inner.gradients.inherit(objective.gradients, (self.params, grads), own)
+        return inner

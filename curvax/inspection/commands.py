@@ -22,7 +22,6 @@ from curvax.inspection.peak_lr import peak_rate
 from curvax.inspection.render import RenderedFigure
 from curvax.inspection.runner import Omission, Report, Results, measure_all
 from curvax.inspection.summary_table import summary_rows
-from curvax.training.config.configs import numbers
 from curvax.training.evaluation.trained_runs import TrainedRun, load
 from curvax.training.runtime import run_dir
 
@@ -47,7 +46,7 @@ def inspect(
         The folder, with inspect.json, report.html and the figures.
 
     Raises:
-        RunError, CheckpointError, ConfigError: as in `trained_runs.load`.
+        ConfigError, CheckpointError: as in `trained_runs.load`.
     """
     budget, console = Budget(60 * minutes), Console()
     with _bar(console, minutes) as report:
@@ -98,7 +97,7 @@ def _facts(run: TrainedRun) -> RunFacts:
     config = run.experiment.config
     return RunFacts(
         model=f"{config.model.name} {config.model.options.to_dict()}",
-        rate=peak_rate(config.optimizer, numbers(config)),
+        rate=peak_rate(run.experiment.optimizer, run.experiment.steps),
         step=int(run.state.step),
         steps=run.experiment.steps,
         normalised="batch_stats" in run.state.model_state,

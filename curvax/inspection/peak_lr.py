@@ -1,54 +1,26 @@
-"""An optimiser's text ↦ its peak learning rate, on which eigenvalues depend."""
+"""The peak learning rate of an optimiser, on which eigenvalues depend."""
 
-import ast
-import inspect
-from collections.abc import Mapping
-from typing import Any
+import jax
+import jax.numpy as jnp
+import optax
 
-from curvax.training.config.recipe import parts, vocabulary
-
-_STRETCHED = ("cosine", "linear", "constant", "step_decay")
-"""Schedules whose first argument is their peak."""
+from curvax.pipes.parts import options_of, parts_of
 
 
-def peak_rate(text: str, names: Mapping[str, float]) -> float | None:
-    """The peak learning rate of the last part of a pipe that has one.
+def peak_rate(optimizer: optax.GradientTransformation, steps: int) -> float | None:
+    """The largest learning rate, over a run, of the last part of a pipe that has one.
 
-        peak_rate("sam_perturb(rho) | adamw(cosine(lr))", {"lr": 1e-3})  # 0.001
+        peak_rate(recipe.parse("sam_perturb(0.1) | adamw(cosine(1e-3))", steps=100), 100)  # 0.001
 
     Args:
-        text: an optimiser's text, as in `recipe.parse`.
-        names: numbers that it may use.
+        optimizer: a pipe made by `recipe.parse`, which records the options of its parts.
+        steps: length of the run.
 
     Returns:
-        None if there is no such part, or its rate is neither a number nor a run schedule.
+        None if no part has an argument `learning_rate`.
     """
-    known = vocabulary()
-    for part in reversed(parts(text)):
-        match part:
-            case ast.Call(func=ast.Name(id=name)) if _takes_a_rate(known.get(name)):
-                return _rate(_first(part), names)
+    for part in reversed(parts_of(optimizer)):
+        rate = options_of(part).get("learning_rate")
+        if rate is not None:
+            return float(jnp.max(jax.vmap(rate)(jnp.arange(steps))) if callable(rate) else rate)
     return None
-
-
-def _takes_a_rate(factory: Any) -> bool:
-    """Whether the first argument is called `learning_rate`."""
-    if not inspect.isfunction(factory):
-        return False
-    return next(iter(inspect.signature(factory).parameters), None) == "learning_rate"
-
-
-def _rate(node: ast.expr | None, names: Mapping[str, float]) -> float | None:
-    match node:
-        case ast.Call(func=ast.Name(id=name)) if name in _STRETCHED:
-            return _rate(_first(node), names)
-        case ast.Constant(value=int() | float() as value):
-            return float(value)
-        case ast.Name(id=name) if name in names:
-            return float(names[name])
-    return None
-
-
-def _first(call: ast.Call) -> ast.expr | None:
-    by_name = {keyword.arg: keyword.value for keyword in call.keywords}
-    return by_name.get("learning_rate") or next(iter(call.args), None)

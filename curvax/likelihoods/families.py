@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from curvax.arithmetic import safe_math, trees
 from curvax.arithmetic.trees import Tree
+from curvax.likelihoods.batch_entries import Entry
 from curvax.likelihoods.likelihood import Likelihood
-from curvax.likelihoods.sites import Entry
 
 
 def categorical(targets: Entry, *, mask: Entry = None, weights: Entry = None) -> Likelihood:
@@ -93,8 +93,9 @@ def gaussian(targets: Entry, *, mask: Entry = None, weights: Entry = None) -> Li
         A likelihood, a callable `loss(outputs, batch) -> scalar`.
 
     Raises:
-        TypeError: when called: the mask is not boolean.
-        ValueError: when called: shapes do not match, or the batch lacks a key.
+        TypeError: when called: the mask is not boolean, or the outputs are not one floating array.
+        ValueError: when called: shapes do not match, as with means and variances for outputs, or
+            the batch lacks a key.
 
     Examples:
         >>> import jax.numpy as jnp, curvax
@@ -114,8 +115,8 @@ def poisson(targets: Entry, *, mask: Entry = None, weights: Entry = None) -> Lik
     are those of `bernoulli`.
 
     Args:
-        targets: a key of the batch or a callable `batch -> array`; counts y >= 0, shaped exactly
-            like the outputs.
+        targets: a key of the batch or a callable `batch -> array`; counts y >= 0, in exactly the
+            shape of the outputs.
         mask: a key or callable for a boolean array, True at sites that count.
         weights: a key or callable for weights w >= 0 of the sites.
 
@@ -123,8 +124,8 @@ def poisson(targets: Entry, *, mask: Entry = None, weights: Entry = None) -> Lik
         A likelihood, a callable `loss(outputs, batch) -> scalar`.
 
     Raises:
-        TypeError: when called: the mask is not boolean.
-        ValueError: when called: shapes do not match, or the batch lacks a key.
+        TypeError: when called: the mask is not boolean, or the log-rates are not floating.
+        ValueError: when called: counts and log-rates differ in shape, or the batch lacks a key.
 
     Examples:
         >>> import jax.numpy as jnp, curvax

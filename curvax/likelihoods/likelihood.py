@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from curvax.arithmetic import safe_math, trees
 from curvax.arithmetic.trees import Tree
-from curvax.likelihoods import sites
-from curvax.likelihoods.sites import Entry
+from curvax.likelihoods import batch_entries
+from curvax.likelihoods.batch_entries import Entry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Likelihood(abc.ABC):
 
     def __post_init__(self) -> None:
         for name, entry in vars(self).items():
-            sites.check_entry(entry, self._option(name))
+            batch_entries.check_entry(entry, self._option(name))
 
     @property
     def name(self) -> str:
@@ -61,7 +61,7 @@ class Likelihood(abc.ABC):
         """
         for name, entry in vars(self).items():
             if entry is not None and not callable(entry):
-                sites.read(entry, batch, self._option(name))
+                batch_entries.read(entry, batch, self._option(name))
 
     def label_shape(self, batch: Tree) -> tuple[int, ...]:
         """The shape of hard targets, which `sample` returns and `on_labels` takes."""
@@ -75,7 +75,7 @@ class Likelihood(abc.ABC):
         """w / Σ w, [*sites, 1, ...] with as many axes as the outputs; 0 if all weights are 0."""
         dtype = self._check(outputs, batch)
         w = self._weights(batch)
-        return sites.with_axes(trees.ratio(w, jnp.sum(w)).astype(dtype), outputs.ndim)
+        return batch_entries.with_axes(trees.ratio(w, jnp.sum(w)).astype(dtype), outputs.ndim)
 
     def __call__(self, outputs: Any, batch: Tree) -> jax.Array:
         """The loss L, a scalar in float32 or wider; 0 if all weights are 0."""
@@ -125,7 +125,7 @@ class Likelihood(abc.ABC):
         loss or its derivatives.
         """
         w, z = self.site_weights(outputs, batch), trees.widen(outputs)
-        y = _kept(w, sites.with_axes(self._read("targets", batch), z.ndim))
+        y = _kept(w, batch_entries.with_axes(self._read("targets", batch), z.ndim))
         return _kept(w, z), self._observed(y, z), w
 
     def _check(self, outputs: Any, batch: Tree) -> Any:
@@ -144,7 +144,7 @@ class Likelihood(abc.ABC):
         return trees.wide_dtype(outputs.dtype)
 
     def _read(self, name: str, batch: Tree) -> jax.Array:
-        return sites.read(getattr(self, name), batch, self._option(name))
+        return batch_entries.read(getattr(self, name), batch, self._option(name))
 
     def _weights(self, batch: Tree) -> jax.Array:
         """The weight of each site, in the default float dtype."""
@@ -154,12 +154,12 @@ class Likelihood(abc.ABC):
             if getattr(self, name) is not None
         }
         if "mask" in factors:
-            sites.check_mask(factors["mask"], self._option("mask"))
+            batch_entries.check_mask(factors["mask"], self._option("mask"))
         longest = max((x.ndim for x in factors.values()), default=0)
         shape = self._sites(self._read("targets", batch), longest)
         w = jnp.ones(shape, jnp.result_type(float))
         for name, factor in factors.items():
-            w = w * sites.spread(factor, shape, self._option(name))
+            w = w * batch_entries.spread(factor, shape, self._option(name))
         return w
 
     def _option(self, name: str) -> str:

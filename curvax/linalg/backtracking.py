@@ -7,7 +7,6 @@ section 4.6.
 
 import itertools
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -15,12 +14,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Score
 from curvax.devices import axes
 
 RATIO = 1.3
 """Ratio of successive steps whose iterates are kept; Martens 2010, section 4.6."""
-
-Score = Callable[[Tree], jax.Array]
 
 
 class Kept(NamedTuple):

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +9,10 @@ import jax.numpy as jnp
 from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Matvec, Period, Scalar, Score
 from curvax.devices import axes
-from curvax.linalg.backtracking import Score, best, keep, nothing_kept
-from curvax.linalg.cg_loop import Iterate, Rules, System, iterate
+from curvax.linalg.backtracking import best, keep, nothing_kept
+from curvax.linalg.cg_loop import Iterate, Reason, Rules, System, iterate
 from curvax.linalg.preconditioners import Preconditioner, check_preconditioner, preconditioning
 from curvax.linalg.solvers import Solution, Solver, StopReason, stateless
 
@@ -20,7 +20,7 @@ from curvax.linalg.solvers import Solution, Solver, StopReason, stateless
 def cg(
     max_steps: int = 20,
     *,
-    tol: float | jax.Array = 1e-6,
+    tol: Scalar = 1e-6,
     preconditioner: Preconditioner = None,
     warm_start: float = 0.0,
     progress: float | None = None,
@@ -82,13 +82,13 @@ def cg(
         )
 
     def solve(
-        product: Callable[[Tree], Tree],
+        product: Matvec,
         b: Tree,
-        state: Any,
+        state: Tree,
         *,
         diagonal: Tree = None,
         score: Score | None = None,
-    ) -> tuple[Solution, Any]:
+    ) -> tuple[Solution, Tree]:
         ranking = _required(score) if backtrack else None
         precondition = preconditioning(preconditioner, product, diagonal, "cg")
         x, start, begun = _start(product, b, state, warm_start)
@@ -126,9 +126,7 @@ def _zeros(params: Tree) -> Tree:
     return jax.tree.map(jnp.zeros_like, params)
 
 
-def _start(
-    product: Callable[[Tree], Tree], b: Tree, state: Tree, decay: float
-) -> tuple[Tree, Tree, Any]:
+def _start(product: Matvec, b: Tree, state: Tree, decay: float) -> tuple[Tree, Tree, Period]:
     """(x₀, b - A x₀, products used): no product if x₀ or b is 0, or b is NaN."""
     wide = trees.wide(b)
     cold = _zeros(wide), wide
@@ -145,7 +143,7 @@ def _start(
     return x, r, begun.astype(jnp.int32)
 
 
-def _length(s: Iterate, curvature: jax.Array) -> tuple[jax.Array, Any]:
+def _length(s: Iterate, curvature: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(α to the minimum along p, the reason). With no minimum α is 1 at the first step, else 0."""
     none = curvature <= 0
     fallback = jnp.where(s.i == 0, 1.0, 0.0)
@@ -153,14 +151,16 @@ def _length(s: Iterate, curvature: jax.Array) -> tuple[jax.Array, Any]:
     return alpha, jnp.where(none, StopReason.negative_curvature, StopReason.max_steps)
 
 
-def _watching(b: Tree, max_steps: int, progress: float | None, backtrack: bool) -> tuple[Any, Any]:
+def _watching(
+    b: Tree, max_steps: int, progress: float | None, backtrack: bool
+) -> tuple[Callable[[Iterate], tuple[Tree, Reason]], Tree]:
     """(the `watch` rule, its initial trail), a trail being (φ of every step, iterates kept)."""
     models = () if progress is None else jnp.zeros(max_steps + 1, jnp.result_type(float))
     kept = nothing_kept(b, max_steps) if backtrack else ()
 
-    def watch(s: Iterate) -> tuple[Any, Any]:
+    def watch(s: Iterate) -> tuple[Tree, Reason]:
         models, kept = s.trail
-        reason: Any = StopReason.max_steps
+        reason: Reason = StopReason.max_steps
         if progress is not None:
             models = models.at[s.i].set(s.model.astype(models.dtype))
             reason = jnp.where(_stalled(models, s.i, progress), StopReason.progress, reason)

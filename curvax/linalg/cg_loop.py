@@ -6,16 +6,20 @@ so that squares stay in range for any scale of the loss.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Matvec, Scalar
 from curvax.devices import axes
 from curvax.linalg.solvers import StopReason
 from curvax.linear_operator import Product
+
+Reason = jax.Array | StopReason
+"""A `StopReason`, or its number as an int32 scalar."""
 
 
 class Iterate(NamedTuple):
@@ -37,34 +41,34 @@ class Iterate(NamedTuple):
     """Steps taken, int32 scalar."""
     reason: jax.Array
     """A `StopReason`; `max_steps` while the loop goes on."""
-    trail: Any
+    trail: Tree
     """The state of `Rules.watch`."""
 
 
 class Rules(NamedTuple):
     """The step length and the stopping rule of a conjugate-gradient solver."""
 
-    length: Callable[[Iterate, jax.Array], tuple[jax.Array, Any]]
+    length: Callable[[Iterate, jax.Array], tuple[jax.Array, Reason]]
     """(iterate, pᵀA p / rᵀM⁻¹r) ↦ (the step length along p, a `StopReason` to stop after it or
     `max_steps` to go on)."""
-    watch: Callable[[Iterate], tuple[Any, Any]] = lambda s: (s.trail, StopReason.max_steps)
+    watch: Callable[[Iterate], tuple[Tree, Reason]] = lambda s: (s.trail, StopReason.max_steps)
     """iterate ↦ (the new trail, a `StopReason` to stop or `max_steps` to go on)."""
-    trail: Any = ()
+    trail: Tree = ()
     """The initial trail."""
 
 
 class System(NamedTuple):
     """The linear system A x = b and how it is solved."""
 
-    product: Callable[[Tree], Tree]
+    product: Matvec
     """v ↦ A v."""
-    precondition: Callable[[Tree], Tree]
+    precondition: Matvec
     """v ↦ M⁻¹v."""
     scale: jax.Array
     """‖b‖."""
     begun: jax.Array
     """‖b - A x‖ at the start."""
-    tol: Any
+    tol: Scalar
     """The value of ‖b - A x‖ / ‖b‖ at which to stop."""
     rules: Rules
     plain: bool = False
@@ -73,7 +77,7 @@ class System(NamedTuple):
     """Whether the start may differ from 0."""
 
 
-def iterate(system: System, b: Tree, x: Tree, r: Tree, limit: Any) -> Iterate:
+def iterate(system: System, b: Tree, x: Tree, r: Tree, limit: Scalar) -> Iterate:
     """Runs conjugate gradients from x, with residual r, for at most `limit` products.
 
     Nocedal & Wright, Numerical Optimization, algorithm 5.3. If an iterate is not finite, the
@@ -140,13 +144,13 @@ def _measure(system: System, r: Tree) -> tuple[Tree, jax.Array, jax.Array]:
     return z, trees.dot(r, z), trees.ratio(jnp.sqrt(trees.dot(r, r)), system.scale)
 
 
-def _reason(system: System, rz: jax.Array, residual: jax.Array, otherwise: Any) -> jax.Array:
+def _reason(system: System, rz: jax.Array, residual: jax.Array, otherwise: Reason) -> jax.Array:
     broken = ~(rz > 0) | ~jnp.isfinite(rz) | ~jnp.isfinite(residual)
     reason = jnp.where(broken, StopReason.breakdown, otherwise)
     return jnp.where(residual <= system.tol, StopReason.tolerance, reason).astype(jnp.int32)
 
 
-def _refuse_own(product: Callable[[Tree], Tree], b: Tree) -> None:
+def _refuse_own(product: Matvec, b: Tree) -> None:
     own = axes.varying(b) & set(product.over) if isinstance(product, Product) else ()
     if own:
         axis = sorted(own)[0]

@@ -1,7 +1,5 @@
 """Extreme eigenpairs of a symmetric product by power iteration with deflation."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -9,11 +7,10 @@ from jax import lax
 from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Matvec
 from curvax.devices import axes
 from curvax.linalg import Eigenpairs, bases, power_iteration
 from curvax.linalg.eigenpairs import ENDS
-
-Matvec = Callable[[Tree], Tree]
 
 
 def deflated_power(

@@ -1,13 +1,12 @@
 """Solves A x = b with the explicit matrix, for small models and as a reference for tests."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from curvax import checks
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Matvec
 from curvax.devices import axes
 from curvax.linalg.flatten import materialize, ravel, unravel
 from curvax.linalg.solvers import Solution, Solver, StopReason, direct_solver, relative_residual
@@ -32,7 +31,7 @@ def dense() -> Solver:
         [1.0, -0.25]
     """
 
-    def solve(product: Callable[[Tree], Tree], b: Tree) -> Solution:
+    def solve(product: Matvec, b: Tree) -> Solution:
         with jax.default_matmul_precision("highest"):
             matrix, rhs = materialize(product, b), ravel(b)
             checks.refuse_complex(matrix, "dense")

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +11,12 @@ from jax import lax
 from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Matvec
 from curvax.devices import axes
 from curvax.linalg import bases
 from curvax.linalg.flatten import ravel, unravel
 from curvax.linalg.lanczos import normalised, widened
 from curvax.linalg.probes import gaussian_probe
-
-Product = Callable[[Tree], Tree]
 
 ENDS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "magnitude": jnp.abs,
@@ -64,7 +63,7 @@ class _Search(NamedTuple):
 
 
 def eigenpairs(
-    product: Product,
+    product: Matvec,
     v0: Tree,
     k: int = 1,
     *,
@@ -116,7 +115,7 @@ def _joinable(v: Tree, size: int) -> bool:
 
 
 def _searched(
-    apply: Product, v0: Tree, *, k: int, m: int, end: str, tol: float, max_products: int
+    apply: Matvec, v0: Tree, *, k: int, m: int, end: str, tol: float, max_products: int
 ) -> Eigenpairs:
     size = sum(x.size for x in jax.tree.leaves(v0))
     start = bases.with_row(bases.empty(m + 1, v0), 0, normalised(v0)[1])
@@ -131,7 +130,7 @@ def _searched(
     return _measured(apply, search, k, tol)
 
 
-def _checked(k: Any, size: int, end: str, max_products: Any, subspace: Any) -> int:
+def _checked(k: int, size: int, end: str, max_products: int, subspace: int | None) -> int:
     """The size of the subspace, after checking the options."""
     checks.check_count("eigenpairs", k=k, max_products=max_products)
     if end not in ENDS:
@@ -152,10 +151,10 @@ def _checked(k: Any, size: int, end: str, max_products: Any, subspace: Any) -> i
     return m
 
 
-def _extended(apply: Product, v0: Tree, search: _Search, m: int) -> tuple[_Search, jax.Array]:
+def _extended(apply: Matvec, v0: Tree, search: _Search, m: int) -> tuple[_Search, jax.Array]:
     """(the search with its basis completed by Lanczos, the coupling β to the next vector)"""
 
-    def body(i: jax.Array, carry: Any) -> Any:
+    def body(i: jax.Array, carry: Tree) -> Tree:
         basis, matrix, _ = carry
         w = apply(bases.row(basis, i))
         w, parts = bases.orthogonal(w, basis)
@@ -201,7 +200,7 @@ def _restarted(
     )
 
 
-def _measured(apply: Product, search: _Search, k: int, tol: float) -> Eigenpairs:
+def _measured(apply: Matvec, search: _Search, k: int, tol: float) -> Eigenpairs:
     """The result, with values and residuals from one product with each vector."""
 
     def measure(v: Tree) -> tuple[jax.Array, jax.Array]:

@@ -1,7 +1,5 @@
 """Trees as flat vectors, and linear maps of trees as matrices."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -11,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Matvec
 
 
 def ravel(tree: Tree) -> jax.Array:
@@ -28,9 +27,7 @@ def unravel(vector: jax.Array, like: Tree) -> Tree:
     return trees.laid_out_like(ravel_pytree(zeros)[1](vector), like)
 
 
-def materialize(
-    product: Callable[[Tree], Tree], like: Tree, *, chunk: int | None = None
-) -> jax.Array:
+def materialize(product: Matvec, like: Tree, *, chunk: int | None = None) -> jax.Array:
     """The matrix of a linear map, for small models.
 
     Args:

@@ -11,10 +11,9 @@ from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.safe_math import root
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Matvec
 from curvax.devices import axes
 from curvax.linalg.flatten import ravel, unravel
-
-Product = Callable[[Tree], Tree]
 
 
 class Estimate(NamedTuple):
@@ -25,7 +24,7 @@ class Estimate(NamedTuple):
     """Shaped like `mean`; NaN for a single probe."""
 
 
-def estimate_diagonal(product: Product, probes: Tree) -> Estimate:
+def estimate_diagonal(product: Matvec, probes: Tree) -> Estimate:
     """Hutchinson's unbiased estimate of the diagonal of a linear map.
 
         diag(C) = E[z ⊙ C z]
@@ -55,7 +54,7 @@ def estimate_diagonal(product: Product, probes: Tree) -> Estimate:
     )
 
 
-def estimate_trace(product: Product, probes: Tree) -> Estimate:
+def estimate_trace(product: Matvec, probes: Tree) -> Estimate:
     """Hutchinson's unbiased estimate of the trace of a linear map.
 
         trace(C) = E[zᵀ C z]
@@ -74,7 +73,7 @@ def estimate_trace(product: Product, probes: Tree) -> Estimate:
 
     Examples:
         >>> import jax, jax.numpy as jnp, curvax
-        >>> keys = jax.random.split(jax.random.key(0), 4)
+        >>> keys = jax.random.split(jax.random.key(0), 8)
         >>> probes = jax.vmap(lambda key: curvax.rademacher(key, jnp.zeros(3)))(keys)
         >>> estimate = curvax.estimate_trace(lambda v: 2 * v, probes)
         >>> float(estimate.mean), float(estimate.standard_error)
@@ -83,7 +82,7 @@ def estimate_trace(product: Product, probes: Tree) -> Estimate:
     return _over_probes(lambda z: trees.dot(z, product(z)), probes)
 
 
-def exact_diagonal(product: Product, like: Tree) -> Tree:
+def exact_diagonal(product: Matvec, like: Tree) -> Tree:
     """The exact diagonal of a linear map, with one product for each of its entries.
 
     Args:

@@ -1,7 +1,6 @@
 """Lanczos tridiagonalisation of a symmetric product v ↦ C v."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +9,9 @@ from jax import lax
 from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Matvec, Scalar
 from curvax.devices import axes
 from curvax.linalg import bases
-
-Product = Callable[[Tree], Tree]
 
 
 class Lanczos(NamedTuple):
@@ -35,7 +33,7 @@ class Lanczos(NamedTuple):
         return jnp.diag(self.diagonal) + jnp.diag(beta, 1) + jnp.diag(beta, -1)
 
 
-def lanczos(product: Product, v0: Tree, k: int, *, keep_basis: bool = True) -> Lanczos:
+def lanczos(product: Matvec, v0: Tree, k: int, *, keep_basis: bool = True) -> Lanczos:
     """Tridiagonalises a symmetric product by k steps of Lanczos.
 
         C qᵢ = βᵢ₋₁ qᵢ₋₁ + αᵢ qᵢ + βᵢ qᵢ₊₁,   q₁ = v₀ / ‖v₀‖
@@ -69,10 +67,10 @@ def lanczos(product: Product, v0: Tree, k: int, *, keep_basis: bool = True) -> L
     return _orthogonalised(product, v0, k) if keep_basis else _recurrence(product, v0, k)
 
 
-def _orthogonalised(product: Product, v0: Tree, k: int) -> Lanczos:
+def _orthogonalised(product: Matvec, v0: Tree, k: int) -> Lanczos:
     apply = widened(product, v0)
 
-    def body(carry: Any, i: jax.Array) -> Any:
+    def body(carry: Tree, i: jax.Array) -> tuple[Tree, Tree]:
         basis, v = carry
         w, parts = bases.orthogonal(apply(v), basis)
         beta, v = normalised(w, scale=trees.norm(parts))
@@ -88,10 +86,10 @@ def _orthogonalised(product: Product, v0: Tree, k: int) -> Lanczos:
     return Lanczos(alpha, beta[:-1], basis, beta[-1])
 
 
-def _recurrence(product: Product, v0: Tree, k: int) -> Lanczos:
+def _recurrence(product: Matvec, v0: Tree, k: int) -> Lanczos:
     apply = widened(product, v0)
 
-    def body(carry: Any, _: None) -> Any:
+    def body(carry: Tree, _: None) -> tuple[Tree, Tree]:
         before, v, beta = carry
         w = trees.add_scaled(apply(v), -beta, before)
         alpha = trees.dot(w, v)
@@ -107,7 +105,7 @@ def _recurrence(product: Product, v0: Tree, k: int) -> Lanczos:
     return Lanczos(alpha, beta[:-1], None, beta[-1])
 
 
-def normalised(w: Tree, scale: jax.Array | float = 0.0) -> tuple[jax.Array, Tree]:
+def normalised(w: Tree, scale: Scalar = 0.0) -> tuple[jax.Array, Tree]:
     """(‖w‖, w / ‖w‖), or (0, 0) if w is only the rounding error of quantities of size `scale`."""
     norm = trees.norm(w)
     size = sum(x.size for x in jax.tree.leaves(w))
@@ -115,6 +113,6 @@ def normalised(w: Tree, scale: jax.Array | float = 0.0) -> tuple[jax.Array, Tree
     return jnp.where(alive, norm, 0), trees.divided(w, jnp.where(alive, norm, jnp.inf))
 
 
-def widened(product: Product, like: Tree) -> Product:
+def widened(product: Matvec, like: Tree) -> Matvec:
     """The product as a map of vectors in float32 or wider, evaluated in the dtypes of `like`."""
     return lambda v: trees.laid_out_like(trees.wide(product(trees.cast_like(v, like))), v)

@@ -1,6 +1,5 @@
 """Power iteration for the eigenvalue of largest magnitude of a symmetric product v ↦ C v."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Matvec
 from curvax.devices import axes
 
 
@@ -28,7 +28,7 @@ class Eigenpair(NamedTuple):
 
 
 def power_iteration(
-    product: Callable[[Tree], Tree], v0: Tree, *, max_steps: int = 100, tol: float = 1e-3
+    product: Matvec, v0: Tree, *, max_steps: int = 100, tol: float = 1e-3
 ) -> Eigenpair:
     """The eigenvalue of largest magnitude and its vector, by power iteration.
 

@@ -1,21 +1,20 @@
 """Preconditioners v ↦ M⁻¹v for conjugate gradients."""
 
 import numbers
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Matvec, Scalar
 from curvax.linear_operator import Product
 
-Preconditioner = Callable[[Tree], Tree] | float | jax.Array | None
+Preconditioner = Matvec | Scalar | None
 """A map v ↦ M⁻¹v, an exponent ξ for M = (|D| + λ)^ξ, or None for the identity."""
 
 
-def check_preconditioner(preconditioner: Any, solver: str) -> None:
+def check_preconditioner(preconditioner: object, solver: str) -> None:
     """Checks the option `preconditioner` of a solver.
 
     Raises:
@@ -34,8 +33,8 @@ def check_preconditioner(preconditioner: Any, solver: str) -> None:
 
 
 def preconditioning(
-    preconditioner: Preconditioner, product: Any, diagonal: Tree, solver: str
-) -> Callable[[Tree], Tree]:
+    preconditioner: Preconditioner, product: Matvec, diagonal: Tree, solver: str
+) -> Matvec:
     """The map v ↦ M⁻¹v on trees in float32 or wider.
 
     Args:
@@ -65,7 +64,7 @@ def preconditioning(
     return lambda v: jax.tree.map(lambda x, s: (x / s).astype(x.dtype), v, scales)
 
 
-def _power(diagonal: jax.Array, damping: Any, xi: Any) -> jax.Array:
+def _power(diagonal: jax.Array, damping: Scalar | None, xi: Scalar) -> jax.Array:
     """(|D| + λ)^ξ, and 1 where |D| + λ is 0."""
     base = jnp.abs(trees.widen(diagonal)) + (0 if damping is None else damping)
     return jnp.where(base > 0, base, 1) ** xi

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Key
 
 
-def as_key(key: jax.Array | int) -> jax.Array:
+def as_key(key: Key) -> jax.Array:
     """Converts a seed to a typed key; typed keys are returned unchanged."""
     key = jnp.asarray(key)
     return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.key(key)

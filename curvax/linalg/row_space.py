@@ -1,14 +1,13 @@
 """Solves (RᵀR + λI) x = b through the m × m matrix R Rᵀ, for a root R with few rows."""
 
 import numbers
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Matvec, Scalar
 from curvax.linalg.dense import finite_or_zero, solve_symmetric
 from curvax.linalg.flatten import materialize, ravel, unravel
 from curvax.linalg.solvers import Solution, Solver, direct_solver, relative_residual
@@ -42,7 +41,7 @@ def row_space() -> Solver:
         [1.0, 1.0, 2.0]
     """
 
-    def solve(product: Callable[[Tree], Tree], b: Tree) -> Solution:
+    def solve(product: Matvec, b: Tree) -> Solution:
         root, damping = _root_of(product)
         kernel = materialize(lambda u: root.forward(root.transpose(u)), root.rows)
         unit = trees.magnitude(b)
@@ -60,14 +59,18 @@ def row_space() -> Solver:
     return direct_solver(solve)
 
 
-def _damped(root: Root, kernel: jax.Array, rows: jax.Array, damping: Any, b: Tree) -> Tree:
+def _damped(
+    root: Root, kernel: jax.Array, rows: jax.Array, damping: Scalar | None, b: Tree
+) -> Tree:
     damping = jnp.asarray(damping, kernel.dtype)
     inner = solve_symmetric(kernel + damping * jnp.eye(rows.size, dtype=kernel.dtype), rows)
     along = root.transpose(unravel(inner, root.rows))
     return trees.scale(1 / damping, trees.add_scaled(b, -1.0, trees.laid_out_like(along, b)))
 
 
-def _least_norm(root: Root, kernel: jax.Array, rows: jax.Array, damping: Any, b: Tree) -> Tree:
+def _least_norm(
+    root: Root, kernel: jax.Array, rows: jax.Array, damping: Scalar | None, b: Tree
+) -> Tree:
     """(RᵀR)⁺ b = Rᵀ (R Rᵀ)⁺² R b."""
     del damping
     # R Rᵀ is divided by a power of two near its norm, since its inverse square may be out of range.
@@ -81,7 +84,7 @@ def _least_norm(root: Root, kernel: jax.Array, rows: jax.Array, damping: Any, b:
     return trees.laid_out_like(trees.scale(trees.inverse(unit), along), b)
 
 
-def _root_of(product: Callable[[Tree], Tree]) -> tuple[Root, Any]:
+def _root_of(product: Matvec) -> tuple[Root, Scalar | None]:
     if not isinstance(product, Product) or product.root is None:
         raise ValueError(
             "`row_space` needs a root R of the curvature, C = RᵀR, and this product has none. "

@@ -3,13 +3,14 @@
 import dataclasses
 import enum
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
 from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Matvec, Score
 
 
 class StopReason(enum.IntEnum):
@@ -62,7 +63,7 @@ class Solution(NamedTuple):
     reason: jax.Array
 
 
-def check_solver(solver: Any, stage: str) -> None:
+def check_solver(solver: object, stage: str) -> None:
     """Checks that an argument is a `Solver`.
 
     Raises:
@@ -106,16 +107,16 @@ class Solver:
         [1.0, 1.0]
     """
 
-    solve: Callable[..., tuple[Solution, Any]]
-    init: Callable[[Tree], Any] = stateless
+    solve: Callable[..., tuple[Solution, Tree]]
+    init: Callable[[Tree], Tree] = stateless
 
     def __call__(
         self,
-        product: Callable[[Tree], Tree],
+        product: Matvec,
         b: Tree = None,
         *,
         diagonal: Tree = None,
-        score: Callable[[Tree], jax.Array] | None = None,
+        score: Score | None = None,
     ) -> Solution:
         """Solves A x = b once, from a new state.
 
@@ -140,17 +141,17 @@ class Solver:
         return self.solve(product, b, self.init(b), diagonal=diagonal, score=score)[0]
 
 
-def direct_solver(solve: Callable[[Callable[[Tree], Tree], Tree], Solution]) -> Solver:
+def direct_solver(solve: Callable[[Matvec, Tree], Solution]) -> Solver:
     """Converts `solve(product, b) -> Solution` to a `Solver` without state or preconditioner."""
 
     def ignoring(
-        product: Callable[[Tree], Tree],
+        product: Matvec,
         b: Tree,
-        state: Any,
+        state: Tree,
         *,
         diagonal: Tree = None,
-        score: Any = None,
-    ) -> tuple[Solution, Any]:
+        score: Score | None = None,
+    ) -> tuple[Solution, Tree]:
         del diagonal, score
         return solve(product, b), state
 

@@ -10,6 +10,7 @@ from jax import lax
 from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Matvec, Scalar
 from curvax.linalg.lanczos import lanczos
 
 
@@ -21,7 +22,7 @@ class SpectralDensity(NamedTuple):
     weights: jax.Array
     """Weights wⱼ >= 0, [probes, k]; each row sums to 1."""
 
-    def smoothed(self, grid: jax.Array, width: jax.Array | float) -> tuple[jax.Array, jax.Array]:
+    def smoothed(self, grid: jax.Array, width: Scalar) -> tuple[jax.Array, jax.Array]:
         """The density convolved with a Gaussian.
 
         Args:
@@ -56,7 +57,7 @@ def _mean_and_error(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def spectral_density(
-    product: Callable[[Tree], Tree], probes: Tree, k: int, *, keep_basis: bool = True
+    product: Matvec, probes: Tree, k: int, *, keep_basis: bool = True
 ) -> SpectralDensity:
     """Estimates the spectral density of a symmetric product by stochastic Lanczos quadrature.
 

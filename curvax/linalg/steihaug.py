@@ -3,7 +3,6 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +10,17 @@ import jax.numpy as jnp
 from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Matvec, Scalar, Score
 from curvax.linalg.cg_loop import Iterate, Rules, System, iterate
 from curvax.linalg.preconditioners import Preconditioner, check_preconditioner, preconditioning
 from curvax.linalg.solvers import Solution, Solver, StopReason
 
 
 def steihaug(
-    radius: float | jax.Array,
+    radius: Scalar,
     max_steps: int = 20,
     *,
-    tol: float | jax.Array = 1e-6,
+    tol: Scalar = 1e-6,
     preconditioner: Preconditioner = None,
 ) -> Solver:
     """Truncated conjugate gradients for a trust-region subproblem, A symmetric.
@@ -59,7 +59,7 @@ def steihaug(
     checks.check_range("tol", tol, 0, math.inf, stage="steihaug")
     check_preconditioner(preconditioner, "steihaug")
 
-    def step(edge_at: Any, s: Iterate, curvature: jax.Array) -> tuple[jax.Array, Any]:
+    def step(edge_at: Scalar, s: Iterate, curvature: jax.Array) -> tuple[jax.Array, jax.Array]:
         concave = curvature <= 0
         alpha = 1 / jnp.where(concave, 1.0, curvature)
         edge, inside = _to_boundary(s.x, s.p, edge_at)
@@ -69,13 +69,13 @@ def steihaug(
         return jnp.where(concave | outside, edge, alpha), reason
 
     def solve(
-        product: Callable[[Tree], Tree],
+        product: Matvec,
         b: Tree,
-        state: Any,
+        state: Tree,
         *,
         diagonal: Tree = None,
-        score: Any = None,
-    ) -> tuple[Solution, Any]:
+        score: Score | None = None,
+    ) -> tuple[Solution, Tree]:
         del score
         precondition = preconditioning(preconditioner, product, diagonal, "steihaug")
         # Division by a power of two is exact and keeps the squares of residuals in range.
@@ -94,7 +94,9 @@ def steihaug(
     return Solver(solve)
 
 
-def _to_boundary(x: Tree, p: Tree, radius: Any) -> tuple[jax.Array, Callable[[Any], jax.Array]]:
+def _to_boundary(
+    x: Tree, p: Tree, radius: Scalar
+) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
     """(the τ >= 0 with ‖x + τp‖ = radius, α ↦ whether ‖x + αp‖ < radius).
 
     x and p are first divided by powers of two near the radius and ‖p‖, to keep squares in range.

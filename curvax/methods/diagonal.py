@@ -1,11 +1,11 @@
 """Methods that precondition with a curvature diagonal, each a pipe of a few stages."""
 
-from typing import Any
+from __future__ import annotations
 
-import jax
 import optax
 
 from curvax import checks, stages
+from curvax.arithmetic.typing import Key, Mask, Period, Sampler, ScalarOrSchedule
 from curvax.devices.axes import AxisNames
 from curvax.hyperparameters import injectable
 from curvax.linalg import rademacher
@@ -20,23 +20,24 @@ from curvax.stages import (
     scale_by_power,
     spatial_average,
 )
+from curvax.stages.smoothing.spatial import Block, BlockRule
 
 
 @injectable
 def adahessian(
-    learning_rate: Any,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
+    learning_rate: ScalarOrSchedule,
+    b1: ScalarOrSchedule = 0.9,
+    b2: ScalarOrSchedule = 0.999,
     *,
-    eps: Any = 1e-4,
-    power: Any = 1.0,
-    block: Any = "auto",
+    eps: ScalarOrSchedule = 1e-4,
+    power: ScalarOrSchedule = 1.0,
+    block: str | BlockRule | Block = "auto",
     magnitudes: bool = True,
-    every: Any = 1,
+    every: Period = 1,
     probes: int = 1,
-    weight_decay: Any = 0.0,
-    mask: Any = None,
-    key: jax.Array | int = 0,
+    weight_decay: ScalarOrSchedule = 0.0,
+    mask: Mask | None = None,
+    key: Key = 0,
     mode: str = "auto",
     mean_over: AxisNames = None,
 ) -> Stage:
@@ -95,17 +96,17 @@ def adahessian(
 
 @injectable
 def diagonal_natural_gradient(
-    learning_rate: Any,
-    b1: Any = 0.0,
-    b2: Any = 0.999,
+    learning_rate: ScalarOrSchedule,
+    b1: ScalarOrSchedule = 0.0,
+    b2: ScalarOrSchedule = 0.999,
     *,
-    damping: Any = 1e-3,
-    power: Any = 1.0,
-    every: Any = 1,
+    damping: ScalarOrSchedule = 1e-3,
+    power: ScalarOrSchedule = 1.0,
+    every: Period = 1,
     probes: int = 1,
-    weight_decay: Any = 0.0,
-    mask: Any = None,
-    key: jax.Array | int = 0,
+    weight_decay: ScalarOrSchedule = 0.0,
+    mask: Mask | None = None,
+    key: Key = 0,
     mean_over: AxisNames = None,
 ) -> Stage:
     """Natural gradient with the diagonal of the Fisher matrix.
@@ -120,22 +121,21 @@ def diagonal_natural_gradient(
 
     Args:
         learning_rate: α, a number or a schedule.
-        b1: β₁ in [0, 1), decay of the gradient's mean: a number or a schedule.
-        b2: β₂ in [0, 1), decay of the diagonal's mean: a number or a schedule.
+        b1, b2: β₁, β₂ in [0, 1), decays of the means of g and of B: numbers or schedules.
         damping: λ >= 0, in the units of the curvature: a number or a schedule.
         power: ξ in [0, 1].
-        every: estimate the diagonal every k-th step only.
-        probes: labels drawn per example and estimate.
-        weight_decay: decoupled weight decay, as in `optax.adamw`.
-        mask: tree prefix of booleans, or a callable `params -> tree`: the leaves that decay.
+        every, probes: estimate B every k-th step only, from this number of labels per example.
         key: typed PRNG key, or seed, of the labels.
+        weight_decay, mask: decoupled weight decay as in `optax.adamw`, and the leaves that decay, a
+            tree prefix of booleans or a callable `params -> tree`.
         mean_over: device axis, or tuple of axes, to average gradient and diagonal over.
 
     Returns:
         A stage. Each `update` needs `value_fn=` an `Objective` with `model=` and a likelihood.
 
     Raises:
-        ValueError, TypeError: an option is out of range, or is traced where it must be static.
+        ValueError, TypeError: an option is out of range, or is traced where it must be static; in
+            `update`, the loss is no likelihood.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax, curvax
@@ -159,19 +159,19 @@ def diagonal_natural_gradient(
 
 @injectable
 def sophia_h(
-    learning_rate: Any,
-    b1: Any = 0.965,
-    b2: Any = 0.99,
+    learning_rate: ScalarOrSchedule,
+    b1: ScalarOrSchedule = 0.965,
+    b2: ScalarOrSchedule = 0.99,
     *,
-    eps: Any = 1e-8,
-    gamma: Any = 0.01,
-    threshold: Any = 1.0,
-    every: Any = 10,
+    eps: ScalarOrSchedule = 1e-8,
+    gamma: ScalarOrSchedule = 0.01,
+    threshold: ScalarOrSchedule | None = 1.0,
+    every: Period = 10,
     probes: int = 1,
-    sampler: Any = rademacher,
-    weight_decay: Any = 1e-4,
-    mask: Any = None,
-    key: jax.Array | int = 0,
+    sampler: Sampler = rademacher,
+    weight_decay: ScalarOrSchedule = 1e-4,
+    mask: Mask | None = None,
+    key: Key = 0,
     mode: str = "auto",
     mean_over: AxisNames = None,
 ) -> Stage:
@@ -194,16 +194,16 @@ def sophia_h(
         gamma: γ > 0, scale of the diagonal: a number or a schedule.
         threshold: τ > 0, largest magnitude of an entry; None for no clipping.
         every: estimate the diagonal every k-th step only.
-        probes: Hutchinson probes per estimate.
-        sampler: `sampler(key, tree) -> tree` of probes with identity covariance.
-        weight_decay: decoupled weight decay, as in `optax.adamw`.
-        mask: tree prefix of booleans, or a callable `params -> tree`: the leaves that decay.
+        probes, sampler: Hutchinson probes per estimate, and the function that draws one,
+            `sampler(key, tree) -> tree` with identity covariance.
+        weight_decay, mask: decoupled weight decay as in `optax.adamw`, and the leaves that decay, a
+            tree prefix of booleans or a callable `params -> tree`.
         key: typed PRNG key, or seed, of the probes.
         mode: differentiation mode of the Hessian product, as in `hvp`.
         mean_over: device axis, or tuple of axes, to average gradient and diagonal over.
 
     Returns:
-        A stage. Each `update` needs `value_fn`.
+        A stage. Each `update` needs `value_fn`; every k-th takes a Hessian product per probe.
 
     Raises:
         ValueError, TypeError: an option is out of range, or is traced where it must be static.
@@ -229,18 +229,18 @@ def sophia_h(
 
 @injectable
 def sophia_g(
-    learning_rate: Any,
-    b1: Any = 0.965,
-    b2: Any = 0.99,
+    learning_rate: ScalarOrSchedule,
+    b1: ScalarOrSchedule = 0.965,
+    b2: ScalarOrSchedule = 0.99,
     *,
-    eps: Any = 1e-8,
-    gamma: Any = 0.05,
-    threshold: Any = 1.0,
-    every: Any = 10,
+    eps: ScalarOrSchedule = 1e-8,
+    gamma: ScalarOrSchedule = 0.05,
+    threshold: ScalarOrSchedule | None = 1.0,
+    every: Period = 10,
     probes: int = 1,
-    weight_decay: Any = 1e-4,
-    mask: Any = None,
-    key: jax.Array | int = 0,
+    weight_decay: ScalarOrSchedule = 1e-4,
+    mask: Mask | None = None,
+    key: Key = 0,
     mean_over: AxisNames = None,
 ) -> Stage:
     """Sophia-G: Sophia with the Fisher diagonal, from labels drawn from the model's predictions.
@@ -257,13 +257,12 @@ def sophia_g(
         learning_rate: α, a number or a schedule.
         b1: β₁ in [0, 1), decay of the gradient's mean: a number or a schedule.
         b2: β₂ in [0, 1), decay of the diagonal's mean, per estimate.
-        eps: ε > 0, lower bound of the denominator.
-        gamma: γ > 0, scale of the diagonal: a number or a schedule.
-        threshold: τ > 0, largest magnitude of an entry; None for no clipping.
+        eps, gamma: ε > 0 and γ > 0 of the denominator max(γ D, ε); γ is a number or a schedule.
+        threshold: τ > 0, the bound of each entry; None for no clipping.
         every: estimate the diagonal every k-th step only.
         probes: labels drawn per example and estimate.
-        weight_decay: decoupled weight decay, as in `optax.adamw`.
-        mask: tree prefix of booleans, or a callable `params -> tree`: the leaves that decay.
+        weight_decay, mask: decoupled weight decay as in `optax.adamw`, and the leaves that decay, a
+            tree prefix of booleans or a callable `params -> tree`.
         key: typed PRNG key, or seed, of the labels.
         mean_over: device axis, or tuple of axes, to average gradient and diagonal over.
 
@@ -271,7 +270,8 @@ def sophia_g(
         A stage. Each `update` needs `value_fn=` an `Objective` with `model=` and a likelihood.
 
     Raises:
-        ValueError, TypeError: an option is out of range, or is traced where it must be static.
+        ValueError, TypeError: an option is out of range, or is traced where it must be static; or
+            the objective that `update` receives has no likelihood.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax, curvax
@@ -292,24 +292,26 @@ def sophia_g(
     )
 
 
-def _every(k: Any, estimate: Stage) -> Stage:
+def _every(k: Period, estimate: Stage) -> Stage:
     """The estimate every k steps; for k = 1 as it is, so that it shares the caller's gradient."""
     return estimate if isinstance(k, int) and k == 1 else stages.every(k, estimate)
 
 
-def _delayed(k: Any, estimate: Stage, b2: Any) -> Stage:
+def _delayed(k: Period, estimate: Stage, b2: ScalarOrSchedule) -> Stage:
     """Sophia's diagonal: the mean over estimates, as it was one step before."""
     smoothed = stages.every(k, pipe(estimate, ema_mean(b2, debias=False)))
     return pipe(smoothed, ema_mean(0.0, debias=False, lag=1))
 
 
-def _momentum(method: str, b1: Any) -> optax.GradientTransformation:
+def _momentum(method: str, b1: ScalarOrSchedule) -> optax.GradientTransformation:
     """The mean of past gradients, with a number or a schedule for its decay."""
     checks.check_decay("b1", b1, stage=method)
     return optax.inject_hyperparams(optax.ema)(b1) if callable(b1) else optax.ema(b1)
 
 
-def _descent(learning_rate: Any, weight_decay: Any, mask: Any) -> tuple[Any, ...]:
+def _descent(
+    learning_rate: ScalarOrSchedule, weight_decay: ScalarOrSchedule, mask: Mask | None
+) -> tuple[optax.GradientTransformation, ...]:
     """Decoupled weight decay and the learning rate."""
     decay = optax.add_decayed_weights(weight_decay, mask)
     return decay, optax.scale_by_learning_rate(learning_rate)

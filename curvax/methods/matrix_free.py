@@ -1,10 +1,12 @@
 """Methods that solve a linear system with a curvature product, each a pipe of a few stages."""
 
+from __future__ import annotations
+
 from typing import Any
 
-import jax
 import optax
 
+from curvax.arithmetic.typing import Key, Scalar, ScalarOrSchedule
 from curvax.devices.axes import AxisNames
 from curvax.hyperparameters import injectable
 from curvax.linalg import Solver, cg
@@ -27,15 +29,15 @@ MARTENS = cg(250, tol=0.0, progress=5e-4, warm_start=0.95, backtrack=True)
 
 @injectable
 def natural_gradient(
-    learning_rate: Any = 1.0,
+    learning_rate: ScalarOrSchedule = 1.0,
     *,
-    damping: Any = 1e-3,
+    damping: ScalarOrSchedule = 1e-3,
     solver: Solver = TWENTY_STEPS,
     momentum: float | None = None,
-    radius: Any = None,
+    radius: ScalarOrSchedule | None = None,
     adaptive: bool = False,
     samples: int | None = None,
-    key: jax.Array | int = 0,
+    key: Key = 0,
     mode: str = "auto",
     fraction: float = 1.0,
     mean_over: AxisNames = None,
@@ -70,7 +72,7 @@ def natural_gradient(
         ValueError, TypeError: an option is out of range, or is traced where it must be static.
 
     Examples:
-        >>> import jax, jax.numpy as jnp, optax, curvax
+        >>> import jax.numpy as jnp, curvax
         >>> batch = {"x": jnp.array([[1.0], [2.0]]), "y": jnp.array([[2.0], [4.0]])}
         >>> objective = curvax.Objective(curvax.gaussian("y"), batch, model=lambda w, b: b["x"] * w)
         >>> tx, w = curvax.natural_gradient(damping=1e-6), jnp.zeros(1)
@@ -90,12 +92,12 @@ def natural_gradient(
 
 @injectable
 def gauss_newton(
-    learning_rate: Any = 1.0,
+    learning_rate: ScalarOrSchedule = 1.0,
     *,
-    damping: Any = 1e-3,
+    damping: ScalarOrSchedule = 1e-3,
     solver: Solver = TWENTY_STEPS,
     momentum: float | None = None,
-    radius: Any = None,
+    radius: ScalarOrSchedule | None = None,
     adaptive: bool = False,
     mode: str = "auto",
     fraction: float = 1.0,
@@ -113,7 +115,7 @@ def gauss_newton(
         learning_rate: α, a number or a schedule.
         damping: λ >= 0, in the units of the curvature: a number or a schedule. With `adaptive`, the
             initial λ > 0.
-        solver: linear solver, such as `cg(20)`, `dense()` or `row_space()`.
+        solver: linear solver of (G + λI) x = g, such as `cg(20)`, `dense()` or `row_space()`.
         momentum: decay of `optax.trace` in [0, 1); None for none.
         radius: r > 0 of a trust region, a number or a schedule: steps δ have δᵀGδ <= r². None for
             none.
@@ -131,7 +133,7 @@ def gauss_newton(
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax, curvax
-        >>> batch = {"x": jnp.array([[1.0], [2.0]]), "y": jnp.array([[2.0], [4.0]])}
+        >>> batch = {"x": jnp.array([[1.0], [3.0]]), "y": jnp.array([[2.0], [6.0]])}
         >>> objective = curvax.Objective(curvax.gaussian("y"), batch, model=lambda w, b: b["x"] * w)
         >>> tx, w = curvax.gauss_newton(damping=1e-6), jnp.zeros(1)
         >>> _, grads = objective.value_and_grad(w)
@@ -148,9 +150,9 @@ def gauss_newton(
 
 @injectable
 def hessian_free(
-    learning_rate: Any = 1.0,
+    learning_rate: ScalarOrSchedule = 1.0,
     *,
-    damping: Any = 1.0,
+    damping: Scalar = 1.0,
     solver: Solver = MARTENS,
     mode: str = "auto",
     fraction: float = 1.0,
@@ -182,13 +184,13 @@ def hessian_free(
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax, curvax
-        >>> batch = {"x": jnp.array([[1.0], [2.0]]), "y": jnp.array([[2.0], [4.0]])}
+        >>> batch = {"x": jnp.array([[1.0], [2.0]]), "y": jnp.array([[3.0], [6.0]])}
         >>> objective = curvax.Objective(curvax.gaussian("y"), batch, model=lambda w, b: b["x"] * w)
         >>> tx, w = curvax.hessian_free(damping=1e-6), jnp.zeros(1)
         >>> _, grads = objective.value_and_grad(w)
         >>> updates, state = tx.update(grads, tx.init(w), w, value_fn=objective)
         >>> [round(float(x), 3) for x in w + updates]  # linear regression is solved in one step
-        [2.0]
+        [3.0]
     """
     matvec = gauss_newton_matvec(mode=mode, fraction=fraction, mean_over=mean_over)
     return _solved(matvec, learning_rate, damping, solver, mean_over, adaptive=True)
@@ -196,9 +198,9 @@ def hessian_free(
 
 @injectable
 def newton_cg(
-    learning_rate: Any = 1.0,
+    learning_rate: ScalarOrSchedule = 1.0,
     *,
-    damping: Any = 0.0,
+    damping: ScalarOrSchedule = 0.0,
     solver: Solver = NEWTON,
     adaptive: bool = False,
     mode: str = "auto",
@@ -231,7 +233,7 @@ def newton_cg(
         ValueError, TypeError: an option is out of range, or is traced where it must be static.
 
     Examples:
-        >>> import jax, jax.numpy as jnp, optax, curvax
+        >>> import jax, jax.numpy as jnp, curvax
         >>> loss = lambda w: 0.5 * ((w[0] - 1) ** 2 + 10 * (w[1] - 2) ** 2)
         >>> tx, w = curvax.newton_cg(), jnp.zeros(2)
         >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
@@ -244,13 +246,13 @@ def newton_cg(
 
 def _solved(
     matvec: Stage,
-    learning_rate: Any,
-    damping: Any,
+    learning_rate: ScalarOrSchedule,
+    damping: Any,  # a number with `adaptive`, else also a schedule
     solver: Solver,
     mean_over: AxisNames,
     *,
     momentum: float | None = None,
-    radius: Any = None,
+    radius: ScalarOrSchedule | None = None,
     adaptive: bool = False,
 ) -> Stage:
     """The solution of the damped system, scaled by the learning rate."""

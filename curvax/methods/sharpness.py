@@ -1,11 +1,14 @@
 """SAM, GSAM and LookSAM over any base optimiser, each a pipe of a few stages."""
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import optax
 
+from curvax.arithmetic.typing import Period, ScalarOrSchedule, TreePrefix
 from curvax.devices.axes import AxisNames
 from curvax.hyperparameters import injectable
 from curvax.pipes.signal import Stage, pipe
@@ -38,7 +41,7 @@ def _with_options_of(factory: Callable[..., Stage]) -> Callable[[Method], Method
 @_with_options_of(sam_perturb)
 def sam(
     base: optax.GradientTransformation,
-    rho: Any = 0.05,
+    rho: ScalarOrSchedule | TreePrefix = 0.05,
     *,
     mean_over: AxisNames = None,
     **options: Any,
@@ -56,7 +59,7 @@ def sam(
             each of the k mini-batches is perturbed separately before the mean is taken; a schedule
             of ρ then counts mini-batches.
         rho: ρ >= 0, the radius of the perturbation in the units of the norm: a number, a schedule,
-            a tree prefix of the parameters, or a callable `path -> ρ`.
+            a tree prefix of the parameters, or `by_path(f)`.
         mean_over: device axis, or tuple of axes, to average the perturbed gradient over. Each
             device perturbs on its own part of the batch (m-sharpness).
         p: norm of the ball, in [1, ∞].
@@ -96,8 +99,8 @@ def sam(
 @_with_options_of(sam_perturb)
 def gsam(
     base: optax.GradientTransformation,
-    rho: Any,
-    alpha: Any,
+    rho: ScalarOrSchedule | TreePrefix,
+    alpha: ScalarOrSchedule,
     *,
     onto: str = "perturbed",
     mean_over: AxisNames = None,
@@ -115,28 +118,25 @@ def gsam(
     Args:
         base: an Optax transformation, such as `optax.adamw(1e-3)`.
         rho: ρ >= 0, the radius of the perturbation in the units of the norm: a number, a schedule,
-            a tree prefix of the parameters, or a callable `path -> ρ`.
+            a tree prefix of the parameters, or `by_path(f)`.
         alpha: α, the weight of the orthogonal part: a number or a schedule; 0 is SAM.
         onto: "perturbed" keeps g_p and adds the part of g orthogonal to it (the paper); "clean"
             keeps g and adds the part of g_p orthogonal to it.
         mean_over: device axis, or tuple of axes, to average the updates over.
-        p: norm of the ball, in [1, ∞].
-        steps: number of ascent steps.
-        step_size: length of the ascent steps after the first; ρ/steps by default.
-        projected: whether steps after the first are projected back into the ball.
-        ascent: ascent rule, such as `asam(0.01)`; a tree prefix of rules or a callable
-            `path -> rule` for rules by group. `dual_norm(p)` by default.
-        second_order: whether to differentiate through ε̂(θ), at one Hessian product per ascent
-            step.
-        mode: differentiation mode of these products, as in `hvp`.
-        every: perturb every k-th step only, from the first on.
         sync_over: device axes to average the ascent gradient over, for one perturbation shared by
             all devices.
-        mask: tree prefix of booleans, or a callable `params -> tree`; False leaves stay
-            unperturbed.
+        p: norm of the ball, in [1, ∞].
+        steps, step_size, projected: number of ascent steps; length of those after the first,
+            ρ/steps by default; whether they are projected back into the ball.
+        ascent: ascent rule in place of `dual_norm(p)`, such as `asam(0.01)`; for rules by group, a
+            tree prefix of rules or a callable `path -> rule`.
+        second_order, mode: whether to differentiate through ε̂(θ), at one Hessian product per ascent
+            step, and the differentiation mode of these products, as in `hvp`.
+        every: perturb every k-th step only, from the first on.
+        mask: the leaves to perturb, a tree prefix of booleans or a callable `params -> tree`.
 
     Returns:
-        A stage. Each `update` needs `value_fn`, and costs two gradients.
+        A stage that needs `value_fn` in each `update`, at the cost of two gradients.
 
     Raises:
         ValueError, TypeError: an option is out of range, or is traced where it must be static.
@@ -162,10 +162,10 @@ def gsam(
 @_with_options_of(sam_perturb)
 def look_sam(
     base: optax.GradientTransformation,
-    rho: Any,
+    rho: ScalarOrSchedule | TreePrefix,
     *,
-    every: Any = 5,
-    alpha: Any = 0.7,
+    every: Period = 5,
+    alpha: ScalarOrSchedule = 0.7,
     mean_over: AxisNames = None,
     **options: Any,
 ) -> Stage:
@@ -181,7 +181,7 @@ def look_sam(
     Args:
         base: an Optax transformation, such as `optax.adamw(1e-3)`.
         rho: ρ >= 0, the radius of the perturbation in the units of the norm: a number, a schedule,
-            a tree prefix of the parameters, or a callable `path -> ρ`.
+            a tree prefix of the parameters, or `by_path(f)`.
         every: k, the number of steps per SAM step; a positive int.
         alpha: α, the length of the reused part as a fraction of ‖g‖: a number or a schedule.
         mean_over: device axis, or tuple of axes, to average the updates over.

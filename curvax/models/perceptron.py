@@ -11,7 +11,18 @@ from curvax.models.layers import classify, require_choice
 ACTIVATIONS = {"tanh": nn.tanh, "relu": nn.relu, "gelu": nn.gelu, "sigmoid": nn.sigmoid}
 
 
-class Perceptron(nn.Module, kw_only=True):
+class _Network(nn.Module, kw_only=True):
+    """The options of hidden layers that both networks share."""
+
+    activation: str = "tanh"
+    dtype: Any = None
+
+    def __post_init__(self) -> None:
+        require_choice("activation", self.activation, ACTIVATIONS)
+        super().__post_init__()
+
+
+class Perceptron(_Network, kw_only=True):
     """A perceptron, called as `model(x, train=False)` on inputs (N, ...), which are flattened.
 
     Attributes:
@@ -23,12 +34,6 @@ class Perceptron(nn.Module, kw_only=True):
 
     classes: int
     widths: Sequence[int]
-    activation: str = "tanh"
-    dtype: Any = None
-
-    def __post_init__(self) -> None:
-        require_choice("activation", self.activation, ACTIVATIONS)
-        super().__post_init__()
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -36,7 +41,7 @@ class Perceptron(nn.Module, kw_only=True):
         return classify(x, self.classes, bias=0.0, init=nn.initializers.lecun_normal())
 
 
-class Autoencoder(nn.Module, kw_only=True):
+class Autoencoder(_Network, kw_only=True):
     """A deep autoencoder with a linear code, called as `model(x, train=False)`.
 
     The layers of Hinton and Salakhutdinov, Science 313 (2006), and Martens, ICML 2010, with the
@@ -52,12 +57,6 @@ class Autoencoder(nn.Module, kw_only=True):
 
     widths: Sequence[int]
     code: int
-    activation: str = "tanh"
-    dtype: Any = None
-
-    def __post_init__(self) -> None:
-        require_choice("activation", self.activation, ACTIVATIONS)
-        super().__post_init__()
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -70,9 +69,7 @@ class Autoencoder(nn.Module, kw_only=True):
         return logits.reshape(x.shape)
 
 
-def _hidden(
-    model: Perceptron | Autoencoder, h: jax.Array, widths: Sequence[int], name: str
-) -> jax.Array:
+def _hidden(model: _Network, h: jax.Array, widths: Sequence[int], name: str) -> jax.Array:
     """Applies dense layers `name0`, `name1`, ... of these widths, in the scope of the model."""
     for n, width in enumerate(widths):
         h = ACTIVATIONS[model.activation](nn.Dense(width, dtype=model.dtype, name=f"{name}{n}")(h))

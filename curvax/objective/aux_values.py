@@ -166,9 +166,14 @@ def _run(traced: Any, of: Pass, roots: list[Root]) -> tuple[list[Any], list[Any]
 
 
 def _finish(
-    program: Any, of: Pass, kinds: list[str | None], roots: list[Root], values: list[Any],
-    first: int, aux_tree: Any,
-) -> Tree:  # fmt: skip
+    program: Any,
+    of: Pass,
+    kinds: list[str | None],
+    roots: list[Root],
+    values: list[Any],
+    first: int,
+    aux_tree: Any,
+) -> Tree:
     """The whole batch's aux, from the values reduced over its pieces."""
     reduced, own = values[: len(roots)], iter(values[len(roots) :])
     outs: list[Any] = [None] * len(kinds)

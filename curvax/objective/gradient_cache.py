@@ -87,6 +87,20 @@ class GradientCache:
                 return record
         return None
 
+    def inherit(self, outer: GradientCache, at: tuple[Tree, Tree], here: tuple[Tree, Tree]) -> None:
+        """Records what the cache of an objective of other parameters knows of a gradient.
+
+        Args:
+            outer: that cache.
+            at: (parameters, updates) in the structure that it knows.
+            here: the same (parameters, updates) in the structure of this cache.
+        """
+        if (cached := outer.find(*at)) is not None:
+            self.store(*here, cached.value, cached.local)
+        elif outer.has(at[0]):
+            # A gradient was computed there, and the updates are not that gradient.
+            self.store(here[0], None, None, frozenset())
+
 
 def _same(refs: list[weakref.ref], tree: Tree, of: Callable[[Any], Any] = lambda x: x) -> bool:
     leaves = jax.tree.leaves(tree)

@@ -7,21 +7,19 @@ piece folds its number into the dropout key.
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from curvax.arithmetic import trees
-from curvax.arithmetic.trees import Tree, differentiated
+from curvax.arithmetic.trees import Tree
 from curvax.devices import axes, meshes
 from curvax.likelihoods import Likelihood
-from curvax.objective import microbatching, reductions, validation
-from curvax.objective.aux_values import Pass, Reductions, Undecided, check_reductions, in_pieces
+from curvax.objective import evaluation, microbatching, pieces, validation
+from curvax.objective.aux_values import Reductions, Undecided, check_reductions
 from curvax.objective.gradient_cache import CachedGradient, GradientCache
+from curvax.objective.local_axes import traced_axes
 
 
 class Objective:
@@ -116,10 +114,12 @@ class Objective:
         self.loss, self.batch, self.model, self.has_aux = loss, batch, model, has_aux
         self.key, self.microbatch, self.weight, self.scale = key, microbatch, weight, scale
         self.reduce_aux = reduce_aux
-        self._gradients = GradientCache()
-        self._local: dict[Any, frozenset[str]] = {}
-        self._part: tuple[Any, int] = (0, 1)
-        self._whole: tuple[Any, ...] | None = None
+        # What is known of this loss; another one starts anew (`pieces.changed`).
+        self.gradients = GradientCache()
+        self.known_axes: dict[Any, frozenset[str]] = {}
+        # The batch is piece i of n of the one that was passed; (batch, *keys) of that, for the aux.
+        self.place: tuple[Any, int] = (0, 1)
+        self.whole: tuple[Any, ...] | None = None
         # Under `per_group`: whether this is the loss of a group, and the device axes it spans.
         self.grouped = False
         self.joined: tuple[axes.Along, ...] = ()
@@ -142,15 +142,7 @@ class Objective:
             >>> curvax.Objective(lambda w, x: jnp.mean(w * x), jnp.ones(8)).size
             8
         """
-        sizes = {jnp.shape(x)[:1] for x in jax.tree.leaves(self.batch)}
-        if len(sizes) != 1 or () in sizes:
-            raise ValueError(
-                "The batch of an `Objective` is a pytree of arrays that share one leading axis of "
-                f"examples. Got shapes {[jnp.shape(x) for x in jax.tree.leaves(self.batch)]}. "
-                "A plain callable has no batch: write `Objective(loss, batch)` with "
-                "`loss(params, batch)`."
-            )
-        return sizes.pop()[0]
+        return validation.batch_size(self.batch)
 
     def on(self, batch: Tree) -> Objective:
         """The same loss on another batch.
@@ -168,7 +160,7 @@ class Objective:
             >>> float(objective.on(jnp.full(4, 3.0))(2.0))
             6.0
         """
-        return self._changed(batch=batch)
+        return pieces.changed(self, batch=batch)
 
     def piece(self, batch: Tree, i: Any, n: int) -> Objective:
         """The loss on the i-th of n contiguous pieces of this batch.
@@ -191,34 +183,11 @@ class Objective:
             >>> [float(objective.piece(groups[i], i, 3)(1.0)) for i in range(3)]
             [0.5, 2.5, 4.5]
         """
-        j, m = self._part
-        piece = self._changed(batch=batch, _part=(j * n + i, m * n))
+        j, m = self.place
+        piece = pieces.changed(self, batch=batch, place=(j * n + i, m * n))
         if self.microbatch and piece.size % self.microbatch:
             piece.microbatch = None
         return piece
-
-    def _as_group(self, over: tuple[axes.Along, ...]) -> Objective:
-        """The mean loss of a group of devices, those along the bound device axes `over`.
-
-        Value, gradient, Hessian and weight are those of the group. Methods that read the batch
-        (examples, outputs, micro-batches) raise an error, since a device holds only its part.
-        """
-        return self._changed(grouped=True, joined=over)
-
-    def _device_part(self) -> Objective:
-        """The loss on this device's part of the batch; itself if it is not in a group."""
-        return self._changed(joined=()) if self.joined else self
-
-    def _group_mean(self, tree: Tree) -> Tree:
-        """The weighted mean of `tree` over the devices of the group."""
-        return axes.mean(tree, self.joined, self._device_part().batch_weight())
-
-    def _changed(self, **fields: Any) -> Objective:
-        """A copy with other fields and an empty gradient cache."""
-        other = copy.copy(self)
-        other._gradients, other._local, other._whole = GradientCache(), {}, None
-        vars(other).update(fields)
-        return other
 
     def groups(self, m: int, where: str = "`groups(m)`") -> Tree:
         """The batch in contiguous groups of m examples.
@@ -265,7 +234,7 @@ class Objective:
         count = max(1, round(fraction * self.size))
         batch = jax.tree.map(lambda x: meshes.first(x, count), self.batch)
         if not self.microbatch or self.microbatch >= count:
-            return self._changed(batch=batch, microbatch=None)
+            return pieces.changed(self, batch=batch, microbatch=None)
         where = f"`Objective(microbatch=)`, on a fraction {fraction} of the batch,"
         microbatching.check_divides(count, self.microbatch, where)
         return self.on(batch)
@@ -287,7 +256,7 @@ class Objective:
         """
         half = "loss" if self.model is None else "model"
         inner = getattr(self, half)
-        return self._changed(**{half: lambda params, *rest: inner(f(params), *rest)})
+        return pieces.changed(self, **{half: lambda params, *rest: inner(f(params), *rest)})
 
     def batch_weight(self) -> jax.Array | None:
         """The weight of this batch in a weighted mean over batches, groups or devices.
@@ -304,20 +273,17 @@ class Objective:
             >>> float(curvax.Objective(loss, batch, model=predict).batch_weight())
             3.0
         """
-        own = self._own_weight()
-        if own is None or not self.joined:
-            return own
-        return axes.total(axes.vary(own, self.joined), self.joined)
-
-    def _own_weight(self) -> jax.Array | None:
-        if self.weight is None:
-            if isinstance(self.loss, Likelihood) and self.loss.weighted:
-                return self.loss.total_weight(self.batch)
-            return None
+        if self.joined:
+            own = pieces.device_part(self).batch_weight()
+            return None if own is None else axes.total(axes.vary(own, self.joined), self.joined)
         if isinstance(self.weight, str):
             weight = jnp.sum(self.batch[self.weight])
-        else:
+        elif self.weight is not None:
             weight = self.weight(self.batch)
+        elif isinstance(self.loss, Likelihood) and self.loss.weighted:
+            return self.loss.total_weight(self.batch)
+        else:
+            return None
         return jnp.asarray(weight, jnp.result_type(float))
 
     def __call__(self, params: Tree) -> jax.Array:
@@ -333,20 +299,7 @@ class Objective:
             >>> float(objective(2.0))
             3.0
         """
-        own = lambda part: lambda p: part._evaluate(p)[0]
-        value = self._device_part()._microbatch_mean(
-            lambda part: (jax.checkpoint(own(part)) if self.microbatch else own(part))(params),
-            aux=False,
-        )
-        return self._group_mean(value)
-
-    def _device_mean(self, params: Tree, over: tuple[axes.Along, ...]) -> jax.Array:
-        """L(θ), averaged over bound device axes.
-
-        Matrix products run at the highest precision, since callers subtract nearby losses.
-        """
-        with jax.default_matmul_precision("highest"):
-            return axes.mean(self(params), over, self.batch_weight())
+        return evaluation.value(self, params)
 
     def value_and_grad(self, params: Tree) -> tuple[Any, Tree]:
         """The loss and its gradient, as `jax.value_and_grad(loss, has_aux=...)` would return them.
@@ -375,80 +328,11 @@ class Objective:
             >>> round(float(value), 3), round(float(gradient), 3)
             (9.667, 6.0)
         """
-        (value, aux), grads = self._value_aux_and_grad(params)
+        (value, aux), grads = evaluation.value_aux_and_grad(self, params)
         if isinstance(aux, Undecided):
             raise ValueError(aux.message)
-        self._remember(params, grads, value, self.local_axes(params))
+        self.gradients.store(params, grads, value, self.local_axes(params))
         return ((value, aux) if self.has_aux else value), grads
-
-    def _remember(
-        self, params: Tree, grads: Tree, value: jax.Array | None, local: frozenset[str]
-    ) -> None:
-        """Records this loss's gradient at `params`, for `cached_gradient`."""
-        self._gradients.store(params, grads, value, local)
-
-    def _value_aux_and_grad(self, params: Tree) -> tuple[tuple[jax.Array, Any], Tree]:
-        """((L(θ), aux), ∇L(θ)), where aux is None without `has_aux`."""
-        here = axes.vary(params, self.local_axes(params) | set(self.joined))
-        own = self._device_part()
-        (value, aux), grads = own._microbatch_mean(lambda part: own._share(part, here))
-        value, grads = self._group_mean((value, grads))
-        return (value, aux), grads
-
-    def _share(self, part: Objective, params: Tree) -> tuple[tuple[jax.Array, Any], Tree]:
-        """((L, aux), ∇L) of a part of the batch.
-
-        States that are overwritten by their gradients (fp8 scales, which track the largest entries
-        of cotangents) must see the cotangents of the whole batch's mean, so the part's loss is
-        multiplied by its share of that mean, and other gradients are divided by it.
-        """
-        if part is self or not trees.has_overwritten(params):
-            return part._differentiated(params)
-        share: Any = part.size / self.size
-        if (own := part.batch_weight()) is not None and (total := self.batch_weight()) is not None:
-            share = trees.ratio(own, total)
-        return part._differentiated(params, jnp.asarray(share))
-
-    def _differentiated(
-        self, params: Tree, share: jax.Array | None = None
-    ) -> tuple[tuple[jax.Array, Any], Tree]:
-        """((L, aux), ∇L) in one piece, differentiated as `scale`·`share`·L."""
-        if self.scale is None and share is None:
-            return differentiated(self._evaluate, params)
-
-        def scaled(params: Tree) -> tuple[jax.Array, Any]:
-            value, aux = self._evaluate(params)
-            return self._scaled(value if share is None else share * value), (value, aux)
-
-        def back(path: Any, g: jax.Array) -> jax.Array:
-            if trees.is_overwritten(path):
-                return g
-            g = self._unscaled(g)
-            return g if share is None else trees.ratio(trees.widen(g), share).astype(g.dtype)
-
-        (_, out), grads = differentiated(scaled, params)
-        return out, trees.map_with_path(back, grads)
-
-    def _scaled(self, tree: Tree) -> Tree:
-        """A cotangent times `scale`, in float32 or wider; unchanged without a scale."""
-        if self.scale is None:
-            return tree
-        return trees.scale(self.scale, trees.wide(tree))
-
-    def _unscaled(self, tree: Tree) -> Tree:
-        """A gradient of a scaled loss over `scale`, in float32 or wider."""
-        if self.scale is None:
-            return tree
-        by = lambda x: (x / self.scale).astype(x.dtype)
-        return jax.tree.map(by, trees.wide(tree))
-
-    def _evaluate(self, params: Tree) -> tuple[jax.Array, Any]:
-        """(L(θ), aux) of the whole batch in one piece."""
-        if self.model is not None:
-            outputs, aux = self.outputs(params)
-            return self._loss_of(outputs), aux
-        value, aux = self._called("loss", params)
-        return validation.scalar(value, self.has_aux), aux
 
     def outputs(self, params: Tree) -> tuple[Tree, Any]:
         """The outputs z of the model for the whole batch, and its aux.
@@ -471,83 +355,7 @@ class Objective:
             (4, 2)
         """
         validation.refuse_joined(self.joined)
-        return self._called("model", params)
-
-    def _called(self, half: str, params: Tree) -> tuple[Any, Any]:
-        """(result, aux) of the loss or the model; for a piece, the aux as `Parts` to reduce."""
-        f = getattr(self, half)
-        rest = () if self.batch is None else (self.batch,)
-        if not self.has_aux:
-            return validation.called(f, params, *rest, *self._keys()), None
-        both = lambda *args: validation.pair(validation.called(f, *args), half)
-        if self._whole is None:
-            return both(params, *rest, *self._keys())
-        here = Pass(both, params, (*rest, *self._keys()), self._whole)
-        return in_pieces(here, self.reduce_aux)
-
-    def _whole_batch(self) -> tuple[Any, ...]:
-        """(batch, *keys) of the batch that this is a piece of, or of this batch."""
-        return self._whole or (self.batch, *self._keys())
-
-    def _as_piece_of(self, whole: tuple[Any, ...]) -> Objective:
-        """The same loss, its aux prepared for a reduction over the pieces of `whole`.
-
-        `microbatching.finished` turns the reduced aux into that of the whole batch.
-        """
-        return self._changed(_whole=whole) if self.has_aux else self
-
-    def _loss_of(self, outputs: Tree) -> jax.Array:
-        """The loss of given outputs, a scalar in float32 or wider."""
-        return validation.scalar(self.loss(outputs, self.batch))
-
-    def _microbatch_mean(self, f: Callable[..., Tree], *batched: Tree, aux: bool = True) -> Tree:
-        """The weighted mean over micro-batches of `f`; `f(self)` without micro-batches.
-
-        Floating leaves are accumulated in float32, other leaves are those of the last micro-batch,
-        and the aux is that of the whole batch.
-
-        Args:
-            f: `f(part, *batched)`, where `part` is the objective on a micro-batch.
-            batched: trees with a leading axis of examples, divided like the batch.
-            aux: whether the result of `f` contains the aux.
-
-        Raises:
-            ValueError: the batch is one device's part of a group.
-        """
-        validation.refuse_joined(self.joined)
-        if not self.microbatch or self.microbatch == self.size:
-            return f(self, *batched)
-        count, whole = self.size // self.microbatch, self._whole_batch()
-
-        def piece(i: jax.Array, pieces: Tree) -> tuple[Tree, jax.Array | None]:
-            batch, *rest = pieces
-            part = self.piece(batch, i, count)
-            part = part._as_piece_of(whole) if aux else part
-            return f(part, *rest), part.batch_weight()
-
-        where = "`Objective(microbatch=)`"
-        pieces = microbatching.split((self.batch, *batched), self.size, self.microbatch, where)
-        found = microbatching.mean_over_scan(piece, pieces, count)
-        # A piece of a larger batch is finished once all pieces of that batch are reduced.
-        return found if self._whole else microbatching.finished(found)
-
-    def _map_examples(self, f: Callable[..., Tree], *shared: Tree) -> tuple[Tree, jax.Array | None]:
-        """`f` on every example, by `vmap`.
-
-        Args:
-            f: `f(example, *shared)`, where `example` is the objective on a batch of one, with a
-                dropout key of its own.
-            shared: trees passed unchanged.
-
-        Returns:
-            (the results stacked along a new first axis, the weights of the examples [n] or None)
-        """
-
-        def one(i: jax.Array, batch: Tree, *shared: Tree) -> tuple[Tree, jax.Array | None]:
-            part = self.piece(batch, i, self.size)
-            return f(part, *shared), part.batch_weight()
-
-        return microbatching.stack_over_vmap(one, self.groups(1), self.size, *shared)
+        return evaluation.call(self, "model", params)
 
     def example_keys(self, key: jax.Array) -> jax.Array:
         """One key for each example: `key` folded with the example's number in the global batch.
@@ -566,7 +374,7 @@ class Objective:
             >>> objective.example_keys(jax.random.key(0)).shape
             (8,)
         """
-        number, _ = self._piece_number(self._batch_axes())
+        number, _ = pieces.piece_number(self, pieces.batch_axes(self))
         first = number * self.size
         fold = lambda i, _: (jax.random.fold_in(key, first + i), None)
         return microbatching.stack_over_vmap(fold, self.groups(1), self.size)[0]
@@ -594,31 +402,9 @@ class Objective:
         if not axes.manual():
             return frozenset()
         kind = (axes.manual(), *map(jax.typeof, jax.tree.leaves(params)))
-        if kind not in self._local:
-            self._local[kind] = self._traced_axes(params) - set(self.joined)
-        return self._local[kind]
-
-    def _traced_axes(self, params: Tree) -> frozenset[str]:
-        own = self._device_part()
-        loss = lambda p: own._microbatch_mean(lambda part: part._evaluate(p)[0], aux=False)
-        traced = jax.make_jaxpr(loss)(params)
-        typed = axes.tracked()
-        suspects = axes.varying(self.batch) if typed and self.batch is not None else axes.manual()
-        reductions.refuse_reduced_output(traced, tuple(suspects))
-        local = axes.varying_of(traced.out_avals[0]) if typed else frozenset(axes.manual())
-        weight = self._own_weight()
-        if weight is not None:
-            here = axes.vary(params, local)
-            reductions.refuse_shared_activations(loss, here, self._axes_of_weights(weight))
-        return local
-
-    def _axes_of_weights(self, weight: jax.Array) -> list[set[str]]:
-        """Sets of device axes over which weights differ, as far as is known."""
-        if axes.tracked():
-            return [{axis} for axis in axes.varying(weight)]
-        # Without types, weights are taken to differ over all axes together but not over each of
-        # several: one of them may only split the model.
-        return [set(axes.manual()), *({axis} for axis in self.joined if isinstance(axis, str))]
+        if kind not in self.known_axes:
+            self.known_axes[kind] = traced_axes(self, params) - set(self.joined)
+        return self.known_axes[kind]
 
     def cached_gradient(self, params: Tree, updates: Tree) -> CachedGradient | None:
         """The cache entry of `updates`, if they are the gradient that `value_and_grad` returned.
@@ -639,7 +425,7 @@ class Objective:
             >>> objective.cached_gradient(w, 2 * gradient) is None
             True
         """
-        return self._gradients.find(params, updates)
+        return self.gradients.find(params, updates)
 
     def has_gradient_at(self, params: Tree) -> bool:
         """Whether `value_and_grad` was called at these parameters, compared by identity.
@@ -650,45 +436,4 @@ class Objective:
             >>> objective.has_gradient_at(w)
             False
         """
-        return self._gradients.has(params)
-
-    def _inherit_gradients(
-        self, outer: Objective, at: tuple[Tree, Tree], here: tuple[Tree, Tree]
-    ) -> Objective:
-        """This objective, with the cache entry of `outer`, whose parameters have another structure.
-
-        Args:
-            outer: the objective whose cache is read.
-            at: (parameters, updates) in the structure of `outer`.
-            here: the same (parameters, updates) in the structure of this objective.
-        """
-        if (cached := outer.cached_gradient(*at)) is not None:
-            self._remember(*here, cached.value, cached.local)
-        elif outer.has_gradient_at(at[0]):
-            # A gradient was computed there, and the updates are not that gradient.
-            self._remember(here[0], None, None, frozenset())
-        return self
-
-    def _shard_number(self, local: frozenset[str]) -> tuple[Any, int]:
-        """(i, n): this loss, or that of its group, is on piece i of n of the global batch."""
-        number, count = self._piece_number(local)
-        rows = (part for part in self.joined if isinstance(part, axes.Neighbours))
-        together = math.prod(row.size for row in rows if row.axis in local)
-        return number // together, count // together
-
-    def _piece_number(self, local: frozenset[str]) -> tuple[Any, int]:
-        """(i, n): the examples on this device are piece i of n of the global batch."""
-        device, devices = axes.index_and_size(tuple(a for a in axes.manual() if a in local))
-        part, parts = self._part
-        return device * parts + part, devices * parts
-
-    def _batch_axes(self) -> frozenset[str]:
-        """The device axes over which the batch is divided."""
-        return axes.varying(self.batch) if axes.tracked() else frozenset(axes.manual())
-
-    def _keys(self) -> tuple[jax.Array, ...]:
-        """(key of this piece,), or () without a key."""
-        if self.key is None:
-            return ()
-        number, count = self._piece_number(self._batch_axes())
-        return (jax.random.fold_in(self.key, number) if count > 1 else self.key,)
+        return self.gradients.has(params)

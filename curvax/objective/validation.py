@@ -52,6 +52,23 @@ def check_options(batch: Tree, model: Any, key: Any, microbatch: Any, weight: An
         check_key(key, "`Objective(key=)`")
 
 
+def batch_size(batch: Tree) -> int:
+    """The number of examples in a batch.
+
+    Raises:
+        ValueError: there is no batch, or its leaves have different leading axes.
+    """
+    shapes = [jnp.shape(x) for x in jax.tree.leaves(batch)]
+    sizes = {shape[:1] for shape in shapes}
+    if len(sizes) != 1 or () in sizes:
+        raise ValueError(
+            "The batch of an `Objective` is a pytree of arrays that share one leading axis of "
+            f"examples. Got shapes {shapes}. A plain callable has no batch: write "
+            "`Objective(loss, batch)` with `loss(params, batch)`."
+        )
+    return sizes.pop()[0]
+
+
 def check_scale(scale: Any) -> None:
     """Checks that a scale of the loss is a positive scalar; of traced scales only the shape.
 

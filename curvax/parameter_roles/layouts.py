@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from curvax.parameter_roles import layers, roles
-from curvax.parameter_roles.layers import bare
+from curvax.parameter_roles import roles, roles_by_name
 from curvax.parameter_roles.roles import Axes, ParamInfo, Path, Shape
+from curvax.parameter_roles.roles_by_name import bare
 
 COMPONENT = re.compile("attention|attn|mlp|ffn|feed_?forward", re.IGNORECASE)
 NUMBERED = re.compile(r"(.*?)_?\d+")
@@ -119,8 +119,8 @@ class Layout(Mapping[Path, Leaf]):
 
 def layout_of_tree(tree: Any) -> Layout:
     """The layout of a tree, by names (Flax, Haiku), classes (Equinox) and shapes."""
-    shapes = {bare(path): shape for path, shape in layers.shapes_of(tree).items()}
-    return assemble(shapes, roles.read(shapes, layers.known(tree, shapes)))
+    shapes = {bare(path): shape for path, shape in roles_by_name.shapes_of(tree).items()}
+    return assemble(shapes, roles.read(shapes, roles_by_name.known(tree, shapes)))
 
 
 def assemble(shapes: Mapping[Path, Shape], infos: Mapping[Path, ParamInfo]) -> Layout:

@@ -1,6 +1,6 @@
 """SAM's perturbation: ascent rules, and the ascent in a ball of radius ρ."""
 
-from curvax.perturbation.directions import (
+from curvax.perturbation.ascent_rules import (
     Ascent,
     MetricAscent,
     asam,
@@ -10,12 +10,14 @@ from curvax.perturbation.directions import (
     weight_scaled,
 )
 from curvax.perturbation.fisher import fisher_ascent
+from curvax.perturbation.radius import by_path
 
 __all__ = [
     "Ascent",
     "MetricAscent",
     "asam",
     "asam_all",
+    "by_path",
     "dual_norm",
     "fisher_ascent",
     "random_direction",

@@ -1,7 +1,6 @@
 """SAM's ascent in the Fisher metric, which measures the change of the predictions."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax.numpy as jnp
 
@@ -9,19 +8,20 @@ from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.safe_math import root
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Scalar
 from curvax.curvature import fvp
 from curvax.curvature.differentiability import check_mode
 from curvax.devices import axes
 from curvax.linalg import Solver, cg
 from curvax.linalg.solvers import check_solver
-from curvax.objective import Objective
-from curvax.perturbation.directions import MetricAscent
+from curvax.objective import Objective, pieces
+from curvax.perturbation.ascent_rules import MetricAscent
 
 TEN_STEPS = cg(10)
 
 
 def fisher_ascent(
-    damping: Any = 1e-3, *, solver: Solver = TEN_STEPS, mode: str = "auto"
+    damping: Scalar = 1e-3, *, solver: Solver = TEN_STEPS, mode: str = "auto"
 ) -> MetricAscent:
     """Steepest ascent in the damped Fisher metric.
 
@@ -65,7 +65,7 @@ def fisher_ascent(
         sync: tuple[str, ...],
     ) -> Tree:
         over = (*axes.outside(objective.joined, sync), *sync)
-        own = objective._device_part()
+        own = pieces.device_part(objective)
         fisher = fvp(own, params, mode=mode).averaged(over, own.batch_weight())
         product = fisher.within(masked, masked).damped(damping)
         x = solver(product, g).x

@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Scalar, ValueFn
 from curvax.devices import axes
 from curvax.objective import as_objective
 from curvax.objective.reductions import depends
@@ -44,10 +46,10 @@ def no_metrics(*names: str) -> StageMetrics:
 
 
 def metrics_of(
-    scalars: dict[str, Any],
+    scalars: Mapping[str, Scalar | None],
     over: tuple[str, ...] = (),
-    weight: Any = None,
-    known: Mapping[str, Any] = MappingProxyType({}),
+    weight: jax.Array | None = None,
+    known: Mapping[str, bool | jax.Array] = MappingProxyType({}),
 ) -> StageMetrics:
     """Metrics in float32: the weighted mean over `over`, then over all axes that the types show.
 
@@ -60,7 +62,7 @@ def metrics_of(
     """
     flags = {name: known.get(name, x is not None) for name, x in scalars.items()}
 
-    def number(name: str, x: Any) -> jax.Array:
+    def number(name: str, x: Scalar | None) -> jax.Array:
         x = jnp.asarray(0 if x is None else x, jnp.float32)
         return jnp.where(flags[name], x, 0) if name in known else x
 
@@ -69,14 +71,14 @@ def metrics_of(
     return StageMetrics(stacked, axes.mean_over_visible(axes.mean(figures, over, weight)))
 
 
-def with_metrics_of(state: Any, later: Any) -> Any:
+def with_metrics_of(state: optax.OptState, later: optax.OptState) -> optax.OptState:
     """`state` with the metrics of `later`, a state of the same stages."""
     seen = lambda node: {name: getattr(node, name) for name in StageMetrics._fields}
     newer = lambda old, new: old._replace(**seen(new)) if _measures(old) else old
     return jax.tree.map(newer, state, later, is_leaf=_measures)
 
 
-def unflagged(state: Any) -> Any:
+def unflagged(state: optax.OptState) -> optax.OptState:
     """`state` in the format of earlier versions: no flags, and NaN for unmeasured metrics."""
 
     def bare(node: Any) -> Any:
@@ -89,7 +91,7 @@ def unflagged(state: Any) -> Any:
     return jax.tree.map(bare, state, is_leaf=_measures)
 
 
-def flagged(older: Any, like: Any) -> Any:
+def flagged(older: optax.OptState, like: optax.OptState) -> optax.OptState:
     """A state of earlier versions in the format of `like`, with flags from its NaNs."""
 
     def whole(node: Any, old: Any) -> Any:
@@ -151,12 +153,17 @@ def record(**measures: Callable[..., Any]) -> Stage:
         return RecordState(*no_metrics(*measures))
 
     def rule(
-        signal: Signal, state: RecordState, params: Tree, value_fn: Any = None, **extra: Any
-    ) -> Any:
+        signal: Signal,
+        state: RecordState,
+        params: Tree,
+        value_fn: ValueFn | None = None,
+        **extra: Any,
+    ) -> tuple[Signal, RecordState]:
         del state, extra
         objective = as_objective(value_fn, "record", params) if of_loss else None
         seen = lambda name: (signal, params, objective)[: 3 if name in of_loss else 2]
-        found, known = {}, {}
+        found: dict[str, Scalar] = {}
+        known: dict[str, Any] = {}
         for name, measure in measures.items():
             found[name] = measure(*seen(name))
             if _skips(signal) and _uses_perturbed_loss(measure, *seen(name)):
@@ -186,7 +193,7 @@ def _takes_loss(measure: Callable[..., Any]) -> bool:
     return sum(each.default is each.empty for each in parameters) > 2
 
 
-def diagnostics(state: Any) -> Metrics:
+def diagnostics(state: optax.OptState) -> Metrics:
     """Returns all metrics in an optimiser state, by name.
 
     A name that several stages use is followed by the place of the stage in the state:

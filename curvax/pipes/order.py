@@ -7,6 +7,7 @@ import optax
 
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
+from curvax.objective import Objective
 
 PASSING = ("identity", "snapshot", "monitor")
 """Optax's transformations that leave the updates unchanged."""
@@ -58,7 +59,7 @@ def refuse_changed_in_pipe(updates: Tree, gradient: Tree, stage: str) -> None:
         )
 
 
-def refuse_changed_gradient(objective: Any, params: Tree, updates: Tree, stage: str) -> None:
+def refuse_changed_gradient(objective: Objective, params: Tree, updates: Tree, stage: str) -> None:
     """Refuses updates that are not the gradient that the objective returned for these parameters.
 
     Raises:

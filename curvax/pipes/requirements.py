@@ -1,8 +1,7 @@
 """What a stage needs from earlier stages, or an error that shows where to put them."""
 
-from typing import Any
-
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Matvec
 from curvax.linear_operator import Product, as_product
 
 
@@ -21,7 +20,7 @@ def needed_diagonal(diagonal: Tree, stage: str, needs: str) -> Tree:
     return diagonal
 
 
-def needed_matvec(matvec: Any, stage: str, needs: str) -> Product:
+def needed_matvec(matvec: Matvec | None, stage: str, needs: str) -> Product:
     """The curvature product of a signal.
 
     Raises:

@@ -8,7 +8,7 @@ and every Optax wrapper takes a pipe.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,10 +19,12 @@ import optax
 from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Matvec, ScalarOrSchedule, ValueFn
 from curvax.devices import axes
 from curvax.objective import Objective, as_objective
 from curvax.parameter_roles import frozen
 from curvax.pipes import order
+from curvax.pipes.parts import NamedUpdate, name_of, parts_of
 
 
 class Signal(NamedTuple):
@@ -54,7 +56,7 @@ class Signal(NamedTuple):
     updates: Tree
     gradient: Tree = None
     diagonal: Tree = None
-    matvec: Callable[[Tree], Tree] | None = None
+    matvec: Matvec | None = None
     value: jax.Array | None = None
     perturbed_value: jax.Array | None = None
     aux: Any = None
@@ -63,7 +65,7 @@ class Signal(NamedTuple):
     averaged: frozenset[str] = frozenset()
 
 
-Rule = Callable[..., tuple[Signal, Any]]
+Rule = Callable[..., tuple[Signal, optax.OptState]]
 
 
 class Stage(optax.GradientTransformationExtraArgs):
@@ -91,7 +93,7 @@ class Stage(optax.GradientTransformationExtraArgs):
 
 
 def stage(
-    init: Callable[[Tree], Any],
+    init: Callable[[Tree], optax.OptState],
     rule: Rule,
     *,
     name: str | None = None,
@@ -167,7 +169,7 @@ def pipe(*parts: optax.GradientTransformation) -> Stage:
     parts = tuple(piece for part in parts for piece in _pieces(part))
     _refuse_lost(parts)
 
-    def init(params: Tree) -> tuple[Any, ...]:
+    def init(params: Tree) -> optax.OptState:
         states = tuple(part.init(params) for part in parts)
         frozen.warn_of_frozen(parts, states, params)
         return states
@@ -176,7 +178,9 @@ def pipe(*parts: optax.GradientTransformation) -> Stage:
     if perturbing:
         init.perturbs = perturbing[0]  # type: ignore[attr-defined]
 
-    def rule(signal: Signal, state: tuple[Any, ...], params: Tree = None, **extra: Any) -> Any:
+    def rule(
+        signal: Signal, state: optax.OptState, params: Tree = None, **extra: Any
+    ) -> tuple[Signal, optax.OptState]:
         new_state = []
         for part, inner in zip(parts, state, strict=True):
             signal, inner = step(part, signal, inner, params, **extra)
@@ -189,8 +193,12 @@ def pipe(*parts: optax.GradientTransformation) -> Stage:
 
 
 def step(
-    part: optax.GradientTransformation, signal: Signal, state: Any, params: Tree, **extra: Any
-) -> tuple[Signal, Any]:
+    part: optax.GradientTransformation,
+    signal: Signal,
+    state: optax.OptState,
+    params: Tree,
+    **extra: Any,
+) -> tuple[Signal, optax.OptState]:
     """Applies one part to a signal; a plain Optax part sees and changes the updates only."""
     if isinstance(part, Stage):
         return part.update(signal, state, params, **extra)
@@ -200,19 +208,6 @@ def step(
     # With `check_vma=True` the types show whether a plain part averaged over devices.
     local = signal.local & axes.varying(updates) if axes.tracked() else signal.local
     return signal._replace(updates=updates, local=local), state
-
-
-def name_of(part: optax.GradientTransformation) -> str:
-    """The name of a part in error messages, as the user wrote it: `hutchinson_diag`, `ema`."""
-    if isinstance(part.update, _Update):
-        return part.update.name
-    return getattr(part.update, "__qualname__", type(part).__name__).split(".")[0]
-
-
-def parts_of(part: optax.GradientTransformation) -> tuple[optax.GradientTransformation, ...]:
-    """The parts of a pipe; for anything else, the part itself."""
-    inner = part.update.parts if isinstance(part.update, _Update) else ()
-    return inner or (part,)
 
 
 class Kind(NamedTuple):
@@ -231,7 +226,7 @@ def kinds(part: optax.GradientTransformation) -> tuple[Kind, ...]:
 
 
 def containing(
-    init: Callable[[Tree], Any],
+    init: Callable[[Tree], optax.OptState],
     rule: Rule,
     *inner: optax.GradientTransformation,
     evaluates_loss: bool = False,
@@ -250,11 +245,11 @@ def containing(
 
 
 def _lifted(
-    init: Callable[[Tree], Any],
+    init: Callable[[Tree], optax.OptState],
     rule: Rule,
     name: str,
     kinds: tuple[Kind, ...],
-    parts: tuple[Any, ...] = (),
+    parts: tuple[optax.GradientTransformation, ...] = (),
     *,
     complex_leaves: bool = True,
 ) -> Stage:
@@ -264,7 +259,7 @@ def _lifted(
 class _Init:
     def __init__(
         self,
-        init: Callable[[Tree], Any],
+        init: Callable[[Tree], optax.OptState],
         name: str,
         kinds: tuple[Kind, ...],
         complex_leaves: bool,
@@ -275,7 +270,7 @@ class _Init:
             # params ↦ whether the stage perturbs each leaf; a pipe and `per_group` pass it on.
             self.perturbs = init.perturbs
 
-    def __call__(self, params: Tree) -> Any:
+    def __call__(self, params: Tree) -> optax.OptState:
         checks.refuse_masked(params, self.name)
         if not self.complex_leaves:
             checks.refuse_complex(params, self.name)
@@ -285,15 +280,23 @@ class _Init:
         return self.init(trees.arrays(params))
 
 
-class _Update:
+class _Update(NamedUpdate):
     """The update of a stage: plain updates become a signal before the rule, and are returned after
     it.
     """
 
-    def __init__(self, rule: Rule, name: str, kinds: tuple[Kind, ...], parts: tuple[Any, ...] = ()):
+    def __init__(
+        self,
+        rule: Rule,
+        name: str,
+        kinds: tuple[Kind, ...],
+        parts: tuple[optax.GradientTransformation, ...] = (),
+    ):
         self.rule, self.name, self.kinds, self.parts = rule, name, kinds, parts
 
-    def __call__(self, updates: Any, state: Any, params: Tree = None, **extra: Any) -> Any:
+    def __call__(
+        self, updates: Tree, state: optax.OptState, params: Tree = None, **extra: Any
+    ) -> tuple[Tree, optax.OptState]:
         if isinstance(updates, Signal):
             return self.rule(updates, state, params, **extra)
         checks.refuse_masked(updates, self.name)
@@ -327,7 +330,7 @@ def _by_our_names(extra: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _begin(updates: Tree, params: Tree, extra: Any) -> Signal:
+def _begin(updates: Tree, params: Tree, extra: Mapping[str, Any]) -> Signal:
     """The signal of plain updates, with what the gradient cache of the objective holds for them.
 
     The value is the caller's, or the cached one; it never costs a forward pass.
@@ -368,7 +371,9 @@ def _refuse_lost(parts: tuple[optax.GradientTransformation, ...]) -> None:
             order.refuse_accumulation_before(part, name_of(part), stage)
 
 
-def _refuse_local_moments(part: optax.GradientTransformation, state: Any, signal: Signal) -> None:
+def _refuse_local_moments(
+    part: optax.GradientTransformation, state: optax.OptState, signal: Signal
+) -> None:
     if signal.local and any(jnp.ndim(x) and trees.is_float(x) for x in jax.tree.leaves(state)):
         axis = sorted(signal.local)
         raise ValueError(
@@ -378,7 +383,9 @@ def _refuse_local_moments(part: optax.GradientTransformation, state: Any, signal
         )
 
 
-def weight_of(signal: Signal, value_fn: Any, over: tuple[str, ...], stage: str) -> jax.Array | None:
+def weight_of(
+    signal: Signal, value_fn: ValueFn | None, over: tuple[str, ...], stage: str
+) -> jax.Array | None:
     """The weight of the updates in a mean over these device axes; None where devices count equally.
 
     It is the weight of their examples. Where an earlier stage averaged over a device axis, it is
@@ -402,6 +409,19 @@ def weight_of(signal: Signal, value_fn: Any, over: tuple[str, ...], stage: str) 
     return axes.total(weight, tuple(axis for axis in axes.manual() if axis in before))
 
 
+def mean_over_devices(signal: Signal, over: tuple[str, ...], weight: jax.Array | None) -> Signal:
+    """The signal with updates, clean gradient and losses averaged over bound device axes."""
+    mean = lambda tree: axes.mean(tree, over, weight)
+    same = trees.same_leaves(signal.gradient, signal.updates)
+    updates = mean(signal.updates)
+    gradient = updates if same else mean(signal.gradient)
+    value, perturbed_value = mean((signal.value, signal.perturbed_value))
+    return signal._replace(
+        updates=updates, gradient=gradient, value=value, perturbed_value=perturbed_value,
+        averaged=signal.averaged.union(over),
+    )  # fmt: skip
+
+
 class StepState(NamedTuple):
     """The state of a stage that only counts steps."""
 
@@ -409,6 +429,6 @@ class StepState(NamedTuple):
     """Steps taken, int32 scalar: the argument of schedules."""
 
 
-def at(value: Any, count: jax.Array) -> Any:
+def at(value: ScalarOrSchedule | None, count: jax.Array) -> Any:
     """A hyperparameter at a step: the value of a schedule, or the value itself."""
     return value(count) if callable(value) else value

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Key
 
 _typed_init = ContextVar("_typed_init", default=False)
 
@@ -34,7 +35,7 @@ class DrawingKey:
         key: a typed key of any implementation, or a seed for JAX's default.
     """
 
-    def __init__(self, key: jax.Array | int):
+    def __init__(self, key: Key):
         self._key, typed = key, is_key(key)
         self._impl = jax.random.key_impl(key) if typed else _default_impl()
 

@@ -5,7 +5,6 @@ recomputes the blocks of a model in the backward pass; `microbatch` accumulates 
 fewer examples at a time; `fsdp` divides parameters and optimiser state among the devices.
 """
 
-import ast
 import math
 
 from ml_collections import ConfigDict
@@ -13,6 +12,7 @@ from ml_collections import ConfigDict
 from curvax import models
 from curvax.training import parallelism, run_data
 from curvax.training.compare.comparison import replace
+from curvax.training.config import recipe
 
 Changes = dict[str, ConfigDict]
 """Change, as on the command line ↦ config."""
@@ -28,7 +28,8 @@ def candidates(config: ConfigDict, devices: int) -> Changes:
     found = {}
     per_device = config.batch // devices
     largest_group = max(parallelism.group_sizes(config), default=per_device)
-    if largest_group < per_device and (text := one_by_one(config.optimizer)):
+    text = recipe.with_argument(config.optimizer, "per_group", sequential=True)
+    if largest_group < per_device and text != config.optimizer:
         found[f'--optimizer="{text}"'] = replace(config, optimizer=text)
     if True in _choices(config, "remat") and not config.model.options.get("remat"):
         found["--model.options.remat=True"] = _with_options(config, remat=True)
@@ -37,16 +38,6 @@ def candidates(config: ConfigDict, devices: int) -> Changes:
     if not config.fsdp:
         found["--fsdp=True --parallelism=jit"] = replace(config, fsdp=True, parallelism="jit")
     return found
-
-
-def one_by_one(text: str) -> str:
-    """The optimiser's text with `sequential=True` in every `per_group`; "" if nothing changes."""
-    tree = ast.parse(" ".join(text.split("\n")).strip(), mode="eval")
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    groups = [call for call in calls if _groups_at_once(call)]
-    for call in groups:
-        call.keywords.append(ast.keyword("sequential", ast.Constant(True)))
-    return ast.unparse(tree) if groups else ""
 
 
 def block_layouts(config: ConfigDict) -> Changes:
@@ -60,11 +51,6 @@ def block_layouts(config: ConfigDict) -> Changes:
             names += ["remat"] if remat else []
             found[", ".join(names) or "as it is"] = _with_options(config, **options)
     return found
-
-
-def _groups_at_once(call: ast.Call) -> bool:
-    named = isinstance(call.func, ast.Name) and call.func.id == "per_group"
-    return named and all(keyword.arg != "sequential" for keyword in call.keywords)
 
 
 def _choices(config: ConfigDict, option: str) -> list[bool | None]:

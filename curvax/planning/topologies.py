@@ -16,6 +16,8 @@ import jax
 from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 
+from curvax.training.runtime.errors import ConfigError
+
 GIB = 2**30
 
 # Without these libtpu queries the network for the machine it is on, logs that it got no answer, and
@@ -28,10 +30,6 @@ _ALONE = {
     "TPU_MIN_LOG_LEVEL": "3",
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
-
-
-class TopologyError(ValueError):
-    """An unknown topology, or one that cannot be compiled for here."""
 
 
 class Chip(NamedTuple):
@@ -85,16 +83,16 @@ def find(name: str) -> Topology:
             eight virtual CPU devices, which must be requested before JAX initialises its devices.
 
     Raises:
-        TopologyError: an unknown name or shape, no `libtpu`, or too few CPU devices.
+        ConfigError: an unknown name or shape, no `libtpu`, or too few CPU devices.
     """
     jax.config.update("jax_platforms", "cpu")  # leaves accelerators to other processes
     kind, _, shape = name.partition(":")
     if kind == "cpu" and shape.isdigit() and int(shape) > 0:
         return Topology(name, _cpu(int(shape)), None)
     if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+)+", shape):
-        raise TopologyError(_unknown(name, "There is no such topology."))
+        raise ConfigError(_unknown(name, "There is no such topology."))
     if importlib.util.find_spec("libtpu") is None:
-        raise TopologyError(
+        raise ConfigError(
             f"The topology `{name}` needs `libtpu`, which is not installed: "
             "pip install 'curvax[tpu]'. Without it `cpu:8` plans for eight virtual CPU devices."
         )
@@ -108,7 +106,7 @@ def _tpu(name: str, chip: Chip) -> Sequence[Any]:
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **chip.options)
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        raise TopologyError(_unknown(name, f"libtpu refuses it: {error}.")) from error
+        raise ConfigError(_unknown(name, f"libtpu refuses it: {error}.")) from error
     return found.devices
 
 
@@ -117,7 +115,7 @@ def _cpu(count: int) -> Sequence[Any]:
         jax.config.update("jax_num_cpu_devices", count)
     devices = jax.devices("cpu")
     if len(devices) < count:
-        raise TopologyError(
+        raise ConfigError(
             f"`cpu:{count}` needs {count} CPU devices, and JAX has made {len(devices)} already. "
             f"Set XLA_FLAGS=--xla_force_host_platform_device_count={count} before it starts."
         )

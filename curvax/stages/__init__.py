@@ -1,6 +1,5 @@
 """Stages: estimate, smooth, precondition, solve, perturb, project, average, restrict."""
 
-from curvax.stages.averaging import per_group, pmean_updates
 from curvax.stages.complex_parameters import split_real_and_imaginary
 from curvax.stages.estimation import (
     empirical_fisher_diag,
@@ -15,7 +14,9 @@ from curvax.stages.estimation import (
     squared_gradient,
 )
 from curvax.stages.levenberg_marquardt import levenberg_marquardt
+from curvax.stages.per_group import per_group
 from curvax.stages.perturbation import sam_perturb
+from curvax.stages.pmean_updates import pmean_updates
 from curvax.stages.preconditioning import clip_by_diagonal, scale_by_power
 from curvax.stages.projection import gsam_project, keep_orthogonal, penalize_gap
 from curvax.stages.restriction import partition, restrict

@@ -51,7 +51,9 @@ def split_real_and_imaginary(stages: optax.GradientTransformation) -> Stage:
     """
     inner = pipe(stages)
 
-    def rule(signal: Signal, state: Any, params: Tree = None, **extra: Any) -> tuple[Signal, Any]:
+    def rule(
+        signal: Signal, state: optax.OptState, params: Tree = None, **extra: Any
+    ) -> tuple[Signal, optax.OptState]:
         parts, updates = _split(params), signal.updates
         own = given = None
         if extra.get("value_fn") is not None:
@@ -60,7 +62,7 @@ def split_real_and_imaginary(stages: optax.GradientTransformation) -> Stage:
             given = objective.cached_gradient(params, updates)
         updates = _split(updates if given is None else jax.tree.map(jnp.conj, updates))
         if given is not None and own is not None:
-            own._remember(parts, updates, given.value, given.local)
+            own.gradients.store(parts, updates, given.value, given.local)
         inside = signal._replace(
             updates=updates, gradient=updates, diagonal=None, matvec=None, aux=None
         )
@@ -71,7 +73,7 @@ def split_real_and_imaginary(stages: optax.GradientTransformation) -> Stage:
     return containing(lambda params: inner.init(_split(params)), rule, inner, converted=True)
 
 
-def _is_pair(x: Any) -> bool:
+def _is_pair(x: object) -> bool:
     return isinstance(x, RealAndImaginary)
 
 

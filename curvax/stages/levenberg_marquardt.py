@@ -1,5 +1,7 @@
 """Levenberg-Marquardt damping: λ adapted by how well the quadratic model predicts the loss."""
 
+from __future__ import annotations
+
 import numbers
 from typing import Any, NamedTuple
 
@@ -10,8 +12,9 @@ import optax
 from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Scalar, ValueFn
 from curvax.devices.axes import AxisNames
-from curvax.objective import Objective, as_objective
+from curvax.objective import Objective, as_objective, device_mean
 from curvax.pipes import requirements
 from curvax.pipes.diagnostics import Flags, Metrics, metrics_of, no_metrics, with_metrics_of
 from curvax.pipes.signal import Signal, Stage, containing, pipe
@@ -29,7 +32,7 @@ class LevenbergMarquardtState(NamedTuple):
     """λ of the next step, a scalar of the default float type."""
     rejected: jax.Array
     """Number of consecutive rejections, int32 scalar."""
-    inner: Any
+    inner: optax.OptState
     """The state of the stages inside."""
     measured: Flags
     figures: Metrics
@@ -38,7 +41,7 @@ class LevenbergMarquardtState(NamedTuple):
 
 def levenberg_marquardt(
     stages: optax.GradientTransformation,
-    damping: Any = 1.0,
+    damping: Scalar = 1.0,
     *,
     reject: bool = True,
     mean_over: AxisNames = None,
@@ -94,7 +97,7 @@ def levenberg_marquardt(
         state: LevenbergMarquardtState,
         params: Tree,
         *,
-        value_fn: Any = None,
+        value_fn: ValueFn | None = None,
         **extra: Any,
     ) -> tuple[Signal, LevenbergMarquardtState]:
         objective = as_objective(value_fn, "levenberg_marquardt", params)
@@ -135,8 +138,8 @@ def _try(objective: Objective, params: Tree, out: Signal, over: tuple[str, ...])
         out.matvec, "levenberg_marquardt", "judges a quadratic model"
     )
     delta = out.updates
-    before = objective._device_mean(params, over)
-    change = objective._device_mean(optax.apply_updates(params, delta), over) - before
+    before = device_mean(objective, params, over)
+    change = device_mean(objective, optax.apply_updates(params, delta), over) - before
     kl = 0.5 * trees.dot(delta, product.curvature(delta))
     model = trees.dot(out.gradient, delta) + kl
     rounding = 8 * jnp.finfo(before.dtype).eps * jnp.abs(before)
@@ -148,13 +151,13 @@ def _try(objective: Objective, params: Tree, out: Signal, over: tuple[str, ...])
     )
 
 
-def _adapted(lam: jax.Array, trial: _Trial, start: Any) -> jax.Array:
+def _adapted(lam: jax.Array, trial: _Trial, start: Scalar) -> jax.Array:
     cases = [trial.rose, trial.flat, trial.ratio < 0.25, trial.ratio > 0.75]
     factor = jnp.select(cases, [FACTORS["rejected"], 1.0, FACTORS["poor"], FACTORS["good"]], 1.0)
     return jnp.clip(lam * factor, start / SPAN, start * SPAN).astype(lam.dtype)
 
 
-def _refuse_zero(damping: Any) -> None:
+def _refuse_zero(damping: Scalar) -> None:
     if isinstance(damping, numbers.Real) and damping == 0:
         raise ValueError(
             "`levenberg_marquardt` multiplies λ by a factor at each step, so that a `damping` of 0 "

@@ -3,8 +3,9 @@
 ε̂(θ) = argmax_{‖ε‖ <= ρ} L(θ + ε),    u ← ∇L(θ + ε̂(θ))
 """
 
+from __future__ import annotations
+
 import warnings
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,13 +14,16 @@ import jax.numpy as jnp
 from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.safe_math import root
-from curvax.arithmetic.trees import Path, Tree
+from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Mask, Period, ScalarOrSchedule, TreePrefix, ValueFn
 from curvax.devices import axes
 from curvax.devices.axes import AxisNames
 from curvax.hyperparameters import injectable
-from curvax.objective import Objective, as_objective
+from curvax.objective import Objective, as_objective, pieces
 from curvax.perturbation import dual_norm
-from curvax.perturbation.ball import AscentRules, BallAscent, check_ascent
+from curvax.perturbation.ascent_rules import AscentLike
+from curvax.perturbation.ascent_steps import AscentRules, BallAscent, check_ascent
+from curvax.perturbation.radius import radius_of
 from curvax.pipes import order
 from curvax.pipes.diagnostics import Flags, Metrics, StageMetrics, metrics_of, no_metrics
 from curvax.pipes.signal import Signal, Stage, at, stage
@@ -48,18 +52,18 @@ class SamState(NamedTuple):
 
 @injectable
 def sam_perturb(
-    rho: Any,
+    rho: ScalarOrSchedule | TreePrefix,
     *,
     p: float = 2,
     steps: int = 1,
-    step_size: Any = None,
+    step_size: ScalarOrSchedule | None = None,
     projected: bool = True,
-    ascent: Any = None,
+    ascent: AscentLike | None = None,
     second_order: bool = False,
     mode: str = "auto",
-    every: Any = 1,
+    every: Period = 1,
     sync_over: AxisNames = None,
-    mask: Any = None,
+    mask: Mask | None = None,
 ) -> Stage:
     """Replaces the gradient by the gradient at the worst-case perturbation in a ball of radius ρ.
 
@@ -72,9 +76,8 @@ def sam_perturb(
 
     Args:
         rho: ρ >= 0, in the units of the norm: a number, traced or not, or a schedule; or, for a ρ
-            by group under one norm over all leaves, a tree prefix of the parameters or a callable
-            `path -> ρ`. (`optax.inject_hyperparams` takes a callable for a schedule, unless it is
-            named in `static_args=("rho",)`.)
+            by group under one norm over all leaves, a tree prefix of the parameters or
+            `by_path(f)`. (A callable whose argument is called `path` is taken for `f`.)
         p: norm of the ball, in [1, ∞].
         steps: number of ascent steps. The first has length ρ.
         step_size: length of the ascent steps after the first; ρ/steps by default.
@@ -127,7 +130,12 @@ def sam_perturb(
     init.perturbs = lambda params: AscentRules(ascent, p, mask, params).mask  # type: ignore[attr-defined]
 
     def rule(
-        signal: Signal, state: SamState, params: Tree, *, value_fn: Any = None, **extra: Any
+        signal: Signal,
+        state: SamState,
+        params: Tree,
+        *,
+        value_fn: ValueFn | None = None,
+        **extra: Any,
     ) -> tuple[Signal, SamState]:
         del extra
         objective = as_objective(value_fn, "sam_perturb", params)
@@ -135,7 +143,8 @@ def sam_perturb(
         checks.refuse_split(params, objective, stage="sam_perturb")
         order.refuse_changed_in_pipe(signal.updates, signal.gradient, "sam_perturb")
         checks.refuse_summed(signal.updates, local - signal.averaged, stage="sam_perturb")
-        gradient, radius = signal.updates, _radius(rho, state.step, params)
+        gradient = signal.updates
+        radius = radius_of(rho, state.step, params, stage="sam_perturb")
         value, kind = signal.value, jnp.result_type(float)
         if value is not None:
             value = axes.vary(jnp.asarray(value, kind), local)
@@ -188,7 +197,7 @@ def _drawn(
     keys: tuple[jax.Array, ...], step: jax.Array, objective: Objective, local: frozenset[str]
 ) -> tuple[jax.Array, ...]:
     """The keys of this step for this device's part of the global batch, by its place on `local`."""
-    shard, _ = objective._shard_number(local)
+    shard, _ = pieces.shard_number(objective, local)
     fold = jax.random.fold_in
     return tuple(fold(fold(key, step), shard) for key in keys)
 
@@ -226,52 +235,3 @@ def _metrics(
         gradient_norm=norm,
         perturbed_gradient_norm=norm_p / near_one,
     )
-
-
-def _radius(rho: Any, step: jax.Array, params: Tree) -> Tree:
-    """ρ for each leaf. A callable is a function of paths if it can be called with one, else a
-    schedule.
-    """
-    if not callable(rho):
-        spread = trees.broadcast_prefix(rho, params)
-    else:
-        try:
-            spread = _by_path(rho, params)
-        except Exception as no_path:
-            # A schedule that is called with a path may raise anything.
-            try:
-                spread = trees.broadcast_prefix(rho(step), params)
-            except Exception:
-                raise ValueError(
-                    "`sam_perturb(rho=)` takes a callable `path -> ρ`, with the names from the "
-                    "root as a tuple, or a schedule `step -> ρ`; this callable fails as both. As a "
-                    f"function of the path it raises {no_path!r}."
-                ) from no_path
-    for value in jax.tree.leaves(spread):
-        checks.check_range("rho", value, 0, jnp.inf, stage="sam_perturb")
-    return jax.tree.map(lambda r: at(r, step), spread)
-
-
-def _by_path(f: Callable[[Path], Any], params: Tree) -> Tree:
-    spread = trees.map_with_path(lambda path, x: f(_NoStep(path)), params)
-    if not all(callable(r) or jnp.ndim(r) == 0 for r in jax.tree.leaves(spread)):
-        raise TypeError("ρ is a scalar or a schedule")
-    return spread
-
-
-class _NoStep(tuple):
-    """A path that refuses comparison with a number, so that a schedule such as `count == 0` fails
-    on it.
-    """
-
-    __slots__ = ()
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, tuple):
-            raise TypeError("A path was compared with something else.")
-        return tuple.__eq__(self, other)
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
-
-    __hash__ = tuple.__hash__

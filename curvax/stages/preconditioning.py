@@ -1,5 +1,7 @@
 """Preconditioning by a diagonal: division by a power of it, or clipping against it."""
 
+from __future__ import annotations
+
 import numbers
 from typing import Any, NamedTuple
 
@@ -9,12 +11,15 @@ import jax.numpy as jnp
 from curvax import checks
 from curvax.arithmetic import safe_math, trees
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Scalar, ScalarOrSchedule
 from curvax.pipes import requirements
 from curvax.pipes.diagnostics import Flags, Metrics, metrics_of, no_metrics
 from curvax.pipes.signal import Signal, Stage, StepState, at, stage
 
 
-def scale_by_power(power: Any, *, eps: Any = 1e-8, damping: Any = 0.0) -> Stage:
+def scale_by_power(
+    power: ScalarOrSchedule, *, eps: ScalarOrSchedule = 1e-8, damping: ScalarOrSchedule = 0.0
+) -> Stage:
     """Divides the updates by a power of the diagonal.
 
         u ← u / ((D + λ)ᵏ + ε)
@@ -47,7 +52,9 @@ def scale_by_power(power: Any, *, eps: Any = 1e-8, damping: Any = 0.0) -> Stage:
     checks.check_range("eps", eps, 0, jnp.inf, stage="scale_by_power")
     checks.check_range("damping", damping, 0, jnp.inf, stage="scale_by_power")
 
-    def rule(signal: Signal, state: StepState, params: Tree = None, **extra: Any) -> Any:
+    def rule(
+        signal: Signal, state: StepState, params: Tree = None, **extra: Any
+    ) -> tuple[Signal, StepState]:
         del params, extra
         diagonal = requirements.needed_diagonal(
             signal.diagonal, "scale_by_power", "divides by a diagonal"
@@ -71,7 +78,12 @@ class ClipState(NamedTuple):
     """`clipped`, the fraction of clipped entries."""
 
 
-def clip_by_diagonal(gamma: Any, *, eps: Any = 1e-8, threshold: Any = 1.0) -> Stage:
+def clip_by_diagonal(
+    gamma: ScalarOrSchedule,
+    *,
+    eps: ScalarOrSchedule = 1e-8,
+    threshold: ScalarOrSchedule | None = 1.0,
+) -> Stage:
     """Divides the updates by the diagonal and clips them entry by entry.
 
         u ← clip(u / max(γ D, ε), -τ, τ)
@@ -107,7 +119,9 @@ def clip_by_diagonal(gamma: Any, *, eps: Any = 1e-8, threshold: Any = 1.0) -> St
     def init(params: Tree) -> ClipState:
         return ClipState(jnp.zeros((), jnp.int32), *no_metrics("clipped"))
 
-    def rule(signal: Signal, state: ClipState, params: Tree = None, **extra: Any) -> Any:
+    def rule(
+        signal: Signal, state: ClipState, params: Tree = None, **extra: Any
+    ) -> tuple[Signal, ClipState]:
         del params, extra
         diagonal = requirements.needed_diagonal(
             signal.diagonal, "clip_by_diagonal", "divides by a diagonal"
@@ -128,7 +142,7 @@ def clip_by_diagonal(gamma: Any, *, eps: Any = 1e-8, threshold: Any = 1.0) -> St
     return stage(init, rule)
 
 
-def _divided(u: jax.Array, denominator: jax.Array, eps: Any) -> jax.Array:
+def _divided(u: jax.Array, denominator: jax.Array, eps: Scalar) -> jax.Array:
     """u / denominator, with 0/0 = 0 for dead units where ε is 0."""
     u = trees.widen(u)
     if not (isinstance(eps, numbers.Real) and float(eps) > 0):

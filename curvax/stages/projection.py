@@ -1,5 +1,8 @@
 """Combinations of a clean and a perturbed gradient: GSAM, its penalty, and LookSAM."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -8,12 +11,13 @@ import jax.numpy as jnp
 from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Scalar, ScalarOrSchedule, ValueFn
 from curvax.devices import axes
 from curvax.devices.axes import AxisNames
 from curvax.pipes.signal import Signal, Stage, StepState, at, stage, weight_of
 
 
-def gsam_project(alpha: Any, *, onto: str = "perturbed") -> Stage:
+def gsam_project(alpha: ScalarOrSchedule, *, onto: str = "perturbed") -> Stage:
     """Adds the part of one gradient that is orthogonal to the other, to reduce the surrogate gap.
 
         u ← g_p - α (g - <g, ĝ_p> ĝ_p)     onto="perturbed": minimises f_p and h
@@ -47,7 +51,7 @@ def gsam_project(alpha: Any, *, onto: str = "perturbed") -> Stage:
             f"`gsam_project` takes `onto` as 'perturbed' or 'clean', and got {onto!r}."
         )
 
-    def combine(clean: Tree, perturbed: Tree, a: Any) -> Tree:
+    def combine(clean: Tree, perturbed: Tree, a: Scalar) -> Tree:
         if onto == "perturbed":
             return trees.add_scaled(perturbed, -a, trees.reject(clean, perturbed))
         return trees.add_scaled(clean, a, trees.reject(perturbed, clean))
@@ -55,7 +59,7 @@ def gsam_project(alpha: Any, *, onto: str = "perturbed") -> Stage:
     return _combining("gsam_project", alpha, combine)
 
 
-def penalize_gap(lam: Any) -> Stage:
+def penalize_gap(lam: ScalarOrSchedule) -> Stage:
     """Adds λ times the gradient of the surrogate gap to the perturbed gradient.
 
         u ← g_p + λ (g_p - g),   the gradient of f_p + λ h,   h = f_p - f
@@ -82,14 +86,18 @@ def penalize_gap(lam: Any) -> Stage:
         [3.12, 4.16]
     """
 
-    def combine(clean: Tree, perturbed: Tree, a: Any) -> Tree:
+    def combine(clean: Tree, perturbed: Tree, a: Scalar) -> Tree:
         return trees.add_scaled(perturbed, a, trees.add_scaled(perturbed, -1.0, clean))
 
     return _combining("penalize_gap", lam, combine)
 
 
-def _combining(name: str, weight: Any, combine: Any) -> Stage:
-    def rule(signal: Signal, state: StepState, params: Tree = None, **extra: Any) -> Any:
+def _combining(
+    name: str, weight: ScalarOrSchedule, combine: Callable[[Tree, Tree, Scalar], Tree]
+) -> Stage:
+    def rule(
+        signal: Signal, state: StepState, params: Tree = None, **extra: Any
+    ) -> tuple[Signal, StepState]:
         del params, extra
         clean, perturbed, now = _both_gradients(signal, name)
         updates = _select(now, combine(clean, perturbed, at(weight, state.step)), clean)
@@ -105,7 +113,7 @@ class KeepOrthogonalState(NamedTuple):
     """g_v, the part of the last perturbed gradient that is orthogonal to the clean one."""
 
 
-def keep_orthogonal(alpha: Any = 0.7, *, mean_over: AxisNames = None) -> Stage:
+def keep_orthogonal(alpha: ScalarOrSchedule = 0.7, *, mean_over: AxisNames = None) -> Stage:
     """Reuses the orthogonal part of the perturbed gradient between the steps that perturb
     (LookSAM).
 
@@ -144,9 +152,9 @@ def keep_orthogonal(alpha: Any = 0.7, *, mean_over: AxisNames = None) -> Stage:
         state: KeepOrthogonalState,
         params: Tree = None,
         *,
-        value_fn: Any = None,
+        value_fn: ValueFn | None = None,
         **extra: Any,
-    ) -> Any:
+    ) -> tuple[Signal, KeepOrthogonalState]:
         del params, extra
         clean, perturbed, now = _both_gradients(signal, "keep_orthogonal")
         over = checks.averaged_axes(mean_over, signal.local, stage="keep_orthogonal")
@@ -165,7 +173,7 @@ def keep_orthogonal(alpha: Any = 0.7, *, mean_over: AxisNames = None) -> Stage:
     return stage(init, rule, evaluates_loss=False)
 
 
-def _both_gradients(signal: Signal, name: str) -> tuple[Tree, Tree, Any]:
+def _both_gradients(signal: Signal, name: str) -> tuple[Tree, Tree, jax.Array | bool]:
     """The clean and the perturbed gradient, and whether this step perturbed.
 
     Without the flag `perturbed`, as in a signal made by hand, two distinct gradients or a perturbed
@@ -184,7 +192,7 @@ def _both_gradients(signal: Signal, name: str) -> tuple[Tree, Tree, Any]:
     return signal.gradient, signal.updates, now
 
 
-def _select(condition: Any, a: Tree, b: Tree) -> Tree:
+def _select(condition: jax.Array | bool, a: Tree, b: Tree) -> Tree:
     if condition is True:
         return a
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)

@@ -4,6 +4,8 @@ Built on `optax.partition`: its masked trees become trees without the masked lea
 becomes the loss of that sub-tree with all other leaves fixed, so that a Hessian product skips them.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +15,7 @@ import optax
 
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Mask, TreePrefix
 from curvax.hyperparameters import injectable
 from curvax.linear_operator import Product, as_product
 from curvax.objective import as_objective
@@ -20,7 +23,10 @@ from curvax.pipes.signal import Signal, Stage, containing, step
 
 
 @injectable
-def partition(stages_by_label: Mapping[Any, optax.GradientTransformation], labels: Any) -> Stage:
+def partition(
+    stages_by_label: Mapping[Any, optax.GradientTransformation],
+    labels: TreePrefix | Callable[[Tree], TreePrefix],
+) -> Stage:
     """Applies different stages to different leaves, as `optax.partition` does.
 
     The stages of each label see parameters, signal and loss restricted to their leaves. Their
@@ -47,11 +53,13 @@ def partition(stages_by_label: Mapping[Any, optax.GradientTransformation], label
         {'a': -1.1, 'b': -1.0}
     """
 
-    def init(params: Tree) -> Any:
+    def init(params: Tree) -> optax.OptState:
         bare = {label: _Within(part, None, None, {}) for label, part in stages_by_label.items()}
         return _partition(bare, labels).init(params)
 
-    def rule(signal: Signal, state: Any, params: Tree, **extra: Any) -> tuple[Signal, Any]:
+    def rule(
+        signal: Signal, state: optax.OptState, params: Tree, **extra: Any
+    ) -> tuple[Signal, optax.OptState]:
         within = {
             label: _Within(part, signal, params, extra) for label, part in stages_by_label.items()
         }
@@ -65,7 +73,7 @@ def partition(stages_by_label: Mapping[Any, optax.GradientTransformation], label
 
 
 @injectable
-def restrict(stages: optax.GradientTransformation, mask: Any) -> Stage:
+def restrict(stages: optax.GradientTransformation, mask: Mask) -> Stage:
     """Applies stages to some leaves only, as `optax.masked` does, with the loss restricted too.
 
     The updates of all other leaves pass unchanged: if the stages contain the learning rate, the
@@ -96,7 +104,9 @@ def restrict(stages: optax.GradientTransformation, mask: Any) -> Stage:
     return partition({"inside": stages, "outside": optax.identity()}, labels)
 
 
-def _partition(within: Mapping[Any, "_Within"], labels: Any) -> Any:
+def _partition(
+    within: Mapping[Any, _Within], labels: TreePrefix | Callable[[Tree], TreePrefix]
+) -> optax.GradientTransformationExtraArgs:
     parts = {
         label: optax.GradientTransformationExtraArgs(part.init, part.update)
         for label, part in within.items()
@@ -111,10 +121,12 @@ class _Within:
         self.part, self.signal, self.params, self.extra = part, signal, params, extra
         self.out: Signal | None = None  # the signal behind the stages; None without leaves
 
-    def init(self, masked: Tree) -> Any:
+    def init(self, masked: Tree) -> optax.OptState:
         return self.part.init(_drop(masked))
 
-    def update(self, masked: Tree, state: Any, params: Tree = None, **_: Any) -> Any:
+    def update(
+        self, masked: Tree, state: optax.OptState, params: Tree = None, **_: Any
+    ) -> tuple[Tree, optax.OptState]:
         keep = lambda tree: _drop(_like(masked, tree))
         extra = dict(self.extra)
         if extra.get("value_fn") is not None:
@@ -139,7 +151,7 @@ class _Within:
         return whole.within(into, out_of)
 
 
-_is_masked: Callable[[Any], bool] = lambda x: isinstance(x, optax.MaskedNode)
+_is_masked: Callable[[object], bool] = lambda x: isinstance(x, optax.MaskedNode)
 
 
 def _drop(masked: Tree) -> Tree:

@@ -1,5 +1,7 @@
 """Steps from a curvature product: damping, linear solvers, trust region, quadratic model."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax
@@ -9,10 +11,11 @@ from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.safe_math import root
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Scalar, ScalarOrSchedule, ValueFn
 from curvax.hyperparameters import injectable
 from curvax.linalg import Solver
 from curvax.linalg.solvers import check_solver
-from curvax.objective import Objective
+from curvax.objective import Objective, device_mean
 from curvax.pipes import requirements
 from curvax.pipes.diagnostics import Flags, Metrics, metrics_of, no_metrics
 from curvax.pipes.signal import Signal, Stage, at, stage
@@ -26,7 +29,7 @@ class DampState(NamedTuple):
     """`damping`."""
 
 
-def damp(damping: Any = None) -> Stage:
+def damp(damping: ScalarOrSchedule | None = None) -> Stage:
     """Adds Tikhonov damping to the curvature product: C ← C + λI.
 
     Martens, arXiv:1412.1193, section 10.
@@ -54,8 +57,13 @@ def damp(damping: Any = None) -> Stage:
     own = damping
 
     def rule(
-        signal: Signal, state: DampState, params: Tree = None, *, damping: Any = None, **extra: Any
-    ) -> Any:
+        signal: Signal,
+        state: DampState,
+        params: Tree = None,
+        *,
+        damping: Scalar | None = None,
+        **extra: Any,
+    ) -> tuple[Signal, DampState]:
         del params, extra
         product = requirements.needed_matvec(signal.matvec, "damp", "damps a curvature product")
         lam = at(own, state.step) if own is not None else damping
@@ -73,7 +81,7 @@ def damp(damping: Any = None) -> Stage:
 
 
 class SolveState(NamedTuple):
-    solver: Any
+    solver: Tree
     """The state of the solver."""
     measured: Flags
     figures: Metrics
@@ -117,8 +125,13 @@ def solve(solver: Solver) -> Stage:
         return SolveState(solver.init(params), *metrics)
 
     def rule(
-        signal: Signal, state: SolveState, params: Tree, *, value_fn: Any = None, **extra: Any
-    ) -> Any:
+        signal: Signal,
+        state: SolveState,
+        params: Tree,
+        *,
+        value_fn: ValueFn | None = None,
+        **extra: Any,
+    ) -> tuple[Signal, SolveState]:
         del extra
         product = requirements.needed_matvec(
             signal.matvec, "solve", "solves with a curvature product"
@@ -126,7 +139,7 @@ def solve(solver: Solver) -> Stage:
         checks.refuse_local(signal.local, stage="solve")
         score = None
         if isinstance(value_fn, Objective):
-            score = lambda x: value_fn._device_mean(trees.add_scaled(params, -1.0, x), product.over)
+            score = lambda x: device_mean(value_fn, trees.add_scaled(params, -1.0, x), product.over)
         solution, inner = solver.solve(
             product, signal.updates, state.solver, diagonal=signal.diagonal, score=score
         )
@@ -151,7 +164,7 @@ class TrustRegionState(NamedTuple):
     """`kl`, and `trust_scale`, the factor in (0, 1]."""
 
 
-def trust_region(radius: Any) -> Stage:
+def trust_region(radius: ScalarOrSchedule) -> Stage:
     """Shortens the updates δ to a ball in the norm of the curvature.
 
         δ ← δ min(1, r / √(δᵀCδ))
@@ -185,7 +198,9 @@ def trust_region(radius: Any) -> Stage:
     def init(params: Tree) -> TrustRegionState:
         return TrustRegionState(jnp.zeros((), jnp.int32), *no_metrics("kl", "trust_scale"))
 
-    def rule(signal: Signal, state: TrustRegionState, params: Tree = None, **extra: Any) -> Any:
+    def rule(
+        signal: Signal, state: TrustRegionState, params: Tree = None, **extra: Any
+    ) -> tuple[Signal, TrustRegionState]:
         del params, extra
         product = requirements.needed_matvec(signal.matvec, "trust_region", "measures a step")
         checks.refuse_local(signal.local, stage="trust_region")
@@ -246,7 +261,9 @@ def quadratic_step(*, momentum: bool = True) -> Stage:
         previous = jax.tree.map(jnp.zeros_like, params) if momentum else ()
         return QuadraticStepState(previous, *no_metrics("step_size", "momentum"))
 
-    def rule(signal: Signal, state: QuadraticStepState, params: Tree = None, **extra: Any) -> Any:
+    def rule(
+        signal: Signal, state: QuadraticStepState, params: Tree = None, **extra: Any
+    ) -> tuple[Signal, QuadraticStepState]:
         del params, extra
         product = requirements.needed_matvec(signal.matvec, "quadratic_step", "minimises a model")
         checks.refuse_local(signal.local, stage="quadratic_step")

@@ -19,12 +19,9 @@ from curvax.training.data import datasets
 from curvax.training.data.datasets import Examples
 from curvax.training.parallelism import Jit
 from curvax.training.run_data import RunData
+from curvax.training.runtime.errors import ConfigError
 from curvax.training.step import State, init, make_step
 from curvax.training.tasks import Task
-
-
-class ExperimentError(ValueError):
-    """A config whose parts do not fit together."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +56,7 @@ class Experiment:
         """The state before the first step, on the devices, with the weights of `init_from`, if any.
 
         Raises:
-            PretrainedError: as in `trained`.
+            ConfigError: as in `trained`.
         """
         return self.parallelism.create(self._init, self.parallelism.shard(self.trained()))
 
@@ -72,7 +69,7 @@ class Experiment:
         """The variables read from `init_from`, as NumPy arrays; {} if it is not set.
 
         Raises:
-            PretrainedError: they cannot be read, or belong to another model.
+            ConfigError: they cannot be read, or belong to another model.
         """
         path, new_head = self.config.init_from, self.config.new_head
         if path is None:
@@ -149,7 +146,7 @@ def build(config: ConfigDict, *, hold_out: bool = False, begins: bool = True) ->
     data = run_data.load(config, task, hold_out)
     steps = config.epochs * (data.train.size // config.batch)
     if steps < 1:
-        raise ExperimentError(
+        raise ConfigError(
             f"{config.epochs} epochs of {data.train.size} training examples in batches of "
             f"{config.batch} are no step. Raise `epochs` or lower `batch`."
         )
@@ -185,7 +182,7 @@ def _model(config: ConfigDict, classes: int | None, mapping: Jit) -> nn.Module:
     """The model; in groups over several devices, batch norm is synchronised within a group.
 
     Raises:
-        ExperimentError: `sync_over` names some but not all of the device axes.
+        ConfigError: `sync_over` names some but not all of the device axes.
     """
     model = models.build(config.model.name, classes, **config.model.options)
     over = config.model.options.get("sync_over")
@@ -193,7 +190,7 @@ def _model(config: ConfigDict, classes: int | None, mapping: Jit) -> nn.Module:
         grouped = mapping.group is not None and hasattr(model, "sync_over")
         return model.clone(sync_over=mapping.group) if grouped else model
     if set(axes.as_tuple(over)) != set(mapping.axes):
-        raise ExperimentError(
+        raise ConfigError(
             f"`model.options.sync_over` takes batch norm over devices, whose axes are "
             f"{list(mapping.axes)} here, and was {over!r}. Leave it out for the statistics of a "
             "group, and under jit of the whole batch, or name all of the axes."

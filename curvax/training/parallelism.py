@@ -23,7 +23,10 @@ from ml_collections import ConfigDict
 
 from curvax.arithmetic.trees import Tree, is_float
 from curvax.devices.axes import Along, Neighbours
+from curvax.parameter_roles.layouts import Layout
+from curvax.pipes.parts import name_of, options_of, walk
 from curvax.training.config import configs, recipe
+from curvax.training.runtime.errors import ConfigError
 
 Prepare = Callable[[Tree, Tree], Tree]
 """(state, batch) ↦ batch; always applied to the whole batch."""
@@ -32,10 +35,6 @@ Core = Callable[[Tree, Tree], tuple[Tree, Tree]]
 
 P = PartitionSpec
 BATCH, GROUP = "batch", "group"
-
-
-class ParallelismError(ValueError):
-    """Devices that a run's batch or groups cannot be divided over."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +217,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ji
     one axis. A method without groups uses the config's number `m`, for its batch norm.
 
     Raises:
-        ParallelismError: an unknown `parallelism`, options that exclude each other, or devices or
+        ConfigError: an unknown `parallelism`, options that exclude each other, or devices or
             groups that do not divide the batch.
     """
     _check(config)
@@ -230,7 +229,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ji
         fewer = f"fewer devices, as with `--devices={math.gcd(config.batch, len(found))}`"
         if devices is not None:
             fewer = "a smaller topology"
-        raise ParallelismError(
+        raise ConfigError(
             f"A batch is divided equally among the devices, and {config.batch} examples do not "
             f"divide over {len(found)} devices. Use a multiple as `batch`, or {fewer}."
         )
@@ -246,9 +245,9 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ji
 def _check(config: ConfigDict) -> None:
     if config.parallelism not in PARALLELISMS:
         known = ", ".join(PARALLELISMS)
-        raise ParallelismError(f"`parallelism` is one of {known}, and was `{config.parallelism}`.")
+        raise ConfigError(f"`parallelism` is one of {known}, and was `{config.parallelism}`.")
     if config.fsdp and config.parallelism != "jit":
-        raise ParallelismError(
+        raise ConfigError(
             "`fsdp` lets the compiler divide the parameters, which needs `parallelism=jit`, and "
             f"`parallelism` is `{config.parallelism}`. Leave out one of the two."
         )
@@ -256,7 +255,7 @@ def _check(config: ConfigDict) -> None:
 
 def _first(devices: list[jax.Device], count: int) -> list[jax.Device]:
     if not 0 < count <= len(devices) or jax.process_count() > 1:
-        raise ParallelismError(
+        raise ConfigError(
             f"`devices` selects the first of the {len(devices)} devices of a single process, and "
             f"was {count} with {jax.process_count()} processes. `--devices=none` uses all."
         )
@@ -264,9 +263,17 @@ def _first(devices: list[jax.Device], count: int) -> list[jax.Device]:
 
 
 def group_sizes(config: ConfigDict) -> set[int]:
-    """The group sizes of a method: each integer `m` of `per_group(m, ...)` in its text."""
-    given = recipe.given(config.optimizer, "per_group", "m", configs.numbers(config))
-    return {m for m in given if isinstance(m, int)}
+    """The sizes m of the groups that a config's optimiser has, `per_group(m, ...)`.
+
+    Raises:
+        ConfigError: the text cannot be parsed.
+    """
+    # Neither the length of the run nor axes, layout and kernels change the groups.
+    names: dict[str, Any] = {"axes": None, "layout": Layout({}), "kernels": None}
+    names = configs.numbers(config) | names
+    optimizer = recipe.parse(config.optimizer, steps=2**31 - 1, names=names)
+    groups = (part for part in walk(optimizer) if name_of(part) == "per_group")
+    return {options_of(group)["m"] for group in groups}
 
 
 def _devices_of_a_group(config: ConfigDict, devices: int) -> int:
@@ -275,7 +282,7 @@ def _devices_of_a_group(config: ConfigDict, devices: int) -> int:
     m = max(sizes, default=named)
     fits = lambda n: config.batch % n == 0 and 0 in (n % per_device, per_device % n)
     if not isinstance(m, int) or m < 1:
-        return 1  # `per_group` itself raises the error
+        return 1
     if fits(m):
         return max(m // per_device, 1)
     if not sizes:
@@ -283,7 +290,7 @@ def _devices_of_a_group(config: ConfigDict, devices: int) -> int:
     fitting = next(n for n in (math.gcd(m, config.batch), per_device) if fits(n))
     cure = f"--m={fitting}" if m == named else f"per_group({fitting}, ...)"
     each = f" and the {per_device} of each of {devices} devices" if devices > 1 else ""
-    raise ParallelismError(
+    raise ConfigError(
         f"Groups of {m} examples do not divide a batch of {config.batch}{each} evenly. With "
         f"`--batch={config.batch}` use for instance `{cure}`."
     )

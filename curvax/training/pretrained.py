@@ -23,6 +23,7 @@ from curvax.arithmetic.trees import Tree
 from curvax.models import published
 from curvax.models.published import Arrays
 from curvax.training.runtime import checksums
+from curvax.training.runtime.errors import ConfigError
 from curvax.training.runtime.log_filters import silent_log
 
 HEAD, REPRESENTATION = "params/head/", "params/pre_logits/"
@@ -30,10 +31,6 @@ POSITIONS = f"params/{published.POSITIONS}"
 _LAYER = re.compile(r"^(\w+/block)_(\d+)/")
 _STACKED = re.compile(r"^(\w+/block)/")
 _SHOWN = 8  # names in an error
-
-
-class PretrainedError(ValueError):
-    """Weights that cannot be read, or belong to another model."""
 
 
 def read(path: str | Path, model: nn.Module, variables: Tree, *, new_head: bool = False) -> Tree:
@@ -50,7 +47,7 @@ def read(path: str | Path, model: nn.Module, variables: Tree, *, new_head: bool 
         NumPy arrays under the names of `variables`.
 
     Raises:
-        PretrainedError: nothing can be read, or the weights belong to another model; the message
+        ConfigError: nothing can be read, or the weights belong to another model; the message
             names missing variables, superfluous ones, and those of another shape.
     """
     wanted = flatten_dict(variables, sep="/")
@@ -80,13 +77,13 @@ def resized(positions: np.ndarray, count: int) -> np.ndarray:
     section 3.2.
 
     Raises:
-        PretrainedError: a number of positions is not a square.
+        ConfigError: a number of positions is not a square.
     """
     old, new = math.isqrt(positions.shape[1]), math.isqrt(count)
     if positions.shape[1] == count:
         return positions
     if old**2 != positions.shape[1] or new**2 != count:
-        raise PretrainedError(
+        raise ConfigError(
             "Position embeddings are interpolated between square grids, and not both of "
             f"{positions.shape[1]} and {count} positions are squares. Use square images."
         )
@@ -98,10 +95,10 @@ def arrays(path: Path) -> Arrays:
     """All arrays of a file or of a run's newest checkpoint, as `collection/name`.
 
     Raises:
-        PretrainedError: nothing there can be read.
+        ConfigError: nothing there can be read.
     """
     if not path.exists():
-        raise PretrainedError(
+        raise ConfigError(
             f"`{path}` does not exist, and pretrained weights are read from it. Restore it, or "
             "give a published `.npz` or the folder of a run."
         )
@@ -111,7 +108,7 @@ def arrays(path: Path) -> Arrays:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except (OSError, ValueError, AttributeError, BadZipFile) as error:
-        raise PretrainedError(
+        raise ConfigError(
             f"`{path}` holds no weights ({error}). Give a published `.npz`, or the folder of a run."
         ) from error
     return {f"params/{name}": x for name, x in published.renamed(arrays).items()}
@@ -125,9 +122,7 @@ def _of_run(folder: Path) -> Arrays:
         with silent_log():
             found = _restored(state)
     except Exception as error:
-        raise PretrainedError(
-            f"`{state}` cannot be read ({error}). Use another checkpoint."
-        ) from error
+        raise ConfigError(f"`{state}` cannot be read ({error}). Use another checkpoint.") from error
     return flatten_dict({"params": found["params"], **found["model_state"]}, sep="/")
 
 
@@ -146,7 +141,7 @@ def _newest(folder: Path) -> Path:
     steps = [path.parent for path in sorted(folder.glob("**/state")) if path.parent.name.isdigit()]
     runs = {step.parent for step in steps}
     if len(runs) != 1:
-        raise PretrainedError(
+        raise ConfigError(
             f"Weights are read from the checkpoints of one run, and in {folder} there are: "
             f"{_some(map(str, runs)) or 'none'}. Give the folder of one run, such as "
             "RUN/0-sgd/seed0."
@@ -194,7 +189,7 @@ def _require_same(
     }
     if any(lists.values()):
         differences = "; ".join(f"{what} {_some(names)}" for what, names in lists.items() if names)
-        raise PretrainedError(
+        raise ConfigError(
             f"The weights of `{path}` do not fit the model, `{type(model).__name__}`: "
             f"{differences}. Set the model's options as theirs were: size, `depth`, `patch`, "
             "`pool='token'` for a class token; or `new_head` if only the head differs."

@@ -18,14 +18,11 @@ from curvax.training import pretrained, tasks
 from curvax.training.data import datasets, sources
 from curvax.training.data.datasets import Split
 from curvax.training.runtime import run_dir
+from curvax.training.runtime.errors import ConfigError
 from curvax.training.runtime.run_dir import SEED, VARIANT
 
 _SHARED = ("name", "num_train", "label_noise")
 """Fields of `data` that determine the training examples and their labels."""
-
-
-class PseudoLabelError(ValueError):
-    """Labels that a run cannot predict."""
 
 
 def predictions(config: ConfigDict, train: Split) -> np.ndarray:
@@ -40,8 +37,8 @@ def predictions(config: ConfigDict, train: Split) -> np.ndarray:
         train: its training images.
 
     Raises:
-        PseudoLabelError: there is no such run, or it was trained on other data.
-        PretrainedError: its checkpoint cannot be read.
+        ConfigError: there is no such run, it was trained on other data, or its checkpoint cannot
+            be read.
     """
     folder = find(config, config.seed)
     first = run_dir.read_config(folder.parent.parent)
@@ -60,7 +57,7 @@ def find(config: ConfigDict, seed: int) -> Path:
     root = folder.parent.parent
     _require_same_data(root, run_dir.read_config(root), config)
     if run_dir.outcome(folder) is None:
-        raise PseudoLabelError(
+        raise ConfigError(
             f"Labels are predicted by a finished run, and {folder} is not finished. Continue it "
             f"first: `curvax resume {root}`."
         )
@@ -87,7 +84,7 @@ def _predictor(first: ConfigDict, folder: Path, train: Split) -> Any:
 def _folder(given: Path, seed: int) -> Path:
     """The folder of a seed, given that of a run with one method, of the method, or of the seed."""
     if not given.is_dir():
-        raise PseudoLabelError(
+        raise ConfigError(
             f"`data.labels` names the run that predicts the labels, and {given} does not exist. "
             "Restore its folder; resuming or inspecting a run trained on its labels needs it too."
         )
@@ -96,13 +93,13 @@ def _folder(given: Path, seed: int) -> Path:
         variants = [given.parent]
     if len(variants) != 1:
         found = ", ".join(variant.name for variant in variants) or "none"
-        raise PseudoLabelError(
+        raise ConfigError(
             f"`data.labels` names a run of one method, and {given} has these: {found}. Give the "
             "folder of one, such as RUN/1-sam_perturb-sgd."
         )
     folder = variants[0] / f"seed{seed}"
     if not folder.is_dir() or (SEED.fullmatch(given.name) and given.name != folder.name):
-        raise PseudoLabelError(
+        raise ConfigError(
             f"Label noise is drawn by the seed, so the labels of seed {seed} are predicted by a "
             f"run of seed {seed}, and {given} is of {_seeds(variants[0], given)}. Train it first, "
             "or give the folder that holds the seeds."
@@ -123,7 +120,7 @@ def _seeds(variant: Path, given: Path) -> str:
 def _require_same_data(root: Path, first: ConfigDict, config: ConfigDict) -> None:
     """Refuses a run that was trained on other examples."""
     if run_dir.read_spec(root)["fields"]:
-        raise PseudoLabelError(
+        raise ConfigError(
             f"`data.labels` names a run on the whole training set, and {root} is a sweep, which "
             "holds out a part of it. Train with the settings that it chose."
         )
@@ -131,7 +128,7 @@ def _require_same_data(root: Path, first: ConfigDict, config: ConfigDict) -> Non
     fields |= {f"data.{name}": (first.data[name], config.data[name]) for name in _SHARED}
     for field, (theirs, ours) in fields.items():
         if theirs != ours:
-            raise PseudoLabelError(
+            raise ConfigError(
                 f"`data.labels` names a run on the same examples, and `{field}` of {root} is "
                 f"`{theirs}` where here it is `{ours}`. Set both to the same value."
             )

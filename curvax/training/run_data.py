@@ -40,7 +40,7 @@ def load(config: ConfigDict, task: Task, hold_out: bool = False) -> RunData:
 
     Raises:
         DataError: the data cannot be read, or a field does not fit them.
-        PseudoLabelError, PretrainedError: the run that predicts the labels cannot be used.
+        ConfigError: the run that predicts the labels cannot be used.
     """
     seed, dataset = config.seed, task.load(config.seed)
     train, test = dataset.train, dataset.test

@@ -11,11 +11,13 @@ import optax
 import curvax
 from curvax.arithmetic.trees import Tree, label, names
 from curvax.devices import axes
-from curvax.pipes.signal import name_of, parts_of
+from curvax.pipes.parts import parts_of
+from curvax.pipes.signal import kinds
 from curvax.pipes.signal import step as apply
 from curvax.training import pretrained
 from curvax.training.augment.transforms import Batch
 from curvax.training.parallelism import Jit
+from curvax.training.runtime.errors import ConfigError
 from curvax.training.tasks import Task
 
 
@@ -153,19 +155,20 @@ def _through(
 ) -> tuple[curvax.Signal, Tree, Tree]:
     """Applies a pipe: (signal, state, gradient to check for NaNs).
 
-    The gradient is the clean one before `pmean_updates`: each device checks its local gradient for
-    NaNs, since averaging only for this check would cost an all-reduce. After `per_group` the
-    updates of the groups are checked for the same reason.
+    Each device checks its local gradient, from before the first average over devices: averaging
+    only for this check would cost an all-reduce. After a stage that replaces the updates by a
+    gradient of its own, that gradient is checked, for nothing else may need the clean one.
     """
-    gradient, states = None, []
+    states: list[Tree] = []
+    checked, replaced = signal.gradient, False
     for part, inner in zip(parts_of(pipe), state, strict=True):
-        if gradient is None and name_of(part) == "pmean_updates":
-            gradient = signal.gradient
         signal, inner = apply(part, signal, inner, params, **extra)
-        if name_of(part) == "per_group":
-            gradient = signal.updates
+        if any(kind.replaces_gradient for kind in kinds(part)):
+            checked, replaced = signal.updates, True
+        elif not (replaced or signal.averaged):
+            checked = signal.gradient
         states.append(inner)
-    return signal, tuple(states), signal.gradient if gradient is None else gradient
+    return signal, tuple(states), checked
 
 
 def _keys(state: State) -> jax.Array:
@@ -175,7 +178,7 @@ def _keys(state: State) -> jax.Array:
 
 def _refuse_local(local: frozenset[str]) -> None:
     if local:
-        raise ValueError(
+        raise ConfigError(
             f"The optimiser's text leaves the updates different on each device of {sorted(local)}. "
             "Average them before the optimiser: `sam_perturb(0.05) | pmean_updates(axes) | "
             "adamw(1e-3)`, or `mean_over=axes` in a method. `axes` stands for the device axes "

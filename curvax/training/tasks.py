@@ -17,6 +17,7 @@ from curvax.training.augment.preprocessing import Prepare
 from curvax.training.augment.transforms import Transform
 from curvax.training.data import sources, tabular, text
 from curvax.training.data.datasets import Dataset, Examples, Split
+from curvax.training.runtime.errors import ConfigError
 from curvax.training.selection_metric import SelectionMetric
 
 LIKELIHOODS: dict[str, Callable[..., Likelihood]] = {
@@ -25,10 +26,6 @@ LIKELIHOODS: dict[str, Callable[..., Likelihood]] = {
     "squared": gaussian,
 }
 """The values of the config's `loss`; each is `f(targets, mask=None)`."""
-
-
-class TaskError(ValueError):
-    """An unknown task, or fields that do not fit it."""
 
 
 class Task(NamedTuple):
@@ -47,12 +44,12 @@ def build(config: ConfigDict) -> Task:
     """The task of a config.
 
     Raises:
-        TaskError: there is no task of that name, or a field does not fit it.
+        ConfigError: there is no task of that name, a field does not fit it, or a text of
+            `data.augment` cannot be parsed.
         DataError: the data cannot be read.
-        RecipeError: a text of `data.augment` cannot be parsed.
     """
     if config.task not in TASKS:
-        raise TaskError(f"`task` is one of {', '.join(TASKS)}, and was `{config.task}`.")
+        raise ConfigError(f"`task` is one of {', '.join(TASKS)}, and was `{config.task}`.")
     if config.task != "images":
         _refuse_changes(config)
     return TASKS[config.task](config)
@@ -86,7 +83,7 @@ def _autoencoder(config: ConfigDict) -> Task:
 
 def _own_targets(part: Examples) -> Split:
     if not isinstance(part, Split):
-        raise TaskError(
+        raise ConfigError(
             "An autoencoder is trained on images in memory, and these are records. Use another "
             "`data.name`, or the task `images`."
         )
@@ -96,7 +93,7 @@ def _own_targets(part: Examples) -> Split:
 def _regression(config: ConfigDict) -> Task:
     options = config.data
     if options.path is not None:
-        raise TaskError(
+        raise ConfigError(
             "The task `regression` uses a table that comes with scikit-learn, and `data.path` is "
             f"{options.path}. Leave it out."
         )
@@ -125,7 +122,7 @@ def _likelihood(config: ConfigDict, *fitting: str) -> Callable[..., Likelihood]:
     """The likelihood that the config's `loss` names, by default the first that fits the task."""
     name = config.loss or fitting[0]
     if name not in fitting:
-        raise TaskError(
+        raise ConfigError(
             f"`loss` is one of {', '.join(fitting)} for the task `{config.task}`, and was `{name}`."
         )
     return LIKELIHOODS[name]
@@ -135,7 +132,7 @@ def _refuse_changes(config: ConfigDict) -> None:
     """Refuses fields that only labelled images have."""
     for field in ("label_noise", "labels", "label_smoothing", "augment", "image_size"):
         if config.data[field]:
-            raise TaskError(
+            raise ConfigError(
                 f"`data.{field}` is for labelled images, and the task is `{config.task}`. Leave it "
                 "out, or use the task `images`."
             )

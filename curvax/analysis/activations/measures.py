@@ -15,9 +15,10 @@ from curvax.analysis.dataset_loss import DatasetLoss
 from curvax.analysis.evaluation import evaluate_mean
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import ValueFn
 from curvax.devices import axes
 from curvax.devices.axes import AxisNames
-from curvax.objective import Objective, as_objective, require_batch
+from curvax.objective import Objective, as_objective, microbatch_mean, require_batch, value_and_aux
 
 Statistic = Callable[[Activation], jax.Array]
 NUMBER = re.compile(r"_\d+$")
@@ -85,9 +86,7 @@ def activation_norms(
         ValueError: the model has no such activation.
 
     Examples:
-        >>> import jax
-        >>> import jax.numpy as jnp
-        >>> import curvax
+        >>> import jax, jax.numpy as jnp, curvax
         >>> loss = lambda w, batch: jnp.mean(jax.nn.relu(batch * w))
         >>> objective = curvax.Objective(loss, jnp.array([[3.0, 4.0, -1.0]]))
         >>> norms = curvax.analysis.activation_norms(objective, jnp.ones(3))
@@ -160,7 +159,7 @@ def _means(
         seen = _activations(part, params, _is_unit, name)
         return OrderedDict((path, statistic(x)) for path, x in seen.items())
 
-    return axes.mean(objective._microbatch_mean(inside), over, objective.batch_weight())
+    return axes.mean(microbatch_mean(objective, inside), over, objective.batch_weight())
 
 
 @compiled_once
@@ -183,8 +182,11 @@ def _activations(
     objective: Objective, params: Tree, wanted: Callable[[Name, Activation], bool], where: str
 ) -> dict[str, Activation]:
     """The activations that `wanted` selects, by paths that start like those of the parameters."""
-    forward = objective._evaluate if objective.model is None else objective.outputs
-    found = intermediates(lambda p: forward(p)[0], params)
+    if objective.model is None:
+        forward = lambda p: value_and_aux(objective, p)[0]
+    else:
+        forward = lambda p: objective.outputs(p)[0]
+    found = intermediates(forward, params)
     kept = {name: x for name, x in found.items() if wanted(name, x)}
     if not kept:
         others = ", ".join(f"`{'/'.join(name)}`" for name in found) or "nothing"
@@ -211,5 +213,5 @@ def _is_attention(name: Name, seen: Activation) -> bool:
     return name[-1].startswith("softmax") and seen.after.ndim >= 3
 
 
-def _checked(objective: Any, params: Tree, name: str) -> Objective:
+def _checked(objective: Objective | ValueFn, params: Tree, name: str) -> Objective:
     return require_batch(as_objective(objective, name, params), name)

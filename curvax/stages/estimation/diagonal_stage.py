@@ -10,14 +10,13 @@ from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.safe_math import root
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Key, ValueFn
 from curvax.devices import axes, meshes
 from curvax.devices.axes import AxisNames
 from curvax.objective import Objective, as_objective, microbatching, refuse_joined, require_batch
 from curvax.pipes.diagnostics import Flags, Metrics, StageMetrics, metrics_of, no_metrics
 from curvax.pipes.signal import Signal, Stage, stage
 from curvax.pipes.state_keys import DrawingKey
-
-Sampler = Callable[[jax.Array, Tree], Tree]
 
 
 class Curvature(NamedTuple):
@@ -46,12 +45,12 @@ class EstimateState(NamedTuple):
 def diagonal_stage(
     name: str,
     estimate: Estimate,
-    key: jax.Array | int,
+    key: Key,
     probes: int,
     fraction: float,
     shards: int,
     mean_over: AxisNames,
-    needs: Callable[[Objective], Any] = lambda objective: None,
+    needs: Callable[[Objective], object] = lambda objective: None,
 ) -> Stage:
     """A stage that sets `diagonal` from random estimates; `needs` checks the objective."""
     checks.check_count(name, probes=probes, shards=shards)
@@ -64,7 +63,12 @@ def diagonal_stage(
         return EstimateState(drawing.initial(), jnp.zeros((), jnp.int32), *metrics)
 
     def rule(
-        signal: Signal, state: EstimateState, params: Tree, *, value_fn: Any = None, **extra: Any
+        signal: Signal,
+        state: EstimateState,
+        params: Tree,
+        *,
+        value_fn: ValueFn | None = None,
+        **extra: Any,
     ) -> tuple[Signal, EstimateState]:
         del extra
         objective = as_objective(value_fn, name, params)
@@ -103,7 +107,7 @@ def part_and_axes(
     return part_of(objective, fraction, name), local, over
 
 
-def check_fraction(fraction: Any, name: str) -> None:
+def check_fraction(fraction: float, name: str) -> None:
     """Refuses a fraction outside (0, 1], or one that is not a plain number."""
     checks.check_static(name, fraction=fraction)
     if not 0 < fraction <= 1:

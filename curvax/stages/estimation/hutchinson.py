@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Key, Sampler
 from curvax.curvature.differentiability import check_mode
 from curvax.curvature.hessian import gradient_and_product, linearized_gradient
 from curvax.devices import axes
@@ -14,12 +15,12 @@ from curvax.hyperparameters import injectable
 from curvax.linalg import estimate_diagonal, rademacher
 from curvax.objective import Objective
 from curvax.pipes.signal import Stage
-from curvax.stages.estimation.diagonal_stage import Curvature, Sampler, diagonal_stage
+from curvax.stages.estimation.diagonal_stage import Curvature, diagonal_stage
 
 
 @injectable
 def hutchinson_diag(
-    key: jax.Array | int = 0,
+    key: Key = 0,
     *,
     probes: int = 1,
     sampler: Sampler = rademacher,

@@ -10,6 +10,7 @@ import optax
 from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Key, ValueFn
 from curvax.curvature import (
     linearized_empirical_fisher,
     linearized_fisher,
@@ -21,12 +22,12 @@ from curvax.devices.axes import AxisNames
 from curvax.hyperparameters import injectable
 from curvax.linalg import exact_diagonal
 from curvax.linear_operator import Product
-from curvax.objective import Objective, as_objective
+from curvax.objective import LossAndGradient, Objective, as_objective
 from curvax.pipes.signal import Signal, Stage, containing, stage
 from curvax.pipes.state_keys import DrawingKey
 from curvax.stages.estimation.diagonal_stage import check_fraction, part_and_axes, share_gradient
 
-Linearize = Callable[[Objective, Tree, jax.Array | None], tuple[Any, Product]]
+Linearize = Callable[[Objective, Tree, jax.Array | None], tuple[LossAndGradient, Product]]
 """(objective, parameters, key) ↦ (((L, aux), ∇L), v ↦ C v), from one linearisation."""
 
 
@@ -39,19 +40,21 @@ class DrawState(NamedTuple):
 
 @injectable
 def hessian_matvec(
-    *, mode: str = "auto", fraction: float = 1.0, precision: Any = "highest",
+    *,
+    mode: str = "auto",
+    fraction: float = 1.0,
+    precision: str | None = "highest",
     mean_over: AxisNames = None,
-) -> Stage:  # fmt: skip
+) -> Stage:
     """Adds the product with the Hessian of the loss, v ↦ ∇²L(θ) v.
 
     If the updates are the gradient that `objective.value_and_grad` returned, the stage's own
     gradient replaces them: same values, and one linearisation for both.
 
     Args:
-        mode: differentiation mode of the product, as in `hvp`.
+        mode, precision: differentiation mode and precision of the product, as in `hvp`.
         fraction: fraction of the batch in (0, 1], its first examples, that the curvature is
             computed on.
-        precision: precision of matrix multiplications, as in `jax.default_matmul_precision`.
         mean_over: device axis, or tuple of axes, to average the product over; `()` keeps the
             product of each device.
 
@@ -80,19 +83,21 @@ def hessian_matvec(
 
 @injectable
 def gauss_newton_matvec(
-    *, mode: str = "auto", fraction: float = 1.0, precision: Any = "highest",
+    *,
+    mode: str = "auto",
+    fraction: float = 1.0,
+    precision: str | None = "highest",
     mean_over: AxisNames = None,
-) -> Stage:  # fmt: skip
+) -> Stage:
     """Adds the product with the generalised Gauss-Newton matrix, G = mean of Jᵀ ∇²ℓ J.
 
     G is positive semi-definite for any loss that is convex in the outputs. Martens,
     arXiv:1412.1193.
 
     Args:
-        mode: differentiation mode of the product, as in `ggnvp`.
+        mode, precision: differentiation mode and precision of the product, as in `ggnvp`.
         fraction: fraction of the batch in (0, 1], its first examples, that the curvature is
             computed on.
-        precision: precision of matrix multiplications, as in `jax.default_matmul_precision`.
         mean_over: device axis, or tuple of axes, to average the product over; `()` keeps the
             product of each device.
 
@@ -100,8 +105,8 @@ def gauss_newton_matvec(
         A stage that sets `matvec`. It needs `value_fn=` an `Objective` with `model=`.
 
     Raises:
-        ValueError: an option is out of range; in `update`, the loss is local to a device axis and
-            `mean_over` is missing.
+        ValueError: an option is out of range; in `update`, the objective has no `model`, or the
+            loss is local to a device axis and `mean_over` is missing.
 
     Examples:
         >>> import jax.numpy as jnp, curvax
@@ -122,9 +127,14 @@ def gauss_newton_matvec(
 
 @injectable
 def fisher_matvec(
-    *, samples: int | None = None, key: jax.Array | int = 0, mode: str = "auto",
-    fraction: float = 1.0, precision: Any = "highest", mean_over: AxisNames = None,
-) -> Stage:  # fmt: skip
+    *,
+    samples: int | None = None,
+    key: Key = 0,
+    mode: str = "auto",
+    fraction: float = 1.0,
+    precision: str | None = "highest",
+    mean_over: AxisNames = None,
+) -> Stage:
     """Adds the product with the Fisher matrix, F = mean of E_y[∇log r(y|z) ∇log r(y|z)ᵀ].
 
     The expectation is over labels y drawn from the model's predictions. Martens, arXiv:1412.1193,
@@ -133,10 +143,9 @@ def fisher_matvec(
     Args:
         samples: labels drawn per site; None for the exact expectation.
         key: typed PRNG key, or seed, of the labels.
-        mode: differentiation mode of the product, as in `fvp`.
+        mode, precision: differentiation mode and precision of the product, as in `fvp`.
         fraction: fraction of the batch in (0, 1], its first examples, that the curvature is
             computed on.
-        precision: precision of matrix multiplications, as in `jax.default_matmul_precision`.
         mean_over: device axis, or tuple of axes, to average the product over; `()` keeps the
             product of each device.
 
@@ -145,18 +154,18 @@ def fisher_matvec(
         likelihood.
 
     Raises:
-        ValueError: an option is out of range; in `update`, the loss is local to a device axis and
-            `mean_over` is missing.
+        ValueError: an option is out of range; in `update`, the loss is no likelihood, or it is
+            local to a device axis and `mean_over` is missing.
 
     Examples:
         >>> import jax.numpy as jnp, curvax
-        >>> batch = {"x": jnp.array([[1.0], [2.0]]), "y": jnp.array([[2.0], [4.0]])}
+        >>> batch = {"x": jnp.array([[1.0], [3.0]]), "y": jnp.array([[2.0], [6.0]])}
         >>> objective = curvax.Objective(curvax.gaussian("y"), batch, model=lambda w, b: b["x"] * w)
         >>> stage, w = curvax.fisher_matvec(), jnp.zeros(1)
         >>> signal = curvax.Signal(objective.value_and_grad(w)[1])
         >>> signal, state = stage.update(signal, stage.init(w), w, value_fn=objective)
         >>> print(signal.matvec(jnp.ones(1)))  # the mean of x²
-        [2.5]
+        [5.]
     """
     check_mode(mode)
     if samples is not None:
@@ -170,19 +179,21 @@ def fisher_matvec(
 
 @injectable
 def empirical_fisher_matvec(
-    *, mode: str = "auto", fraction: float = 1.0, precision: Any = "highest",
+    *,
+    mode: str = "auto",
+    fraction: float = 1.0,
+    precision: str | None = "highest",
     mean_over: AxisNames = None,
-) -> Stage:  # fmt: skip
+) -> Stage:
     """Adds the product with the empirical Fisher matrix, F̄ = mean of gₙ gₙᵀ over the examples.
 
     gₙ is the gradient at the label of the data, uncentred; far from a good fit F̄ does not
     approximate F. Martens, arXiv:1412.1193, section 11.
 
     Args:
-        mode: differentiation mode of the product, as in `empirical_fvp`.
+        mode, precision: differentiation mode and precision of the product, as in `empirical_fvp`.
         fraction: fraction of the batch in (0, 1], its first examples, that the curvature is
             computed on.
-        precision: precision of matrix multiplications, as in `jax.default_matmul_precision`.
         mean_over: device axis, or tuple of axes, to average the product over; `()` keeps the
             product of each device.
 
@@ -190,8 +201,8 @@ def empirical_fisher_matvec(
         A stage that sets `matvec`. It needs `value_fn=` an `Objective` with a batch.
 
     Raises:
-        ValueError: an option is out of range; in `update`, the loss is local to a device axis and
-            `mean_over` is missing.
+        ValueError: an option is out of range; in `update`, the objective has no batch, or the loss
+            is local to a device axis and `mean_over` is missing.
 
     Examples:
         >>> import jax.numpy as jnp, curvax
@@ -215,7 +226,7 @@ def _matvec(
     linearize: Linearize,
     fraction: float,
     mean_over: AxisNames,
-    key: jax.Array | int | None = None,
+    key: Key | None = None,
 ) -> Stage:
     """A stage that adds such a product; `key` is None for products that draw no labels."""
     check_fraction(fraction, name)
@@ -228,8 +239,13 @@ def _matvec(
         return DrawState(drawing.initial(), jnp.zeros((), jnp.int32))
 
     def rule(
-        signal: Signal, state: Any, params: Tree, *, value_fn: Any = None, **extra: Any
-    ) -> tuple[Signal, Any]:
+        signal: Signal,
+        state: optax.OptState,
+        params: Tree,
+        *,
+        value_fn: ValueFn | None = None,
+        **extra: Any,
+    ) -> tuple[Signal, optax.OptState]:
         del extra
         objective = as_objective(value_fn, name, params)
         here, local, over = part_and_axes(signal, objective, params, fraction, mean_over, name)
@@ -289,7 +305,9 @@ def exact_diag(
         )
     matvec = MATRICES[curvature](mode=mode, mean_over=mean_over)
 
-    def rule(signal: Signal, state: Any, params: Tree, **extra: Any) -> tuple[Signal, Any]:
+    def rule(
+        signal: Signal, state: optax.OptState, params: Tree, **extra: Any
+    ) -> tuple[Signal, optax.OptState]:
         inner, state = matvec.update(signal, state, params, **extra)
         diagonal = exact_diagonal(inner.matvec, params)
         return inner._replace(diagonal=diagonal, matvec=signal.matvec), state

@@ -14,13 +14,14 @@ from jax import lax
 from curvax.arithmetic import trees
 from curvax.arithmetic.safe_math import root
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Key
 from curvax.curvature.gauss_newton import model_pass
 from curvax.devices import axes
 from curvax.devices.axes import AxisNames
 from curvax.hyperparameters import injectable
 from curvax.likelihoods import Likelihood
 from curvax.linalg import rademacher
-from curvax.objective import Objective, require_likelihood
+from curvax.objective import Objective, microbatch_mean, require_likelihood
 from curvax.pipes.signal import Stage
 from curvax.stages.estimation.diagonal_stage import Curvature, diagonal_stage
 
@@ -30,7 +31,7 @@ Noise = Callable[[Likelihood, jax.Array, jax.Array, Tree], jax.Array]
 
 @injectable
 def gauss_newton_diag(
-    key: jax.Array | int = 0,
+    key: Key = 0,
     *,
     probes: int = 1,
     fraction: float = 1.0,
@@ -85,7 +86,7 @@ def gauss_newton_diag(
 
 @injectable
 def fisher_diag(
-    key: jax.Array | int = 0,
+    key: Key = 0,
     *,
     probes: int = 1,
     fraction: float = 1.0,
@@ -109,16 +110,15 @@ def fisher_diag(
             computed on.
         shards: number of contiguous parts of the global batch that are squared separately; the
             estimate is their mean.
-        mean_over: device axis, or tuple of axes, to average over; `()` keeps the diagonal of each
-            device.
+        mean_over: device axis, or tuple of axes, to average over; `()` for a diagonal per device.
 
     Returns:
         A stage that sets `diagonal`, in float32 or wider, shaped like the parameters. It needs
         `value_fn=` an `Objective` with `model=` and a likelihood.
 
     Raises:
-        ValueError: an option is out of range; in `update`, the loss is local to a device axis and
-            `mean_over` is missing.
+        ValueError: an option is out of range; in `update`, the loss is no likelihood, or it is
+            local to a device axis and `mean_over` is missing.
 
     Examples:
         >>> import jax.numpy as jnp, curvax
@@ -141,7 +141,7 @@ def fisher_diag(
 def _from_outputs(
     name: str,
     noise: Noise,
-    key: jax.Array | int,
+    key: Key,
     probes: int,
     fraction: float,
     shards: int,
@@ -162,7 +162,7 @@ def _squared(
 ) -> Curvature:
     """The mean square of the pulled-back noise over probes; the mean over devices comes first."""
 
-    def pulled(part: Objective) -> tuple[Any, Tree, Tree]:
+    def pulled(part: Objective) -> tuple[tuple[jax.Array, Any], Tree, Tree]:
         at, likelihood = model_pass(part, params), require_likelihood(part, "the diagonal")
         loss, gradient = at.loss_and_gradient()
         weight = likelihood.total_weight(part.batch)
@@ -176,7 +176,7 @@ def _squared(
 
         return loss, gradient, jax.vmap(once)(jax.random.split(key, probes))
 
-    loss, gradient, x = objective._microbatch_mean(pulled)
+    loss, gradient, x = microbatch_mean(objective, pulled)
     x = axes.mean(x, over, objective.batch_weight())
     weight = require_likelihood(objective, "the diagonal").total_weight(objective.batch)
     weight = lax.psum(axes.vary(weight, over), over) if over else weight

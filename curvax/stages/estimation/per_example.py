@@ -1,5 +1,6 @@
 """Diagonals without random draws: from the gradients of single examples, or of the batch."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,10 +10,18 @@ import optax
 from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import ValueFn
 from curvax.devices import axes, meshes
 from curvax.devices.axes import AxisNames
 from curvax.hyperparameters import injectable
-from curvax.objective import Objective, as_objective, microbatching, require_batch
+from curvax.objective import (
+    Objective,
+    as_objective,
+    microbatch_mean,
+    microbatching,
+    require_batch,
+    value_aux_and_grad,
+)
 from curvax.pipes.signal import Signal, Stage, stage
 from curvax.stages.estimation.diagonal_stage import check_fraction, part_of
 
@@ -53,15 +62,20 @@ def empirical_fisher_diag(*, fraction: float = 1.0, mean_over: AxisNames = None)
     check_fraction(fraction, "empirical_fisher_diag")
 
     def rule(
-        signal: Signal, state: Any, params: Tree, *, value_fn: Any = None, **extra: Any
-    ) -> tuple[Signal, Any]:
+        signal: Signal,
+        state: optax.OptState,
+        params: Tree,
+        *,
+        value_fn: ValueFn | None = None,
+        **extra: Any,
+    ) -> tuple[Signal, optax.OptState]:
         del extra
         objective = as_objective(value_fn, "empirical_fisher_diag", params)
         require_batch(objective, "empirical_fisher_diag")
         local = objective.local_axes(params)
         over = checks.averaged_axes(mean_over, local, stage="empirical_fisher_diag")
         here = part_of(objective, fraction, "empirical_fisher_diag")
-        diagonal = here._microbatch_mean(lambda part: _mean_of_squares(part, params))
+        diagonal = microbatch_mean(here, lambda part: _mean_of_squares(part, params))
         return signal._replace(diagonal=axes.mean(diagonal, over, here.batch_weight())), state
 
     return stage(_floating("empirical_fisher_diag"), rule)
@@ -72,7 +86,7 @@ def _mean_of_squares(objective: Objective, params: Tree) -> Tree:
 
     def square(i: jax.Array, batch: Tree, params: Tree) -> tuple[Tree, jax.Array | None]:
         example = objective.piece(batch, i, size)
-        _, gradient = example._value_aux_and_grad(params)
+        _, gradient = value_aux_and_grad(example, params)
         squares = jax.tree.map(lambda g: jnp.square(trees.widen(g)), gradient)
         return squares, example.batch_weight()
 
@@ -103,7 +117,9 @@ def squared_gradient() -> Stage:
         [ 9. 16.]
     """
 
-    def rule(signal: Signal, state: Any, params: Tree = None, **extra: Any) -> Any:
+    def rule(
+        signal: Signal, state: optax.OptState, params: Tree = None, **extra: Any
+    ) -> tuple[Signal, optax.OptState]:
         del params, extra
         checks.refuse_local(signal.local, stage="squared_gradient")
         diagonal = jax.tree.map(lambda u: jnp.square(trees.widen(u)), signal.updates)
@@ -112,7 +128,7 @@ def squared_gradient() -> Stage:
     return stage(lambda params: optax.EmptyState(), rule)
 
 
-def _floating(name: str) -> Any:
+def _floating(name: str) -> Callable[[Tree], optax.EmptyState]:
     def init(params: Tree) -> optax.EmptyState:
         trees.require_floating(params, name)
         return optax.EmptyState()

@@ -1,5 +1,7 @@
 """A diagonal that is estimated every k steps and kept in between."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax
@@ -9,10 +11,12 @@ import optax
 from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Period, ValueFn
 from curvax.devices import axes
 from curvax.objective import as_objective
 from curvax.pipes import requirements
-from curvax.pipes.signal import Signal, Stage, containing, name_of, parts_of, pipe, step
+from curvax.pipes.parts import name_of, parts_of
+from curvax.pipes.signal import Signal, Stage, containing, pipe, step
 
 
 class EveryState(NamedTuple):
@@ -21,11 +25,11 @@ class EveryState(NamedTuple):
     diagonal: Tree
     """The last estimate, in float32 or wider, shaped like the parameters. Entries that were not
     finite have the value of the estimate before, except in the first step."""
-    inner: Any
+    inner: optax.OptState
     """The state of the stages inside."""
 
 
-def every(k: Any, stages: optax.GradientTransformation) -> Stage:
+def every(k: Period, stages: optax.GradientTransformation) -> Stage:
     """Estimates a diagonal every k steps, from the first on, and keeps it in between.
 
     Inside, a smoothing stage averages estimates; behind, it averages once per step:
@@ -69,15 +73,15 @@ def every(k: Any, stages: optax.GradientTransformation) -> Stage:
         state: EveryState,
         params: Tree = None,
         *,
-        value_fn: Any = None,
+        value_fn: ValueFn | None = None,
         **extra: Any,
-    ) -> Any:
+    ) -> tuple[Signal, EveryState]:
         # A copy of the objective has an empty gradient cache, so that no stage inside replaces the
         # caller's gradient by its own: steps that keep the diagonal need the caller's.
         objective = as_objective(value_fn, "every", params)
         fresh = objective.on(objective.batch)
 
-        def refresh() -> tuple[Tree, Tree, Any]:
+        def refresh() -> tuple[Tree, Tree, optax.OptState]:
             given = Signal(signal.updates, signal.gradient, signal.diagonal, local=signal.local)
             below = []
             for part, place in zip(parts_of(inner), state.inner, strict=True):

@@ -4,6 +4,8 @@ An entry that is not finite does not enter the average, where it would spoil all
 passed on as NaN in its own step, so that `optax.apply_if_finite` sees it.
 """
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +14,7 @@ import jax.numpy as jnp
 from curvax import checks
 from curvax.arithmetic import safe_math, trees
 from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Scalar, ScalarOrSchedule
 from curvax.hyperparameters import injectable
 from curvax.pipes import requirements
 from curvax.pipes.signal import Signal, Stage, at, stage
@@ -26,7 +29,7 @@ class EmaRmsState(NamedTuple):
     """v, in float32 or wider, shaped like the parameters."""
 
 
-def ema_rms(decay: Any) -> Stage:
+def ema_rms(decay: ScalarOrSchedule) -> Stage:
     """Replaces the diagonal by the exponential root mean square of its past values.
 
         D̄ₜ = √( (1-β) Σᵢ βᵗ⁻ⁱ Dᵢ² / (1-βᵗ) )
@@ -55,7 +58,9 @@ def ema_rms(decay: Any) -> Stage:
     """
     checks.check_decay("decay", decay, stage="ema_rms")
 
-    def rule(signal: Signal, state: EmaRmsState, params: Tree = None, **extra: Any) -> Any:
+    def rule(
+        signal: Signal, state: EmaRmsState, params: Tree = None, **extra: Any
+    ) -> tuple[Signal, EmaRmsState]:
         del params, extra
         diagonal = requirements.needed_diagonal(signal.diagonal, "ema_rms", "smooths a diagonal")
         square = jax.tree.map(_square, diagonal)
@@ -76,7 +81,7 @@ class EmaMeanState(NamedTuple):
 
 
 @injectable
-def ema_mean(decay: Any, *, debias: bool = True, lag: int = 0) -> Stage:
+def ema_mean(decay: ScalarOrSchedule, *, debias: bool = True, lag: int = 0) -> Stage:
     """Replaces the diagonal by the exponential mean of its past values.
 
         D̄ₜ = (1-β) Σᵢ βᵗ⁻ⁱ Dᵢ / (1-βᵗ)
@@ -111,7 +116,9 @@ def ema_mean(decay: Any, *, debias: bool = True, lag: int = 0) -> Stage:
     if lag not in (0, 1):
         raise ValueError(f"`ema_mean` takes `lag` as 0 or 1, and got {lag!r}.")
 
-    def rule(signal: Signal, state: EmaMeanState, params: Tree = None, **extra: Any) -> Any:
+    def rule(
+        signal: Signal, state: EmaMeanState, params: Tree = None, **extra: Any
+    ) -> tuple[Signal, EmaMeanState]:
         del params, extra
         diagonal = requirements.needed_diagonal(signal.diagonal, "ema_mean", "smooths a diagonal")
         weight, mean = _faded(at(decay, state.step), state.weight, state.mean, diagonal)
@@ -130,7 +137,7 @@ class AccumulateState(NamedTuple):
     """The sum, in float32 or wider, shaped like the parameters."""
 
 
-def accumulate(initial: Any = 0.0) -> Stage:
+def accumulate(initial: Scalar = 0.0) -> Stage:
     """Replaces the diagonal by the sum of its past values, as in AdaGrad.
 
         Dₜ ← initial + Σᵢ Dᵢ
@@ -161,7 +168,9 @@ def accumulate(initial: Any = 0.0) -> Stage:
     def init(params: Tree) -> AccumulateState:
         return AccumulateState(jax.tree.map(lambda x: x + initial, _zeros(params)))
 
-    def rule(signal: Signal, state: AccumulateState, params: Tree = None, **extra: Any) -> Any:
+    def rule(
+        signal: Signal, state: AccumulateState, params: Tree = None, **extra: Any
+    ) -> tuple[Signal, AccumulateState]:
         del params, extra
         diagonal = requirements.needed_diagonal(signal.diagonal, "accumulate", "sums a diagonal")
         total = jax.tree.map(_summed, state.total, diagonal)
@@ -170,7 +179,7 @@ def accumulate(initial: Any = 0.0) -> Stage:
     return stage(init, rule)
 
 
-def _faded(decay: Any, weight: jax.Array, mean: Tree, new: Tree) -> tuple[jax.Array, Tree]:
+def _faded(decay: Scalar, weight: jax.Array, mean: Tree, new: Tree) -> tuple[jax.Array, Tree]:
     """The weight and the mean after one more term, with all earlier terms scaled by β."""
     beta = jnp.asarray(decay, weight.dtype)
     last = trees.ratio(jnp.ones_like(weight), weight)

@@ -12,7 +12,7 @@ from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Path, Tree
 from curvax.hyperparameters import injectable
-from curvax.parameter_roles import layers
+from curvax.parameter_roles import roles_by_name
 from curvax.pipes import requirements
 from curvax.pipes.signal import Signal, Stage, stage
 
@@ -24,7 +24,10 @@ LeafAxes = Mapping[Any, Any]
 
 @injectable
 def spatial_average(
-    block: str | BlockRule | Block = "auto", *, magnitudes: bool = True, layout: Any = None
+    block: str | BlockRule | Block = "auto",
+    *,
+    magnitudes: bool = True,
+    layout: LeafAxes | None = None,
 ) -> Stage:
     """Replaces the diagonal by its mean over blocks of neighbouring weights.
 
@@ -62,7 +65,9 @@ def spatial_average(
     checks.check_static("spatial_average", block=block)
     rule_of = _rule_of(block, layout)
 
-    def rule(signal: Signal, state: Any, params: Tree = None, **extra: Any) -> Any:
+    def rule(
+        signal: Signal, state: optax.OptState, params: Tree = None, **extra: Any
+    ) -> tuple[Signal, optax.OptState]:
         del params, extra
         diagonal = requirements.needed_diagonal(
             signal.diagonal, "spatial_average", "averages a diagonal"
@@ -83,7 +88,9 @@ def spatial_average(
     return stage(init, rule)
 
 
-def _rule_of(block: Any, layout: Any) -> Callable[[Tree], tuple[BlockRule, LeafAxes]]:
+def _rule_of(
+    block: str | BlockRule | Block, layout: LeafAxes | None
+) -> Callable[[Tree], tuple[BlockRule, LeafAxes]]:
     """tree ↦ the block of each leaf, and the axes of each leaf."""
     if block == "auto":
         decide = lambda axes_of: lambda path, leaf: axes_of[path].window or None
@@ -108,13 +115,13 @@ def _rule_of(block: Any, layout: Any) -> Callable[[Tree], tuple[BlockRule, LeafA
 
 def _recognised(tree: Tree) -> LeafAxes:
     """The role of each leaf by names, shapes and classes; without a window where in doubt."""
-    return {path: info.role for path, info in layers.param_infos(tree).items()}
+    return {path: info.role for path, info in roles_by_name.param_infos(tree).items()}
 
 
 def _warn_of_windows(params: Tree) -> None:
     """Warns of leaves that may be kernels of convolutions and are not averaged."""
-    shapes, infos = layers.shapes_of(params), layers.param_infos(params)
-    doubtful = layers.doubtful_windows(shapes, infos)
+    shapes, infos = roles_by_name.shapes_of(params), roles_by_name.param_infos(params)
+    doubtful = roles_by_name.doubtful_windows(shapes, infos)
     if doubtful:
         found = ", ".join(f"`{'/'.join(path)}` {shapes[path]}" for path in doubtful[:3])
         more = f" and {len(doubtful) - 3} more" if len(doubtful) > 3 else ""

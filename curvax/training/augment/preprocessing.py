@@ -52,7 +52,7 @@ def in_training(config: ConfigDict) -> Transform:
     nothing if the augmentations, as `inception_crop`, already gave the size.
 
     Raises:
-        RecipeError: a text of `data.augment` cannot be parsed.
+        ConfigError: a text of `data.augment` cannot be parsed.
     """
     normalise = _normalise(config)
     names = AUGMENTATIONS | {"normalise": lambda: normalise}

@@ -17,11 +17,11 @@ from curvax.training.checkpoints import CheckpointError
 from curvax.training.compare import comparison, grid_search, plots, report, step_cost
 from curvax.training.compare.comparison import Outcomes, Variants
 from curvax.training.config import configs
-from curvax.training.config.configs import ConfigError
 from curvax.training.config.renamed import current
 from curvax.training.data.image_folders import visible
 from curvax.training.experiment import Experiment, build
 from curvax.training.runtime import distributed, run_dir
+from curvax.training.runtime.errors import ConfigError
 from curvax.training.runtime.preemption import Stopped
 from curvax.training.tasks import Task
 
@@ -71,8 +71,7 @@ def with_overrides(config: ConfigDict, assignments: Sequence[str]) -> ConfigDict
     The run's folder keeps its original config.
 
     Raises:
-        ConfigError: another field, or as in `configs.override`.
-        RunError: the run's data are missing.
+        ConfigError: another field, or as in `configs.override`; or the run's data are missing.
     """
     fields = ", ".join(f"`--{field}`" for field in OVERRIDABLE)
     for assignment in assignments:
@@ -86,7 +85,7 @@ def with_overrides(config: ConfigDict, assignments: Sequence[str]) -> ConfigDict
     changed = configs.override(config, assignments)
     path = changed.data.path
     if path is not None and not Path(path).expanduser().exists():
-        raise run_dir.RunError(
+        raise ConfigError(
             f"A run needs the data it was trained on, and {path} does not exist. Give their new "
             "place as `--data.path=PATH`."
         )
@@ -145,7 +144,7 @@ def read(folder: Path) -> tuple[ConfigDict, RunSpec]:
     """The config and the spec of a run folder.
 
     Raises:
-        RunError: the folder holds no run, or a file of it is damaged.
+        ConfigError: the folder holds no run, or a file of it is damaged.
     """
     config, page = run_dir.read_config(folder), run_dir.read_spec(folder)
     try:
@@ -201,7 +200,7 @@ def _resume_hint(folder: Path) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         raise distributed.lost(error, folder) from error
     except OSError as error:
-        raise run_dir.RunError(
+        raise OSError(
             f"The run folder {folder} could not be written ({error.strerror or error}). Its "
             f"content is kept. Make room and continue with `curvax resume {folder}`."
         ) from error

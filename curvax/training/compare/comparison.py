@@ -14,11 +14,12 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from curvax.training.compare.summary import Summary, summarise
-from curvax.training.config.configs import ConfigError, assign
+from curvax.training.config.configs import assign
 from curvax.training.config.recipe import outline
 from curvax.training.experiment import Experiment
 from curvax.training.loop import NotFinite, Report, fit
 from curvax.training.runtime import run_dir
+from curvax.training.runtime.errors import ConfigError
 from curvax.training.runtime.run_dir import Outcome
 from curvax.training.selection_metric import SelectionMetric
 
@@ -58,8 +59,7 @@ def variants(config: ConfigDict, optimizers: Sequence[str], *, fair: bool = Fals
         fair: add the longer baseline.
 
     Raises:
-        ConfigError: a method is given twice.
-        RecipeError: a text cannot be parsed.
+        ConfigError: a method is given twice, or a text cannot be parsed.
     """
     named = {n: replace(config, optimizer=t) for n, t in zip(labels(optimizers), optimizers)}
     if len(named) < len(optimizers):

@@ -14,14 +14,11 @@ from curvax.training.compare.report import format_summary
 from curvax.training.compare.summary import Summary, summarise
 from curvax.training.config.renamed import current
 from curvax.training.runtime import run_dir
+from curvax.training.runtime.errors import ConfigError
 from curvax.training.selection_metric import SelectionMetric
 
 MOST_FIELDS = 2
 Fields = Mapping[str, Sequence[str]]
-
-
-class SweepError(ValueError):
-    """A `--sweep` that cannot be parsed."""
 
 
 class Grid(NamedTuple):
@@ -52,20 +49,20 @@ def read_fields(texts: Sequence[str]) -> dict[str, list[str]]:
     """`["rho=0.1,0.2"]` ↦ `{"rho": ["0.1", "0.2"]}`; commas inside brackets do not separate values.
 
     Raises:
-        SweepError: no `=`, a field named twice, or more than two fields.
+        ConfigError: no `=`, a field named twice, or more than two fields.
     """
     fields: dict[str, list[str]] = {}
     for text in texts:
         name, equals, values = text.partition("=")
         name = current(name)
         if not equals or not values or name in fields:
-            raise SweepError(
+            raise ConfigError(
                 f"`--sweep {text}` is not a list of values. Write each field once, as "
                 "`--sweep rho=0.05,0.1,0.2`."
             )
         fields[name] = _split(values)
     if len(fields) > MOST_FIELDS:
-        raise SweepError(
+        raise ConfigError(
             f"A sweep has one field (a curve) or two (a heat map), and got {len(fields)}: "
             f"{', '.join(fields)}."
         )

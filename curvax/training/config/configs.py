@@ -19,6 +19,7 @@ from ml_collections.config_dict import placeholder
 import curvax
 from curvax.training.config.recipe import near
 from curvax.training.config.renamed import DataConfig, RunConfig, current
+from curvax.training.runtime.errors import ConfigError
 
 _WORDS = {"true": True, "false": False, "none": None, "null": None}
 _LOWEST = {
@@ -37,10 +38,6 @@ _LOWEST = {
     "hessian_examples": 0,
 }
 """The least value of integer fields."""
-
-
-class ConfigError(ValueError):
-    """A config that cannot be found or read, or an unknown or invalid field."""
 
 
 def defaults(**numbers: float) -> ConfigDict:

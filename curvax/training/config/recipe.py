@@ -20,14 +20,12 @@ from typing import Any, NoReturn
 import optax
 
 import curvax
+from curvax.pipes.parts import with_options
 from curvax.training.config import run_schedules
+from curvax.training.runtime.errors import ConfigError
 
 _NO_NAMES: Mapping[str, Any] = types.MappingProxyType({})
 _LITERALS = (bool, int, float, str, types.NoneType)
-
-
-class RecipeError(ValueError):
-    """A text that cannot be parsed; the message has the line with a caret under the node."""
 
 
 def parse(
@@ -43,7 +41,7 @@ def parse(
         names: further names that the text may use; they take precedence over all others.
 
     Raises:
-        RecipeError: an unknown name or argument (the message has near matches), an expression
+        ConfigError: an unknown name or argument (the message has near matches), an expression
             that is not a call, a literal or a list, or an error raised by a factory.
     """
     reader = _Reader(text, {**vocabulary(steps), **names})
@@ -54,7 +52,7 @@ def read(text: str, names: Mapping[str, Any]) -> Any:
     """The value of any text of this grammar, which may use `names` only.
 
     Raises:
-        RecipeError: as in `parse`.
+        ConfigError: as in `parse`.
     """
     reader = _Reader(text, names)
     return reader.value(reader.tree())
@@ -158,7 +156,13 @@ class _Reader:
         self.check_keywords(node, name, factory)
         positional = [self.value(argument) for argument in node.args]
         named = {keyword.arg: self.value(keyword.value) for keyword in node.keywords if keyword.arg}
-        return self.build(node, factory, *positional, **named)
+        built = self.build(node, factory, *positional, **named)
+        if not isinstance(built, optax.GradientTransformation):
+            return built
+        # `Signature.bind` itself: that of curvax's factories wraps static options.
+        signature = inspect.signature(factory)
+        options = inspect.Signature.bind(signature, *positional, **named).arguments
+        return with_options(built, name, options)
 
     def check_keywords(self, node: ast.Call, name: str, factory: Callable[..., Any]) -> None:
         parameters = inspect.signature(factory).parameters
@@ -185,7 +189,7 @@ class _Reader:
             self.fail(node, str(error) or type(error).__name__, error)
 
     def fail(self, at: Any, message: str, cause: Exception | None = None) -> NoReturn:
-        raise RecipeError(f"{message}\n{self.caret(at)}") from cause
+        raise ConfigError(f"{message}\n{self.caret(at)}") from cause
 
     def caret(self, at: ast.expr | ast.keyword | int) -> str:
         """The line of the text around a node, with a caret below it."""
@@ -202,31 +206,28 @@ def outline(text: str, *, deep: bool = False) -> str:
     Args:
         deep: with the names of nested calls, as `per_group(sam_perturb) | adamw(cosine)`.
     """
-    return " | ".join(_name(part, deep=deep) for part in parts(text))
+    return " | ".join(_name(part, deep=deep) for part in _operands(_Reader(text, {}).tree()))
 
 
-def parts(text: str) -> list[ast.expr]:
-    """The syntax trees of a text's parts."""
-    return _operands(_Reader(text, {}).tree())
+def with_argument(text: str, factory: str, **argument: Any) -> str:
+    """The text with a keyword argument added to every call of a factory that lacks it.
 
+        with_argument("per_group(8, stages) | sgd(0.1)", "per_group", sequential=True)
 
-def given(text: str, factory: str, argument: str, names: Mapping[str, Any]) -> list[Any]:
-    """The values that a text passes for one argument, in every call of a factory.
-
-        given("per_group(m, sam_perturb(0.05)) | sgd(0.1)", "per_group", "m", {"m": 32}) == [32]
+    The text itself if nothing changes.
 
     Raises:
-        RecipeError: as in `parse`, for that argument only.
+        ConfigError: the text cannot be parsed.
     """
-    reader = _Reader(text, {**vocabulary(), **names})
-    place = list(inspect.signature(reader.names[factory]).parameters).index(argument)
-    found = []
-    for node in ast.walk(reader.tree()):
+    ((name, value),) = argument.items()
+    tree, changes = _Reader(text, {}).tree(), False
+    for node in ast.walk(tree):
         match node:
-            case ast.Call(func=ast.Name(id=name)) if name == factory:
-                found += node.args[place : place + 1]
-                found += [word.value for word in node.keywords if word.arg == argument]
-    return [reader.value(node) for node in found]
+            case ast.Call(func=ast.Name(id=called)) if called == factory:
+                if all(keyword.arg != name for keyword in node.keywords):
+                    node.keywords.append(ast.keyword(name, ast.Constant(value)))
+                    changes = True
+    return ast.unparse(tree) if changes else text
 
 
 def _name(node: ast.expr, *, deep: bool) -> str:

@@ -16,6 +16,7 @@ from curvax.training.evaluation.topk import TopKScores
 from curvax.training.evaluation.trained_runs import TrainedRun
 from curvax.training.experiment import Experiment
 from curvax.training.runtime import run_dir
+from curvax.training.runtime.errors import ConfigError
 
 _FILE, _OWN = "evaluate.json", "own"
 
@@ -41,8 +42,8 @@ def command(
         assignments: as in `trained_runs.load`.
 
     Raises:
-        RunError: as in `trained_runs.load`, or the run is not of the task `images`.
-        CheckpointError, ConfigError: as in `trained_runs.load`.
+        ConfigError: as in `trained_runs.load`, or the run is not of the task `images`.
+        CheckpointError: as in `trained_runs.load`.
         DataError: there is nothing to evaluate on.
     """
     console, page, where = Console(), {}, _where(path, labels)
@@ -64,7 +65,7 @@ def _where(path: Path | None, labels: Path | None) -> str:
 def _require_classes(run: TrainedRun) -> None:
     task = run.experiment.config.task
     if task != "images":
-        raise run_dir.RunError(
+        raise ConfigError(
             f"`curvax evaluate` computes classification accuracies, and {run.folder} is of the "
             f"task `{task}`. `curvax inspect` takes runs of every task."
         )

@@ -14,7 +14,8 @@ from curvax.training.compare import commands, comparison
 from curvax.training.compare.commands import RunSpec
 from curvax.training.experiment import Experiment
 from curvax.training.runtime import run_dir
-from curvax.training.runtime.run_dir import SEED, VARIANT, RunError
+from curvax.training.runtime.errors import ConfigError
+from curvax.training.runtime.run_dir import SEED, VARIANT
 from curvax.training.step import State
 
 
@@ -49,10 +50,9 @@ def load(folders: Sequence[Path], assignments: Sequence[str] = ()) -> list[Train
         assignments: `--field=value` for fields of `commands.OVERRIDABLE`, applied to every run.
 
     Raises:
-        RunError: a folder holds no run or no checkpoint, the runs are of different tasks, or the
-            data of a run are missing.
+        ConfigError: a folder holds no run or no checkpoint, the runs are of different tasks, the
+            data of a run are missing, or as in `commands.with_overrides`.
         CheckpointError: a checkpoint cannot be read.
-        ConfigError: as in `commands.with_overrides`.
     """
     seeds = (seed for folder in folders for seed in _seeds(folder.resolve()))
     found = [_stored(seed, assignments) for seed in dict.fromkeys(seeds)]
@@ -89,7 +89,7 @@ def _seeds(folder: Path) -> Iterator[Path]:
         variants.sort(key=lambda variant: _number(VARIANT, variant))
         yield from map(_first_seed, variants)
     else:
-        raise RunError(
+        raise ConfigError(
             f"{folder} holds no run. Pass a folder that `curvax train` or `curvax compare` left, "
             "or one inside it: that of a method, as 0-adamw, or of a seed, as 0-adamw/seed0."
         )
@@ -124,7 +124,7 @@ def _on_available_devices(config: ConfigDict) -> ConfigDict:
 
 def _require_checkpoint(folder: Path) -> None:
     if not any((folder / "checkpoints").glob("[0-9]*/")):
-        raise RunError(
+        raise ConfigError(
             f"{folder} has no checkpoint. Train it first: `curvax resume {folder.parent.parent}` "
             "continues the run."
         )
@@ -133,7 +133,7 @@ def _require_checkpoint(folder: Path) -> None:
 def _require_same_task(first: _Stored, other: _Stored) -> None:
     same = lambda config: (config.task, config.data.name, config.loss)
     if same(first.config) != same(other.config):
-        raise RunError(
+        raise ConfigError(
             "Runs are compared on one task, data set and loss, and these differ: "
             f"{_described(first)}, and {_described(other)}. Inspect them one by one."
         )

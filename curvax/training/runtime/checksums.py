@@ -6,10 +6,6 @@ from pathlib import Path
 from curvax.training.runtime.run_dir import write_text
 
 
-class DamageError(OSError):
-    """A folder whose files differ from those that `seal` saw."""
-
-
 def seal(folder: Path) -> None:
     """Stores the checksum of a folder, and removes those of deleted folders."""
     for other in folder.parent.glob("*.sha256"):
@@ -22,11 +18,11 @@ def check(folder: Path) -> None:
     """Compares a folder with its checksum, if it has one.
 
     Raises:
-        DamageError: they differ.
+        OSError: they differ.
     """
     place = _place(folder)
     if place.exists() and place.read_text() != _checksum(folder):
-        raise DamageError("its files are not those that were written")
+        raise OSError("its files are not those that were written")
 
 
 def _place(folder: Path) -> Path:

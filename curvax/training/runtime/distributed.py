@@ -16,6 +16,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from curvax.training.runtime.errors import EXPECTED, ConfigError
+
 HEARTBEAT = 30
 """Seconds without a heartbeat after which a process counts as lost, and the others stop."""
 
@@ -32,26 +34,27 @@ def join(coordinator: str | None, count: int | None, number: int | None) -> None
         number: this process's number, from 0.
 
     Raises:
-        ValueError: only some of the three are given, one is invalid, or JAX cannot join the others.
+        ConfigError: only some of the three are given, one is invalid, or JAX cannot join the
+            others.
     """
     given = (coordinator, count, number)
     if any(x is None for x in given) and any(x is not None for x in given):
-        raise ValueError(
+        raise ConfigError(
             "A process needs all three of `--coordinator HOST:PORT`, `--processes N` and "
             f"`--process I`, and got {coordinator}, {count} and {number}. If a TPU pod, Slurm or "
             "MPI starts the processes, `--distributed` alone is enough."
         )
     if coordinator is not None and not re.fullmatch(r".+:\d{1,5}", coordinator):
-        raise ValueError(
+        raise ConfigError(
             f"`--coordinator` is where process 0 listens, HOST:PORT, and was `{coordinator}`. Give "
             "its host and a free port, as in `10.0.0.1:8476`."
         )
     if count is not None and number is not None and not 0 <= number < count:
-        raise ValueError(f"Processes are numbered from 0 to {count - 1}, and this is {number}.")
+        raise ConfigError(f"Processes are numbered from 0 to {count - 1}, and this is {number}.")
     try:
         jax.distributed.initialize(coordinator, count, number, heartbeat_timeout_seconds=HEARTBEAT)
     except (ValueError, RuntimeError) as error:
-        raise ValueError(_not_joined(coordinator, error)) from error
+        raise ConfigError(_not_joined(coordinator, error)) from error
 
 
 def _not_joined(coordinator: str | None, error: Exception) -> str:
@@ -125,7 +128,7 @@ def together() -> Iterator[None]:
     own = None
     try:
         yield
-    except (ValueError, TypeError, OSError) as error:
+    except EXPECTED as error:
         own = error
     reasons = gathered(own and str(own))
     if own is not None:

@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 
 from curvax.training.config import configs
 from curvax.training.config.renamed import DataConfig, RunConfig, translated
+from curvax.training.runtime.errors import ConfigError
 from curvax.training.runtime.tensorboard import Events
 
 try:
@@ -42,10 +43,6 @@ _SPEC, _OLD_SPEC = "run.json", "plan.json"
 VARIANT, SEED = re.compile(r"(\d+)-.*"), re.compile(r"seed(\d+)")
 """Names of the folders inside, with the number of the method and of the seed."""
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
-
-
-class RunError(ValueError):
-    """A folder that holds no run, is damaged, locked by another process, or not writable."""
 
 
 class Log:
@@ -118,7 +115,7 @@ def read_config(folder: Path) -> ConfigDict:
     added have their defaults.
 
     Raises:
-        RunError: the folder holds no run, or the file is damaged.
+        ConfigError: the folder holds no run, or the file is damaged.
     """
     path, known = folder / _CONFIG, configs.defaults().to_dict()
     stored = read_json(path)
@@ -153,7 +150,7 @@ def _spec_file(folder: Path) -> Path:
     return old if old.exists() and not current.exists() else current
 
 
-def bad_spec(folder: Path) -> RunError:
+def bad_spec(folder: Path) -> ConfigError:
     """The error for a run.json that names no command and methods."""
     return damaged(_spec_file(folder), "it names no command and methods")
 
@@ -161,16 +158,16 @@ def bad_spec(folder: Path) -> RunError:
 def read_json(path: Path) -> Any:
     """The contents of a JSON file of a run folder; errors as in `read_config`."""
     if not path.exists():
-        raise RunError(f"{path.parent} holds no run: `{path.name}` is missing.")
+        raise ConfigError(f"{path.parent} holds no run: `{path.name}` is missing.")
     try:
         return json.loads(path.read_text())
     except ValueError as error:
         raise damaged(path, str(error)) from error
 
 
-def damaged(path: Path, reason: str) -> RunError:
+def damaged(path: Path, reason: str) -> ConfigError:
     """The error for an unusable file of a run folder."""
-    return RunError(
+    return ConfigError(
         f"{path} is damaged ({reason}). Restore the file, for instance from another run of the "
         "same command, or train anew."
     )
@@ -205,14 +202,14 @@ def check_root(root: Path) -> None:
     """Checks that run folders can be created in `root`, which may not exist yet.
 
     Raises:
-        RunError: they cannot.
+        ConfigError: they cannot.
     """
     path = root.absolute()
     there = next(each for each in (path, *path.parents) if each.exists())
     try:
         tempfile.TemporaryDirectory(dir=there).cleanup()
     except OSError as error:
-        raise RunError(
+        raise ConfigError(
             f"Run folders are made in {root}, and no folder can be made in {there} "
             f"({error.strerror}). Give another folder as `--runs DIR`."
         ) from error
@@ -235,7 +232,7 @@ def locked(folder: Path) -> Iterator[None]:
     On file systems without locks this does nothing.
 
     Raises:
-        RunError: another process holds the lock.
+        ConfigError: another process holds the lock.
     """
     with (folder / ".lock").open("a+") as file:
         try:
@@ -243,7 +240,7 @@ def locked(folder: Path) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
-            raise RunError(
+            raise ConfigError(
                 f"The run in {folder} is in progress: {file.read() or 'another process'} holds it. "
                 "Wait until it ends, or stop it, and then resume."
             ) from error

@@ -1,0 +1,157 @@
+"""Products, solutions and powers with one Kronecker product G ⊗ A, and in its eigenbasis."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.linalg import cho_factor, cho_solve
+
+from curvax.arithmetic import trees
+
+
+class Cell(NamedTuple):
+    """G ⊗ A, acting on matrices V [..., outputs, inputs] as G V A."""
+
+    inputs: jax.Array
+    """A, [..., inputs, inputs], or its diagonal [..., inputs]."""
+    outputs: jax.Array
+    """G, [..., outputs, outputs]."""
+
+    @property
+    def is_table(self) -> bool:
+        return self.inputs.ndim < self.outputs.ndim
+
+    def product(self, v: jax.Array) -> jax.Array:
+        """G V A"""
+        left = self.outputs @ v
+        return left * self.inputs[..., None, :] if self.is_table else left @ self.inputs
+
+    def trace(self) -> jax.Array:
+        return jnp.sum(self.input_trace() * _trace(self.outputs))
+
+    def input_trace(self) -> jax.Array:
+        return jnp.sum(self.inputs, axis=-1) if self.is_table else _trace(self.inputs)
+
+    def pi(self) -> jax.Array:
+        """π = √((tr A / dim A) / (tr G / dim G)), [...], and 1 where either factor is 0."""
+        a = self.input_trace() / self.inputs.shape[-1]
+        g = _trace(self.outputs) / self.outputs.shape[-1]
+        fine = (a > 0) & (g > 0)
+        return jnp.sqrt(jnp.where(fine, a, 1) / jnp.where(fine, g, 1))
+
+    def eigen(self) -> "Eigen":
+        """The eigenvectors and eigenvalues of G ⊗ A."""
+        if self.is_table:
+            a, right = self.inputs, None
+        else:
+            a, right = eigenpairs(self.inputs)
+        g, left = eigenpairs(self.outputs)
+        return Eigen(left, right, jnp.maximum(g, 0)[..., :, None] * jnp.maximum(a, 0)[..., None, :])
+
+    def heuristic(self, v: jax.Array, damping: Any) -> jax.Array:
+        """(G + √λ/π I)⁻¹ V (A + √λ π I)⁻¹, by Cholesky factors."""
+        root, pi = jnp.sqrt(damping), self.pi()
+        v = solved(self.outputs, root / pi, v)
+        if self.is_table:
+            return v / (self.inputs + (root * pi)[..., None])[..., None, :]
+        return jnp.swapaxes(solved(self.inputs, root * pi, jnp.swapaxes(v, -1, -2)), -1, -2)
+
+    def bias_heuristic(self, b: jax.Array, damping: Any) -> jax.Array:
+        """(G + √λ/π I)⁻¹ b for a bias apart from this kernel, whose own A is 1."""
+        return solved(self.outputs, jnp.sqrt(damping) / self.pi(), b)
+
+
+class Eigen(NamedTuple):
+    """Q_G diag(E) Q_Aᵀ: a matrix G ⊗ A, or a better one in its eigenbasis."""
+
+    left: jax.Array
+    """Q_G, [..., outputs, outputs]."""
+    right: jax.Array | None
+    """Q_A, [..., inputs, inputs]; None for the identity."""
+    values: jax.Array
+    """E, [..., outputs, inputs]."""
+
+    def into(self, v: jax.Array) -> jax.Array:
+        """Q_Gᵀ V Q_A"""
+        v = jnp.swapaxes(self.left, -1, -2) @ v
+        return v if self.right is None else v @ self.right
+
+    def scaled(self, v: jax.Array, by: jax.Array) -> jax.Array:
+        """Q_G (by ∘ Q_Gᵀ V Q_A) Q_Aᵀ"""
+        v = self.left @ (by * self.into(v))
+        return v if self.right is None else v @ jnp.swapaxes(self.right, -1, -2)
+
+    def product(self, v: jax.Array) -> jax.Array:
+        return self.scaled(v, self.values)
+
+    def power(self, v: jax.Array, exponent: Any, damping: Any) -> jax.Array:
+        """(C + λI)^exponent V"""
+        return self.scaled(v, powers(self.values, exponent, damping))
+
+    def trace(self) -> jax.Array:
+        return jnp.sum(self.values)
+
+
+def powers(values: jax.Array, exponent: Any, damping: Any) -> jax.Array:
+    """(E + λ)^exponent; without damping, a negative power of a vanishing eigenvalue is 0.
+
+    An eigenvalue vanishes if it is within rounding of 0 relative to the largest.
+    """
+    rounding = jnp.finfo(values.dtype).eps * max(values.shape[-2:], default=1)
+    vanish = values <= rounding * jnp.max(values, axis=(-2, -1), keepdims=True)
+    drop = vanish & (jnp.asarray(exponent) < 0) & (jnp.asarray(damping) == 0)
+    return jnp.where(drop, 0, jnp.where(drop, 1, values + damping) ** exponent)
+
+
+def eigenpairs(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(eigenvalues in ascending order, eigenvectors as columns) of symmetric matrices."""
+    return jnp.linalg.eigh(matrix)
+
+
+def solved(matrix: jax.Array, damping: jax.Array, v: jax.Array) -> jax.Array:
+    """(M + damping·I)⁻¹ V for positive semi-definite matrices [..., d, d]."""
+    floor = jnp.finfo(matrix.dtype).eps * _trace(matrix)
+    shift = _diagonal(jnp.broadcast_to(jnp.maximum(damping, floor)[..., None], matrix.shape[:-1]))
+    one: Callable[..., Any] = lambda m, b: cho_solve(cho_factor(m, lower=True), b)
+    for _ in range(matrix.ndim - 2):
+        one = jax.vmap(one)
+    return one(matrix + shift, v)
+
+
+def combined(cells: list[Cell]) -> Cell:
+    """One Kronecker product for a sum of several, with the same trace.
+
+    Each factor is a mean of the factors of trace one, weighted by the traces of the products: the
+    expectation of a product is replaced by that of its factors, as within one of them.
+    """
+    if len(cells) == 1:
+        return cells[0]
+    cells = [cell._replace(inputs=_dense(cell)) for cell in cells]
+    traces = [cell.input_trace() * _trace(cell.outputs) for cell in cells]
+    whole = sum(traces[1:], traces[0])
+
+    def mean(factors: list[jax.Array]) -> jax.Array:
+        parts = [
+            trees.ratio(share, whole * _trace(m))[..., None, None] * m
+            for share, m in zip(traces, factors)
+        ]
+        return sum(parts[1:], parts[0])
+
+    inputs = mean([cell.inputs for cell in cells])
+    return Cell(inputs, whole[..., None, None] * mean([cell.outputs for cell in cells]))
+
+
+def _dense(cell: Cell) -> jax.Array:
+    return _diagonal(cell.inputs) if cell.is_table else cell.inputs
+
+
+def _diagonal(entries: jax.Array) -> jax.Array:
+    """The diagonal matrices [..., d, d] with these entries, [..., d]."""
+    size = entries.shape[-1]
+    eye = jnp.broadcast_to(jnp.eye(size, dtype=entries.dtype), (*entries.shape, size))
+    return entries[..., None] * eye
+
+
+def _trace(matrix: jax.Array) -> jax.Array:
+    return jnp.trace(matrix, axis1=-2, axis2=-1)

@@ -1,0 +1,153 @@
+"""Factors with corrected eigenvalues (E-KFAC): the exact diagonal in the factors' eigenbasis."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from curvax import checks
+from curvax.arithmetic.trees import Tree
+from curvax.curvature.kronecker.cells import Eigen
+from curvax.curvature.kronecker.cotangents import columns, draws_of
+from curvax.curvature.kronecker.operator import BlockOperator, Structure
+from curvax.curvature.kronecker.options import check_draws, required
+from curvax.curvature.kronecker.statistics import Rows, cotangents_of, halves, inputs_of_blocks
+from curvax.curvature.kronecker.tapped import tapped
+from curvax.curvature.kronecker.taps import Arrays
+from curvax.devices import axes
+from curvax.devices.axes import AxisNames
+from curvax.objective import Objective, microbatch_mean
+
+Values = tuple[tuple[jax.Array, ...], ...]
+"""E of every block, and of its bias if that is apart."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CorrectedFactors(BlockOperator):
+    """The matrix Q_G ⊗ Q_A diag(E) (Q_G ⊗ Q_A)ᵀ of every kernel, and a diagonal for the rest.
+
+    Attributes:
+        bases: the eigenvectors and eigenvalues of each block, and of its bias if that is apart.
+        diagonals: the diagonal of every other parameter, by its number.
+        structure: which parameter is in which block.
+    """
+
+    bases: tuple[tuple[Eigen, ...], ...]
+    diagonals: dict[int, jax.Array]
+    structure: Structure = dataclasses.field(metadata={"static": True})
+
+    def trace(self) -> jax.Array:
+        """tr C, a scalar."""
+        blocks = [eigen.trace() for own in self.bases for eigen in own]
+        return sum([*blocks, *map(jnp.sum, self.diagonals.values())], jnp.zeros(()))
+
+    def _product(self, k: int, matrices: list[jax.Array]) -> list[jax.Array]:
+        return [eigen.product(v) for eigen, v in zip(self.bases[k], matrices)]
+
+    def _power(
+        self, k: int, matrices: list[jax.Array], exponent: Any, damping: Any
+    ) -> list[jax.Array]:
+        return [eigen.power(v, exponent, damping) for eigen, v in zip(self.bases[k], matrices)]
+
+    def _heuristic(self, k: int, matrices: list[jax.Array], damping: Any) -> list[jax.Array]:
+        raise ValueError(
+            "`solve(style='heuristic')` damps the factors, and corrected eigenvalues have none. "
+            "Use `style='exact'`."
+        )
+
+
+def corrections(
+    factors: Any,
+    objective: Objective,
+    params: Tree,
+    labels: jax.Array | None,
+    key: jax.Array | None,
+    mean_over: AxisNames,
+) -> CorrectedFactors:
+    """`factors.corrected(objective, params, ...)`."""
+    where, fisher = "KroneckerFactors.corrected", factors.structure.options.fisher
+    check_draws(fisher, labels, key, where)
+    objective = required(objective, params, fisher, where)
+    over = checks.averaged_axes(mean_over, objective.local_axes(params), stage=where)
+    draws = draws_of(objective, fisher, labels, key)
+    with jax.default_matmul_precision("highest"):
+        bases = [[cell.eigen() for cell in factors.cells(k)] for k in range(len(factors.inputs))]
+        own = lambda part, *draws: _values(part, params, factors.structure, bases, draws)
+        values = microbatch_mean(objective, own, *draws, aux=False)
+        values = axes.mean(values, over, objective.batch_weight())
+    replaced = tuple(
+        tuple(eigen._replace(values=e.reshape(eigen.values.shape)) for eigen, e in zip(own, new))
+        for own, new in zip(bases, values)
+    )
+    return CorrectedFactors(replaced, factors.diagonals, factors.structure)
+
+
+def _values(
+    part: Objective, params: Tree, structure: Structure, bases: Any, draws: tuple[Any, ...]
+) -> Values:
+    """E on a part of the batch: the squares of the gradients of examples in the eigenbases."""
+    at = tapped(part, params)
+    rows = inputs_of_blocks(at.plan, at.seen, at.sites, part.size, structure.joint)
+    uses = halves(at.plan)
+
+    def of_column(pulled: Arrays, loose: list[jax.Array]) -> Values:
+        found = []
+        for k, own in enumerate(uses):
+            pairs = [(x, cotangents_of(half, pulled)) for x, half in zip(rows[k], own)]
+            found.append(tuple(_squares(eigen, pairs, n) for n, eigen in enumerate(bases[k])))
+        return tuple(found)
+
+    return at.total(columns(part, at.outputs, structure.options.fisher, *draws), of_column)
+
+
+def _squares(eigen: Eigen, pairs: list[tuple[Rows, jax.Array]], number: int) -> jax.Array:
+    """Σ_n (Q_Gᵀ (Σ_s g aᵀ) Q_A)², [layers, outputs, inputs].
+
+    Args:
+        eigen: the basis of a block, or of its bias.
+        pairs: activations and cotangents, of the uses as they are and of those exchanged.
+        number: 1 for a bias that is apart, whose activations are 1.
+    """
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[-2:]), eigen)
+    (rows, g), *exchanged = pairs
+    if number == 1:
+        left = jnp.sum(jnp.einsum("lnpo,loq->lnpq", g, flat.left), axis=2)
+        return jnp.sum(jnp.square(left), axis=1)[..., None]
+    left = jnp.einsum("lnpo,loq->lnpq", g, flat.left)
+    if flat.right is None:
+        return _over_examples(lambda left, ids: _table(left, ids, rows.table), left, rows.values)
+    right = _turned(rows, flat.right)
+    if exchanged:
+        ((rows, g),) = exchanged
+        left = jnp.concatenate([left, _turned(rows, flat.left)], axis=2)
+        right = jnp.concatenate([right, jnp.einsum("lnpi,lij->lnpj", g, flat.right)], axis=2)
+    if left.shape[2] == 1:
+        return jnp.einsum("lnpo,lnpi->loi", jnp.square(left), jnp.square(right))
+    product = lambda left, right: jnp.square(jnp.einsum("lpo,lpi->loi", left, right))
+    return _over_examples(product, left, right)
+
+
+def _turned(rows: Rows, basis: jax.Array) -> jax.Array:
+    """Activations in a basis; the rows of the basis for numbers of rows."""
+    if rows.table:
+        return jax.vmap(lambda q, ids: q[ids])(basis, rows.values)
+    return jnp.einsum("lnpi,lij->lnpj", rows.values, basis)
+
+
+def _table(left: jax.Array, ids: jax.Array, size: int) -> jax.Array:
+    """The squared gradient of one example in a table, [layers, outputs, rows]."""
+    one = lambda g, i: jnp.zeros((size, g.shape[-1]), g.dtype).at[i].add(g)
+    return jnp.square(jnp.swapaxes(jax.vmap(one)(left, ids), 1, 2))
+
+
+def _over_examples(f: Any, *xs: jax.Array) -> jax.Array:
+    """Σ_n f of arrays [layers, n, ...], one example at a time."""
+    first = [x[:, 0] for x in xs]
+    own = jax.eval_shape(f, *first)
+    add = lambda total, x: total + f(*x)
+    start = axes.carried(jnp.zeros(own.shape, own.dtype), lambda total: add(total, first))
+    moved = [jnp.moveaxis(x, 1, 0) for x in xs]
+    return lax.scan(lambda total, x: (add(total, x), None), start, moved)[0]

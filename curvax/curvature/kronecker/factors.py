@@ -1,0 +1,120 @@
+"""The factored matrix: G ⊗ A for every kernel, and a diagonal for the rest."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from curvax.arithmetic.trees import Tree
+from curvax.curvature.kronecker.cells import Cell
+from curvax.curvature.kronecker.corrected import CorrectedFactors, corrections
+from curvax.curvature.kronecker.operator import BlockOperator, Structure
+from curvax.devices.axes import AxisNames
+from curvax.objective import Objective
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KroneckerFactors(BlockOperator):
+    """The matrix G ⊗ A of every kernel, and the diagonal of other parameters.
+
+    `kronecker_factors` computes it. A linear operator, `factors(v)`, and a pytree of its arrays, so
+    that it can leave `jax.jit`, be averaged and be saved.
+
+    Attributes:
+        inputs: A of each block, [*layers, inputs, inputs], or its diagonal, [*layers, inputs].
+        outputs: G of each block, [*layers, outputs, outputs].
+        diagonals: the diagonal of every other parameter, by its number.
+        structure: which parameter is in which block, and how its axes are divided.
+
+    Examples:
+        >>> import jax.numpy as jnp, curvax
+        >>> from curvax.curvature.kronecker import kronecker_factors
+        >>> batch = {"x": jnp.array([[1.0, 0.0], [0.0, 2.0]]), "y": jnp.zeros((2, 1))}
+        >>> predict = lambda p, batch: batch["x"] @ p["w"] * p["scale"][None]
+        >>> objective = curvax.Objective(curvax.gaussian("y"), batch, model=predict)
+        >>> params = {"w": jnp.ones((2, 1)), "scale": jnp.ones(1)}
+        >>> factors = kronecker_factors(objective, params)
+        >>> inputs, outputs = factors.factors_of("w")
+        >>> inputs.round(3).tolist(), outputs.round(3).tolist()
+        ([[0.5, 0.0], [0.0, 2.0]], [[1.0]])
+        >>> {name: line.treatment for name, line in factors.report().items()}
+        {'scale': 'diagonal', 'w': 'kronecker'}
+        >>> round(float(factors.trace()), 3)  # 2.5 of w, and E[(x w)²] = 2.5 of the scale
+        5.0
+    """
+
+    inputs: tuple[jax.Array, ...]
+    outputs: tuple[jax.Array, ...]
+    diagonals: dict[int, jax.Array]
+    structure: Structure = dataclasses.field(metadata={"static": True})
+
+    def cells(self, k: int) -> list[Cell]:
+        """G ⊗ A of block k, and G ⊗ 1 of its bias if that is apart."""
+        cell = Cell(self.inputs[k], self.outputs[k])
+        if self.structure.joint or self.structure.blocks[k].bias is None:
+            return [cell]
+        ones = jnp.ones((*cell.outputs.shape[:-2], 1, 1), cell.outputs.dtype)
+        return [cell, Cell(ones, cell.outputs)]
+
+    def factors_of(self, name: str) -> tuple[jax.Array, jax.Array]:
+        """(A, G) of a kernel.
+
+        Args:
+            name: its path, as in `report()`.
+
+        Raises:
+            KeyError: it has no factors.
+        """
+        leaf = self.structure.names.index(name) if name in self.structure.names else None
+        for k, block in enumerate(self.structure.blocks):
+            if block.leaf == leaf:
+                return self.inputs[k], self.outputs[k]
+        have = [self.structure.names[block.leaf] for block in self.structure.blocks]
+        raise KeyError(f"`{name}` has no Kronecker factors; {have} have.")
+
+    def corrected(
+        self,
+        objective: Objective,
+        params: Tree,
+        *,
+        labels: jax.Array | None = None,
+        key: jax.Array | None = None,
+        mean_over: AxisNames = None,
+    ) -> CorrectedFactors:
+        """The same eigenvectors with the exact diagonal in their basis as eigenvalues (E-KFAC).
+
+            E = E[(Q_Gᵀ (Σ_s g aᵀ) Q_A)²]
+
+        George et al., arXiv:1806.03884. With either `sharing` the positions of an example are
+        summed, so that the trace is that of the blocks of the Fisher matrix.
+
+        Args:
+            objective: the loss, on this batch or another.
+            params: the point θ.
+            labels, key, mean_over: as in `kronecker_factors`.
+
+        Raises:
+            ValueError: as in `kronecker_factors`.
+        """
+        return corrections(self, objective, params, labels, key, mean_over)
+
+    def trace(self) -> jax.Array:
+        """tr C = Σ tr A tr G, and the sums of the diagonals; a scalar."""
+        blocks = [cell.trace() for k in range(len(self.inputs)) for cell in self.cells(k)]
+        return sum([*blocks, *map(jnp.sum, self.diagonals.values())], jnp.zeros(()))
+
+    def _product(self, k: int, matrices: list[jax.Array]) -> list[jax.Array]:
+        return [cell.product(v) for cell, v in zip(self.cells(k), matrices)]
+
+    def _power(
+        self, k: int, matrices: list[jax.Array], exponent: Any, damping: Any
+    ) -> list[jax.Array]:
+        eigen = [cell.eigen() for cell in self.cells(k)]
+        return [own.power(v, exponent, damping) for own, v in zip(eigen, matrices)]
+
+    def _heuristic(self, k: int, matrices: list[jax.Array], damping: Any) -> list[jax.Array]:
+        cell, *_ = self.cells(k)
+        v, *apart = matrices
+        return [cell.heuristic(v, damping), *(cell.bias_heuristic(b, damping) for b in apart)]

@@ -1,0 +1,45 @@
+"""The device axes over which a loss differs from device to device, found by tracing it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax
+
+from curvax.arithmetic.trees import Tree
+from curvax.devices import axes
+from curvax.objective import reductions
+from curvax.objective.evaluation import microbatch_mean, value_and_aux
+from curvax.objective.pieces import device_part
+
+if TYPE_CHECKING:
+    from curvax.objective.objective import Objective
+
+
+def traced_axes(objective: Objective, params: Tree) -> frozenset[str]:
+    """The bound device axes over which the loss of a device's part of the batch differs.
+
+    Raises:
+        ValueError: as in `Objective.local_axes`.
+    """
+    own = device_part(objective)
+    loss = lambda p: microbatch_mean(own, lambda part: value_and_aux(part, p)[0], aux=False)
+    traced = jax.make_jaxpr(loss)(params)
+    typed = axes.tracked()
+    suspects = axes.varying(own.batch) if typed and own.batch is not None else axes.manual()
+    reductions.refuse_reduced_output(traced, tuple(suspects))
+    local = axes.varying_of(traced.out_avals[0]) if typed else frozenset(axes.manual())
+    weight = own.batch_weight()
+    if weight is not None:
+        here = axes.vary(params, local)
+        reductions.refuse_shared_activations(loss, here, _axes_of_weights(objective, weight))
+    return local
+
+
+def _axes_of_weights(objective: Objective, weight: jax.Array) -> list[set[str]]:
+    """Sets of device axes over which weights differ, as far as is known."""
+    if axes.tracked():
+        return [{axis} for axis in axes.varying(weight)]
+    # Without types, weights are taken to differ over all axes together but not over each of
+    # several: one of them may only split the model.
+    return [set(axes.manual()), *({axis} for axis in objective.joined if isinstance(axis, str))]

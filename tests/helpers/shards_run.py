@@ -1,0 +1,35 @@
+"""One of several processes: `shards_run.py PORT COUNT NUMBER FILE` steps with every method.
+
+The eight devices are divided among them, numbers are float64, and compilations are quick. The first
+process writes the resulting parameters.
+"""
+
+import os
+import sys
+
+PORT, COUNT, NUMBER, FILE = sys.argv[1:]
+os.environ["JAX_PLATFORMS"], os.environ["JAX_ENABLE_X64"] = "cpu", "1"
+os.environ["XLA_FLAGS"] = (
+    f"--xla_force_host_platform_device_count={8 // int(COUNT)} --xla_backend_optimization_level=0"
+)
+
+import jax  # noqa: E402
+
+jax.distributed.initialize(f"127.0.0.1:{PORT}", int(COUNT), int(NUMBER))
+
+import numpy as np  # noqa: E402
+import shard_methods as methods  # noqa: E402  (it asks for the devices)
+
+
+def main() -> None:
+    found = {
+        f"{name}, {regime}": methods.stepped(name, regime)
+        for name in methods.METHODS
+        for regime in methods.REGIMES
+    }
+    if jax.process_index() == 0:
+        np.savez(FILE, **found)
+
+
+if __name__ == "__main__":
+    main()
