@@ -121,14 +121,15 @@ def agreement(row: Row) -> float:
 # Steps and matrices.
 
 
-def path_of(tx: Any, loss: Any, steps: int, params: Any = PARAMS, **extra: Any) -> list[np.ndarray]:
-    """The parameters after each step, flat."""
-    tx = optax.with_extra_args_support(tx)
+def path_of(
+    tx: Any, loss: Any, steps: int, params: Any = PARAMS, extra: Any = None
+) -> list[np.ndarray]:
+    """The parameters after each step, flat; `extra` is given to `update` instead of the loss."""
 
     @jax.jit
     def step(params: Any, state: Any) -> Any:
         value, grads = jax.value_and_grad(loss)(params)
-        given = extra or {"value_fn": loss, "value": value}
+        given = {"value_fn": loss, "value": value} if extra is None else extra
         updates, state = tx.update(grads, state, params, **given)
         return optax.apply_updates(params, updates), state
 
@@ -175,12 +176,12 @@ def sam_of_optax(row):
     }
     found = path_of(ours(row.cells[1], **given), coupled, 4)
     theirs = ours(row.cells[0], contrib=optax.contrib, **given)
-    assert_near(found, path_of(theirs, coupled, 8)[1::2], agreement(row))
+    assert_near(found, path_of(theirs, coupled, 8, extra={})[1::2], agreement(row))
     opaque = optax.contrib.sam(base, given["adv"], opaque_mode=True)
     takes = re.search(r"`opaque_mode=True` is one call and takes `(\w+)`", row.cells[2])
     assert takes is not None
     grad_fn = lambda params, _: jax.grad(coupled)(params)
-    assert_near(found, path_of(opaque, coupled, 4, **{takes[1]: grad_fn}), agreement(row))
+    assert_near(found, path_of(opaque, coupled, 4, extra={takes[1]: grad_fn}), agreement(row))
     with pytest.raises(ValueError, match="would be lost"):
         optax.clip_by_global_norm(1.0) | cx.sam(base, rho)
 
@@ -190,7 +191,7 @@ def sophia_of_optax(row):
     """Refreshes at the first and the eleventh of twelve steps."""
     found = path_of(ours(row.cells[1])(0.1), quartic, 12)
     theirs = ours(row.cells[0], contrib=optax.contrib)(0.1)
-    assert_near(found, path_of(theirs, quartic, 12, obj_fn=quartic), agreement(row))
+    assert_near(found, path_of(theirs, quartic, 12, extra={"obj_fn": quartic}), agreement(row))
 
 
 @claim("optax.contrib", "`second_order.fisher_diag`")
@@ -208,7 +209,7 @@ def fisher_diag_of_optax(row):
 def names_of_the_loss(row):
     names = [re.findall(r"`(\w+)=?`", cell)[0] for cell in (row.cells[0], row.cells[1])]
     first, second = (
-        path_of(cx.sam(optax.sgd(0.1), 0.2), coupled, 1, **{name: coupled}) for name in names
+        path_of(cx.sam(optax.sgd(0.1), 0.2), coupled, 1, extra={name: coupled}) for name in names
     )
     assert_near(first, second, 0.0)
 
