@@ -59,11 +59,12 @@ def with_options(part: Part, name: str, options: Mapping[str, Any]) -> Part:
 
 
 def walk(part: optax.GradientTransformation) -> Iterator[optax.GradientTransformation]:
-    """A part, the parts of a pipe, and those among the options of a part, at any depth."""
-    yield part
+    """A part and those among its options, at any depth; of a pipe, its parts."""
+    parts = parts_of(part)
+    if parts[0] is part:
+        yield part
     is_part = lambda x: isinstance(x, optax.GradientTransformation)
     options = jax.tree.leaves(dict(options_of(part)), is_leaf=is_part)
-    inside = [*parts_of(part), *filter(is_part, options)]
-    for each in inside:
+    for each in (*parts, *filter(is_part, options)):
         if each is not part:
             yield from walk(each)

@@ -221,6 +221,7 @@ def test_deep_outline_names_nested_parts():
     ("text", "sizes"),
     [
         ("sgd(0.1)", set()),
+        ("per_group(4, sgd(0.1))", {4}),
         ("per_group(32, sam_perturb(rho)) | sgd(0.1)", {32}),
         ("per_group(stages=sam_perturb(rho), m=m) | sgd(0.1)", {8}),
         ("apply_if_finite(per_group(2, sam_perturb(rho)) | sgd(0.1), 3)", {2}),
