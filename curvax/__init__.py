@@ -224,7 +224,7 @@ def __getattr__(name: str) -> Any:
     """
     if name in RENAMED:
         new = RENAMED[name]
-        checks.warn_renamed("curvax", name, new)
+        checks.warn_renamed(f"curvax.{name}", f"curvax.{new}")
         return globals()[new] if new in globals() else __getattr__(new)
     if name == "layout" and importlib.util.find_spec("flax") is None:
         return importlib.import_module("curvax.parameter_roles.layouts").layout_of_tree

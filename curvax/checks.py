@@ -71,11 +71,10 @@ def _kind_of(x: Any) -> str:
     return f"a {type(x).__name__}{shape}" if not hasattr(x, "dtype") else f"an array{shape}"
 
 
-def warn_renamed(module: str, old: str, new: str) -> None:
+def warn_renamed(old: str, new: str) -> None:
     """Warns, from a module's `__getattr__`, that a public name has been renamed."""
     warnings.warn(
-        f"`{module}.{old}` is now `{module}.{new}`; the old name will be removed. Write "
-        f"`{module}.{new}`.",
+        f"`{old}` is now `{new}`; the old name will be removed. Write `{new}`.",
         DeprecationWarning,
         stacklevel=3,
     )

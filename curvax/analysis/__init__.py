@@ -84,6 +84,6 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "Sweep":
-        checks.warn_renamed(__name__, name, "DatasetLoss")
+        checks.warn_renamed(f"{__name__}.{name}", f"{__name__}.DatasetLoss")
         return DatasetLoss
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

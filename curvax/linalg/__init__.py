@@ -48,6 +48,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Resolves the deprecated name `Reason`."""
     if name == "Reason":
-        checks.warn_renamed(__name__, name, "StopReason")
+        checks.warn_renamed(f"{__name__}.{name}", f"{__name__}.StopReason")
         return StopReason
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -27,7 +27,7 @@ FLOORS = [
     {"checks", "linear_operator", "models"},
     {"linalg", "objective"},
     {"curvature", "flax_bridge", "pipes"},
-    {"perturbation"},
+    {"perturbation", "signal"},
     {"analysis", "stages"},
     {"methods", "plotting"},
     {"curvax"},
@@ -137,6 +137,17 @@ def test_flax_bridge_is_imported_on_demand():
     assert cx.layout is flax_bridge.layout
     with pytest.raises(AttributeError, match="no attribute 'adahesian'"):
         _ = cx.adahesian
+
+
+@pytest.mark.parametrize("name", ["Signal", "Stage", "pipe", "stage"])
+def test_the_module_signal_is_a_deprecated_home(name):
+    from curvax import signal
+
+    with pytest.warns(
+        DeprecationWarning, match=rf"`curvax\.signal\.{name}` is now `curvax\.{name}`"
+    ):
+        assert getattr(signal, name) is getattr(cx, name)
+    assert not hasattr(signal, "Chain")
 
 
 def test_linalg_reason_is_a_deprecated_name():
