@@ -160,7 +160,7 @@ def laid_out_like(tree: Tree, like: Tree) -> Tree:
 
 
 def _at_once(f: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Keeps `f` one program under `jax.disable_jit`, instead of several operations for each leaf.
+    """Makes `f` one program, traced once for trees of equal shapes, also under `jax.disable_jit`.
 
     Loops over products that JAX cannot trace, such as those over a whole data set, run in Python
     under `disable_jit`.
@@ -173,7 +173,7 @@ def _at_once(f: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         if in_python and not any(map(_is_traced, jax.tree.leaves(args))):
             with jax.disable_jit(False):
                 return compiled(*args, **options)
-        return f(*args, **options)
+        return compiled(*args, **options)
 
     return run
 
@@ -224,13 +224,32 @@ def dot(a: Tree, b: Tree) -> jax.Array:
 def norm(tree: Tree) -> jax.Array:
     """‖a‖₂ over the whole tree, with derivative 0 at 0, without overflow or underflow of squares.
 
-    The squares are summed three times: unscaled, scaled up and scaled down by a power of two. The
-    sum that is in range is used. Scaling by the largest entry instead would cost another all-reduce
-    for sharded parameters.
+    A sum of squares outside the range of floats is repeated in units of the largest entry. That is
+    a branch, which costs nothing where it is not taken. Devices that hold shards of one tree take
+    the same branch.
     """
-    plain, enlarged, reduced, (large, low, high) = _inner(tree, tree)
-    length = jnp.where(plain < low, jnp.sqrt(enlarged) / large, jnp.sqrt(plain))
-    return jnp.where(plain > high, jnp.sqrt(reduced) * large, length)
+    squares = dot(tree, tree)
+    return lax.cond(_in_range(squares), _root, _norm_in_units, squares, tree)
+
+
+def _in_range(squares: jax.Array) -> jax.Array:
+    """Whether a sum of squares lost nothing to overflow or underflow."""
+    exponent = int(jnp.finfo(squares.dtype).maxexp)
+    return (squares >= 2.0 ** (-0.55 * exponent)) & (squares <= 2.0 ** (0.78 * exponent))
+
+
+def _root(squares: jax.Array, tree: Tree) -> jax.Array:
+    del tree
+    return jnp.sqrt(squares)
+
+
+def _norm_in_units(squares: jax.Array, tree: Tree) -> jax.Array:
+    """The norm, computed in units of a power of two near the largest entry."""
+    peaks = [jnp.max(jnp.abs(widen(x)), initial=0) for x in jax.tree.leaves(tree)]
+    peak = functools.reduce(jnp.maximum, peaks, jnp.zeros_like(squares)).astype(squares.dtype)
+    unit = power_of_two(peak)
+    near_one = scale(inverse(unit), wide(tree))
+    return jnp.where(jnp.isfinite(peak), jnp.sqrt(dot(near_one, near_one)) * unit, peak)
 
 
 @norm.defjvp
@@ -239,18 +258,17 @@ def _norm_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     return length, dot(unit(*primals), *tangents).astype(length.dtype)
 
 
-def _ranges(dtype: Any) -> tuple[float, float, float]:
-    """(a power of two to scale by, the sums of squares below and above which to use it)."""
-    exponent = int(jnp.finfo(dtype).maxexp)
-    return 2.0 ** (0.6 * exponent // 1), 2.0 ** (-0.55 * exponent), 2.0 ** (0.78 * exponent)
-
-
 @jax.custom_jvp
 @_at_once
 def unit(tree: Tree) -> Tree:
     """a / ‖a‖₂ in float32 or wider, and 0 for a = 0."""
-    near_one = inverse(magnitude(tree))
-    return divided(scale(near_one, wide(tree)), norm(tree) * near_one)
+    return _over(tree, norm(tree))
+
+
+def _over(tree: Tree, length: jax.Array) -> Tree:
+    """a / ‖a‖ in float32 or wider for a known length ‖a‖, however small or large."""
+    near_one = inverse(power_of_two(length))
+    return divided(scale(near_one, wide(tree)), length * near_one)
 
 
 @unit.defjvp
@@ -268,11 +286,16 @@ def divided(tree: Tree, length: jax.Array) -> Tree:
 
 
 def magnitude(tree: Tree) -> jax.Array:
-    """The largest power of two <= ‖a‖₂, without derivative; 1 if ‖a‖ is 0 or not finite.
+    """The largest power of two <= ‖a‖₂, as `power_of_two` gives it."""
+    return power_of_two(norm(tree))
 
-    Division by it is exact and leaves a norm in [1, 2), except at the limits of the dtype.
+
+def power_of_two(length: jax.Array) -> jax.Array:
+    """The largest power of two <= a length, without derivative; 1 if it is 0 or not finite.
+
+    Division by it is exact and leaves the length in [1, 2), except at the limits of the dtype.
     """
-    length = lax.stop_gradient(norm(tree))
+    length = lax.stop_gradient(length)
     info = jnp.finfo(length.dtype)
     integer = jnp.dtype(f"uint{info.bits}")
     bits = lax.bitcast_convert_type(length, integer)
@@ -283,7 +306,7 @@ def magnitude(tree: Tree) -> jax.Array:
 
 
 def inverse(power: jax.Array) -> jax.Array:
-    """The reciprocal of a `magnitude`, computed from its bits.
+    """The reciprocal of a `power_of_two`, computed from its bits.
 
     A division would allow XLA to rewrite (a/b)(c/d) as ac/bd, which may overflow.
     """
@@ -302,12 +325,16 @@ def cosine(a: Tree, b: Tree) -> jax.Array:
     The inner product is not computed from normalised vectors, so that on devices it needs no
     all-reduce after those of the norms.
     """
-    plain, enlarged, reduced, (large, low, high) = _inner(a, b)
     length, other = norm(a), norm(b)
     size = length * other
-    over = lambda x, factor: ratio(ratio(x, length * factor), other * factor)
-    near = jnp.where(size < low, over(enlarged, large), over(plain, 1))
-    return jnp.where(size > high, over(reduced, 1 / large), near)
+
+    def plain(a: Tree, b: Tree) -> jax.Array:
+        return ratio(ratio(dot(a, b), length), other)
+
+    def normalised(a: Tree, b: Tree) -> jax.Array:
+        return dot(_over(a, length), _over(b, other))
+
+    return lax.cond(_in_range(size), plain, normalised, a, b)
 
 
 @cosine.defjvp
@@ -316,23 +343,6 @@ def _cosine_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     value, x, y = cosine(a, b), unit(a), unit(b)
     turned = lambda e, other, de, length: ratio(dot(add_scaled(other, -value, e), de), length)
     return value, (turned(x, y, da, norm(a)) + turned(y, x, db, norm(b))).astype(value.dtype)
-
-
-def _inner(a: Tree, b: Tree) -> tuple[jax.Array, jax.Array, jax.Array, tuple[float, float, float]]:
-    """(<a, b>, the same with a and b scaled up, the same scaled down, `_ranges`)."""
-    pairs = [(widen(x), widen(y)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b))]
-    dtype = jnp.result_type(*(x for pair in pairs for x in pair)) if pairs else jnp.float32
-    pairs = [(x.astype(dtype), y.astype(dtype)) for x, y in pairs]
-    large, low, high = _ranges(dtype)
-
-    def inner(factor: float) -> jax.Array:
-        # XLA would simplify (cx)(cy) to c²xy, and c² overflows; `minimum` prevents that.
-        first = lambda x: jnp.minimum(x * factor, jnp.finfo(dtype).max)
-        second = first if a is b else lambda y: y * factor  # one scaling for both
-        return sum((jnp.sum(first(x) * second(y)) for x, y in pairs), jnp.zeros((), dtype))
-
-    plain = sum((jnp.sum(x * y) for x, y in pairs), jnp.zeros((), dtype))
-    return plain, inner(large), inner(1 / large), (large, low, high)
 
 
 def reject(a: Tree, b: Tree) -> Tree:

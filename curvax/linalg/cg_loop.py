@@ -117,7 +117,7 @@ def _begin(system: System, b: Tree, x: Tree, r: Tree) -> Iterate:
 def _advance(system: System, s: Iterate) -> Iterate:
     ap = trees.laid_out_like(system.product(s.p), s.r)
     # p and A p are normalised before pᵀA p is computed: as p shrinks, pᵀA p would underflow.
-    near_one = trees.inverse(trees.magnitude(jnp.sqrt(jnp.abs(s.rz))))
+    near_one = trees.inverse(trees.power_of_two(jnp.sqrt(jnp.abs(s.rz))))
     curvature = trees.dot(trees.scale(near_one, trees.wide(s.p)), trees.scale(near_one, ap))
     curvature = trees.ratio(curvature, s.rz * near_one * near_one)
     alpha, stopped = system.rules.length(s, curvature)

@@ -102,7 +102,7 @@ def _to_boundary(
     x and p are first divided by powers of two near the radius and ‖p‖, to keep squares in range.
     """
     radius = jnp.asarray(radius)
-    whole, step = trees.magnitude(radius), trees.magnitude(p)
+    whole, step = trees.power_of_two(radius), trees.magnitude(p)
     x = trees.scale(trees.inverse(whole), x)
     u = trees.scale(trees.inverse(step), trees.wide(p))
     xx, xu, uu = trees.dot(x, x), trees.dot(x, u), trees.dot(u, u)

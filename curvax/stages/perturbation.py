@@ -220,17 +220,18 @@ def _warn_of_half_precision(params: Tree) -> None:
 def _metrics(
     value: jax.Array | None, value_p: jax.Array, g: Tree, g_p: Tree, rho: jax.Array
 ) -> dict[str, Any]:
-    # The gradients in units near ‖g‖, so that no square overflows or underflows.
-    near_one = trees.inverse(trees.magnitude(g))
-    clean, perturbed = (trees.scale(near_one, trees.wide(x)) for x in (g, g_p))
-    norm, norm_p = trees.norm(g), root(trees.dot(perturbed, perturbed))
+    norm = trees.norm(g)
+    # The perturbed gradient in units near ‖g‖, so that no square overflows or underflows.
+    near_one = trees.inverse(trees.power_of_two(norm))
+    perturbed = trees.scale(near_one, trees.wide(g_p))
+    norm_p = root(trees.dot(perturbed, perturbed))
     gap = None if value is None else value_p - value
     return dict(
         loss=value,
         perturbed_loss=value_p,
         surrogate_gap=gap,
         sigma_max=None if gap is None else trees.ratio(trees.ratio(2 * gap, rho), rho),
-        cosine=trees.ratio(trees.dot(clean, perturbed), norm * near_one * norm_p),
+        cosine=trees.ratio(trees.ratio(trees.dot(g, perturbed), norm), norm_p),
         rho=rho,
         gradient_norm=norm,
         perturbed_gradient_norm=norm_p / near_one,
