@@ -38,7 +38,7 @@ def vmapped(f):
     return jax.vmap(f, axis_name="batch", in_axes=(None, 0))
 
 
-DEVICE_REGIMES: dict[str, Any] = {
+DEVICE_MAPPINGS: dict[str, Any] = {
     "pmap": pmapped,
     "pmap in eval_shape": lambda f: partial(jax.eval_shape, pmapped(f)),
     "shard_map": sharded,
@@ -58,21 +58,21 @@ INNER: dict[str, Any] = {
 }
 
 
-def seen_axes(regime, inner):
+def seen_axes(mapping, inner):
     seen = []
 
     def f(w, x):
         seen.append(compat.manual_axes())
         return x * jnp.sum(w)
 
-    regime(INNER[inner](f))(jnp.ones(3), X)
+    mapping(INNER[inner](f))(jnp.ones(3), X)
     return set(seen)
 
 
 @pytest.mark.parametrize("inner", INNER)
-@pytest.mark.parametrize("regime", DEVICE_REGIMES)
-def test_manual_axes_finds_the_device_axis(regime, inner):
-    assert seen_axes(DEVICE_REGIMES[regime], inner) == {("batch",)}
+@pytest.mark.parametrize("mapping", DEVICE_MAPPINGS)
+def test_manual_axes_finds_the_device_axis(mapping, inner):
+    assert seen_axes(DEVICE_MAPPINGS[mapping], inner) == {("batch",)}
 
 
 @pytest.mark.parametrize("inner", INNER)
@@ -100,11 +100,11 @@ def square(w, x):
     return jnp.sum(x @ w) ** 2
 
 
-LOCAL = [name for name in DEVICE_REGIMES if "eval_shape" not in name]
+LOCAL = [name for name in DEVICE_MAPPINGS if "eval_shape" not in name]
 
 
-@pytest.mark.parametrize("regime", LOCAL)
-def test_gradient_at_a_cast_value_is_that_of_the_device(regime):
+@pytest.mark.parametrize("mapping", LOCAL)
+def test_gradient_at_a_cast_value_is_that_of_the_device(mapping):
     """Also through the cast's own transpose, which sums where types track it, and only there."""
 
     def local(w, x):
@@ -112,8 +112,8 @@ def test_gradient_at_a_cast_value_is_that_of_the_device(regime):
         return jax.grad(square)(cast, x)[None]
 
     w = jnp.array([0.3, -0.7])
-    x = X.reshape(DEVICES, 1, 2) if regime == "pmap" else X
-    found = DEVICE_REGIMES[regime](local)(w, x)
+    x = X.reshape(DEVICES, 1, 2) if mapping == "pmap" else X
+    found = DEVICE_MAPPINGS[mapping](local)(w, x)
     expected = [jax.grad(square)(w, row) for row in X]
     np.testing.assert_allclose(found.reshape(DEVICES, 2), expected, rtol=1e-12)
 
@@ -121,8 +121,8 @@ def test_gradient_at_a_cast_value_is_that_of_the_device(regime):
         cast = lambda w: compat.cast_to_varying(w, ("batch",))
         return jax.grad(lambda w: square(cast(w), x))(w)[None]
 
-    found = DEVICE_REGIMES[regime](through)(w, x).reshape(DEVICES, 2)
-    tracked = regime.startswith("shard_map") and "unchecked" not in regime
+    found = DEVICE_MAPPINGS[mapping](through)(w, x).reshape(DEVICES, 2)
+    tracked = mapping.startswith("shard_map") and "unchecked" not in mapping
     sums = np.tile(np.sum(expected, axis=0), (DEVICES, 1))
     np.testing.assert_allclose(found, sums if tracked else expected, rtol=1e-12)
 

@@ -229,7 +229,20 @@ def norm(tree: Tree) -> jax.Array:
     the same branch.
     """
     squares = dot(tree, tree)
-    return lax.cond(_in_range(squares), _root, _norm_in_units, squares, tree)
+    return _branch(_in_range(squares), _root, _norm_in_units, squares, tree)
+
+
+def _branch(
+    predicate: jax.Array, f: Callable[..., jax.Array], g: Callable[..., jax.Array], *args: Any
+) -> jax.Array:
+    """The scalar f(*args) where the predicate is true, else g(*args).
+
+    Both are computed where a mesh of explicit axes shards the arguments, since `jax.vmap` of
+    `lax.cond` does not take these (JAX 0.10 to 0.12).
+    """
+    if any(map(is_sharded, jax.tree.leaves(args))):
+        return jnp.where(predicate, f(*args), g(*args))
+    return lax.cond(predicate, f, g, *args)
 
 
 def _in_range(squares: jax.Array) -> jax.Array:
@@ -334,7 +347,7 @@ def cosine(a: Tree, b: Tree) -> jax.Array:
     def normalised(a: Tree, b: Tree) -> jax.Array:
         return dot(_over(a, length), _over(b, other))
 
-    return lax.cond(_in_range(size), plain, normalised, a, b)
+    return _branch(_in_range(size), plain, normalised, a, b)
 
 
 @cosine.defjvp

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from device_problem import DEVICES, REGIMES, mesh, shards
+from device_problem import DEVICES, MAPPINGS, mesh, shards
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from small_problems import dense_hessian, net, net_batch, net_loss, net_params, quick_jit
@@ -46,29 +46,29 @@ needs_devices = pytest.mark.skipif(jax.device_count() < DEVICES, reason="needs e
 
 
 @needs_devices
-@pytest.mark.parametrize("regime", REGIMES)
-def test_averaged_over_devices_the_spectrum_is_that_of_the_whole_batch(regime):
+@pytest.mark.parametrize("mapping", MAPPINGS)
+def test_averaged_over_devices_the_spectrum_is_that_of_the_whole_batch(mapping):
     f = partial(measured, mean_over="batch")
-    if regime == "pmap":
+    if mapping == "pmap":
         mapped = jax.pmap(f, axis_name="batch", in_axes=(None, 0), out_axes=None)
         assert_as_on_one_device(mapped(net_params(), shards(weighted_batch())))
     else:
         specs: Any = dict(in_specs=(P(), P("batch")), out_specs=P())
-        checked = regime == "shard_map"
+        checked = mapping == "shard_map"
         mapped = quick_jit(jax.shard_map(f, mesh=mesh(), check_vma=checked, **specs))
         assert_as_on_one_device(mapped(net_params(), weighted_batch()))
 
 
 @needs_devices
-@pytest.mark.parametrize("regime", ["shard_map", "unchecked"])
-def test_each_device_can_keep_the_spectrum_of_its_own_examples(regime):
+@pytest.mark.parametrize("mapping", ["shard_map", "unchecked"])
+def test_each_device_can_keep_the_spectrum_of_its_own_examples(mapping):
     def own(params: Any, batch: Any) -> Any:
         power = top_eigenpairs(
             cx.Objective(net_loss, batch), params, method="power", end="largest", mean_over=()
         )
         return jax.tree.map(lambda x: x[None], (measured(params, batch, ()), power.values))
 
-    batch, checked = weighted_batch(), regime == "shard_map"
+    batch, checked = weighted_batch(), mapping == "shard_map"
     specs: Any = dict(in_specs=(P(), P("batch")), out_specs=P("batch"))
     mapped = quick_jit(jax.shard_map(own, mesh=mesh(), check_vma=checked, **specs))
     (found, power) = mapped(net_params(), batch)

@@ -4,9 +4,9 @@ import json
 import shutil
 
 import jax
+import mapped_run
 import numpy as np
 import pytest
-import regime_run
 from image_archives import make_images, write_idx
 
 from curvax.cli import main
@@ -34,7 +34,7 @@ def whole(tmp_path_factory):
         "--keep_checkpoints=9",
         "--checkpoint_every=1",
     ]
-    begin = ["train", f"{regime_run.__file__}:shard_map", *fields, f"--devices={DEVICES}"]
+    begin = ["train", f"{mapped_run.__file__}:shard_map", *fields, f"--devices={DEVICES}"]
     with jax.enable_x64(False):
         assert main.main([*begin, f"--runs={root / 'runs'}"]) == 0
     return root

@@ -72,27 +72,27 @@ def test_example_keys_follow_the_place_in_the_whole_batch():
 # Devices.
 
 DEVICES = 8
-REGIMES = ("pmap", "shard_map", "shard_map unchecked")
+MAPPINGS = ("pmap", "shard_map", "shard_map unchecked")
 needs_devices = pytest.mark.skipif(
     jax.device_count() < DEVICES,
     reason="needs XLA_FLAGS=--xla_force_host_platform_device_count=8 before jax is imported",
 )
 
 
-def over_devices(regime: str, f: Any, params: Any, batch: Any) -> Any:
+def over_devices(mapping: str, f: Any, params: Any, batch: Any) -> Any:
     """`f(params, shard)` on every device, the same result on all."""
-    if regime == "pmap":
+    if mapping == "pmap":
         shards = jax.tree.map(lambda x: x.reshape(DEVICES, -1, *x.shape[1:]), batch)
         return jax.pmap(f, axis_name="d", in_axes=(None, 0), out_axes=None)(params, shards)
     mesh = jax.make_mesh((DEVICES,), ("d",), axis_types=(AxisType.Auto,))
     specs: Any = dict(mesh=mesh, in_specs=(P(), P("d")), out_specs=P())
-    return jax.jit(jax.shard_map(f, **specs, check_vma=regime == "shard_map"))(params, batch)
+    return jax.jit(jax.shard_map(f, **specs, check_vma=mapping == "shard_map"))(params, batch)
 
 
 @needs_devices
-@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("mapping", MAPPINGS)
 @every_product
-def test_mean_of_products_over_devices_equals_the_whole(name, regime):
+def test_mean_of_products_over_devices_equals_the_whole(name, mapping):
     batch = batch_of(2 * DEVICES)
 
     def one_device(params: Any, shard: Any) -> Any:
@@ -103,7 +103,7 @@ def test_mean_of_products_over_devices_equals_the_whole(name, regime):
         through = None if root is None else root.transpose(root.forward(direction(params)))
         return mean(direction(params)), through
 
-    found, through = over_devices(regime, one_device, net_params(), batch)
+    found, through = over_devices(mapping, one_device, net_params(), batch)
     expected = applied(name, cx.Objective(LOSS, batch, model=net))
     assert_trees_close(found, expected, tol=1e-13)
     assert (through is None) == (name in ("hvp", "drawn"))

@@ -27,15 +27,15 @@ def loss(w, x):
     return jnp.mean(jnp.tanh(x @ w) ** 2)
 
 
-def mapped(f, regime, *, axes=("batch",), shape=(8,), spec=None, out=None):
+def mapped(f, mapping, *, axes=("batch",), shape=(8,), spec=None, out=None):
     """f(params, batch) under pmap or shard_map, with replicated results."""
     out = P() if out is None else out
-    if regime == "pmap":
+    if mapping == "pmap":
         g = jax.pmap(f, axis_name=axes[0], in_axes=(None, 0), out_axes=None)
         return lambda w, x: g(w, x.reshape(8, -1, 3))
     mesh = jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * len(axes))
     specs = (P(), P(spec or axes[0]))
-    checked = regime == "shard_map"
+    checked = mapping == "shard_map"
     return jax.jit(jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=out, check_vma=checked))
 
 
@@ -48,7 +48,7 @@ def update(tx, loss=loss, grads=None, **options):
     return step
 
 
-EVERYWHERE = pytest.mark.parametrize("regime", ["pmap", "shard_map", "shard_map unchecked"])
+EVERYWHERE = pytest.mark.parametrize("mapping", ["pmap", "shard_map", "shard_map unchecked"])
 FORGETFUL = {
     "sam": cx.sam(optax.sgd(0.1)),
     "gsam": cx.gsam(optax.sgd(0.1), 0.1, 0.2),
@@ -68,9 +68,9 @@ FORGETFUL = {
 
 @EVERYWHERE
 @pytest.mark.parametrize("tx", FORGETFUL.values(), ids=FORGETFUL)
-def test_missing_mean_over_a_device_axis_raises(tx, regime):
+def test_missing_mean_over_a_device_axis_raises(tx, mapping):
     with pytest.raises(ValueError, match=r"mean_over='batch'|pmean_updates\('batch'\)"):
-        mapped(update(tx), regime)(PARAMS, BATCH)
+        mapped(update(tx), mapping)(PARAMS, BATCH)
 
 
 def test_missing_mean_over_an_unnamed_axis_raises():
@@ -80,10 +80,10 @@ def test_missing_mean_over_an_unnamed_axis_raises():
 
 
 @EVERYWHERE
-def test_pmean_updates_over_no_axes_keeps_updates_local(regime):
+def test_pmean_updates_over_no_axes_keeps_updates_local(mapping):
     tx = cx.sam_perturb(0.1) | cx.pmean_updates(()) | optax.adam(0.1)
     step = lambda w, x: lax.pmean(update(tx)(w, x), "batch")
-    assert np.isfinite(mapped(step, regime)(PARAMS, BATCH)).all()
+    assert np.isfinite(mapped(step, mapping)(PARAMS, BATCH)).all()
 
 
 @EVERYWHERE
@@ -95,9 +95,9 @@ def test_pmean_updates_over_no_axes_keeps_updates_local(regime):
         cx.sam(optax.sgd(0.1), sync_over="data", mean_over="batch"),
     ],
 )
-def test_unbound_axis_raises_with_the_bound_ones(tx, regime):
+def test_unbound_axis_raises_with_the_bound_ones(tx, mapping):
     with pytest.raises(ValueError, match=r"'data'.*not bound.*'batch'"):
-        mapped(update(tx), regime)(PARAMS, BATCH)
+        mapped(update(tx), mapping)(PARAMS, BATCH)
 
 
 @pytest.mark.parametrize(
@@ -120,10 +120,10 @@ def averaged_in_disguise(w, x):
 
 @EVERYWHERE
 @pytest.mark.parametrize("bad", [averaged, averaged_in_disguise])
-def test_loss_averaged_over_devices_raises(bad, regime):
+def test_loss_averaged_over_devices_raises(bad, mapping):
     tx = cx.sam(optax.sgd(0.1), mean_over="batch")
     with pytest.raises(ValueError, match="averages its own value over the axis 'batch'"):
-        mapped(update(tx, bad), regime)(PARAMS, BATCH)
+        mapped(update(tx, bad), mapping)(PARAMS, BATCH)
 
 
 def synchronised(w, x):
@@ -141,9 +141,9 @@ def on_one_device(w, x):
 
 
 @EVERYWHERE
-def test_synchronised_batch_norm_gives_the_step_of_the_whole_batch(regime):
+def test_synchronised_batch_norm_gives_the_step_of_the_whole_batch(mapping):
     tx = cx.sam_perturb(0.1, sync_over="batch") | cx.pmean_updates("batch")
-    found = mapped(update(tx, synchronised), regime)(PARAMS, BATCH)
+    found = mapped(update(tx, synchronised), mapping)(PARAMS, BATCH)
     np.testing.assert_allclose(found, update(cx.sam_perturb(0.1), on_one_device)(PARAMS, BATCH))
 
 
@@ -158,11 +158,11 @@ def naive_groups(n):
     return np.mean([update(cx.sam_perturb(0.05))(PARAMS, x) for x in BATCH.reshape(n, -1, 3)], 0)
 
 
-@pytest.mark.parametrize("regime", ["shard_map", "shard_map unchecked"])
-def test_ascent_synced_over_one_mesh_axis_makes_groups_of_devices(regime):
+@pytest.mark.parametrize("mapping", ["shard_map", "shard_map unchecked"])
+def test_ascent_synced_over_one_mesh_axis_makes_groups_of_devices(mapping):
     tx = cx.sam_perturb(0.05, sync_over="inner") | cx.pmean_updates(("outer", "inner"))
     axes = dict(axes=("outer", "inner"), shape=(2, 4), spec=("outer", "inner"))
-    found = mapped(update(tx), regime, **axes)(PARAMS, BATCH)
+    found = mapped(update(tx), mapping, **axes)(PARAMS, BATCH)
     np.testing.assert_allclose(found, naive_groups(2), rtol=1e-12)
 
 
@@ -198,9 +198,9 @@ def unmasked(x):
 
 
 @EVERYWHERE
-def test_devices_are_averaged_by_the_weight_of_their_batches(regime):
+def test_devices_are_averaged_by_the_weight_of_their_batches(mapping):
     tx = cx.sam_perturb(0.1, sync_over="batch") | cx.pmean_updates("batch")
-    found = mapped(update(tx, weighted, weight=unmasked), regime)(PARAMS, BATCH)
+    found = mapped(update(tx, weighted, weight=unmasked), mapping)(PARAMS, BATCH)
     expected = update(cx.sam_perturb(0.1), weighted)(PARAMS, BATCH)
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
@@ -210,11 +210,11 @@ def noisy(w, x, key):
 
 
 @EVERYWHERE
-def test_dropout_keys_follow_the_part_of_the_batch(regime):
+def test_dropout_keys_follow_the_part_of_the_batch(mapping):
     key = jax.random.key(5)
     tx = cx.pmean_updates("batch")
     expected = cx.Objective(noisy, BATCH, key=key, microbatch=2).value_and_grad(PARAMS)[1]
-    found = mapped(update(tx, noisy, key=key), regime)(PARAMS, BATCH)
+    found = mapped(update(tx, noisy, key=key), mapping)(PARAMS, BATCH)
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
@@ -235,7 +235,7 @@ def test_dropout_keys_do_not_depend_on_the_number_of_devices():
 @EVERYWHERE
 @pytest.mark.parametrize("weight", [None, unmasked])
 @pytest.mark.parametrize("grouped", [False, True])
-def test_diagnostics_are_the_same_on_every_device(regime, weight, grouped):
+def test_diagnostics_are_the_same_on_every_device(mapping, weight, grouped):
     stages = cx.sam_perturb(0.05)
     stages = cx.per_group(1, stages) if grouped else stages
     tx = stages | cx.pmean_updates("batch") | optax.sgd(0.1)
@@ -252,11 +252,11 @@ def test_diagnostics_are_the_same_on_every_device(regime, weight, grouped):
         length = jnp.linalg.norm(g)
         return f(PARAMS + 0.05 * g / jnp.where(length == 0, 1, length), x) - f(PARAMS, x)
 
-    if regime == "pmap":
+    if mapping == "pmap":
         found = jax.pmap(step, axis_name="batch", in_axes=(None, 0))(PARAMS, BATCH.reshape(8, 2, 3))
         found = found[:, 0]
     else:
-        found = mapped(step, regime, out=P("batch"))(PARAMS, BATCH)
+        found = mapped(step, mapping, out=P("batch"))(PARAMS, BATCH)
     np.testing.assert_array_equal(found, np.stack([found[0]] * 8))
     if weight is None:
         pieces = BATCH.reshape(16 if grouped else 8, -1, 3)
@@ -266,7 +266,7 @@ def test_diagnostics_are_the_same_on_every_device(regime, weight, grouped):
 
 @EVERYWHERE
 @pytest.mark.parametrize("mode", ["forward-over-reverse", "reverse-over-reverse"])
-def test_mean_of_local_hessian_products_is_the_whole_product(mode, regime):
+def test_mean_of_local_hessian_products_is_the_whole_product(mode, mapping):
     v = jnp.array([1.0, 2.0, -1.0])
 
     def product(w, x):
@@ -274,7 +274,7 @@ def test_mean_of_local_hessian_products_is_the_whole_product(mode, regime):
         return lax.pmean(local, "batch")
 
     expected = jax.hessian(partial(loss, x=BATCH))(PARAMS) @ v
-    np.testing.assert_allclose(mapped(product, regime)(PARAMS, BATCH), expected, rtol=1e-12)
+    np.testing.assert_allclose(mapped(product, mapping)(PARAMS, BATCH), expected, rtol=1e-12)
 
 
 def test_state_without_a_mean_is_that_of_the_last_group():

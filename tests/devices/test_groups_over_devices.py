@@ -66,18 +66,18 @@ STAGES = {
 LOOPS = {"SAM": sam_of, "GSAM": gsam_of}
 
 
-@pytest.mark.parametrize("regime", GROUPED)
+@pytest.mark.parametrize("mapping", GROUPED)
 @pytest.mark.parametrize("name", STAGES)
-def test_groups_over_two_devices_equal_those_under_jit(name, regime):
+def test_groups_over_two_devices_equal_those_under_jit(name, mapping):
     stages = cx.per_group(M, STAGES[name])
-    tx = stages | cx.pmean_updates(over_all(regime)) | optax.sgd(0.1, momentum=0.9)
+    tx = stages | cx.pmean_updates(over_all(mapping)) | optax.sgd(0.1, momentum=0.9)
     params, batch = make_params(), make_batch()
     state = tx.init(params)
     halves: Any = dict(of=cx.gaussian("y"), model=predict) if "Fisher" in name else {}
     step: Any = partial(one_step, tx, **halves)
-    found, state_found = on_groups_of_two(regime, step, params, state, batch)
+    found, state_found = on_groups_of_two(mapping, step, params, state, batch)
     # Under jit the groups are cut from the whole batch, with the same diagnostics.
-    alone, state_alone = step(params, state, batch)
+    alone, state_alone = jax.jit(step)(params, state, batch)
     jax.tree.map(partial(np.testing.assert_allclose, **TOLERANCE), found, alone)
     figures, others = cx.diagnostics(state_found), cx.diagnostics(state_alone)
     assert figures.keys() == others.keys()
@@ -105,21 +105,21 @@ WEIGHED: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("regime", ["grid", "pmap"])
+@pytest.mark.parametrize("mapping", ["grid", "pmap"])
 @pytest.mark.parametrize("case", WEIGHED)
-def test_groups_of_devices_count_by_the_weight_of_their_examples(case, regime):
+def test_groups_of_devices_count_by_the_weight_of_their_examples(case, mapping):
     tx_of, options = WEIGHED[case]
-    assert_like_jit(tx_of, regime, weighted_batch(), of=weighted, weight="w", **options)
+    assert_like_jit(tx_of, mapping, weighted_batch(), of=weighted, weight="w", **options)
 
 
-@pytest.mark.parametrize("regime", ["grid", "pmap"])
-def test_ascent_synced_over_all_groups_counts_them_by_weight(regime):
-    axes = over_all(regime)
+@pytest.mark.parametrize("mapping", ["grid", "pmap"])
+def test_ascent_synced_over_all_groups_counts_them_by_weight(mapping):
+    axes = over_all(mapping)
     tx = cx.per_group(M, cx.sam_perturb(0.3, sync_over=axes)) | cx.pmean_updates(axes)
     tx = tx | optax.sgd(0.1)
     params, batch = make_params(), weighted_batch()
     step = partial(one_step, tx, of=weighted, weight="w")
-    found, _ = on_groups_of_two(regime, step, params, tx.init(params), batch)
+    found, _ = on_groups_of_two(mapping, step, params, tx.init(params), batch)
     # The weighted mean over groups of what they found is that over all examples.
     g = jax.grad(weighted)(params, batch)
     g_p = jax.grad(weighted)(perturbed(params, g, 0.3), batch)
@@ -127,15 +127,15 @@ def test_ascent_synced_over_all_groups_counts_them_by_weight(regime):
     jax.tree.map(partial(np.testing.assert_allclose, **TOLERANCE), found, expected)
 
 
-@pytest.mark.parametrize("regime", ["grid", "pmap"])
+@pytest.mark.parametrize("mapping", ["grid", "pmap"])
 @pytest.mark.parametrize("microbatch", [1, 2])
-def test_microbatches_within_a_group_send_no_more_bytes(microbatch, regime):
-    tx = grouped(cx.sam_perturb(0.3, second_order=True))(over_all(regime))
+def test_microbatches_within_a_group_send_no_more_bytes(microbatch, mapping):
+    tx = grouped(cx.sam_perturb(0.3, second_order=True))(over_all(mapping))
     params, batch = make_params(), make_batch()
 
     def sent(**options):
         step = partial(one_step, tx, **options)
-        mapped, operands = mapped_to_groups_of_two(regime, step, params, tx.init(params), batch)
+        mapped, operands = mapped_to_groups_of_two(mapping, step, params, tx.init(params), batch)
         program = hlo.read(mapped.lower(*operands).compile())
         return collectives.count(program)["all-reduce"].bytes
 
@@ -162,22 +162,22 @@ OWN: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("regime", ["grid", "pmap"])
+@pytest.mark.parametrize("mapping", ["grid", "pmap"])
 @pytest.mark.parametrize("name", OWN)
 @pytest.mark.parametrize("m", [PER_DEVICE, M])
-def test_updates_local_to_groups_are_averaged_afterwards(m, name, regime):
+def test_updates_local_to_groups_are_averaged_afterwards(m, name, mapping):
     tx_of = lambda axes: cx.per_group(m, OWN[name]) | cx.pmean_updates(axes) | optax.sgd(0.1)
-    assert_like_jit(tx_of, regime, make_batch(), steps=3)
+    assert_like_jit(tx_of, mapping, make_batch(), steps=3)
 
 
-@pytest.mark.parametrize("regime", ["grid", "grid unchecked"])
-def test_mean_over_the_group_axis_counts_groups_by_weight(regime):
+@pytest.mark.parametrize("mapping", ["grid", "grid unchecked"])
+def test_mean_over_the_group_axis_counts_groups_by_weight(mapping):
     groups = cx.per_group(M, cx.sam_perturb(0.3))
 
     def tx_of(axes):
         return groups | cx.pmean_updates(axes[:1]) | optax.sgd(0.1)
 
-    assert_like_jit(tx_of, regime, weighted_batch(), of=weighted, weight="w")
+    assert_like_jit(tx_of, mapping, weighted_batch(), of=weighted, weight="w")
 
 
 ROWS = [[i, i + 1] for i in range(0, DEVICES, 2)]
@@ -190,26 +190,26 @@ SHARED: dict[str, Any] = {
 """Means over the devices of a group."""
 
 
-def centred(params, batch, regime):
+def centred(params, batch, mapping):
     """The loss of a net whose hidden units are centred over a group, as batch norm does."""
     hidden = batch["x"] @ params["w1"]
-    centre = SHARED[regime](jnp.mean(hidden, axis=0, keepdims=True))
+    centre = SHARED[mapping](jnp.mean(hidden, axis=0, keepdims=True))
     errors = (jnp.tanh(hidden - centre) @ params["w2"] - batch["y"]) ** 2
     return jnp.sum(batch["w"] * errors) / jnp.sum(batch["w"])
 
 
-@pytest.mark.parametrize("regime", ["grid", "grid unchecked", "pmap"])
-def test_batch_norm_shared_in_a_group_is_refused_with_weights(regime):
-    tx = grouped(cx.sam_perturb(0.3))(over_all(regime))
+@pytest.mark.parametrize("mapping", ["grid", "grid unchecked", "pmap"])
+def test_batch_norm_shared_in_a_group_is_refused_with_weights(mapping):
+    tx = grouped(cx.sam_perturb(0.3))(over_all(mapping))
     params, batch = make_params(), weighted_batch()
-    step = partial(one_step, tx, of=partial(centred, regime=regime), weight="w")
+    step = partial(one_step, tx, of=partial(centred, mapping=mapping), weight="w")
     with pytest.raises(ValueError, match="count by the weights of their examples"):
-        on_groups_of_two(regime, step, params, tx.init(params), batch)
+        on_groups_of_two(mapping, step, params, tx.init(params), batch)
     batch["w"] = jnp.ones_like(batch["w"])
-    step = partial(one_step, tx, of=partial(centred, regime=regime))
-    found, _ = on_groups_of_two(regime, step, params, tx.init(params), batch)
-    alone = partial(one_step, tx, of=partial(centred, regime="alone"))
-    expected, _ = alone(params, tx.init(params), batch)
+    step = partial(one_step, tx, of=partial(centred, mapping=mapping))
+    found, _ = on_groups_of_two(mapping, step, params, tx.init(params), batch)
+    alone = partial(one_step, tx, of=partial(centred, mapping="alone"))
+    expected, _ = jax.jit(alone)(params, tx.init(params), batch)
     jax.tree.map(partial(np.testing.assert_allclose, **TOLERANCE), found, expected)
 
 
@@ -237,11 +237,11 @@ def normed_in_turn(params, batch):
     return jnp.sum(batch["w"] * errors) / jnp.sum(batch["w"])
 
 
-@pytest.mark.parametrize("regime", ["shard_map", "pmap"])
-def test_weights_refuse_shared_statistics_in_the_derivative_alone(regime):
+@pytest.mark.parametrize("mapping", ["shard_map", "pmap"])
+def test_weights_refuse_shared_statistics_in_the_derivative_alone(mapping):
     tx = cx.sam_perturb(0.3) | cx.pmean_updates("batch") | optax.sgd(0.1)
     params, batch = make_params(), weighted_batch()
-    stepped = lambda of, **options: run(regime, tx, params, batch, 1, of=of, weight="w", **options)
+    stepped = lambda of, **options: run(mapping, tx, params, batch, 1, of=of, weight="w", **options)
     expected = stepped(weighted)
     found = stepped(shared_figure, has_aux=True)
     jax.tree.map(partial(np.testing.assert_allclose, **TOLERANCE), found, expected)
@@ -302,12 +302,12 @@ MEANS_WITHIN: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("regime", ["grid", "grid unchecked", "pmap"])
+@pytest.mark.parametrize("mapping", ["grid", "grid unchecked", "pmap"])
 @pytest.mark.parametrize("case", MEANS_WITHIN)
 @pytest.mark.parametrize("m", [2, M])
-def test_stages_within_a_group_can_average_over_devices(m, case, regime):
+def test_stages_within_a_group_can_average_over_devices(m, case, mapping):
     assert_like_jit(
-        partial(MEANS_WITHIN[case], m), regime, weighted_batch(), of=weighted, weight="w", steps=2
+        partial(MEANS_WITHIN[case], m), mapping, weighted_batch(), of=weighted, weight="w", steps=2
     )
 
 
@@ -315,9 +315,9 @@ def test_mean_over_some_axes_after_optax_chain_is_refused_without_vma_checks():
     """After `optax.chain` and with `check_vma=False` the axes already averaged over are unknown."""
     groups, params = cx.per_group(M, cx.sam_perturb(0.3)), make_params()
 
-    def stepped(tx, regime):
+    def stepped(tx, mapping):
         step = partial(one_step, tx, of=weighted, weight="w")
-        return on_groups_of_two(regime, step, params, tx.init(params), weighted_batch())[0]
+        return on_groups_of_two(mapping, step, params, tx.init(params), weighted_batch())[0]
 
     own = groups | cx.pmean_updates(())
     chained = optax.chain(own, cx.pmean_updates("batch"), optax.sgd(0.1))
@@ -330,14 +330,14 @@ def test_mean_over_some_axes_after_optax_chain_is_refused_without_vma_checks():
     )
 
 
-@pytest.mark.parametrize("regime", ["grid", "grid unchecked", "pmap"])
-def test_ascent_from_averaged_updates_is_the_synced_ascent(regime):
-    axes, params, batch = over_all(regime), make_params(), make_batch()
+@pytest.mark.parametrize("mapping", ["grid", "grid unchecked", "pmap"])
+def test_ascent_from_averaged_updates_is_the_synced_ascent(mapping):
+    axes, params, batch = over_all(mapping), make_params(), make_batch()
     rest = cx.pmean_updates(axes) | optax.sgd(0.1)
 
     def stepped(tx):
         state = tx.init(params)
-        return on_groups_of_two(regime, partial(one_step, tx), params, state, batch)[0]
+        return on_groups_of_two(mapping, partial(one_step, tx), params, state, batch)[0]
 
     found = stepped(cx.pmean_updates(axes) | cx.sam_perturb(0.3) | rest)
     expected = stepped(cx.sam_perturb(0.3, sync_over=axes) | rest)
@@ -345,7 +345,7 @@ def test_ascent_from_averaged_updates_is_the_synced_ascent(regime):
 
 
 @pytest.mark.parametrize(
-    ("regime", "m", "said"),
+    ("mapping", "m", "said"),
     [
         ("shard_map", 2 * PER_DEVICE, "the last of the device axes"),
         ("pmap", 3 * PER_DEVICE, "32 examples, 4 on each of 8 devices, into groups of 12"),
@@ -353,10 +353,10 @@ def test_ascent_from_averaged_updates_is_the_synced_ascent(regime):
         ("pmap", 16 * PER_DEVICE, "into groups of 64"),
     ],
 )
-def test_group_size_that_does_not_fit_devices_is_refused(regime, m, said):
+def test_group_size_that_does_not_fit_devices_is_refused(mapping, m, said):
     tx = cx.per_group(m, cx.sam_perturb(0.3)) | cx.pmean_updates("batch")
     with pytest.raises(ValueError, match=said):
-        run(regime, tx, make_params(), make_batch(), steps=1)
+        run(mapping, tx, make_params(), make_batch(), steps=1)
 
 
 def test_groups_span_axes_that_split_the_batch_alone():

@@ -10,7 +10,7 @@ from device_problem import DEVICES, PER_DEVICE
 from jax.flatten_util import ravel_pytree
 from processes import ended, start
 from repository import ROOT
-from shard_methods import DAMPING, KEY, LR, METHODS, REGIMES
+from shard_methods import DAMPING, KEY, LR, MAPPINGS, METHODS
 
 WORKER = ROOT / "tests" / "helpers" / "shards_run.py"
 
@@ -59,7 +59,7 @@ def expected(name):
 def test_methods_on_two_processes_equal_the_loop_over_shards(name, found):
     reference = problem.ravel(expected(name))
     assert np.abs(reference - problem.ravel(problem.make_params())).max() > 1e-2
-    for regime in REGIMES:
+    for mapping in MAPPINGS:
         # g / |d| amplifies the rounding of a small d
         close: Any = dict(rtol=1e-10, atol=1e-12)
-        np.testing.assert_allclose(found[f"{name}, {regime}"], reference, err_msg=regime, **close)
+        np.testing.assert_allclose(found[f"{name}, {mapping}"], reference, err_msg=mapping, **close)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from device_problem import DEVICES, REGIMES, mesh, shards
+from device_problem import DEVICES, MAPPINGS, mesh, shards
 from small_problems import assert_trees_close, net, net_batch, net_params
 
 import curvax as cx
@@ -32,13 +32,13 @@ def one_step(tx, likelihood, params, state, batch):
     return optax.apply_updates(params, updates), state
 
 
-def run(regime, tx, likelihood, steps=2):
+def run(mapping, tx, likelihood, steps=2):
     """(parameters, state) after some steps; on one device with the whole batch for "jit"."""
     params, batch = net_params(), make_batch()
     step = lambda params, state, batch: one_step(tx, likelihood, params, state, batch)
-    if regime == "jit":
+    if mapping == "jit":
         mapped = jax.jit(step)
-    elif regime == "pmap":
+    elif mapping == "pmap":
         mapped = jax.pmap(step, axis_name="batch", in_axes=(None, None, 0), out_axes=None)
         batch = shards(batch)
     else:
@@ -48,7 +48,7 @@ def run(regime, tx, likelihood, steps=2):
                 mesh=mesh(),
                 in_specs=(P(), P(), P("batch")),
                 out_specs=P(),
-                check_vma=regime == "shard_map",
+                check_vma=mapping == "shard_map",
             )
         )
     state = tx.init(params)
@@ -172,10 +172,10 @@ def case(request):
     return build("batch"), likelihood, run("jit", build("batch"), likelihood)
 
 
-@pytest.mark.parametrize("regime", REGIMES)
-def test_method_on_eight_devices_equals_that_on_one(case, regime, request):
+@pytest.mark.parametrize("mapping", MAPPINGS)
+def test_method_on_eight_devices_equals_that_on_one(case, mapping, request):
     tx, likelihood, (expected, state_of_one) = case
-    params, state = run(regime, tx, likelihood)
+    params, state = run(mapping, tx, likelihood)
     assert_trees_close(params, expected, 1e-11)
     if "SAM" not in request.node.name:  # SAM's diagnostics are means over the devices
         assert_trees_close(state, state_of_one, 1e-5)
@@ -216,6 +216,6 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_missing_mean_over_devices_is_refused(name):
     tx, match = REFUSED[name]
-    for regime in REGIMES:
+    for mapping in MAPPINGS:
         with pytest.raises(ValueError, match=match):
-            run(regime, tx | cx.pmean_updates("batch"), CATEGORICAL, steps=1)
+            run(mapping, tx | cx.pmean_updates("batch"), CATEGORICAL, steps=1)

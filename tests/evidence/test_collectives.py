@@ -66,19 +66,19 @@ def mesh_of(machine, groups):
     return Mesh(devices.reshape(-1, groups), ("batch", "group"))
 
 
-def compiled(tx, machine, regime="shard_map", groups=1):
+def compiled(tx, machine, mapping="shard_map", groups=1):
     """The compiled step of a method under jit, shard_map or pmap."""
     mesh = mesh_of(machine, groups)
     split = P(mesh.axis_names)
     step = functools.partial(one_step, tx)
     params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in WEIGHTS.items()}
-    shape = (DEVICES, PER_DEVICE) if regime == "pmap" else (DEVICES * PER_DEVICE,)
+    shape = (DEVICES, PER_DEVICE) if mapping == "pmap" else (DEVICES * PER_DEVICE,)
     batch = {
         "x": jax.ShapeDtypeStruct((*shape, 64), jnp.float32),
         "y": jax.ShapeDtypeStruct(shape, jnp.int32),
     }
     state = params, jax.eval_shape(tx.init, params)
-    if regime == "pmap":
+    if mapping == "pmap":
         mapped = jax.pmap(
             step,
             axis_name="batch",
@@ -87,7 +87,7 @@ def compiled(tx, machine, regime="shard_map", groups=1):
             devices=list(mesh.devices.flat),
         )
     else:
-        if regime == "shard_map":
+        if mapping == "shard_map":
             step = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(), split), out_specs=P())
         mapped = jax.jit(step)
         state, batch = laid_out(mesh, state, P()), laid_out(mesh, batch, split)
@@ -125,18 +125,18 @@ NEARLY = functools.partial(pytest.approx, rel=2e-3)
 
 
 @MACHINES
-@pytest.mark.parametrize("regime", ["shard_map", "pmap"])
+@pytest.mark.parametrize("mapping", ["shard_map", "pmap"])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_method_sends_no_more_than_it_must(method, regime, machine):
+def test_a_method_sends_no_more_than_it_must(method, mapping, machine):
     tx, times = METHODS[method]
-    assert compiled(tx, machine, regime).sent == NEARLY(times)
+    assert compiled(tx, machine, mapping).sent == NEARLY(times)
 
 
 @MACHINES
-@pytest.mark.parametrize("regime", ["shard_map", "pmap"])
-def test_sam_needs_one_copy_of_the_parameters_more_than_sgd(regime, machine):
+@pytest.mark.parametrize("mapping", ["shard_map", "pmap"])
+def test_sam_needs_one_copy_of_the_parameters_more_than_sgd(mapping, machine):
     plain, sam = (
-        compiled(tx, machine, regime).temporaries
+        compiled(tx, machine, mapping).temporaries
         for tx in (cx.pmean_updates("batch") | SGD, METHODS["local SAM"][0])
     )
     assert sam <= plain + 1.01
@@ -194,18 +194,18 @@ ACROSS: dict[str, Any] = {
 """The axes that a mapping averages over where two devices make a group, and a group's devices."""
 
 
-def group_of_two(regime):
-    over, groups = ACROSS[regime]
+def group_of_two(mapping):
+    over, groups = ACROSS[mapping]
     tx = cx.per_group(2 * PER_DEVICE, cx.sam_perturb(0.1)) | cx.pmean_updates(over) | SGD
     return tx, groups
 
 
 @MACHINES
-@pytest.mark.parametrize("regime", ACROSS)
-def test_groups_of_devices_send_three_gradients(regime, machine):
+@pytest.mark.parametrize("mapping", ACROSS)
+def test_groups_of_devices_send_three_gradients(mapping, machine):
     # The ascent's gradient within a group, the second gradient within it, and then over all.
-    tx, groups = group_of_two(regime)
-    assert compiled(tx, machine, regime, groups).sent == NEARLY(3)
+    tx, groups = group_of_two(mapping)
+    assert compiled(tx, machine, mapping, groups).sent == NEARLY(3)
 
 
 TABLE = ("cpu:8", "v3:2x2", "v4:2x2x2", "v5e:2x4", "v5p:2x2x2", "v6e:2x4")
@@ -217,24 +217,24 @@ COMMAND = "python -m pytest tests/evidence/test_collectives.py -m evidence"
 def test_methods_send_the_same_bytes_on_every_tpu_generation():
     rows: list[tuple[str, str, Any, Any]] = []  # method, mapping, (pipe, groups), times
     for method, (tx, times) in METHODS.items():
-        rows += [(method, regime, (tx, 1), times) for regime in ("shard_map", "pmap")]
+        rows += [(method, mapping, (tx, 1), times) for mapping in ("shard_map", "pmap")]
     for m, which in ((PER_DEVICE // 2, "half a device"), (PER_DEVICE, "one device")):
         tx = cx.per_group(m, cx.sam_perturb(0.1))
         rows.append(
             (f"groups of {which}", "shard_map", (tx | cx.pmean_updates("batch") | SGD, 1), 1)
         )
         rows.append((f"groups of {which}", "jit", (tx | SGD, 1), 1))
-    rows += [("groups of two devices", regime, group_of_two(regime), 3) for regime in ACROSS]
+    rows += [("groups of two devices", mapping, group_of_two(mapping), 3) for mapping in ACROSS]
     rows.append(("SAM of the whole batch", "jit", (cx.sam(SGD, 0.1), 1), 2))
     rows.append(("AdaHessian", "jit", (cx.adahessian(0.1), 1), None))
     table = []
-    for method, regime, (tx, groups), times in rows:
-        found = [compiled(tx, machine, regime, groups).sent for machine in TABLE]
-        table.append([method, regime, *found])
+    for method, mapping, (tx, groups), times in rows:
+        found = [compiled(tx, machine, mapping, groups).sent for machine in TABLE]
+        table.append([method, mapping, *found])
         if times is None:  # what the compiler has not added up before
             assert max(found) < 3
         else:
-            assert found == [NEARLY(times)] * len(found), (method, regime)
+            assert found == [NEARLY(times)] * len(found), (method, mapping)
     evidence_tables.write(
         "collectives",
         "What a step sends over eight devices, in units of the parameters",

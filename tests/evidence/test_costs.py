@@ -38,11 +38,11 @@ def test_sharpness_costs_a_second_gradient(name, method, record_row):
     found = p.step(tx)
     extra = (found[1] - p.gradient[1]) / p.bytes
     record_row(name, method, ratio(found, p.gradient), found[1] / p.gradient[1], extra)
-    # Norms whose squares stay in the range of floats sum them three times.
-    assert ratio(found, p.gradient) <= (2.02 if method == "sam" else 2.035)
+    # XLA also counts the sums of norms that leave the range of floats, a branch not taken.
+    assert ratio(found, p.gradient) <= (2.015 if method == "sam" else 2.03)
     if name in LARGE:
         # What a small model holds in its gradient is mostly parameters.
-        assert found[1] <= (1.05 if method == "sam" else 1.10) * p.gradient[1]
+        assert found[1] <= 1.03 * p.gradient[1]
 
 
 @EVERY_MODEL

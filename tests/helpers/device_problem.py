@@ -1,5 +1,6 @@
 """A regression over eight devices, and its methods as float64 loops over the shards."""
 
+import functools
 from functools import partial
 
 import jax
@@ -12,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 import curvax as cx
 
 DEVICES, PER_DEVICE, FEATURES, HIDDEN = 8, 4, 5, 3
-REGIMES = ("pmap", "shard_map", "shard_map unchecked")
+MAPPINGS = ("pmap", "shard_map", "shard_map unchecked")
 # 1e-12 relative to numbers of order one: what a sum over shards in another order may change.
 TOLERANCE = dict(rtol=1e-12, atol=1e-12)
 
@@ -48,6 +49,16 @@ def one_step(tx, params, state, batch, of=loss, **options):
     return optax.apply_updates(params, updates), state
 
 
+@functools.cache
+def _compiled_step(tx, **options):
+    return jax.jit(functools.partial(one_step, tx, **options))
+
+
+def step_alone(tx, params, state, batch, **options):
+    """`one_step` on one device, compiled once for a transformation."""
+    return _compiled_step(tx, **options)(params, state, batch)
+
+
 def mesh():
     return jax.make_mesh((DEVICES,), ("batch",), axis_types=(AxisType.Auto,))
 
@@ -56,15 +67,15 @@ def shards(batch, n=DEVICES):
     return jax.tree.map(lambda x: x.reshape(n, -1, *x.shape[1:]), batch)
 
 
-def run(regime, tx, params, batch, steps=2, **options):
+def run(mapping, tx, params, batch, steps=2, **options):
     """Parameters and state after some steps under pmap or shard_map, from replicated parameters."""
     step = partial(one_step, tx, **options)
     state = tx.init(params)
-    if regime == "pmap":
+    if mapping == "pmap":
         mapped = jax.pmap(step, axis_name="batch", in_axes=(None, None, 0), out_axes=None)
         batch = shards(batch)
     else:
-        checked = regime == "shard_map"
+        checked = mapping == "shard_map"
         mapped = jax.jit(
             jax.shard_map(
                 step, mesh=mesh(), in_specs=(P(), P(), P("batch")), out_specs=P(), check_vma=checked

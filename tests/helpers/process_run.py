@@ -16,9 +16,9 @@ os.environ["XLA_FLAGS"] = (
     f"--xla_force_host_platform_device_count={8 // int(COUNT)} --xla_backend_optimization_level=0"
 )
 
+import mapped_run  # noqa: E402, F401  (its model is found by name)
 import numpy as np  # noqa: E402
 import orbax.checkpoint as ocp  # noqa: E402
-import regime_run  # noqa: E402, F401  (its model is found by name)
 
 from curvax.cli import main  # noqa: E402
 from curvax.training.data import datasets  # noqa: E402

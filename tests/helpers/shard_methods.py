@@ -39,7 +39,7 @@ METHODS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
 """The methods as functions of the axes that they average over."""
 GRIDS = {"groups of two devices": (4, 2), "groups of eight devices": (1, 8)}
 """Meshes whose last axis holds the devices of a group."""
-REGIMES = ("shard_map", "pmap")
+MAPPINGS = ("shard_map", "pmap")
 
 
 def step_of(name, axes):
@@ -51,13 +51,13 @@ def step_of(name, axes):
     return tx.init, partial(problem.one_step, tx, **halves)
 
 
-def stepped(name, regime, steps=2):
+def stepped(name, mapping, steps=2):
     """The parameters after two steps of a method, as one vector."""
     params, batch = jax.tree.map(np.asarray, (problem.make_params(), problem.make_batch()))
-    gridded = name in GRIDS and regime == "shard_map"
+    gridded = name in GRIDS and mapping == "shard_map"
     axes, shape = (AXES, GRIDS[name]) if gridded else ((AXIS,), (DEVICES,))
     init, step = step_of(name, axes)
-    if regime == "pmap":
+    if mapping == "pmap":
         mapped = jax.pmap(step, axis_name=AXIS, in_axes=(None, None, 0), out_axes=None)
         state, count = init(params), jax.local_device_count()
         first = count * jax.process_index()

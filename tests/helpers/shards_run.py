@@ -23,9 +23,9 @@ import shard_methods as methods  # noqa: E402  (it asks for the devices)
 
 def main() -> None:
     found = {
-        f"{name}, {regime}": methods.stepped(name, regime)
+        f"{name}, {mapping}": methods.stepped(name, mapping)
         for name in methods.METHODS
-        for regime in methods.REGIMES
+        for mapping in methods.MAPPINGS
     }
     if jax.process_index() == 0:
         np.savez(FILE, **found)

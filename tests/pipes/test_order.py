@@ -250,7 +250,7 @@ def test_hutchinson_diag_passes_a_clipped_gradient_on():
 # A missing mean over devices.
 
 
-def on_devices(tx: Any, regime: str, *, closure: bool = False, averaged: bool = False) -> Any:
+def on_devices(tx: Any, mapping: str, *, closure: bool = False, averaged: bool = False) -> Any:
     """The updates on four devices, [4, ...]."""
     batch = {"x": jnp.arange(48.0).reshape(4, 3, 4) / 48, "y": jnp.ones((4, 3, 2))}
     params = net_params()
@@ -263,13 +263,14 @@ def on_devices(tx: Any, regime: str, *, closure: bool = False, averaged: bool = 
         value_fn = (lambda p: net_loss(p, batch)) if closure else objective
         return tx.update(grads, tx.init(params), params, value_fn=value_fn)[0]
 
-    if regime == "pmap":
+    if mapping == "pmap":
         return jax.pmap(step, axis_name="batch", devices=jax.devices()[:4])(batch)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("batch",))
     own = lambda b: jax.tree.map(lambda x: x[None], step(jax.tree.map(lambda x: x[0], b)))
-    return jax.shard_map(
-        own, mesh=mesh, in_specs=P("batch"), out_specs=P("batch"), check_vma=regime == "typed"
-    )(batch)
+    mapped = jax.shard_map(
+        own, mesh=mesh, in_specs=P("batch"), out_specs=P("batch"), check_vma=mapping == "typed"
+    )
+    return jax.jit(mapped)(batch)
 
 
 FORGOTTEN: dict[str, Callable[[], Any]] = {
@@ -283,11 +284,11 @@ FORGOTTEN: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("regime", ["pmap", "untyped", "typed"])
+@pytest.mark.parametrize("mapping", ["pmap", "untyped", "typed"])
 @pytest.mark.parametrize("forgotten", FORGOTTEN)
-def test_missing_mean_over_devices_is_refused(forgotten, regime):
+def test_missing_mean_over_devices_is_refused(forgotten, mapping):
     with pytest.raises(ValueError, match=re.escape("pmean_updates('batch')")):
-        on_devices(FORGOTTEN[forgotten](), regime)
+        on_devices(FORGOTTEN[forgotten](), mapping)
 
 
 @pytest.mark.parametrize("averaged", [False, True])
@@ -296,16 +297,16 @@ def test_missing_mean_over_devices_is_refused_for_a_plain_callable(averaged):
         on_devices(cx.sam_perturb(0.1) | base, "pmap", closure=True, averaged=averaged)
 
 
-@pytest.mark.parametrize("regime", ["pmap", "untyped", "typed"])
-def test_gradient_averaged_by_the_trainer_is_refused(regime):
+@pytest.mark.parametrize("mapping", ["pmap", "untyped", "typed"])
+def test_gradient_averaged_by_the_trainer_is_refused(mapping):
     with pytest.raises(ValueError, match=r"`mean_over=`"):
-        on_devices(cx.sam(base, 0.1, mean_over="batch"), regime, averaged=True)
+        on_devices(cx.sam(base, 0.1, mean_over="batch"), mapping, averaged=True)
 
 
-@pytest.mark.parametrize("regime", ["pmap", "untyped", "typed"])
-def test_pmean_updates_over_no_axes_keeps_updates_of_each_device(regime):
-    own = on_devices(cx.sam_perturb(0.1) | cx.pmean_updates(()) | base, regime)
-    whole = on_devices(cx.sam_perturb(0.1) | base | cx.pmean_updates("batch"), regime)
+@pytest.mark.parametrize("mapping", ["pmap", "untyped", "typed"])
+def test_pmean_updates_over_no_axes_keeps_updates_of_each_device(mapping):
+    own = on_devices(cx.sam_perturb(0.1) | cx.pmean_updates(()) | base, mapping)
+    whole = on_devices(cx.sam_perturb(0.1) | base | cx.pmean_updates("batch"), mapping)
     average = jax.tree.map(lambda x: jnp.broadcast_to(x.mean(0), x.shape), own)
     assert_trees_close(whole, average)
     assert np.std(ravel_pytree(own)[0].reshape(-1)) > 0
@@ -435,6 +436,5 @@ def test_parameters_sharded_along_a_mapped_axis_are_refused(method):
     split = {"hidden": P(None, "model"), "out": P("model")}
     params = {"hidden": jnp.ones((4, 6)) / 3, "out": jnp.ones((6, 2))}
     with pytest.raises(ValueError, match=r"split along the mapped axis 'model'.*axis_names"):
-        jax.shard_map(step, mesh=mesh, in_specs=(split, P("batch")), out_specs=split)(
-            params, net_batch()
-        )
+        mapped = jax.shard_map(step, mesh=mesh, in_specs=(split, P("batch")), out_specs=split)
+        jax.jit(mapped)(params, net_batch())

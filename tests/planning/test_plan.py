@@ -20,13 +20,13 @@ pytestmark = pytest.mark.usefixtures("single_precision")
 find = functools.cache(topologies.find)
 
 
-def small(optimizer="adamw(1e-3)", regime="shard_map", model="mlp", **numbers):
+def small(optimizer="adamw(1e-3)", mapping="shard_map", model="mlp", **numbers):
     """A config of a small model on digits."""
     config = defaults(rho=0.1, **numbers)
     config.model.name = model
     if model == "mlp":
         config.model.options.widths = [64]
-    config.update(optimizer=optimizer, parallelism=regime, batch=DEVICES * PER_DEVICE)
+    config.update(optimizer=optimizer, parallelism=mapping, batch=DEVICES * PER_DEVICE)
     return config
 
 
@@ -44,13 +44,13 @@ SENT = {
 
 
 @pytest.mark.parametrize(
-    ("text", "regime"), [(text, regime) for text in SENT for regime in SENT[text]]
+    ("text", "mapping"), [(text, mapping) for text in SENT for mapping in SENT[text]]
 )
-def test_the_training_step_of_a_config_sends_no_more_than_its_method(text, regime, tmp_path):
+def test_the_training_step_of_a_config_sends_no_more_than_its_method(text, mapping, tmp_path):
     machine = find("cpu:8")
-    outline = experiment.outline(small(text, regime), machine.devices)
+    outline = experiment.outline(small(text, mapping), machine.devices)
     reading = compiled_cost.read(outline, machine, tmp_path)
-    assert reading.sent / reading.parameters == pytest.approx(SENT[text][regime], rel=0.01)
+    assert reading.sent / reading.parameters == pytest.approx(SENT[text][mapping], rel=0.01)
     assert reading.memory is not None
     assert reading.memory.total == reading.needed
     again = compiled_cost.read(outline, machine, tmp_path)
@@ -220,7 +220,7 @@ def test_compiler_out_of_memory_gives_the_needed_bytes(monkeypatch, tmp_path):
 
     monkeypatch.setattr(topologies.Topology, "compile", refuse)
     machine = find("cpu:8")
-    outline = experiment.outline(small(regime="jit"), machine.devices)
+    outline = experiment.outline(small(mapping="jit"), machine.devices)
     reading = compiled_cost.read(outline, machine, tmp_path)
     assert not reading.fits
     assert reading.needed == 30.5 * topologies.GIB

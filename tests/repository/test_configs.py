@@ -109,13 +109,13 @@ def test_paper_configs_perturb_by_the_papers_m_on_any_number_of_devices(name):
     assert (name in ON_IMAGENET) == (loaded.batch == 4096) == (loaded.parallelism == "shard_map")
 
 
-@pytest.mark.parametrize("regime", ["jit", "shard_map", "pmap"])
+@pytest.mark.parametrize("mapping", ["jit", "shard_map", "pmap"])
 @pytest.mark.parametrize("name", [*GROUPS, *ADAHESSIAN])
-def test_paper_methods_build_under_every_parallelism(name, regime):
+def test_paper_methods_build_under_every_parallelism(name, mapping):
     loaded = config.load(name)
     with loaded.unlocked():
         loaded.model = {"name": "mlp", "options": {"widths": [4]}}  # the methods, in a second
-    loaded.update(parallelism=regime, init_from=None)
+    loaded.update(parallelism=mapping, init_from=None)
     for arm in arms_of(loaded).values():
         sketch = outline(arm, jax.devices()[:8])
         state, _ = sketch.step.eval_shape(sketch.state, sketch.batch)

@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import mapped_run
 import numpy as np
 import pytest
-import regime_run
 import tiny_run
 from scipy.ndimage import map_coordinates
 
@@ -24,7 +24,7 @@ from curvax.training.experiment import build, outline
 from curvax.training.runtime.errors import ConfigError
 
 TINY = str(Path(tiny_run.__file__))
-REGIMES = ("jit", "fsdp", "shard_map", "pmap")
+MAPPINGS = ("jit", "fsdp", "shard_map", "pmap")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -137,27 +137,27 @@ def test_outline_needs_no_weights():
 
 
 @pytest.fixture(scope="module")
-def regime_start(tmp_path_factory):
+def mapped_start(tmp_path_factory):
     """A run with batch statistics on eight devices."""
     folder = tmp_path_factory.mktemp("eight")
-    config = comparison.replace(regime_run.get_config(), epochs=1)
+    config = comparison.replace(mapped_run.get_config(), epochs=1)
     experiment = build(config)
     loop.fit(experiment, folder)
     return folder, Checkpoints(folder / "checkpoints").restore(experiment.shapes)[0]
 
 
-@pytest.mark.skipif(jax.device_count() < regime_run.DEVICES, reason="needs eight devices")
-@pytest.mark.parametrize("regime", REGIMES)
-def test_initial_weights_have_the_sharding_of_every_parallelism(regime, regime_start):
-    folder, trained = regime_start
-    config = comparison.replace(regime_run.get_config(regime), init_from=str(folder))
+@pytest.mark.skipif(jax.device_count() < mapped_run.DEVICES, reason="needs eight devices")
+@pytest.mark.parametrize("mapping", MAPPINGS)
+def test_initial_weights_have_the_sharding_of_every_parallelism(mapping, mapped_start):
+    folder, trained = mapped_start
+    config = comparison.replace(mapped_run.get_config(mapping), init_from=str(folder))
     experiment = build(config)
     state = experiment.init()
     assert_same((state.params, state.model_state), (trained.params, trained.model_state))
     assert any(np.ptp(leaf) > 0 for leaf in jax.tree.leaves(jax.device_get(state.model_state)))
     places = jax.tree.map(lambda x: x.sharding.spec, (state, experiment.shapes))
     assert places[0] == places[1]
-    if regime == "fsdp":
+    if mapping == "fsdp":
         _, measured = experiment.step(
             state, experiment.parallelism.place(next(experiment.batches()))
         )

@@ -5,10 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import mapped_run
 import numpy as np
 import pytest
-import regime_run
-from regime_run import DEVICES, GROUPS, changed
+from mapped_run import DEVICES, GROUPS, changed
 
 from curvax.devices.axes import Neighbours
 from curvax.training import loop, parallelism
@@ -18,7 +18,7 @@ from curvax.training.experiment import build, outline
 from curvax.training.loop import NotFinite
 from curvax.training.runtime.errors import ConfigError
 
-REGIMES = ("jit", "fsdp", "shard_map", "pmap")
+MAPPINGS = ("jit", "fsdp", "shard_map", "pmap")
 DRY = {"dropout": 0.0}  # which draws for each device anew
 AVERAGED = DRY | {"norm": False}  # what whole batches of devices or of jit would not share
 METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -48,16 +48,16 @@ def _as_users_have_it(single_precision):
     pass
 
 
-def config_of(regime, method="groups", **fields):
+def config_of(mapping, method="groups", **fields):
     settings, options = METHODS[method]
-    config = changed(regime_run.get_config(regime), **settings | fields)
+    config = changed(mapped_run.get_config(mapping), **settings | fields)
     config.model.options.update(options)
     return config
 
 
-def reader_of(regime):
+def reader_of(mapping):
     """The experiment under a parallelism, or on one device alone."""
-    return build(config_of("jit", devices=1) if regime == "one device" else config_of(regime))
+    return build(config_of("jit", devices=1) if mapping == "one device" else config_of(mapping))
 
 
 def stepped(experiment, count=2):
@@ -81,10 +81,10 @@ def alone(request):
         return request.param, jax.device_get((state.params, measured.metrics))
 
 
-@pytest.mark.parametrize("regime", REGIMES)
-def test_every_parallelism_takes_the_same_steps(regime, alone):
+@pytest.mark.parametrize("mapping", MAPPINGS)
+def test_every_parallelism_takes_the_same_steps(mapping, alone):
     method, (params, figures) = alone
-    config = config_of(regime, method)
+    config = config_of(mapping, method)
     experiment = build(config)
     state, measured = stepped(experiment)
     # AdaHessian's quotients turn a rounding of 1e-7 into some 1e-4 of a step of 1e-2.
@@ -115,9 +115,9 @@ def test_fsdp_shards_parameters_and_moments():
     assert kinds(stepped_once) == kinds(experiment.shapes)
 
 
-@pytest.mark.parametrize("regime", REGIMES)
-def test_outline_lowers_to_the_program_of_the_built_step(regime):
-    config = config_of(regime, optimizer="sam_perturb(rho) | pmean_updates(axes) | sgd(lr)")
+@pytest.mark.parametrize("mapping", MAPPINGS)
+def test_outline_lowers_to_the_program_of_the_built_step(mapping):
+    config = config_of(mapping, optimizer="sam_perturb(rho) | pmean_updates(axes) | sgd(lr)")
     sketch = outline(config, jax.devices()[:DEVICES])
     planned = sketch.step.lower(sketch.state, sketch.batch)
     built = build(config)
@@ -130,10 +130,10 @@ def test_outline_lowers_to_the_program_of_the_built_step(regime):
     assert int(sketch.step(state, batch)[0].step) == 1
 
 
-@pytest.mark.parametrize("regime", ["shard_map", "pmap"])
-def test_updates_local_to_devices_are_refused(regime):
+@pytest.mark.parametrize("mapping", ["shard_map", "pmap"])
+def test_updates_local_to_devices_are_refused(mapping):
     with pytest.raises(ValueError, match=r"pmean_updates\(axes\)"):
-        build(config_of(regime, optimizer="sam_perturb(rho) | sgd(lr)"))
+        build(config_of(mapping, optimizer="sam_perturb(rho) | sgd(lr)"))
 
 
 @pytest.fixture(scope="module")
@@ -141,19 +141,19 @@ def runs(tmp_path_factory):
     """A run under each parallelism, with all its checkpoints."""
     folder = tmp_path_factory.mktemp("runs")
     with jax.enable_x64(False):
-        for regime in REGIMES:
-            loop.fit(build(config_of(regime, keep_checkpoints=9)), folder / regime)
+        for mapping in MAPPINGS:
+            loop.fit(build(config_of(mapping, keep_checkpoints=9)), folder / mapping)
     return folder
 
 
-@pytest.mark.parametrize("regime", REGIMES)
-def test_a_run_resumes_bit_for_bit_from_its_middle(regime, runs, tmp_path):
-    experiment = build(config_of(regime))
-    until = Checkpoints(runs / regime / "checkpoints", read_only=True)
+@pytest.mark.parametrize("mapping", MAPPINGS)
+def test_a_run_resumes_bit_for_bit_from_its_middle(mapping, runs, tmp_path):
+    experiment = build(config_of(mapping))
+    until = Checkpoints(runs / mapping / "checkpoints", read_only=True)
     end, _ = until.restore(experiment.shapes)
     assert int(end.step) == experiment.steps
     middle = tmp_path / "checkpoints"
-    (runs / regime / "checkpoints" / "2").rename(middle.parent / "2")
+    (runs / mapping / "checkpoints" / "2").rename(middle.parent / "2")
     middle.mkdir()
     (middle.parent / "2").rename(middle / "2")
     loop.fit(experiment, tmp_path)
@@ -162,13 +162,13 @@ def test_a_run_resumes_bit_for_bit_from_its_middle(regime, runs, tmp_path):
     jax.tree.map(same, again, end)
 
 
-@pytest.mark.parametrize("regime", [*REGIMES, "one device"])
-def test_checkpoint_is_read_under_any_parallelism(regime, runs):
+@pytest.mark.parametrize("mapping", [*MAPPINGS, "one device"])
+def test_checkpoint_is_read_under_any_parallelism(mapping, runs):
     written = build(config_of("fsdp"))
     expected, place = Checkpoints(runs / "fsdp" / "checkpoints", read_only=True).restore(
         written.shapes
     )
-    reader = reader_of(regime)
+    reader = reader_of(mapping)
     found, found_place = Checkpoints(runs / "fsdp" / "checkpoints", read_only=True).restore(
         reader.shapes
     )
@@ -178,11 +178,11 @@ def test_checkpoint_is_read_under_any_parallelism(regime, runs):
     assert layout == reader.parallelism.layout(found)
 
 
-@pytest.mark.parametrize("regime", ["shard_map", "pmap", "one device"])
-def test_run_resumes_under_another_parallelism(regime, runs, tmp_path):
+@pytest.mark.parametrize("mapping", ["shard_map", "pmap", "one device"])
+def test_run_resumes_under_another_parallelism(mapping, runs, tmp_path):
     """From step 4 of a run with sharded parameters to the end, which is that of the first run."""
     shutil.copytree(runs / "fsdp" / "checkpoints" / "4", tmp_path / "checkpoints" / "4")
-    reader = reader_of(regime)
+    reader = reader_of(mapping)
     loop.fit(reader, tmp_path)
     end = lambda folder: Checkpoints(folder / "checkpoints", read_only=True).restore(reader.shapes)
     (found, place), (expected, expected_place) = end(tmp_path), end(runs / "fsdp")
@@ -195,9 +195,9 @@ def _raw(x):
     return np.asarray(jax.random.key_data(x) if is_key else x)
 
 
-@pytest.mark.parametrize("regime", REGIMES)
-def test_a_nan_on_one_device_stops_all_at_its_step(regime, monkeypatch, tmp_path):
-    experiment = build(config_of(regime))
+@pytest.mark.parametrize("mapping", MAPPINGS)
+def test_a_nan_on_one_device_stops_all_at_its_step(mapping, monkeypatch, tmp_path):
+    experiment = build(config_of(mapping))
     batches = experiment.batches
 
     class Spoilt:
@@ -222,7 +222,7 @@ def test_a_nan_on_one_device_stops_all_at_its_step(regime, monkeypatch, tmp_path
 
 def test_mesh_has_devices_in_the_order_of_their_processes():
     devices = jax.devices()[:DEVICES]
-    mesh = parallelism.build(regime_run.get_config("shard_map"), devices[::-1]).mesh
+    mesh = parallelism.build(mapped_run.get_config("shard_map"), devices[::-1]).mesh
     assert mesh.devices.ravel().tolist() == devices
 
 
@@ -242,14 +242,14 @@ def test_parallelism_errors_give_settings_that_fit():
     ]
     for fields, said in cases:
         with pytest.raises(ConfigError, match=said):
-            parallelism.build(changed(regime_run.get_config("shard_map"), **fields))
+            parallelism.build(changed(mapped_run.get_config("shard_map"), **fields))
     with pytest.raises(ConfigError, match="`fsdp` lets the compiler divide"):
-        parallelism.build(changed(regime_run.get_config("pmap"), fsdp=True))
+        parallelism.build(changed(mapped_run.get_config("pmap"), fsdp=True))
 
 
-@pytest.mark.parametrize("regime", ["jit", "shard_map", "pmap"])
-def test_methods_without_groups_take_any_batch(regime):
-    config = changed(regime_run.get_config(regime), m=128, optimizer="sgd(lr)")
+@pytest.mark.parametrize("mapping", ["jit", "shard_map", "pmap"])
+def test_methods_without_groups_take_any_batch(mapping):
+    config = changed(mapped_run.get_config(mapping), m=128, optimizer="sgd(lr)")
     assert parallelism.build(config).group is None
 
 
@@ -257,14 +257,14 @@ def test_methods_without_groups_take_any_batch(regime):
 def test_groups_over_devices_follow_the_text_or_else_the_config(text):
     fields = {"optimizer": text, "m": 4 if "16" in text else 16}
     found = [
-        parallelism.build(changed(regime_run.get_config(regime), **fields)).group
-        for regime in ("jit", "shard_map", "pmap")
+        parallelism.build(changed(mapped_run.get_config(mapping), **fields)).group
+        for mapping in ("jit", "shard_map", "pmap")
     ]
     assert found == [None, "group", Neighbours("batch", 2)]
 
 
 @pytest.mark.parametrize(
-    ("regime", "over", "fits"),
+    ("mapping", "over", "fits"),
     [
         ("jit", "batch", False),
         ("shard_map", "batch", False),
@@ -272,8 +272,8 @@ def test_groups_over_devices_follow_the_text_or_else_the_config(text):
         ("pmap", "batch", True),
     ],
 )
-def test_batch_norm_can_be_synced_where_the_parallelism_has_axes(regime, over, fits):
-    config = config_of(regime, "groups of two devices")
+def test_batch_norm_can_be_synced_where_the_parallelism_has_axes(mapping, over, fits):
+    config = config_of(mapping, "groups of two devices")
     config.model.options["sync_over"] = over
     if fits:
         state, _ = stepped(build(config))
@@ -284,9 +284,9 @@ def test_batch_norm_can_be_synced_where_the_parallelism_has_axes(regime, over, f
 
 
 def test_config_variant_follows_a_colon():
-    loaded = load(f"{regime_run.__file__}:fsdp")
+    loaded = load(f"{mapped_run.__file__}:fsdp")
     assert loaded.fsdp
-    assert loaded.name == "regime_run_fsdp"
+    assert loaded.name == "mapped_run_fsdp"
     with pytest.raises(ConfigError, match="There is no config"):
         load("digitz:b16")
 

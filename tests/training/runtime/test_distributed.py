@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 
 import jax
+import mapped_run
 import numpy as np
 import orbax.checkpoint as ocp
 import photographs
 import pytest
-import regime_run
 from processes import LIMIT, ended, start
 
 from curvax.training import loop, pretrained
@@ -22,7 +22,7 @@ from curvax.training.data import convert
 from curvax.training.experiment import build
 from curvax.training.runtime import distributed, run_dir
 
-CONFIG = str(Path(regime_run.__file__))
+CONFIG = str(Path(mapped_run.__file__))
 
 
 def carried_out(count, *arguments):
@@ -47,11 +47,11 @@ def wait_for(path_of, running):
     raise AssertionError("the run did not come that far")
 
 
-def end_of(folder, regime):
+def end_of(folder, mapping):
     """The final state of a run of any sharding, as one process reads it."""
     with jax.enable_x64(False):
         experiment = build(
-            regime_run.changed(regime_run.get_config(regime), devices=1, parallelism="jit")
+            mapped_run.changed(mapped_run.get_config(mapping), devices=1, parallelism="jit")
         )
         kept = Checkpoints(only(folder, "*/*/seed0/checkpoints"), read_only=True)
         state = kept.restore(experiment.shapes)[0]
@@ -65,7 +65,7 @@ def weights(folder):
 
 def cut_short(whole, folder, at=None):
     """A copy of the run in `whole`, as it was at its last checkpoint but one, that of step `at`."""
-    run = shutil.copytree(only(whole, "regime_run*"), folder / "run")
+    run = shutil.copytree(only(whole, "mapped_run*"), folder / "run")
     seed = only(run, "*/seed0")
     (seed / "results.json").unlink()
     *_, before, last = sorted((seed / "checkpoints").glob("[0-9]*/"), key=lambda p: int(p.name))
@@ -83,13 +83,13 @@ def undisturbed(request, tmp_path_factory):
 
 
 def test_two_processes_end_with_the_numbers_of_one(undisturbed, tmp_path):
-    regime, folder = undisturbed
+    mapping, folder = undisturbed
     alone = tmp_path / "run" / "0-arm" / "seed0"
     alone.mkdir(parents=True)
     with jax.enable_x64(False):
-        figures = loop.fit(build(regime_run.get_config(regime)), alone).metrics
+        figures = loop.fit(build(mapped_run.get_config(mapping)), alone).metrics
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4)
-    jax.tree.map(close, end_of(folder, regime), end_of(tmp_path, regime))
+    jax.tree.map(close, end_of(folder, mapping), end_of(tmp_path, mapping))
     found = json.loads(only(folder, "*/*/seed0/results.json").read_text())
     for name in ("test_loss", "train_loss", "train_examples", "steps"):
         assert found[name] == pytest.approx(figures[name], rel=1e-3), name
@@ -107,14 +107,14 @@ def assert_told(status, said):
 
 
 # Tests that do not depend on the parallelism: lost processes, weights and labels.
-IN_ONE_REGIME = pytest.mark.parametrize("undisturbed", ["shard_map"], indirect=True)
+IN_ONE_MAPPING = pytest.mark.parametrize("undisturbed", ["shard_map"], indirect=True)
 
 
-@IN_ONE_REGIME
+@IN_ONE_MAPPING
 @pytest.mark.parametrize("killed", [0, 1])
 def test_killed_process_stops_the_run_and_resume_undoes_it(killed, undisturbed, tmp_path):
-    regime, whole = undisturbed
-    running = start(2, "train", f"{CONFIG}:{regime}", "--runs", tmp_path)
+    mapping, whole = undisturbed
+    running = start(2, "train", f"{CONFIG}:{mapping}", "--runs", tmp_path)
     wait_for(lambda: tmp_path.glob("*/*/seed0/checkpoints/4.sha256"), running)
     running[killed].kill()
     began = time.monotonic()
@@ -122,9 +122,9 @@ def test_killed_process_stops_the_run_and_resume_undoes_it(killed, undisturbed, 
     assert time.monotonic() - began < 60
     assert_told(*results[1 - killed])
     assert not list(tmp_path.glob("*/*/seed0/results.json"))
-    carried_out(2, "resume", only(tmp_path, "regime_run*"))
+    carried_out(2, "resume", only(tmp_path, "mapped_run*"))
     same = lambda a, b: np.testing.assert_array_equal(a, b)
-    jax.tree.map(same, end_of(tmp_path, regime), end_of(whole, regime))
+    jax.tree.map(same, end_of(tmp_path, mapping), end_of(whole, mapping))
 
 
 def test_process_lost_in_a_checkpoint_is_not_reported_as_a_full_disk(monkeypatch, tmp_path):
@@ -141,7 +141,7 @@ def test_runtime_error_while_saving_is_not_reported_as_a_disk_error(what, monkey
     def fail(*_, **__):
         raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection closed")
 
-    config = regime_run.changed(regime_run.get_config(), epochs=1)
+    config = mapped_run.changed(mapped_run.get_config(), epochs=1)
     with jax.enable_x64(False):
         experiment = build(config)
         kept = Checkpoints(tmp_path)
@@ -175,19 +175,19 @@ def test_nan_in_one_process_stops_both_at_the_same_step(monkeypatch, tmp_path):
     assert max(int(path.name) for path in kept) == step - 1
 
 
-@IN_ONE_REGIME
+@IN_ONE_MAPPING
 def test_two_processes_start_from_weights_and_pseudo_labels(undisturbed, tmp_path):
     """A run at learning rate zero ends with the weights of the first, and has its labels."""
-    regime, whole = undisturbed
+    mapping, whole = undisturbed
     first = only(whole, "*/*/seed0")
     still = ["--optimizer=pmean_updates(axes) | sgd(0.0)", "--epochs=1"]
     taken = [f"--init_from={first}", f"--data.labels={first}"]
-    carried_out(2, "train", f"{CONFIG}:{regime}", *still, *taken, "--runs", tmp_path)
+    carried_out(2, "train", f"{CONFIG}:{mapping}", *still, *taken, "--runs", tmp_path)
     found, expected = weights(tmp_path), weights(whole)
     for name, x in expected.items():
         if name.startswith("params/"):
             np.testing.assert_array_equal(found[name], x)
-    config = regime_run.get_config(regime)
+    config = mapped_run.get_config(mapping)
     config.data.labels = str(first)
     wrong = build(config).data.wrong.mean()
     results = json.loads(only(tmp_path, "*/*/seed0/results.json").read_text())
@@ -196,10 +196,10 @@ def test_two_processes_start_from_weights_and_pseudo_labels(undisturbed, tmp_pat
 
 def test_run_resumes_on_four_processes(undisturbed, tmp_path):
     """From the last checkpoint but one; sums in another order make the difference."""
-    regime, whole = undisturbed
+    mapping, whole = undisturbed
     carried_out(4, "resume", cut_short(whole, tmp_path))
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4)
-    jax.tree.map(close, end_of(tmp_path, regime), end_of(whole, regime))
+    jax.tree.map(close, end_of(tmp_path, mapping), end_of(whole, mapping))
 
 
 @pytest.mark.parametrize(("count", "close"), [(2, 0.0), (4, 2e-4)])
@@ -232,7 +232,7 @@ def test_sigterm_to_one_process_saves_in_both(tmp_path):
     for status, said in ended(running):
         assert status == 143
         assert "asked to terminate after step" in said
-        assert f"`curvax resume {only(tmp_path, 'regime_run*')}` goes on from there" in said
+        assert f"`curvax resume {only(tmp_path, 'mapped_run*')}` goes on from there" in said
     step = int(said.partition("after step ")[2].partition(".")[0])
     steps = {int(path.name) for path in tmp_path.glob("*/*/seed0/checkpoints/[0-9]*/")}
     assert step in steps
@@ -270,7 +270,7 @@ def test_different_or_wrong_arguments_in_one_process_end_all(own, cause, tmp_pat
 
 def test_processes_that_resume_different_runs_are_refused(tmp_path):
     folders = [tmp_path / "a", tmp_path / "b"]
-    config = regime_run.get_config("shard_map")
+    config = mapped_run.get_config("shard_map")
     for folder in folders:
         folder.mkdir()
         run_dir.write_json(folder / "config.json", config.to_dict())

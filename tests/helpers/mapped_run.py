@@ -34,18 +34,18 @@ class Net(nn.Module):
         return nn.Dense(self.classes)(x)
 
 
-models.RECIPES["regime_net"] = Net, {}
+models.RECIPES["mapped_net"] = Net, {}
 
 
-def get_config(regime: str = "jit") -> ConfigDict:
+def get_config(mapping: str = "jit") -> ConfigDict:
     """The variant is a parallelism; `fsdp` is jit with sharded parameters."""
     config = defaults(lr=1e-2, rho=0.05, m=4)
-    config.name = "regime_run"
-    config.model.name = "regime_net"
+    config.name = "mapped_run"
+    config.model.name = "mapped_net"
     config.data.update(num_train=128, label_noise=0.25, augment=["flip()"])
     config.optimizer = f"{GROUPS} | clip_by_global_norm(1.0) | adamw(cosine(lr), eps=1e-3)"
     config.baseline = "pmean_updates(axes) | adamw(cosine(lr))"
-    config.update(parallelism="jit" if regime == "fsdp" else regime, fsdp=regime == "fsdp")
+    config.update(parallelism="jit" if mapping == "fsdp" else mapping, fsdp=mapping == "fsdp")
     config.update(batch=64, epochs=5, log_every=1, checkpoint_every=2, hessian_examples=0)
     return config
 
