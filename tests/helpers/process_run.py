@@ -10,10 +10,12 @@ import os
 import signal
 import sys
 
+import quick_xla
+
 PORT, COUNT, NUMBER, *ARGUMENTS = sys.argv[1:]
 os.environ["JAX_PLATFORMS"], os.environ["JAX_ENABLE_X64"] = "cpu", "0"
-os.environ["XLA_FLAGS"] = (
-    f"--xla_force_host_platform_device_count={8 // int(COUNT)} --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = " ".join(
+    [*quick_xla.FLAGS, f"--xla_force_host_platform_device_count={8 // int(COUNT)}"]
 )
 
 import mapped_run  # noqa: E402, F401  (its model is found by name)

@@ -7,10 +7,12 @@ process writes the resulting parameters.
 import os
 import sys
 
+import quick_xla
+
 PORT, COUNT, NUMBER, FILE = sys.argv[1:]
 os.environ["JAX_PLATFORMS"], os.environ["JAX_ENABLE_X64"] = "cpu", "1"
-os.environ["XLA_FLAGS"] = (
-    f"--xla_force_host_platform_device_count={8 // int(COUNT)} --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = " ".join(
+    [*quick_xla.FLAGS, f"--xla_force_host_platform_device_count={8 // int(COUNT)}"]
 )
 
 import jax  # noqa: E402

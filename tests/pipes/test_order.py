@@ -435,6 +435,6 @@ def test_parameters_sharded_along_a_mapped_axis_are_refused(method):
 
     split = {"hidden": P(None, "model"), "out": P("model")}
     params = {"hidden": jnp.ones((4, 6)) / 3, "out": jnp.ones((6, 2))}
+    mapped = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(split, P("batch")), out_specs=split))
     with pytest.raises(ValueError, match=r"split along the mapped axis 'model'.*axis_names"):
-        mapped = jax.shard_map(step, mesh=mesh, in_specs=(split, P("batch")), out_specs=split)
-        jax.jit(mapped)(params, net_batch())
+        mapped(params, net_batch())
