@@ -1,4 +1,4 @@
-"""A warning for leaves that SAM perturbs and a later part of the pipe keeps fixed."""
+"""A warning for leaves that a stage moves for an evaluation and a later part keeps fixed."""
 
 import warnings
 from collections.abc import Sequence
@@ -14,36 +14,30 @@ BY_LEAF = (optax.MaskedState, optax.transforms.PartitionState)
 
 
 def warn_of_frozen(parts: Sequence[Any], states: Sequence[Any], params: Tree) -> None:
-    """Warns of leaves that a stage perturbs and a later part never trains.
+    """Warns of leaves that a stage moves and a later part never trains.
 
-    `part.init.perturbs(params)` gives a flag for each leaf, whether the stage perturbs it.
+    `part.init.moves` of such a stage is a function of the parameters, which gives a flag for each
+    leaf, and a text to warn with, in which `{leaves}` stands for their names.
     """
     for number, part in enumerate(parts):
-        perturbs = getattr(part.init, "perturbs", None)
-        if perturbs is None:
+        moves, text = getattr(part.init, "moves", (None, ""))
+        if moves is None:
             continue
         later = list(zip(parts, states, strict=True))[number + 1 :]
         frozen = [fixed(*part, params) for part in later if _treats_leaves_apart(part[1])]
         paths = [trees.names(path) for path, _ in jax.tree.leaves_with_path(params)]
         kept = [
             trees.label(path)
-            for path, moves, *flags in zip(paths, perturbs(params), *frozen, strict=True)
-            if moves and any(flags)
+            for path, moved, *flags in zip(paths, moves(params), *frozen, strict=True)
+            if moved and any(flags)
         ]
         if 0 < len(kept) < len(paths):
-            _warn(kept)
+            warnings.warn(text.format(leaves=_listed(kept)), stacklevel=2)
 
 
-def _warn(kept: list[str]) -> None:
+def _listed(kept: list[str]) -> str:
     found = ", ".join(f"`{name}`" for name in kept[:3])
-    more = f" and {len(kept) - 3} more" if len(kept) > 3 else ""
-    warnings.warn(
-        f"`sam_perturb` perturbs parameters that a later part of the pipe keeps fixed: "
-        f"{found}{more}. They enter the norm of the gradient, and the loss is evaluated at their "
-        "perturbed values. Exclude them by a mask that is False there: "
-        "`sam_perturb(rho, mask=mask)`, `sam(base, rho, mask=mask)`.",
-        stacklevel=2,
-    )
+    return f"{found} and {len(kept) - 3} more" if len(kept) > 3 else found
 
 
 def fixed(part: optax.GradientTransformation, state: Any, params: Tree) -> list[bool]:

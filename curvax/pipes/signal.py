@@ -174,9 +174,9 @@ def pipe(*parts: optax.GradientTransformation) -> Stage:
         frozen.warn_of_frozen(parts, states, params)
         return states
 
-    perturbing = [part.init.perturbs for part in parts if hasattr(part.init, "perturbs")]
-    if perturbing:
-        init.perturbs = perturbing[0]  # type: ignore[attr-defined]
+    moving = [part.init.moves for part in parts if hasattr(part.init, "moves")]
+    if moving:
+        init.moves = moving[0]  # type: ignore[attr-defined]
 
     def rule(
         signal: Signal, state: optax.OptState, params: Tree = None, **extra: Any
@@ -266,9 +266,9 @@ class _Init:
     ):
         self.init, self.name, self.kinds = init, name, kinds
         self.complex_leaves = complex_leaves
-        if hasattr(init, "perturbs"):
-            # params ↦ whether the stage perturbs each leaf; a pipe and `per_group` pass it on.
-            self.perturbs = init.perturbs
+        if hasattr(init, "moves"):
+            # What `frozen.warn_of_frozen` reads; a pipe and `per_group` pass it on.
+            self.moves = init.moves
 
     def __call__(self, params: Tree) -> optax.OptState:
         checks.refuse_masked(params, self.name)

@@ -92,6 +92,8 @@ def levenberg_marquardt(
         metrics = no_metrics("reduction_ratio", "kl")
         return LevenbergMarquardtState(lam, jnp.zeros((), jnp.int32), inner.init(params), *metrics)
 
+    init.moves = lambda params: [True] * len(jax.tree.leaves(params)), _FROZEN  # type: ignore[attr-defined]
+
     def rule(
         signal: Signal,
         state: LevenbergMarquardtState,
@@ -120,6 +122,13 @@ def levenberg_marquardt(
         return out._replace(updates=_select(undone, zeros, out.updates)), new_state
 
     return containing(init, rule, inner, evaluates_loss=True)
+
+
+_FROZEN = (
+    "`levenberg_marquardt` judges a step in which {leaves} move, and a later part of the pipe "
+    "keeps them fixed: the damping would follow a loss that is never reached. Leave them out: "
+    '`curvax.partition({{"train": stages, "freeze": optax.set_to_zero()}}, labels)`.'
+)
 
 
 class _Trial(NamedTuple):

@@ -127,7 +127,7 @@ def sam_perturb(
         keys = tuple(DrawingKey(key).initial() for key in AscentRules(ascent, p, mask, params).keys)
         return SamState(jnp.zeros((), jnp.int32), keys, *no_metrics(*METRICS))
 
-    init.perturbs = lambda params: AscentRules(ascent, p, mask, params).mask  # type: ignore[attr-defined]
+    init.moves = lambda params: AscentRules(ascent, p, mask, params).mask, _FROZEN  # type: ignore[attr-defined]
 
     def rule(
         signal: Signal,
@@ -191,6 +191,14 @@ def sam_perturb(
         return signal, SamState(state.step + 1, state.keys, *metrics)
 
     return stage(init, rule, replaces_gradient=True)
+
+
+_FROZEN = (
+    "`sam_perturb` perturbs parameters that a later part of the pipe keeps fixed: {leaves}. They "
+    "enter the norm of the gradient, and the loss is evaluated at their perturbed values. Exclude "
+    "them by a mask that is False there: `sam_perturb(rho, mask=mask)`, "
+    "`sam(base, rho, mask=mask)`."
+)
 
 
 def _drawn(

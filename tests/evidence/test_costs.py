@@ -42,7 +42,7 @@ def test_sharpness_costs_a_second_gradient(name, method, record_row):
     assert ratio(found, p.gradient) <= (2.02 if method == "sam" else 2.03)
     if name in LARGE:
         # What a small model holds in its gradient is mostly parameters.
-        assert found[1] <= 1.03 * p.gradient[1]
+        assert found[1] <= (1.03 if method == "sam" else 1.04) * p.gradient[1]
 
 
 @EVERY_MODEL

@@ -1,4 +1,4 @@
-"""Frozen leaves behind a perturbation: a warning where the pipe shows them, and none otherwise."""
+"""Frozen leaves behind a stage that moves them: a warning where the pipe shows it, else none."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,16 @@ import numpy as np
 import optax
 import pytest
 
-from curvax import Objective, gsam, partition, per_group, sam, sam_perturb
+from curvax import (
+    Objective,
+    gsam,
+    hessian_free,
+    natural_gradient,
+    partition,
+    per_group,
+    sam,
+    sam_perturb,
+)
 
 PARAMS = {"body": {"w": jnp.asarray([1.0, 2.0])}, "head": {"w": jnp.asarray([3.0])}}
 LABELS = {"body": "frozen", "head": "trained"}
@@ -39,6 +48,17 @@ def test_perturbed_frozen_leaves_warn_and_masked_ones_do_not(base, make):
         make(BASES[base]()).init(PARAMS)
     assert len(told) == 1
     make(BASES[base](), mask=MASK).init(PARAMS)
+
+
+@pytest.mark.parametrize("make", [natural_gradient, hessian_free])
+def test_leaves_frozen_behind_an_adapted_damping_warn_and_left_out_ones_do_not(make):
+    options = {"adaptive": True} if make is natural_gradient else {}
+    freeze = optax.masked(optax.set_to_zero(), FREEZE)
+    with pytest.warns(UserWarning, match="judges a step in which `body/w` move.*partition"):
+        (make(**options) | freeze).init(PARAMS)
+    apart = {"trained": make(**options), "frozen": optax.set_to_zero()}
+    partition(apart, LABELS).init(PARAMS)
+    (make(**options) | optax.trace(0.9)).init(PARAMS)
 
 
 @pytest.mark.parametrize(
