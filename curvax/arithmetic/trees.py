@@ -224,42 +224,34 @@ def dot(a: Tree, b: Tree) -> jax.Array:
 def norm(tree: Tree) -> jax.Array:
     """‖a‖₂ over the whole tree, with derivative 0 at 0, without overflow or underflow of squares.
 
-    A sum of squares outside the range of floats is repeated in units of the largest entry. That is
-    a branch, which costs nothing where it is not taken. Devices that hold shards of one tree take
-    the same branch.
+    A sum of squares outside the range of floats is repeated in units of the largest entry, in a
+    branch that costs nothing where it is not taken. Devices that hold shards of one tree take the
+    same branch.
     """
     squares = dot(tree, tree)
-    return _branch(_in_range(squares), _root, _norm_in_units, squares, tree)
+    return _where_in_range(squares, jnp.sqrt(squares), _norm_in_units, tree)
 
 
-def _branch(
-    predicate: jax.Array, f: Callable[..., jax.Array], g: Callable[..., jax.Array], *args: Any
+def _where_in_range(
+    size: jax.Array, plain: jax.Array, careful: Callable[..., jax.Array], *trees: Tree
 ) -> jax.Array:
-    """The scalar f(*args) where the predicate is true, else g(*args).
+    """`plain`, or `careful(*trees)` where a sum of products of this size left the range of floats.
 
-    Both are computed where a mesh of explicit axes shards the arguments, since `jax.vmap` of
-    `lax.cond` does not take these (JAX 0.10 to 0.12).
+    Both are computed where a mesh of explicit axes shards the trees, since `jax.vmap` of `lax.cond`
+    does not take these (JAX 0.10 to 0.12).
     """
-    if any(map(is_sharded, jax.tree.leaves(args))):
-        return jnp.where(predicate, f(*args), g(*args))
-    return lax.cond(predicate, f, g, *args)
+    exponent = int(jnp.finfo(plain.dtype).maxexp)
+    fine = (size >= 2.0 ** (-0.55 * exponent)) & (size <= 2.0 ** (0.78 * exponent))
+    otherwise = lambda plain, *trees: careful(*trees).astype(plain.dtype)
+    if any(map(is_sharded, jax.tree.leaves(trees))):
+        return jnp.where(fine, plain, otherwise(plain, *trees))
+    return lax.cond(fine, lambda plain, *trees: plain, otherwise, plain, *trees)
 
 
-def _in_range(squares: jax.Array) -> jax.Array:
-    """Whether a sum of squares lost nothing to overflow or underflow."""
-    exponent = int(jnp.finfo(squares.dtype).maxexp)
-    return (squares >= 2.0 ** (-0.55 * exponent)) & (squares <= 2.0 ** (0.78 * exponent))
-
-
-def _root(squares: jax.Array, tree: Tree) -> jax.Array:
-    del tree
-    return jnp.sqrt(squares)
-
-
-def _norm_in_units(squares: jax.Array, tree: Tree) -> jax.Array:
+def _norm_in_units(tree: Tree) -> jax.Array:
     """The norm, computed in units of a power of two near the largest entry."""
-    peaks = [jnp.max(jnp.abs(widen(x)), initial=0) for x in jax.tree.leaves(tree)]
-    peak = functools.reduce(jnp.maximum, peaks, jnp.zeros_like(squares)).astype(squares.dtype)
+    peaks = [jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(wide(tree))]
+    peak = functools.reduce(jnp.maximum, peaks, jnp.zeros((), jnp.float32))
     unit = power_of_two(peak)
     near_one = scale(inverse(unit), wide(tree))
     return jnp.where(jnp.isfinite(peak), jnp.sqrt(dot(near_one, near_one)) * unit, peak)
@@ -339,15 +331,10 @@ def cosine(a: Tree, b: Tree) -> jax.Array:
     all-reduce after those of the norms.
     """
     length, other = norm(a), norm(b)
-    size = length * other
+    plain = ratio(ratio(dot(a, b), length), other)
 
-    def plain(a: Tree, b: Tree) -> jax.Array:
-        return ratio(ratio(dot(a, b), length), other)
-
-    def normalised(a: Tree, b: Tree) -> jax.Array:
-        return dot(_over(a, length), _over(b, other))
-
-    return _branch(_in_range(size), plain, normalised, a, b)
+    careful = lambda a, b: dot(_over(a, length), _over(b, other))
+    return _where_in_range(length * other, plain, careful, a, b)
 
 
 @cosine.defjvp
