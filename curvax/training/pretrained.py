@@ -17,7 +17,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
-from scipy.ndimage import zoom
 
 from curvax.arithmetic.trees import Tree
 from curvax.models import published
@@ -87,6 +86,8 @@ def resized(positions: np.ndarray, count: int) -> np.ndarray:
             "Position embeddings are interpolated between square grids, and not both of "
             f"{positions.shape[1]} and {count} positions are squares. Use square images."
         )
+    from scipy.ndimage import zoom
+
     grid = positions.reshape(old, old, -1).astype(np.float32)
     return zoom(grid, (new / old, new / old, 1), order=1).reshape(1, count, -1)
 

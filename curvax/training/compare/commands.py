@@ -14,7 +14,7 @@ from rich.table import Table
 
 from curvax.training import progress, pseudo_labels
 from curvax.training.checkpoints import CheckpointError
-from curvax.training.compare import comparison, grid_search, plots, report, step_cost
+from curvax.training.compare import comparison, grid_search, report, step_cost
 from curvax.training.compare.comparison import Outcomes, Variants
 from curvax.training.config import configs
 from curvax.training.config.renamed import current
@@ -210,6 +210,8 @@ def _finish(
     config: ConfigDict, spec: RunSpec, task: Task, outcomes: Outcomes, folder: Path
 ) -> tuple[Table, str]:
     """Writes the results of a command into its folder; returns the table and the summary."""
+    from curvax.training.compare import plots  # matplotlib, when a run ends
+
     if spec.command == "sweep":
         return _finish_sweep(config.name, spec, task, outcomes, folder)
     plots.draw(outcomes, folder / "curves.png", task.metric)
@@ -227,6 +229,8 @@ def _finish(
 def _finish_sweep(
     name: str, spec: RunSpec, task: Task, outcomes: Outcomes, folder: Path
 ) -> tuple[Table, str]:
+    from curvax.training.compare import plots
+
     methods = comparison.labels(spec.optimizers)
     grids = grid_search.grids(outcomes, methods, spec.fields, task.metric)
     grid_search.write(folder, grids)

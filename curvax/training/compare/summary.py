@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
 
 class Summary(NamedTuple):
@@ -25,5 +24,7 @@ def summarise(values: Sequence[float]) -> Summary:
     mean = float(np.mean(values))
     if n < 2:
         return Summary(mean, math.nan, math.nan)
+    from scipy import stats  # half a second
+
     deviation = float(np.std(values, ddof=1))
     return Summary(mean, deviation, float(stats.t.ppf(0.975, n - 1)) * deviation / math.sqrt(n))

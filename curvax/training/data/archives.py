@@ -14,8 +14,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from scipy.io import loadmat
-from scipy.io.matlab import MatReadError
 
 Arrays = tuple[np.ndarray, np.ndarray]
 """Images [N, H, W, C] and labels [N]."""
@@ -115,6 +113,9 @@ def svhn(folder: Path, *, extra: bool = False) -> tuple[Arrays, Arrays]:
 
 def _svhn_arrays(path: Path) -> Arrays:
     """One file: `X` [32, 32, 3, N], and `y` [N, 1] in which the digit 0 is written 10."""
+    from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
+
     try:
         with path.open("rb") as file:
             content = loadmat(file)

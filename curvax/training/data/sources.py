@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
-from sklearn.datasets import load_digits
 
 from curvax.training.data import archives, array_records
 from curvax.training.data.archives import Arrays, DataError
@@ -105,6 +104,8 @@ def read(name: str, path: Path | None) -> tuple[Arrays, ...]:
 
 
 def _digits() -> Arrays:
+    from sklearn.datasets import load_digits  # half a second
+
     digits = load_digits()
     images = (digits.images / 16).astype(np.float32)  # ink in 0 … 16
     return images[..., None], digits.target.astype(np.int32)

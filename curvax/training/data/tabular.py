@@ -1,7 +1,6 @@
 """Tables for regression: standardised features and targets."""
 
 import numpy as np
-from sklearn.datasets import load_diabetes
 
 from curvax.training.data import datasets
 from curvax.training.data.archives import DataError
@@ -27,6 +26,8 @@ def load(name: str, *, seed: int = 0) -> Dataset[Split]:
         raise DataError(
             f"The only table is `diabetes`, which comes with scikit-learn, and got `{name}`."
         )
+    from sklearn.datasets import load_diabetes  # half a second
+
     features, target = load_diabetes(return_X_y=True, scaled=False)
     whole = Split(features, target[:, None])
     train, test = datasets.divide(whole, TEST, seed=seed, purpose="load")
