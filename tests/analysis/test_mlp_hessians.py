@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from jax.flatten_util import ravel_pytree
+from small_problems import quick_jit
 
 import curvax as cx
 from curvax.analysis import mlp_block_hessians
@@ -63,7 +64,7 @@ def dense_block(objective, params, path, example):
         inner["kernel"] = unravel(v)
         return one(changed)
 
-    return np.asarray(jax.jacfwd(jax.jacfwd(at))(flat))
+    return np.asarray(quick_jit(jax.jacfwd(jax.jacfwd(at)))(flat))
 
 
 @pytest.mark.parametrize(

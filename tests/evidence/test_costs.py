@@ -39,7 +39,7 @@ def test_sharpness_costs_a_second_gradient(name, method, record_row):
     extra = (found[1] - p.gradient[1]) / p.bytes
     record_row(name, method, ratio(found, p.gradient), found[1] / p.gradient[1], extra)
     # XLA also counts the sums of norms that leave the range of floats, a branch not taken.
-    assert ratio(found, p.gradient) <= (2.02 if method == "sam" else 2.03)
+    assert ratio(found, p.gradient) <= (2.02 if method == "sam" else 2.035)
     if name in LARGE:
         # What a small model holds in its gradient is mostly parameters.
         assert found[1] <= (1.03 if method == "sam" else 1.04) * p.gradient[1]
