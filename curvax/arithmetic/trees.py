@@ -224,12 +224,11 @@ def dot(a: Tree, b: Tree) -> jax.Array:
 def norm(tree: Tree) -> jax.Array:
     """‖a‖₂ over the whole tree, with derivative 0 at 0, without overflow or underflow of squares.
 
-    A sum of squares outside the range of floats is repeated in units of the largest entry, in a
-    branch that costs nothing where it is not taken. Devices that hold shards of one tree take the
-    same branch.
+    A sum of squares outside the range of floats is repeated with scaled entries, in a branch that
+    costs nothing where it is not taken. Devices that hold shards of one tree take the same branch.
     """
     squares = dot(tree, tree)
-    return _where_in_range(squares, jnp.sqrt(squares), _norm_in_units, tree)
+    return _where_in_range(squares, jnp.sqrt(squares), _scaled_norm, tree)
 
 
 def _where_in_range(
@@ -248,13 +247,23 @@ def _where_in_range(
     return lax.cond(fine, lambda plain, *trees: plain, otherwise, plain, *trees)
 
 
-def _norm_in_units(tree: Tree) -> jax.Array:
-    """The norm, computed in units of a power of two near the largest entry."""
-    peaks = [jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(wide(tree))]
-    peak = functools.reduce(jnp.maximum, peaks, jnp.zeros((), jnp.float32))
-    unit = power_of_two(peak)
-    near_one = scale(inverse(unit), wide(tree))
-    return jnp.where(jnp.isfinite(peak), jnp.sqrt(dot(near_one, near_one)) * unit, peak)
+def _scaled_norm(tree: Tree) -> jax.Array:
+    """The norm, from squares that are scaled down by a power of two or, if these vanish, up.
+
+    The scales are constants: one that depends on the largest entry would be computed again for
+    every leaf, in programs that grow with the square of the number of leaves.
+    """
+
+    def measured(factor: float) -> jax.Array:
+        # XLA would simplify (cx)(cx) to c²x², and c² is out of range; `minimum` prevents that.
+        within = lambda x: jnp.minimum(x * factor, jnp.finfo(x.dtype).max)
+        scaled = jax.tree.map(within, wide(tree))
+        return jnp.sqrt(dot(scaled, scaled)) / factor
+
+    dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(tree))
+    large = 2.0 ** (0.6 * jnp.finfo(dtype).maxexp // 1)
+    reduced = measured(1 / large)
+    return jnp.where(reduced > 1, reduced, measured(large))
 
 
 @norm.defjvp
