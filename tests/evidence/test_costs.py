@@ -93,8 +93,8 @@ def record_row():
         head = ["model", "step", "FLOPs", "temporary memory", "extra copies of the parameters"]
         lines = ["# Cost of a step, in units of one gradient of the same model", ""]
         lines += [
-            f"Made by `{COMMAND}`. XLA counts the dearer branch of a conditional: here sums that are "
-            "computed only where a norm leaves the range of floats.",
+            f"Made by `{COMMAND}`. XLA counts the dearer branch of a conditional: here sums that "
+            "are computed only where a norm leaves the range of floats.",
             "",
         ]
         lines += ["| " + " | ".join(head) + " |", "|---|---|---|---|---|"]
