@@ -254,13 +254,15 @@ def _scaled_norm(tree: Tree) -> jax.Array:
     every leaf, in programs that grow with the square of the number of leaves.
     """
 
+    leaves = jax.tree.leaves(wide(tree))
+    dtype = max((x.dtype for x in leaves), key=lambda d: jnp.finfo(d).bits, default=jnp.float32)
+
     def measured(factor: float) -> jax.Array:
         # XLA would simplify (cx)(cx) to c²x², and c² is out of range; `minimum` prevents that.
-        within = lambda x: jnp.minimum(x * factor, jnp.finfo(x.dtype).max)
-        scaled = jax.tree.map(within, wide(tree))
+        within = lambda x: jnp.minimum(x.astype(dtype) * factor, jnp.finfo(dtype).max)
+        scaled = [within(x) for x in leaves]
         return jnp.sqrt(dot(scaled, scaled)) / factor
 
-    dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(tree))
     large = 2.0 ** (0.6 * jnp.finfo(dtype).maxexp // 1)
     reduced = measured(1 / large)
     return jnp.where(reduced > 1, reduced, measured(large))
