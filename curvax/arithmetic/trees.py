@@ -253,7 +253,6 @@ def _scaled_norm(tree: Tree) -> jax.Array:
     The scales are constants: one that depends on the largest entry would be computed again for
     every leaf, in programs that grow with the square of the number of leaves.
     """
-
     leaves = jax.tree.leaves(wide(tree))
     dtype = max((x.dtype for x in leaves), key=lambda d: jnp.finfo(d).bits, default=jnp.float32)
 
@@ -343,7 +342,6 @@ def cosine(a: Tree, b: Tree) -> jax.Array:
     """
     length, other = norm(a), norm(b)
     plain = ratio(ratio(dot(a, b), length), other)
-
     careful = lambda a, b: dot(_over(a, length), _over(b, other))
     return _where_in_range(length * other, plain, careful, a, b)
 

@@ -92,7 +92,7 @@ def levenberg_marquardt(
         metrics = no_metrics("reduction_ratio", "kl")
         return LevenbergMarquardtState(lam, jnp.zeros((), jnp.int32), inner.init(params), *metrics)
 
-    init.moves = lambda params: [True] * len(jax.tree.leaves(params)), _FROZEN  # type: ignore[attr-defined]
+    init.moves = (lambda params: [True] * len(jax.tree.leaves(params)), _FROZEN)  # type: ignore[attr-defined]
 
     def rule(
         signal: Signal,

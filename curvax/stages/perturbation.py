@@ -127,7 +127,7 @@ def sam_perturb(
         keys = tuple(DrawingKey(key).initial() for key in AscentRules(ascent, p, mask, params).keys)
         return SamState(jnp.zeros((), jnp.int32), keys, *no_metrics(*METRICS))
 
-    init.moves = lambda params: AscentRules(ascent, p, mask, params).mask, _FROZEN  # type: ignore[attr-defined]
+    init.moves = (lambda params: AscentRules(ascent, p, mask, params).mask, _FROZEN)  # type: ignore[attr-defined]
 
     def rule(
         signal: Signal,

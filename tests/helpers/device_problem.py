@@ -1,7 +1,6 @@
 """A regression over eight devices, and its methods as float64 loops over the shards."""
 
-import functools
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -49,9 +48,9 @@ def one_step(tx, params, state, batch, of=loss, **options):
     return optax.apply_updates(params, updates), state
 
 
-@functools.cache
+@cache
 def _compiled_step(tx, **options):
-    return jax.jit(functools.partial(one_step, tx, **options))
+    return jax.jit(partial(one_step, tx, **options))
 
 
 def step_alone(tx, params, state, batch, **options):

@@ -1,7 +1,6 @@
 """A scaled loss: the same numbers in exact arithmetic, and numbers at all in float16."""
 
-import functools
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -74,7 +73,7 @@ def passes(objective: cx.Objective, params: Any) -> dict[str, Any]:
     return found
 
 
-@functools.cache
+@cache
 def unscaled(kind: str) -> dict[str, Any]:
     return quick_jit(partial(passes, objective(kind)))(PARAMS)
 
