@@ -5,24 +5,27 @@ import re
 import sys
 from pathlib import Path
 
-import quick_xla
+import quick_jax
 
 # Evidence, selected by `-m evidence`, is measured as users compile. A worker of pytest-xdist
-# inherits the flags.
-inherited = "PYTEST_XDIST_WORKER" in os.environ
-measuring = re.search(r"-m[ =]?evidence", " ".join(sys.argv)) is not None
-quick = () if inherited or measuring else quick_xla.FLAGS
+# inherits what the first process found.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    measuring = re.search(r"-m[ =]?evidence", " ".join(sys.argv)) is not None
+    quick = () if measuring else quick_jax.FLAGS
+    os.environ["CURVAX_TESTS_MEASURE"] = "yes" if measuring else ""
+    os.environ["XLA_FLAGS"] = " ".join(
+        [*quick, "--xla_force_host_platform_device_count=8", os.environ.get("XLA_FLAGS", "")]
+    )
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = " ".join(
-    [*quick, "--xla_force_host_platform_device_count=8", os.environ.get("XLA_FLAGS", "")]
-)
 # Also for the processes that tests start.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "curvax-tests"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
-import jax  # noqa: E402
-import pytest  # noqa: E402
+import jax
+import pytest
 
+if not os.environ["CURVAX_TESTS_MEASURE"]:
+    quick_jax.lower_quickly()
 if not hasattr(jax, "enable_x64"):  # JAX 0.7 has it among the experiments.
     from jax.experimental import enable_x64  # type: ignore[attr-defined]
 

@@ -10,13 +10,15 @@ import os
 import signal
 import sys
 
-import quick_xla
+import quick_jax
 
 PORT, COUNT, NUMBER, *ARGUMENTS = sys.argv[1:]
 os.environ["JAX_PLATFORMS"], os.environ["JAX_ENABLE_X64"] = "cpu", "0"
 os.environ["XLA_FLAGS"] = " ".join(
-    [*quick_xla.FLAGS, f"--xla_force_host_platform_device_count={8 // int(COUNT)}"]
+    [*quick_jax.FLAGS, f"--xla_force_host_platform_device_count={8 // int(COUNT)}"]
 )
+
+quick_jax.lower_quickly()
 
 import mapped_run  # noqa: E402, F401  (its model is found by name)
 import numpy as np  # noqa: E402

