@@ -25,7 +25,16 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from curvax import checks
-from curvax.curvature import empirical_fvp, fvp, ggnvp, hvp
+from curvax.curvature import (
+    CorrectedFactors,
+    KroneckerFactors,
+    LeafReport,
+    empirical_fvp,
+    fvp,
+    ggnvp,
+    hvp,
+    kronecker_factors,
+)
 from curvax.likelihoods import bernoulli, categorical, gaussian, poisson
 from curvax.linalg import (
     Solution,
@@ -36,6 +45,7 @@ from curvax.linalg import (
     estimate_diagonal,
     estimate_trace,
     gaussian_probe,
+    kronecker,
     lanczos,
     materialize,
     power_iteration,
@@ -51,6 +61,7 @@ from curvax.methods import (
     gauss_newton,
     gsam,
     hessian_free,
+    kfac,
     look_sam,
     natural_gradient,
     newton_cg,
@@ -78,12 +89,15 @@ from curvax.stages import (
     ema_mean,
     ema_rms,
     empirical_fisher_diag,
+    empirical_fisher_kronecker,
     empirical_fisher_matvec,
     every,
     exact_diag,
     fisher_diag,
+    fisher_kronecker,
     fisher_matvec,
     gauss_newton_diag,
+    gauss_newton_kronecker,
     gauss_newton_matvec,
     gsam_project,
     hessian_matvec,
@@ -106,6 +120,9 @@ from curvax.stages import (
 )
 
 __all__ = [
+    "CorrectedFactors",
+    "KroneckerFactors",
+    "LeafReport",
     "Objective",
     "Product",
     "Signal",
@@ -130,6 +147,7 @@ __all__ = [
     "ema_mean",
     "ema_rms",
     "empirical_fisher_diag",
+    "empirical_fisher_kronecker",
     "empirical_fisher_matvec",
     "empirical_fvp",
     "estimate_diagonal",
@@ -138,10 +156,12 @@ __all__ = [
     "exact_diag",
     "fisher_ascent",
     "fisher_diag",
+    "fisher_kronecker",
     "fisher_matvec",
     "fvp",
     "gauss_newton",
     "gauss_newton_diag",
+    "gauss_newton_kronecker",
     "gauss_newton_matvec",
     "gaussian",
     "gaussian_probe",
@@ -153,6 +173,9 @@ __all__ = [
     "hutchinson_diag",
     "hvp",
     "keep_orthogonal",
+    "kfac",
+    "kronecker",
+    "kronecker_factors",
     "lanczos",
     "levenberg_marquardt",
     "look_sam",

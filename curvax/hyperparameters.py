@@ -15,8 +15,8 @@ Made = TypeVar("Made")
 
 STATIC = frozenset(
     {
-        "ascent", "block", "fraction", "key", "labels", "lag", "m", "mask", "p", "probes",
-        "sampler", "samples", "shards", "solver", "steps",
+        "ascent", "block", "factors_every", "fraction", "inverses_every", "key", "labels", "lag",
+        "like", "m", "mask", "p", "probes", "sampler", "samples", "shards", "solver", "steps",
     }
 )  # fmt: skip
 """Names of static options: counts, norms, fractions of the batch, seeds, and callables that are

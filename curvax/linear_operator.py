@@ -77,6 +77,20 @@ class Product:
             over=over,
         )
 
+    def gram(self, *vectors: Tree) -> jax.Array:
+        """The matrix of the numbers uᵀ (C + λI) v of some vectors.
+
+        Where the root is known, and not spread over devices, by a forward pass for each vector.
+        """
+        stacked = lambda left, right: jnp.stack(
+            [jnp.stack([trees.dot(u, v) for v in right]) for u in left]
+        )
+        if self.root is None or self.over:
+            return stacked(vectors, [self(v) for v in vectors])
+        rows = [self.root.forward(v) for v in vectors]
+        found = stacked(rows, rows)
+        return found if self.damping is None else found + self.damping * stacked(vectors, vectors)
+
     def within(self, into: Matvec, out_of: Matvec) -> "Product":
         """The product v ↦ Pᵀ C P v, a diagonal block of C for example.
 

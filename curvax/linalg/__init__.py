@@ -11,6 +11,7 @@ from curvax.linalg.dense import dense
 from curvax.linalg.eigenpairs import Eigenpairs, eigenpairs
 from curvax.linalg.flatten import materialize
 from curvax.linalg.hutchinson import Estimate, estimate_diagonal, estimate_trace, exact_diagonal
+from curvax.linalg.kronecker import kronecker
 from curvax.linalg.lanczos import Lanczos, lanczos
 from curvax.linalg.power import Eigenpair, power_iteration
 from curvax.linalg.probes import gaussian_probe, rademacher
@@ -35,6 +36,7 @@ __all__ = [
     "estimate_trace",
     "exact_diagonal",
     "gaussian_probe",
+    "kronecker",
     "lanczos",
     "materialize",
     "power_iteration",

@@ -45,7 +45,7 @@ class Solution(NamedTuple):
     Attributes:
         x: the solution, shaped and typed like b.
         steps: products used, an int32 scalar.
-        residual: ‖b - A x‖ / ‖b‖, and 0 for b = 0.
+        residual: ‖b - A x‖ / ‖b‖, and 0 for b = 0; 0 from `kronecker`, which does not compute it.
         reason: why the solver stopped, a `StopReason` as an int32 scalar.
 
     Examples:
@@ -99,6 +99,8 @@ class Solver:
             `score(x) -> scalar` ranks iterates for backtracking, lower is better, with the same
             value on every device.
         init: `params -> state`, the state before the first solve.
+        uses_factors: whether `solve` also takes `factors`, the Kronecker factors that earlier
+            stages set or None, and `init` takes them as a second argument.
 
     Examples:
         >>> import jax.numpy as jnp, curvax
@@ -108,7 +110,8 @@ class Solver:
     """
 
     solve: Callable[..., tuple[Solution, Tree]]
-    init: Callable[[Tree], Tree] = stateless
+    init: Callable[..., Tree] = stateless
+    uses_factors: bool = False
 
     def __call__(
         self,

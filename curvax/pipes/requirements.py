@@ -1,5 +1,7 @@
 """What a stage needs from earlier stages, or an error that shows where to put them."""
 
+from typing import Any
+
 from curvax.arithmetic.trees import Tree
 from curvax.arithmetic.typing import Matvec
 from curvax.linear_operator import Product, as_product
@@ -20,12 +22,14 @@ def needed_diagonal(diagonal: Tree, stage: str, needs: str) -> Tree:
     return diagonal
 
 
-def needed_matvec(matvec: Matvec | None, stage: str, needs: str) -> Product:
-    """The curvature product of a signal.
+def needed_matvec(matvec: Matvec | None, factors: Any, stage: str, needs: str) -> Product:
+    """The curvature product of a signal; that of its Kronecker factors if it has no other.
 
     Raises:
         ValueError: no earlier stage set one.
     """
+    if matvec is None:
+        matvec = factors
     if matvec is None:
         raise ValueError(
             f"`{stage}` {needs}, and no earlier stage gave one. Put one before it, as in "

@@ -23,7 +23,8 @@ from curvax.arithmetic.typing import Matvec, ScalarOrSchedule, ValueFn
 from curvax.devices import axes
 from curvax.objective import Objective, as_objective
 from curvax.parameter_roles import frozen
-from curvax.pipes import order
+from curvax.pipes import initial, order
+from curvax.pipes.initial import takes_factors
 from curvax.pipes.parts import NamedUpdate, name_of, parts_of
 
 
@@ -35,6 +36,7 @@ class Signal(NamedTuple):
         gradient: ∇L(θ) before any perturbation, a tree like the parameters.
         diagonal: a diagonal of the curvature, in float32 or wider, shaped like the parameters.
         matvec: a curvature product v ↦ C v on such trees.
+        factors: a Kronecker-factored curvature, such as `KroneckerFactors`.
         value: L(θ), a scalar; None where it is unknown.
         perturbed_value: the loss at the perturbed point, a scalar; on steps that
             `sam_perturb(every=)` skips, the last one, averaged over devices.
@@ -57,6 +59,7 @@ class Signal(NamedTuple):
     gradient: Tree = None
     diagonal: Tree = None
     matvec: Matvec | None = None
+    factors: Any = None
     value: jax.Array | None = None
     perturbed_value: jax.Array | None = None
     aux: Any = None
@@ -169,14 +172,16 @@ def pipe(*parts: optax.GradientTransformation) -> Stage:
     parts = tuple(piece for part in parts for piece in _pieces(part))
     _refuse_lost(parts)
 
-    def init(params: Tree) -> optax.OptState:
-        states = tuple(part.init(params) for part in parts)
+    def init(params: Tree, factors: Any = None) -> optax.OptState:
+        states = initial.initial_of_all(parts, params, factors)
         frozen.warn_of_frozen(parts, states, params)
         return states
 
     moving = [part.init.moves for part in parts if hasattr(part.init, "moves")]
     if moving:
         init.moves = moving[0]  # type: ignore[attr-defined]
+    if make := initial.factors_of_all(parts):
+        init.factors = make  # type: ignore[attr-defined]
 
     def rule(
         signal: Signal, state: optax.OptState, params: Tree = None, **extra: Any
@@ -232,12 +237,14 @@ def containing(
     evaluates_loss: bool = False,
     converted: bool = False,
 ) -> Stage:
-    """A stage around others, with their kinds.
+    """A stage around others, with their kinds, that passes on their factors if `init` takes some.
 
     `converted`: the gradient may reach the stages inside in another convention than the
     objective's.
     """
     name = rule.__qualname__.split(".")[0]
+    if takes_factors(init) and (make := initial.factors_of_all(inner)):
+        init.factors = make  # type: ignore[attr-defined]
     below = tuple(kind for part in inner for kind in kinds(part))
     if converted:
         below = tuple(kind._replace(converted=True) for kind in below)
@@ -266,18 +273,21 @@ class _Init:
     ):
         self.init, self.name, self.kinds = init, name, kinds
         self.complex_leaves = complex_leaves
-        if hasattr(init, "moves"):
-            # What `frozen.warn_of_frozen` reads; a pipe and `per_group` pass it on.
-            self.moves = init.moves
+        # What `frozen.warn_of_frozen` and `initial` read; stages around others pass it on.
+        for attribute in ("moves", "factors"):
+            if hasattr(init, attribute):
+                setattr(self, attribute, getattr(init, attribute))
 
-    def __call__(self, params: Tree) -> optax.OptState:
+    def __call__(self, params: Tree, factors: Any = None) -> optax.OptState:
         checks.refuse_masked(params, self.name)
         if not self.complex_leaves:
             checks.refuse_complex(params, self.name)
         for kind in self.kinds:
             if kind.evaluates_loss:
                 order.refuse_multi_steps_around(kind.name, replaces_gradient=kind.replaces_gradient)
-        return self.init(trees.arrays(params))
+        params = trees.arrays(params)
+        given = (params, factors) if takes_factors(self.init) else (params,)
+        return self.init(*given)
 
 
 class _Update(NamedUpdate):

@@ -64,7 +64,7 @@ def split_real_and_imaginary(stages: optax.GradientTransformation) -> Stage:
         if given is not None and own is not None:
             own.gradients.store(parts, updates, given.value, given.local)
         inside = signal._replace(
-            updates=updates, gradient=updates, diagonal=None, matvec=None, aux=None
+            updates=updates, gradient=updates, diagonal=None, matvec=None, factors=None, aux=None
         )
         out, state = inner.update(inside, state, parts, **extra)
         merged = jax.tree.map(lambda x, u: x.astype(u.dtype), _merge(out.updates), signal.updates)

@@ -17,6 +17,7 @@ from curvax.devices.axes import AxisNames
 from curvax.objective import Objective, as_objective, device_mean
 from curvax.pipes import requirements
 from curvax.pipes.diagnostics import Flags, Metrics, metrics_of, no_metrics, with_metrics_of
+from curvax.pipes.initial import initial
 from curvax.pipes.signal import Signal, Stage, containing, pipe
 
 FACTORS = {"poor": 1.5, "good": 2 / 3, "rejected": 4.0}
@@ -87,10 +88,10 @@ def levenberg_marquardt(
     _refuse_zero(damping)
     inner = pipe(stages)
 
-    def init(params: Tree) -> LevenbergMarquardtState:
+    def init(params: Tree, factors: Any = None) -> LevenbergMarquardtState:
         lam = jnp.array(damping, jnp.result_type(float))
-        metrics = no_metrics("reduction_ratio", "kl")
-        return LevenbergMarquardtState(lam, jnp.zeros((), jnp.int32), inner.init(params), *metrics)
+        below, metrics = initial(inner, params, factors), no_metrics("reduction_ratio", "kl")
+        return LevenbergMarquardtState(lam, jnp.zeros((), jnp.int32), below, *metrics)
 
     init.moves = (lambda params: [True] * len(jax.tree.leaves(params)), _FROZEN)  # type: ignore[attr-defined]
 
@@ -110,7 +111,7 @@ def levenberg_marquardt(
         checks.refuse_local(out.local, stage="levenberg_marquardt")
         trial = _try(objective, params, out, over)
         undone = trial.rose & reject
-        fresh = _select(state.rejected > 0, inner.init(params), state.inner)
+        fresh = _select(state.rejected > 0, initial(inner, params, signal.factors), state.inner)
         zeros = jax.tree.map(jnp.zeros_like, out.updates)
         metrics = dict(reduction_ratio=trial.ratio, kl=jnp.where(undone, 0.0, trial.kl))
         new_state = LevenbergMarquardtState(
@@ -144,7 +145,7 @@ class _Trial(NamedTuple):
 
 def _try(objective: Objective, params: Tree, out: Signal, over: tuple[str, ...]) -> _Trial:
     product = requirements.needed_matvec(
-        out.matvec, "levenberg_marquardt", "judges a quadratic model"
+        out.matvec, out.factors, "levenberg_marquardt", "judges a quadratic model"
     )
     delta = out.updates
     before = device_mean(objective, params, over)

@@ -107,7 +107,9 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
             averaged = trees.Static(out.averaged - out.local)
             diagonal = None if local and weight is not None else out.diagonal
             # Keys and axis names do not average; both are put back below.
-            out = out._replace(diagonal=diagonal, matvec=None, local=None, averaged=None)
+            out = out._replace(
+                diagonal=diagonal, matvec=None, factors=None, local=None, averaged=None
+            )
             return (out, averaged, keys.without(new)), group.batch_weight()
 
         out, shared, new = over_groups(one, groups, count, params, state)

@@ -1,4 +1,4 @@
-"""Preconditioning by a diagonal: division by a power of it, or clipping against it."""
+"""Preconditioning by a diagonal or Kronecker factors: division by a power, or clipping."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ from curvax.pipes.signal import Signal, Stage, StepState, at, stage
 def scale_by_power(
     power: ScalarOrSchedule, *, eps: ScalarOrSchedule = 1e-8, damping: ScalarOrSchedule = 0.0
 ) -> Stage:
-    """Divides the updates by a power of the diagonal.
+    """Divides the updates by a power of the diagonal, or of the Kronecker factors.
 
         u ← u / ((D + λ)ᵏ + ε)
 
-    k = 1 is a diagonal Newton step, k = ½ the step of Adam, k = 0 gradient descent. Yao et al.,
-    AdaHessian, arXiv:2006.00719, eq. 7 and 12; Martens, arXiv:1412.1193, eq. 10.
+    D is a diagonal, or the eigenvalues of Kronecker factors, in whose eigenbasis u is then divided;
+    each step takes one eigendecomposition of every factor. k = 1 is a diagonal Newton step, k = ½
+    the step of Adam, k = 0 gradient descent. Yao et al., AdaHessian, arXiv:2006.00719, eq. 7 and
+    12; Martens, arXiv:1412.1193, eq. 10.
 
     Args:
         power: k in [0, 1], a number or a schedule.
@@ -34,10 +36,11 @@ def scale_by_power(
             schedule.
 
     Returns:
-        A stage that needs a non-negative `diagonal`, as after `ema_rms`.
+        A stage that needs a non-negative `diagonal`, as after `ema_rms`, or `factors`.
 
     Raises:
-        ValueError: an option is out of range; in `update`, no earlier stage set a diagonal.
+        ValueError: an option is out of range; in `update`, no earlier stage set a diagonal or
+            factors.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax, curvax
@@ -56,15 +59,20 @@ def scale_by_power(
         signal: Signal, state: StepState, params: Tree = None, **extra: Any
     ) -> tuple[Signal, StepState]:
         del params, extra
-        diagonal = requirements.needed_diagonal(
-            signal.diagonal, "scale_by_power", "divides by a diagonal"
-        )
         k, epsilon, lam = (at(x, state.step) for x in (power, eps, damping))
+        divisor = lambda d: safe_math.power(d + lam, k) + epsilon
 
         def divide(u: jax.Array, d: jax.Array) -> jax.Array:
-            return _divided(u, safe_math.power(d + lam, k) + epsilon, epsilon).astype(u.dtype)
+            return _divided(u, divisor(d), epsilon).astype(u.dtype)
 
-        updates = jax.tree.map(divide, signal.updates, diagonal)
+        if signal.diagonal is None and signal.factors is not None:
+            inverse = lambda d: _divided(jnp.ones_like(d), divisor(d), epsilon)
+            updates = signal.factors.scaled(signal.updates, inverse)
+        else:
+            diagonal = requirements.needed_diagonal(
+                signal.diagonal, "scale_by_power", "divides by a diagonal"
+            )
+            updates = jax.tree.map(divide, signal.updates, diagonal)
         return signal._replace(updates=updates), StepState(state.step + 1)
 
     return stage(lambda params: StepState(jnp.zeros((), jnp.int32)), rule)

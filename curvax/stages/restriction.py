@@ -137,6 +137,7 @@ class _Within:
             gradient=keep(self.signal.gradient),
             diagonal=None if self.signal.diagonal is None else keep(self.signal.diagonal),
             matvec=None if self.signal.matvec is None else self._matvec(masked),
+            factors=None,
         )
         out, state = step(self.part, inside, state, keep(self.params), **extra)
         self.out = out if jax.tree.leaves(out.updates) else None

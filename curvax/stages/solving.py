@@ -65,7 +65,9 @@ def damp(damping: ScalarOrSchedule | None = None) -> Stage:
         **extra: Any,
     ) -> tuple[Signal, DampState]:
         del params, extra
-        product = requirements.needed_matvec(signal.matvec, "damp", "damps a curvature product")
+        product = requirements.needed_matvec(
+            signal.matvec, signal.factors, "damp", "damps a curvature product"
+        )
         lam = at(own, state.step) if own is not None else damping
         if lam is None:
             raise ValueError(
@@ -98,11 +100,13 @@ def solve(solver: Solver) -> Stage:
 
     Args:
         solver: linear solver, such as `cg(20)`, `steihaug(radius)`, `dense()` or `row_space()`. A
-            diagonal preconditioner (`cg(20, preconditioner=0.75)`) uses the signal's diagonal.
+            diagonal preconditioner (`cg(20, preconditioner=0.75)`) uses the signal's diagonal, and
+            `kronecker()` its factors.
 
     Returns:
-        A stage that needs `matvec`. Its metrics are `cg_steps`, `cg_residual` ‖b - Ax‖/‖b‖, and
-        `cg_reason`, the number of a `curvax.StopReason`.
+        A stage that needs `matvec` or `factors`. Its metrics are `cg_reason`, the number of a
+        `curvax.StopReason`, and, except with `kronecker()`, `cg_steps` and `cg_residual`
+        ‖b - Ax‖/‖b‖.
 
     Raises:
         TypeError: `solver` is not a solver.
@@ -119,10 +123,11 @@ def solve(solver: Solver) -> Stage:
         [1.0, 2.0]
     """
     check_solver(solver, "solve")
+    names = ["cg_steps", "cg_residual"] * (not solver.uses_factors) + ["cg_reason"]
 
-    def init(params: Tree) -> SolveState:
-        metrics = no_metrics("cg_steps", "cg_residual", "cg_reason")
-        return SolveState(solver.init(params), *metrics)
+    def init(params: Tree, factors: Any = None) -> SolveState:
+        given = (params, factors) if solver.uses_factors else (params,)
+        return SolveState(solver.init(*given), *no_metrics(*names))
 
     def rule(
         signal: Signal,
@@ -134,22 +139,18 @@ def solve(solver: Solver) -> Stage:
     ) -> tuple[Signal, SolveState]:
         del extra
         product = requirements.needed_matvec(
-            signal.matvec, "solve", "solves with a curvature product"
+            signal.matvec, signal.factors, "solve", "solves with a curvature product"
         )
         checks.refuse_local(signal.local, stage="solve")
         score = None
         if isinstance(value_fn, Objective):
             score = lambda x: device_mean(value_fn, trees.add_scaled(params, -1.0, x), product.over)
+        known = {"factors": signal.factors} if solver.uses_factors else {}
         solution, inner = solver.solve(
-            product, signal.updates, state.solver, diagonal=signal.diagonal, score=score
+            product, signal.updates, state.solver, diagonal=signal.diagonal, score=score, **known
         )
-        metrics = metrics_of(
-            dict(
-                cg_steps=solution.steps,
-                cg_residual=solution.residual,
-                cg_reason=solution.reason,
-            )
-        )
+        figures = (solution.steps, solution.residual, solution.reason)[-len(names) :]
+        metrics = metrics_of(dict(zip(names, figures)))
         updates = trees.cast_like(solution.x, signal.updates)
         return signal._replace(updates=updates), SolveState(inner, *metrics)
 
@@ -202,7 +203,9 @@ def trust_region(radius: ScalarOrSchedule) -> Stage:
         signal: Signal, state: TrustRegionState, params: Tree = None, **extra: Any
     ) -> tuple[Signal, TrustRegionState]:
         del params, extra
-        product = requirements.needed_matvec(signal.matvec, "trust_region", "measures a step")
+        product = requirements.needed_matvec(
+            signal.matvec, signal.factors, "trust_region", "measures a step"
+        )
         checks.refuse_local(signal.local, stage="trust_region")
         u, one = _scaled(signal.updates)
         square = trees.dot(u, product.curvature(u))
@@ -233,8 +236,9 @@ def quadratic_step(*, momentum: bool = True) -> Stage:
 
     The stage determines the step size; a learning rate of 1 behind it gives the step its sign:
     `solve(cg(20)) | quadratic_step() | optax.scale_by_learning_rate(1.0)`. It costs two products,
-    or one without momentum. Where the model has no minimum along u, α = 1 and β = 0. Martens &
-    Grosse, K-FAC, arXiv:1503.05671, section 7.
+    or one without momentum; forward passes only where the root of the product is known and lies on
+    one device. Where the model has no minimum along u, α = 1 and β = 0. Martens & Grosse, K-FAC,
+    arXiv:1503.05671, section 7.
 
     Args:
         momentum: whether to add the previous updates.
@@ -265,20 +269,20 @@ def quadratic_step(*, momentum: bool = True) -> Stage:
         signal: Signal, state: QuadraticStepState, params: Tree = None, **extra: Any
     ) -> tuple[Signal, QuadraticStepState]:
         del params, extra
-        product = requirements.needed_matvec(signal.matvec, "quadratic_step", "minimises a model")
+        product = requirements.needed_matvec(
+            signal.matvec, signal.factors, "quadratic_step", "minimises a model"
+        )
         checks.refuse_local(signal.local, stage="quadratic_step")
         g, (u, one) = signal.gradient, _scaled(signal.updates)
-        au, gu = product(u), trees.dot(g, u)
+        gu = trees.dot(g, u)
         if momentum:
             last, one_last = _scaled(state.previous)
-            av = product(last)
-            alpha, beta = _minimum(
-                trees.dot(u, au), trees.dot(u, av), trees.dot(last, av), gu, trees.dot(g, last), one
-            )
+            gram = product.gram(u, last)
+            alpha, beta = _minimum(gram[0, 0], gram[0, 1], gram[1, 1], gu, trees.dot(g, last), one)
             updates = trees.add(trees.scale(alpha, u), trees.scale(beta, last))
             metrics = metrics_of({"step_size": alpha / one, "momentum": beta / one_last})
         else:
-            alpha = _minimum_along(trees.dot(u, au), gu, one)
+            alpha = _minimum_along(product.gram(u)[0, 0], gu, one)
             updates = trees.scale(alpha, u)
             metrics = metrics_of({"step_size": alpha / one, "momentum": jnp.zeros(())})
         signal = signal._replace(updates=updates)

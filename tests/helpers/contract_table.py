@@ -52,6 +52,10 @@ def halve(signal: cx.Signal, state: Any, params: Any, **extra: Any) -> Any:
     return signal._replace(updates=optax.tree.scale(0.5, signal.updates)), state
 
 
+def like() -> cx.Objective:
+    return cx.Objective(cx.gaussian("y"), make_batch(), model=predict)
+
+
 def diagonal(key: Any = 0) -> cx.Stage:
     return cx.hutchinson_diag(key)
 
@@ -190,6 +194,36 @@ TABLE = {
         lambda rho: cx.sam_perturb(rho, ascent=cx.fisher_ascent(0.3, solver=cx.cg(3))),
         {"rho": 0.1},
         perturbs=True,
+    ),
+    "fisher_kronecker | ema_mean | every": Row(
+        lambda key, decay, damping: (
+            cx.every(2, cx.fisher_kronecker(like(), key) | cx.ema_mean(decay))
+            | cx.damp(damping)
+            | cx.solve(cx.kronecker(3, style="heuristic"))
+        ),
+        {"key": 3, "decay": 0.9, "damping": 0.3},
+    ),
+    "gauss_newton_kronecker": Row(
+        lambda power: (
+            cx.gauss_newton_kronecker() | cx.scale_by_power(power, damping=0.3, eps=0.1)
+        ),
+        {"power": 0.5},
+    ),
+    "empirical_fisher_kronecker | accumulate": Row(
+        lambda radius: (
+            cx.empirical_fisher_kronecker(like())
+            | cx.accumulate()
+            | cx.damp(0.3)
+            | cx.solve(cx.kronecker())
+            | cx.trust_region(radius)
+        ),
+        {"radius": 0.1},
+    ),
+    "kfac": Row(
+        lambda rate: cx.kfac(like(), rate, damping=0.3, momentum=0.9, radius=0.5), {"rate": 0.1}
+    ),
+    "kfac, adaptive": Row(
+        lambda damping: cx.kfac(like(), damping=damping, adaptive=True), {"damping": 0.3}
     ),
     "natural_gradient": Row(
         lambda rate: cx.natural_gradient(rate, damping=0.3, solver=cx.cg(3), momentum=0.9),

@@ -49,6 +49,15 @@ class Cell(NamedTuple):
         g, left = eigenpairs(self.outputs)
         return Eigen(left, right, jnp.maximum(g, 0)[..., :, None] * jnp.maximum(a, 0)[..., None, :])
 
+    def inverse(self, damping: Any) -> "Cell":
+        """(G + √λ/π I)⁻¹ ⊗ (A + √λ π I)⁻¹, by Cholesky factors."""
+        root, pi = jnp.sqrt(damping), self.pi()
+        if self.is_table:
+            return Cell(
+                1 / (self.inputs + (root * pi)[..., None]), inverted(self.outputs, root / pi)
+            )
+        return Cell(inverted(self.inputs, root * pi), inverted(self.outputs, root / pi))
+
     def heuristic(self, v: jax.Array, damping: Any) -> jax.Array:
         """(G + √λ/π I)⁻¹ V (A + √λ π I)⁻¹, by Cholesky factors."""
         root, pi = jnp.sqrt(damping), self.pi()
@@ -85,10 +94,6 @@ class Eigen(NamedTuple):
     def product(self, v: jax.Array) -> jax.Array:
         return self.scaled(v, self.values)
 
-    def power(self, v: jax.Array, exponent: Any, damping: Any) -> jax.Array:
-        """(C + λI)^exponent V"""
-        return self.scaled(v, powers(self.values, exponent, damping))
-
     def trace(self) -> jax.Array:
         return jnp.sum(self.values)
 
@@ -117,6 +122,12 @@ def solved(matrix: jax.Array, damping: jax.Array, v: jax.Array) -> jax.Array:
     for _ in range(matrix.ndim - 2):
         one = jax.vmap(one)
     return one(matrix + shift, v)
+
+
+def inverted(matrix: jax.Array, damping: jax.Array) -> jax.Array:
+    """(M + damping·I)⁻¹ for positive semi-definite matrices [..., d, d]."""
+    ones = jnp.ones(matrix.shape[:-1], matrix.dtype)
+    return solved(matrix, damping, _diagonal(ones))
 
 
 def combined(cells: list[Cell]) -> Cell:

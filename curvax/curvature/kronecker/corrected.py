@@ -1,6 +1,7 @@
 """Factors with corrected eigenvalues (E-KFAC): the exact diagonal in the factors' eigenbasis."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,10 +30,22 @@ Values = tuple[tuple[jax.Array, ...], ...]
 class CorrectedFactors(BlockOperator):
     """The matrix Q_G ⊗ Q_A diag(E) (Q_G ⊗ Q_A)ᵀ of every kernel, and a diagonal for the rest.
 
+    `KroneckerFactors.corrected` corrects E; in `KroneckerFactors.eigen` it is that of the factors.
+
     Attributes:
         bases: the eigenvectors and eigenvalues of each block, and of its bias if that is apart.
         diagonals: the diagonal of every other parameter, by its number.
         structure: which parameter is in which block.
+
+    Examples:
+        >>> import jax.numpy as jnp, curvax
+        >>> batch = {"x": jnp.array([[1.0, 0.0], [0.0, 2.0]]), "y": jnp.zeros((2, 1))}
+        >>> predict = lambda w, batch: batch["x"] @ w
+        >>> objective = curvax.Objective(curvax.gaussian("y"), batch, model=predict)
+        >>> w = jnp.ones((2, 1))
+        >>> corrected = curvax.kronecker_factors(objective, w).corrected(objective, w)
+        >>> corrected(w)[:, 0].round(3).tolist()  # E[x xᵀ] w
+        [0.5, 2.0]
     """
 
     bases: tuple[tuple[Eigen, ...], ...]
@@ -47,10 +60,10 @@ class CorrectedFactors(BlockOperator):
     def _product(self, k: int, matrices: list[jax.Array]) -> list[jax.Array]:
         return [eigen.product(v) for eigen, v in zip(self.bases[k], matrices)]
 
-    def _power(
-        self, k: int, matrices: list[jax.Array], exponent: Any, damping: Any
+    def _scaled(
+        self, k: int, matrices: list[jax.Array], by: Callable[[jax.Array], jax.Array]
     ) -> list[jax.Array]:
-        return [eigen.power(v, exponent, damping) for eigen, v in zip(self.bases[k], matrices)]
+        return [eigen.scaled(v, by(eigen.values)) for eigen, v in zip(self.bases[k], matrices)]
 
     def _heuristic(self, k: int, matrices: list[jax.Array], damping: Any) -> list[jax.Array]:
         raise ValueError(
@@ -74,7 +87,7 @@ def corrections(
     over = checks.averaged_axes(mean_over, objective.local_axes(params), stage=where)
     draws = draws_of(objective, fisher, labels, key)
     with jax.default_matmul_precision("highest"):
-        bases = [[cell.eigen() for cell in factors.cells(k)] for k in range(len(factors.inputs))]
+        bases = factors.eigen().bases
         own = lambda part, *draws: _values(part, params, factors.structure, bases, draws)
         values = microbatch_mean(objective, own, *draws, aux=False)
         values = axes.mean(values, over, objective.batch_weight())

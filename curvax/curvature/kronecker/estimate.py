@@ -10,6 +10,7 @@ from curvax.curvature.kronecker.cotangents import draws_of
 from curvax.curvature.kronecker.factors import KroneckerFactors
 from curvax.curvature.kronecker.options import Options, check_draws, required
 from curvax.curvature.kronecker.sums import sums_of
+from curvax.curvature.kronecker.tapped import tapped
 from curvax.devices import axes
 from curvax.devices.axes import AxisNames
 from curvax.objective import Objective, microbatch_mean
@@ -68,12 +69,11 @@ def kronecker_factors(
 
     Examples:
         >>> import jax.numpy as jnp, curvax
-        >>> from curvax.curvature.kronecker import kronecker_factors
         >>> batch = {"x": jnp.array([[1.0, 0.0], [0.0, 2.0]]), "y": jnp.zeros((2, 1))}
         >>> predict = lambda w, batch: batch["x"] @ w
         >>> objective = curvax.Objective(curvax.gaussian("y"), batch, model=predict)
         >>> w = jnp.ones((2, 1))
-        >>> factors = kronecker_factors(objective, w)
+        >>> factors = curvax.kronecker_factors(objective, w)
         >>> factors(w)[:, 0].round(3).tolist()  # E[x xᵀ] w
         [0.5, 2.0]
         >>> factors.solve(factors(w), damping=0.0)[:, 0].round(3).tolist()
@@ -86,7 +86,7 @@ def kronecker_factors(
     over = checks.averaged_axes(mean_over, local, stage="kronecker_factors")
     draws = draws_of(objective, fisher, labels, key)
 
-    own = lambda part, *draws: sums_of(part, params, options, *draws)
+    own = lambda part, *draws: sums_of(tapped(part, params), options, *draws)
     with jax.default_matmul_precision("highest"):
         found = microbatch_mean(objective, own, *draws, aux=False)
         found = axes.mean(found, over, objective.batch_weight())

@@ -1,6 +1,7 @@
 """The factored matrix: G ⊗ A for every kernel, and a diagonal for the rest."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,12 +31,11 @@ class KroneckerFactors(BlockOperator):
 
     Examples:
         >>> import jax.numpy as jnp, curvax
-        >>> from curvax.curvature.kronecker import kronecker_factors
         >>> batch = {"x": jnp.array([[1.0, 0.0], [0.0, 2.0]]), "y": jnp.zeros((2, 1))}
         >>> predict = lambda p, batch: batch["x"] @ p["w"] * p["scale"][None]
         >>> objective = curvax.Objective(curvax.gaussian("y"), batch, model=predict)
         >>> params = {"w": jnp.ones((2, 1)), "scale": jnp.ones(1)}
-        >>> factors = kronecker_factors(objective, params)
+        >>> factors = curvax.kronecker_factors(objective, params)
         >>> inputs, outputs = factors.factors_of("w")
         >>> inputs.round(3).tolist(), outputs.round(3).tolist()
         ([[0.5, 0.0], [0.0, 2.0]], [[1.0]])
@@ -100,6 +100,27 @@ class KroneckerFactors(BlockOperator):
         """
         return corrections(self, objective, params, labels, key, mean_over)
 
+    def eigen(self) -> CorrectedFactors:
+        """The same matrix by its eigenvectors and eigenvalues, from one decomposition."""
+        blocks = range(len(self.inputs))
+        bases = tuple(tuple(cell.eigen() for cell in self.cells(k)) for k in blocks)
+        return CorrectedFactors(bases, self.diagonals, self.structure)
+
+    def inverse(self, damping: Any) -> "KroneckerFactors":
+        """The inverses of the damped factors: the product with them is `solve(style="heuristic")`.
+
+        Args:
+            damping: λ > 0, in the units of C.
+
+        Raises:
+            ValueError: λ is not positive.
+        """
+        self._check_style("heuristic", damping)
+        inverted = [self.cells(k)[0].inverse(damping) for k in range(len(self.inputs))]
+        inputs, outputs = (tuple(x) for x in zip(*inverted)) if inverted else ((), ())
+        diagonals = {leaf: 1 / (d + damping) for leaf, d in self.diagonals.items()}
+        return KroneckerFactors(inputs, outputs, diagonals, self.structure)
+
     def trace(self) -> jax.Array:
         """tr C = Σ tr A tr G, and the sums of the diagonals; a scalar."""
         blocks = [cell.trace() for k in range(len(self.inputs)) for cell in self.cells(k)]
@@ -108,11 +129,11 @@ class KroneckerFactors(BlockOperator):
     def _product(self, k: int, matrices: list[jax.Array]) -> list[jax.Array]:
         return [cell.product(v) for cell, v in zip(self.cells(k), matrices)]
 
-    def _power(
-        self, k: int, matrices: list[jax.Array], exponent: Any, damping: Any
+    def _scaled(
+        self, k: int, matrices: list[jax.Array], by: Callable[[jax.Array], jax.Array]
     ) -> list[jax.Array]:
         eigen = [cell.eigen() for cell in self.cells(k)]
-        return [own.power(v, exponent, damping) for own, v in zip(eigen, matrices)]
+        return [own.scaled(v, by(own.values)) for own, v in zip(eigen, matrices)]
 
     def _heuristic(self, k: int, matrices: list[jax.Array], damping: Any) -> list[jax.Array]:
         cell, *_ = self.cells(k)

@@ -17,8 +17,7 @@ from curvax.curvature.kronecker.atoms import arranged, axes_of, restored
 from curvax.curvature.kronecker.cells import powers
 from curvax.curvature.kronecker.options import Options
 from curvax.curvature.kronecker.plan import Block, LeafReport
-
-STYLES = ("exact", "heuristic")
+from curvax.linalg.kronecker import STYLES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +85,17 @@ class BlockOperator(abc.ABC):
             damping: λ >= 0, in the units of C. At 0 a negative power of an eigenvalue that is 0
                 within rounding counts as 0, as in a pseudo-inverse.
         """
-        apply = lambda k, matrices: self._power(k, matrices, exponent, damping)
-        entries = lambda d: powers(d[None, None], exponent, damping)[0, 0]
-        return self._applied(v, apply, entries)
+        return self.scaled(v, lambda values: powers(values, exponent, damping))
+
+    def scaled(self, v: Tree, by: Callable[[jax.Array], jax.Array]) -> Tree:
+        """f(C) v for a function of the eigenvalues.
+
+        Args:
+            v: a tree like the parameters.
+            by: f, on arrays of eigenvalues >= 0 whose last two axes are those of one block.
+        """
+        apply = lambda k, matrices: self._scaled(k, matrices, by)
+        return self._applied(v, apply, lambda d: by(d[None, None])[0, 0])
 
     def solve(self, v: Tree, damping: Any, style: str = "exact") -> Tree:
         """(C + λI)⁻¹ v.
@@ -154,8 +161,8 @@ class BlockOperator(abc.ABC):
     def _product(self, k: int, matrices: list[jax.Array]) -> list[jax.Array]: ...
 
     @abc.abstractmethod
-    def _power(
-        self, k: int, matrices: list[jax.Array], exponent: Any, damping: Any
+    def _scaled(
+        self, k: int, matrices: list[jax.Array], by: Callable[[jax.Array], jax.Array]
     ) -> list[jax.Array]: ...
 
     @abc.abstractmethod

@@ -24,8 +24,8 @@ class Options(NamedTuple):
     sharing: str
     bias: str
 
-    def checked(self) -> "Options":
-        """These options.
+    def checked(self, where: str = "kronecker_factors") -> "Options":
+        """These options of `where`.
 
         Raises:
             ValueError: one of them is unknown.
@@ -33,9 +33,7 @@ class Options(NamedTuple):
         for name, known in (("fisher", FISHERS), ("sharing", SHARINGS), ("bias", BIASES)):
             value = getattr(self, name)
             if value not in known:
-                raise ValueError(
-                    f"`kronecker_factors({name}=)` is one of {known}, and is {value!r}."
-                )
+                raise ValueError(f"`{where}({name}=)` is one of {known}, and is {value!r}.")
         return self
 
 

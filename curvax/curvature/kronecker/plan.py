@@ -21,6 +21,15 @@ class LeafReport(NamedTuple):
         stack: the sizes of the axes that number layers or groups, each with factors of its own.
         inputs: the size of A.
         outputs: the size of G.
+
+    Examples:
+        >>> import jax.numpy as jnp, curvax
+        >>> batch = {"x": jnp.ones((2, 3)), "y": jnp.zeros((2, 1))}
+        >>> predict = lambda w, batch: batch["x"] @ w
+        >>> objective = curvax.Objective(curvax.gaussian("y"), batch, model=predict)
+        >>> (line,) = curvax.kronecker_factors(objective, jnp.ones((3, 1))).report().values()
+        >>> line.treatment, line.inputs, line.outputs
+        ('kronecker', 3, 1)
     """
 
     treatment: str

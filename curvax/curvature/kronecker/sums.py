@@ -22,9 +22,8 @@ from curvax.curvature.kronecker.statistics import (
     output_factor,
     squares,
 )
-from curvax.curvature.kronecker.tapped import tapped
+from curvax.curvature.kronecker.tapped import Tapped
 from curvax.curvature.kronecker.taps import Arrays
-from curvax.objective import Objective
 
 
 @jax.tree_util.register_dataclass
@@ -53,17 +52,16 @@ class Sums:
         return combined(cells)
 
 
-def sums_of(part: Objective, params: Tree, options: Options, *draws: Tree) -> Sums:
+def sums_of(at: Tapped, options: Options, *draws: Tree) -> Sums:
     """The factors of a part of the batch.
 
     Args:
-        part: the objective on that part.
-        params: the point θ.
+        at: the model at that part.
         options: how factors are made.
         draws: labels or keys of the examples, if labels are sampled.
     """
-    at, leaves = tapped(part, params), jax.tree.leaves(params)
-    structure = structure_of(at.plan, params, options)
+    part, leaves = at.part, jax.tree.leaves(at.params)
+    structure = structure_of(at.plan, at.params, options)
     rows = inputs_of_blocks(at.plan, at.seen, at.sites, part.size, structure.joint)
     inputs = tuple(tuple(input_factor(x, options.sharing) for x in own) for own in rows)
 

@@ -1,4 +1,7 @@
-"""A model at a point ↦ its outputs, the activations at its sites, and a pull-back to these."""
+"""A model at a point ↦ its outputs, the activations at its sites, and a pull-back to these.
+
+The pull-back reaches the parameters as well, so that factors and gradient share a forward pass.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,7 +21,7 @@ from curvax.curvature.kronecker.values import ROWS, Names, Value, parameter
 from curvax.curvature.kronecker.walk import Found, walk
 from curvax.curvature.linearization import localized
 from curvax.devices import axes
-from curvax.objective import Objective, pieces, scaling
+from curvax.objective import LossAndGradient, Objective, loss_of_outputs, pieces, scaling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,16 +29,31 @@ class Tapped:
     """One forward pass of the model, with everything that the factors need."""
 
     part: Objective
+    params: Tree
     plan: Plan
     outputs: Tree
     """z of the model."""
+    aux: Any
     seen: Arrays
     """The activations at the sites."""
     sites: jax.Array | None
     """The weights of the sites of the loss, w / Σw, or None if they are all the same."""
-    pull: Callable[[Tree], tuple[Arrays, list[jax.Array]]]
-    """c ↦ (cotangents at the sites, gradients of the loose parameters)."""
+    pull: Callable[[Tree], tuple[Arrays, Arrays]]
+    """c ↦ (cotangents at the sites, gradients of the floating parameters by their numbers)."""
     local: frozenset[str]
+
+    def loss_and_gradient(self) -> LossAndGradient:
+        """((L, aux), ∇L), if all parameters are floating."""
+        scale = self.part.scale
+
+        def scaled(z: Tree) -> tuple[jax.Array, jax.Array]:
+            value = loss_of_outputs(self.part, z)
+            return scaling.scaled(value, scale), value
+
+        (_, value), cotangent = jax.value_and_grad(scaled, has_aux=True)(self.outputs)
+        found = self.pull(cotangent)[1]
+        gradient = jax.tree.unflatten(jax.tree.structure(self.params), list(found.values()))
+        return (value, self.aux), scaling.unscaled(gradient, scale)
 
     def total(self, columns: Columns, f: Callable[[Arrays, list[jax.Array]], Tree]) -> Tree:
         """Σ_j f(pull(c_j)), with the cotangents of one column in memory at a time."""
@@ -55,13 +73,19 @@ class Tapped:
         return jax.lax.scan(lambda t, j: (add(t, j), None), start, jnp.arange(columns.count))[0]
 
     def _pulled(self, cotangent: Tree) -> tuple[Arrays, list[jax.Array]]:
-        """`pull` of a cotangent near 1/√n, scaled as the loss of a mean is."""
-        cast = lambda c: jax.tree.map(lambda x, z: x.astype(z.dtype), c, self.outputs)
+        """Cotangents at the sites and gradients of the loose parameters, of a cotangent near 1/√n,
+        scaled as the loss of a mean is.
+        """
+
+        def pull(c: Tree) -> tuple[Arrays, list[jax.Array]]:
+            at_sites, of_leaves = self.pull(trees.cast_like(c, self.outputs))
+            return at_sites, [of_leaves[leaf] for leaf in self.plan.loose]
+
         if self.part.scale is None:
-            return self.pull(cast(cotangent))
+            return pull(cotangent)
         root = self.part.size**0.5
-        pull = scaling.at_scale(lambda c: self.pull(cast(c)), self.part.scale)
-        return trees.scale(root, pull(trees.scale(1 / root, trees.wide(cotangent))))
+        scaled = scaling.at_scale(pull, self.part.scale)
+        return trees.scale(root, scaled(trees.scale(1 / root, trees.wide(cotangent))))
 
 
 class Traced(NamedTuple):
@@ -70,7 +94,7 @@ class Traced(NamedTuple):
     program: Any
     """A closed jaxpr of the parameters and the batch."""
     kinds: Tree
-    """The shapes and dtypes of the outputs."""
+    """The shapes and dtypes of the outputs, and of the aux."""
     plan: Plan
 
 
@@ -78,18 +102,18 @@ def traced(part: Objective, params: Tree) -> Traced:
     """Traces the model and finds its sites; computes nothing."""
     leaves, treedef = jax.tree.flatten(params)
 
-    def forward(leaves: list[jax.Array], batch: Tree) -> Tree:
-        return pieces.changed(part, batch=batch).outputs(jax.tree.unflatten(treedef, leaves))[0]
+    def forward(leaves: list[jax.Array], batch: Tree) -> tuple[Tree, Any]:
+        return pieces.changed(part, batch=batch).outputs(jax.tree.unflatten(treedef, leaves))
 
     program, kinds = jax.make_jaxpr(forward, return_shape=True)(leaves, part.batch)
     names = Names()
     found = Found(names)
-    weights = jax.eval_shape(lambda z: site_weights(part, z), kinds)
+    weights = jax.eval_shape(lambda z: site_weights(part, z), kinds[0])
     sites = (part.size,) if weights is None else weights.shape
     values = [parameter(number, x.shape) for number, x in enumerate(leaves)]
     values += [_entry(x.shape, sites, names) for x in jax.tree.leaves(part.batch)]
     outs = walk(program.jaxpr, values, found)
-    found.refuse(outs, "the outputs of the model")
+    found.refuse(outs[: len(jax.tree.leaves(kinds[0]))], "the outputs of the model")
     return Traced(program, kinds, plan_of(found, leaves, part.size))
 
 
@@ -104,18 +128,17 @@ def tapped(part: Objective, params: Tree) -> Tapped:
     zeros = lambda use: jnp.zeros(use.shape, use.site.aval.dtype)
     shifts = axes.vary({use.number: zeros(use) for use in uses}, local)
 
-    def shifted(shifts: Arrays, loose: list[jax.Array]) -> tuple[Tree, Arrays]:
-        own = list(leaves)
-        for leaf, x in zip(plan.loose, loose):
-            own[leaf] = x
+    def shifted(shifts: Arrays, floats: Arrays) -> tuple[Tree, tuple[Arrays, Any]]:
+        own = [floats.get(number, x) for number, x in enumerate(leaves)]
         args = jax.tree.leaves((own, part.batch))
         outs, seen = run(program.jaxpr, program.consts, args, sites, shifts)
-        return jax.tree.unflatten(jax.tree.structure(kinds), outs), seen
+        outputs, aux = jax.tree.unflatten(jax.tree.structure(kinds), outs)
+        return outputs, (seen, aux)
 
-    start = [leaves[leaf] for leaf in plan.loose]
-    outputs, pull, seen = jax.vjp(shifted, shifts, start, has_aux=True)
+    floats = {number: x for number, x in enumerate(leaves) if trees.is_float(x)}
+    outputs, pull, (seen, aux) = jax.vjp(shifted, shifts, floats, has_aux=True)
     weights = site_weights(part, outputs)
-    return Tapped(part, plan, outputs, seen, weights, pull, local)
+    return Tapped(part, params, plan, outputs, aux, seen, weights, pull, local)
 
 
 def _entry(shape: tuple[int, ...], sites: tuple[int, ...], names: Names) -> Value:

@@ -1,6 +1,11 @@
-"""Estimators: stages that add a curvature diagonal, or a curvature product, to the signal."""
+"""Estimators: stages that add a diagonal, a product or Kronecker factors to the signal."""
 
 from curvax.stages.estimation.hutchinson import hutchinson_diag
+from curvax.stages.estimation.kronecker import (
+    empirical_fisher_kronecker,
+    fisher_kronecker,
+    gauss_newton_kronecker,
+)
 from curvax.stages.estimation.matvecs import (
     empirical_fisher_matvec,
     exact_diag,
@@ -13,11 +18,14 @@ from curvax.stages.estimation.per_example import empirical_fisher_diag, squared_
 
 __all__ = [
     "empirical_fisher_diag",
+    "empirical_fisher_kronecker",
     "empirical_fisher_matvec",
     "exact_diag",
     "fisher_diag",
+    "fisher_kronecker",
     "fisher_matvec",
     "gauss_newton_diag",
+    "gauss_newton_kronecker",
     "gauss_newton_matvec",
     "hessian_matvec",
     "hutchinson_diag",

@@ -1,4 +1,4 @@
-"""A diagonal that is estimated every k steps and kept in between."""
+"""A diagonal, or Kronecker factors, estimated every k steps and kept in between."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from curvax.arithmetic.trees import Tree
 from curvax.arithmetic.typing import Period, ValueFn
 from curvax.devices import axes
 from curvax.objective import as_objective
-from curvax.pipes import requirements
+from curvax.pipes import estimates
+from curvax.pipes.estimates import Estimate
+from curvax.pipes.initial import factors_behind, initial, zeros_to_keep
 from curvax.pipes.parts import name_of, parts_of
 from curvax.pipes.signal import Signal, Stage, containing, pipe, step
 
@@ -23,14 +25,17 @@ class EveryState(NamedTuple):
     step: jax.Array
     """Steps taken, int32 scalar."""
     diagonal: Tree
-    """The last estimate, in float32 or wider, shaped like the parameters. Entries that were not
-    finite have the value of the estimate before, except in the first step."""
+    """The last estimate, in float32 or wider, shaped like the parameters; or a tuple of Kronecker
+    factors. Entries that were not finite have the value of the estimate before, except in the first
+    step."""
     inner: optax.OptState
     """The state of the stages inside."""
 
 
 def every(k: Period, stages: optax.GradientTransformation) -> Stage:
     """Estimates a diagonal every k steps, from the first on, and keeps it in between.
+
+    Kronecker factors are kept in the same way.
 
     Inside, a smoothing stage averages estimates; behind, it averages once per step:
     `every(5, hutchinson_diag() | ema_rms(b))` against `every(5, hutchinson_diag()) | ema_rms(b)`. A
@@ -40,10 +45,10 @@ def every(k: Period, stages: optax.GradientTransformation) -> Stage:
 
     Args:
         k: number of steps per estimate, a positive int, or a traced one.
-        stages: stages that set and smooth a diagonal and leave the updates unchanged.
+        stages: stages that set and smooth a diagonal or factors, and leave the updates unchanged.
 
     Returns:
-        A stage that sets `diagonal`.
+        A stage that sets `diagonal`, or `factors`.
 
     Raises:
         ValueError: k < 1, or a part changes the updates.
@@ -64,9 +69,10 @@ def every(k: Period, stages: optax.GradientTransformation) -> Stage:
             _refuse_change(name_of(part))
     inner = pipe(stages)
 
-    def init(params: Tree) -> EveryState:
-        zeros = jax.tree.map(lambda x: trees.widen(jnp.zeros_like(x)), params)
-        return EveryState(jnp.zeros((), jnp.int32), zeros, inner.init(params))
+    def init(params: Tree, factors: Any = None) -> EveryState:
+        below = initial(inner, params, factors)
+        zeros = zeros_to_keep(params, factors_behind(inner, params, factors))
+        return EveryState(jnp.zeros((), jnp.int32), zeros, below)
 
     def rule(
         signal: Signal,
@@ -80,23 +86,30 @@ def every(k: Period, stages: optax.GradientTransformation) -> Stage:
         # caller's gradient by its own: steps that keep the diagonal need the caller's.
         objective = as_objective(value_fn, "every", params)
         fresh = objective.on(objective.batch)
+        made: list[Estimate] = []  # for its structure; its arrays leave the branch as results
 
         def refresh() -> tuple[Tree, Tree, optax.OptState]:
-            given = Signal(signal.updates, signal.gradient, signal.diagonal, local=signal.local)
+            given = Signal(
+                signal.updates,
+                signal.gradient,
+                signal.diagonal,
+                factors=signal.factors,
+                local=signal.local,
+            )
             below = []
             for part, place in zip(parts_of(inner), state.inner, strict=True):
                 given, new = step(part, given, place, params, value_fn=fresh, **extra)
                 if not trees.same_leaves(given.updates, signal.updates):
                     _refuse_change(name_of(part))
                 below.append(new)
-            diagonal = requirements.needed_diagonal(given.diagonal, "every", "keeps a diagonal")
-            diagonal = trees.cast_like(diagonal, state.diagonal)
+            made.append(estimates.needed(given, state.diagonal, "every", "keeps a diagonal"))
+            estimate = trees.cast_like(made[-1].tree, state.diagonal)
             good = lambda x, old: jnp.where(jnp.isfinite(x) | (state.step == 0), x, old)
-            return diagonal, jax.tree.map(good, diagonal, state.diagonal), tuple(below)
+            return estimate, jax.tree.map(good, estimate, state.diagonal), tuple(below)
 
         keep = lambda: (state.diagonal, state.diagonal, state.inner)
-        diagonal, kept, below = axes.cond(state.step % k == 0, refresh, keep)
-        return signal._replace(diagonal=diagonal), EveryState(state.step + 1, kept, below)
+        estimate, kept, below = axes.cond(state.step % k == 0, refresh, keep)
+        return made[-1].into(signal, estimate), EveryState(state.step + 1, kept, below)
 
     return containing(init, rule, inner)
 

@@ -6,6 +6,7 @@ passed on as NaN in its own step, so that `optax.apply_if_finite` sees it.
 
 from __future__ import annotations
 
+import numbers
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,8 @@ from curvax.arithmetic import safe_math, trees
 from curvax.arithmetic.trees import Tree
 from curvax.arithmetic.typing import Scalar, ScalarOrSchedule
 from curvax.hyperparameters import injectable
-from curvax.pipes import requirements
+from curvax.pipes import estimates, requirements
+from curvax.pipes.initial import zeros_to_keep
 from curvax.pipes.signal import Signal, Stage, at, stage
 
 
@@ -66,9 +68,12 @@ def ema_rms(decay: ScalarOrSchedule) -> Stage:
         square = jax.tree.map(_square, diagonal)
         weight, square = _faded(at(decay, state.step), state.weight, state.mean_square, square)
         rms = jax.tree.map(lambda v: safe_math.root(v / weight).astype(v.dtype), square)
-        return _passed_on(signal, rms), EmaRmsState(state.step + 1, weight, square)
+        smooth = signal._replace(diagonal=_shown(diagonal, rms))
+        return smooth, EmaRmsState(state.step + 1, weight, square)
 
-    return stage(lambda params: EmaRmsState(_zero_step(), _no_weight(), _zeros(params)), rule)
+    return stage(
+        lambda params: EmaRmsState(_zero_step(), _no_weight(), zeros_to_keep(params)), rule
+    )
 
 
 class EmaMeanState(NamedTuple):
@@ -82,7 +87,7 @@ class EmaMeanState(NamedTuple):
 
 @injectable
 def ema_mean(decay: ScalarOrSchedule, *, debias: bool = True, lag: int = 0) -> Stage:
-    """Replaces the diagonal by the exponential mean of its past values.
+    """Replaces the diagonal, or the Kronecker factors, by the exponential mean of past values.
 
         D̄ₜ = (1-β) Σᵢ βᵗ⁻ⁱ Dᵢ / (1-βᵗ)
 
@@ -96,11 +101,11 @@ def ema_mean(decay: ScalarOrSchedule, *, debias: bool = True, lag: int = 0) -> S
             does; `ema_mean(0.0, lag=1)` delays the diagonal by one step.
 
     Returns:
-        A stage that needs `diagonal` and replaces it.
+        A stage that needs `diagonal`, or `factors`, and replaces it.
 
     Raises:
         ValueError: β is out of range, or `lag` is not 0 or 1; in `update`, no earlier stage set a
-            diagonal.
+            diagonal or factors.
 
     Examples:
         >>> import jax.numpy as jnp, optax, curvax
@@ -120,16 +125,19 @@ def ema_mean(decay: ScalarOrSchedule, *, debias: bool = True, lag: int = 0) -> S
         signal: Signal, state: EmaMeanState, params: Tree = None, **extra: Any
     ) -> tuple[Signal, EmaMeanState]:
         del params, extra
-        diagonal = requirements.needed_diagonal(signal.diagonal, "ema_mean", "smooths a diagonal")
-        weight, mean = _faded(at(decay, state.step), state.weight, state.mean, diagonal)
-        new = EmaMeanState(state.step + 1, weight, mean)
-        seen = state if lag else new
+        new = estimates.needed(signal, state.mean, "ema_mean", "smooths a diagonal")
+        weight, mean = _faded(at(decay, state.step), state.weight, state.mean, new.tree)
+        after = EmaMeanState(state.step + 1, weight, mean)
+        seen = state if lag else after
         mean = seen.mean
         if debias:
             mean = jax.tree.map(lambda m: trees.ratio(m, seen.weight).astype(m.dtype), mean)
-        return _passed_on(signal, mean), new
+        return new.into(signal, _shown(new.tree, mean)), after
 
-    return stage(lambda params: EmaMeanState(_zero_step(), _no_weight(), _zeros(params)), rule)
+    def init(params: Tree, factors: Any = None) -> EmaMeanState:
+        return EmaMeanState(_zero_step(), _no_weight(), zeros_to_keep(params, factors))
+
+    return stage(init, rule)
 
 
 class AccumulateState(NamedTuple):
@@ -138,7 +146,7 @@ class AccumulateState(NamedTuple):
 
 
 def accumulate(initial: Scalar = 0.0) -> Stage:
-    """Replaces the diagonal by the sum of its past values, as in AdaGrad.
+    """Replaces the diagonal, or the Kronecker factors, by the sum of past values, as in AdaGrad.
 
         Dₜ ← initial + Σᵢ Dᵢ
 
@@ -146,13 +154,14 @@ def accumulate(initial: Scalar = 0.0) -> Stage:
     own step and is not added.
 
     Args:
-        initial: value that the sum starts from, >= 0.
+        initial: value that the sum of diagonals starts from, >= 0. Sums of factors start from 0.
 
     Returns:
-        A stage that needs `diagonal` and replaces it.
+        A stage that needs `diagonal`, or `factors`, and replaces it.
 
     Raises:
-        ValueError: `initial` is negative; in `update`, no earlier stage set a diagonal.
+        ValueError: `initial` is negative, or not 0 with factors; in `update`, no earlier stage set
+            a diagonal or factors.
 
     Examples:
         >>> import jax.numpy as jnp, optax, curvax
@@ -165,16 +174,24 @@ def accumulate(initial: Scalar = 0.0) -> Stage:
     """
     checks.check_range("initial", initial, 0, jnp.inf, stage="accumulate")
 
-    def init(params: Tree) -> AccumulateState:
-        return AccumulateState(jax.tree.map(lambda x: x + initial, _zeros(params)))
+    def init(params: Tree, factors: Any = None) -> AccumulateState:
+        zeros = zeros_to_keep(params, factors)
+        if factors is None:
+            return AccumulateState(jax.tree.map(lambda x: x + initial, zeros))
+        if isinstance(initial, numbers.Real) and initial == 0:
+            return AccumulateState(zeros)
+        raise ValueError(
+            f"`accumulate` starts sums of Kronecker factors from 0, and got `initial={initial}`. "
+            "Leave it out, and damp where they are used: `scale_by_power(0.5, damping=1e-6)`."
+        )
 
     def rule(
         signal: Signal, state: AccumulateState, params: Tree = None, **extra: Any
     ) -> tuple[Signal, AccumulateState]:
         del params, extra
-        diagonal = requirements.needed_diagonal(signal.diagonal, "accumulate", "sums a diagonal")
-        total = jax.tree.map(_summed, state.total, diagonal)
-        return _passed_on(signal, total), AccumulateState(total)
+        new = estimates.needed(signal, state.total, "accumulate", "sums a diagonal")
+        total = jax.tree.map(_summed, state.total, new.tree)
+        return new.into(signal, _shown(new.tree, total)), AccumulateState(total)
 
     return stage(init, rule)
 
@@ -203,14 +220,9 @@ def _summed(total: jax.Array, d: jax.Array) -> jax.Array:
     return jnp.clip(kept, -edge, edge).astype(total.dtype)
 
 
-def _passed_on(signal: Signal, smooth: Tree) -> Signal:
-    """The signal with the smoothed diagonal, NaN where the diagonal of this step is not finite."""
-    shown = lambda d, x: jnp.where(jnp.isfinite(d), x, jnp.nan)
-    return signal._replace(diagonal=jax.tree.map(shown, signal.diagonal, smooth))
-
-
-def _zeros(params: Tree) -> Tree:
-    return jax.tree.map(lambda x: trees.widen(jnp.zeros_like(x)), params)
+def _shown(new: Tree, smooth: Tree) -> Tree:
+    """What is passed on: NaN where the estimate of this step is not finite."""
+    return jax.tree.map(lambda d, x: jnp.where(jnp.isfinite(d), x, jnp.nan), new, smooth)
 
 
 def _zero_step() -> jax.Array:

@@ -1,0 +1,56 @@
+"""The curvature that stages smooth and keep: a diagonal, or the arrays of Kronecker factors."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from curvax.arithmetic.trees import Tree
+from curvax.pipes import requirements
+from curvax.pipes.signal import Signal
+
+
+class Estimate(NamedTuple):
+    """What a stage smooths or keeps."""
+
+    tree: Tree
+    """A diagonal, shaped like the parameters; or a tuple of factors, NaN throughout where an entry
+    is not finite, since a factor in parts is none."""
+    structure: Any = None
+    """Of the factors, as a pytree; None for a diagonal."""
+
+    def into(self, signal: Signal, tree: Tree) -> Signal:
+        """The signal with `tree` in place of this estimate."""
+        if self.structure is None:
+            return signal._replace(diagonal=tree)
+        return signal._replace(factors=jax.tree.unflatten(self.structure, tree))
+
+
+def needed(signal: Signal, kept: Tree, stage: str, needs: str) -> Estimate:
+    """The diagonal of a signal, or its Kronecker factors if it has no diagonal.
+
+    Args:
+        signal: the signal.
+        kept: what the stage has kept, which the estimate is compared with.
+        stage: the stage, for the message.
+        needs: what it does with a diagonal, for the message.
+
+    Raises:
+        ValueError: no earlier stage set either, or the factors are not those of `kept`.
+    """
+    if signal.diagonal is not None or signal.factors is None:
+        return Estimate(requirements.needed_diagonal(signal.diagonal, stage, needs))
+    arrays, treedef = jax.tree.flatten(signal.factors)
+    shapes = lambda tree: [jnp.shape(x) for x in jax.tree.leaves(tree)]
+    if shapes(arrays) != shapes(kept):
+        raise ValueError(
+            f"`{stage}` keeps Kronecker factors from step to step, and its state was made for "
+            f"{shapes(kept)}, not for the factors {shapes(arrays)} of this model. Their shapes "
+            "follow from the model: give the stage that makes them an objective with the shapes of "
+            f"training, `fisher_kronecker(like=objective)`, in the same pipe as `{stage}`."
+        )
+    return Estimate(tuple(map(_whole, arrays)), treedef)
+
+
+def _whole(factor: jax.Array) -> jax.Array:
+    return jnp.where(jnp.all(jnp.isfinite(factor)), factor, jnp.nan)

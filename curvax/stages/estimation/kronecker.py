@@ -1,0 +1,246 @@
+"""Kronecker factors of the curvature: stages that set `factors`, with nothing registered."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from curvax.arithmetic import trees
+from curvax.arithmetic.trees import Tree
+from curvax.arithmetic.typing import Key, ValueFn
+from curvax.curvature.kronecker.cotangents import draws_of
+from curvax.curvature.kronecker.estimate import kronecker_factors
+from curvax.curvature.kronecker.factors import KroneckerFactors
+from curvax.curvature.kronecker.options import Options, required
+from curvax.curvature.kronecker.sums import Sums, sums_of
+from curvax.curvature.kronecker.tapped import tapped
+from curvax.devices import axes
+from curvax.devices.axes import AxisNames
+from curvax.hyperparameters import injectable
+from curvax.objective import LossAndGradient, Objective, microbatch_mean, pieces
+from curvax.pipes.signal import Signal, Stage, stage
+from curvax.pipes.state_keys import DrawingKey
+from curvax.stages.estimation.diagonal_stage import check_fraction, part_and_axes, share_gradient
+from curvax.stages.estimation.matvecs import DrawState
+
+
+@injectable
+def fisher_kronecker(
+    like: Objective | None = None,
+    key: Key = 0,
+    *,
+    sharing: str = "expand",
+    bias: str = "joint",
+    fraction: float = 1.0,
+    mean_over: AxisNames = None,
+) -> Stage:
+    """Estimates the Kronecker factors of the Fisher matrix with labels drawn from the model.
+
+        F ≈ G ⊗ A,   A = E[a aᵀ],   G = E[g gᵀ]
+
+    for every kernel, where a are its inputs and g the derivatives of log r(ŷ|z) in its outputs, at
+    one draw ŷ for each site. `kronecker_factors` says which parameters get factors. If the updates
+    are the gradient of the objective, the stage's own gradient replaces them: same values, and one
+    forward pass for both. Martens & Grosse, K-FAC, arXiv:1503.05671, sections 2 and 5.
+
+    Args:
+        like: an objective with the model and with shapes of training, if later stages keep factors
+            from step to step (`ema_mean`, `every`, `kronecker(every=)`): `init` traces its model,
+            and computes nothing.
+        key: typed PRNG key, or seed, of the labels.
+        sharing: `expand` or `reduce`, as in `kronecker_factors`.
+        bias: `joint` or `separate`, as in `kronecker_factors`.
+        fraction: fraction of the batch in (0, 1], its first examples, that the factors are computed
+            on.
+        mean_over: device axis, or tuple of axes, to average over, by one all-reduce of all factors;
+            `()` keeps the factors of each device.
+
+    Returns:
+        A stage that sets `factors`, in float32 or wider. It needs `value_fn=` an `Objective` with
+        `model=` and a likelihood.
+
+    Raises:
+        ValueError: an option is out of range; in `update`, the loss is no likelihood, or it is
+            local to a device axis and `mean_over` is missing.
+
+    Examples:
+        >>> import jax.numpy as jnp, curvax
+        >>> batch = {"x": jnp.array([[1.0, 0.0], [0.0, 2.0]]), "y": jnp.zeros((2, 1))}
+        >>> predict = lambda w, batch: batch["x"] @ w
+        >>> objective = curvax.Objective(curvax.bernoulli("y"), batch, model=predict)
+        >>> stage, w = curvax.fisher_kronecker(), jnp.zeros((2, 1))
+        >>> signal = curvax.Signal(objective.value_and_grad(w)[1])
+        >>> signal, state = stage.update(signal, stage.init(w), w, value_fn=objective)
+        >>> print(signal.factors(jnp.ones((2, 1)))[:, 0])  # p (1 - p) E[x xᵀ] with p = ½
+        [0.125 0.5  ]
+    """
+    options = Options("sampled", sharing, bias)
+    return _kronecker("fisher_kronecker", options, like, fraction, mean_over, key)
+
+
+@injectable
+def gauss_newton_kronecker(
+    like: Objective | None = None,
+    *,
+    sharing: str = "expand",
+    bias: str = "joint",
+    fraction: float = 1.0,
+    mean_over: AxisNames = None,
+) -> Stage:
+    """Computes the Kronecker factors of the Gauss-Newton matrix, that of the exact Fisher matrix.
+
+    By one backward pass for each output of an example, so that nothing is drawn. Botev et al.,
+    arXiv:1706.03662; Martens, arXiv:1412.1193, section 9.
+
+    Args:
+        like: an objective with the model and with shapes of training, if later stages keep factors
+            from step to step.
+        sharing: `expand` or `reduce`, as in `kronecker_factors`.
+        bias: `joint` or `separate`, as in `kronecker_factors`.
+        fraction: fraction of the batch in (0, 1], its first examples, that the factors are computed
+            on.
+        mean_over: device axis, or tuple of axes, to average over; `()` keeps the factors of each
+            device.
+
+    Returns:
+        A stage that sets `factors`, in float32 or wider. It needs `value_fn=` an `Objective` with
+        `model=` and a likelihood.
+
+    Raises:
+        ValueError: an option is out of range; in `update`, the loss is no likelihood, or it is
+            local to a device axis and `mean_over` is missing.
+
+    Examples:
+        >>> import jax.numpy as jnp, curvax
+        >>> batch = {"x": jnp.array([[1.0, 0.0], [0.0, 2.0]]), "y": jnp.zeros((2, 1))}
+        >>> predict = lambda w, batch: batch["x"] @ w
+        >>> objective = curvax.Objective(curvax.gaussian("y"), batch, model=predict)
+        >>> stage, w = curvax.gauss_newton_kronecker(), jnp.zeros((2, 1))
+        >>> signal = curvax.Signal(objective.value_and_grad(w)[1])
+        >>> signal, state = stage.update(signal, stage.init(w), w, value_fn=objective)
+        >>> print(signal.factors(jnp.ones((2, 1)))[:, 0])  # E[x xᵀ]
+        [0.5 2. ]
+    """
+    options = Options("exact", sharing, bias)
+    return _kronecker("gauss_newton_kronecker", options, like, fraction, mean_over)
+
+
+@injectable
+def empirical_fisher_kronecker(
+    like: Objective | None = None,
+    *,
+    sharing: str = "expand",
+    bias: str = "joint",
+    fraction: float = 1.0,
+    mean_over: AxisNames = None,
+) -> Stage:
+    """Computes the Kronecker factors of the empirical Fisher matrix, at the labels of the batch.
+
+    For any loss of a model's outputs. Far from a good fit it does not approximate the Fisher
+    matrix: Martens, arXiv:1412.1193, section 11.
+
+    Args:
+        like: an objective with the model and with shapes of training, if later stages keep factors
+            from step to step.
+        sharing: `expand` or `reduce`, as in `kronecker_factors`.
+        bias: `joint` or `separate`, as in `kronecker_factors`.
+        fraction: fraction of the batch in (0, 1], its first examples, that the factors are computed
+            on.
+        mean_over: device axis, or tuple of axes, to average over; `()` keeps the factors of each
+            device.
+
+    Returns:
+        A stage that sets `factors`, in float32 or wider. It needs `value_fn=` an `Objective` with
+        `model=`.
+
+    Raises:
+        ValueError: an option is out of range; in `update`, the objective has no `model`, or the
+            loss is local to a device axis and `mean_over` is missing.
+
+    Examples:
+        >>> import jax.numpy as jnp, curvax
+        >>> batch = {"x": jnp.array([[1.0, 0.0], [0.0, 2.0]]), "y": jnp.array([[1.0], [3.0]])}
+        >>> predict = lambda w, batch: batch["x"] @ w
+        >>> objective = curvax.Objective(curvax.gaussian("y"), batch, model=predict)
+        >>> stage, w = curvax.empirical_fisher_kronecker(), jnp.zeros((2, 1))
+        >>> signal = curvax.Signal(objective.value_and_grad(w)[1])
+        >>> signal, state = stage.update(signal, stage.init(w), w, value_fn=objective)
+        >>> print(signal.factors(jnp.ones((2, 1)))[:, 0])  # E[x xᵀ] E[y²]
+        [ 2.5 10. ]
+    """
+    options = Options("empirical", sharing, bias)
+    return _kronecker("empirical_fisher_kronecker", options, like, fraction, mean_over)
+
+
+def _kronecker(
+    name: str,
+    options: Options,
+    like: Objective | None,
+    fraction: float,
+    mean_over: AxisNames,
+    key: Key | None = None,
+) -> Stage:
+    """A stage that sets these factors; `key` is None for factors that draw no labels."""
+    options.checked(name)
+    check_fraction(fraction, name)
+    drawing = None if key is None else DrawingKey(key)
+
+    def init(params: Tree) -> DrawState | optax.EmptyState:
+        trees.require_floating(params, name)
+        if drawing is None:
+            return optax.EmptyState()
+        return DrawState(drawing.initial(), jnp.zeros((), jnp.int32))
+
+    if like is not None:
+        shapes = _shapes_of(like, options, name)
+        init.factors = lambda params, factors: _zeros(shapes, params, options)  # type: ignore[attr-defined]
+
+    def rule(
+        signal: Signal,
+        state: optax.OptState,
+        params: Tree,
+        *,
+        value_fn: ValueFn | None = None,
+        **extra: Any,
+    ) -> tuple[Signal, optax.OptState]:
+        del extra
+        objective = required(value_fn, params, options.fisher, name)
+        here, local, over = part_and_axes(signal, objective, params, fraction, mean_over, name)
+        draw = None
+        if drawing is not None:
+            draw = jax.random.fold_in(drawing.of(state.key), state.step)
+
+        def one_pass(part: Objective, *draws: jax.Array) -> tuple[LossAndGradient, Sums]:
+            at = tapped(part, params)
+            with jax.default_matmul_precision("highest"):
+                return at.loss_and_gradient(), sums_of(at, options, *draws)
+
+        draws = draws_of(here, options.fisher, None, draw)
+        (loss, gradient), sums = microbatch_mean(here, one_pass, *draws)
+        factors = axes.mean(sums, over, here.batch_weight()).finished()
+        signal = signal._replace(factors=factors)
+        if fraction == 1:
+            signal = share_gradient(signal, objective, params, loss, gradient, local)
+        return signal, state if drawing is None else state._replace(step=state.step + 1)
+
+    return stage(init, rule, name=name)
+
+
+def _shapes_of(like: Objective, options: Options, name: str) -> Objective:
+    """`like` with shapes in place of its batch, so that a stage does not hold the arrays."""
+    like = required(like, (), options.fisher, f"{name}(like=)")
+    shape = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
+    return pieces.changed(like, batch=jax.tree.map(shape, like.batch))
+
+
+def _zeros(like: Objective, params: Tree, options: Options) -> KroneckerFactors:
+    """Factors of zeros for a model; its operations are traced and not computed."""
+
+    def factors(params: Tree, batch: Tree) -> KroneckerFactors:
+        objective = pieces.changed(like, batch=batch)
+        key = jax.random.key(0) if options.fisher == "sampled" else None
+        return kronecker_factors(objective, params, **options._asdict(), key=key)
+
+    found = jax.eval_shape(factors, params, like.batch)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), found)
