@@ -91,6 +91,10 @@ class Product:
         found = stacked(rows, rows)
         return found if self.damping is None else found + self.damping * stacked(vectors, vectors)
 
+    def form(self, v: Tree) -> jax.Array:
+        """vᵀ C v, without the damping."""
+        return dataclasses.replace(self, damping=None).gram(v)[0, 0]
+
     def within(self, into: Matvec, out_of: Matvec) -> "Product":
         """The product v ↦ Pᵀ C P v, a diagonal block of C for example.
 

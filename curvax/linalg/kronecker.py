@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax import checks
+from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
 from curvax.arithmetic.typing import Matvec, Scalar, Score
 from curvax.devices import axes
@@ -97,21 +98,22 @@ def kronecker(every: int = 1, *, style: str = "exact") -> Solver:
                 "solve(kronecker())`."
             )
         damping = 0.0 if whole.damping is None else whole.damping
-        make = lambda: factorised(factors, damping)
         with jax.default_matmul_precision("highest"):
             if every == 1:
-                return _solution(make(), style, damping, b), state
-            arrays = lambda: tuple(jax.tree.leaves(make()))
+                return _solution(factors.solve(b, damping, style)), state
+            make = lambda: factorised(factors, damping)
+            arrays = lambda: trees.cast_like(tuple(jax.tree.leaves(make())), state.kept)
             kept = axes.cond(state.step % every == 0, arrays, lambda: state.kept)
             found = jax.tree.unflatten(jax.tree.structure(jax.eval_shape(make)), kept)
-            return _solution(found, style, damping, b), KroneckerState(state.step + 1, kept)
+            x = found.power(b, -1, damping) if style == "exact" else found(b)
+            return _solution(x), KroneckerState(state.step + 1, kept)
 
     return Solver(solve, init, uses_factors=True)
 
 
-def _solution(factorised: Any, style: str, damping: Scalar, b: Tree) -> Solution:
-    x = factorised.power(b, -1, damping) if style == "exact" else factorised(b)
-    fine = jnp.stack([jnp.all(jnp.isfinite(y)) for y in jax.tree.leaves(x)]).all()
+def _solution(x: Tree) -> Solution:
+    finite = [jnp.all(jnp.isfinite(y)) for y in jax.tree.leaves(x)]
+    fine = jnp.all(jnp.stack([jnp.array(True), *finite]))
     reason = jnp.where(fine, StopReason.direct, StopReason.breakdown).astype(jnp.int32)
     x = jax.tree.map(lambda y: jnp.where(fine, y, 0), x)
     return Solution(x, jnp.zeros((), jnp.int32), jnp.zeros(()), reason)

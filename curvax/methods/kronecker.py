@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import optax
@@ -31,46 +32,52 @@ def kfac(
     like: Objective,
     learning_rate: ScalarOrSchedule = 1.0,
     *,
-    damping: ScalarOrSchedule = 1e-3,
+    damping: ScalarOrSchedule = 1e-2,
     decay: ScalarOrSchedule = 0.95,
     factors_every: int = 1,
-    inverses_every: int = 5,
+    inverses_every: int = 1,
     style: str = "heuristic",
-    momentum: float | None = None,
+    momentum: float | str | None = None,
     radius: ScalarOrSchedule | None = None,
     adaptive: bool = False,
     sharing: str = "expand",
     bias: str = "joint",
     key: Key = 0,
+    fraction: float = 1.0,
     mean_over: AxisNames = None,
 ) -> Stage:
     """K-FAC: natural gradient with the Kronecker factors of the Fisher matrix, F ≈ G ⊗ A.
 
-        fisher_kronecker(like) | ema_mean(β) | damp(λ) | solve(kronecker(every=5))
+        fisher_kronecker(like) | ema_mean(β) | damp(λ) | solve(kronecker())
             | optax.scale_by_learning_rate(α)
 
-    With `adaptive`, λ is adapted, and step size and momentum minimise the quadratic model of the
-    batch: `quadratic_step` behind `fisher_matvec`, inside `levenberg_marquardt`. Nothing is
-    registered: the model is traced. Martens & Grosse, arXiv:1503.05671; for convolutions Grosse &
-    Martens, arXiv:1602.01407. Defaults are those of kfac-jax: β = 0.95, and inverses of damped
-    factors every 5 steps.
+    Nothing is registered: the model is traced. Martens & Grosse, arXiv:1503.05671; for convolutions
+    Grosse & Martens, arXiv:1602.01407.
+
+    With `momentum="quadratic"` step size and momentum minimise the quadratic model of the batch in
+    every step, by `quadratic_step` behind `fisher_matvec` (their section 7), and α only multiplies
+    the step: for large batches. For small ones, a learning rate with `momentum=0.9` and a
+    `radius`, as Ba et al., Distributed K-FAC (ICLR 2017), section 5, is more robust.
 
     Args:
         like: an objective with the model and with shapes of training. Its model is traced by
             `init`; its arrays are not kept.
         learning_rate: α, a number or a schedule.
-        damping: λ >= 0, in the units of the curvature: a number or a schedule. With `adaptive`, the
-            initial λ > 0.
+        damping: λ > 0, in the units of the curvature: a number or a schedule. With `adaptive`, the
+            initial λ.
         decay: β in [0, 1) of the averages of the factors.
         factors_every: number of steps per estimate of the factors.
-        inverses_every: number of steps per factorisation.
+        inverses_every: number of steps per inversion. Stale inverses cost steps, most with a
+            momentum of the quadratic model; they pay where the factors are large.
         style: `heuristic` or `exact`, as in `kronecker`.
-        momentum: decay of `optax.trace` in [0, 1); None for none. Not with `adaptive`.
-        radius: r > 0 of a trust region in the metric of the factors, a number or a schedule: steps
-            δ have δᵀFδ <= r². None for none.
-        adaptive: whether to adapt λ, step size and momentum to each batch.
+        momentum: decay of `optax.trace` in [0, 1), or "quadratic"; None for none.
+        radius: r > 0 of a trust region in the metric of the factors, or of the batch with a
+            quadratic momentum: a number or a schedule; steps δ have δᵀFδ <= r². None for none.
+        adaptive: whether to adapt λ and to undo steps that raise the loss (`levenberg_marquardt`).
         sharing, bias: as in `kronecker_factors`.
         key: typed PRNG key, or seed, of the drawn labels.
+        fraction: fraction of the batch in (0, 1], its first examples, that the curvature is
+            computed on.
         mean_over: device axis, or tuple of axes, to average gradient and factors over.
 
     Returns:
@@ -83,27 +90,28 @@ def kfac(
         >>> import jax.numpy as jnp, curvax
         >>> batch = {"x": jnp.array([[1.0], [2.0]]), "y": jnp.array([[2.0], [4.0]])}
         >>> objective = curvax.Objective(curvax.gaussian("y"), batch, model=lambda w, b: b["x"] @ w)
-        >>> tx, w = curvax.kfac(objective, adaptive=True), jnp.zeros((1, 1))
+        >>> tx, w = curvax.kfac(objective, momentum="quadratic"), jnp.zeros((1, 1))
         >>> _, grads = objective.value_and_grad(w)
         >>> updates, state = tx.update(grads, tx.init(w), w, value_fn=objective)
         >>> [round(float(x), 2) for x in (w + updates)[0]]  # the model is quadratic
-        [2.0]
+        [1.99]
     """
-    if adaptive and momentum is not None:
+    quadratic = momentum == "quadratic"
+    if isinstance(momentum, str) and not quadratic:
         raise ValueError(
-            f"`kfac(adaptive=True)` chooses the momentum of each step, and got momentum={momentum}."
-            " Leave one of them out."
+            f'`kfac` takes `momentum` as a number in [0, 1), as "quadratic" or None, and got '
+            f"{momentum!r}."
         )
-    estimate = fisher_kronecker(like, key, sharing=sharing, bias=bias, mean_over=mean_over)
-    factors = pipe(estimate, ema_mean(decay))
+    options: Any = dict(sharing=sharing, bias=bias, fraction=fraction, mean_over=mean_over)
+    factors = pipe(fisher_kronecker(like, key, **options), ema_mean(decay))
     steps = pipe(
         factors if factors_every == 1 else every(factors_every, factors),
         pmean_updates(mean_over),
-        *((fisher_matvec(mean_over=mean_over),) if adaptive else ()),
+        *((fisher_matvec(fraction=fraction, mean_over=mean_over),) if quadratic else ()),
         damp() if adaptive else damp(damping),
         solve(kronecker(inverses_every, style=style)),
-        *((quadratic_step(),) if adaptive else ()),
-        *(() if momentum is None else (optax.trace(momentum),)),
+        *((quadratic_step(),) if quadratic else ()),
+        *((optax.trace(momentum),) if isinstance(momentum, numbers.Real) else ()),
         optax.scale_by_learning_rate(learning_rate),
         *(() if radius is None else (trust_region(radius),)),
     )

@@ -14,15 +14,22 @@ class Estimate(NamedTuple):
     """What a stage smooths or keeps."""
 
     tree: Tree
-    """A diagonal, shaped like the parameters; or a tuple of factors, NaN throughout where an entry
-    is not finite, since a factor in parts is none."""
+    """A diagonal, shaped like the parameters; or a tuple of the arrays of factors."""
+    fine: Tree
+    """Where it is finite: of a diagonal each entry, of factors each array, since a factor in parts
+    is none."""
     structure: Any = None
     """Of the factors, as a pytree; None for a diagonal."""
 
     def into(self, signal: Signal, tree: Tree) -> Signal:
-        """The signal with `tree` in place of this estimate."""
+        """The signal with `tree` in place of this estimate.
+
+        Entries of a diagonal that are not finite are NaN, so that `optax.apply_if_finite` sees
+        them. Factors of a step that are not finite are left out: earlier ones serve.
+        """
         if self.structure is None:
-            return signal._replace(diagonal=tree)
+            shown = lambda fine, x: jnp.where(fine, x, jnp.nan)
+            return signal._replace(diagonal=jax.tree.map(shown, self.fine, tree))
         return signal._replace(factors=jax.tree.unflatten(self.structure, tree))
 
 
@@ -39,7 +46,8 @@ def needed(signal: Signal, kept: Tree, stage: str, needs: str) -> Estimate:
         ValueError: no earlier stage set either, or the factors are not those of `kept`.
     """
     if signal.diagonal is not None or signal.factors is None:
-        return Estimate(requirements.needed_diagonal(signal.diagonal, stage, needs))
+        diagonal = requirements.needed_diagonal(signal.diagonal, stage, needs)
+        return Estimate(diagonal, jax.tree.map(jnp.isfinite, diagonal))
     arrays, treedef = jax.tree.flatten(signal.factors)
     shapes = lambda tree: [jnp.shape(x) for x in jax.tree.leaves(tree)]
     if shapes(arrays) != shapes(kept):
@@ -49,8 +57,4 @@ def needed(signal: Signal, kept: Tree, stage: str, needs: str) -> Estimate:
             "follow from the model: give the stage that makes them an objective with the shapes of "
             f"training, `fisher_kronecker(like=objective)`, in the same pipe as `{stage}`."
         )
-    return Estimate(tuple(map(_whole, arrays)), treedef)
-
-
-def _whole(factor: jax.Array) -> jax.Array:
-    return jnp.where(jnp.all(jnp.isfinite(factor)), factor, jnp.nan)
+    return Estimate(tuple(arrays), tuple(jax.tree.leaves(signal.factors.finite())), treedef)

@@ -5,8 +5,10 @@ that makes factors has an attribute `factors`, and stages that keep factors from
 them as the second argument of their `init`.
 """
 
+import contextlib
+import contextvars
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +20,27 @@ from curvax.arithmetic.trees import Tree
 
 MakeFactors = Callable[[Tree, Any], Any]
 """(parameters, factors of earlier stages or None) ↦ factors of zeros, or None."""
+
+_whole: contextvars.ContextVar[tuple[Callable[[Tree], Tree], ...]] = contextvars.ContextVar(
+    "whole", default=()
+)
+
+
+@contextlib.contextmanager
+def restricted(fill: Callable[[Tree], Tree]) -> Iterator[None]:
+    """Within it, `init` receives a part of the parameters, and `fill` makes the whole of it."""
+    token = _whole.set((fill, *_whole.get()))
+    try:
+        yield
+    finally:
+        _whole.reset(token)
+
+
+def whole(part: Tree) -> Tree:
+    """The parameters of the model, of what `init` received."""
+    for fill in _whole.get():
+        part = fill(part)
+    return part
 
 
 def takes_factors(init: Callable[..., Any]) -> bool:

@@ -150,7 +150,7 @@ def _try(objective: Objective, params: Tree, out: Signal, over: tuple[str, ...])
     delta = out.updates
     before = device_mean(objective, params, over)
     change = device_mean(objective, optax.apply_updates(params, delta), over) - before
-    kl = 0.5 * trees.dot(delta, product.curvature(delta))
+    kl = 0.5 * product.form(delta)
     model = trees.dot(out.gradient, delta) + kl
     rounding = 8 * jnp.finfo(before.dtype).eps * jnp.abs(before)
     return _Trial(

@@ -19,6 +19,7 @@ from curvax.arithmetic.typing import Mask, TreePrefix
 from curvax.hyperparameters import injectable
 from curvax.linear_operator import Product, as_product
 from curvax.objective import as_objective
+from curvax.pipes import initial
 from curvax.pipes.signal import Signal, Stage, containing, step
 
 
@@ -54,7 +55,7 @@ def partition(
     """
 
     def init(params: Tree) -> optax.OptState:
-        bare = {label: _Within(part, None, None, {}) for label, part in stages_by_label.items()}
+        bare = {label: _Within(part, None, params, {}) for label, part in stages_by_label.items()}
         return _partition(bare, labels).init(params)
 
     def rule(
@@ -122,7 +123,8 @@ class _Within:
         self.out: Signal | None = None  # the signal behind the stages; None without leaves
 
     def init(self, masked: Tree) -> optax.OptState:
-        return self.part.init(_drop(masked))
+        with initial.restricted(lambda sub: _fill(masked, self.params, sub)):
+            return self.part.init(_drop(masked))
 
     def update(
         self, masked: Tree, state: optax.OptState, params: Tree = None, **_: Any

@@ -208,7 +208,7 @@ def trust_region(radius: ScalarOrSchedule) -> Stage:
         )
         checks.refuse_local(signal.local, stage="trust_region")
         u, one = _scaled(signal.updates)
-        square = trees.dot(u, product.curvature(u))
+        square = product.form(u)
         length = one * root(jnp.maximum(square, 0))
         r = at(radius, state.step)
         scale = jnp.where(length > r, trees.ratio(jnp.asarray(r), length), 1.0)

@@ -41,6 +41,10 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, tuple[float, float]]]] = {
     "natural_gradient": (dict(samples=2), dict(learning_rate=(0.1, 0.2), damping=(1e-3, 0.1))),
     "gauss_newton": (dict(solver=cx.dense(), fraction=0.5), dict(damping=(1e-3, 0.1))),
     "hessian_free": (dict(solver=cx.cg(3)), dict(learning_rate=(0.1, 0.2))),
+    "kfac": (
+        dict(like=OBJECTIVE, key=4, factors_every=2, inverses_every=3, momentum="quadratic"),
+        dict(learning_rate=(0.1, 0.2), damping=(0.3, 0.4), decay=(0.9, 0.8), radius=(0.1, 0.2)),
+    ),
     "newton_cg": (dict(solver=cx.steihaug(0.3)), dict(learning_rate=(0.1, 0.2))),
 }
 STAGES: dict[str, tuple[dict[str, Any], dict[str, tuple[float, float]]]] = {
@@ -57,6 +61,9 @@ STAGES: dict[str, tuple[dict[str, Any], dict[str, tuple[float, float]]]] = {
     "gauss_newton_diag": (dict(fraction=0.5), {}),
     "fisher_diag": (dict(key=4), {}),
     "empirical_fisher_diag": (dict(fraction=0.5), {}),
+    "fisher_kronecker": (dict(like=OBJECTIVE, key=4), {}),
+    "gauss_newton_kronecker": (dict(like=OBJECTIVE, fraction=0.5), {}),
+    "empirical_fisher_kronecker": (dict(sharing="reduce"), {}),
     "exact_diag": (dict(curvature="fisher"), {}),
     "spatial_average": (dict(block=lambda path, leaf: None), {}),
     "ema_rms": ({}, dict(decay=(0.9, 0.5))),

@@ -53,7 +53,13 @@ def halve(signal: cx.Signal, state: Any, params: Any, **extra: Any) -> Any:
 
 
 def like() -> cx.Objective:
-    return cx.Objective(cx.gaussian("y"), make_batch(), model=predict)
+    """The shapes of training, also for the hidden layer alone."""
+
+    def model(params: Any, batch: Any) -> jax.Array:
+        bias = params["out"]["bias"]
+        return predict({**params, "out": {"bias": jnp.ones(2) if bias is None else bias}}, batch)
+
+    return cx.Objective(cx.gaussian("y"), make_batch(), model=model)
 
 
 def diagonal(key: Any = 0) -> cx.Stage:
@@ -195,7 +201,7 @@ TABLE = {
         {"rho": 0.1},
         perturbs=True,
     ),
-    "fisher_kronecker | ema_mean | every": Row(
+    "fisher_kronecker | ema_mean | solve": Row(
         lambda key, decay, damping: (
             cx.every(2, cx.fisher_kronecker(like(), key) | cx.ema_mean(decay))
             | cx.damp(damping)
@@ -204,9 +210,7 @@ TABLE = {
         {"key": 3, "decay": 0.9, "damping": 0.3},
     ),
     "gauss_newton_kronecker": Row(
-        lambda power: (
-            cx.gauss_newton_kronecker() | cx.scale_by_power(power, damping=0.3, eps=0.1)
-        ),
+        lambda power: cx.gauss_newton_kronecker() | cx.scale_by_power(power, damping=0.3, eps=0.1),
         {"power": 0.5},
     ),
     "empirical_fisher_kronecker | accumulate": Row(
@@ -222,8 +226,9 @@ TABLE = {
     "kfac": Row(
         lambda rate: cx.kfac(like(), rate, damping=0.3, momentum=0.9, radius=0.5), {"rate": 0.1}
     ),
-    "kfac, adaptive": Row(
-        lambda damping: cx.kfac(like(), damping=damping, adaptive=True), {"damping": 0.3}
+    "kfac with adapted damping": Row(
+        lambda damping: cx.kfac(like(), damping=damping, momentum="quadratic", adaptive=True),
+        {"damping": 0.3},
     ),
     "natural_gradient": Row(
         lambda rate: cx.natural_gradient(rate, damping=0.3, solver=cx.cg(3), momentum=0.9),

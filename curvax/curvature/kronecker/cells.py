@@ -30,6 +30,13 @@ class Cell(NamedTuple):
     def trace(self) -> jax.Array:
         return jnp.sum(self.input_trace() * _trace(self.outputs))
 
+    def finite(self) -> tuple[jax.Array, jax.Array]:
+        """Whether A and G are finite, from their diagonals."""
+        of = lambda x, table: jnp.all(
+            jnp.isfinite(x if table else jnp.diagonal(x, axis1=-2, axis2=-1))
+        )
+        return of(self.inputs, self.is_table), of(self.outputs, False)
+
     def input_trace(self) -> jax.Array:
         return jnp.sum(self.inputs, axis=-1) if self.is_table else _trace(self.inputs)
 

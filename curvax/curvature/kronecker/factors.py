@@ -100,6 +100,16 @@ class KroneckerFactors(BlockOperator):
         """
         return corrections(self, objective, params, labels, key, mean_over)
 
+    def finite(self) -> "KroneckerFactors":
+        """For each array whether all of it is finite, a bool scalar in its place.
+
+        A mean of outer products is finite where its diagonal is, so that only that is read.
+        """
+        cells = [self.cells(k)[0].finite() for k in range(len(self.inputs))]
+        inputs, outputs = (tuple(x) for x in zip(*cells)) if cells else ((), ())
+        diagonals = {leaf: jnp.all(jnp.isfinite(d)) for leaf, d in self.diagonals.items()}
+        return KroneckerFactors(inputs, outputs, diagonals, self.structure)
+
     def eigen(self) -> CorrectedFactors:
         """The same matrix by its eigenvectors and eigenvalues, from one decomposition."""
         blocks = range(len(self.inputs))

@@ -12,6 +12,7 @@ from curvax.arithmetic.typing import Key, ValueFn
 from curvax.curvature.kronecker.cotangents import draws_of
 from curvax.curvature.kronecker.estimate import kronecker_factors
 from curvax.curvature.kronecker.factors import KroneckerFactors
+from curvax.curvature.kronecker.operator import Structure
 from curvax.curvature.kronecker.options import Options, required
 from curvax.curvature.kronecker.sums import Sums, sums_of
 from curvax.curvature.kronecker.tapped import tapped
@@ -19,6 +20,7 @@ from curvax.devices import axes
 from curvax.devices.axes import AxisNames
 from curvax.hyperparameters import injectable
 from curvax.objective import LossAndGradient, Objective, microbatch_mean, pieces
+from curvax.pipes import initial
 from curvax.pipes.signal import Signal, Stage, stage
 from curvax.pipes.state_keys import DrawingKey
 from curvax.stages.estimation.diagonal_stage import check_fraction, part_and_axes, share_gradient
@@ -236,9 +238,11 @@ def _shapes_of(like: Objective, options: Options, name: str) -> Objective:
 
 def _zeros(like: Objective, params: Tree, options: Options) -> KroneckerFactors:
     """Factors of zeros for a model; its operations are traced and not computed."""
+    if not jax.tree.leaves(params):
+        return KroneckerFactors((), (), {}, Structure((), (), (), (), options))
 
     def factors(params: Tree, batch: Tree) -> KroneckerFactors:
-        objective = pieces.changed(like, batch=batch)
+        objective = pieces.changed(like, batch=batch).through(initial.whole)
         key = jax.random.key(0) if options.fisher == "sampled" else None
         return kronecker_factors(objective, params, **options._asdict(), key=key)
 

@@ -15,7 +15,6 @@ from curvax.arithmetic.typing import Period, ValueFn
 from curvax.devices import axes
 from curvax.objective import as_objective
 from curvax.pipes import estimates
-from curvax.pipes.estimates import Estimate
 from curvax.pipes.initial import factors_behind, initial, zeros_to_keep
 from curvax.pipes.parts import name_of, parts_of
 from curvax.pipes.signal import Signal, Stage, containing, pipe, step
@@ -68,6 +67,7 @@ def every(k: Period, stages: optax.GradientTransformation) -> Stage:
         if not isinstance(part, Stage):
             _refuse_change(name_of(part))
     inner = pipe(stages)
+    makes_factors = hasattr(inner.init, "factors")
 
     def init(params: Tree, factors: Any = None) -> EveryState:
         below = initial(inner, params, factors)
@@ -86,7 +86,9 @@ def every(k: Period, stages: optax.GradientTransformation) -> Stage:
         # caller's gradient by its own: steps that keep the diagonal need the caller's.
         objective = as_objective(value_fn, "every", params)
         fresh = objective.on(objective.batch)
-        made: list[Estimate] = []  # for its structure; its arrays leave the branch as results
+        structures: list[
+            Any
+        ] = []  # of factors, None for a diagonal: known once `refresh` is traced
 
         def refresh() -> tuple[Tree, Tree, optax.OptState]:
             given = Signal(
@@ -102,14 +104,21 @@ def every(k: Period, stages: optax.GradientTransformation) -> Stage:
                 if not trees.same_leaves(given.updates, signal.updates):
                     _refuse_change(name_of(part))
                 below.append(new)
-            made.append(estimates.needed(given, state.diagonal, "every", "keeps a diagonal"))
-            estimate = trees.cast_like(made[-1].tree, state.diagonal)
-            good = lambda x, old: jnp.where(jnp.isfinite(x) | (state.step == 0), x, old)
-            return estimate, jax.tree.map(good, estimate, state.diagonal), tuple(below)
+            found = estimates.needed(given, state.diagonal, "every", "keeps a diagonal")
+            structures.append(found.structure)
+            good = lambda x, old, fine: jnp.where(fine | (state.step == 0), x, old)
+            estimate = trees.cast_like(found.tree, state.diagonal)
+            kept = jax.tree.map(good, estimate, state.diagonal, found.fine)
+            return () if makes_factors else estimate, kept, tuple(below)
 
-        keep = lambda: (state.diagonal, state.diagonal, state.inner)
-        estimate, kept, below = axes.cond(state.step % k == 0, refresh, keep)
-        return made[-1].into(signal, estimate), EveryState(state.step + 1, kept, below)
+        keep = lambda: (() if makes_factors else state.diagonal, state.diagonal, state.inner)
+        shown, kept, below = axes.cond(state.step % k == 0, refresh, keep)
+        if not makes_factors:
+            return signal._replace(diagonal=shown), EveryState(state.step + 1, kept, below)
+        if not structures:  # without `jit`, in a step that keeps
+            jax.eval_shape(refresh)
+        signal = signal._replace(factors=jax.tree.unflatten(structures[-1], kept))
+        return signal, EveryState(state.step + 1, kept, below)
 
     return containing(init, rule, inner)
 

@@ -1,7 +1,8 @@
-"""Smoothing of a diagonal over steps: exponential averages and a sum.
+"""Smoothing of a diagonal, or of factors, over steps: exponential averages and a sum.
 
 An entry that is not finite does not enter the average, where it would spoil all later steps. It is
-passed on as NaN in its own step, so that `optax.apply_if_finite` sees it.
+passed on as NaN in its own step, so that `optax.apply_if_finite` sees it. A Kronecker factor that
+is not finite is left out as a whole, and earlier ones serve.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from curvax.arithmetic.trees import Tree
 from curvax.arithmetic.typing import Scalar, ScalarOrSchedule
 from curvax.hyperparameters import injectable
 from curvax.pipes import estimates, requirements
+from curvax.pipes.estimates import Estimate
 from curvax.pipes.initial import zeros_to_keep
 from curvax.pipes.signal import Signal, Stage, at, stage
 
@@ -65,11 +67,12 @@ def ema_rms(decay: ScalarOrSchedule) -> Stage:
     ) -> tuple[Signal, EmaRmsState]:
         del params, extra
         diagonal = requirements.needed_diagonal(signal.diagonal, "ema_rms", "smooths a diagonal")
+        new = Estimate(diagonal, jax.tree.map(jnp.isfinite, diagonal))
         square = jax.tree.map(_square, diagonal)
-        weight, square = _faded(at(decay, state.step), state.weight, state.mean_square, square)
+        beta = at(decay, state.step)
+        weight, square = _faded(beta, state.weight, state.mean_square, square, new.fine)
         rms = jax.tree.map(lambda v: safe_math.root(v / weight).astype(v.dtype), square)
-        smooth = signal._replace(diagonal=_shown(diagonal, rms))
-        return smooth, EmaRmsState(state.step + 1, weight, square)
+        return new.into(signal, rms), EmaRmsState(state.step + 1, weight, square)
 
     return stage(
         lambda params: EmaRmsState(_zero_step(), _no_weight(), zeros_to_keep(params)), rule
@@ -126,13 +129,13 @@ def ema_mean(decay: ScalarOrSchedule, *, debias: bool = True, lag: int = 0) -> S
     ) -> tuple[Signal, EmaMeanState]:
         del params, extra
         new = estimates.needed(signal, state.mean, "ema_mean", "smooths a diagonal")
-        weight, mean = _faded(at(decay, state.step), state.weight, state.mean, new.tree)
+        weight, mean = _faded(at(decay, state.step), state.weight, state.mean, new.tree, new.fine)
         after = EmaMeanState(state.step + 1, weight, mean)
         seen = state if lag else after
         mean = seen.mean
         if debias:
             mean = jax.tree.map(lambda m: trees.ratio(m, seen.weight).astype(m.dtype), mean)
-        return new.into(signal, _shown(new.tree, mean)), after
+        return new.into(signal, mean), after
 
     def init(params: Tree, factors: Any = None) -> EmaMeanState:
         return EmaMeanState(_zero_step(), _no_weight(), zeros_to_keep(params, factors))
@@ -190,21 +193,26 @@ def accumulate(initial: Scalar = 0.0) -> Stage:
     ) -> tuple[Signal, AccumulateState]:
         del params, extra
         new = estimates.needed(signal, state.total, "accumulate", "sums a diagonal")
-        total = jax.tree.map(_summed, state.total, new.tree)
-        return new.into(signal, _shown(new.tree, total)), AccumulateState(total)
+        total = jax.tree.map(_summed, state.total, new.tree, new.fine)
+        return new.into(signal, total), AccumulateState(total)
 
     return stage(init, rule)
 
 
-def _faded(decay: Scalar, weight: jax.Array, mean: Tree, new: Tree) -> tuple[jax.Array, Tree]:
-    """The weight and the mean after one more term, with all earlier terms scaled by β."""
+def _faded(
+    decay: Scalar, weight: jax.Array, mean: Tree, new: Tree, fine: Tree
+) -> tuple[jax.Array, Tree]:
+    """The weight and the mean after one more term, with all earlier terms scaled by β.
+
+    Where the term is not `fine` the mean is left as it is.
+    """
     beta = jnp.asarray(decay, weight.dtype)
     last = trees.ratio(jnp.ones_like(weight), weight)
 
-    def fade(m: jax.Array, x: jax.Array) -> jax.Array:
-        return beta * m + (1 - beta) * jnp.where(jnp.isfinite(x), x, last * m)
+    def fade(m: jax.Array, x: jax.Array, fine: jax.Array) -> jax.Array:
+        return beta * m + (1 - beta) * jnp.where(fine, x, last * m)
 
-    faded = jax.tree.map(fade, mean, new)
+    faded = jax.tree.map(fade, mean, new, fine)
     return beta * weight + (1 - beta), trees.cast_like(faded, mean)
 
 
@@ -214,15 +222,10 @@ def _square(d: jax.Array) -> jax.Array:
     return jnp.square(jnp.where(jnp.isfinite(d), jnp.clip(d, -edge, edge), d))
 
 
-def _summed(total: jax.Array, d: jax.Array) -> jax.Array:
+def _summed(total: jax.Array, d: jax.Array, fine: jax.Array) -> jax.Array:
     edge = float(jnp.finfo(total.dtype).max)
-    kept = total + jnp.where(jnp.isfinite(d), d, 0)
+    kept = total + jnp.where(fine, d, 0)
     return jnp.clip(kept, -edge, edge).astype(total.dtype)
-
-
-def _shown(new: Tree, smooth: Tree) -> Tree:
-    """What is passed on: NaN where the estimate of this step is not finite."""
-    return jax.tree.map(lambda d, x: jnp.where(jnp.isfinite(d), x, jnp.nan), new, smooth)
 
 
 def _zero_step() -> jax.Array:
