@@ -15,10 +15,10 @@ fields:
 
   The optimiser's text is the method: parts joined by `|`, each a call of one of curvax's stages
   or methods or of an Optax transformation. `cosine`, `linear`, `constant` and `step_decay` span
-  the whole run. The text may use the config's top-level numbers, such as `rho`, and three more
+  the whole run. The text may use the config's top-level numbers, such as `rho`, and four more
   names: `axes`, the device axes for `mean_over` and `pmean_updates` under any parallelism;
-  `kernels`, the mask of all kernels for a weight decay; and `layout`, the roles of the parameters
-  for `spatial_average`.
+  `kernels`, the mask of all kernels for a weight decay; `layout`, the roles of the parameters for
+  `spatial_average`; and `like`, the shapes of training for Kronecker factors, as in `kfac(like)`.
 
   CONFIG is a name that `curvax configs` lists, or a path to a .py file with a `get_config()`.
 """

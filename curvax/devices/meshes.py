@@ -6,7 +6,7 @@ change nothing.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -203,3 +203,13 @@ def zeros(shape: Any, dtype: Any, like: Any) -> jax.Array:
         # A scalar constant has no mesh, and `vmap` could not broadcast it to one.
         return _resharded(made, NamedSharding(mesh, P()))
     return _resharded(made, lies) if split else made
+
+
+def automatically(f: Callable[..., Tree], *trees: Tree) -> Tree:
+    """f(*trees) with the sharding of its operations chosen by the compiler, and results gathered.
+
+    For functions of arrays that are sharded along axes of any dimension, and small results.
+    """
+    if not any(is_sharded(x) for x in jax.tree.leaves(trees)):
+        return f(*trees)
+    return jax.sharding.auto_axes(f, out_sharding=P())(*trees)

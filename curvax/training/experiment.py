@@ -1,14 +1,17 @@
 """A config made ready to run: task, data, model, optimiser, and the compiled functions."""
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+import curvax
 from curvax import models
 from curvax.arithmetic.trees import Tree, map_with_path
 from curvax.devices import axes
@@ -20,7 +23,7 @@ from curvax.training.data.datasets import Examples
 from curvax.training.parallelism import Jit
 from curvax.training.run_data import RunData
 from curvax.training.runtime.errors import ConfigError
-from curvax.training.step import State, init, make_step
+from curvax.training.step import State, init, make_step, objective
 from curvax.training.tasks import Task
 
 
@@ -153,7 +156,11 @@ def build(config: ConfigDict, *, hold_out: bool = False, begins: bool = True) ->
     mapping = parallelism.build(config)
     example = _model_input(task, data.first)
     model = _model(config, data.classes, mapping)
-    optimizer = _optimizer(config, model, example, mapping, steps)
+    batch = {
+        name: jax.ShapeDtypeStruct((config.batch, *x.shape[1:]), x.dtype)
+        for name, x in data.first.items()
+    }
+    optimizer = _optimizer(config, model, task, batch, mapping, steps)
     shapes = jax.eval_shape(lambda: init(model, optimizer, example, config.seed, {}))
     eval_objective = scoring.make_eval_objective(model, task)
     experiment = Experiment(
@@ -168,10 +175,6 @@ def build(config: ConfigDict, *, hold_out: bool = False, begins: bool = True) ->
         scoring.make_scores(eval_objective, task),
         scoring.make_largest_eigenvalue(eval_objective),
     )
-    batch = {
-        name: jax.ShapeDtypeStruct((config.batch, *x.shape[1:]), x.dtype)
-        for name, x in data.first.items()
-    }
     experiment.step.eval_shape(shapes, batch)
     if begins:
         experiment.trained()
@@ -206,18 +209,38 @@ def _model_input(task: Task, batch: Mapping[str, Any]) -> jax.ShapeDtypeStruct:
 def _optimizer(
     config: ConfigDict,
     model: nn.Module,
-    example: jax.ShapeDtypeStruct,
+    task: Task,
+    batch: Mapping[str, jax.ShapeDtypeStruct],
     mapping: Jit,
     steps: int,
 ) -> optax.GradientTransformationExtraArgs:
     """Parses the config's optimiser text.
 
     In addition to the config's numbers the text may name `layout`, the parameter roles for
-    `spatial_average`; `axes`, the device axes to average over; and `kernels`, the mask of all
-    parameters called "kernel", for a weight decay.
+    `spatial_average`; `axes`, the device axes to average over; `kernels`, the mask of all
+    parameters called "kernel", for a weight decay; and `like`, an objective with the shapes of
+    training, for stages of Kronecker factors.
     """
+    example = _example(task, batch)
     names = {"layout": _layout(model, example), "axes": mapping.axes, "kernels": _kernels}
+    if re.search(r"\blike\b", config.optimizer):
+        names["like"] = _like(model, task, batch, example)
     return recipe.parse(config.optimizer, steps=steps, names=configs.numbers(config) | names)
+
+
+def _like(
+    model: nn.Module,
+    task: Task,
+    batch: Mapping[str, jax.ShapeDtypeStruct],
+    example: jax.ShapeDtypeStruct,
+) -> curvax.Objective:
+    """The training loss on a batch of shapes, on one device."""
+    alone = model.clone(sync_over=None) if hasattr(model, "sync_over") else model
+    variables = _variables(alone, example)
+    statistics = {name: x for name, x in variables.items() if name != "params"}
+    statistics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), statistics)
+    key = jax.random.key(0)
+    return objective(alone, task, statistics, jax.eval_shape(task.in_training, key, batch), key)
 
 
 def _kernels(params: Tree) -> Tree:
@@ -246,14 +269,19 @@ def outline(config: ConfigDict, devices: Sequence[jax.Device]) -> Outline:
         name: jax.ShapeDtypeStruct((config.batch, *x.shape), x.dtype, sharding=mapping.split)
         for name, x in {"input": spec.input, "label": spec.label}.items()
     }
-    inputs = _model_input(task, batch)
-    example = jax.ShapeDtypeStruct((1, *inputs.shape[1:]), inputs.dtype)
     model = _model(config, spec.classes, mapping)
     steps = config.epochs * (spec.size // config.batch)
-    optimizer = _optimizer(config, model, example, mapping, steps)
+    optimizer = _optimizer(config, model, task, batch, mapping, steps)
+    example = _example(task, batch)
     state = jax.eval_shape(lambda: init(model, optimizer, example, config.seed, {}))
     step = make_step(model, optimizer, task, mapping, state, config.microbatch)
     return Outline(step, mapping.sharded_shapes(state), batch)
+
+
+def _example(task: Task, batch: Mapping[str, Any]) -> jax.ShapeDtypeStruct:
+    """Shape [1, ...] and dtype of a model input."""
+    inputs = _model_input(task, batch)
+    return jax.ShapeDtypeStruct((1, *inputs.shape[1:]), inputs.dtype)
 
 
 def _layout(model: nn.Module, example: jax.ShapeDtypeStruct) -> Layout:

@@ -135,6 +135,12 @@ CASES: dict[str, Any] = {
     "by rows": stepped(
         cx.empirical_fisher_matvec() | cx.damp(1.0) | cx.solve(cx.row_space()), MASKED
     ),
+    "Kronecker factors": stepped(
+        cx.fisher_kronecker() | cx.damp(0.3) | cx.solve(cx.kronecker()), MASKED
+    ),
+    "Kronecker factors, inverted": stepped(
+        cx.gauss_newton_kronecker() | cx.damp(0.3) | cx.solve(cx.kronecker(style="heuristic"))
+    ),
     "example keys": measured(lambda o, p: jax.random.key_data(o.example_keys(KEY))),
     "kernel": measured(lambda o, p: analysis.ntk(o, p)),
     "kernel in chunks": measured(lambda o, p: analysis.ntk(o, p, form="trace", chunk=4)),

@@ -68,6 +68,10 @@ def over(axis, *stages):
     )
 
 
+def like(likelihood):
+    return cx.Objective(likelihood, make_batch(), model=net)
+
+
 CATEGORICAL = cx.categorical("label")
 WEIGHTED = cx.categorical("label", weights="w")
 CASES = {
@@ -134,6 +138,34 @@ CASES = {
     ),
     "sophia_g": (lambda axis: cx.sophia_g(0.1, every=2, mean_over=axis), CATEGORICAL),
     "sophia_h": (lambda axis: cx.sophia_h(0.1, every=2, mean_over=axis), CATEGORICAL),
+    "kfac": (
+        lambda axis: cx.kfac(
+            like(CATEGORICAL), 0.5, damping=0.3, momentum=0.9, radius=0.3, mean_over=axis
+        ),
+        CATEGORICAL,
+    ),
+    "kfac, quadratic, weighted, stale": (
+        lambda axis: cx.kfac(
+            like(WEIGHTED),
+            damping=1.0,
+            momentum="quadratic",
+            inverses_every=2,
+            factors_every=2,
+            adaptive=True,
+            mean_over=axis,
+        ),
+        WEIGHTED,
+    ),
+    "gauss_newton_kronecker": (
+        lambda axis: (
+            cx.gauss_newton_kronecker(like(WEIGHTED), mean_over=axis)
+            | cx.accumulate()
+            | cx.pmean_updates(axis)
+            | cx.scale_by_power(0.5, damping=0.1)
+            | optax.sgd(0.1)
+        ),
+        WEIGHTED,
+    ),
     "exact_diag": (
         lambda axis: (
             cx.exact_diag("fisher", mean_over=axis)

@@ -17,6 +17,7 @@ from curvax.curvature.kronecker.atoms import arranged, axes_of, restored
 from curvax.curvature.kronecker.cells import powers
 from curvax.curvature.kronecker.options import Options
 from curvax.curvature.kronecker.plan import Block, LeafReport
+from curvax.devices import meshes
 from curvax.linalg.kronecker import STYLES
 
 
@@ -125,7 +126,8 @@ class BlockOperator(abc.ABC):
         return dict(zip(self.structure.names, self.structure.reports))
 
     def _applied(self, v: Tree, to_block: Map, to_diagonal: Callable[[Any], Any]) -> Tree:
-        leaves, treedef = jax.tree.flatten(trees.arrays(v))
+        v = trees.arrays(v)
+        leaves, treedef = jax.tree.flatten(meshes.gathered(v))
         self._check_tree(leaves)
         wide = [trees.widen(x) if trees.is_float(x) else x for x in leaves]
         found: dict[int, jax.Array] = {}
@@ -135,7 +137,8 @@ class BlockOperator(abc.ABC):
         for leaf, d in self.diagonals.items():
             found[leaf] = to_diagonal(d) * wide[leaf]
         own = lambda k, x: found[k].astype(x.dtype) if k in found else x
-        return jax.tree.unflatten(treedef, [own(k, x) for k, x in enumerate(leaves)])
+        out = jax.tree.unflatten(treedef, [own(k, x) for k, x in enumerate(leaves)])
+        return meshes.laid_like(out, v)
 
     def _check_tree(self, leaves: list[Any]) -> None:
         shapes = tuple(jnp.shape(x) for x in leaves)

@@ -24,6 +24,7 @@ from curvax.curvature.kronecker.statistics import (
 )
 from curvax.curvature.kronecker.tapped import Tapped
 from curvax.curvature.kronecker.taps import Arrays
+from curvax.devices import meshes
 
 
 @jax.tree_util.register_dataclass
@@ -62,20 +63,25 @@ def sums_of(at: Tapped, options: Options, *draws: Tree) -> Sums:
     """
     part, leaves = at.part, jax.tree.leaves(at.params)
     structure = structure_of(at.plan, at.params, options)
-    rows = inputs_of_blocks(at.plan, at.seen, at.sites, part.size, structure.joint)
-    inputs = tuple(tuple(input_factor(x, options.sharing) for x in own) for own in rows)
 
-    def of_column(pulled: Arrays, loose: list[jax.Array]) -> Any:
+    def input_factors(seen: Arrays, sites: jax.Array | None) -> Any:
+        rows = inputs_of_blocks(at.plan, seen, sites, part.size, structure.joint)
+        return tuple(tuple(input_factor(x, options.sharing) for x in own) for own in rows)
+
+    def output_factors(pulled: Arrays, seen: Arrays, loose: list[jax.Array]) -> Any:
         outputs = tuple(
             tuple(output_factor(cotangents_of(half, pulled), options.sharing) for half in own)
             for own in halves(at.plan)
         )
         exact = {
-            leaf: squares(uses, pulled, at.seen, jnp.shape(leaves[leaf]))
+            leaf: squares(uses, pulled, seen, jnp.shape(leaves[leaf]))
             for leaf, uses in at.plan.repeated.items()
         }
         estimated = {k: jnp.square(trees.widen(g)) for k, g in zip(at.plan.loose, loose)}
         return outputs, exact | estimated
+
+    inputs = meshes.automatically(input_factors, at.seen, at.sites)
+    of_column = lambda pulled, loose: meshes.automatically(output_factors, pulled, at.seen, loose)
 
     outputs, diagonals = at.total(columns(part, at.outputs, options.fisher, *draws), of_column)
     unused = {

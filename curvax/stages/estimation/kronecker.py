@@ -244,7 +244,7 @@ def _zeros(like: Objective, params: Tree, options: Options) -> KroneckerFactors:
     def factors(params: Tree, batch: Tree) -> KroneckerFactors:
         objective = pieces.changed(like, batch=batch).through(initial.whole)
         key = jax.random.key(0) if options.fisher == "sampled" else None
-        return kronecker_factors(objective, params, **options._asdict(), key=key)
+        return kronecker_factors(objective, params, **options._asdict(), key=key, mean_over=())
 
     found = jax.eval_shape(factors, params, like.batch)
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), found)
