@@ -27,7 +27,7 @@ def check_entry(entry: Entry, option: str) -> None:
 
 
 def read(entry: Entry, batch: Tree, option: str) -> jax.Array:
-    """The array that an entry names.
+    """The array that an entry names; its shape, of a batch of shapes.
 
     Raises:
         ValueError: the batch has no such key.
@@ -35,7 +35,9 @@ def read(entry: Entry, batch: Tree, option: str) -> jax.Array:
     if callable(entry):
         return jnp.asarray(entry(batch))
     try:
-        return jnp.asarray(batch[entry])
+        found: Any = batch[entry]
+        is_shape = isinstance(found, jax.ShapeDtypeStruct)
+        return found if is_shape else jnp.asarray(found)
     except (KeyError, IndexError, TypeError) as error:
         has = list(batch) if isinstance(batch, dict) else f"the type {type(batch).__name__}"
         raise ValueError(

@@ -268,8 +268,8 @@ def group_sizes(config: ConfigDict) -> set[int]:
     Raises:
         ConfigError: the text cannot be parsed.
     """
-    # Neither the length of the run nor axes, layout and kernels change the groups.
-    names: dict[str, Any] = {"axes": None, "layout": Layout({}), "kernels": None}
+    # Neither the length of the run nor these names change the groups.
+    names: dict[str, Any] = {"axes": None, "layout": Layout({}), "kernels": None, "like": None}
     names = configs.numbers(config) | names
     optimizer = recipe.parse(config.optimizer, steps=2**31 - 1, names=names)
     groups = (part for part in walk(optimizer) if name_of(part) == "per_group")

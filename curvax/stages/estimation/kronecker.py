@@ -19,7 +19,14 @@ from curvax.curvature.kronecker.tapped import tapped
 from curvax.devices import axes
 from curvax.devices.axes import AxisNames
 from curvax.hyperparameters import injectable
-from curvax.objective import LossAndGradient, Objective, microbatch_mean, pieces
+from curvax.objective import (
+    LossAndGradient,
+    Objective,
+    as_objective,
+    microbatch_mean,
+    pieces,
+    require_batch,
+)
 from curvax.pipes import initial
 from curvax.pipes.signal import Signal, Stage, stage
 from curvax.pipes.state_keys import DrawingKey
@@ -49,7 +56,7 @@ def fisher_kronecker(
     Args:
         like: an objective with the model and with shapes of training, if later stages keep factors
             from step to step (`ema_mean`, `every`, `kronecker(every=)`): `init` traces its model,
-            and computes nothing.
+            and computes nothing. Its batch may be of `jax.ShapeDtypeStruct`.
         key: typed PRNG key, or seed, of the labels.
         sharing: `expand` or `reduce`, as in `kronecker_factors`.
         bias: `joint` or `separate`, as in `kronecker_factors`.
@@ -195,7 +202,7 @@ def _kronecker(
         return DrawState(drawing.initial(), jnp.zeros((), jnp.int32))
 
     if like is not None:
-        shapes = _shapes_of(like, options, name)
+        shapes = _shapes_of(like, name)
         init.factors = lambda params, factors: _zeros(shapes, params, options)  # type: ignore[attr-defined]
 
     def rule(
@@ -229,9 +236,9 @@ def _kronecker(
     return stage(init, rule, name=name)
 
 
-def _shapes_of(like: Objective, options: Options, name: str) -> Objective:
+def _shapes_of(like: Objective, name: str) -> Objective:
     """`like` with shapes in place of its batch, so that a stage does not hold the arrays."""
-    like = required(like, (), options.fisher, f"{name}(like=)")
+    like = require_batch(as_objective(like, f"{name}(like=)"), f"{name}(like=)")
     shape = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
     return pieces.changed(like, batch=jax.tree.map(shape, like.batch))
 
