@@ -16,7 +16,8 @@ Made = TypeVar("Made")
 STATIC = frozenset(
     {
         "ascent", "block", "factors_every", "fraction", "inverses_every", "key", "labels", "lag",
-        "like", "m", "mask", "p", "probes", "sampler", "samples", "shards", "solver", "steps",
+        "largest", "layout", "like", "m", "mask", "p", "probes", "sampler", "samples", "shards",
+        "solver", "steps",
     }
 )  # fmt: skip
 """Names of static options: counts, norms, fractions of the batch, seeds, and callables that are

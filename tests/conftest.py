@@ -31,6 +31,8 @@ if not hasattr(jax, "enable_x64"):  # JAX 0.7 has it among the experiments.
 
     jax.enable_x64 = enable_x64
 
+# One program at a time: with several, devices have waited for each other until XLA aborted.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

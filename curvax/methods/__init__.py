@@ -1,7 +1,7 @@
 """Published methods, each a pipe of a few stages."""
 
 from curvax.methods.diagonal import adahessian, diagonal_natural_gradient, sophia_g, sophia_h
-from curvax.methods.kronecker import kfac
+from curvax.methods.kronecker import kfac, shampoo
 from curvax.methods.matrix_free import gauss_newton, hessian_free, natural_gradient, newton_cg
 from curvax.methods.sharpness import gsam, look_sam, sam
 
@@ -16,6 +16,7 @@ __all__ = [
     "natural_gradient",
     "newton_cg",
     "sam",
+    "shampoo",
     "sophia_g",
     "sophia_h",
 ]

@@ -12,16 +12,20 @@ from curvax.devices.axes import AxisNames
 from curvax.hyperparameters import injectable
 from curvax.linalg import kronecker
 from curvax.objective import Objective
+from curvax.parameter_roles.layouts import Layout
 from curvax.pipes.signal import Stage, pipe
 from curvax.stages import (
+    accumulate,
     damp,
     ema_mean,
     every,
     fisher_kronecker,
     fisher_matvec,
+    gradient_kronecker,
     levenberg_marquardt,
     pmean_updates,
     quadratic_step,
+    scale_by_power,
     solve,
     trust_region,
 )
@@ -117,3 +121,61 @@ def kfac(
     )
     start: Any = damping  # a number with `adaptive`, which `levenberg_marquardt` checks
     return levenberg_marquardt(steps, start, mean_over=mean_over) if adaptive else steps
+
+
+@injectable
+def shampoo(
+    learning_rate: ScalarOrSchedule,
+    *,
+    decay: ScalarOrSchedule | None = None,
+    eps: ScalarOrSchedule = 0.0,
+    damping: ScalarOrSchedule = 1e-6,
+    momentum: float | None = None,
+    layout: Layout | None = None,
+    largest: int = 8192,
+    mean_over: AxisNames = None,
+) -> Stage:
+    """Shampoo: AdaGrad with Kronecker factors of the gradient, a root of order four on each side.
+
+        gradient_kronecker() | accumulate() | scale_by_power(½)
+            | optax.scale_by_learning_rate(α)
+
+        V ← V - α (Σ VVᵀ)^-¼ V (Σ VᵀV)^-¼
+
+    Each step takes an eigendecomposition of every factor. Parameters without two sides are divided
+    by the root of the sum of their squares, as in AdaGrad. Gupta et al., arXiv:1802.09568,
+    Algorithm 1.
+
+    Args:
+        learning_rate: α, a number or a schedule.
+        decay: β in [0, 1) of exponential averages of the factors; None for their sum.
+        eps: ε >= 0, added to the root.
+        damping: λ >= 0, added before the root, in units of squared gradients.
+        momentum: decay of `optax.trace` in [0, 1); None for none.
+        layout: the axes of inputs, outputs and layers of each parameter, from `curvax.layout`; None
+            takes them from names and shapes.
+        largest: size of the largest factor.
+        mean_over: device axis, or tuple of axes, to average the gradient over.
+
+    Returns:
+        A stage. It needs neither a model nor `value_fn`.
+
+    Raises:
+        ValueError, TypeError: an option is out of range, or is traced where it must be static.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax, curvax
+        >>> loss = lambda w: 0.5 * jnp.sum((w - jnp.eye(2)) ** 2)
+        >>> tx, w = curvax.shampoo(0.5), jnp.zeros((2, 2))
+        >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w)
+        >>> (w + updates).round(3).tolist()
+        [[0.5, 0.0], [0.0, 0.5]]
+    """
+    return pipe(
+        pmean_updates(mean_over),
+        gradient_kronecker(layout, largest=largest),
+        accumulate() if decay is None else ema_mean(decay),
+        scale_by_power(0.5, eps=eps, damping=damping),
+        *(() if momentum is None else (optax.trace(momentum),)),
+        optax.scale_by_learning_rate(learning_rate),
+    )

@@ -45,7 +45,10 @@ def whole(part: Tree) -> Tree:
 
 def takes_factors(init: Callable[..., Any]) -> bool:
     """Whether an `init` takes factors as its second argument."""
-    return "factors" in inspect.signature(init).parameters
+    try:
+        return "factors" in inspect.signature(init).parameters
+    except ValueError:  # of a builtin, such as `tuple`
+        return False
 
 
 def initial(part: optax.GradientTransformation, params: Tree, factors: Any) -> optax.OptState:

@@ -45,6 +45,7 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, tuple[float, float]]]] = {
         dict(like=OBJECTIVE, key=4, factors_every=2, inverses_every=3, momentum="quadratic"),
         dict(learning_rate=(0.1, 0.2), damping=(0.3, 0.4), decay=(0.9, 0.8), radius=(0.1, 0.2)),
     ),
+    "shampoo": (dict(largest=4, momentum=0.9), dict(learning_rate=(0.1, 0.2), damping=(0.3, 0.4))),
     "newton_cg": (dict(solver=cx.steihaug(0.3)), dict(learning_rate=(0.1, 0.2))),
 }
 STAGES: dict[str, tuple[dict[str, Any], dict[str, tuple[float, float]]]] = {
@@ -64,6 +65,7 @@ STAGES: dict[str, tuple[dict[str, Any], dict[str, tuple[float, float]]]] = {
     "fisher_kronecker": (dict(like=OBJECTIVE, key=4), {}),
     "gauss_newton_kronecker": (dict(like=OBJECTIVE, fraction=0.5), {}),
     "empirical_fisher_kronecker": (dict(sharing="reduce"), {}),
+    "gradient_kronecker": (dict(largest=4), {}),
     "exact_diag": (dict(curvature="fisher"), {}),
     "spatial_average": (dict(block=lambda path, leaf: None), {}),
     "ema_rms": ({}, dict(decay=(0.9, 0.5))),
@@ -205,7 +207,7 @@ def test_large_seeds_are_kept():
         ),
         (lambda m: cx.per_group(m, cx.sam_perturb(0.1)), "('m',)"),
         (lambda lag: cx.ema_mean(0.9, lag=lag), "('lag',)"),
-        (lambda block: cx.spatial_average(block), "('block',)"),
+        (lambda block: cx.spatial_average(block), "('block', 'layout')"),
     ],
 )
 def test_own_factory_raises_with_its_static_args(factory, static):

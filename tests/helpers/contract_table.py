@@ -223,6 +223,19 @@ TABLE = {
         ),
         {"radius": 0.1},
     ),
+    "gradient_kronecker": Row(
+        lambda decay, damping: (
+            cx.gradient_kronecker()
+            | cx.ema_mean(decay)
+            | cx.damp(damping)
+            | cx.solve(cx.kronecker(2))
+        ),
+        {"decay": 0.9, "damping": 0.3},
+    ),
+    "shampoo": Row(
+        lambda rate: cx.shampoo(rate, damping=0.1, eps=0.1, momentum=0.9),
+        {"rate": 0.1},
+    ),
     "kfac": Row(
         lambda rate: cx.kfac(like(), rate, damping=0.3, momentum=0.9, radius=0.5), {"rate": 0.1}
     ),

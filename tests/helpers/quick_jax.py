@@ -9,11 +9,13 @@ FLAGS = (
         "--xla_backend_optimization_level=0",
         "--xla_cpu_parallel_codegen_split_count=1",
         "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_collective_call_terminate_timeout_seconds=300",
     )
     if importlib.metadata.version("jaxlib").startswith("0.10.")
     else ()
 )
-"""Of XLA, which then compiles for the CPU in a third of the time; versions know other flags."""
+"""Of XLA, which then compiles for the CPU in a third of the time, and waits longer for devices
+that share a busy core. Other versions know other flags."""
 
 
 def lower_quickly() -> None:

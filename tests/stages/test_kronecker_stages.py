@@ -14,6 +14,7 @@ from kronecker_problems import assert_same
 from small_problems import net, net_batch, net_params, quick_jit
 
 import curvax as cx
+from curvax.parameter_roles.layouts import Layout, Leaf
 
 PARAMS = net_params()
 STAGES = {
@@ -382,3 +383,97 @@ def test_a_restricted_method_has_factors_of_its_leaves():
     step = factors.solve(alone.value_and_grad(kernels)[1], 0.3, "heuristic")
     assert_same({"hidden": {"kernel": updates["hidden"]["kernel"]}, "out": updates["out"]},
                 jax.tree.map(jnp.negative, step))  # fmt: skip
+
+
+# Shampoo
+
+
+def quarter_root(matrix: jax.Array) -> jax.Array:
+    values, vectors = jnp.linalg.eigh(matrix)
+    return vectors @ jnp.diag(values**-0.25) @ vectors.T
+
+
+def matrices_of(t: int) -> dict[str, jax.Array]:
+    """Gradients of a kernel, of four stacked ones, of a projection of two heads, and of a bias."""
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(7), t), 4)
+    shapes = {"kernel": (4, 3), "stacked": (2, 3, 4), "heads": (4, 2, 3), "bias": (3,)}
+    return {n: jax.random.normal(k, shape) for k, (n, shape) in zip(keys, shapes.items())}
+
+
+AXES = {
+    "kernel": ((0,), (1,), ()),
+    "stacked": ((1,), (2,), (0,)),
+    "heads": ((0,), (1, 2), ()),
+    "bias": ((), (0,), ()),
+}
+LAYOUT = Layout(
+    {
+        (name,): Leaf("bias" if name == "bias" else "dense", matrices_of(0)[name].shape, (),
+                      inputs, outputs, depth, name)
+        for name, (inputs, outputs, depth) in AXES.items()
+    }
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("decay", [None, 0.8])
+def test_shampoo_is_the_method_written_out(decay):
+    tx = cx.shampoo(0.5, decay=decay, damping=0.0, layout=LAYOUT)
+    params = jax.tree.map(jnp.zeros_like, matrices_of(0))
+    update = quick_jit(lambda g, state: tx.update(g, state, params))
+    state, total = tx.init(params), dict[str, Any]()
+    for t in range(6):
+        grads = matrices_of(t)
+        updates, state = update(grads, state)
+        sides: dict[str, Any] = {"bias": (jnp.square(grads["bias"]),)}
+        for name, matrix in slices(grads).items():
+            sides[name] = (matrix.T @ matrix, matrix @ matrix.T)
+        fade = (lambda m, x: m + x) if decay is None else (lambda m, x: 0.8 * m + 0.2 * x)
+        total = {n: tuple(map(fade, total.get(n, (0.0, 0.0)), x)) for n, x in sides.items()}
+    weight = 1.0 if decay is None else 1 - 0.8**6
+    found = slices(updates)
+    for name, matrix in slices(matrices_of(5)).items():
+        right, left = (quarter_root(x / weight) for x in total[name])
+        np.testing.assert_allclose(found[name], -0.5 * left @ matrix @ right, rtol=1e-8)
+    expected = -0.5 * matrices_of(5)["bias"] / jnp.sqrt(total["bias"][0] / weight)
+    np.testing.assert_allclose(updates["bias"], expected, rtol=1e-10)
+
+
+def slices(tree: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Every matrix [outputs, inputs]."""
+    stacked = {f"stacked{n}": x.T for n, x in enumerate(tree["stacked"])}
+    return {"kernel": tree["kernel"].T, "heads": tree["heads"].reshape(4, 6).T} | stacked
+
+
+def test_sides_follow_from_names_without_a_layout():
+    """As for the net with the layout of its model: the kernels have factors, the bias a square."""
+    tx = cx.gradient_kronecker()
+    signal, _ = tx.update(cx.Signal(PARAMS), tx.init(PARAMS), PARAMS)
+    kinds = {name: line.treatment for name, line in signal.factors.report().items()}
+    assert kinds == {"hidden/bias": "diagonal", "hidden/kernel": "kronecker",
+                     "out/kernel": "kronecker"}  # fmt: skip
+    inputs, outputs = signal.factors.factors_of("hidden/kernel")
+    kernel = PARAMS["hidden"]["kernel"]
+    np.testing.assert_allclose(inputs, kernel @ kernel.T, rtol=1e-12)
+    np.testing.assert_allclose(outputs, kernel.T @ kernel, rtol=1e-12)
+
+
+def test_kernels_with_a_large_side_are_divided_by_their_squares():
+    tx = cx.gradient_kronecker(largest=3) | cx.scale_by_power(0.5, eps=0.0)
+    updates, _ = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    assert_same(updates["hidden"], jax.tree.map(jnp.sign, PARAMS["hidden"]))
+
+
+def test_factors_of_the_gradient_have_the_product_and_the_solution_of_their_root():
+    tx = cx.gradient_kronecker()
+    signal, _ = tx.update(cx.Signal(PARAMS), tx.init(PARAMS), PARAMS)
+    v = moved(3)
+    solved = signal.factors.solve(v, 0.1)
+    back = jax.tree.map(lambda x, y: x + 0.1 * y, signal.factors(solved), solved)
+    assert_same(back, v)
+    kernel = PARAMS["out"]["kernel"]
+    norm = jnp.sum(jnp.linalg.svd(kernel)[1])  # tr (KKᵀ)^½
+    only = jax.tree.map(jnp.zeros_like, PARAMS) | {"out": PARAMS["out"]}
+    single, _ = tx.update(cx.Signal(only), tx.init(PARAMS), PARAMS)
+    np.testing.assert_allclose(single.factors.trace(), norm**2, rtol=1e-10)
+    with pytest.raises(ValueError, match="root of their product"):
+        signal.factors.solve(v, 0.1, style="heuristic")

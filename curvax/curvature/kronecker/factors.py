@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax.arithmetic.trees import Tree
-from curvax.curvature.kronecker.cells import Cell
+from curvax.curvature.kronecker.cells import Cell, Eigen
 from curvax.curvature.kronecker.corrected import CorrectedFactors, corrections
 from curvax.curvature.kronecker.operator import BlockOperator, Structure
 from curvax.devices.axes import AxisNames
@@ -108,12 +108,11 @@ class KroneckerFactors(BlockOperator):
         cells = [self.cells(k)[0].finite() for k in range(len(self.inputs))]
         inputs, outputs = (tuple(x) for x in zip(*cells)) if cells else ((), ())
         diagonals = {leaf: jnp.all(jnp.isfinite(d)) for leaf, d in self.diagonals.items()}
-        return KroneckerFactors(inputs, outputs, diagonals, self.structure)
+        return dataclasses.replace(self, inputs=inputs, outputs=outputs, diagonals=diagonals)
 
     def eigen(self) -> CorrectedFactors:
         """The same matrix by its eigenvectors and eigenvalues, from one decomposition."""
-        blocks = range(len(self.inputs))
-        bases = tuple(tuple(cell.eigen() for cell in self.cells(k)) for k in blocks)
+        bases = tuple(tuple(self._eigen(k)) for k in range(len(self.inputs)))
         return CorrectedFactors(bases, self.diagonals, self.structure)
 
     def inverse(self, damping: Any) -> "KroneckerFactors":
@@ -142,8 +141,10 @@ class KroneckerFactors(BlockOperator):
     def _scaled(
         self, k: int, matrices: list[jax.Array], by: Callable[[jax.Array], jax.Array]
     ) -> list[jax.Array]:
-        eigen = [cell.eigen() for cell in self.cells(k)]
-        return [own.scaled(v, by(own.values)) for own, v in zip(eigen, matrices)]
+        return [own.scaled(v, by(own.values)) for own, v in zip(self._eigen(k), matrices)]
+
+    def _eigen(self, k: int) -> list[Eigen]:
+        return [cell.eigen() for cell in self.cells(k)]
 
     def _heuristic(self, k: int, matrices: list[jax.Array], damping: Any) -> list[jax.Array]:
         cell, *_ = self.cells(k)

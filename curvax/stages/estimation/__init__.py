@@ -1,5 +1,6 @@
 """Estimators: stages that add a diagonal, a product or Kronecker factors to the signal."""
 
+from curvax.stages.estimation.gradient_kronecker import gradient_kronecker
 from curvax.stages.estimation.hutchinson import hutchinson_diag
 from curvax.stages.estimation.kronecker import (
     empirical_fisher_kronecker,
@@ -27,6 +28,7 @@ __all__ = [
     "gauss_newton_diag",
     "gauss_newton_kronecker",
     "gauss_newton_matvec",
+    "gradient_kronecker",
     "hessian_matvec",
     "hutchinson_diag",
     "squared_gradient",
