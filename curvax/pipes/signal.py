@@ -36,7 +36,6 @@ class Signal(NamedTuple):
         gradient: ∇L(θ) before any perturbation, a tree like the parameters.
         diagonal: a diagonal of the curvature, in float32 or wider, shaped like the parameters.
         matvec: a curvature product v ↦ C v on such trees.
-        factors: a Kronecker-factored curvature, such as `KroneckerFactors`.
         value: L(θ), a scalar; None where it is unknown.
         perturbed_value: the loss at the perturbed point, a scalar; on steps that
             `sam_perturb(every=)` skips, the last one, averaged over devices.
@@ -59,13 +58,13 @@ class Signal(NamedTuple):
     gradient: Tree = None
     diagonal: Tree = None
     matvec: Matvec | None = None
-    factors: Any = None
     value: jax.Array | None = None
     perturbed_value: jax.Array | None = None
     aux: Any = None
     perturbed: jax.Array | bool | None = None
     local: frozenset[str] = frozenset()
     averaged: frozenset[str] = frozenset()
+    factors: Any = None
 
 
 Rule = Callable[..., tuple[Signal, optax.OptState]]
