@@ -45,6 +45,7 @@ class Signal(NamedTuple):
         local: the device axes over which `updates` are this device's own.
         averaged: the device axes that updates have been averaged over, even if a later stage made
             them local again.
+        factors: a Kronecker-factored curvature, such as `KroneckerFactors`.
 
     Examples:
         >>> import jax.numpy as jnp, curvax

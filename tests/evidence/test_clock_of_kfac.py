@@ -13,6 +13,7 @@ import os
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import evidence_tables
 import jax
@@ -40,7 +41,7 @@ TASKS = {
     "classifier": ((64, 32, 10), cx.categorical("y"), 300),
 }
 SHAMPOO_RATES = (3e-3, 1e-2, 3e-2)
-KFAC = dict(momentum="quadratic", decay=0.8)
+KFAC: dict[str, Any] = dict(momentum="quadratic", decay=0.8)
 VARIANTS = {
     "curvax.kfac": (
         DAMPINGS,
