@@ -12,7 +12,7 @@ from kronecker_problems import N, assert_same, normal, regression
 from small_problems import quick_jit
 
 from curvax.curvature import fvp
-from curvax.curvature.kronecker import kronecker_factors
+from curvax.curvature.kronecker import cells, kronecker_factors
 
 
 def restricted(tree: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
@@ -198,3 +198,13 @@ def test_factors_of_convolutions_are_those_of_their_derivatives():
     ]
     trace = sum(np.sum(np.square(x)) for x in full) / 2
     np.testing.assert_allclose(total, trace, rtol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 128, 129, 300])
+def test_inverse_by_halves_is_the_inverse(size):
+    """Of stacked matrices, also where a half has an odd size."""
+    rows = normal(3, 2, size, 2 * size)
+    matrices = rows @ jnp.swapaxes(rows, -1, -2) / size + 0.1 * jnp.eye(size)[None]
+    found = quick_jit(cells.inverse)(matrices)
+    np.testing.assert_allclose(found, np.linalg.inv(matrices), rtol=0, atol=1e-11)
+    np.testing.assert_allclose(found, jnp.swapaxes(found, -1, -2), rtol=0, atol=1e-12)
