@@ -474,6 +474,7 @@ def test_factors_of_the_gradient_have_the_product_and_the_solution_of_their_root
     norm = jnp.sum(jnp.linalg.svd(kernel)[1])  # tr (KKᵀ)^½
     only = jax.tree.map(jnp.zeros_like, PARAMS) | {"out": PARAMS["out"]}
     single, _ = tx.update(cx.Signal(only), tx.init(PARAMS), PARAMS)
-    np.testing.assert_allclose(single.factors.trace(), norm**2, rtol=1e-10)
+    # An eigenvalue that is 0 to rounding has a root near 1e-8.
+    np.testing.assert_allclose(single.factors.trace(), norm**2, rtol=1e-7)
     with pytest.raises(ValueError, match="root of their product"):
         signal.factors.solve(v, 0.1, style="heuristic")
