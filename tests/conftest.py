@@ -26,13 +26,13 @@ import pytest
 
 if not os.environ["CURVAX_TESTS_MEASURE"]:
     quick_jax.lower_quickly()
+    # One program at a time: with several, devices have waited for each other until XLA aborted.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
 if not hasattr(jax, "enable_x64"):  # JAX 0.7 has it among the experiments.
     from jax.experimental import enable_x64  # type: ignore[attr-defined]
 
     jax.enable_x64 = enable_x64
 
-# One program at a time: with several, devices have waited for each other until XLA aborted.
-jax.config.update("jax_cpu_enable_async_dispatch", False)
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
