@@ -1,5 +1,7 @@
 """Solves A x = b with the explicit matrix, for small models and as a reference for tests."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -49,11 +51,12 @@ def solve_symmetric(matrix: jax.Array, b: jax.Array) -> jax.Array:
     return axes.cond(jnp.all(jnp.isfinite(factor)), backward, lambda: _by_lu(matrix, b))
 
 
-def finite_or_zero(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def finite_or_zero(x: Tree) -> tuple[Tree, jax.Array]:
     """(x, `direct`), or (0, `breakdown`) if an entry of x is not finite."""
-    fine = jnp.all(jnp.isfinite(x))
+    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(x)]
+    fine = functools.reduce(jnp.logical_and, finite, jnp.array(True))
     reason = jnp.where(fine, StopReason.direct, StopReason.breakdown).astype(jnp.int32)
-    return jnp.where(fine, x, 0), reason
+    return jax.tree.map(lambda leaf: jnp.where(fine, leaf, 0), x), reason
 
 
 def _by_cholesky(factor: jax.Array, b: jax.Array) -> jax.Array:

@@ -10,7 +10,8 @@ from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
 from curvax.arithmetic.typing import Matvec, Scalar, Score
 from curvax.devices import axes
-from curvax.linalg.solvers import Solution, Solver, StopReason
+from curvax.linalg.dense import finite_or_zero
+from curvax.linalg.solvers import Solution, Solver
 from curvax.linear_operator import as_product
 
 STYLES = ("exact", "heuristic")
@@ -78,7 +79,7 @@ def kronecker(every: int = 1, *, style: str = "exact") -> Solver:
                 f"solve(kronecker(every={every}))`, or leave `every` out."
             )
         shapes = jax.eval_shape(lambda: factorised(factors, 1.0))
-        zeros = tuple(jnp.zeros(x.shape, x.dtype) for x in jax.tree.leaves(shapes))
+        zeros = tuple(map(jnp.zeros_like, jax.tree.leaves(shapes)))
         return KroneckerState(jnp.zeros((), jnp.int32), zeros)
 
     def solve(
@@ -114,8 +115,5 @@ def kronecker(every: int = 1, *, style: str = "exact") -> Solver:
 
 
 def _solution(x: Tree) -> Solution:
-    finite = [jnp.all(jnp.isfinite(y)) for y in jax.tree.leaves(x)]
-    fine = jnp.all(jnp.stack([jnp.array(True), *finite]))
-    reason = jnp.where(fine, StopReason.direct, StopReason.breakdown).astype(jnp.int32)
-    x = jax.tree.map(lambda y: jnp.where(fine, y, 0), x)
+    x, reason = finite_or_zero(x)
     return Solution(x, jnp.zeros((), jnp.int32), jnp.zeros(()), reason)

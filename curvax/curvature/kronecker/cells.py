@@ -57,13 +57,12 @@ class Cell(NamedTuple):
         return Eigen(left, right, jnp.maximum(g, 0)[..., :, None] * jnp.maximum(a, 0)[..., None, :])
 
     def inverse(self, damping: Any) -> "Cell":
-        """(G + √λ/π I)⁻¹ ⊗ (A + √λ π I)⁻¹, by Cholesky factors."""
+        """(G + √λ/π I)⁻¹ ⊗ (A + √λ π I)⁻¹"""
         root, pi = jnp.sqrt(damping), self.pi()
+        outputs = inverted(self.outputs, root / pi)
         if self.is_table:
-            return Cell(
-                1 / (self.inputs + (root * pi)[..., None]), inverted(self.outputs, root / pi)
-            )
-        return Cell(inverted(self.inputs, root * pi), inverted(self.outputs, root / pi))
+            return Cell(1 / (self.inputs + (root * pi)[..., None]), outputs)
+        return Cell(inverted(self.inputs, root * pi), outputs)
 
     def heuristic(self, v: jax.Array, damping: Any) -> jax.Array:
         """(G + √λ/π I)⁻¹ V (A + √λ π I)⁻¹, by Cholesky factors."""

@@ -61,7 +61,7 @@ def gradient_kronecker(layout: Layout | None = None, *, largest: int = 8192) -> 
         del factors
         structure = structure_of_layout(params, layout, largest)
         shapes = jax.eval_shape(lambda g: gradient_factors(g, structure), params)
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.tree.map(jnp.zeros_like, shapes)
 
     init.factors = zeros  # type: ignore[attr-defined]
 

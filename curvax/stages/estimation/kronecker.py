@@ -4,11 +4,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
-from curvax.arithmetic.typing import Key, ValueFn
+from curvax.arithmetic.typing import Key
 from curvax.curvature.kronecker.cotangents import draws_of
 from curvax.curvature.kronecker.estimate import kronecker_factors
 from curvax.curvature.kronecker.factors import KroneckerFactors
@@ -28,10 +26,8 @@ from curvax.objective import (
     require_batch,
 )
 from curvax.pipes import initial
-from curvax.pipes.signal import Signal, Stage, stage
-from curvax.pipes.state_keys import DrawingKey
-from curvax.stages.estimation.diagonal_stage import check_fraction, part_and_axes, share_gradient
-from curvax.stages.estimation.matvecs import DrawState
+from curvax.pipes.signal import Stage
+from curvax.stages.estimation.gradient_sharing import gradient_sharing_stage
 
 
 @injectable
@@ -192,48 +188,25 @@ def _kronecker(
 ) -> Stage:
     """A stage that sets these factors; `key` is None for factors that draw no labels."""
     options.checked(name)
-    check_fraction(fraction, name)
-    drawing = None if key is None else DrawingKey(key)
 
-    def init(params: Tree) -> DrawState | optax.EmptyState:
-        trees.require_floating(params, name)
-        if drawing is None:
-            return optax.EmptyState()
-        return DrawState(drawing.initial(), jnp.zeros((), jnp.int32))
-
-    if like is not None:
-        shapes = _shapes_of(like, name)
-        init.factors = lambda params, factors: _zeros(shapes, params, options)  # type: ignore[attr-defined]
-
-    def rule(
-        signal: Signal,
-        state: optax.OptState,
-        params: Tree,
-        *,
-        value_fn: ValueFn | None = None,
-        **extra: Any,
-    ) -> tuple[Signal, optax.OptState]:
-        del extra
-        objective = required(value_fn, params, options.fisher, name)
-        here, local, over = part_and_axes(signal, objective, params, fraction, mean_over, name)
-        draw = None
-        if drawing is not None:
-            draw = jax.random.fold_in(drawing.of(state.key), state.step)
-
+    def evaluate(
+        here: Objective, params: Tree, draw: jax.Array | None, over: tuple[str, ...]
+    ) -> tuple[LossAndGradient, dict[str, Any]]:
         def one_pass(part: Objective, *draws: jax.Array) -> tuple[LossAndGradient, Sums]:
             at = tapped(part, params)
             with jax.default_matmul_precision("highest"):
                 return at.loss_and_gradient(), sums_of(at, options, *draws)
 
         draws = draws_of(here, options.fisher, None, draw)
-        (loss, gradient), sums = microbatch_mean(here, one_pass, *draws)
-        factors = axes.mean(sums, over, here.batch_weight()).finished()
-        signal = signal._replace(factors=factors)
-        if fraction == 1:
-            signal = share_gradient(signal, objective, params, loss, gradient, local)
-        return signal, state if drawing is None else state._replace(step=state.step + 1)
+        found, sums = microbatch_mean(here, one_pass, *draws)
+        return found, {"factors": axes.mean(sums, over, here.batch_weight()).finished()}
 
-    return stage(init, rule, name=name)
+    needs = lambda objective, params: required(objective, params, options.fisher, name)
+    factors = None
+    if like is not None:
+        shapes = _shapes_of(like, name)
+        factors = lambda params, factors: _zeros(shapes, params, options)
+    return gradient_sharing_stage(name, evaluate, fraction, mean_over, key, needs, factors)
 
 
 def _shapes_of(like: Objective, name: str) -> Objective:
@@ -254,4 +227,4 @@ def _zeros(like: Objective, params: Tree, options: Options) -> KroneckerFactors:
         return kronecker_factors(objective, params, **options._asdict(), key=key, mean_over=())
 
     found = jax.eval_shape(factors, params, like.batch)
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), found)
+    return jax.tree.map(jnp.zeros_like, found)

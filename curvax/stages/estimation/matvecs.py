@@ -1,16 +1,14 @@
 """Curvature products: stages that add v ↦ C v to the signal, and the exact diagonal of C."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from curvax import checks
-from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
-from curvax.arithmetic.typing import Key, ValueFn
+from curvax.arithmetic.typing import Key
 from curvax.curvature import (
     linearized_empirical_fisher,
     linearized_fisher,
@@ -22,20 +20,12 @@ from curvax.devices.axes import AxisNames
 from curvax.hyperparameters import injectable
 from curvax.linalg import exact_diagonal
 from curvax.linear_operator import Product
-from curvax.objective import LossAndGradient, Objective, as_objective
-from curvax.pipes.signal import Signal, Stage, containing, stage
-from curvax.pipes.state_keys import DrawingKey
-from curvax.stages.estimation.diagonal_stage import check_fraction, part_and_axes, share_gradient
+from curvax.objective import LossAndGradient, Objective
+from curvax.pipes.signal import Signal, Stage, containing
+from curvax.stages.estimation.gradient_sharing import gradient_sharing_stage
 
 Linearize = Callable[[Objective, Tree, jax.Array | None], tuple[LossAndGradient, Product]]
 """(objective, parameters, key) ↦ (((L, aux), ∇L), v ↦ C v), from one linearisation."""
-
-
-class DrawState(NamedTuple):
-    key: jax.Array
-    """The data of a key, uint32. Draws depend on the step and the example of the global batch."""
-    step: jax.Array
-    """t, int32 scalar."""
 
 
 @injectable
@@ -229,36 +219,14 @@ def _matvec(
     key: Key | None = None,
 ) -> Stage:
     """A stage that adds such a product; `key` is None for products that draw no labels."""
-    check_fraction(fraction, name)
-    drawing = None if key is None else DrawingKey(key)
 
-    def init(params: Tree) -> DrawState | optax.EmptyState:
-        trees.require_floating(params, name)
-        if drawing is None:
-            return optax.EmptyState()
-        return DrawState(drawing.initial(), jnp.zeros((), jnp.int32))
+    def evaluate(
+        here: Objective, params: Tree, draw: jax.Array | None, over: tuple[str, ...]
+    ) -> tuple[LossAndGradient, dict[str, Any]]:
+        found, product = linearize(here, params, draw)
+        return found, {"matvec": product.averaged(over, here.batch_weight())}
 
-    def rule(
-        signal: Signal,
-        state: optax.OptState,
-        params: Tree,
-        *,
-        value_fn: ValueFn | None = None,
-        **extra: Any,
-    ) -> tuple[Signal, optax.OptState]:
-        del extra
-        objective = as_objective(value_fn, name, params)
-        here, local, over = part_and_axes(signal, objective, params, fraction, mean_over, name)
-        draw = None
-        if drawing is not None:
-            draw = jax.random.fold_in(drawing.of(state.key), state.step)
-        (loss, gradient), product = linearize(here, params, draw)
-        signal = signal._replace(matvec=product.averaged(over, here.batch_weight()))
-        if fraction == 1:
-            signal = share_gradient(signal, objective, params, loss, gradient, local)
-        return signal, state if drawing is None else state._replace(step=state.step + 1)
-
-    return stage(init, rule, name=name)
+    return gradient_sharing_stage(name, evaluate, fraction, mean_over, key)
 
 
 MATRICES = {
