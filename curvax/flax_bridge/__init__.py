@@ -8,5 +8,15 @@ from curvax.flax_bridge.losses import nnx_loss
 from curvax.flax_bridge.nnx_scopes import named_modules
 from curvax.flax_bridge.train_state import TrainState
 from curvax.parameter_roles.layouts import Layout, Leaf, Member
+from curvax.parameter_roles.matrix_axes import matrix_axes
 
-__all__ = ["Layout", "Leaf", "Member", "TrainState", "layout", "named_modules", "nnx_loss"]
+__all__ = [
+    "Layout",
+    "Leaf",
+    "Member",
+    "TrainState",
+    "layout",
+    "matrix_axes",
+    "named_modules",
+    "nnx_loss",
+]

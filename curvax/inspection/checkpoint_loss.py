@@ -80,11 +80,11 @@ def gradient(objective: Objective, params: Tree) -> Tree:
 def checkpoint_loss(run: TrainedRun, examples: int) -> CheckpointLoss:
     """The loss of a run on the first `examples` of its training set and of its test set."""
     experiment, state = run.experiment, run.state
-    variables = {"params": state.params, **state.model_state}
+    variables = {"params": state.evaluated, **state.model_state}
     return CheckpointLoss(
         _objective(run, experiment.data.train, examples),
         _objective(run, experiment.data.test, examples),
-        state.params,
+        state.evaluated,
         layout(experiment.model, variables, experiment.example),
     )
 

@@ -4,10 +4,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
+from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
 from curvax.pipes import requirements
-from curvax.pipes.signal import Signal
+from curvax.pipes.parts import name_of, parts_of
+from curvax.pipes.signal import Signal, Stage, pipe, step
 
 
 class Estimate(NamedTuple):
@@ -48,6 +51,12 @@ def needed(signal: Signal, kept: Tree, stage: str, needs: str) -> Estimate:
     if signal.diagonal is not None or signal.factors is None:
         diagonal = requirements.needed_diagonal(signal.diagonal, stage, needs)
         return Estimate(diagonal, jax.tree.map(jnp.isfinite, diagonal))
+    if not hasattr(signal.factors, "finite"):
+        raise ValueError(
+            f"`{stage}` smooths or keeps estimates of factors, and behind `in_eigenbasis` they are "
+            f"eigenvectors. Put it before, or inside for the eigenvalues, `in_eigenbasis(... | "
+            f"{stage}(...))`; `in_eigenbasis` has an `every=` of its own."
+        )
     arrays, treedef = jax.tree.flatten(signal.factors)
     shapes = lambda tree: [jnp.shape(x) for x in jax.tree.leaves(tree)]
     if shapes(arrays) != shapes(kept):
@@ -58,3 +67,41 @@ def needed(signal: Signal, kept: Tree, stage: str, needs: str) -> Estimate:
             f"training, `fisher_kronecker(like=objective)`, in the same pipe as `{stage}`."
         )
     return Estimate(tuple(arrays), tuple(jax.tree.leaves(signal.factors.finite())), treedef)
+
+
+def estimating(stages: optax.GradientTransformation, around: str) -> Stage:
+    """Stages that set and smooth an estimate, as a pipe.
+
+    Raises:
+        ValueError: a part is a plain Optax transformation, which changes the updates.
+    """
+    inner = pipe(stages)
+    for part in parts_of(inner):
+        if not isinstance(part, Stage):
+            _refuse_change(name_of(part), around)
+    return inner
+
+
+def estimated(
+    inner: Stage, signal: Signal, state: optax.OptState, params: Tree, around: str, **extra: Any
+) -> tuple[Signal, optax.OptState]:
+    """The signal behind stages that estimate.
+
+    Raises:
+        ValueError: a part changes the updates.
+    """
+    before, after = signal.updates, []
+    for part, own in zip(parts_of(inner), state, strict=True):
+        signal, new = step(part, signal, own, params, **extra)
+        if not trees.same_leaves(signal.updates, before):
+            _refuse_change(name_of(part), around)
+        after.append(new)
+    return signal, tuple(after)
+
+
+def _refuse_change(name: str, around: str) -> None:
+    raise ValueError(
+        f"`{around}` takes stages that estimate a diagonal, and `{name}` inside it changes the "
+        f"updates. Put it behind, `{around}(...) | {name}(...)`; `sam_perturb` has an `every=` of "
+        "its own."
+    )

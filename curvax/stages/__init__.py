@@ -1,12 +1,14 @@
 """Stages: estimate, smooth, precondition, solve, perturb, project, average, restrict."""
 
 from curvax.stages.complex_parameters import split_real_and_imaginary
+from curvax.stages.eigenbasis import in_eigenbasis
 from curvax.stages.estimation import (
     empirical_fisher_diag,
     empirical_fisher_kronecker,
     empirical_fisher_matvec,
     exact_diag,
     fisher_diag,
+    fisher_eigenvalues,
     fisher_kronecker,
     fisher_matvec,
     gauss_newton_diag,
@@ -39,6 +41,7 @@ __all__ = [
     "every",
     "exact_diag",
     "fisher_diag",
+    "fisher_eigenvalues",
     "fisher_kronecker",
     "fisher_matvec",
     "gauss_newton_diag",
@@ -48,6 +51,7 @@ __all__ = [
     "gsam_project",
     "hessian_matvec",
     "hutchinson_diag",
+    "in_eigenbasis",
     "keep_orthogonal",
     "levenberg_marquardt",
     "partition",

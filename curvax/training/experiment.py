@@ -128,7 +128,7 @@ class Experiment:
         if count := min(self.config.hessian_examples, train.size):
             few = train.rows(slice(count))
             batch = next(datasets.batches(few, count, shuffle=False, drop_remainder=False))
-            value = self.largest_eigenvalue(state.params, state.model_state, batch)
+            value = self.largest_eigenvalue(state.evaluated, state.model_state, batch)
             metrics["lambda_max"] = float(value)
         return metrics
 

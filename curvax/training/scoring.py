@@ -59,8 +59,9 @@ def average(
     scores: Scores, state: State, split: Examples, size: int, parallelism: Jit
 ) -> dict[str, float]:
     """The scores over a whole split, in chunks of about `size` examples; each counts once."""
+    params = state.evaluated
     found = [
-        jax.device_get(scores(state.params, state.model_state, parallelism.place(chunk)))
+        jax.device_get(scores(params, state.model_state, parallelism.place(chunk)))
         for chunk in chunks(split, size, parallelism)
     ]
     counts = [one.pop(_COUNT) for one in found]

@@ -30,6 +30,15 @@ class State(NamedTuple):
     opt_state: Tree
     key: jax.Array  # typed key []; each step folds its number in
 
+    @property
+    def evaluated(self) -> Tree:
+        """The parameters that are evaluated: θ, or its average behind `schedule_free`."""
+        is_free = lambda x: isinstance(x, optax.contrib.ScheduleFreeState)
+        free = [x for x in jax.tree.leaves(self.opt_state, is_leaf=is_free) if is_free(x)]
+        if not free:
+            return self.params
+        return optax.contrib.schedule_free_eval_params(free[0], self.params)
+
 
 class Measured(NamedTuple):
     """The measurements of one step, on the device until they are fetched."""

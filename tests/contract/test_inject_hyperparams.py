@@ -46,6 +46,25 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, tuple[float, float]]]] = {
         dict(learning_rate=(0.1, 0.2), damping=(0.3, 0.4), decay=(0.9, 0.8), radius=(0.1, 0.2)),
     ),
     "shampoo": (dict(largest=4, momentum=0.9), dict(learning_rate=(0.1, 0.2), damping=(0.3, 0.4))),
+    "soap": (
+        dict(style="exact", largest=4),
+        dict(
+            every=(2, 3),
+            learning_rate=(0.1, 0.2),
+            b1=(0.9, 0.8),
+            b2=(0.9, 0.8),
+            weight_decay=(0.1, 0.2),
+        ),
+    ),
+    "ekfac": (
+        dict(like=OBJECTIVE, key=4, factors_every=2, momentum="quadratic"),
+        dict(
+            bases_every=(3, 2),
+            learning_rate=(0.1, 0.2),
+            damping=(0.3, 0.4),
+            eigenvalues_decay=(0.9, 0.8),
+        ),
+    ),
     "newton_cg": (dict(solver=cx.steihaug(0.3)), dict(learning_rate=(0.1, 0.2))),
 }
 STAGES: dict[str, tuple[dict[str, Any], dict[str, tuple[float, float]]]] = {
@@ -66,6 +85,8 @@ STAGES: dict[str, tuple[dict[str, Any], dict[str, tuple[float, float]]]] = {
     "gauss_newton_kronecker": (dict(like=OBJECTIVE, fraction=0.5), {}),
     "empirical_fisher_kronecker": (dict(sharing="reduce"), {}),
     "gradient_kronecker": (dict(largest=4), {}),
+    "fisher_eigenvalues": (dict(key=4, fraction=0.5), {}),
+    "in_eigenbasis": (dict(stages=cx.squared_gradient(), style="iteration"), dict(every=(2, 3))),
     "exact_diag": (dict(curvature="fisher"), {}),
     "spatial_average": (dict(block=lambda path, leaf: None), {}),
     "ema_rms": ({}, dict(decay=(0.9, 0.5))),
@@ -91,10 +112,14 @@ BEFORE = {
     "keep_orthogonal": cx.sam_perturb(0.1), "gsam_project": cx.sam_perturb(0.1),
     "penalize_gap": cx.sam_perturb(0.1), "damp": cx.fisher_matvec(), "solve": SOLVED,
     "trust_region": SOLVED, "quadratic_step": SOLVED,
+    "in_eigenbasis": cx.gauss_newton_kronecker(OBJECTIVE),
 } | dict.fromkeys(
     ["spatial_average", "ema_rms", "ema_mean", "accumulate", "scale_by_power", "clip_by_diagonal"],
     cx.squared_gradient(),
 )  # fmt: skip
+
+
+AROUND = {"fisher_eigenvalues": lambda tx: cx.gauss_newton_kronecker() | cx.in_eigenbasis(tx)}
 
 
 def two_steps(factory: Any, given: dict[str, Any], later: dict[str, float]) -> tuple[Any, int]:
@@ -137,8 +162,9 @@ def test_factory_is_injected_without_static_args(name):
     given = static | {number: start for number, (start, _) in numbers.items()}
     later = {number: value for number, (_, value) in numbers.items()}
     factory = getattr(cx, name)
-    if name in BEFORE:
-        whole = lambda factory, **given: BEFORE[name] | factory(**given)
+    if name in BEFORE or name in AROUND:
+        around = AROUND.get(name, lambda tx: BEFORE[name] | tx)
+        whole = lambda factory, **given: around(factory(**given))
         factory = functools.wraps(factory)(functools.partial(whole, factory))
     found, traced = two_steps(factory, given, later)
     assert traced == 1

@@ -141,6 +141,14 @@ CASES: dict[str, Any] = {
     "Kronecker factors, inverted": stepped(
         cx.gauss_newton_kronecker() | cx.damp(0.3) | cx.solve(cx.kronecker(style="heuristic"))
     ),
+    "eigenvalues of Kronecker factors": stepped(
+        cx.fisher_kronecker()
+        | cx.in_eigenbasis(cx.fisher_eigenvalues())
+        | cx.damp(0.3)
+        | cx.solve(cx.kronecker()),
+        MASKED,
+    ),
+    "in the eigenbasis of gradients": stepped(cx.soap(0.1, eps=0.1, every=2)),
     "example keys": measured(lambda o, p: jax.random.key_data(o.example_keys(KEY))),
     "kernel": measured(lambda o, p: analysis.ntk(o, p)),
     "kernel in chunks": measured(lambda o, p: analysis.ntk(o, p, form="trace", chunk=4)),

@@ -156,6 +156,13 @@ CASES = {
         ),
         WEIGHTED,
     ),
+    "ekfac": (
+        lambda axis: cx.ekfac(
+            like(WEIGHTED), 0.5, damping=0.3, bases_every=2, momentum="quadratic", mean_over=axis
+        ),
+        WEIGHTED,
+    ),
+    "soap": (lambda axis: cx.soap(0.1, eps=0.1, every=2, mean_over=axis), CATEGORICAL),
     "gauss_newton_kronecker": (
         lambda axis: (
             cx.gauss_newton_kronecker(like(WEIGHTED), mean_over=axis)

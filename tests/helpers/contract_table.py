@@ -236,6 +236,20 @@ TABLE = {
         lambda rate: cx.shampoo(rate, damping=0.1, eps=0.1, momentum=0.9),
         {"rate": 0.1},
     ),
+    "fisher_kronecker | in_eigenbasis | fisher_eigenvalues": Row(
+        lambda key, decay: (
+            cx.fisher_kronecker(like(), key)
+            | cx.in_eigenbasis(cx.fisher_eigenvalues(key) | cx.ema_mean(decay), every=2)
+            | cx.damp(0.3)
+            | cx.solve(cx.kronecker())
+        ),
+        {"key": 3, "decay": 0.9},
+    ),
+    "soap": Row(lambda rate: cx.soap(rate, eps=0.1, every=2), {"rate": 0.1}),
+    "ekfac": Row(
+        lambda rate: cx.ekfac(like(), rate, damping=0.3, momentum=0.9, bases_every=2),
+        {"rate": 0.1},
+    ),
     "kfac": Row(
         lambda rate: cx.kfac(like(), rate, damping=0.3, momentum=0.9, radius=0.5), {"rate": 0.1}
     ),

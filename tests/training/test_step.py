@@ -107,3 +107,19 @@ def test_microbatches_change_nothing_but_rounding():
     )
     for name, figure in of_whole.metrics.items():
         np.testing.assert_allclose(figure, of_parts.metrics[name], rtol=1e-3, err_msg=name)
+
+
+def test_a_schedule_free_method_is_evaluated_at_its_average():
+    experiment = build(changed(optimizer="schedule_free(sgd(0.5), learning_rate=0.5)"))
+    state, batches = experiment.init(), experiment.batches()
+    assert state._replace(opt_state=()).evaluated is state.params
+    for _ in range(3):
+        state, _ = experiment.step(state, next(batches))
+    (free,) = state.opt_state
+    average = optax.contrib.schedule_free_eval_params(free, state.params)
+    jax.tree.map(np.testing.assert_array_equal, state.evaluated, average)
+    plain = state._replace(params=average, opt_state=())
+    assert experiment.test(state) == experiment.test(plain)
+    assert experiment.test(state) != experiment.test(state._replace(opt_state=()))
+    last = experiment.final_metrics(state)["lambda_max"]
+    assert last == experiment.final_metrics(plain)["lambda_max"]

@@ -1,13 +1,12 @@
 """Products, solutions and powers with one Kronecker product G ⊗ A, and in its eigenbasis."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.linalg import cho_factor, cho_solve
 
 from curvax.arithmetic import trees
+from curvax.linalg import decompositions
 
 
 class Cell(NamedTuple):
@@ -52,9 +51,14 @@ class Cell(NamedTuple):
         if self.is_table:
             a, right = self.inputs, None
         else:
-            a, right = eigenpairs(self.inputs)
-        g, left = eigenpairs(self.outputs)
+            a, right = decompositions.eigh(self.inputs)
+        g, left = decompositions.eigh(self.outputs)
         return Eigen(left, right, jnp.maximum(g, 0)[..., :, None] * jnp.maximum(a, 0)[..., None, :])
+
+    def iterated(self, basis: "Eigen") -> "Eigen":
+        """The eigenvectors by a step of subspace iteration from another basis, with its values."""
+        right = None if basis.right is None else iterated(self.inputs, basis.right)
+        return Eigen(iterated(self.outputs, basis.left), right, basis.values)
 
     def inverse(self, damping: Any) -> "Cell":
         """(G + √λ/π I)⁻¹ ⊗ (A + √λ π I)⁻¹"""
@@ -92,10 +96,14 @@ class Eigen(NamedTuple):
         v = jnp.swapaxes(self.left, -1, -2) @ v
         return v if self.right is None else v @ self.right
 
+    def out_of(self, v: jax.Array) -> jax.Array:
+        """Q_G V Q_Aᵀ"""
+        v = self.left @ v
+        return v if self.right is None else v @ jnp.swapaxes(self.right, -1, -2)
+
     def scaled(self, v: jax.Array, by: jax.Array) -> jax.Array:
         """Q_G (by ∘ Q_Gᵀ V Q_A) Q_Aᵀ"""
-        v = self.left @ (by * self.into(v))
-        return v if self.right is None else v @ jnp.swapaxes(self.right, -1, -2)
+        return self.out_of(by * self.into(v))
 
     def product(self, v: jax.Array) -> jax.Array:
         return self.scaled(v, self.values)
@@ -115,27 +123,27 @@ def powers(values: jax.Array, exponent: Any, damping: Any) -> jax.Array:
     return jnp.where(drop, 0, jnp.where(drop, 1, values + damping) ** exponent)
 
 
-def eigenpairs(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(eigenvalues in ascending order, eigenvectors as columns) of symmetric matrices."""
-    return jnp.linalg.eigh(matrix)
+def iterated(matrix: jax.Array, basis: jax.Array) -> jax.Array:
+    """Q ← the orthogonal factor of M Q, for symmetric M [..., d, d] and Q with d columns.
+
+    Columns are made orthogonal in the order of the eigenvalues qᵀMq, the largest first, and stay
+    in their places.
+    """
+    product = matrix @ basis
+    order = jnp.argsort(-jnp.sum(basis * product, axis=-2), axis=-1)
+    take = lambda x, places: jnp.take_along_axis(x, places[..., None, :], axis=-1)
+    return take(decompositions.orthogonal_factor(take(product, order)), jnp.argsort(order, axis=-1))
 
 
 def solved(matrix: jax.Array, damping: jax.Array, v: jax.Array) -> jax.Array:
     """(M + damping·I)⁻¹ V for positive semi-definite matrices [..., d, d]."""
-    return _cholesky_solved(_damped(matrix, damping), v)
+    return decompositions.cholesky_solved(_damped(matrix, damping), v)
 
 
 def _damped(matrix: jax.Array, damping: jax.Array) -> jax.Array:
     floor = jnp.finfo(matrix.dtype).eps * _trace(matrix)
     shift = jnp.broadcast_to(jnp.maximum(damping, floor)[..., None], matrix.shape[:-1])
     return matrix + _diagonal(shift)
-
-
-def _cholesky_solved(matrix: jax.Array, v: jax.Array) -> jax.Array:
-    one: Callable[..., Any] = lambda m, b: cho_solve(cho_factor(m, lower=True), b)
-    for _ in range(matrix.ndim - 2):
-        one = jax.vmap(one)
-    return one(matrix, v)
 
 
 def inverted(matrix: jax.Array, damping: jax.Array) -> jax.Array:
@@ -157,7 +165,7 @@ def inverse(matrix: jax.Array) -> jax.Array:
     size = matrix.shape[-1]
     if size <= SMALL:
         eye = jnp.broadcast_to(jnp.eye(size, dtype=matrix.dtype), matrix.shape)
-        return _cholesky_solved(matrix, eye)
+        return decompositions.cholesky_solved(matrix, eye)
     half = size // 2
     a, b, d = matrix[..., :half, :half], matrix[..., :half, half:], matrix[..., half:, half:]
     flipped = lambda x: jnp.swapaxes(x, -1, -2)

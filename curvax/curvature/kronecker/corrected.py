@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from curvax import checks
+from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
 from curvax.curvature.kronecker.cells import Eigen
 from curvax.curvature.kronecker.cotangents import columns, draws_of
@@ -17,7 +18,7 @@ from curvax.curvature.kronecker.options import check_draws, required
 from curvax.curvature.kronecker.statistics import Rows, cotangents_of, halves, inputs_of_blocks
 from curvax.curvature.kronecker.tapped import tapped
 from curvax.curvature.kronecker.taps import Arrays
-from curvax.devices import axes
+from curvax.devices import axes, meshes
 from curvax.devices.axes import AxisNames
 from curvax.objective import Objective, microbatch_mean
 
@@ -52,6 +53,48 @@ class CorrectedFactors(BlockOperator):
     diagonals: dict[int, jax.Array]
     structure: Structure = dataclasses.field(metadata={"static": True})
 
+    def eigen(self) -> "CorrectedFactors":
+        """This matrix, which is given by its eigenvectors."""
+        return self
+
+    def inverse(self, damping: Any) -> "CorrectedFactors":
+        """Raises an error: corrected eigenvalues have no factors to invert."""
+        raise ValueError(
+            "`style='heuristic'` damps and inverts factors, and corrected eigenvalues have none. "
+            "Use `style='exact'`."
+        )
+
+    def into(self, v: Tree) -> Tree:
+        """Q_Gᵀ V Q_A of every kernel: a tree like the parameters in the eigenbasis."""
+        turn = lambda k, ms: [eigen.into(m) for eigen, m in zip(self.bases[k], ms)]
+        return self._applied(v, turn, jnp.ones_like)
+
+    def out_of(self, v: Tree) -> Tree:
+        """Q_G V Q_Aᵀ of every kernel, the inverse of `into`."""
+        turn = lambda k, ms: [eigen.out_of(m) for eigen, m in zip(self.bases[k], ms)]
+        return self._applied(v, turn, jnp.ones_like)
+
+    def diagonal(self, like: Tree) -> Tree:
+        """The eigenvalues E as a tree like the parameters, in the places of the eigenbasis.
+
+        Args:
+            like: a tree like the parameters, of which only the structure is used.
+        """
+        wide = jax.tree.map(trees.widen, like)
+        values = lambda k, ms: [eigen.values for eigen in self.bases[k]]
+        return self._applied(jax.tree.map(jnp.ones_like, wide), values, lambda d: d)
+
+    def with_diagonal(self, diagonal: Tree) -> "CorrectedFactors":
+        """The same eigenvectors with other eigenvalues, a tree as that of `diagonal`."""
+        leaves = jax.tree.leaves(meshes.gathered(diagonal))
+        self._check_tree(leaves)
+        new = [self.structure.matrices(block, leaves) for block in self.structure.blocks]
+        bases = tuple(
+            tuple(eigen._replace(values=e) for eigen, e in zip(own, values))
+            for own, values in zip(self.bases, new)
+        )
+        return CorrectedFactors(bases, {k: leaves[k] for k in self.diagonals}, self.structure)
+
     def trace(self) -> jax.Array:
         """tr C, a scalar."""
         blocks = [eigen.trace() for own in self.bases for eigen in own]
@@ -66,10 +109,9 @@ class CorrectedFactors(BlockOperator):
         return [eigen.scaled(v, by(eigen.values)) for eigen, v in zip(self.bases[k], matrices)]
 
     def _heuristic(self, k: int, matrices: list[jax.Array], damping: Any) -> list[jax.Array]:
-        raise ValueError(
-            "`solve(style='heuristic')` damps the factors, and corrected eigenvalues have none. "
-            "Use `style='exact'`."
-        )
+        del k, matrices
+        self.inverse(damping)
+        return []
 
 
 def corrections(
@@ -79,9 +121,10 @@ def corrections(
     labels: jax.Array | None,
     key: jax.Array | None,
     mean_over: AxisNames,
+    where: str = "KroneckerFactors.corrected",
 ) -> CorrectedFactors:
-    """`factors.corrected(objective, params, ...)`."""
-    where, fisher = "KroneckerFactors.corrected", factors.structure.options.fisher
+    """`factors.corrected(objective, params, ...)`; `where` is named in errors."""
+    fisher = factors.structure.options.fisher
     check_draws(fisher, labels, key, where)
     objective = required(objective, params, fisher, where)
     over = checks.averaged_axes(mean_over, objective.local_axes(params), stage=where)
@@ -103,6 +146,13 @@ def _values(
 ) -> Values:
     """E on a part of the batch: the squares of the gradients of examples in the eigenbases."""
     at = tapped(part, params)
+    if at.plan.blocks != structure.blocks:
+        raise ValueError(
+            "Eigenvalues of Kronecker factors are corrected by the model that the factors are of, "
+            "and these have other kernels, or divide their axes differently. Factors of "
+            "`gradient_kronecker` are of no model: take `in_eigenbasis(squared_gradient() | ...)` "
+            "behind it, or `fisher_kronecker` before."
+        )
     rows = inputs_of_blocks(at.plan, at.seen, at.sites, part.size, structure.joint)
     uses = halves(at.plan)
 

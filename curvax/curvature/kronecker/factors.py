@@ -110,9 +110,26 @@ class KroneckerFactors(BlockOperator):
         diagonals = {leaf: jnp.all(jnp.isfinite(d)) for leaf, d in self.diagonals.items()}
         return dataclasses.replace(self, inputs=inputs, outputs=outputs, diagonals=diagonals)
 
+    def is_zero(self) -> jax.Array:
+        """Whether the matrix is 0, a bool scalar; of a Kronecker product from its trace."""
+        traces = [cell.trace() for k in range(len(self.inputs)) for cell in self.cells(k)]
+        zero = [jnp.all(x == 0) for x in (*traces, *self.diagonals.values())]
+        return jnp.all(jnp.array(zero))
+
     def eigen(self) -> CorrectedFactors:
         """The same matrix by its eigenvectors and eigenvalues, from one decomposition."""
         bases = tuple(tuple(self._eigen(k)) for k in range(len(self.inputs)))
+        return CorrectedFactors(bases, self.diagonals, self.structure)
+
+    def eigen_from(self, basis: CorrectedFactors) -> CorrectedFactors:
+        """An approximation of `eigen` from an earlier basis, by one step of subspace iteration.
+
+        Its eigenvalues are those of the earlier basis.
+        """
+        bases = tuple(
+            tuple(cell.iterated(own) for cell, own in zip(self.cells(k), basis.bases[k]))
+            for k in range(len(self.inputs))
+        )
         return CorrectedFactors(bases, self.diagonals, self.structure)
 
     def inverse(self, damping: Any) -> "KroneckerFactors":

@@ -1,5 +1,6 @@
 """Estimators: stages that add a diagonal, a product or Kronecker factors to the signal."""
 
+from curvax.stages.estimation.eigenvalues import fisher_eigenvalues
 from curvax.stages.estimation.gradient_kronecker import gradient_kronecker
 from curvax.stages.estimation.hutchinson import hutchinson_diag
 from curvax.stages.estimation.kronecker import (
@@ -23,6 +24,7 @@ __all__ = [
     "empirical_fisher_matvec",
     "exact_diag",
     "fisher_diag",
+    "fisher_eigenvalues",
     "fisher_kronecker",
     "fisher_matvec",
     "gauss_newton_diag",

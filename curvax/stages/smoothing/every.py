@@ -16,8 +16,7 @@ from curvax.devices import axes
 from curvax.objective import as_objective
 from curvax.pipes import estimates
 from curvax.pipes.initial import factors_behind, initial, zeros_to_keep
-from curvax.pipes.parts import name_of, parts_of
-from curvax.pipes.signal import Signal, Stage, containing, pipe, step
+from curvax.pipes.signal import Signal, Stage, containing
 
 
 class EveryState(NamedTuple):
@@ -63,10 +62,7 @@ def every(k: Period, stages: optax.GradientTransformation) -> Stage:
     """
     if not isinstance(k, jax.Array):
         checks.check_count("every", k=k)
-    for part in parts_of(pipe(stages)):
-        if not isinstance(part, Stage):
-            _refuse_change(name_of(part))
-    inner = pipe(stages)
+    inner = estimates.estimating(stages, "every")
     makes_factors = hasattr(inner.init, "factors")
 
     def init(params: Tree, factors: Any = None) -> EveryState:
@@ -96,18 +92,15 @@ def every(k: Period, stages: optax.GradientTransformation) -> Stage:
                 factors=signal.factors,
                 local=signal.local,
             )
-            below = []
-            for part, place in zip(parts_of(inner), state.inner, strict=True):
-                given, new = step(part, given, place, params, value_fn=fresh, **extra)
-                if not trees.same_leaves(given.updates, signal.updates):
-                    _refuse_change(name_of(part))
-                below.append(new)
+            given, below = estimates.estimated(
+                inner, given, state.inner, params, "every", value_fn=fresh, **extra
+            )
             found = estimates.needed(given, state.diagonal, "every", "keeps a diagonal")
             structures.append(found.structure)
             good = lambda x, old, fine: jnp.where(fine | (state.step == 0), x, old)
             estimate = trees.cast_like(found.tree, state.diagonal)
             kept = jax.tree.map(good, estimate, state.diagonal, found.fine)
-            return () if makes_factors else estimate, kept, tuple(below)
+            return () if makes_factors else estimate, kept, below
 
         keep = lambda: (() if makes_factors else state.diagonal, state.diagonal, state.inner)
         shown, kept, below = axes.cond(state.step % k == 0, refresh, keep)
@@ -119,10 +112,3 @@ def every(k: Period, stages: optax.GradientTransformation) -> Stage:
         return signal, EveryState(state.step + 1, kept, below)
 
     return containing(init, rule, inner)
-
-
-def _refuse_change(name: str) -> None:
-    raise ValueError(
-        f"`every` keeps a diagonal only, and `{name}` inside it changes the updates. "
-        f"Put it behind, `every(k, ...) | {name}(...)`; `sam_perturb` has an `every=` of its own."
-    )

@@ -4,9 +4,10 @@
     value = literal | [value, ...] | name | call | text
 
 The text is parsed as a Python expression and evaluated node by node, never by `eval`. It can call
-curvax's public names, the Optax functions annotated as returning a transformation, the functions of
-`optax.schedules`, the schedules of `run_schedules`, and names that the caller adds. Every error has
-a caret under its node. Parsed by hand, since a general evaluator would accept arbitrary code.
+curvax's public names and `matrix_axes`, the functions of Optax and `optax.contrib` annotated as
+returning a transformation, the functions of `optax.schedules`, the schedules of `run_schedules`,
+and names that the caller adds. Every error has a caret under its node. Parsed by hand, since a
+general evaluator would accept arbitrary code.
 """
 
 import ast
@@ -20,11 +21,15 @@ from typing import Any, NoReturn
 import optax
 
 import curvax
+from curvax.parameter_roles.matrix_axes import matrix_axes
 from curvax.pipes.parts import with_options
 from curvax.training.config import run_schedules
 from curvax.training.runtime.errors import ConfigError
 
 _NO_NAMES: Mapping[str, Any] = types.MappingProxyType({})
+_NOT_FROM_OPTAX = frozenset({"differentially_private_aggregate", "dpsgd", "sophia"})
+"""Transformations that the training step has no input for: the gradients of single examples, and
+the arguments of Optax's estimator, for which curvax has `sophia_g` and `sophia_h`."""
 _LITERALS = (bool, int, float, str, types.NoneType)
 
 
@@ -70,6 +75,7 @@ def vocabulary(steps: int | None = None) -> dict[str, Any]:
     return {
         **_optax_names(),
         **{f.__name__: functools.partial(f, steps=steps) for f in stretched},
+        "matrix_axes": matrix_axes,
         **{name: getattr(curvax, name) for name in curvax.__all__},
         **{old: getattr(curvax, new) for old, new in renamed if new in curvax.__all__},
     }
@@ -78,9 +84,11 @@ def vocabulary(steps: int | None = None) -> dict[str, Any]:
 @functools.cache
 def _optax_names() -> Mapping[str, Any]:
     schedules = {name: f for name, f in vars(optax.schedules).items() if inspect.isfunction(f)}
-    parts = {name: f for name, f in vars(optax).items() if _returns_transformation(f)}
+    modules = vars(optax.contrib) | vars(optax)
+    parts = {name: f for name, f in modules.items() if _returns_transformation(f)}
     public = {name: f for name, f in (schedules | parts).items() if not name.startswith("_")}
-    return types.MappingProxyType(public)
+    taken = {name: f for name, f in public.items() if name not in _NOT_FROM_OPTAX}
+    return types.MappingProxyType(taken)
 
 
 def _returns_transformation(f: Any) -> bool:

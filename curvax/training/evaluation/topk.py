@@ -59,7 +59,7 @@ def evaluate(experiment: Experiment, state: State, eval_set: EvalSet, rank_of: R
         count = int(batch["mask"].sum())
         right = _right(batch["label"], eval_set, slice(seen, seen + count))
         placed = experiment.parallelism.place(batch | {"right": right})
-        found = rank_of(state.params, state.model_state, placed, jnp.asarray(among))
+        found = rank_of(state.evaluated, state.model_state, placed, jnp.asarray(among))
         places.append(np.asarray(found)[:count])  # padding comes last
         seen += count
     place = np.concatenate(places)

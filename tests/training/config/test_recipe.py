@@ -121,6 +121,12 @@ def place_of_caret(text, **options):
                 ),
             ),
         ),
+        ("prodigy(1.0)", lambda: optax.contrib.prodigy(1.0)),
+        ("muon(1e-2)", lambda: optax.contrib.muon(1e-2)),
+        (
+            "schedule_free(sgd(0.1), learning_rate=0.1)",
+            lambda: optax.contrib.schedule_free(optax.sgd(0.1), learning_rate=0.1),
+        ),
         ("\n  clip(0.5)\n  | sgd(0.1)\n", lambda: optax.chain(optax.clip(0.5), optax.sgd(0.1))),
     ],
 )
@@ -133,6 +139,8 @@ def test_names_of_the_caller_precede_curvax_and_curvax_precedes_optax():
     assert optax.partition is not curvax.partition
     assert vocabulary()["partition"] is curvax.partition
     assert vocabulary()["rho_like"] is curvax.rho_schedule  # the name of earlier versions
+    assert vocabulary()["sam"] is curvax.sam
+    assert {"dpsgd", "sophia"}.isdisjoint(vocabulary())  # which need what no training step has
     read = parse("sgd(0.1)", names={"sgd": optax.adam})
     np.testing.assert_array_equal(trajectory(read), trajectory(optax.adam(0.1)))
 
