@@ -13,7 +13,12 @@ from curvax.arithmetic.typing import Matvec, Period, Scalar, Score
 from curvax.devices import axes
 from curvax.linalg.backtracking import best, keep, nothing_kept
 from curvax.linalg.cg_loop import Iterate, Reason, Rules, System, iterate
-from curvax.linalg.preconditioners import Preconditioner, check_preconditioner, preconditioning
+from curvax.linalg.preconditioners import (
+    Preconditioner,
+    check_preconditioner,
+    preconditioned,
+    preconditioning,
+)
 from curvax.linalg.solvers import Solution, Solver, StopReason, stateless
 
 
@@ -38,9 +43,10 @@ def cg(
         max_steps: maximum number of products, at least 1. A step takes one, and so does the
             residual of a start other than 0.
         tol: stops once ‖b - A x‖ <= tol·‖b‖, tol >= 0.
-        preconditioner: None; a callable v ↦ M⁻¹v with M positive definite; or an exponent ξ in
-            [0, 1] for M = (|D| + λ)^ξ, where D is the `diagonal` that the solver receives and λ the
-            damping of the product. Martens, section 4.7, uses ξ = 0.75.
+        preconditioner: None; a callable v ↦ M⁻¹v with M positive definite; an exponent ξ in [0, 1]
+            for M = (|D| + λ)^ξ, where D is the `diagonal` that the solver receives and λ the
+            damping of the product; or `kronecker()` for the Kronecker factors that it receives,
+            with that damping. Martens, section 4.7, uses ξ = 0.75.
         warm_start: γ in [0, 1]. A solve starts from γ times the solution of the solve before; 0
             starts from 0 and keeps no state. Martens, section 4.5 (γ = 1); Martens & Sutskever,
             2012 (γ < 1).
@@ -75,6 +81,12 @@ def cg(
     checks.check_range("warm_start", warm_start, 0, 1, stage="cg")
     checks.check_range("progress", progress, 0, math.inf, stage="cg")
     check_preconditioner(preconditioner, "cg")
+    if isinstance(preconditioner, Solver):
+        make = lambda m: cg(
+            max_steps, tol=tol, preconditioner=m, warm_start=warm_start, progress=progress,
+            backtrack=backtrack,
+        )  # fmt: skip
+        return preconditioned(preconditioner, make)
     if warm_start and max_steps == 1:
         raise ValueError(
             "`cg(1, warm_start=...)` uses its only product for the residual of the start and "

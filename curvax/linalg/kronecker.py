@@ -10,6 +10,8 @@ from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
 from curvax.arithmetic.typing import Matvec, Scalar, Score
 from curvax.devices import axes
+from curvax.devices.axes import AxisNames
+from curvax.linalg import decompositions
 from curvax.linalg.dense import finite_or_zero
 from curvax.linalg.solvers import Solution, Solver
 from curvax.linear_operator import as_product
@@ -24,10 +26,11 @@ class KroneckerState(NamedTuple):
     """The eigenvectors and eigenvalues of the factors, or their inverses."""
 
 
-def kronecker(every: int = 1, *, style: str = "exact") -> Solver:
+def kronecker(every: int = 1, *, style: str = "exact", divided_over: AxisNames = None) -> Solver:
     """Solves (C + λI) x = b for Kronecker factors C = G ⊗ A, by factorising every k-th time.
 
-    Behind a stage that sets `factors`, such as `fisher_kronecker`. λ is that of `damp`. Between
+    Behind a stage that sets `factors`, such as `fisher_kronecker`, as a solver, or as a
+    preconditioner, `cg(5, preconditioner=kronecker())`. λ is that of `damp`. Between
     factorisations a solve costs two to four products with matrices of the factors' sizes.
 
     Args:
@@ -36,6 +39,9 @@ def kronecker(every: int = 1, *, style: str = "exact") -> Solver:
         style: `exact` takes the eigenvectors of the factors; `heuristic` the inverses of the damped
             factors, (G + √λ/π I)⁻¹ ⊗ (A + √λ π I)⁻¹ with π² = (tr A / dim A) / (tr G / dim G),
             several times cheaper. Martens & Grosse, arXiv:1503.05671, section 6.3.
+        divided_over: device axis of `pmap` or `shard_map`, or tuple of axes, among whose devices
+            the factorisations are divided: each takes a share of the matrices, and one sum over the
+            devices gives all of them to all. The factors must be averaged over these axes.
 
     Returns:
         A `Solver`. Residuals are not computed, and given as 0. A solution that is not finite is
@@ -43,7 +49,8 @@ def kronecker(every: int = 1, *, style: str = "exact") -> Solver:
 
     Raises:
         ValueError: `every` is not positive, or `style` is unknown; in `update`, no earlier stage
-            set factors, or λ = 0 with `heuristic`.
+            set factors, λ = 0 with `heuristic`, or the factors are local to an axis of
+            `divided_over`.
 
     Examples:
         >>> import jax.numpy as jnp, curvax
@@ -65,7 +72,8 @@ def kronecker(every: int = 1, *, style: str = "exact") -> Solver:
         return factors.eigen() if style == "exact" else factors.inverse(damping)
 
     def solved(found: Any, b: Tree, damping: Scalar) -> Tree:
-        return found.power(b, -1, damping) if style == "exact" else found(b)
+        with jax.default_matmul_precision("highest"):
+            return found.power(b, -1, damping) if style == "exact" else found(b)
 
     def init(params: Tree, factors: Any = None) -> KroneckerState | tuple[()]:
         del params
@@ -82,16 +90,7 @@ def kronecker(every: int = 1, *, style: str = "exact") -> Solver:
         zeros = tuple(map(jnp.zeros_like, jax.tree.leaves(shapes)))
         return KroneckerState(jnp.zeros((), jnp.int32), zeros)
 
-    def solve(
-        product: Matvec,
-        b: Tree,
-        state: Any,
-        *,
-        diagonal: Tree = None,
-        score: Score | None = None,
-        factors: Any = None,
-    ) -> tuple[Solution, Tree]:
-        del diagonal, score
+    def prepare(product: Matvec, state: Any, factors: Any) -> tuple[Matvec, Tree]:
         whole = as_product(product)
         factors = whole.curvature if factors is None else factors
         if not hasattr(factors, "eigen"):
@@ -102,16 +101,52 @@ def kronecker(every: int = 1, *, style: str = "exact") -> Solver:
             )
         damping = 0.0 if whole.damping is None else whole.damping
         with jax.default_matmul_precision("highest"):
-            if every == 1:
-                return _solution(solved(factorised(factors, damping), b, damping)), state
-            make = lambda: factorised(factors, damping)
-            arrays = lambda: trees.cast_like(tuple(jax.tree.leaves(make())), state.kept)
-            kept = axes.cond(state.step % every == 0, arrays, lambda: state.kept)
-            found = jax.tree.unflatten(jax.tree.structure(jax.eval_shape(make)), kept)
-            x = solved(found, b, damping)
-            return _solution(x), KroneckerState(state.step + 1, kept)
+            over = shared_axes(factors, divided_over, "kronecker")
 
-    return Solver(solve, init, uses_factors=True)
+            def make() -> Any:
+                with decompositions.divided(over):
+                    return factorised(factors, damping)
+
+            if every == 1:
+                found = make()
+            else:
+                arrays = lambda: trees.cast_like(tuple(jax.tree.leaves(make())), state.kept)
+                kept = axes.cond(state.step % every == 0, arrays, lambda: state.kept)
+                found = jax.tree.unflatten(jax.tree.structure(jax.eval_shape(make)), kept)
+                state = KroneckerState(state.step + 1, kept)
+        return lambda b: solved(found, b, damping), state
+
+    def solve(
+        product: Matvec,
+        b: Tree,
+        state: Any,
+        *,
+        diagonal: Tree = None,
+        score: Score | None = None,
+        factors: Any = None,
+    ) -> tuple[Solution, Tree]:
+        del diagonal, score
+        apply, state = prepare(product, state, factors)
+        return _solution(apply(b)), state
+
+    return Solver(solve, init, uses_factors=True, prepare=prepare, measures=False)
+
+
+def shared_axes(factors: Any, divided_over: AxisNames, where: str) -> tuple[str, ...]:
+    """The bound axes among whose devices factorisations are divided.
+
+    Raises:
+        ValueError: the factors are not the same on these devices.
+    """
+    over = axes.bound(divided_over, where=f"`{where}(divided_over=)`")
+    local = axes.varying(factors) | factors.structure.local
+    if own := sorted(local & set(over)):
+        raise ValueError(
+            f"`{where}(divided_over={divided_over!r})` divides the factorisations among devices, "
+            f"and the factors are each device's own over {own}. Average them, "
+            f"`fisher_kronecker(mean_over={own[0]!r})`, or leave `divided_over` out."
+        )
+    return over
 
 
 def _solution(x: Tree) -> Solution:

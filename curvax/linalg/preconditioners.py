@@ -1,6 +1,8 @@
 """Preconditioners v ↦ M⁻¹v for conjugate gradients."""
 
 import numbers
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,18 +10,24 @@ import jax.numpy as jnp
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
 from curvax.arithmetic.typing import Matvec, Scalar
+from curvax.linalg.solvers import Solution, Solver
 from curvax.linear_operator import Product
 
-Preconditioner = Matvec | Scalar | None
-"""A map v ↦ M⁻¹v, an exponent ξ for M = (|D| + λ)^ξ, or None for the identity."""
+Preconditioner = Matvec | Scalar | Solver | None
+"""A map v ↦ M⁻¹v, an exponent ξ for M = (|D| + λ)^ξ, `kronecker()`, or None for the identity."""
 
 
 def check_preconditioner(preconditioner: object, solver: str) -> None:
     """Checks the option `preconditioner` of a solver.
 
     Raises:
-        ValueError: it is neither None, a callable, nor an exponent in [0, 1].
+        ValueError: it is neither None, a callable, an exponent in [0, 1], nor a solver by factors.
     """
+    if isinstance(preconditioner, Solver) and preconditioner.prepare is None:
+        raise ValueError(
+            f"`{solver}(preconditioner=)` takes `kronecker()` of the solvers, and another one is "
+            "no preconditioner: its solution is not linear in the vector."
+        )
     if preconditioner is None or callable(preconditioner):
         return
     if isinstance(preconditioner, numbers.Real) and 0 <= float(preconditioner) <= 1:
@@ -62,6 +70,33 @@ def preconditioning(
     damping = product.damping if isinstance(product, Product) else None
     scales = jax.tree.map(lambda d: _power(d, damping, preconditioner), diagonal)
     return lambda v: jax.tree.map(lambda x, s: (x / s).astype(x.dtype), v, scales)
+
+
+def preconditioned(preconditioner: Solver, make: Callable[[Matvec], Solver]) -> Solver:
+    """A solver with the solution by another one as its preconditioner.
+
+    Its state is that of both.
+
+    Args:
+        preconditioner: a solver with `prepare`, such as `kronecker()`.
+        make: (v ↦ M⁻¹v) ↦ the solver.
+    """
+    alone = make(lambda v: v)
+    prepare = preconditioner.prepare
+    assert prepare is not None
+
+    def init(params: Tree, factors: Any = None) -> Tree:
+        return alone.init(params), preconditioner.init(params, factors)
+
+    def solve(
+        product: Matvec, b: Tree, state: Tree, *, factors: Any = None, **options: Any
+    ) -> tuple[Solution, Tree]:
+        own, kept = state
+        apply, kept = prepare(product, kept, factors)
+        solution, own = make(apply).solve(product, b, own, **options)
+        return solution, (own, kept)
+
+    return Solver(solve, init, uses_factors=True)
 
 
 def _power(diagonal: jax.Array, damping: Scalar | None, xi: Scalar) -> jax.Array:

@@ -3,7 +3,7 @@
 import dataclasses
 import enum
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -101,6 +101,9 @@ class Solver:
         init: `params -> state`, the state before the first solve.
         uses_factors: whether `solve` also takes `factors`, the Kronecker factors that earlier
             stages set or None, and `init` takes them as a second argument.
+        prepare: of a solver that can precondition another, `prepare(product, state, factors) ->
+            (v ↦ A⁻¹v, state)`.
+        measures: whether the steps and the residual of its solutions are computed.
 
     Examples:
         >>> import jax.numpy as jnp, curvax
@@ -112,6 +115,8 @@ class Solver:
     solve: Callable[..., tuple[Solution, Tree]]
     init: Callable[..., Tree] = stateless
     uses_factors: bool = False
+    prepare: Callable[..., tuple[Matvec, Tree]] | None = None
+    measures: bool = True
 
     def __call__(
         self,
@@ -120,6 +125,7 @@ class Solver:
         *,
         diagonal: Tree = None,
         score: Score | None = None,
+        factors: Any = None,
     ) -> Solution:
         """Solves A x = b once, from a new state.
 
@@ -128,6 +134,7 @@ class Solver:
             b: a pytree of arrays.
             diagonal: an estimate of the diagonal of A without damping, like b.
             score: `score(x) -> scalar`, for `cg(backtrack=True)`.
+            factors: Kronecker factors, for `kronecker` and for `cg(preconditioner=kronecker())`.
 
         Raises:
             TypeError: `product` is not callable, or b is complex.
@@ -141,7 +148,9 @@ class Solver:
                 '`inject_hyperparams(..., static_args=("solver",))`.'
             )
         checks.refuse_complex(b, "A solver")
-        return self.solve(product, b, self.init(b), diagonal=diagonal, score=score)[0]
+        state = self.init(b, factors) if self.uses_factors else self.init(b)
+        known = {"factors": factors} if self.uses_factors else {}
+        return self.solve(product, b, state, diagonal=diagonal, score=score, **known)[0]
 
 
 def direct_solver(solve: Callable[[Matvec, Tree], Solution]) -> Solver:

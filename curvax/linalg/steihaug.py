@@ -12,7 +12,12 @@ from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
 from curvax.arithmetic.typing import Matvec, Scalar, Score
 from curvax.linalg.cg_loop import Iterate, Rules, System, iterate
-from curvax.linalg.preconditioners import Preconditioner, check_preconditioner, preconditioning
+from curvax.linalg.preconditioners import (
+    Preconditioner,
+    check_preconditioner,
+    preconditioned,
+    preconditioning,
+)
 from curvax.linalg.solvers import Solution, Solver, StopReason
 
 
@@ -58,6 +63,9 @@ def steihaug(
     checks.check_range("radius", radius, 0, math.inf, stage="steihaug")
     checks.check_range("tol", tol, 0, math.inf, stage="steihaug")
     check_preconditioner(preconditioner, "steihaug")
+    if isinstance(preconditioner, Solver):
+        make = lambda m: steihaug(radius, max_steps, tol=tol, preconditioner=m)
+        return preconditioned(preconditioner, make)
 
     def step(edge_at: Scalar, s: Iterate, curvature: jax.Array) -> tuple[jax.Array, jax.Array]:
         concave = curvature <= 0

@@ -85,7 +85,8 @@ def kfac(
         key: typed PRNG key, or seed, of the drawn labels.
         fraction: fraction of the batch in (0, 1], its first examples, that the curvature is
             computed on.
-        mean_over: device axis, or tuple of axes, to average gradient and factors over.
+        mean_over: device axis, or tuple of axes, to average gradient and factors over, and to
+            divide the inversions among.
 
     Returns:
         A stage. Each `update` needs `value_fn=` an `Objective` with `model=` and a likelihood.
@@ -104,7 +105,7 @@ def kfac(
         [1.99]
     """
     factors = _averaged(like, key, decay, factors_every, sharing, bias, fraction, mean_over)
-    solver = kronecker(inverses_every, style=style)
+    solver = kronecker(inverses_every, style=style, divided_over=mean_over or None)
     options: Any = dict(adaptive=adaptive, fraction=fraction, mean_over=mean_over)
     return _steps(factors, solver, learning_rate, damping, momentum, radius, **options)
 
@@ -151,7 +152,8 @@ def ekfac(
         key: typed PRNG key, or seed, of the drawn labels.
         fraction: fraction of the batch in (0, 1], its first examples, that the curvature is
             computed on.
-        mean_over: device axis, or tuple of axes, to average gradient and curvature over.
+        mean_over: device axis, or tuple of axes, to average gradient and curvature over, and to
+            divide the decompositions among.
 
     Returns:
         A stage. Each `update` needs `value_fn=` an `Objective` with `model=` and a likelihood.
@@ -171,7 +173,9 @@ def ekfac(
     """
     factors = _averaged(like, key, decay, factors_every, sharing, bias, fraction, mean_over)
     values = fisher_eigenvalues(key, fraction=fraction, mean_over=mean_over)
-    corrected = in_eigenbasis(values | ema_mean(eigenvalues_decay), every=bases_every)
+    corrected = in_eigenbasis(
+        values | ema_mean(eigenvalues_decay), every=bases_every, divided_over=mean_over or None
+    )
     options: Any = dict(adaptive=adaptive, fraction=fraction, mean_over=mean_over)
     return _steps(
         factors | corrected, kronecker(), learning_rate, damping, momentum, radius, **options
@@ -326,7 +330,8 @@ def soap(
             takes them from names and shapes.
         largest: size of the largest factor. A kernel with more inputs or outputs takes the step of
             AdamW.
-        mean_over: device axis, or tuple of axes, to average the gradient over.
+        mean_over: device axis, or tuple of axes, to average the gradient over, and to divide the
+            decompositions among.
 
     Returns:
         A stage. It needs neither a model nor `value_fn`.
@@ -346,7 +351,12 @@ def soap(
         pmean_updates(mean_over),
         gradient_kronecker(layout, largest=largest),
         ema_mean(b2, lag=1),
-        in_eigenbasis(squared_gradient() | ema_mean(b2), every=every, style=style),
+        in_eigenbasis(
+            squared_gradient() | ema_mean(b2),
+            every=every,
+            style=style,
+            divided_over=mean_over or None,
+        ),
         optax.ema(b1),
         scale_by_power(0.5, eps=eps),
         optax.add_decayed_weights(weight_decay, mask),

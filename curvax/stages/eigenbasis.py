@@ -15,7 +15,10 @@ from curvax.arithmetic.typing import Period, ValueFn
 from curvax.curvature.kronecker.cells import Eigen
 from curvax.curvature.kronecker.corrected import CorrectedFactors
 from curvax.devices import axes
+from curvax.devices.axes import AxisNames
 from curvax.hyperparameters import injectable
+from curvax.linalg import decompositions
+from curvax.linalg.kronecker import shared_axes
 from curvax.linear_operator import as_product
 from curvax.objective import Objective, as_objective
 from curvax.pipes import estimates, requirements
@@ -46,7 +49,11 @@ class Eigenbasis(NamedTuple):
 
 @injectable
 def in_eigenbasis(
-    stages: optax.GradientTransformation, *, every: Period = 1, style: str = "exact"
+    stages: optax.GradientTransformation,
+    *,
+    every: Period = 1,
+    style: str = "exact",
+    divided_over: AxisNames = None,
 ) -> Stage:
     """Replaces the eigenvalues of Kronecker factors by a diagonal estimated in their eigenbasis.
 
@@ -66,6 +73,8 @@ def in_eigenbasis(
             `gradient_kronecker`.
         style: `exact` decomposes the factors; `iteration` does so in the first step, and takes a
             product and a QR decomposition of each later, as SOAP does.
+        divided_over: device axis of `pmap` or `shard_map`, or tuple of axes, among whose devices
+            the decompositions are divided, as in `kronecker`.
 
     Returns:
         A stage that needs `factors` and replaces them. Behind it `scale_by_power`, `damp` and
@@ -131,12 +140,11 @@ def in_eigenbasis(
                 "in_eigenbasis(...)`."
             )
         objective = None if value_fn is None else as_objective(value_fn, "in_eigenbasis", params)
+        over = shared_axes(factors, divided_over, "in_eigenbasis")
         with jax.default_matmul_precision("highest"):
-            if keeps:
-                bases = _refreshed(factors, state, every, style)
-                basis = _basis(factors, bases)
-            else:
-                bases, basis = (), _eigen(factors)
+            with decompositions.divided(over):
+                bases = _refreshed(factors, state, every, style) if keeps else ()
+                basis = _basis(factors, bases) if keeps else _eigen(factors)
             turned, out_of = _turned(signal, basis), basis.out_of
             found, below = estimates.estimated(
                 inner, turned, state.inner, basis.into(_wide(params)), "in_eigenbasis",

@@ -100,8 +100,8 @@ def solve(solver: Solver) -> Stage:
 
     Args:
         solver: linear solver, such as `cg(20)`, `steihaug(radius)`, `dense()` or `row_space()`. A
-            diagonal preconditioner (`cg(20, preconditioner=0.75)`) uses the signal's diagonal, and
-            `kronecker()` its factors.
+            diagonal preconditioner (`cg(20, preconditioner=0.75)`) uses the signal's diagonal;
+            `kronecker()`, as a solver or a preconditioner, its factors.
 
     Returns:
         A stage that needs `matvec` or `factors`. Its metrics are `cg_reason`, the number of a
@@ -123,7 +123,7 @@ def solve(solver: Solver) -> Stage:
         [1.0, 2.0]
     """
     check_solver(solver, "solve")
-    names = ["cg_steps", "cg_residual"] * (not solver.uses_factors) + ["cg_reason"]
+    names = ["cg_steps", "cg_residual"] * solver.measures + ["cg_reason"]
 
     def init(params: Tree, factors: Any = None) -> SolveState:
         given = (params, factors) if solver.uses_factors else (params,)

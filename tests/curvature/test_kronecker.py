@@ -12,7 +12,8 @@ from kronecker_problems import N, assert_same, normal, regression
 from small_problems import quick_jit
 
 from curvax.curvature import fvp
-from curvax.curvature.kronecker import cells, kronecker_factors
+from curvax.curvature.kronecker import kronecker_factors
+from curvax.linalg import decompositions
 
 
 def restricted(tree: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
@@ -205,6 +206,6 @@ def test_inverse_by_halves_is_the_inverse(size):
     """Of stacked matrices, also where a half has an odd size."""
     rows = normal(3, 2, size, 2 * size)
     matrices = rows @ jnp.swapaxes(rows, -1, -2) / size + 0.1 * jnp.eye(size)[None]
-    found = quick_jit(cells.inverse)(matrices)
+    found = quick_jit(decompositions.inverse)(matrices)
     np.testing.assert_allclose(found, np.linalg.inv(matrices), rtol=0, atol=1e-11)
     np.testing.assert_allclose(found, jnp.swapaxes(found, -1, -2), rtol=0, atol=1e-12)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from curvax.linalg import decompositions
 
@@ -43,3 +44,50 @@ def test_no_program_for_the_cpu_passes_a_stack_to_lapack(name):
     assert calls
     for shape in calls:
         assert len(shape.split(",")) == 2, calls
+
+
+# Divided among devices
+
+
+def stacks_of(matrix):
+    return [matrix, matrix[0, 0], 2 * matrix[0], matrix[:, 0]]
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("name", ["eigenvalues", "projections", "inverse"])
+def test_devices_that_divide_matrices_have_the_same_results(name, check):
+    f = FUNCTIONS.get(name, (decompositions.inverse, None))[0]
+    expected = [f(x) for x in stacks_of(SYMMETRIC)]
+
+    def on_device(matrix):
+        with decompositions.divided(("d",)):
+            return [f(x) for x in stacks_of(matrix)]
+
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    mapped = jax.shard_map(on_device, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=check)
+    for found, x in zip(jax.jit(mapped)(SYMMETRIC), expected):
+        np.testing.assert_allclose(found, x, rtol=1e-10, atol=1e-12)
+
+
+def test_each_device_decomposes_its_share_only():
+    """Sixteen matrices on eight devices, two on each."""
+
+    def on_device(matrix):
+        with decompositions.divided(("d",)):
+            number = lambda m: (1.0 + jax.lax.axis_index("d") + 0 * m[0, 0],)
+            (owners,) = decompositions._each(number, jnp.broadcast_to(matrix, (16, 5, 5)))
+            return owners
+
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    mapped = jax.shard_map(on_device, mesh=mesh, in_specs=P(), out_specs=P())
+    owners = np.asarray(jax.jit(mapped)(SYMMETRIC[0, 0]))
+    assert sorted(owners) == sorted([*range(1, 9)] * 2)
+
+
+def test_shares_are_even_where_sizes_differ():
+    loads = decompositions._Division(())
+    loads.loads = np.zeros(4)
+    for size, count in ((8, 3), (16, 1), (4, 12), (8, 4), (2, 30)):
+        loads.owners(count, float(size**3))
+    assert loads.loads.max() <= 16**3  # the largest matrix alone
+    assert loads.loads.min() > 0

@@ -350,3 +350,33 @@ def test_bad_input_is_refused(case):
     make, cause = REFUSED[case]
     with pytest.raises(ValueError, match=cause):
         update(make())
+
+
+# Eigenvalues
+
+SEPARATE: dict[str, set[str]] = {"joint": set(), "separate": {"hidden/bias"}}
+
+
+@pytest.mark.parametrize("bias", ["joint", "separate"])
+def test_eigenvalues_and_condition_numbers_are_those_of_the_dense_blocks(bias):
+    factors = cx.kronecker_factors(objective_of(), PARAMS, bias=bias)
+    dense = np.linalg.eigvalsh(cx.materialize(factors, PARAMS))[::-1]
+    found = factors.eigenvalues()
+    assert set(found) == {"hidden/kernel", "out/kernel"} | SEPARATE[bias]
+    together = np.sort(np.concatenate(list(found.values())))[::-1]
+    np.testing.assert_allclose(together, dense, atol=1e-12)
+    for name, values in found.items():
+        assert np.all(np.diff(values) <= 0)
+        condition = factors.condition_numbers(0.1)[name]
+        np.testing.assert_allclose(condition, (values[0] + 0.1) / (values[-1] + 0.1), rtol=1e-12)
+
+
+def test_layers_of_a_stack_have_eigenvalues_of_their_own():
+    stage = cx.gradient_kronecker(LAYOUT)
+    signal, _ = stage.update(cx.Signal(gradients(0)), stage.init(gradients(0)), gradients(0))
+    values = signal.factors.eigenvalues()
+    assert {name: x.shape for name, x in values.items()} == {
+        "bias": (3,), "kernel": (12,), "stacked": (2, 12)
+    }  # fmt: skip
+    kernel = np.linalg.svd(gradients(0)["stacked"][1])[1]
+    np.testing.assert_allclose(values["stacked"][1, 0], kernel[0] ** 2, rtol=1e-10)

@@ -200,6 +200,72 @@ def test_a_missing_mean_over_devices_is_refused():
         jax.eval_shape(over, PARAMS, net_batch())
 
 
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize(
+    "divided",
+    [
+        cx.damp(0.3) | cx.solve(cx.kronecker(divided_over="batch")),
+        cx.in_eigenbasis(cx.fisher_eigenvalues(mean_over="batch"), divided_over="batch"),
+    ],
+    ids=["kronecker", "in_eigenbasis"],
+)
+def test_factors_of_each_device_are_not_divided_among_devices(divided, check):
+    tx = cx.fisher_kronecker(mean_over=()) | cx.pmean_updates("batch") | divided
+
+    def of_device(params: Any, batch: Any) -> Any:
+        objective = objective_of(batch)
+        grads = objective.value_and_grad(params)[1]
+        return tx.update(grads, tx.init(params), params, value_fn=objective)[0]
+
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs: Any = dict(in_specs=(P(), P("batch")), out_specs=P("batch"), check_vma=check)
+    over = jax.shard_map(of_device, mesh=mesh, **specs)
+    with pytest.raises(ValueError, match=r"each device's own over \['batch'\]"):
+        jax.eval_shape(over, PARAMS, net_batch())
+
+
+# Factors as a preconditioner
+
+
+def steps_and_solution(preconditioner: Any, factors: Any, v: Any) -> tuple[int, Any]:
+    solver = cx.cg(40, tol=1e-10, preconditioner=preconditioner)
+    solution = solver(cx.Product(factors).damped(0.1), v, factors=factors)
+    return int(solution.steps), solution.x
+
+
+@pytest.mark.parametrize("style", ["exact", "heuristic"])
+def test_factors_precondition_cg(style):
+    """With the matrix itself as preconditioner CG takes one step."""
+    factors = factors_at(PARAMS)
+    preconditioner = cx.kronecker(style=style)
+    steps, found = steps_and_solution(preconditioner, factors, moved(3))
+    plain, _ = steps_and_solution(None, factors, moved(3))
+    assert_same(found, factors.solve(moved(3), 0.1), 1e-8)
+    assert steps == 1 if style == "exact" else steps < plain
+
+
+def test_cg_preconditioned_in_a_pipe_solves_with_the_fisher_matrix():
+    """Factors of the first step, kept for the second, and the product of each step."""
+    solver = cx.cg(60, tol=1e-12, preconditioner=cx.kronecker(2), warm_start=0.5)
+    tx = cx.gauss_newton_kronecker(objective_of()) | cx.fisher_matvec() | cx.damp(0.3)
+    for t, signal in enumerate(signals(tx | cx.solve(solver), 2)):
+        fisher = cx.fvp(objective_of(), moved(t))
+        back = jax.tree.map(lambda c, x: c + 0.3 * x, fisher(signal.updates), signal.updates)
+        assert_same(back, signal.gradient, 1e-9)
+
+
+def test_preconditioners_that_are_none_are_refused():
+    with pytest.raises(ValueError, match="takes `kronecker\\(\\)` of the solvers"):
+        cx.cg(3, preconditioner=cx.dense())
+    tx = cx.fisher_matvec() | cx.damp(0.3) | cx.solve(cx.cg(3, preconditioner=cx.kronecker()))
+    with pytest.raises(ValueError, match="no earlier stage gave any"):
+        update(tx)
+    kept = cx.solve(cx.steihaug(1.0, preconditioner=cx.kronecker(2)))
+    tx = cx.fisher_kronecker() | cx.fisher_matvec() | kept
+    with pytest.raises(ValueError, match="like=objective"):
+        tx.init(PARAMS)
+
+
 # K-FAC
 
 

@@ -148,32 +148,7 @@ def _damped(matrix: jax.Array, damping: jax.Array) -> jax.Array:
 
 def inverted(matrix: jax.Array, damping: jax.Array) -> jax.Array:
     """(M + damping·I)⁻¹ for positive semi-definite matrices [..., d, d]."""
-    return inverse(_damped(matrix, damping))
-
-
-SMALL = 128
-"""Size up to which an inverse is taken by a Cholesky factor."""
-
-
-def inverse(matrix: jax.Array) -> jax.Array:
-    """The inverse of positive definite matrices [..., d, d], by halves.
-
-    With the Schur complement S = D - Bᵀ A⁻¹ B of [[A, B], [Bᵀ, D]], so that almost all of the work
-    is in products of matrices: in half the time of Cholesky factors at d = 785 on two cores, as
-    accurate.
-    """
-    size = matrix.shape[-1]
-    if size <= SMALL:
-        eye = jnp.broadcast_to(jnp.eye(size, dtype=matrix.dtype), matrix.shape)
-        return decompositions.cholesky_solved(matrix, eye)
-    half = size // 2
-    a, b, d = matrix[..., :half, :half], matrix[..., :half, half:], matrix[..., half:, half:]
-    flipped = lambda x: jnp.swapaxes(x, -1, -2)
-    inverse_a = inverse(a)
-    x = inverse_a @ b
-    inverse_s = inverse(d - flipped(b) @ x)
-    y = x @ inverse_s
-    return jnp.block([[inverse_a + y @ flipped(x), -y], [-flipped(y), inverse_s]])
+    return decompositions.inverse(_damped(matrix, damping))
 
 
 def combined(cells: list[Cell]) -> Cell:

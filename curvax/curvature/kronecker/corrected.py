@@ -100,6 +100,15 @@ class CorrectedFactors(BlockOperator):
         blocks = [eigen.trace() for own in self.bases for eigen in own]
         return sum([*blocks, *map(jnp.sum, self.diagonals.values())], jnp.zeros(()))
 
+    def eigenvalues(self) -> dict[str, jax.Array]:
+        names, found = self.structure.names, dict[str, jax.Array]()
+        for block, (own, *bias) in zip(self.structure.blocks, self.bases):
+            found[names[block.leaf]] = own.values.reshape(*own.values.shape[:-2], -1)
+            if bias and block.bias is not None:
+                found[names[block.bias]] = bias[0].values[..., 0]
+        found |= {names[leaf]: d.reshape(-1) for leaf, d in self.diagonals.items()}
+        return {name: -jnp.sort(-e, axis=-1) for name, e in found.items()}
+
     def _product(self, k: int, matrices: list[jax.Array]) -> list[jax.Array]:
         return [eigen.product(v) for eigen, v in zip(self.bases[k], matrices)]
 

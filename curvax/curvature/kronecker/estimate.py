@@ -90,4 +90,4 @@ def kronecker_factors(
     with jax.default_matmul_precision("highest"):
         found = microbatch_mean(objective, own, *draws, aux=False)
         found = axes.mean(found, over, objective.batch_weight())
-        return found.finished()
+        return found.finished(local - set(over))

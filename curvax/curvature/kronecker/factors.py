@@ -152,6 +152,9 @@ class KroneckerFactors(BlockOperator):
         blocks = [cell.trace() for k in range(len(self.inputs)) for cell in self.cells(k)]
         return sum([*blocks, *map(jnp.sum, self.diagonals.values())], jnp.zeros(()))
 
+    def eigenvalues(self) -> dict[str, jax.Array]:
+        return self.eigen().eigenvalues()
+
     def _product(self, k: int, matrices: list[jax.Array]) -> list[jax.Array]:
         return [cell.product(v) for cell, v in zip(self.cells(k), matrices)]
 

@@ -30,6 +30,8 @@ class Structure:
     blocks: tuple[Block, ...]
     reports: tuple[LeafReport, ...]
     options: Options
+    local: frozenset[str] = frozenset()
+    """The device axes over which the matrix is this device's own."""
 
     @property
     def joint(self) -> bool:
@@ -120,6 +122,23 @@ class BlockOperator(abc.ABC):
     @abc.abstractmethod
     def trace(self) -> jax.Array:
         """tr C, a scalar."""
+
+    @abc.abstractmethod
+    def eigenvalues(self) -> dict[str, jax.Array]:
+        """Those of the block of each kernel and of each diagonal, in descending order.
+
+        Returns:
+            `{path: [*layers, n]}`; a bias in the block of its kernel is counted there.
+        """
+
+    def condition_numbers(self, damping: Any = 0.0) -> dict[str, jax.Array]:
+        """(λ_max + λ) / (λ_min + λ) of each block, `{path: [*layers]}`; infinite if singular.
+
+        Args:
+            damping: λ >= 0, in the units of C.
+        """
+        ends = {name: (e[..., 0], e[..., -1]) for name, e in self.eigenvalues().items()}
+        return {name: (top + damping) / (low + damping) for name, (top, low) in ends.items()}
 
     def report(self) -> dict[str, LeafReport]:
         """`{path: LeafReport}`: which parameter is in which kind of block, and why."""

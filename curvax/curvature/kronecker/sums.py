@@ -38,11 +38,12 @@ class Sums:
     diagonals: dict[int, jax.Array]
     structure: Structure = dataclasses.field(metadata={"static": True})
 
-    def finished(self) -> KroneckerFactors:
-        """The factors of these sums, after they have been averaged."""
+    def finished(self, local: frozenset[str]) -> KroneckerFactors:
+        """The factors of these sums, after they have been averaged except over `local`."""
         cells = [self._cell(k) for k in range(len(self.inputs))]
         inputs, outputs = [cell.inputs for cell in cells], [cell.outputs for cell in cells]
-        return KroneckerFactors(tuple(inputs), tuple(outputs), self.diagonals, self.structure)
+        structure = dataclasses.replace(self.structure, local=local)
+        return KroneckerFactors(tuple(inputs), tuple(outputs), self.diagonals, structure)
 
     def _cell(self, k: int) -> Cell:
         stacked = self.structure.blocks[k].stacked

@@ -199,7 +199,8 @@ def _kronecker(
 
         draws = draws_of(here, options.fisher, None, draw)
         found, sums = microbatch_mean(here, one_pass, *draws)
-        return found, {"factors": axes.mean(sums, over, here.batch_weight()).finished()}
+        averaged = axes.mean(sums, over, here.batch_weight())
+        return found, {"factors": averaged.finished(here.local_axes(params) - set(over))}
 
     needs = lambda objective, params: required(objective, params, options.fisher, name)
     factors = None
