@@ -7,7 +7,7 @@ of a stack are taken one by one.
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,27 +20,24 @@ from curvax.devices import axes
 Function = Callable[..., tuple[jax.Array, ...]]
 
 
-def eigh(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+def eigh(*matrices: jax.Array) -> list[tuple[jax.Array, ...]]:
     """(eigenvalues in ascending order, eigenvectors as columns) of symmetric matrices."""
-    values, vectors = _each(lambda m: tuple(jnp.linalg.eigh(m)), matrix)
-    return values, vectors
+    return _each(lambda m: tuple(jnp.linalg.eigh(m)), [(m,) for m in matrices])
 
 
-def orthogonal_factor(matrix: jax.Array) -> jax.Array:
+def orthogonal_factors(*matrices: jax.Array) -> list[jax.Array]:
     """Q of M = QR."""
-    (q,) = _each(lambda m: (jnp.linalg.qr(m)[0],), matrix)
-    return q
+    return [q for (q,) in _each(lambda m: (jnp.linalg.qr(m)[0],), [(m,) for m in matrices])]
+
+
+def inverses(*matrices: jax.Array) -> list[jax.Array]:
+    """M⁻¹ of positive definite matrices."""
+    return [x for (x,) in _each(lambda m: (_inverse(m),), [(m,) for m in matrices])]
 
 
 def cholesky_solved(matrix: jax.Array, v: jax.Array) -> jax.Array:
     """M⁻¹ V of positive definite matrices M and matrices V [..., d, n]."""
-    (x,) = _each(lambda m, v: (cho_solve(cho_factor(m, lower=True), v),), matrix, v)
-    return x
-
-
-def inverse(matrix: jax.Array) -> jax.Array:
-    """M⁻¹ of positive definite matrices."""
-    (x,) = _each(lambda m: (_inverse(m),), matrix)
+    ((x,),) = _each(lambda m, v: (cho_solve(cho_factor(m, lower=True), v),), [(matrix, v)])
     return x
 
 
@@ -100,24 +97,33 @@ def divided(over: tuple[str, ...]) -> Iterator[None]:
         _division.reset(token)
 
 
-def _each(f: Function, *stacks: jax.Array) -> tuple[jax.Array, ...]:
-    """f of the matrices of stacks of equal shapes [..., ., .]."""
-    first, division = stacks[0].shape[:-2], _division.get()
-    if division is None and not first:
+def _each(f: Function, items: Sequence[tuple[jax.Array, ...]]) -> list[tuple[jax.Array, ...]]:
+    """f of the matrices of every item, stacks of equal shapes [..., ., .]."""
+    division = _division.get()
+    if division is None:
+        return [_alone(f, *stacks) for stacks in items]
+    flat = [tuple(x.reshape(-1, *x.shape[-2:]) for x in stacks) for stacks in items]
+    found = lax.psum([_share(f, stacks, division) for stacks in flat], division.over)
+    return [
+        tuple(x.reshape(*stacks[0].shape[:-2], *x.shape[1:]) for x in own)
+        for stacks, own in zip(items, found)
+    ]
+
+
+def _alone(f: Function, *stacks: jax.Array) -> tuple[jax.Array, ...]:
+    first = stacks[0].shape[:-2]
+    if not first:
         return f(*stacks)
-    flat = tuple(x.reshape(-1, *x.shape[-2:]) for x in stacks)
-    if division is not None:
-        found = _shared(f, flat, division)
-    else:
-        one_by_one = lambda *xs: lax.map(lambda x: f(*x), xs)
-        found = lax.platform_dependent(*flat, cpu=one_by_one, default=jax.vmap(f))
+    one_by_one = lambda *xs: lax.map(lambda x: f(*x), xs)
+    flat = [x.reshape(-1, *x.shape[-2:]) for x in stacks]
+    found = lax.platform_dependent(*flat, cpu=one_by_one, default=jax.vmap(f))
     return tuple(x.reshape(*first, *x.shape[1:]) for x in found)
 
 
-def _shared(
+def _share(
     f: Function, stacks: tuple[jax.Array, ...], division: _Division
 ) -> tuple[jax.Array, ...]:
-    """f of every matrix on its own device; the sum over the devices, which have 0 for others."""
+    """f of the matrices of this device, and 0 in the places of others."""
     count, over = len(stacks[0]), division.over
     owners = division.owners(count, float(stacks[0].shape[-1]) ** 3)
     mine = jnp.array(owners) == axes.index_and_size(over)[0]
@@ -134,5 +140,4 @@ def _shared(
         return done + 1, tuple(x.at[i].set(y) for x, y in zip(found, new))
 
     start = (jnp.zeros((), todo.dtype), empty)
-    _, found = axes.while_loop(lambda carry: carry[0] < todo, step, start)
-    return lax.psum(found, over)
+    return axes.while_loop(lambda carry: carry[0] < todo, step, start)[1]

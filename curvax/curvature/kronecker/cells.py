@@ -1,5 +1,6 @@
 """Products, solutions and powers with one Kronecker product G ⊗ A, and in its eigenbasis."""
 
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -46,27 +47,28 @@ class Cell(NamedTuple):
         fine = (a > 0) & (g > 0)
         return jnp.sqrt(jnp.where(fine, a, 1) / jnp.where(fine, g, 1))
 
-    def eigen(self) -> "Eigen":
-        """The eigenvectors and eigenvalues of G ⊗ A."""
-        if self.is_table:
-            a, right = self.inputs, None
-        else:
-            a, right = decompositions.eigh(self.inputs)
-        g, left = decompositions.eigh(self.outputs)
+    def matrices(self) -> list[jax.Array]:
+        """[G, A], or [G] if A is a diagonal."""
+        return [self.outputs] if self.is_table else [self.outputs, self.inputs]
+
+    def eigen(self, pairs: Iterator[tuple[jax.Array, ...]]) -> "Eigen":
+        """The eigenvectors and eigenvalues of G ⊗ A, from those of `matrices`."""
+        g, left = next(pairs)
+        a, right = (self.inputs, None) if self.is_table else next(pairs)
         return Eigen(left, right, jnp.maximum(g, 0)[..., :, None] * jnp.maximum(a, 0)[..., None, :])
 
-    def iterated(self, basis: "Eigen") -> "Eigen":
-        """The eigenvectors by a step of subspace iteration from another basis, with its values."""
-        right = None if basis.right is None else iterated(self.inputs, basis.right)
-        return Eigen(iterated(self.outputs, basis.left), right, basis.values)
-
-    def inverse(self, damping: Any) -> "Cell":
-        """(G + √λ/π I)⁻¹ ⊗ (A + √λ π I)⁻¹"""
+    def damped(self, damping: Any) -> "Cell":
+        """(G + √λ/π I) ⊗ (A + √λ π I)"""
         root, pi = jnp.sqrt(damping), self.pi()
-        outputs = inverted(self.outputs, root / pi)
+        outputs = _damped(self.outputs, root / pi)
         if self.is_table:
-            return Cell(1 / (self.inputs + (root * pi)[..., None]), outputs)
-        return Cell(inverted(self.inputs, root * pi), outputs)
+            return Cell(self.inputs + (root * pi)[..., None], outputs)
+        return Cell(_damped(self.inputs, root * pi), outputs)
+
+    def inverse(self, inverses: Iterator[jax.Array]) -> "Cell":
+        """G⁻¹ ⊗ A⁻¹, from those of `matrices`."""
+        outputs = next(inverses)
+        return Cell(1 / self.inputs if self.is_table else next(inverses), outputs)
 
     def heuristic(self, v: jax.Array, damping: Any) -> jax.Array:
         """(G + √λ/π I)⁻¹ V (A + √λ π I)⁻¹, by Cholesky factors."""
@@ -123,16 +125,20 @@ def powers(values: jax.Array, exponent: Any, damping: Any) -> jax.Array:
     return jnp.where(drop, 0, jnp.where(drop, 1, values + damping) ** exponent)
 
 
-def iterated(matrix: jax.Array, basis: jax.Array) -> jax.Array:
+def iterated(pairs: Sequence[tuple[jax.Array, jax.Array]]) -> list[jax.Array]:
     """Q ← the orthogonal factor of M Q, for symmetric M [..., d, d] and Q with d columns.
 
     Columns are made orthogonal in the order of the eigenvalues qᵀMq, the largest first, and stay
     in their places.
     """
-    product = matrix @ basis
-    order = jnp.argsort(-jnp.sum(basis * product, axis=-2), axis=-1)
     take = lambda x, places: jnp.take_along_axis(x, places[..., None, :], axis=-1)
-    return take(decompositions.orthogonal_factor(take(product, order)), jnp.argsort(order, axis=-1))
+    products = [m @ q for m, q in pairs]
+    orders = [
+        jnp.argsort(-jnp.sum(q * product, axis=-2), axis=-1)
+        for (_, q), product in zip(pairs, products)
+    ]
+    found = decompositions.orthogonal_factors(*map(take, products, orders))
+    return [take(q, jnp.argsort(order, axis=-1)) for q, order in zip(found, orders)]
 
 
 def solved(matrix: jax.Array, damping: jax.Array, v: jax.Array) -> jax.Array:
@@ -144,11 +150,6 @@ def _damped(matrix: jax.Array, damping: jax.Array) -> jax.Array:
     floor = jnp.finfo(matrix.dtype).eps * _trace(matrix)
     shift = jnp.broadcast_to(jnp.maximum(damping, floor)[..., None], matrix.shape[:-1])
     return matrix + _diagonal(shift)
-
-
-def inverted(matrix: jax.Array, damping: jax.Array) -> jax.Array:
-    """(M + damping·I)⁻¹ for positive semi-definite matrices [..., d, d]."""
-    return decompositions.inverse(_damped(matrix, damping))
 
 
 def combined(cells: list[Cell]) -> Cell:

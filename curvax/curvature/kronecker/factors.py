@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from curvax.arithmetic.trees import Tree
-from curvax.curvature.kronecker.cells import Cell, Eigen
+from curvax.curvature.kronecker.cells import Cell, Eigen, iterated
 from curvax.curvature.kronecker.corrected import CorrectedFactors, corrections
 from curvax.curvature.kronecker.operator import BlockOperator, Structure
 from curvax.devices.axes import AxisNames
+from curvax.linalg import decompositions
 from curvax.objective import Objective
 
 
@@ -118,18 +119,31 @@ class KroneckerFactors(BlockOperator):
 
     def eigen(self) -> CorrectedFactors:
         """The same matrix by its eigenvectors and eigenvalues, from one decomposition."""
-        bases = tuple(tuple(self._eigen(k)) for k in range(len(self.inputs)))
+        cells = self._all_cells()
+        pairs = iter(decompositions.eigh(*(m for own in cells for x in own for m in x.matrices())))
+        bases = tuple(tuple(self._eigenvalues(cell.eigen(pairs)) for cell in own) for own in cells)
         return CorrectedFactors(bases, self.diagonals, self.structure)
+
+    def _all_cells(self) -> list[list[Cell]]:
+        return [self.cells(k) for k in range(len(self.inputs))]
+
+    def _eigenvalues(self, eigen: Eigen) -> Eigen:
+        """This block by its eigenvectors, from G ⊗ A by them."""
+        return eigen
 
     def eigen_from(self, basis: CorrectedFactors) -> CorrectedFactors:
         """An approximation of `eigen` from an earlier basis, by one step of subspace iteration.
 
         Its eigenvalues are those of the earlier basis.
         """
-        bases = tuple(
-            tuple(cell.iterated(own) for cell, own in zip(self.cells(k), basis.bases[k]))
-            for k in range(len(self.inputs))
-        )
+        own = [eigen for block in basis.bases for eigen in block]
+        cells = [cell for block in self._all_cells() for cell in block]
+        pairs = [(cell.outputs, eigen.left) for cell, eigen in zip(cells, own)]
+        pairs += [(cell.inputs, e.right) for cell, e in zip(cells, own) if e.right is not None]
+        found = iterated(pairs)
+        lefts, rights = iter(found[: len(own)]), iter(found[len(own) :])
+        turn = lambda e: Eigen(next(lefts), None if e.right is None else next(rights), e.values)
+        bases = tuple(tuple(map(turn, block)) for block in basis.bases)
         return CorrectedFactors(bases, self.diagonals, self.structure)
 
     def inverse(self, damping: Any) -> "KroneckerFactors":
@@ -142,7 +156,9 @@ class KroneckerFactors(BlockOperator):
             ValueError: λ is not positive.
         """
         self._check_style("heuristic", damping)
-        inverted = [self.cells(k)[0].inverse(damping) for k in range(len(self.inputs))]
+        damped = [self.cells(k)[0].damped(damping) for k in range(len(self.inputs))]
+        found = iter(decompositions.inverses(*(m for cell in damped for m in cell.matrices())))
+        inverted = [cell.inverse(found) for cell in damped]
         inputs, outputs = (tuple(x) for x in zip(*inverted)) if inverted else ((), ())
         diagonals = {leaf: 1 / (d + damping) for leaf, d in self.diagonals.items()}
         return KroneckerFactors(inputs, outputs, diagonals, self.structure)
@@ -161,10 +177,10 @@ class KroneckerFactors(BlockOperator):
     def _scaled(
         self, k: int, matrices: list[jax.Array], by: Callable[[jax.Array], jax.Array]
     ) -> list[jax.Array]:
-        return [own.scaled(v, by(own.values)) for own, v in zip(self._eigen(k), matrices)]
-
-    def _eigen(self, k: int) -> list[Eigen]:
-        return [cell.eigen() for cell in self.cells(k)]
+        cells = self.cells(k)
+        pairs = iter(decompositions.eigh(*(m for cell in cells for m in cell.matrices())))
+        own = [self._eigenvalues(cell.eigen(pairs)) for cell in cells]
+        return [eigen.scaled(v, by(eigen.values)) for eigen, v in zip(own, matrices)]
 
     def _heuristic(self, k: int, matrices: list[jax.Array], damping: Any) -> list[jax.Array]:
         cell, *_ = self.cells(k)

@@ -11,7 +11,6 @@ from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
 from curvax.curvature.kronecker.atoms import atoms_of, axes_of
 from curvax.curvature.kronecker.cells import Eigen
-from curvax.curvature.kronecker.corrected import CorrectedFactors
 from curvax.curvature.kronecker.factors import KroneckerFactors
 from curvax.curvature.kronecker.operator import Structure
 from curvax.curvature.kronecker.options import Options
@@ -32,11 +31,6 @@ class GradientFactors(KroneckerFactors):
     arXiv:1802.09568, Lemma 8.
     """
 
-    def eigen(self) -> CorrectedFactors:
-        """The same matrix by its eigenvectors and eigenvalues."""
-        bases = tuple(tuple(self._eigen(k)) for k in range(len(self.inputs)))
-        return CorrectedFactors(bases, self.diagonals, self.structure)
-
     def inverse(self, damping: Any) -> KroneckerFactors:
         raise ValueError(
             "`style='heuristic'` inverts damped factors, and the matrix of `gradient_kronecker` is "
@@ -46,8 +40,8 @@ class GradientFactors(KroneckerFactors):
     def trace(self) -> jax.Array:
         return self.eigen().trace()
 
-    def _eigen(self, k: int) -> list[Eigen]:
-        return [own._replace(values=jnp.sqrt(own.values)) for own in super()._eigen(k)]
+    def _eigenvalues(self, eigen: Eigen) -> Eigen:
+        return eigen._replace(values=jnp.sqrt(eigen.values))
 
     def _product(self, k: int, matrices: list[jax.Array]) -> list[jax.Array]:
         return self._scaled(k, matrices, lambda values: values)
