@@ -51,6 +51,10 @@ VARIANTS = {
         DAMPINGS,
         lambda lam: lambda like: cx.kfac(like, damping=lam, fraction=0.5, **KFAC),
     ),
+    "curvax.ekfac": (
+        DAMPINGS,
+        lambda lam: lambda like: cx.ekfac(like, damping=lam, **KFAC),
+    ),
     "curvax.shampoo": (
         SHAMPOO_RATES,
         lambda rate: lambda like: cx.shampoo(rate, decay=0.95, momentum=0.9),
