@@ -121,6 +121,11 @@ def wide(tree: Tree) -> Tree:
     return jax.tree.map(widen, tree)
 
 
+def wide_floats(tree: Tree) -> Tree:
+    """The tree with floating leaves in float32 or wider, and others as they are."""
+    return jax.tree.map(lambda x: widen(x) if is_float(x) else x, tree)
+
+
 def cast_like(tree: Tree, like: Tree) -> Tree:
     return jax.tree.map(lambda x, y: _cast(x, y.dtype), tree, like)
 

@@ -112,7 +112,7 @@ def in_eigenbasis(
                 "training, `fisher_kronecker(like=objective) | ... | in_eigenbasis(...)`, or "
                 "decompose in each step: `every=1` and `style='exact'`."
             )
-        shapes = _bases(jax.eval_shape(lambda: _eigen(factors)))
+        shapes = _bases(jax.eval_shape(factors.eigen))
         eye = lambda x: jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=x.dtype), x.shape)
         return EigenbasisState(step, jax.tree.map(eye, shapes), below)
 
@@ -120,7 +120,7 @@ def in_eigenbasis(
         del params
         if factors is None:
             return None
-        return jax.tree.map(jnp.zeros_like, jax.eval_shape(lambda: _eigen(factors)))
+        return jax.tree.map(jnp.zeros_like, jax.eval_shape(factors.eigen))
 
     init.factors = behind  # type: ignore[attr-defined]
 
@@ -140,14 +140,15 @@ def in_eigenbasis(
                 "in_eigenbasis(...)`."
             )
         objective = None if value_fn is None else as_objective(value_fn, "in_eigenbasis", params)
-        over = shared_axes(factors, divided_over, "in_eigenbasis")
+        over, known = shared_axes(factors, divided_over, "in_eigenbasis"), ~factors.is_zero()
         with jax.default_matmul_precision("highest"):
             with decompositions.divided(over):
-                bases = _refreshed(factors, state, every, style) if keeps else ()
-                basis = _basis(factors, bases) if keeps else _eigen(factors)
+                due = (state.step % every == 0) & known
+                bases = _refreshed(factors, state, due, style) if keeps else ()
+                basis = _basis(factors, bases) if keeps else factors.eigen()
             turned, out_of = _turned(signal, basis), basis.out_of
             found, below = estimates.estimated(
-                inner, turned, state.inner, basis.into(_wide(params)), "in_eigenbasis",
+                inner, turned, state.inner, basis.into(trees.wide_floats(params)), "in_eigenbasis",
                 value_fn=None if objective is None else objective.through(out_of),
                 eigenbasis=Eigenbasis(basis, objective, params), **extra,
             )  # fmt: skip
@@ -155,24 +156,16 @@ def in_eigenbasis(
                 found.diagonal, "in_eigenbasis", "takes a diagonal from the stages inside"
             )
         signal = signal._replace(factors=basis.with_diagonal(diagonal))
-        return signal, EigenbasisState(state.step + ~factors.is_zero(), bases, below)
+        return signal, EigenbasisState(state.step + known, bases, below)
 
     return containing(init, rule, inner)
 
 
-def _eigen(factors: Any) -> CorrectedFactors:
-    return factors.eigen()
-
-
-def _wide(tree: Tree) -> Tree:
-    return jax.tree.map(lambda x: trees.widen(x) if trees.is_float(x) else x, tree)
-
-
 def _turned(signal: Signal, basis: CorrectedFactors) -> Signal:
     """The signal in the eigenbasis, without a diagonal."""
-    updates = basis.into(_wide(signal.updates))
+    updates = basis.into(trees.wide_floats(signal.updates))
     same = trees.same_leaves(signal.gradient, signal.updates)
-    gradient = updates if same else basis.into(_wide(signal.gradient))
+    gradient = updates if same else basis.into(trees.wide_floats(signal.gradient))
     matvec = signal.matvec
     if matvec is not None:
         matvec = as_product(matvec).within(basis.out_of, basis.into)
@@ -191,7 +184,7 @@ def _basis(factors: Any, bases: Bases) -> CorrectedFactors:
     def of(left: jax.Array, right: jax.Array | None, values: Any) -> Eigen:
         return Eigen(left, right, jnp.ones(values.shape, values.dtype))
 
-    shapes = jax.eval_shape(lambda: _eigen(factors)).bases
+    shapes = jax.eval_shape(factors.eigen).bases
     kept = tuple(
         tuple(of(*pair, eigen.values) for pair, eigen in zip(own, old))
         for own, old in zip(bases, shapes)
@@ -199,11 +192,11 @@ def _basis(factors: Any, bases: Bases) -> CorrectedFactors:
     return CorrectedFactors(kept, factors.diagonals, factors.structure)
 
 
-def _refreshed(factors: Any, state: EigenbasisState, every: Period, style: str) -> Bases:
+def _refreshed(factors: Any, state: EigenbasisState, due: jax.Array, style: str) -> Bases:
     """The eigenvectors of this step; those of factors that are not finite are left out."""
 
     def decomposed() -> Bases:
-        return _accepted(_bases(_eigen(factors)), state.bases)
+        return _accepted(_bases(factors.eigen()), state.bases)
 
     def iterated() -> Bases:
         return _accepted(_bases(factors.eigen_from(_basis(factors, state.bases))), state.bases)
@@ -213,7 +206,6 @@ def _refreshed(factors: Any, state: EigenbasisState, every: Period, style: str) 
             return decomposed()
         return axes.cond(state.step == 0, decomposed, iterated)
 
-    due = (state.step % every == 0) & ~factors.is_zero()
     return axes.cond(due, refreshed, lambda: state.bases)
 
 

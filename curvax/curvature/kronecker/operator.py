@@ -148,7 +148,7 @@ class BlockOperator(abc.ABC):
         v = trees.arrays(v)
         leaves, treedef = jax.tree.flatten(meshes.gathered(v))
         self._check_tree(leaves)
-        wide = [trees.widen(x) if trees.is_float(x) else x for x in leaves]
+        wide = trees.wide_floats(leaves)
         found: dict[int, jax.Array] = {}
         for k, block in enumerate(self.structure.blocks):
             matrices = to_block(k, self.structure.matrices(block, wide))
