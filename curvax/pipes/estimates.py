@@ -72,6 +72,10 @@ def needed(signal: Signal, kept: Tree, stage: str, needs: str) -> Estimate:
 def estimating(stages: optax.GradientTransformation, around: str) -> Stage:
     """Stages that set and smooth an estimate, as a pipe.
 
+    Args:
+        stages: the stages.
+        around: the call that they stand in, such as `every(k, ...)`, for the message.
+
     Raises:
         ValueError: a part is a plain Optax transformation, which changes the updates.
     """
@@ -100,8 +104,8 @@ def estimated(
 
 
 def _refuse_change(name: str, around: str) -> None:
+    own = "; `sam_perturb` has an `every=` of its own" if name == "sam_perturb" else ""
     raise ValueError(
         f"`{around}` takes stages that estimate a diagonal, and `{name}` inside it changes the "
-        f"updates. Put it behind, `{around}(...) | {name}(...)`; `sam_perturb` has an `every=` of "
-        "its own."
+        f"updates. Put it behind, `{around} | {name}(...)`{own}."
     )

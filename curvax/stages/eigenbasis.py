@@ -98,7 +98,7 @@ def in_eigenbasis(
         checks.check_count("in_eigenbasis", every=every)
     if style not in STYLES:
         raise ValueError(f"`in_eigenbasis(style=)` is one of {STYLES}, and is {style!r}.")
-    inner = estimates.estimating(stages, "in_eigenbasis")
+    inner = estimates.estimating(stages, "in_eigenbasis(...)")
     keeps = isinstance(every, jax.Array) or every > 1 or style == "iteration"
 
     def init(params: Tree, factors: Any = None) -> EigenbasisState:
@@ -148,7 +148,8 @@ def in_eigenbasis(
                 basis = _basis(factors, bases) if keeps else factors.eigen()
             turned, out_of = _turned(signal, basis), basis.out_of
             found, below = estimates.estimated(
-                inner, turned, state.inner, basis.into(trees.wide_floats(params)), "in_eigenbasis",
+                inner, turned, state.inner, basis.into(trees.wide_floats(params)),
+                "in_eigenbasis(...)",
                 value_fn=None if objective is None else objective.through(out_of),
                 eigenbasis=Eigenbasis(basis, objective, params), **extra,
             )  # fmt: skip

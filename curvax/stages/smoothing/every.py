@@ -62,7 +62,7 @@ def every(k: Period, stages: optax.GradientTransformation) -> Stage:
     """
     if not isinstance(k, jax.Array):
         checks.check_count("every", k=k)
-    inner = estimates.estimating(stages, "every")
+    inner = estimates.estimating(stages, "every(k, ...)")
     makes_factors = hasattr(inner.init, "factors")
 
     def init(params: Tree, factors: Any = None) -> EveryState:
@@ -93,7 +93,7 @@ def every(k: Period, stages: optax.GradientTransformation) -> Stage:
                 local=signal.local,
             )
             given, below = estimates.estimated(
-                inner, given, state.inner, params, "every", value_fn=fresh, **extra
+                inner, given, state.inner, params, "every(k, ...)", value_fn=fresh, **extra
             )
             found = estimates.needed(given, state.diagonal, "every", "keeps a diagonal")
             structures.append(found.structure)
