@@ -205,6 +205,20 @@ def zeros(shape: Any, dtype: Any, like: Any) -> jax.Array:
     return _resharded(made, lies) if split else made
 
 
+def in_context(names: Axes) -> Axes:
+    """Those of the axes that the mesh of `jax.set_mesh` has, and that no map has bound."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(name for name in names if name in mesh.shape and name not in mesh.manual_axes)
+
+
+def mapped(f: Callable[..., Tree], names: Axes) -> Callable[..., Tree]:
+    """f with these axes bound, from equal values to equal values: f itself where they are."""
+    if not in_context(names):
+        return f
+    mapping = jax.shard_map(f, in_specs=P(), out_specs=P(), axis_names=set(names))
+    return lambda *trees: mapping(*gathered(trees))
+
+
 def automatically(f: Callable[..., Tree], *trees: Tree) -> Tree:
     """f(*trees) with the sharding of its operations chosen by the compiler, and results gathered.
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jax.scipy.linalg import cho_factor, cho_solve
 
-from curvax.devices import axes
+from curvax.devices import axes, meshes
 
 Function = Callable[..., tuple[jax.Array, ...]]
 
@@ -78,9 +78,7 @@ class _Division:
         return found
 
 
-_division: contextvars.ContextVar[_Division | None] = contextvars.ContextVar(
-    "division", default=None
-)
+_over: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("over", default=())
 
 
 @contextlib.contextmanager
@@ -88,26 +86,35 @@ def divided(over: tuple[str, ...]) -> Iterator[None]:
     """Within it each device takes a share of the matrices, and all devices receive all results.
 
     Args:
-        over: bound device axes, over which the matrices are equal; () divides nothing.
+        over: device axes, over which the matrices are equal: all bound, or all of the mesh of the
+            context; () divides nothing.
     """
-    token = _division.set(_Division(over) if over else None)
+    token = _over.set(over)
     try:
         yield
     finally:
-        _division.reset(token)
+        _over.reset(token)
 
 
 def _each(f: Function, items: Sequence[tuple[jax.Array, ...]]) -> list[tuple[jax.Array, ...]]:
     """f of the matrices of every item, stacks of equal shapes [..., ., .]."""
-    division = _division.get()
-    if division is None:
+    over = _over.get()
+    if not over:
         return [_alone(f, *stacks) for stacks in items]
     flat = [tuple(x.reshape(-1, *x.shape[-2:]) for x in stacks) for stacks in items]
-    found = lax.psum([_share(f, stacks, division) for stacks in flat], division.over)
+    shared = meshes.mapped(lambda *flat: _shared(f, flat, over), over)(*flat)
     return [
         tuple(x.reshape(*stacks[0].shape[:-2], *x.shape[1:]) for x in own)
-        for stacks, own in zip(items, found)
+        for stacks, own in zip(items, shared)
     ]
+
+
+def _shared(
+    f: Function, items: Sequence[tuple[jax.Array, ...]], over: tuple[str, ...]
+) -> list[tuple[jax.Array, ...]]:
+    """f of stacks [n, ., .], each device taking a share of the matrices."""
+    division = _Division(over)
+    return lax.psum([_share(f, stacks, division) for stacks in items], over)
 
 
 def _alone(f: Function, *stacks: jax.Array) -> tuple[jax.Array, ...]:

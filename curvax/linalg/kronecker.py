@@ -9,7 +9,7 @@ from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
 from curvax.arithmetic.typing import Matvec, Scalar, Score
-from curvax.devices import axes
+from curvax.devices import axes, meshes
 from curvax.devices.axes import AxisNames
 from curvax.linalg import decompositions
 from curvax.linalg.dense import finite_or_zero
@@ -39,9 +39,10 @@ def kronecker(every: int = 1, *, style: str = "exact", divided_over: AxisNames =
         style: `exact` takes the eigenvectors of the factors; `heuristic` the inverses of the damped
             factors, (G + √λ/π I)⁻¹ ⊗ (A + √λ π I)⁻¹ with π² = (tr A / dim A) / (tr G / dim G),
             several times cheaper. Martens & Grosse, arXiv:1503.05671, section 6.3.
-        divided_over: device axis of `pmap` or `shard_map`, or tuple of axes, among whose devices
-            the factorisations are divided: each takes a share of the matrices, and one sum over the
-            devices gives all of them to all. The factors must be averaged over these axes.
+        divided_over: device axis of `pmap`, `shard_map` or, under `jit`, of the mesh of
+            `jax.set_mesh`, or tuple of axes, among whose devices the factorisations are divided:
+            each takes a share of the matrices, and one sum over the devices gives all of them to
+            all. The factors must be averaged over these axes.
 
     Returns:
         A `Solver`. Residuals are not computed, and given as 0. A solution that is not finite is
@@ -133,7 +134,7 @@ def kronecker(every: int = 1, *, style: str = "exact", divided_over: AxisNames =
 
 
 def shared_axes(factors: Any, divided_over: AxisNames, where: str) -> tuple[str, ...]:
-    """The bound axes among whose devices factorisations are divided.
+    """The axes among whose devices factorisations are divided, bound or of the context's mesh.
 
     Raises:
         ValueError: the factors are not the same on these devices.
@@ -146,7 +147,7 @@ def shared_axes(factors: Any, divided_over: AxisNames, where: str) -> tuple[str,
             f"and the factors are each device's own over {own}. Average them, "
             f"`fisher_kronecker(mean_over={own[0]!r})`, or leave `divided_over` out."
         )
-    return over
+    return over or meshes.in_context(axes.as_tuple(divided_over))
 
 
 def _solution(x: Tree) -> Solution:

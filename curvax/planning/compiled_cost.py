@@ -55,6 +55,7 @@ class CompiledCost(NamedTuple):
     flops: float = float("nan")
     collectives: Mapping[str, Collective] = MappingProxyType({})
     seconds: float = 0.0  # of compilation
+    factors: int = 0  # bytes of the Kronecker factors, which are averaged over the devices
 
     def as_json(self) -> dict[str, Any]:
         memory = self.memory and self.memory._asdict()
@@ -88,7 +89,7 @@ def read(
         return cost
     report("compiling")
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(outline.state.params))
-    cost = _compile(lowered, size, topology)
+    cost = _compile(lowered, size, topology)._replace(factors=outline.factors)
     folder.mkdir(parents=True, exist_ok=True)
     run_dir.write_text(file, json.dumps(cost.as_json()))
     return cost

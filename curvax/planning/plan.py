@@ -19,6 +19,8 @@ def figures(cost: CompiledCost, base: CompiledCost, topology: Topology) -> dict[
     if chip := topology.chip:
         found["% of the HBM"] = 100 * cost.needed / chip.memory
     found["memory × base"] = cost.needed / base.needed
+    if cost.factors:
+        found["Kronecker factors, MB"] = cost.factors / 1e6
     if cost.memory is None:
         return found
     memory = cost.memory

@@ -73,8 +73,8 @@ def in_eigenbasis(
             `gradient_kronecker`.
         style: `exact` decomposes the factors; `iteration` does so in the first step, and takes a
             product and a QR decomposition of each later, as SOAP does.
-        divided_over: device axis of `pmap` or `shard_map`, or tuple of axes, among whose devices
-            the decompositions are divided, as in `kronecker`.
+        divided_over: device axis, or tuple of axes, among whose devices the decompositions are
+            divided, as in `kronecker`.
 
     Returns:
         A stage that needs `factors` and replaces them. Behind it `scale_by_power`, `damp` and

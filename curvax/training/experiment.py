@@ -16,6 +16,7 @@ from curvax import models
 from curvax.arithmetic.trees import Tree, map_with_path
 from curvax.devices import axes
 from curvax.flax_bridge import Layout, layout
+from curvax.pipes.parts import parts_of
 from curvax.training import parallelism, pretrained, run_data, scoring, tasks
 from curvax.training.config import configs, recipe
 from curvax.training.data import datasets
@@ -254,6 +255,7 @@ class Outline(NamedTuple):
     step: Any  # jitted (state, batch) ↦ (state, measured)
     state: State  # of ShapeDtypeStructs with shardings
     batch: dict[str, jax.ShapeDtypeStruct]  # with shardings
+    factors: int  # bytes of the Kronecker factors that an estimator makes, 0 without one
 
 
 def outline(config: ConfigDict, devices: Sequence[jax.Device]) -> Outline:
@@ -275,7 +277,17 @@ def outline(config: ConfigDict, devices: Sequence[jax.Device]) -> Outline:
     example = _example(task, batch)
     state = jax.eval_shape(lambda: init(model, optimizer, example, config.seed, {}))
     step = make_step(model, optimizer, task, mapping, state, config.microbatch)
-    return Outline(step, mapping.sharded_shapes(state), batch)
+    size = _bytes_of_factors(optimizer, state.params)
+    return Outline(step, mapping.sharded_shapes(state), batch, size)
+
+
+def _bytes_of_factors(optimizer: optax.GradientTransformation, params: Tree) -> int:
+    parts = parts_of(curvax.pipe(optimizer))
+    makers = [part.init.factors for part in parts if hasattr(part.init, "factors")]
+    if not makers:
+        return 0
+    factors = jax.eval_shape(makers[0], params, None)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(factors))
 
 
 def _example(task: Task, batch: Mapping[str, Any]) -> jax.ShapeDtypeStruct:

@@ -149,6 +149,11 @@ CASES: dict[str, Any] = {
         MASKED,
     ),
     "in the eigenbasis of gradients": stepped(cx.soap(0.1, eps=0.1, every=2)),
+    "divided inverses": stepped(
+        cx.fisher_kronecker()
+        | cx.damp(0.3)
+        | cx.solve(cx.kronecker(style="heuristic", divided_over="data"))
+    ),
     "example keys": measured(lambda o, p: jax.random.key_data(o.example_keys(KEY))),
     "kernel": measured(lambda o, p: analysis.ntk(o, p)),
     "kernel in chunks": measured(lambda o, p: analysis.ntk(o, p, form="trace", chunk=4)),

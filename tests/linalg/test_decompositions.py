@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from curvax.devices import meshes
 from curvax.linalg import decompositions
 
 STACK = jax.random.normal(jax.random.key(0), (2, 3, 5, 5))
@@ -82,6 +83,25 @@ def test_each_device_decomposes_its_share_only():
     mapped = jax.shard_map(on_device, mesh=mesh, in_specs=P(), out_specs=P())
     owners = np.asarray(jax.jit(mapped)(SYMMETRIC[0, 0]))
     assert sorted(owners) == sorted([*range(1, 9)] * 2)
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_devices_of_the_mesh_in_the_context_divide_matrices_under_jit(kind):
+    """Without an axis bound by a map: one sum for all, and none without a mesh."""
+    inverse = lambda m: decompositions.inverses(*stacks_of(m))
+
+    def divided(matrix):
+        with decompositions.divided(meshes.in_context(("d",))):
+            return inverse(matrix)
+
+    assert "all_reduce" not in jax.jit(divided).lower(SYMMETRIC).as_text()
+    mesh = jax.make_mesh((4, 2), ("d", "e"), axis_types=(jax.sharding.AxisType[kind],) * 2)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(SYMMETRIC, jax.NamedSharding(mesh, P()))
+        assert "all_reduce" in jax.jit(divided).lower(placed).as_text()
+        found = jax.tree.map(np.asarray, jax.jit(divided)(placed))
+    for x, expected in zip(found, inverse(SYMMETRIC), strict=True):
+        np.testing.assert_allclose(x, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_shares_are_even_where_sizes_differ():

@@ -57,6 +57,19 @@ def test_the_training_step_of_a_config_sends_no_more_than_its_method(text, mappi
     assert again == reading
 
 
+def test_kfac_sends_gradient_factors_and_their_inverses(tmp_path):
+    """The factors of 65 and 64, and of 65 and 10, dimensions of an MLP 64-64-10."""
+    machine = find("cpu:8")
+    outline = experiment.outline(small("kfac(like, mean_over=axes)", "shard_map"), machine.devices)
+    reading = compiled_cost.read(outline, machine, tmp_path)
+    assert reading.factors == 4 * (65**2 + 64**2 + 65**2 + 10**2)
+    assert reading.sent == pytest.approx(reading.parameters + 2 * reading.factors, rel=0.01)
+    costs = {"adamw": reading._replace(factors=0), "kfac": reading}
+    rows = plans.table(costs, machine).columns
+    at = list(rows[0].cells).index("Kronecker factors, MB")
+    assert [list(column.cells)[at] for column in rows[1:]] == ["", "0.05058"]
+
+
 GROUPED = "per_group(2, sam_perturb(rho)) | pmean_updates(axes) | adamw(0.001)"
 
 
