@@ -10,7 +10,7 @@ Command: curvax train pydoc
 
 Expected: over three seeds in 400 steps, with a warm-up of 40, SOAP predicts the test text at 1.429
 nats a byte, Muon at 1.473, AdaHessian (0.15) at 2.05, K-FAC at 2.24 and AdamW at 2.25
-(tests/evidence/methods_by_the_clock.md). Without a warm-up and with one seed AdamW reaches 2.11
+(tests/evidence/methods_on_pydoc.md). Without a warm-up and with one seed AdamW reaches 2.11
 (40.1 % of the bytes), AdaHessian (0.05) 2.36 (33.6 %) and Sophia-G 2.50 (30.3 %).
 
 Cost: on two idle CPU cores 0.06 seconds a step for SOAP, Muon and AdamW, 0.07 for Sophia-G, 0.12

@@ -39,7 +39,7 @@ class Predicting(Problem):
         predict = lambda params, batch: self.apply(params, batch[0])
         return cx.Objective(cx.categorical(1), batch, model=predict)
 
-    def update(self, tx, *, keep_loss=False):
+    def update(self, tx, *, keep_loss=False, loops=False):
         """A step of an optimiser, without the pass that its caller's loss would keep alive."""
 
         def f(params, state, batch):
@@ -48,7 +48,8 @@ class Predicting(Problem):
             updates, state = tx.update(grads, state, params, value_fn=objective)
             return (updates, state, loss) if keep_loss else (updates, state)
 
-        return self.count(f, self.params, jax.eval_shape(tx.init, self.params), self.batch)
+        state = jax.eval_shape(tx.init, self.params)
+        return self.count(f, self.params, state, self.batch, loops=loops)
 
     @functools.cache  # noqa: B019
     def products(self, times, product="ggnvp"):
@@ -76,6 +77,14 @@ class Predicting(Problem):
             return solver(product, b, score=lambda x: objective(moved(x))).x
 
         return self.count(f, self.params, self.params, self.batch)
+
+    def solve_by_inverses(self):
+        """The product with the inverses of factors."""
+        factors = jax.eval_shape(
+            cx.fisher_kronecker(self.objective(self.batch)).init.factors, self.params, None
+        )
+        inverses = jax.eval_shape(lambda f: f.inverse(1.0), factors)
+        return self.count(lambda f, v: f(v), inverses, self.params)
 
     @functools.cached_property
     def natural_step(self):
@@ -175,3 +184,32 @@ def test_backtracking_costs_memory_for_the_kept_iterates_alone(name, record):
     record(name, "cg(50, backtrack=True), with one iteration and one look back", *found)
     kept = len(kept_steps(steps))
     assert found[1] <= p.products(2)[1] + (2 * kept + VECTORS) * p.bytes
+
+
+FACTORS = {
+    "empirical_fisher_kronecker": cx.empirical_fisher_kronecker,
+    "fisher_kronecker": cx.fisher_kronecker,
+    "gauss_newton_kronecker": cx.gauss_newton_kronecker,
+}
+
+
+@EVERY_MODEL
+def test_kronecker_factors_cost_a_backward_pass_and_their_products(name, record):
+    """A product with a hundred rows or more of a layer of a inputs and g outputs: beyond the
+    backward pass (a² + g²)/(3ag) of its gradient, less what symmetry saves.
+    """
+    p = problem(name)
+    for stage, make in FACTORS.items():
+        exact = make is cx.gauss_newton_kronecker
+        found = p.update(make(p.objective(p.batch)) | cx.ema_mean(0.95), loops=exact)
+        record(name, f"{stage} with its gradient", *found)
+        if name in SMALL:
+            assert ratio(found, p.gradient) <= (13 if exact else 2)
+    record(name, "kronecker(), a solve by inverses that are kept", *p.solve_by_inverses())
+
+
+def test_a_solve_by_kept_inverses_costs_two_products_for_each_kernel():
+    p = problem(SMALL[0])
+    sizes = [(785, 512), (513, 512), (513, 512), (513, 10)]
+    by_hand = sum(2 * a * g * (a + g) for a, g in sizes)
+    assert p.solve_by_inverses()[0] <= 1.01 * by_hand

@@ -14,6 +14,7 @@ flax = pytest.importorskip("flax", reason="the models are Flax's: pip install 'c
 from flax import linen as nn  # noqa: E402
 
 from curvax.models import build  # noqa: E402
+from curvax.planning import flops, hlo  # noqa: E402
 
 VIT: dict[str, Any] = dict(
     classes=10, width=192, depth=4, heads=3, mlp_width=768, patch=4, dropout=0.0
@@ -80,14 +81,15 @@ class Problem:
         logits = self.apply(params, batch[0])
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
 
-    def count(self, f, *args):
-        """(FLOPs, temporary bytes) of a compiled function."""
+    def count(self, f, *args, loops=False):
+        """(FLOPs, temporary bytes) of a compiled function; with every iteration if `loops`."""
         # Less work for the code generator; what is counted is settled before it.
         options: Any = {"xla_backend_optimization_level": "0"}
         compiled = jax.jit(f).lower(*args).compile(compiler_options=options)
         costs: Any = compiled.cost_analysis()
         memory: Any = compiled.memory_analysis()
-        return costs["flops"], memory.temp_size_in_bytes
+        whole = flops.count(compiled, hlo.read(compiled)) if loops else costs["flops"]
+        return whole, memory.temp_size_in_bytes
 
     @functools.cached_property
     def gradient(self):
