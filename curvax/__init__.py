@@ -79,6 +79,7 @@ from curvax.perturbation import (
     by_path,
     dual_norm,
     fisher_ascent,
+    momentum,
     random_direction,
     weight_scaled,
 )
@@ -190,6 +191,7 @@ __all__ = [
     "levenberg_marquardt",
     "look_sam",
     "materialize",
+    "momentum",
     "natural_gradient",
     "newton_cg",
     "partition",

@@ -215,14 +215,16 @@ def refuse_split(params: Tree, objective: Any, *, stage: str) -> None:
 
 
 def averaged_axes(
-    mean_over: axes.AxisNames, local: frozenset[str], *, stage: str, partly: bool = False
-) -> tuple[str, ...]:
+    mean_over: axes.AxisNames, local: frozenset[str], *, stage: str, option: str = "mean_over",
+    partly: bool = False,
+) -> tuple[str, ...]:  # fmt: skip
     """The bound device axes that an option `mean_over` names.
 
     Args:
         mean_over: None, the name of an axis, or several.
         local: the axes over which the loss differs between devices.
         stage: the name of the stage.
+        option: the name of the option.
         partly: whether other axes may be averaged over by a later stage.
 
     Raises:
@@ -233,7 +235,7 @@ def averaged_axes(
     missing = sorted(local - set(found))
     if missing and mean_over is None:
         over = missing[0] if len(missing) == 1 else tuple(missing)
-        form = f"{stage}({{!r}})" if stage == "pmean_updates" else "mean_over={!r}"
+        form = f"{stage}({{!r}})" if stage == "pmean_updates" else f"{option}={{!r}}"
         raise ValueError(
             f"`{stage}` runs under the device axis {missing[0]!r}, where each device has its own "
             "part of the batch, and no axis to average over was given. Write "
@@ -244,6 +246,6 @@ def averaged_axes(
     if missing and found and axes.tracked() and not partly:
         raise ValueError(
             f"`{stage}` averages only over {mean_over!r}, and the loss varies over "
-            f"{sorted(local)}. Name all of them: `mean_over={tuple(sorted(local))}`."
+            f"{sorted(local)}. Name all of them: `{option}={tuple(sorted(local))}`."
         )
     return found

@@ -71,7 +71,7 @@ def ascend(
     with jax.default_matmul_precision("highest"):
         (loss, _), gradient = value_aux_and_grad(objective, ball.params)
         visited = list(ball.visited(gradient))
-    losses = jnp.stack([value for value, _ in visited])
+    losses = jnp.stack([value for (value, _), _ in visited])
     found = Ascended(loss, gradient, losses, visited[-1][1])
     return axes.mean(found, over, objective.batch_weight())
 

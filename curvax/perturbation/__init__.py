@@ -3,9 +3,11 @@
 from curvax.perturbation.ascent_rules import (
     Ascent,
     MetricAscent,
+    MomentumAscent,
     asam,
     asam_all,
     dual_norm,
+    momentum,
     random_direction,
     weight_scaled,
 )
@@ -15,11 +17,13 @@ from curvax.perturbation.radius import by_path
 __all__ = [
     "Ascent",
     "MetricAscent",
+    "MomentumAscent",
     "asam",
     "asam_all",
     "by_path",
     "dual_norm",
     "fisher_ascent",
+    "momentum",
     "random_direction",
     "weight_scaled",
 ]

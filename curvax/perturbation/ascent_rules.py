@@ -16,9 +16,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Path, Tree, widen
-from curvax.arithmetic.typing import Key, TreePrefix
+from curvax.arithmetic.typing import Key, ScalarOrSchedule, TreePrefix
 from curvax.linalg.probes import as_key
 from curvax.objective import Objective
 
@@ -57,7 +58,20 @@ class MetricAscent:
     direction: Callable[[Objective, Tree, Tree, Callable[[Tree], Tree], tuple[str, ...]], Tree]
 
 
-AscentLike = Ascent | MetricAscent | TreePrefix | Callable[[Path], Ascent]
+@dataclasses.dataclass(frozen=True)
+class MomentumAscent:
+    """An ascent along an average of the gradients of earlier steps.
+
+    Attributes:
+        decay: β of the average, a number in [0, 1) or a schedule.
+        rule: the ascent rule that the average goes through in place of the gradient.
+    """
+
+    decay: ScalarOrSchedule
+    rule: "Ascent | MetricAscent | TreePrefix | Callable[[Path], Ascent] | None" = None
+
+
+AscentLike = Ascent | MetricAscent | MomentumAscent | TreePrefix | Callable[[Path], Ascent]
 """One rule for all leaves, a tree prefix of rules, or a function of the path of a leaf."""
 
 
@@ -199,6 +213,46 @@ def random_direction(key: Key = 0) -> Ascent:
         return jax.random.normal(key, g.shape, g.dtype)
 
     return Ascent(draw, p=2, key=key)
+
+
+def momentum(decay: ScalarOrSchedule = 0.0, rule: AscentLike | None = None) -> MomentumAscent:
+    """Ascends along an average of the perturbed gradients of earlier steps: SAM for one gradient.
+
+        ε̂ = ρ m / ‖m‖,   u = ∇L(θ + ε̂),   m ← β m + (1 - β) u
+
+    The gradient at θ is not used, so that the compiler removes it; the first step does not perturb.
+    Becker et al., Momentum-SAM, arXiv:2401.12033, where m is the momentum of SGD, of the same
+    perturbed gradients; with β = 0 the last one.
+
+    Args:
+        decay: β in [0, 1), a number or a schedule.
+        rule: ascent rule that m goes through in place of the gradient, such as `asam(0.01)`;
+            `dual_norm(p)` by default.
+
+    Returns:
+        An ascent for `sam_perturb(ascent=)`.
+
+    Raises:
+        ValueError: β is outside [0, 1).
+        TypeError: `rule` is a momentum too.
+
+    Examples:
+        >>> import jax.numpy as jnp, optax, curvax
+        >>> objective = curvax.Objective(lambda w: 0.5 * jnp.sum(w**2))
+        >>> tx = curvax.sam_perturb(0.1, ascent=curvax.momentum(0.0)) | optax.sgd(0.5)
+        >>> w = jnp.array([3.0, 4.0])
+        >>> state = tx.init(w)
+        >>> for step in range(2):
+        ...     _, grads = objective.value_and_grad(w)
+        ...     updates, state = tx.update(grads, state, w, value_fn=objective)
+        ...     w = w + updates
+        >>> [round(float(x), 3) for x in w]  # (3, 4)/2, and then half of it less ρ/2 along (3, 4)
+        [0.72, 0.96]
+    """
+    checks.check_decay("decay", decay, stage="momentum")
+    if isinstance(rule, MomentumAscent):
+        raise TypeError("`momentum(rule=)` takes an ascent rule such as `asam(0.01)`, not another.")
+    return MomentumAscent(decay, rule)
 
 
 def _adaptive(magnitude: Callable[[Path, Leaf], Leaf]) -> Ascent:

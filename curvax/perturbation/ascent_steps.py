@@ -14,11 +14,12 @@ from curvax.arithmetic.typing import Mask, Scalar, ScalarOrSchedule, TreePrefix
 from curvax.curvature import hvp
 from curvax.curvature.differentiability import check_mode
 from curvax.devices import axes
-from curvax.objective import Objective, value_aux_and_grad
+from curvax.objective import LossAndGradient, Objective, value_aux_and_grad
 from curvax.perturbation.ascent_rules import (
     Ascent,
     AscentLike,
     MetricAscent,
+    MomentumAscent,
     check_p,
     dual_direction,
     p_norm,
@@ -46,6 +47,11 @@ def check_ascent(
     check_p(p)
     check_mode(mode)
     checks.check_count(name, steps=steps)
+    if isinstance(ascent, MomentumAscent):
+        raise TypeError(
+            f"`{name}` measures at one point, and `momentum` ascends along gradients of earlier "
+            "steps. Pass the rule of the ascent, such as `ascent=dual_norm(2)`, or none."
+        )
     if isinstance(ascent, MetricAscent) and (steps > 1 or second_order):
         options = f"steps={steps}, second_order=True" if second_order else f"steps={steps}"
         raise ValueError(
@@ -106,9 +112,19 @@ class AscentRules:
         return trees.scale(1 / jnp.maximum(1.0, p_norm(e, self.p)), e)
 
     def offset(self, e: Tree, params: Tree, radius: Tree) -> Tree:
-        """θ + ρ · scale(e, θ), in the dtype of θ."""
+        """θ + ρ · scale(e, θ), in the dtype of θ.
+
+        Leaves that stay are the same arrays, so that passes share what depends on them alone.
+        """
         steps = jax.tree.map(lambda r, x: r * x, radius, self._each(self._scale, e, params))
-        return trees.add(params, steps)
+        moved = jax.tree.leaves(trees.add(params, steps))
+        leaves, treedef = jax.tree.flatten(params)
+        kept = [x if free else old for x, old, free in zip(moved, leaves, self.mask)]
+        return jax.tree.unflatten(treedef, kept)
+
+    def perturbed(self, tree: Tree) -> list[jax.Array]:
+        """The leaves that do not stay."""
+        return [x for x, free in zip(jax.tree.leaves(tree), self.mask) if free]
 
     def _each(
         self, f: Callable[[int, jax.Array, jax.Array], jax.Array], tree: Tree, params: Tree
@@ -147,25 +163,28 @@ class BallAscent(NamedTuple):
     sync: tuple[str, ...]
     local: frozenset[str]
     mode: str = "auto"
+    shared: bool = False
+    """Whether the gradient that the ascent starts with is averaged over `sync`."""
 
-    def gradient(self, g: Tree, second_order: bool) -> tuple[jax.Array, Tree, Tree]:
-        """(L(θ + ε̂), ∇L(θ + ε̂), the update), where the update is the gradient, or the derivative
-        of θ ↦ L(θ + ε̂(θ)) if `second_order`.
+    def gradient(self, g: Tree, second_order: bool) -> tuple[LossAndGradient, Tree]:
+        """(((L, aux), ∇L) at θ + ε̂, the update), where the update is the gradient, or the
+        derivative of θ ↦ L(θ + ε̂(θ)) if `second_order`.
         """
         if second_order:
             return self._pulled_back(g)
-        *_, (value, g_p) = self.visited(g)
-        return value, g_p, g_p
+        *_, (loss, g_p) = self.visited(g)
+        return (loss, g_p), g_p
 
-    def visited(self, g: Tree) -> Iterator[tuple[jax.Array, Tree]]:
-        """(L, ∇L) at each point of the ascent that starts with the gradient g."""
-        e = self._in_metric(g) if self.rules.metric else self._first(self._synced(g), self.params)
+    def visited(self, g: Tree) -> Iterator[LossAndGradient]:
+        """((L, aux), ∇L) at each point of the ascent that starts with the gradient g."""
+        first = axes.vary(g, self.local) if self.shared else self._synced(g)
+        e = self._in_metric(g) if self.rules.metric else self._first(first, self.params)
         yield (reached := self._at(e))
         for number in range(1, self.steps):
             e = self._later(number, e, self._synced(reached[1]), self.params)
             yield (reached := self._at(e))
 
-    def _pulled_back(self, g: Tree) -> tuple[jax.Array, Tree, Tree]:
+    def _pulled_back(self, g: Tree) -> tuple[LossAndGradient, Tree]:
         """∇ of θ ↦ L(θ + ε̂(θ)), step by step in reverse. Each ascent gradient is ∇L at a point
         that depends on θ, so its cotangent w is pulled back to H w at that point.
         """
@@ -178,7 +197,7 @@ class BallAscent(NamedTuple):
             e, pull_later = jax.vjp(partial(self._later, number), e, self._synced(g), self.params)
             trail.append((x, pull_point, pull_later))
         x, pull_point = jax.vjp(point, e, self.params)
-        (value, _), g_p = value_aux_and_grad(self.objective, x)
+        loss, g_p = value_aux_and_grad(self.objective, x)
         w_e, total = pull_point(g_p)
         for x, pull_point, pull_later in reversed(trail):
             w_e, w_g, w_params = pull_later(w_e)
@@ -187,14 +206,13 @@ class BallAscent(NamedTuple):
             total = trees.add(total, trees.add(w_params, from_params))
         w_g, w_params = pull_first(w_e)
         total = trees.add(total, trees.add(w_params, self._product(self.params, w_g)))
-        return value, g_p, total
+        return (loss, g_p), total
 
     def _product(self, x: Tree, w: Tree) -> Tree:
         return hvp(self.objective, x, mode=self.mode, precision=None)(self._synced(w))
 
-    def _at(self, e: Tree) -> tuple[jax.Array, Tree]:
-        (value, _), g = value_aux_and_grad(self.objective, self._point(e, self.params))
-        return value, g
+    def _at(self, e: Tree) -> LossAndGradient:
+        return value_aux_and_grad(self.objective, self._point(e, self.params))
 
     def _point(self, e: Tree, params: Tree) -> Tree:
         return self.rules.offset(e, params, self.radius)

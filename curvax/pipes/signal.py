@@ -423,7 +423,8 @@ def mean_over_devices(signal: Signal, over: tuple[str, ...], weight: jax.Array |
     """The signal with updates, clean gradient and losses averaged over bound device axes."""
     mean = lambda tree: axes.mean(tree, over, weight)
     same = trees.same_leaves(signal.gradient, signal.updates)
-    updates = mean(signal.updates)
+    shared = signal.averaged - signal.local
+    updates = axes.mean(signal.updates, tuple(a for a in over if a not in shared), weight)
     gradient = updates if same else mean(signal.gradient)
     value, perturbed_value = mean((signal.value, signal.perturbed_value))
     return signal._replace(

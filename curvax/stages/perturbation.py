@@ -15,19 +15,28 @@ from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.safe_math import root
 from curvax.arithmetic.trees import Tree
-from curvax.arithmetic.typing import Mask, Period, ScalarOrSchedule, TreePrefix, ValueFn
+from curvax.arithmetic.typing import (
+    Mask,
+    Period,
+    Scalar,
+    ScalarOrSchedule,
+    TreePrefix,
+    ValueFn,
+)
 from curvax.devices import axes
 from curvax.devices.axes import AxisNames
 from curvax.hyperparameters import injectable
-from curvax.objective import Objective, as_objective, pieces
-from curvax.perturbation import dual_norm
+from curvax.objective import Objective, as_objective, pieces, value_aux_and_grad
+from curvax.perturbation import MomentumAscent, dual_norm
 from curvax.perturbation.ascent_rules import AscentLike
 from curvax.perturbation.ascent_steps import AscentRules, BallAscent, check_ascent
 from curvax.perturbation.radius import radius_of
 from curvax.pipes import order
 from curvax.pipes.diagnostics import Flags, Metrics, StageMetrics, metrics_of, no_metrics
+from curvax.pipes.initial import zeros_to_keep
 from curvax.pipes.signal import Signal, Stage, at, stage
 from curvax.pipes.state_keys import DrawingKey
+from curvax.stages.estimation.diagonal_stage import check_fraction, part_of
 
 METRICS = (
     "loss",
@@ -39,6 +48,8 @@ METRICS = (
     "gradient_norm",
     "perturbed_gradient_norm",
 )
+OF_LOSS = ("loss", "surrogate_gap", "sigma_max")
+"""Metrics that need the loss at θ, left out where nothing else does."""
 
 
 class SamState(NamedTuple):
@@ -46,6 +57,8 @@ class SamState(NamedTuple):
     """t, int32 scalar."""
     keys: tuple[jax.Array, ...]
     """The data of the keys of random ascent rules, uint32."""
+    average: Tree
+    """The average of earlier perturbed gradients, in float32 or wider; () without `momentum`."""
     measured: Flags
     figures: Metrics
 
@@ -59,6 +72,7 @@ def sam_perturb(
     step_size: ScalarOrSchedule | None = None,
     projected: bool = True,
     ascent: AscentLike | None = None,
+    fraction: float = 1.0,
     second_order: bool = False,
     mode: str = "auto",
     every: Period = 1,
@@ -84,12 +98,16 @@ def sam_perturb(
         projected: whether steps after the first are projected back into the ball, radially.
         ascent: ascent rule, such as `asam(0.01)` or `fisher_ascent()`; or, for rules by group, a
             tree prefix of rules or a callable `path -> rule`. `dual_norm(p)` by default.
+            `momentum(0.9)` ascends along earlier gradients, and a step costs one gradient.
+        fraction: fraction of the batch in (0, 1], its first examples, that the ascent gradient is
+            computed on; a step costs 1 + fraction gradients.
         second_order: whether to differentiate through ε̂(θ), which gives the exact gradient of
             θ ↦ L(θ + ε̂(θ)) at the price of one Hessian product per ascent step.
         mode: differentiation mode of these products, as in `hvp`.
         every: perturb every k-th step only, from the first on; other steps keep the clean gradient.
         sync_over: device axes to average the ascent gradient over, for one perturbation shared by
-            all devices.
+            all devices. With `momentum` the perturbed gradient is averaged, so that the updates are
+            averaged too; `()` keeps the average of each device, in a state of its own.
         mask: tree prefix of booleans, or a callable `params -> tree`. False leaves stay unperturbed
             and do not enter the norm. Leaves that later parts keep fixed (`optax.freeze`,
             `optax.set_to_zero`) are perturbed unless the mask is False there; a warning at `init`
@@ -99,10 +117,16 @@ def sam_perturb(
         A stage that needs `value_fn`. It sets `updates`, `gradient` (the clean one), `value` and
         `perturbed_value`. Its metrics are `loss`, `perturbed_loss`, `surrogate_gap`
         h = L(θ + ε̂) - L(θ), `sigma_max` 2h/ρ², `cosine` between the two gradients, `rho`,
-        `gradient_norm` and `perturbed_gradient_norm`.
+        `gradient_norm` and `perturbed_gradient_norm`, those of gradients over the leaves that the
+        mask lets move. With `momentum` or a `fraction` below 1
+        nothing needs the gradient given to `update`, and the compiler removes it unless the caller
+        uses it or its loss. Then `value`, `loss`, `surrogate_gap` and `sigma_max` are not set,
+        `gradient_norm` and `cosine` are those of the ascent gradient, and `aux` is that of the
+        perturbed pass.
 
     Raises:
-        ValueError, TypeError: an option is out of range, or is traced where it must be static.
+        ValueError, TypeError: an option is out of range, or is traced where it must be static; in
+            `update`, the average of `momentum` is local to a device and `sync_over` is missing.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax, curvax
@@ -116,7 +140,16 @@ def sam_perturb(
         >>> round(float(curvax.diagnostics(state)["surrogate_gap"]), 3)
         0.505
     """
+    kept, ascent = (ascent, ascent.rule) if isinstance(ascent, MomentumAscent) else (None, ascent)
     check_ascent("sam_perturb", rho, p, steps, ascent, second_order=second_order, mode=mode)
+    check_fraction(fraction, "sam_perturb")
+    own_gradient = kept is not None or fraction < 1
+    if own_gradient and second_order:
+        raise ValueError(
+            "`sam_perturb(second_order=True)` differentiates through the gradient of the whole "
+            "batch at θ, and `momentum` and a `fraction` below 1 ascend along another. Leave one "
+            "of them out."
+        )
     if not isinstance(every, jax.Array):
         checks.check_count("sam_perturb", every=every)
     ascent = dual_norm(p) if ascent is None else ascent
@@ -125,7 +158,9 @@ def sam_perturb(
         trees.require_floating(params, "sam_perturb")
         _warn_of_half_precision(params)
         keys = tuple(DrawingKey(key).initial() for key in AscentRules(ascent, p, mask, params).keys)
-        return SamState(jnp.zeros((), jnp.int32), keys, *no_metrics(*METRICS))
+        average = () if kept is None else zeros_to_keep(params)
+        measured = [name for name in METRICS if not (own_gradient and name in OF_LOSS)]
+        return SamState(jnp.zeros((), jnp.int32), keys, average, *no_metrics(*measured))
 
     init.moves = (lambda params: AscentRules(ascent, p, mask, params).mask, _FROZEN)  # type: ignore[attr-defined]
 
@@ -143,14 +178,12 @@ def sam_perturb(
         checks.refuse_split(params, objective, stage="sam_perturb")
         order.refuse_changed_in_pipe(signal.updates, signal.gradient, "sam_perturb")
         checks.refuse_summed(signal.updates, local - signal.averaged, stage="sam_perturb")
-        gradient = signal.updates
         radius = radius_of(rho, state.step, params, stage="sam_perturb")
-        value, kind = signal.value, jnp.result_type(float)
-        if value is not None:
-            value = axes.vary(jnp.asarray(value, kind), local)
         sync = axes.bound(sync_over, where="`sam_perturb(sync_over=)`")
+        if kept is not None:
+            checks.averaged_axes(sync_over, local, stage="sam_perturb", option="sync_over")
         rules = AscentRules(ascent, p, mask, params)
-        keys = tuple(DrawingKey(key).of(kept) for key, kept in zip(rules.keys, state.keys))
+        keys = tuple(DrawingKey(key).of(data) for key, data in zip(rules.keys, state.keys))
         ball = BallAscent(
             objective=objective,
             params=axes.vary(params, local),
@@ -163,32 +196,51 @@ def sam_perturb(
             sync=sync,
             local=local,
             mode=mode,
+            shared=kept is not None,
         )
+        kind, value = jnp.result_type(float), signal.value
+        if value is not None:
+            value = axes.vary(jnp.asarray(value, kind), local)
+        signal = signal._replace(local=local, value=value)
 
-        def perturbed() -> tuple[Tree, jax.Array, StageMetrics]:
-            value_p, gradient_p, updates = ball.gradient(gradient, second_order)
-            value_p = value_p.astype(kind)
-            scalars = _metrics(value, value_p, gradient, gradient_p, _largest(radius))
+        mean = lambda g: axes.mean(g, sync, objective.batch_weight()) if kept else g
+
+        def perturbed() -> _Step:
+            start = _ascent_gradient(ball, signal.updates, state.average, fraction)
+            (loss, g_p), updates = ball.gradient(start, second_order)
+            average = state.average
+            if kept is not None:
+                updates = g_p = mean(g_p)
+                average = _faded(at(kept.decay, state.step), average, g_p)
+            both = rules.perturbed(start), rules.perturbed(g_p)
+            scalars = _scalars(signal.value, loss[0], *both, _largest(radius))
+            scalars = {name: scalars[name] for name in state.figures}
             over = tuple(axis for axis in axes.manual() if axis in local)
             metrics = metrics_of(scalars, over, objective.batch_weight())
-            return trees.cast_like(updates, gradient), value_p, metrics
+            loss = loss[0].astype(kind), loss[1]
+            return _Step(trees.cast_like(updates, signal.updates), loss, average, metrics)
 
-        def clean() -> tuple[Tree, jax.Array, StageMetrics]:
+        def clean() -> _Step:
+            aux, gradient = signal.aux, signal.updates
+            if own_gradient:
+                (_, aux), gradient = value_aux_and_grad(objective, ball.params)
+                gradient = trees.cast_like(mean(gradient), signal.updates)
             last = axes.vary(state.figures["perturbed_loss"].astype(kind), local)
-            return gradient, last, StageMetrics(state.measured, state.figures)
+            metrics = StageMetrics(state.measured, state.figures)
+            return _Step(gradient, (last, aux), state.average, metrics)
 
         always = isinstance(every, int) and every == 1
         now = True if always else state.step % every == 0
-        updates, value_p, metrics = perturbed() if always else axes.cond(now, perturbed, clean)
+        found = perturbed() if always else axes.cond(now, perturbed, clean)
+        value_p, aux = found.loss
         signal = signal._replace(
-            updates=updates,
-            gradient=gradient,
-            value=value,
-            perturbed_value=value_p,
-            perturbed=now,
-            local=local,
+            updates=found.updates, gradient=signal.updates, perturbed_value=value_p, perturbed=now
         )
-        return signal, SamState(state.step + 1, state.keys, *metrics)
+        if own_gradient:
+            signal = signal._replace(value=None, aux=aux)
+        if kept is not None:
+            signal = signal._replace(local=local - set(sync), averaged=signal.averaged.union(sync))
+        return signal, SamState(state.step + 1, state.keys, found.average, *found.metrics)
 
     return stage(init, rule, replaces_gradient=True)
 
@@ -199,6 +251,34 @@ _FROZEN = (
     "them by a mask that is False there: `sam_perturb(rho, mask=mask)`, "
     "`sam(base, rho, mask=mask)`."
 )
+
+
+class _Step(NamedTuple):
+    """What a step gives, perturbed or not."""
+
+    updates: Tree
+    loss: tuple[jax.Array, Any]
+    """(L, aux)"""
+    average: Tree
+    metrics: StageMetrics
+
+
+def _ascent_gradient(ball: BallAscent, given: Tree, average: Tree, fraction: float) -> Tree:
+    """The gradient that the ascent starts with: an average, that of a part of the batch, or the
+    given one.
+    """
+    if jax.tree.leaves(average):
+        return average
+    if fraction == 1:
+        return given
+    part = part_of(ball.objective, fraction, "sam_perturb")
+    return value_aux_and_grad(part, ball.params)[1]
+
+
+def _faded(decay: Scalar, average: Tree, new: Tree) -> Tree:
+    """β m + (1 - β) u, and m where u is not finite."""
+    fade = lambda m, u: jnp.where(jnp.isfinite(u), decay * m + (1 - decay) * u, m).astype(m.dtype)
+    return jax.tree.map(fade, average, trees.wide(new))
 
 
 def _drawn(
@@ -225,9 +305,9 @@ def _warn_of_half_precision(params: Tree) -> None:
         )
 
 
-def _metrics(
+def _scalars(
     value: jax.Array | None, value_p: jax.Array, g: Tree, g_p: Tree, rho: jax.Array
-) -> dict[str, Any]:
+) -> dict[str, jax.Array | None]:
     norm = trees.norm(g)
     # The perturbed gradient in units near ‖g‖, so that no square overflows or underflows.
     near_one = trees.inverse(trees.power_of_two(norm))

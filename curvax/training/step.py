@@ -146,11 +146,13 @@ def make_step(
         )
         _refuse_local(signal.local)
         params = optax.apply_updates(state.params, signal.updates)
-        watched = _finite((signal.value, gradient, signal.updates))
+        # A pipe without a pass at θ knows the loss of its perturbed pass alone.
+        seen = signal.perturbed_value if signal.value is None else signal.value
+        watched = _finite((seen, gradient, signal.updates))
         # Aux is read after the pipe: an estimator may have replaced the caller's forward pass by
         # its own, and the compiler then removes the former.
         (model_state, scores), loss, unsound = axes.mean(
-            (signal.aux, signal.value, 1.0 - watched), parallelism.axes
+            (signal.aux, seen, 1.0 - watched), parallelism.axes
         )
         metrics = {**scores, **curvax.diagnostics(opt_state), "loss": loss}
         state = State(state.step + 1, params, model_state, opt_state, state.key)

@@ -8,14 +8,17 @@ writes tests/evidence/costs.md.
 """
 
 import functools
+from typing import Any
 
 import jax
 import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 from repository import EVIDENCE
-from step_costs import EVERY_MODEL, LARGE, MODELS, Problem, ratio
+from step_costs import EVERY_MODEL, LARGE, MODELS, SMALL, Problem, ratio
 
 import curvax as cx
+from curvax.planning import collectives, hlo
 
 pytestmark = pytest.mark.usefixtures("single_precision")
 COMMAND = "python -m pytest tests/evidence/test_costs.py -m 'evidence or not evidence'"
@@ -43,6 +46,62 @@ def test_sharpness_costs_a_second_gradient(name, method, record_row):
     if name in LARGE:
         # What a small model holds in its gradient is mostly parameters.
         assert found[1] <= (1.03 if method == "sam" else 1.04) * p.gradient[1]
+
+
+@EVERY_MODEL
+@pytest.mark.parametrize("fraction", [0.25, 0.5])
+def test_ascent_on_a_fraction_costs_the_fraction_of_a_gradient(name, fraction, record_row):
+    p = problem(name)
+    found = p.step(cx.sam(optax.sgd(0.1), 0.1, fraction=fraction))
+    extra = (found[1] - p.gradient[1]) / p.bytes
+    row = ratio(found, p.gradient), found[1] / p.gradient[1], extra
+    record_row(name, f"sam, fraction {fraction}", *row)
+    assert ratio(found, p.gradient) <= 1 + fraction + 0.02
+
+
+@EVERY_MODEL
+def test_ascent_along_earlier_gradients_costs_one_gradient(name, record_row):
+    p = problem(name)
+    found = p.step(cx.sam(optax.sgd(0.1), 0.1, ascent=cx.momentum(0.9)))
+    extra = (found[1] - p.gradient[1]) / p.bytes
+    record_row(name, "sam, momentum", ratio(found, p.gradient), found[1] / p.gradient[1], extra)
+    assert ratio(found, p.gradient) <= (1.025 if "scanned" in name else 1.02)
+    assert extra <= 1.1  # the perturbed parameters
+
+
+@pytest.mark.parametrize("way", ["shard_map", "pmap"])
+def test_the_clean_pass_vanishes_on_devices_too(way):
+    """With one all-reduce, as the base."""
+    axis = "batch"
+    ascent: Any = dict(ascent=cx.momentum(0.9), sync_over=axis, mean_over=axis)
+    base, base_sent = on_devices(cx.pmean_updates(axis) | optax.sgd(0.1), way)
+    flops, sent = on_devices(cx.sam(optax.sgd(0.1), 0.1, **ascent), way)
+    assert flops <= 1.04 * base
+    assert sent <= 1.01 * base_sent
+
+
+def on_devices(tx, way):
+    """(FLOPs, bytes sent) of a step of the first model on eight devices, each with its batch."""
+    p = problem(SMALL[0])
+
+    def step(params, state, batch):
+        objective = cx.Objective(p.loss, batch)
+        _, grads = objective.value_and_grad(params)
+        return tx.update(grads, state, params, value_fn=objective)
+
+    args: Any = (p.params, jax.eval_shape(tx.init, p.params), p.batch)
+    each = lambda x: jax.ShapeDtypeStruct((8, *x.shape), x.dtype)
+    whole = lambda x: jax.ShapeDtypeStruct((8 * x.shape[0], *x.shape[1:]), x.dtype)
+    if way == "pmap":
+        mapped, args = jax.pmap(step, "batch"), jax.tree.map(each, args)
+    else:
+        mesh = jax.make_mesh((8,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+        specs = (P(), P(), P("batch"))
+        mapped = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P()))
+        args = (*args[:2], jax.tree.map(whole, args[2]))
+    compiled = mapped.lower(*args).compile()
+    sent = collectives.count(hlo.read(compiled)).values()
+    return compiled.cost_analysis()["flops"], sum(each.bytes for each in sent)
 
 
 @EVERY_MODEL

@@ -92,6 +92,14 @@ TABLE = {
         {"key": 3},
         perturbs=True,
     ),
+    "sam_perturb along earlier gradients": Row(
+        lambda rho, decay: cx.sam_perturb(rho, ascent=cx.momentum(decay), sync_over="batch"),
+        {"rho": 0.1, "decay": 0.5},
+        perturbs=True,
+    ),
+    "sam_perturb on a fraction": Row(
+        lambda rho: cx.sam_perturb(rho, fraction=0.5), {"rho": 0.1}, perturbs=True
+    ),
     "sam_perturb to second order": Row(
         lambda rho: cx.sam_perturb(rho, p=3, second_order=True), {"rho": 0.1}, perturbs=True
     ),
