@@ -12,7 +12,7 @@ from kronecker_problems import N, assert_same, normal, regression
 from small_problems import quick_jit
 
 from curvax.curvature import fvp
-from curvax.curvature.kronecker import kronecker_factors, statistics
+from curvax.curvature.kronecker import kronecker_factors
 from curvax.linalg import decompositions
 
 
@@ -209,12 +209,3 @@ def test_inverse_by_halves_is_the_inverse(size):
     found = quick_jit(lambda m: decompositions.inverses(m)[0])(matrices)
     np.testing.assert_allclose(found, np.linalg.inv(matrices), rtol=0, atol=1e-11)
     np.testing.assert_allclose(found, jnp.swapaxes(found, -1, -2), rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("size", [3, 384, 500, 785])
-def test_gram_by_halves_is_the_sum_of_outer_products(size):
-    rows = np.asarray(normal(0, 2, 3, 2, size))
-    weights = np.abs(np.asarray(normal(1, 1, 3, 2, 1)))
-    expected = np.einsum("lnpi,lnpj->lij", weights * rows, rows)
-    found = statistics.gram(jnp.asarray(weights * rows), jnp.asarray(rows))
-    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)

@@ -137,8 +137,8 @@ def input_factor(rows: Rows, sharing: str) -> jax.Array:
         part = _like(trees.ratio(rho, share)[None, ..., None], a)
         a, rho = jnp.sum(part * a, axis=2, keepdims=True), share
     if rho is None:
-        return gram(a, a) / (a.shape[1] * a.shape[2])
-    return gram(_like(rho[None, ..., None], a) * a, a)
+        return jnp.einsum("lnpi,lnpj->lij", a, a) / (a.shape[1] * a.shape[2])
+    return jnp.einsum("lnpi,lnpj->lij", _like(rho[None, ..., None], a) * a, a)
 
 
 def _like(weights: jax.Array, a: jax.Array) -> jax.Array:
@@ -164,30 +164,7 @@ def output_factor(g: jax.Array, sharing: str) -> jax.Array:
     """The outer products of the cotangents of one column, [layers, features, features]."""
     if sharing == "reduce":
         g = jnp.sum(g, axis=2, keepdims=True)
-    return gram(g, g)
-
-
-TILE = 128
-"""Halves of a Gram matrix are cut at multiples of this, as wide as a matrix unit of a TPU."""
-
-
-def gram(weighted: jax.Array, rows: jax.Array) -> jax.Array:
-    """Σ w x xᵀ over examples and positions, [layers, features, features].
-
-    By halves, since it is symmetric: three of the four blocks are computed, and so on.
-
-    Args:
-        weighted: w x, [layers, examples, positions, features].
-        rows: x, shaped like it.
-    """
-    size = rows.shape[-1]
-    if size < 3 * TILE:
-        return jnp.einsum("lnpi,lnpj->lij", weighted, rows)
-    half = TILE * round(size / 2 / TILE)
-    corner = jnp.einsum("lnpi,lnpj->lij", weighted[..., :half], rows[..., half:])
-    upper = gram(weighted[..., :half], rows[..., :half])
-    lower = gram(weighted[..., half:], rows[..., half:])
-    return jnp.block([[upper, corner], [jnp.swapaxes(corner, 1, 2), lower]])
+    return jnp.einsum("lnpo,lnpq->loq", g, g)
 
 
 def squares(
