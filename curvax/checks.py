@@ -145,6 +145,17 @@ def check_decay(name: str, value: Any, *, stage: str) -> None:
         raise ValueError(f"`{stage}` takes `{name}` in [0, 1), and got {value}.")
 
 
+def check_fraction(fraction: float, stage: str) -> None:
+    """Refuses a fraction outside (0, 1], or one that is not a plain number.
+
+    Raises:
+        ValueError, TypeError: see there.
+    """
+    check_static(stage, fraction=fraction)
+    if not 0 < fraction <= 1:
+        raise ValueError(f"`{stage}` takes `fraction` in (0, 1], and got {fraction}.")
+
+
 def check_static(stage: str, /, **options: Any) -> None:
     """Raises if an option that determines the structure of the computation is a JAX array.
 

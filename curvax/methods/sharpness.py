@@ -67,7 +67,10 @@ def sam(
         step_size: length of the ascent steps after the first; ρ/steps by default.
         projected: whether steps after the first are projected back into the ball.
         ascent: ascent rule, such as `asam(0.01)` or `fisher_ascent()`; a tree prefix of rules or a
-            callable `path -> rule` for rules by group. `dual_norm(p)` by default.
+            callable `path -> rule` for rules by group. `dual_norm(p)` by default. Along earlier
+            gradients, `momentum(0.9)`, a step costs one gradient.
+        fraction: fraction of the batch in (0, 1], its first examples, that the ascent gradient is
+            computed on; a step costs 1 + fraction gradients.
         second_order: whether to differentiate through ε̂(θ), at one Hessian product per ascent
             step.
         mode: differentiation mode of these products, as in `hvp`.
@@ -130,6 +133,7 @@ def gsam(
             ρ/steps by default; whether they are projected back into the ball.
         ascent: ascent rule in place of `dual_norm(p)`, such as `asam(0.01)`; for rules by group, a
             tree prefix of rules or a callable `path -> rule`.
+        fraction: fraction of the batch that the ascent gradient is computed on.
         second_order, mode: whether to differentiate through ε̂(θ), at one Hessian product per ascent
             step, and the differentiation mode of these products, as in `hvp`.
         every: perturb every k-th step only, from the first on.
@@ -191,6 +195,7 @@ def look_sam(
         projected: whether steps after the first are projected back into the ball.
         ascent: ascent rule, such as `asam(0.01)`; a tree prefix of rules or a callable
             `path -> rule` for rules by group. `dual_norm(p)` by default.
+        fraction: fraction of the batch that the ascent gradient is computed on.
         second_order: whether to differentiate through ε̂(θ), at one Hessian product per ascent
             step.
         mode: differentiation mode of these products, as in `hvp`.

@@ -17,6 +17,7 @@ from curvax.objective.evaluation import (
 from curvax.objective.objective import Objective
 from curvax.objective.requirements import (
     as_objective,
+    first_part,
     require_batch,
     require_likelihood,
     require_model,
@@ -29,6 +30,7 @@ __all__ = [
     "as_objective",
     "check_key",
     "device_mean",
+    "first_part",
     "group_mean",
     "loss_of_outputs",
     "map_examples",

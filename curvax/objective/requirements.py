@@ -95,3 +95,14 @@ def require_likelihood(objective: Objective, what: str) -> Likelihood:
             "of the batch."
         )
     return loss
+
+
+def first_part(objective: Objective, fraction: float, name: str) -> Objective:
+    """The loss on the first `fraction` of the batch; itself if that is 1.
+
+    Raises:
+        ValueError: the objective has no batch, or micro-batches do not divide the part.
+    """
+    if fraction == 1:
+        return objective
+    return require_batch(objective, f"{name}(fraction=)").first(fraction)

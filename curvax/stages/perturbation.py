@@ -26,7 +26,7 @@ from curvax.arithmetic.typing import (
 from curvax.devices import axes
 from curvax.devices.axes import AxisNames
 from curvax.hyperparameters import injectable
-from curvax.objective import Objective, as_objective, pieces, value_aux_and_grad
+from curvax.objective import Objective, as_objective, first_part, pieces, value_aux_and_grad
 from curvax.perturbation import MomentumAscent, dual_norm
 from curvax.perturbation.ascent_rules import AscentLike
 from curvax.perturbation.ascent_steps import AscentRules, BallAscent, check_ascent
@@ -36,7 +36,6 @@ from curvax.pipes.diagnostics import Flags, Metrics, StageMetrics, metrics_of, n
 from curvax.pipes.initial import zeros_to_keep
 from curvax.pipes.signal import Signal, Stage, at, stage
 from curvax.pipes.state_keys import DrawingKey
-from curvax.stages.estimation.diagonal_stage import check_fraction, part_of
 
 METRICS = (
     "loss",
@@ -57,8 +56,17 @@ class SamState(NamedTuple):
     """t, int32 scalar."""
     keys: tuple[jax.Array, ...]
     """The data of the keys of random ascent rules, uint32."""
+    measured: Flags
+    figures: Metrics
+
+
+class MomentumState(NamedTuple):
+    """The state of an ascent along earlier gradients."""
+
+    step: jax.Array
+    keys: tuple[jax.Array, ...]
     average: Tree
-    """The average of earlier perturbed gradients, in float32 or wider; () without `momentum`."""
+    """The average of earlier perturbed gradients, in float32 or wider."""
     measured: Flags
     figures: Metrics
 
@@ -118,11 +126,10 @@ def sam_perturb(
         `perturbed_value`. Its metrics are `loss`, `perturbed_loss`, `surrogate_gap`
         h = L(θ + ε̂) - L(θ), `sigma_max` 2h/ρ², `cosine` between the two gradients, `rho`,
         `gradient_norm` and `perturbed_gradient_norm`, those of gradients over the leaves that the
-        mask lets move. With `momentum` or a `fraction` below 1
-        nothing needs the gradient given to `update`, and the compiler removes it unless the caller
-        uses it or its loss. Then `value`, `loss`, `surrogate_gap` and `sigma_max` are not set,
-        `gradient_norm` and `cosine` are those of the ascent gradient, and `aux` is that of the
-        perturbed pass.
+        mask lets move. With `momentum` or a `fraction` below 1 nothing needs the gradient given to
+        `update`, and the compiler removes it unless the caller uses it or its loss. Then `value`,
+        `loss`, `surrogate_gap` and `sigma_max` are not set, `gradient_norm` and `cosine` are those
+        of the ascent gradient, and `aux` is that of the perturbed pass.
 
     Raises:
         ValueError, TypeError: an option is out of range, or is traced where it must be static; in
@@ -142,7 +149,7 @@ def sam_perturb(
     """
     kept, ascent = (ascent, ascent.rule) if isinstance(ascent, MomentumAscent) else (None, ascent)
     check_ascent("sam_perturb", rho, p, steps, ascent, second_order=second_order, mode=mode)
-    check_fraction(fraction, "sam_perturb")
+    checks.check_fraction(fraction, "sam_perturb")
     own_gradient = kept is not None or fraction < 1
     if own_gradient and second_order:
         raise ValueError(
@@ -154,24 +161,25 @@ def sam_perturb(
         checks.check_count("sam_perturb", every=every)
     ascent = dual_norm(p) if ascent is None else ascent
 
-    def init(params: Tree) -> SamState:
+    def init(params: Tree) -> SamState | MomentumState:
         trees.require_floating(params, "sam_perturb")
         _warn_of_half_precision(params)
         keys = tuple(DrawingKey(key).initial() for key in AscentRules(ascent, p, mask, params).keys)
-        average = () if kept is None else zeros_to_keep(params)
-        measured = [name for name in METRICS if not (own_gradient and name in OF_LOSS)]
-        return SamState(jnp.zeros((), jnp.int32), keys, average, *no_metrics(*measured))
+        metrics = no_metrics(*(x for x in METRICS if not (own_gradient and x in OF_LOSS)))
+        if kept is None:
+            return SamState(jnp.zeros((), jnp.int32), keys, *metrics)
+        return MomentumState(jnp.zeros((), jnp.int32), keys, zeros_to_keep(params), *metrics)
 
     init.moves = (lambda params: AscentRules(ascent, p, mask, params).mask, _FROZEN)  # type: ignore[attr-defined]
 
     def rule(
         signal: Signal,
-        state: SamState,
+        state: SamState | MomentumState,
         params: Tree,
         *,
         value_fn: ValueFn | None = None,
         **extra: Any,
-    ) -> tuple[Signal, SamState]:
+    ) -> tuple[Signal, SamState | MomentumState]:
         del extra
         objective = as_objective(value_fn, "sam_perturb", params)
         local = objective.local_axes(params)
@@ -206,12 +214,12 @@ def sam_perturb(
         mean = lambda g: axes.mean(g, sync, objective.batch_weight()) if kept else g
 
         def perturbed() -> _Step:
-            start = _ascent_gradient(ball, signal.updates, state.average, fraction)
+            start = _ascent_gradient(ball, signal.updates, state, fraction)
             (loss, g_p), updates = ball.gradient(start, second_order)
-            average = state.average
+            average = ()
             if kept is not None:
                 updates = g_p = mean(g_p)
-                average = _faded(at(kept.decay, state.step), average, g_p)
+                average = _faded(at(kept.decay, state.step), start, g_p)
             both = rules.perturbed(start), rules.perturbed(g_p)
             scalars = _scalars(signal.value, loss[0], *both, _largest(radius))
             scalars = {name: scalars[name] for name in state.figures}
@@ -227,7 +235,7 @@ def sam_perturb(
                 gradient = trees.cast_like(mean(gradient), signal.updates)
             last = axes.vary(state.figures["perturbed_loss"].astype(kind), local)
             metrics = StageMetrics(state.measured, state.figures)
-            return _Step(gradient, (last, aux), state.average, metrics)
+            return _Step(gradient, (last, aux), getattr(state, "average", ()), metrics)
 
         always = isinstance(every, int) and every == 1
         now = True if always else state.step % every == 0
@@ -238,9 +246,11 @@ def sam_perturb(
         )
         if own_gradient:
             signal = signal._replace(value=None, aux=aux)
+        new: dict[str, Any] = {"step": state.step + 1} | found.metrics._asdict()
         if kept is not None:
             signal = signal._replace(local=local - set(sync), averaged=signal.averaged.union(sync))
-        return signal, SamState(state.step + 1, state.keys, found.average, *found.metrics)
+            new["average"] = found.average
+        return signal, state._replace(**new)
 
     return stage(init, rule, replaces_gradient=True)
 
@@ -260,18 +270,21 @@ class _Step(NamedTuple):
     loss: tuple[jax.Array, Any]
     """(L, aux)"""
     average: Tree
+    """That of `momentum`, () without."""
     metrics: StageMetrics
 
 
-def _ascent_gradient(ball: BallAscent, given: Tree, average: Tree, fraction: float) -> Tree:
+def _ascent_gradient(
+    ball: BallAscent, given: Tree, state: SamState | MomentumState, fraction: float
+) -> Tree:
     """The gradient that the ascent starts with: an average, that of a part of the batch, or the
     given one.
     """
-    if jax.tree.leaves(average):
-        return average
+    if isinstance(state, MomentumState):
+        return state.average
     if fraction == 1:
         return given
-    part = part_of(ball.objective, fraction, "sam_perturb")
+    part = first_part(ball.objective, fraction, "sam_perturb")
     return value_aux_and_grad(part, ball.params)[1]
 
 

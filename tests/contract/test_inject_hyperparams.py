@@ -222,11 +222,17 @@ def test_large_seeds_are_kept():
         assert_trees_close(tx.init(PARAMS).inner_state, cx.hutchinson_diag(2**31 + 5).init(PARAMS))
 
 
+OF_SAM = "('ascent', 'fraction', 'mask', 'p', 'steps')"
+
+
 @pytest.mark.parametrize(
     ("factory", "static"),
     [
-        (lambda steps: cx.sam_perturb(0.1, steps=steps), "('ascent', 'mask', 'p', 'steps')"),
-        (lambda p: cx.sam(SGD, 0.1, p=p), "('ascent', 'mask', 'p', 'steps')"),
+        (
+            lambda steps: cx.sam_perturb(0.1, steps=steps),
+            OF_SAM,
+        ),
+        (lambda p: cx.sam(SGD, 0.1, p=p), OF_SAM),
         (
             lambda probes: cx.sophia_h(0.1, probes=probes),
             "('fraction', 'key', 'probes', 'sampler', 'shards')",

@@ -39,6 +39,11 @@ SENT = {
         "jit": 1,
     },
     "adahessian(0.15, mean_over=axes)": {"shard_map": 2},
+    "sam_perturb(rho, ascent=momentum(0.9), sync_over=axes) | adamw(1e-3)": {
+        "shard_map": 1,
+        "pmap": 1,
+        "jit": 1,
+    },
 }
 """By text and parallelism: the bytes that a step sends, in units of the parameters."""
 
@@ -55,6 +60,23 @@ def test_the_training_step_of_a_config_sends_no_more_than_its_method(text, mappi
     assert reading.memory.total == reading.needed
     again = compiled_cost.read(outline, machine, tmp_path)
     assert again == reading
+
+
+@pytest.mark.parametrize("mapping", ["jit", "shard_map"])
+def test_a_training_step_along_earlier_gradients_costs_one_gradient(mapping, tmp_path):
+    """Its logged loss and scores are those of the perturbed pass."""
+    machine = find("cpu:8")
+    flops = {}
+    for text in (
+        "pmean_updates(axes) | adamw(1e-3)",
+        "sam_perturb(rho, ascent=momentum(0.9), sync_over=axes) | adamw(1e-3)",
+    ):
+        config = small(text, mapping)
+        config.batch = 64 * DEVICES
+        outline = experiment.outline(config, machine.devices)
+        flops[text] = compiled_cost.read(outline, machine, tmp_path).flops
+    base, momentum = flops.values()
+    assert momentum <= 1.15 * base
 
 
 def test_kfac_sends_gradient_factors_and_their_inverses(tmp_path):

@@ -137,6 +137,11 @@ def test_metrics_and_aux_are_those_of_the_perturbed_pass():
     }  # fmt: skip
 
 
+def test_state_without_momentum_is_that_of_earlier_checkpoints():
+    state = cx.sam_perturb(RHO, fraction=0.5).init(PARAMS)
+    assert state._fields == ("step", "keys", "measured", "figures")
+
+
 # Devices
 
 

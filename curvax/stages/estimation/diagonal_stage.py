@@ -13,7 +13,14 @@ from curvax.arithmetic.trees import Tree
 from curvax.arithmetic.typing import Key, ValueFn
 from curvax.devices import axes, meshes
 from curvax.devices.axes import AxisNames
-from curvax.objective import Objective, as_objective, microbatching, refuse_joined, require_batch
+from curvax.objective import (
+    Objective,
+    as_objective,
+    first_part,
+    microbatching,
+    refuse_joined,
+    require_batch,
+)
 from curvax.pipes.diagnostics import Flags, Metrics, StageMetrics, metrics_of, no_metrics
 from curvax.pipes.signal import Signal, Stage, stage
 from curvax.pipes.state_keys import DrawingKey
@@ -54,7 +61,7 @@ def diagonal_stage(
 ) -> Stage:
     """A stage that sets `diagonal` from random estimates; `needs` checks the objective."""
     checks.check_count(name, probes=probes, shards=shards)
-    check_fraction(fraction, name)
+    checks.check_fraction(fraction, name)
     drawing = DrawingKey(key)
 
     def init(params: Tree) -> EstimateState:
@@ -104,21 +111,7 @@ def part_and_axes(
     checks.refuse_split(params, objective, stage=name)
     checks.refuse_summed(signal.updates, local - signal.averaged, stage=name)
     over = checks.averaged_axes(mean_over, local, stage=name)
-    return part_of(objective, fraction, name), local, over
-
-
-def check_fraction(fraction: float, name: str) -> None:
-    """Refuses a fraction outside (0, 1], or one that is not a plain number."""
-    checks.check_static(name, fraction=fraction)
-    if not 0 < fraction <= 1:
-        raise ValueError(f"`{name}` takes `fraction` in (0, 1], and got {fraction}.")
-
-
-def part_of(objective: Objective, fraction: float, name: str) -> Objective:
-    """The loss on the first `fraction` of the batch."""
-    if fraction == 1:
-        return objective
-    return require_batch(objective, f"{name}(fraction=)").first(fraction)
+    return first_part(objective, fraction, name), local, over
 
 
 def share_gradient(

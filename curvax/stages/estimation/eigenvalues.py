@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from curvax import checks
 from curvax.arithmetic.trees import Tree
 from curvax.arithmetic.typing import Key, ValueFn
 from curvax.curvature.kronecker.corrected import corrections
@@ -13,7 +14,7 @@ from curvax.hyperparameters import injectable
 from curvax.objective import as_objective
 from curvax.pipes.signal import Signal, Stage, stage
 from curvax.pipes.state_keys import DrawingKey
-from curvax.stages.estimation.diagonal_stage import check_fraction, part_and_axes
+from curvax.stages.estimation.diagonal_stage import part_and_axes
 from curvax.stages.estimation.gradient_sharing import DrawState
 
 
@@ -59,7 +60,7 @@ def fisher_eigenvalues(
         [-1.0, -1.0]
     """
     name = "fisher_eigenvalues"
-    check_fraction(fraction, name)
+    checks.check_fraction(fraction, name)
     drawing = DrawingKey(key)
 
     def rule(

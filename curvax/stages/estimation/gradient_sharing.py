@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
 from curvax.arithmetic.typing import Key, ValueFn
@@ -15,7 +16,7 @@ from curvax.objective import LossAndGradient, Objective, as_objective
 from curvax.pipes.initial import MakeFactors
 from curvax.pipes.signal import Signal, Stage, stage
 from curvax.pipes.state_keys import DrawingKey
-from curvax.stages.estimation.diagonal_stage import check_fraction, part_and_axes, share_gradient
+from curvax.stages.estimation.diagonal_stage import part_and_axes, share_gradient
 
 Evaluate = Callable[
     [Objective, Tree, jax.Array | None, tuple[str, ...]], tuple[LossAndGradient, dict[str, Any]]
@@ -44,7 +45,7 @@ def gradient_sharing_stage(
 
     `key` is None for estimates that draw no labels; `factors` makes Kronecker factors of zeros.
     """
-    check_fraction(fraction, name)
+    checks.check_fraction(fraction, name)
     drawing = None if key is None else DrawingKey(key)
 
     def init(params: Tree) -> DrawState | optax.EmptyState:

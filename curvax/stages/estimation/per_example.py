@@ -17,13 +17,13 @@ from curvax.hyperparameters import injectable
 from curvax.objective import (
     Objective,
     as_objective,
+    first_part,
     microbatch_mean,
     microbatching,
     require_batch,
     value_aux_and_grad,
 )
 from curvax.pipes.signal import Signal, Stage, stage
-from curvax.stages.estimation.diagonal_stage import check_fraction, part_of
 
 
 @injectable
@@ -59,7 +59,7 @@ def empirical_fisher_diag(*, fraction: float = 1.0, mean_over: AxisNames = None)
         >>> print(signal.diagonal)  # the mean of 1² and 3²
         [5.]
     """
-    check_fraction(fraction, "empirical_fisher_diag")
+    checks.check_fraction(fraction, "empirical_fisher_diag")
 
     def rule(
         signal: Signal,
@@ -74,7 +74,7 @@ def empirical_fisher_diag(*, fraction: float = 1.0, mean_over: AxisNames = None)
         require_batch(objective, "empirical_fisher_diag")
         local = objective.local_axes(params)
         over = checks.averaged_axes(mean_over, local, stage="empirical_fisher_diag")
-        here = part_of(objective, fraction, "empirical_fisher_diag")
+        here = first_part(objective, fraction, "empirical_fisher_diag")
         diagonal = microbatch_mean(here, lambda part: _mean_of_squares(part, params))
         return signal._replace(diagonal=axes.mean(diagonal, over, here.batch_weight())), state
 
