@@ -69,6 +69,12 @@ def test_ascent_along_earlier_gradients_costs_one_gradient(name, record_row):
     assert extra <= 1.1  # the perturbed parameters
 
 
+def test_passes_share_the_layers_before_the_first_that_is_perturbed():
+    p = problem(SMALL[0])
+    last = lambda params: jax.tree.map_with_path(lambda path, x: "Dense_3" in str(path), params)
+    assert ratio(p.step(cx.sam(optax.sgd(0.1), 0.1, mask=last)), p.gradient) <= 1.03
+
+
 @pytest.mark.parametrize("way", ["shard_map", "pmap"])
 def test_the_clean_pass_vanishes_on_devices_too(way):
     """With one all-reduce, as the base."""
