@@ -206,50 +206,26 @@ def sam_perturb(
             mode=mode,
             shared=kept is not None,
         )
-        kind, value = jnp.result_type(float), signal.value
-        if value is not None:
-            value = axes.vary(jnp.asarray(value, kind), local)
-        signal = signal._replace(local=local, value=value)
-
-        mean = lambda g: axes.mean(g, sync, objective.batch_weight()) if kept else g
-
-        def perturbed() -> _Step:
-            start = _ascent_gradient(ball, signal.updates, state, fraction)
-            (loss, g_p), updates = ball.gradient(start, second_order)
-            average = ()
-            if kept is not None:
-                updates = g_p = mean(g_p)
-                average = _faded(at(kept.decay, state.step), start, g_p)
-            both = rules.perturbed(start), rules.perturbed(g_p)
-            scalars = _scalars(signal.value, loss[0], *both, _largest(radius))
-            scalars = {name: scalars[name] for name in state.figures}
-            over = tuple(axis for axis in axes.manual() if axis in local)
-            metrics = metrics_of(scalars, over, objective.batch_weight())
-            loss = loss[0].astype(kind), loss[1]
-            return _Step(trees.cast_like(updates, signal.updates), loss, average, metrics)
-
-        def clean() -> _Step:
-            aux, gradient = signal.aux, signal.updates
-            if own_gradient:
-                (_, aux), gradient = value_aux_and_grad(objective, ball.params)
-                gradient = trees.cast_like(mean(gradient), signal.updates)
-            last = axes.vary(state.figures["perturbed_loss"].astype(kind), local)
-            metrics = StageMetrics(state.measured, state.figures)
-            return _Step(gradient, (last, aux), getattr(state, "average", ()), metrics)
-
+        if signal.value is not None:
+            signal = signal._replace(value=axes.vary(jnp.asarray(signal.value, float), local))
+        step = _Step(ball, signal, state, fraction, None if kept is None else kept.decay)
         always = isinstance(every, int) and every == 1
         now = True if always else state.step % every == 0
-        found = perturbed() if always else axes.cond(now, perturbed, clean)
-        value_p, aux = found.loss
+        perturbed = lambda: step.perturbed(second_order)
+        found = perturbed() if always else axes.cond(now, perturbed, step.clean)
         signal = signal._replace(
-            updates=found.updates, gradient=signal.updates, perturbed_value=value_p, perturbed=now
+            updates=found.updates,
+            gradient=signal.updates,
+            perturbed_value=found.value,
+            perturbed=now,
+            local=local,
         )
         if own_gradient:
-            signal = signal._replace(value=None, aux=aux)
-        new: dict[str, Any] = {"step": state.step + 1} | found.metrics._asdict()
+            signal = signal._replace(value=None, aux=found.aux)
+        new: dict[str, Any] = found.metrics._asdict() | {"step": state.step + 1}
         if kept is not None:
-            signal = signal._replace(local=local - set(sync), averaged=signal.averaged.union(sync))
             new["average"] = found.average
+            signal = signal._replace(local=local - set(sync), averaged=signal.averaged.union(sync))
         return signal, state._replace(**new)
 
     return stage(init, rule, replaces_gradient=True)
@@ -263,29 +239,69 @@ _FROZEN = (
 )
 
 
-class _Step(NamedTuple):
+class _Found(NamedTuple):
     """What a step gives, perturbed or not."""
 
     updates: Tree
-    loss: tuple[jax.Array, Any]
-    """(L, aux)"""
+    value: jax.Array
+    """The loss at the perturbed point."""
+    aux: Any
     average: Tree
     """That of `momentum`, () without."""
     metrics: StageMetrics
 
 
-def _ascent_gradient(
-    ball: BallAscent, given: Tree, state: SamState | MomentumState, fraction: float
-) -> Tree:
-    """The gradient that the ascent starts with: an average, that of a part of the batch, or the
-    given one.
-    """
-    if isinstance(state, MomentumState):
-        return state.average
-    if fraction == 1:
-        return given
-    part = first_part(ball.objective, fraction, "sam_perturb")
-    return value_aux_and_grad(part, ball.params)[1]
+class _Step(NamedTuple):
+    """A step at hand, which perturbs or not."""
+
+    ball: BallAscent
+    signal: Signal
+    state: SamState | MomentumState
+    fraction: float
+    decay: ScalarOrSchedule | None
+    """Of `momentum`."""
+
+    def perturbed(self, second_order: bool) -> _Found:
+        ball, state = self.ball, self.state
+        start = self._ascent_gradient()
+        ((value, aux), g_p), updates = ball.gradient(start, second_order)
+        average = ()
+        if self.decay is not None:
+            updates = g_p = self._mean(g_p)
+            average = _faded(at(self.decay, state.step), start, g_p)
+        both = ball.rules.perturbed(start), ball.rules.perturbed(g_p)
+        scalars = _scalars(self.signal.value, value, *both, _largest(ball.radius))
+        over = tuple(axis for axis in axes.manual() if axis in ball.local)
+        known = {name: scalars[name] for name in state.figures}
+        metrics = metrics_of(known, over, ball.objective.batch_weight())
+        return _Found(self._typed(updates), value.astype(float), aux, average, metrics)
+
+    def clean(self) -> _Found:
+        """The gradient at θ, in a pass of its own if nothing else needs the given one."""
+        ball, state, aux, gradient = self.ball, self.state, self.signal.aux, self.signal.updates
+        if self.decay is not None or self.fraction < 1:
+            (_, aux), gradient = value_aux_and_grad(ball.objective, ball.params)
+            gradient = self._typed(self._mean(gradient))
+        last = axes.vary(state.figures["perturbed_loss"].astype(float), ball.local)
+        metrics = StageMetrics(state.measured, state.figures)
+        return _Found(gradient, last, aux, getattr(state, "average", ()), metrics)
+
+    def _ascent_gradient(self) -> Tree:
+        """An average, the gradient of a part of the batch, or the given one."""
+        if isinstance(self.state, MomentumState):
+            return self.state.average
+        if self.fraction == 1:
+            return self.signal.updates
+        part = first_part(self.ball.objective, self.fraction, "sam_perturb")
+        return value_aux_and_grad(part, self.ball.params)[1]
+
+    def _mean(self, gradient: Tree) -> Tree:
+        """With `momentum` averaged over devices."""
+        over = () if self.decay is None else self.ball.sync
+        return axes.mean(gradient, over, self.ball.objective.batch_weight())
+
+    def _typed(self, updates: Tree) -> Tree:
+        return trees.cast_like(updates, self.signal.updates)
 
 
 def _faded(decay: Scalar, average: Tree, new: Tree) -> Tree:
