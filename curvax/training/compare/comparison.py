@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from curvax.training.compare.summary import Summary, summarise
 from curvax.training.config.configs import assign
-from curvax.training.config.recipe import outline
+from curvax.training.config.recipe import outlines
 from curvax.training.experiment import Experiment
 from curvax.training.loop import NotFinite, Report, fit
 from curvax.training.runtime import run_dir
@@ -75,12 +75,10 @@ def variants(config: ConfigDict, optimizers: Sequence[str], *, fair: bool = Fals
 
 
 def labels(optimizers: Sequence[str]) -> list[str]:
-    """Short names for the methods: their outlines, made deeper where two coincide, and whole texts
-    where the deeper outlines still do."""
-    found = [outline(text) for text in optimizers]
-    for longer in ([outline(text, deep=True) for text in optimizers], optimizers):
-        found = [o if found.count(o) == 1 else long for o, long in zip(found, longer)]
-    return found
+    """Short names for the methods: their outlines, with the arguments in which equal ones differ,
+    and whole texts where these still coincide."""
+    found = outlines(optimizers)
+    return [o if found.count(o) == 1 else text for o, text in zip(found, optimizers)]
 
 
 def grid(methods: Variants, fields: Mapping[str, Sequence[str]]) -> Variants:
@@ -134,12 +132,16 @@ def run(
 def run_folders(
     experiments: Mapping[str, Experiment], seeds: int, folder: Path
 ) -> Iterator[tuple[str, int, Path]]:
-    """Variant, seed and folder of every run, in the order of training."""
+    """Variant, seed and folder of every run, in the order of training.
+
+    A folder that is there counts by its number, for earlier versions named some variants otherwise.
+    """
     for number, (name, experiment) in enumerate(experiments.items()):
         slug = re.sub(r"\W+", "-", name).strip("-")[:60]
+        place = next(folder.glob(f"{number}-*"), folder / f"{number}-{slug}")
         first = experiment.config.seed
         for seed in range(first, first + seeds):
-            yield name, seed, folder / f"{number}-{slug}" / f"seed{seed}"
+            yield name, seed, place / f"seed{seed}"
 
 
 def without_checkpoint(

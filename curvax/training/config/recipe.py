@@ -15,7 +15,7 @@ import difflib
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import optax
@@ -208,13 +208,25 @@ class _Reader:
         return f"    {line}\n    {' ' * len(before.rpartition(chr(10))[2])}^"
 
 
-def outline(text: str, *, deep: bool = False) -> str:
-    """The names of a method's parts: `sam_perturb(0.2) | adamw(1e-3)` ↦ `sam_perturb | adamw`.
+def outline(text: str) -> str:
+    """The names of a method's parts: `sam_perturb(0.2) | adamw(1e-3)` ↦ `sam_perturb | adamw`."""
+    return " | ".join(map(_name, _operands(_Reader(text, {}).tree())))
 
-    Args:
-        deep: with the names of nested calls, as `per_group(sam_perturb) | adamw(cosine)`.
+
+def outlines(texts: Sequence[str]) -> list[str]:
+    """The outlines of several methods, with the arguments in which equal ones differ.
+
+    `sam_perturb(0.1) | adamw(1e-3)` and `sam_perturb(0.2) | adamw(1e-3)` ↦
+    `sam_perturb(0.1) | adamw` and `sam_perturb(0.2) | adamw`.
     """
-    return " | ".join(_name(part, deep=deep) for part in _operands(_Reader(text, {}).tree()))
+    trees = [_Reader(text, {}).tree() for text in texts]
+    names = [outline(text) for text in texts]
+    found = list(names)
+    for name in {name for name in names if names.count(name) > 1}:
+        alike = [i for i, own in enumerate(names) if own == name]
+        for i, told in zip(alike, _differences([trees[i] for i in alike])):
+            found[i] = told
+    return found
 
 
 def with_argument(text: str, factory: str, **argument: Any) -> str:
@@ -238,16 +250,37 @@ def with_argument(text: str, factory: str, **argument: Any) -> str:
     return ast.unparse(tree) if changes else text
 
 
-def _name(node: ast.expr, *, deep: bool) -> str:
-    if not isinstance(node, ast.Call):
-        return ast.unparse(node)
-    name = ast.unparse(node.func)
-    arguments = [*node.args, *(keyword.value for keyword in node.keywords)]
-    inside = [each for each in arguments if isinstance(each, ast.Call | ast.BinOp)]
-    if not (deep and inside):
-        return name
-    pipes = (" | ".join(_name(part, deep=True) for part in _operands(each)) for each in inside)
-    return f"{name}({', '.join(pipes)})"
+def _name(node: ast.expr) -> str:
+    return ast.unparse(node.func if isinstance(node, ast.Call) else node)
+
+
+def _differences(nodes: Sequence[ast.expr]) -> list[str]:
+    """Texts of expressions, with those arguments alone in which they differ."""
+    pipes = [_operands(node) for node in nodes]
+    if len(pipes[0]) > 1 and len({len(pipe) for pipe in pipes}) == 1:
+        parts = [_differences(column) for column in zip(*pipes)]
+        return [" | ".join(own) for own in zip(*parts)]
+    if len({_name(node) for node in nodes}) > 1 or not isinstance(nodes[0], ast.Call):
+        return [ast.unparse(node) for node in nodes]
+    calls = [_arguments(node) for node in nodes]
+    told: list[list[str]] = [[] for _ in nodes]
+    for key in dict.fromkeys(key for call in calls for key in call):
+        values = [call.get(key) for call in calls]
+        if len({ast.unparse(x) if x else None for x in values}) == 1:
+            continue
+        both = [x for x in values if x is not None]
+        texts = iter(_differences(both) if len(both) == len(nodes) else map(ast.unparse, both))
+        for own, x in zip(told, values):
+            if x is not None:
+                own.append(next(texts) if isinstance(key, int) else f"{key}={next(texts)}")
+    return [_name(node) + (f"({', '.join(own)})" if own else "") for node, own in zip(nodes, told)]
+
+
+def _arguments(call: ast.expr) -> dict[int | str, ast.expr]:
+    """The arguments of a call by their places and names."""
+    assert isinstance(call, ast.Call)
+    found: dict[int | str, ast.expr] = dict(enumerate(call.args))
+    return found | {keyword.arg or "**": keyword.value for keyword in call.keywords}
 
 
 def _operands(node: ast.expr) -> list[ast.expr]:

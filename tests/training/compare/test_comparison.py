@@ -1,5 +1,8 @@
 """Comparisons: intervals, baselines, verdicts, names of variants and grids."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 from short_runs import CONFIG, changed
@@ -87,14 +90,45 @@ def test_verdict_states_the_differences_in_words(base, method, said, unsaid):
 def test_variants_are_named_by_their_differences():
     texts = ["adamw(1e-3)", "sam_perturb(0.1) | adamw(1e-3)", "sam_perturb(0.2) | adamw(1e-3)"]
     arms = comparison.variants(CONFIG, texts, fair=True)
-    assert list(arms) == ["adamw", "adamw, 2 × epochs", *texts[1:]]
+    assert list(arms) == [
+        "adamw", "adamw, 2 × epochs", "sam_perturb(0.1) | adamw", "sam_perturb(0.2) | adamw"
+    ]  # fmt: skip
     assert [arm.epochs for arm in arms.values()] == [3, 6, 3, 3]
     assert [arm.optimizer for arm in arms.values()] == [texts[0], *texts]
-    groups = ["per_group(4, sam_perturb(0.1)) | sgd(1.0)", "per_group(4, sgd(0.1)) | sgd(1.0)"]
-    assert list(comparison.variants(CONFIG, groups)) == [
-        "per_group(sam_perturb) | sgd",
-        "per_group(sgd) | sgd",
-    ]
+
+
+@pytest.mark.parametrize(
+    ("texts", "names"),
+    [
+        (
+            ["per_group(4, sam_perturb(0.1)) | sgd(1.0)", "per_group(4, sgd(0.1)) | sgd(1.0)"],
+            ["per_group(sam_perturb(0.1)) | sgd", "per_group(sgd(0.1)) | sgd"],
+        ),
+        (
+            ["per_group(4, sam_perturb(0.1)) | sgd(1)", "per_group(4, sam_perturb(0.2)) | sgd(1)"],
+            ["per_group(sam_perturb(0.1)) | sgd", "per_group(sam_perturb(0.2)) | sgd"],
+        ),
+        (
+            ["adamw(cosine(1e-3))", "adamw(cosine(2e-3))", "adamw(1e-3, b2=0.9)"],
+            ["adamw(cosine(0.001))", "adamw(cosine(0.002))", "adamw(0.001, b2=0.9)"],
+        ),
+        (
+            ["sam_perturb(r) | sgd(r)", "sam_perturb(r, ascent=momentum(0.9)) | sgd(r)"],
+            ["sam_perturb | sgd", "sam_perturb(ascent=momentum(0.9)) | sgd"],
+        ),
+        (["sgd(1.0)", "sgd(1.00)"], ["sgd(1.0)", "sgd(1.00)"]),
+    ],
+)
+def test_equal_outlines_are_told_apart_by_their_arguments(texts, names):
+    assert comparison.labels(texts) == names
+
+
+def test_a_folder_of_an_earlier_name_is_taken_by_its_number(tmp_path):
+    (tmp_path / "1-per_group-sam_perturb-sgd" / "seed0").mkdir(parents=True)
+    run: Any = SimpleNamespace(config=CONFIG)
+    experiments = {"adamw": run, "other": run}
+    places = [place for _, _, place in comparison.run_folders(experiments, 1, tmp_path)]
+    assert [place.parent.name for place in places] == ["0-adamw", "1-per_group-sam_perturb-sgd"]
 
 
 def test_grid_has_every_point_with_the_last_field_fastest():

@@ -219,12 +219,6 @@ def test_an_outline_names_the_parts():
     assert outline(text) == "sam_perturb | gsam_project | adamw"
 
 
-def test_deep_outline_names_nested_parts():
-    inside = "sam_perturb(rho_schedule(linear(lr), 1.0)) | gsam_project(0.1)"
-    found = outline(f"per_group(m, {inside}) | sgd(cosine(1))", deep=True)
-    assert found == "per_group(sam_perturb(rho_schedule(linear)) | gsam_project) | sgd(cosine)"
-
-
 @pytest.mark.parametrize(
     ("text", "sizes"),
     [
