@@ -1,5 +1,6 @@
 """Solves A x = b by Kronecker factors, which are decomposed or inverted every k solves."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
-from curvax.arithmetic.typing import Matvec, Scalar, Score
+from curvax.arithmetic.typing import Matvec, Period, Scalar, Score
 from curvax.devices import axes, meshes
 from curvax.devices.axes import AxisNames
 from curvax.linalg import decompositions
@@ -87,9 +88,7 @@ def kronecker(every: int = 1, *, style: str = "exact", divided_over: AxisNames =
                 "the shapes of training, `fisher_kronecker(like=objective) | ... | "
                 f"solve(kronecker(every={every}))`, or leave `every` out."
             )
-        shapes = jax.eval_shape(lambda: factorised(factors, 1.0))
-        zeros = tuple(map(jnp.zeros_like, jax.tree.leaves(shapes)))
-        return KroneckerState(jnp.zeros((), jnp.int32), zeros)
+        return nothing_kept(lambda: factorised(factors, 1.0))
 
     def prepare(product: Matvec, state: Any, factors: Any) -> tuple[Matvec, Tree]:
         whole = as_product(product)
@@ -108,13 +107,7 @@ def kronecker(every: int = 1, *, style: str = "exact", divided_over: AxisNames =
                 with decompositions.divided(over):
                     return factorised(factors, damping)
 
-            if every == 1:
-                found = make()
-            else:
-                arrays = lambda: trees.cast_like(tuple(jax.tree.leaves(make())), state.kept)
-                kept = axes.cond(state.step % every == 0, arrays, lambda: state.kept)
-                found = jax.tree.unflatten(jax.tree.structure(jax.eval_shape(make)), kept)
-                state = KroneckerState(state.step + 1, kept)
+            found, state = (make(), state) if every == 1 else kept_or_made(make, state, every)
         return lambda b: solved(found, b, damping), state
 
     def solve(
@@ -131,6 +124,22 @@ def kronecker(every: int = 1, *, style: str = "exact", divided_over: AxisNames =
         return _solution(apply(b)), state
 
     return Solver(solve, init, uses_factors=True, prepare=prepare, measures=False)
+
+
+def nothing_kept(make: Callable[[], Any]) -> KroneckerState:
+    """The state before the first factorisation that `make` would give."""
+    zeros = tuple(map(jnp.zeros_like, jax.tree.leaves(jax.eval_shape(make))))
+    return KroneckerState(jnp.zeros((), jnp.int32), zeros)
+
+
+def kept_or_made(
+    make: Callable[[], Any], state: KroneckerState, every: Period
+) -> tuple[Any, KroneckerState]:
+    """The factorisation that was kept, or in every k-th call that of `make`."""
+    arrays = lambda: trees.cast_like(tuple(jax.tree.leaves(make())), state.kept)
+    kept = axes.cond(state.step % every == 0, arrays, lambda: state.kept)
+    found = jax.tree.unflatten(jax.tree.structure(jax.eval_shape(make)), kept)
+    return found, KroneckerState(state.step + 1, kept)
 
 
 def shared_axes(factors: Any, divided_over: AxisNames, where: str) -> tuple[str, ...]:

@@ -239,6 +239,7 @@ def shampoo(
     eps: ScalarOrSchedule = 0.0,
     damping: ScalarOrSchedule = 1e-6,
     momentum: float | None = None,
+    every: Period = 1,
     layout: Layout | None = None,
     largest: int = 8192,
     mean_over: AxisNames = None,
@@ -250,9 +251,8 @@ def shampoo(
 
         V ← V - α (Σ VVᵀ)^-¼ V (Σ VᵀV)^-¼
 
-    Each step takes an eigendecomposition of every factor. Parameters without two sides are divided
-    by the root of the sum of their squares, as in AdaGrad. Gupta et al., arXiv:1802.09568,
-    Algorithm 1.
+    Parameters without two sides are divided by the root of the sum of their squares, as in AdaGrad.
+    Gupta et al., arXiv:1802.09568, Algorithm 1.
 
     Args:
         learning_rate: α, a number or a schedule.
@@ -260,10 +260,12 @@ def shampoo(
         eps: ε >= 0, added to the root.
         damping: λ >= 0, added before the root, in units of squared gradients.
         momentum: decay of `optax.trace` in [0, 1); None for none.
+        every: number of steps per eigendecomposition of the factors.
         layout: the axes of inputs, outputs and layers of each parameter, from `curvax.layout`; None
             takes them from names and shapes.
         largest: size of the largest factor.
-        mean_over: device axis, or tuple of axes, to average the gradient over.
+        mean_over: device axis, or tuple of axes, to average the gradient over, and to divide the
+            eigendecompositions among.
 
     Returns:
         A stage. It needs neither a model nor `value_fn`.
@@ -283,7 +285,7 @@ def shampoo(
         pmean_updates(mean_over),
         gradient_kronecker(layout, largest=largest),
         accumulate() if decay is None else ema_mean(decay),
-        scale_by_power(0.5, eps=eps, damping=damping),
+        scale_by_power(0.5, eps=eps, damping=damping, every=every, divided_over=mean_over or None),
         *(() if momentum is None else (optax.trace(momentum),)),
         optax.scale_by_learning_rate(learning_rate),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import numbers
 from typing import Any, NamedTuple
 
@@ -11,21 +12,38 @@ import jax.numpy as jnp
 from curvax import checks
 from curvax.arithmetic import safe_math, trees
 from curvax.arithmetic.trees import Tree
-from curvax.arithmetic.typing import Scalar, ScalarOrSchedule
+from curvax.arithmetic.typing import Period, Scalar, ScalarOrSchedule
+from curvax.devices.axes import AxisNames
+from curvax.hyperparameters import injectable
+from curvax.linalg import decompositions
+from curvax.linalg.kronecker import KroneckerState, kept_or_made, nothing_kept, shared_axes
 from curvax.pipes import requirements
 from curvax.pipes.diagnostics import Flags, Metrics, metrics_of, no_metrics
 from curvax.pipes.signal import Signal, Stage, StepState, at, stage
 
 
+class PowerState(NamedTuple):
+    step: jax.Array
+    """t, int32 scalar."""
+    decomposed: KroneckerState
+    """The eigenvectors and eigenvalues that are kept."""
+
+
+@injectable
 def scale_by_power(
-    power: ScalarOrSchedule, *, eps: ScalarOrSchedule = 1e-8, damping: ScalarOrSchedule = 0.0
+    power: ScalarOrSchedule,
+    *,
+    eps: ScalarOrSchedule = 1e-8,
+    damping: ScalarOrSchedule = 0.0,
+    every: Period = 1,
+    divided_over: AxisNames = None,
 ) -> Stage:
     """Divides the updates by a power of the diagonal, or of the Kronecker factors.
 
         u ← u / ((D + λ)ᵏ + ε)
 
-    D is a diagonal, or the eigenvalues of Kronecker factors, in whose eigenbasis u is then divided;
-    each step takes one eigendecomposition of every factor. k = 1 is a diagonal Newton step, k = ½
+    D is a diagonal, or the eigenvalues of Kronecker factors, in whose eigenbasis u is then divided,
+    at one eigendecomposition of every factor. k = 1 is a diagonal Newton step, k = ½
     the step of Adam, k = 0 gradient descent. Yao et al., AdaHessian, arXiv:2006.00719, eq. 7 and
     12; Martens, arXiv:1412.1193, eq. 10.
 
@@ -34,6 +52,11 @@ def scale_by_power(
         eps: ε >= 0, added after the power: a number or a schedule.
         damping: λ >= 0, added before the power (Optax's `eps_root` for k = ½): a number or a
             schedule.
+        every: number of steps per eigendecomposition of factors, a positive int, or a traced one.
+            Above 1, a stage before it in its pipe must know the shapes of the factors, as
+            `gradient_kronecker` does and others with `like=`.
+        divided_over: device axis, or tuple of axes, among whose devices the eigendecompositions are
+            divided, as in `kronecker`.
 
     Returns:
         A stage that needs a non-negative `diagonal`, as after `ema_rms`, or `factors`.
@@ -55,27 +78,56 @@ def scale_by_power(
     checks.check_range("eps", eps, 0, jnp.inf, stage="scale_by_power")
     checks.check_range("damping", damping, 0, jnp.inf, stage="scale_by_power")
 
+    if not isinstance(every, jax.Array):
+        checks.check_count("scale_by_power", every=every)
+    keeps = isinstance(every, jax.Array) or every > 1
+
+    def init(params: Tree, factors: Any = None) -> StepState | PowerState:
+        del params
+        step = jnp.zeros((), jnp.int32)
+        if not keeps:
+            return StepState(step)
+        if factors is None:
+            raise ValueError(
+                f"`scale_by_power(every={every})` keeps eigendecompositions of Kronecker factors, "
+                "and no stage before it in its pipe makes factors whose shapes it knows. Put "
+                "`gradient_kronecker()` or `fisher_kronecker(like=objective)` before it; a "
+                "diagonal is decomposed in no step, so leave `every` out."
+            )
+        return PowerState(step, nothing_kept(lambda: _kernels(factors)))
+
     def rule(
-        signal: Signal, state: StepState, params: Tree = None, **extra: Any
-    ) -> tuple[Signal, StepState]:
+        signal: Signal, state: StepState | PowerState, params: Tree = None, **extra: Any
+    ) -> tuple[Signal, StepState | PowerState]:
         del params, extra
         k, epsilon, lam = (at(x, state.step) for x in (power, eps, damping))
         divisor = lambda d: safe_math.power(d + lam, k) + epsilon
-
-        def divide(u: jax.Array, d: jax.Array) -> jax.Array:
-            return _divided(u, divisor(d), epsilon).astype(u.dtype)
-
+        inverse = lambda d: _divided(jnp.ones_like(d), divisor(d), epsilon)
+        divide = lambda u, d: _divided(u, divisor(d), epsilon).astype(u.dtype)
+        new: dict[str, Any] = {"step": state.step + 1}
         if signal.diagonal is None and signal.factors is not None:
-            inverse = lambda d: _divided(jnp.ones_like(d), divisor(d), epsilon)
-            updates = signal.factors.scaled(signal.updates, inverse)
+            over = shared_axes(signal.factors, divided_over, "scale_by_power")
+            with decompositions.divided(over):
+                if isinstance(state, PowerState):
+                    make = lambda: _kernels(signal.factors)
+                    basis, new["decomposed"] = kept_or_made(make, state.decomposed, every)
+                else:
+                    basis = _kernels(signal.factors)
+            basis = dataclasses.replace(basis, diagonals=signal.factors.diagonals)
+            updates = basis.scaled(signal.updates, inverse)
         else:
             diagonal = requirements.needed_diagonal(
                 signal.diagonal, "scale_by_power", "divides by a diagonal"
             )
             updates = jax.tree.map(divide, signal.updates, diagonal)
-        return signal._replace(updates=updates), StepState(state.step + 1)
+        return signal._replace(updates=updates), state._replace(**new)
 
-    return stage(lambda params: StepState(jnp.zeros((), jnp.int32)), rule)
+    return stage(init, rule)
+
+
+def _kernels(factors: Any) -> Any:
+    """The eigenvectors and eigenvalues of factors, without the diagonals of other parameters."""
+    return dataclasses.replace(factors.eigen(), diagonals={})
 
 
 class ClipState(NamedTuple):

@@ -45,7 +45,10 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, tuple[float, float]]]] = {
         dict(like=OBJECTIVE, key=4, factors_every=2, inverses_every=3, momentum="quadratic"),
         dict(learning_rate=(0.1, 0.2), damping=(0.3, 0.4), decay=(0.9, 0.8), radius=(0.1, 0.2)),
     ),
-    "shampoo": (dict(largest=4, momentum=0.9), dict(learning_rate=(0.1, 0.2), damping=(0.3, 0.4))),
+    "shampoo": (
+        dict(largest=4, momentum=0.9),
+        dict(learning_rate=(0.1, 0.2), damping=(0.3, 0.4), every=(2, 3)),
+    ),
     "soap": (
         dict(style="exact", largest=4),
         dict(

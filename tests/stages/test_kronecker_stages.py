@@ -481,9 +481,10 @@ LAYOUT = Layout(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("decay", [None, 0.8])
-def test_shampoo_is_the_method_written_out(decay):
-    tx = cx.shampoo(0.5, decay=decay, damping=0.0, layout=LAYOUT)
+@pytest.mark.parametrize(("decay", "every"), [(None, 1), (0.8, 1), (0.8, 3)])
+def test_shampoo_is_the_method_written_out(decay, every):
+    """With `every` above 1 the roots of the kernels are those of an earlier step."""
+    tx = cx.shampoo(0.5, decay=decay, damping=0.0, every=every, layout=LAYOUT)
     params = jax.tree.map(jnp.zeros_like, matrices_of(0))
     update = quick_jit(lambda g, state: tx.update(g, state, params))
     state, total = tx.init(params), dict[str, Any]()
@@ -495,13 +496,36 @@ def test_shampoo_is_the_method_written_out(decay):
             sides[name] = (matrix.T @ matrix, matrix @ matrix.T)
         fade = (lambda m, x: m + x) if decay is None else (lambda m, x: 0.8 * m + 0.2 * x)
         total = {n: tuple(map(fade, total.get(n, (0.0, 0.0)), x)) for n, x in sides.items()}
-    weight = 1.0 if decay is None else 1 - 0.8**6
+        if t % every == 0:
+            last, kept = t, total
+    weight_at = lambda t: 1.0 if decay is None else 1 - 0.8 ** (t + 1)
+    weight = weight_at(5)
     found = slices(updates)
     for name, matrix in slices(matrices_of(5)).items():
-        right, left = (quarter_root(x / weight) for x in total[name])
+        right, left = (quarter_root(x / weight_at(last)) for x in kept[name])
         np.testing.assert_allclose(found[name], -0.5 * left @ matrix @ right, rtol=1e-8)
     expected = -0.5 * matrices_of(5)["bias"] / jnp.sqrt(total["bias"][0] / weight)
     np.testing.assert_allclose(updates["bias"], expected, rtol=1e-10)
+
+
+def test_devices_that_divide_the_roots_take_the_steps_of_one():
+    tx = cx.gradient_kronecker() | cx.scale_by_power(0.5, every=2, divided_over="batch")
+    alone, divided = tx.init(PARAMS), tx.init(PARAMS)
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    step = lambda g, state: tx.update(g, state, PARAMS)
+    mapped = quick_jit(jax.shard_map(step, mesh=mesh, in_specs=(P(), P()), out_specs=P()))
+    assert "all_reduce" in mapped.lower(PARAMS, divided).as_text()
+    for t in range(3):
+        grads = moved(t)
+        expected, alone = quick_jit(step)(grads, alone)
+        found, divided = mapped(grads, divided)
+        assert_same(found, expected, 1e-9)
+
+
+def test_a_clock_of_decompositions_needs_factors():
+    tx = cx.squared_gradient() | cx.scale_by_power(0.5, every=2)
+    with pytest.raises(ValueError, match=r"`gradient_kronecker\(\)`.*leave `every` out"):
+        tx.init(PARAMS)
 
 
 def slices(tree: dict[str, jax.Array]) -> dict[str, jax.Array]:
