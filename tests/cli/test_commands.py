@@ -10,6 +10,7 @@ import pytest
 import tiny_run
 
 from curvax.cli import main
+from curvax.training.compare import step_cost
 from curvax.training.runtime import distributed
 from curvax.training.runtime.errors import ConfigError
 
@@ -318,3 +319,38 @@ def test_grid_values_are_split_outside_brackets():
         "optimizer": ["sgd(step_decay(0.1, [0.5, 0.75]))", "adamw(1e-3, b1=0.9)"],
         "rho": ["0.1"],
     }
+
+
+# Equal time
+
+
+def clock(seconds, monkeypatch):
+    """Steps of the methods take these seconds."""
+    costs = lambda experiments, rounds: {
+        name: step_cost.Cost(0.0, 0.0, np.full(rounds, each))
+        for name, each in zip(experiments, seconds)
+    }
+    monkeypatch.setattr(step_cost, "measure", costs)
+
+
+def test_at_equal_time_methods_train_for_the_epochs_that_fit(tmp_path, monkeypatch, capsys):
+    """Four steps an epoch: three epochs of the first, one of the second."""
+    clock([0.01, 0.025], monkeypatch)
+    folder = run("compare", TINY, "--budget=0.13", runs=tmp_path)
+    assert json.loads((folder / "run.json").read_text())["epochs"] == [3, 1]
+    assert "3 of `adamw`, 1 of `sam_perturb" in capsys.readouterr().out
+    page = json.loads((folder / "compare.json").read_text())
+    assert [[run["steps"] for run in arm["runs"]] for arm in page.values()] == [[12], [4]]
+    clock([1.0, 1.0], monkeypatch)  # is not asked again
+    assert main.main(["resume", str(folder)]) == 0
+    assert json.loads((folder / "compare.json").read_text()) == page
+
+
+def test_a_budget_below_an_epoch_is_refused_before_anything_is_written(
+    tmp_path, monkeypatch, capsys
+):
+    clock([0.01, 10.0], monkeypatch)
+    said = complaint(capsys, "compare", TINY, "--budget=1", f"--runs={tmp_path}")
+    assert "one of `sam_perturb" in said
+    assert "takes 40 s" in said
+    assert not list(tmp_path.iterdir())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
@@ -40,10 +41,13 @@ class RunSpec(NamedTuple):
     seeds: int = 1
     fair: bool = False  # also train the baseline for twice the epochs
     fields: Mapping[str, Sequence[str]] = {}  # field ↦ values of a sweep
+    epochs: Sequence[int] = ()  # of each method, where they follow from a time; else the config's
 
     def variants(self, config: ConfigDict) -> Variants:
         """The config of every variant, in the order of their folders."""
         variants = comparison.variants(config, self.optimizers, fair=self.fair)
+        for name, epochs in zip(variants, self.epochs):
+            variants[name] = comparison.replace(variants[name], epochs=epochs)
         return comparison.grid(variants, self.fields) if self.fields else variants
 
     def build(self, variant: ConfigDict, *, begins: bool = False) -> Experiment:
@@ -97,12 +101,18 @@ def methods(config: ConfigDict) -> list[str]:
     return [config.baseline, config.optimizer, *config.more_optimizers]
 
 
-def start(config: ConfigDict, spec: RunSpec, root: Path) -> None:
-    """Trains all variants of a spec in a new run folder under `root`."""
-    distributed.require_same(_options(config, spec))
+def start(config: ConfigDict, spec: RunSpec, root: Path, *, budget: float | None = None) -> None:
+    """Trains all variants of a spec in a new run folder under `root`.
+
+    Args:
+        budget: seconds of training steps for each run, in place of the config's epochs.
+    """
+    distributed.require_same({"budget": budget} | _options(config, spec))
     with distributed.together():
         if distributed.first():
             run_dir.check_root(root)
+        if budget is not None:
+            spec = spec._replace(epochs=_fitting(config, spec, budget))
         experiments = spec.prepare(config)
     name = ""
     if distributed.first():
@@ -110,6 +120,34 @@ def start(config: ConfigDict, spec: RunSpec, root: Path) -> None:
         run_dir.write_spec(folder, spec._asdict())
         name = str(folder)
     _train(config, spec, experiments, Path(distributed.agreed(name)))
+
+
+def _fitting(config: ConfigDict, spec: RunSpec, budget: float) -> list[int]:
+    """The whole epochs of each method whose steps take at most `budget` seconds, from timed steps.
+
+    Raises:
+        ConfigError: an epoch takes longer, or there are several processes.
+    """
+    if jax.process_count() > 1:
+        raise ConfigError(
+            "`--budget` times the steps in one process, and there are "
+            f"{jax.process_count()}. Give `--epochs=N`, or compare in one process."
+        )
+    experiments = spec.prepare(config)
+    found = []
+    for name, cost in step_cost.measure(experiments, rounds=10).items():
+        epoch = float(np.median(cost.seconds)) * experiments[name].steps_per_epoch
+        epochs = int(budget / epoch)
+        if epochs < 1:
+            raise ConfigError(
+                f"`--budget={budget:g}` gives each method whole epochs whose steps take at most so "
+                f"many seconds, and one of `{name}` takes {epoch:.3g} s here. Give more, or fewer "
+                "images, `--data.num_train=N`."
+            )
+        found.append(epochs)
+    told = ", ".join(f"{epochs} of `{name}`" for name, epochs in zip(experiments, found))
+    _line(Console(), f"Epochs in {budget:g} seconds of steps: {told}.")
+    return found
 
 
 def resume(folder: Path, assignments: Sequence[str] = ()) -> None:
