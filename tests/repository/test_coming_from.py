@@ -5,6 +5,7 @@ it (Optax), a recorded run where there is one, and otherwise its convention writ
 test_other_libraries.py compares with the library itself.
 """
 
+import json
 import re
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import kfac_jax_factors
 import numpy as np
 import optax
 import pytest
@@ -226,6 +228,22 @@ def products_of_kfac(row):
         objective_of(cx.categorical("label"), TOKENS),
     ):
         assert ratio(matrix_of(one, objective), matrix_of(other, objective)) == pytest.approx(1)
+
+
+@claim("kfac-jax", "`BlockDiagonalCurvature` in mode `fisher_exact`")
+@claim("kfac-jax", "the same in mode `fisher_empirical`")
+def factors_of_kfac(row):
+    """Beside those that kfac-jax computed."""
+    params, batch = kfac_jax_factors.problem()
+    objective = cx.Objective(cx.categorical("label"), batch, model=kfac_jax_factors.predict)
+    mine = ours(row.cells[1], objective=objective, params=params)
+    theirs = json.loads(Path(kfac_jax_factors.__file__).with_suffix(".json").read_text())
+    fisher = "empirical" if "empirical" in row.cells[0] else "exact"
+    stated = factor(row.cells[2], N=len(batch["label"]))
+    for layer in params:
+        expected = stated * np.kron(*theirs[f"{fisher} {layer}"])
+        found = np.kron(*mine.factors_of(f"{layer}/w"))
+        np.testing.assert_allclose(found, expected, rtol=agreement(row), atol=1e-15)
 
 
 @claim("kfac-jax", "`register_squared_error_loss`")
