@@ -8,11 +8,13 @@ of a stack are taken one by one.
 import contextlib
 import contextvars
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_batching import custom_vmap
 from jax.scipy.linalg import cho_factor, cho_solve
 
 from curvax.devices import axes, meshes
@@ -120,11 +122,30 @@ def _shared(
 def _alone(f: Function, *stacks: jax.Array) -> tuple[jax.Array, ...]:
     first = stacks[0].shape[:-2]
     if not first:
-        return f(*stacks)
-    one_by_one = lambda *xs: lax.map(lambda x: f(*x), xs)
+        return _one(f)(*stacks)
     flat = [x.reshape(-1, *x.shape[-2:]) for x in stacks]
-    found = lax.platform_dependent(*flat, cpu=one_by_one, default=jax.vmap(f))
+    found = _of_stack(f, *flat)
     return tuple(x.reshape(*first, *x.shape[1:]) for x in found)
+
+
+def _of_stack(f: Function, *stacks: jax.Array) -> tuple[jax.Array, ...]:
+    """f of matrices [n, ., .], which the CPU takes one by one."""
+    one = _one(f)
+    one_by_one = lambda *xs: lax.map(lambda x: one(*x), xs)
+    return lax.platform_dependent(*stacks, cpu=one_by_one, default=jax.vmap(f))
+
+
+def _one(f: Function) -> Function:
+    """f of single matrices, which stays so under `jax.vmap`, as over the groups of `per_group`."""
+    single = custom_vmap(f)
+
+    @single.def_vmap
+    def rule(size: int, batched: list[bool], *xs: jax.Array) -> Any:
+        each = [x if own else jnp.broadcast_to(x, (size, *x.shape)) for x, own in zip(xs, batched)]
+        found = _alone(f, *each)
+        return found, tuple(True for _ in found)
+
+    return single
 
 
 def _share(

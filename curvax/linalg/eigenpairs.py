@@ -13,7 +13,7 @@ from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
 from curvax.arithmetic.typing import Matvec
 from curvax.devices import axes
-from curvax.linalg import bases
+from curvax.linalg import bases, decompositions
 from curvax.linalg.flatten import ravel, unravel
 from curvax.linalg.lanczos import normalised, widened
 from curvax.linalg.probes import gaussian_probe
@@ -183,7 +183,7 @@ def _restarted(
     """The search in a new basis of its best Ritz vectors and the next Lanczos vector."""
     m = len(search.matrix)
     upper = jnp.triu(search.matrix)
-    values, rotation = jnp.linalg.eigh(upper + jnp.triu(upper, 1).T)
+    ((values, rotation),) = decompositions.eigh(upper + jnp.triu(upper, 1).T)
     order = jnp.argsort(-ENDS[end](values))
     values, rotation = values[order], rotation[:, order]
     residuals = beta * jnp.abs(rotation[-1])

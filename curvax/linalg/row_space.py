@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
 from curvax.arithmetic.typing import Matvec, Scalar
+from curvax.linalg import decompositions
 from curvax.linalg.dense import finite_or_zero, solve_symmetric
 from curvax.linalg.flatten import materialize, ravel, unravel
 from curvax.linalg.solvers import Solution, Solver, direct_solver, relative_residual
@@ -75,7 +76,7 @@ def _least_norm(
     del damping
     # R Rᵀ is divided by a power of two near its norm, since its inverse square may be out of range.
     unit = trees.magnitude(kernel)
-    values, vectors = jnp.linalg.eigh(kernel * trees.inverse(unit))
+    ((values, vectors),) = decompositions.eigh(kernel * trees.inverse(unit))
     floor = rows.size * jnp.finfo(values.dtype).eps * values[-1]
     inverse = jnp.where(values > floor, 1 / jnp.where(values > floor, values, 1), 0)
     with jax.default_matmul_precision("highest"):

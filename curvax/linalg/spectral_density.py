@@ -11,6 +11,7 @@ from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
 from curvax.arithmetic.typing import Matvec, Scalar
+from curvax.linalg import decompositions
 from curvax.linalg.lanczos import lanczos
 
 
@@ -92,7 +93,8 @@ def spectral_density(
     checks.refuse_complex(probes, "spectral_density")
 
     def quadrature(z: Tree) -> tuple[jax.Array, jax.Array]:
-        nodes, vectors = jnp.linalg.eigh(lanczos(product, z, k, keep_basis=keep_basis).matrix)
+        matrix = lanczos(product, z, k, keep_basis=keep_basis).matrix
+        ((nodes, vectors),) = decompositions.eigh(matrix)
         return nodes, vectors[0] ** 2
 
     return SpectralDensity(*lax.map(quadrature, probes))

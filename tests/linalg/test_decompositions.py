@@ -47,6 +47,18 @@ def test_no_program_for_the_cpu_passes_a_stack_to_lapack(name):
         assert len(shape.split(",")) == 2, calls
 
 
+@pytest.mark.parametrize("name", ["eigenvalues", "projections", "orthogonal factor"])
+def test_a_map_over_matrices_does_not_make_a_stack_of_them(name):
+    """As over the groups of `per_group`, twice."""
+    f, expected = FUNCTIONS[name]
+    mapped = jax.jit(jax.vmap(jax.vmap(f)))
+    np.testing.assert_allclose(mapped(SYMMETRIC), expected(np.asarray(SYMMETRIC)), rtol=1e-8)
+    text = mapped.lower(SYMMETRIC).compile().as_text() or ""
+    calls = re.findall(r"= \(?\w+\[([\d,]*)\].* custom-call\(.*lapack", text)
+    assert calls
+    assert {len(shape.split(",")) for shape in calls} == {2}
+
+
 # Divided among devices
 
 
