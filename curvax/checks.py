@@ -149,7 +149,8 @@ def check_fraction(fraction: float, stage: str) -> None:
     """Refuses a fraction outside (0, 1], or one that is not a plain number.
 
     Raises:
-        ValueError, TypeError: see there.
+        ValueError: it is outside.
+        TypeError: it is an array.
     """
     check_static(stage, fraction=fraction)
     if not 0 < fraction <= 1:

@@ -120,19 +120,13 @@ def _shared(
 
 
 def _alone(f: Function, *stacks: jax.Array) -> tuple[jax.Array, ...]:
-    first = stacks[0].shape[:-2]
+    first, one = stacks[0].shape[:-2], _one(f)
     if not first:
-        return _one(f)(*stacks)
+        return one(*stacks)
     flat = [x.reshape(-1, *x.shape[-2:]) for x in stacks]
-    found = _of_stack(f, *flat)
-    return tuple(x.reshape(*first, *x.shape[1:]) for x in found)
-
-
-def _of_stack(f: Function, *stacks: jax.Array) -> tuple[jax.Array, ...]:
-    """f of matrices [n, ., .], which the CPU takes one by one."""
-    one = _one(f)
     one_by_one = lambda *xs: lax.map(lambda x: one(*x), xs)
-    return lax.platform_dependent(*stacks, cpu=one_by_one, default=jax.vmap(f))
+    found = lax.platform_dependent(*flat, cpu=one_by_one, default=jax.vmap(f))
+    return tuple(x.reshape(*first, *x.shape[1:]) for x in found)
 
 
 def _one(f: Function) -> Function:

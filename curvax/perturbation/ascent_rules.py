@@ -58,6 +58,10 @@ class MetricAscent:
     direction: Callable[[Objective, Tree, Tree, Callable[[Tree], Tree], tuple[str, ...]], Tree]
 
 
+AtAPoint = Ascent | MetricAscent | TreePrefix | Callable[[Path], Ascent]
+"""One rule for all leaves, a tree prefix of rules, or a function of the path of a leaf."""
+
+
 @dataclasses.dataclass(frozen=True)
 class MomentumAscent:
     """An ascent along an average of the gradients of earlier steps.
@@ -68,11 +72,10 @@ class MomentumAscent:
     """
 
     decay: ScalarOrSchedule
-    rule: "Ascent | MetricAscent | TreePrefix | Callable[[Path], Ascent] | None" = None
+    rule: AtAPoint | None = None
 
 
-AscentLike = Ascent | MetricAscent | MomentumAscent | TreePrefix | Callable[[Path], Ascent]
-"""One rule for all leaves, a tree prefix of rules, or a function of the path of a leaf."""
+AscentLike = AtAPoint | MomentumAscent
 
 
 def dual_norm(p: float = 2) -> Ascent:
@@ -215,7 +218,7 @@ def random_direction(key: Key = 0) -> Ascent:
     return Ascent(draw, p=2, key=key)
 
 
-def momentum(decay: ScalarOrSchedule = 0.0, rule: AscentLike | None = None) -> MomentumAscent:
+def momentum(decay: ScalarOrSchedule = 0.0, rule: AtAPoint | None = None) -> MomentumAscent:
     """Ascends along an average of the perturbed gradients of earlier steps: SAM for one gradient.
 
         ε̂ = ρ m / ‖m‖,   u = ∇L(θ + ε̂),   m ← β m + (1 - β) u

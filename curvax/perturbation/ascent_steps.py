@@ -177,8 +177,12 @@ class BallAscent(NamedTuple):
 
     def visited(self, g: Tree) -> Iterator[LossAndGradient]:
         """((L, aux), ∇L) at each point of the ascent that starts with the gradient g."""
-        first = axes.vary(g, self.local) if self.shared else self._synced(g)
-        e = self._in_metric(g) if self.rules.metric else self._first(first, self.params)
+        g = g if self.shared else self._mean(g)
+        e = (
+            self._in_metric(g)
+            if self.rules.metric
+            else self._first(axes.vary(g, self.local), self.params)
+        )
         yield (reached := self._at(e))
         for number in range(1, self.steps):
             e = self._later(number, e, self._synced(reached[1]), self.params)
@@ -223,8 +227,7 @@ class BallAscent(NamedTuple):
     def _in_metric(self, g: Tree) -> Tree:
         assert self.rules.metric is not None
         masked = self.rules.masked
-        g = masked(self._mean(g))
-        e = self.rules.metric.direction(self.objective, self.params, g, masked, self.sync)
+        e = self.rules.metric.direction(self.objective, self.params, masked(g), masked, self.sync)
         return axes.vary(e, self.local)
 
     def _later(self, number: int, e: Tree, g: Tree, params: Tree) -> Tree:

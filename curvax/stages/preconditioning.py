@@ -22,13 +22,6 @@ from curvax.pipes.diagnostics import Flags, Metrics, metrics_of, no_metrics
 from curvax.pipes.signal import Signal, Stage, StepState, at, stage
 
 
-class PowerState(NamedTuple):
-    step: jax.Array
-    """t, int32 scalar."""
-    decomposed: KroneckerState
-    """The eigenvectors and eigenvalues that are kept."""
-
-
 @injectable
 def scale_by_power(
     power: ScalarOrSchedule,
@@ -82,11 +75,10 @@ def scale_by_power(
         checks.check_count("scale_by_power", every=every)
     keeps = isinstance(every, jax.Array) or every > 1
 
-    def init(params: Tree, factors: Any = None) -> StepState | PowerState:
+    def init(params: Tree, factors: Any = None) -> StepState | KroneckerState:
         del params
-        step = jnp.zeros((), jnp.int32)
         if not keeps:
-            return StepState(step)
+            return StepState(jnp.zeros((), jnp.int32))
         if factors is None:
             raise ValueError(
                 f"`scale_by_power(every={every})` keeps eigendecompositions of Kronecker factors, "
@@ -94,25 +86,25 @@ def scale_by_power(
                 "`gradient_kronecker()` or `fisher_kronecker(like=objective)` before it; a "
                 "diagonal is decomposed in no step, so leave `every` out."
             )
-        return PowerState(step, nothing_kept(lambda: _kernels(factors)))
+        return nothing_kept(lambda: _kernels(factors))
 
     def rule(
-        signal: Signal, state: StepState | PowerState, params: Tree = None, **extra: Any
-    ) -> tuple[Signal, StepState | PowerState]:
+        signal: Signal, state: StepState | KroneckerState, params: Tree = None, **extra: Any
+    ) -> tuple[Signal, StepState | KroneckerState]:
         del params, extra
         k, epsilon, lam = (at(x, state.step) for x in (power, eps, damping))
         divisor = lambda d: safe_math.power(d + lam, k) + epsilon
         inverse = lambda d: _divided(jnp.ones_like(d), divisor(d), epsilon)
         divide = lambda u, d: _divided(u, divisor(d), epsilon).astype(u.dtype)
-        new: dict[str, Any] = {"step": state.step + 1}
+        new = state._replace(step=state.step + 1)
         if signal.diagonal is None and signal.factors is not None:
             over = shared_axes(signal.factors, divided_over, "scale_by_power")
             with decompositions.divided(over):
-                if isinstance(state, PowerState):
-                    make = lambda: _kernels(signal.factors)
-                    basis, new["decomposed"] = kept_or_made(make, state.decomposed, every)
+                make = lambda: _kernels(signal.factors)
+                if isinstance(state, KroneckerState):
+                    basis, new = kept_or_made(make, state, every)
                 else:
-                    basis = _kernels(signal.factors)
+                    basis = make()
             basis = dataclasses.replace(basis, diagonals=signal.factors.diagonals)
             updates = basis.scaled(signal.updates, inverse)
         else:
@@ -120,7 +112,7 @@ def scale_by_power(
                 signal.diagonal, "scale_by_power", "divides by a diagonal"
             )
             updates = jax.tree.map(divide, signal.updates, diagonal)
-        return signal._replace(updates=updates), state._replace(**new)
+        return signal._replace(updates=updates), new
 
     return stage(init, rule)
 

@@ -210,7 +210,7 @@ class _Reader:
 
 def outline(text: str) -> str:
     """The names of a method's parts: `sam_perturb(0.2) | adamw(1e-3)` ↦ `sam_perturb | adamw`."""
-    return " | ".join(map(_name, _operands(_Reader(text, {}).tree())))
+    return _outline(_Reader(text, {}).tree())
 
 
 def outlines(texts: Sequence[str]) -> list[str]:
@@ -220,7 +220,7 @@ def outlines(texts: Sequence[str]) -> list[str]:
     `sam_perturb(0.1) | adamw` and `sam_perturb(0.2) | adamw`.
     """
     trees = [_Reader(text, {}).tree() for text in texts]
-    names = [outline(text) for text in texts]
+    names = list(map(_outline, trees))
     found = list(names)
     for name in {name for name in names if names.count(name) > 1}:
         alike = [i for i, own in enumerate(names) if own == name]
@@ -248,6 +248,10 @@ def with_argument(text: str, factory: str, **argument: Any) -> str:
                     node.keywords.append(ast.keyword(name, ast.Constant(value)))
                     changes = True
     return ast.unparse(tree) if changes else text
+
+
+def _outline(tree: ast.expr) -> str:
+    return " | ".join(map(_name, _operands(tree)))
 
 
 def _name(node: ast.expr) -> str:
