@@ -115,12 +115,12 @@ def per_group(m: int, stages: optax.GradientTransformation, *, sequential: bool 
         out, shared, new = over_groups(one, groups, count, params, state)
         averaged = shared.value
         whole = averaged.union(axis for axis in objective.joined if isinstance(axis, str))
-        out = _finished(out, params)._replace(local=local - averaged, averaged=whole)
+        out = _finished(out, params)._replace(local=local, averaged=frozenset())
         if weight is not None:
             # Values that devices share were averaged over groups by the weights of one device.
-            out = mean_over_devices(
-                out, tuple(axis for axis in axes.manual() if axis in averaged), weight
-            )
+            over = tuple(axis for axis in axes.manual() if axis in averaged)
+            out = mean_over_devices(out, over, weight)
+        out = out._replace(local=local - averaged, averaged=whole)
         advanced = keys.map(lambda key: jax.random.fold_in(key, shards * count), state)
         new = keys.put_back(advanced, meshes.laid_like(new, state))
         return out, jax.tree.map(lambda x, old: _settled(x, old, objective, local), new, state)
