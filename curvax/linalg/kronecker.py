@@ -81,24 +81,13 @@ def kronecker(every: int = 1, *, style: str = "exact", divided_over: AxisNames =
         del params
         if every == 1:
             return ()
-        if factors is None:
-            raise ValueError(
-                f"`kronecker(every={every})` keeps factorisations, whose shapes follow from the "
-                "model, and no stage before it in its pipe knows the model. Pass an objective with "
-                "the shapes of training, `fisher_kronecker(like=objective) | ... | "
-                f"solve(kronecker(every={every}))`, or leave `every` out."
-            )
-        return nothing_kept(lambda: factorised(factors, 1.0))
+        known = known_factors(factors, f"kronecker(every={every})", "leave `every` out")
+        return nothing_kept(lambda: factorised(known, 1.0))
 
     def prepare(product: Matvec, state: Any, factors: Any) -> tuple[Matvec, Tree]:
         whole = as_product(product)
         factors = whole.curvature if factors is None else factors
-        if not hasattr(factors, "eigen"):
-            raise ValueError(
-                "`kronecker()` solves with Kronecker factors, and no earlier stage gave any. Put "
-                "an estimator before it, as in `fisher_kronecker() | damp(1e-3) | "
-                "solve(kronecker())`."
-            )
+        factors = needed_factors(factors, "kronecker", "fisher_kronecker() | solve(kronecker())")
         damping = 0.0 if whole.damping is None else whole.damping
         with jax.default_matmul_precision("highest"):
             over = shared_axes(factors, divided_over, "kronecker")
@@ -124,6 +113,37 @@ def kronecker(every: int = 1, *, style: str = "exact", divided_over: AxisNames =
         return _solution(apply(b)), state
 
     return Solver(solve, init, uses_factors=True, prepare=prepare, measures=False)
+
+
+def needed_factors(factors: Any, where: str, example: str) -> Any:
+    """The Kronecker factors that a stage or solver received.
+
+    Raises:
+        ValueError: no earlier stage set any.
+    """
+    if not hasattr(factors, "eigen"):
+        raise ValueError(
+            f"`{where}` needs Kronecker factors, and no earlier stage gave any. Put an estimator "
+            f"before it, as in `{example}`; between stages write `|` or `curvax.pipe`, since "
+            "`optax.chain` passes on the updates only."
+        )
+    return factors
+
+
+def known_factors(factors: Any, where: str, otherwise: str) -> Any:
+    """The factors of zeros that `init` received, of what is kept from step to step.
+
+    Raises:
+        ValueError: no stage before this one knows their shapes.
+    """
+    if factors is None:
+        raise ValueError(
+            f"`{where}` keeps decompositions of Kronecker factors, whose shapes follow from the "
+            "model, and no stage before it in its pipe knows them. Pass an objective with the "
+            "shapes of training to the stage that makes the factors, "
+            f"`fisher_kronecker(like=objective)`, use `gradient_kronecker()`, or {otherwise}."
+        )
+    return factors
 
 
 def nothing_kept(make: Callable[[], Any]) -> KroneckerState:

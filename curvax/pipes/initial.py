@@ -7,6 +7,7 @@ them as the second argument of their `init`.
 
 import contextlib
 import contextvars
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -41,6 +42,15 @@ def whole(part: Tree) -> Tree:
     for fill in _whole.get():
         part = fill(part)
     return part
+
+
+def telling(init: Callable[..., Any], **told: Any) -> Callable[..., Any]:
+    """An `init` that tells others of its stage: which leaves it `moves`, as `warn_of_frozen` reads,
+    or how to make its `factors`.
+    """
+    init = functools.partial(init)
+    vars(init).update(told)
+    return init
 
 
 def takes_factors(init: Callable[..., Any]) -> bool:

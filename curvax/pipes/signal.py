@@ -177,12 +177,6 @@ def pipe(*parts: optax.GradientTransformation) -> Stage:
         frozen.warn_of_frozen(parts, states, params)
         return states
 
-    moving = [part.init.moves for part in parts if hasattr(part.init, "moves")]
-    if moving:
-        init.moves = moving[0]  # type: ignore[attr-defined]
-    if make := initial.factors_of_all(parts):
-        init.factors = make  # type: ignore[attr-defined]
-
     def rule(
         signal: Signal, state: optax.OptState, params: Tree = None, **extra: Any
     ) -> tuple[Signal, optax.OptState]:
@@ -194,7 +188,11 @@ def pipe(*parts: optax.GradientTransformation) -> Stage:
 
     name = " | ".join(map(name_of, parts))
     below = tuple(kind for part in parts for kind in kinds(part))
-    return _lifted(init, rule, name, below, parts)
+    moving = [part.init.moves for part in parts if hasattr(part.init, "moves")]
+    told: dict[str, Any] = {"moves": moving[0]} if moving else {}
+    if make := initial.factors_of_all(parts):
+        told["factors"] = make
+    return _lifted(initial.telling(init, **told), rule, name, below, parts)
 
 
 def step(
@@ -244,7 +242,7 @@ def containing(
     """
     name = rule.__qualname__.split(".")[0]
     if takes_factors(init) and (make := initial.factors_of_all(inner)):
-        init.factors = make  # type: ignore[attr-defined]
+        init = initial.telling(init, factors=make)
     below = tuple(kind for part in inner for kind in kinds(part))
     if converted:
         below = tuple(kind._replace(converted=True) for kind in below)

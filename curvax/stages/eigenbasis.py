@@ -18,10 +18,11 @@ from curvax.devices import axes
 from curvax.devices.axes import AxisNames
 from curvax.hyperparameters import injectable
 from curvax.linalg import decompositions
-from curvax.linalg.kronecker import shared_axes
+from curvax.linalg.kronecker import known_factors, needed_factors, shared_axes
 from curvax.linear_operator import as_product
 from curvax.objective import Objective, as_objective
 from curvax.pipes import estimates, requirements
+from curvax.pipes.initial import telling
 from curvax.pipes.signal import Signal, Stage, containing
 
 STYLES = ("exact", "iteration")
@@ -105,14 +106,9 @@ def in_eigenbasis(
         step, below = jnp.zeros((), jnp.int32), inner.init(params)
         if not keeps:
             return EigenbasisState(step, (), below)
-        if factors is None:
-            raise ValueError(
-                "`in_eigenbasis` keeps eigenvectors, whose shapes follow from the model, and no "
-                "stage before it in its pipe knows the model. Pass an objective with the shapes of "
-                "training, `fisher_kronecker(like=objective) | ... | in_eigenbasis(...)`, or "
-                "decompose in each step: `every=1` and `style='exact'`."
-            )
-        shapes = _bases(jax.eval_shape(factors.eigen))
+        instead = "decompose in each step: `every=1` and `style='exact'`"
+        known = known_factors(factors, "in_eigenbasis(...)", instead)
+        shapes = _bases(jax.eval_shape(known.eigen))
         eye = lambda x: jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=x.dtype), x.shape)
         return EigenbasisState(step, jax.tree.map(eye, shapes), below)
 
@@ -122,8 +118,6 @@ def in_eigenbasis(
             return None
         return jax.tree.map(jnp.zeros_like, jax.eval_shape(factors.eigen))
 
-    init.factors = behind  # type: ignore[attr-defined]
-
     def rule(
         signal: Signal,
         state: EigenbasisState,
@@ -132,13 +126,8 @@ def in_eigenbasis(
         value_fn: ValueFn | None = None,
         **extra: Any,
     ) -> tuple[Signal, EigenbasisState]:
-        factors = signal.factors
-        if not hasattr(factors, "eigen"):
-            raise ValueError(
-                "`in_eigenbasis` needs Kronecker factors, and no earlier stage gave any. Put an "
-                "estimator before it, as in `gradient_kronecker() | ema_mean(0.95) | "
-                "in_eigenbasis(...)`."
-            )
+        example = "gradient_kronecker() | ema_mean(0.95) | in_eigenbasis(...)"
+        factors = needed_factors(signal.factors, "in_eigenbasis", example)
         objective = None if value_fn is None else as_objective(value_fn, "in_eigenbasis", params)
         over, known = shared_axes(factors, divided_over, "in_eigenbasis"), ~factors.is_zero()
         with jax.default_matmul_precision("highest"):
@@ -146,20 +135,27 @@ def in_eigenbasis(
                 due = (state.step % every == 0) & known
                 bases = _refreshed(factors, state, due, style) if keeps else ()
                 basis = _basis(factors, bases) if keeps else factors.eigen()
-            turned, out_of = _turned(signal, basis), basis.out_of
-            found, below = estimates.estimated(
-                inner, turned, state.inner, basis.into(trees.wide_floats(params)),
-                "in_eigenbasis(...)",
-                value_fn=None if objective is None else objective.through(out_of),
-                eigenbasis=Eigenbasis(basis, objective, params), **extra,
-            )  # fmt: skip
-            diagonal = requirements.needed_diagonal(
-                found.diagonal, "in_eigenbasis", "takes a diagonal from the stages inside"
-            )
+            within = Eigenbasis(basis, objective, params)
+            diagonal, below = _estimated(inner, signal, state.inner, within, extra)
         signal = signal._replace(factors=basis.with_diagonal(diagonal))
         return signal, EigenbasisState(state.step + known, bases, below)
 
-    return containing(init, rule, inner)
+    return containing(telling(init, factors=behind), rule, inner)
+
+
+def _estimated(
+    inner: Stage, signal: Signal, state: optax.OptState, within: Eigenbasis, extra: dict[str, Any]
+) -> tuple[Tree, optax.OptState]:
+    """(the diagonal that the stages inside estimate, their new state)"""
+    basis, objective, params = within
+    found, state = estimates.estimated(
+        inner, _turned(signal, basis), state, basis.into(trees.wide_floats(params)),
+        "in_eigenbasis(...)",
+        value_fn=None if objective is None else objective.through(basis.out_of),
+        eigenbasis=within, **extra,
+    )  # fmt: skip
+    needs = "takes a diagonal from the stages inside"
+    return requirements.needed_diagonal(found.diagonal, "in_eigenbasis", needs), state
 
 
 def _turned(signal: Signal, basis: CorrectedFactors) -> Signal:

@@ -17,7 +17,7 @@ from curvax.devices.axes import AxisNames
 from curvax.objective import Objective, as_objective, device_mean
 from curvax.pipes import requirements
 from curvax.pipes.diagnostics import Flags, Metrics, metrics_of, no_metrics, with_metrics_of
-from curvax.pipes.initial import initial
+from curvax.pipes.initial import initial, telling
 from curvax.pipes.signal import Signal, Stage, containing, pipe
 
 FACTORS = {"poor": 1.5, "good": 2 / 3, "rejected": 4.0}
@@ -93,8 +93,6 @@ def levenberg_marquardt(
         below, metrics = initial(inner, params, factors), no_metrics("reduction_ratio", "kl")
         return LevenbergMarquardtState(lam, jnp.zeros((), jnp.int32), below, *metrics)
 
-    init.moves = (lambda params: [True] * len(jax.tree.leaves(params)), _FROZEN)  # type: ignore[attr-defined]
-
     def rule(
         signal: Signal,
         state: LevenbergMarquardtState,
@@ -122,6 +120,8 @@ def levenberg_marquardt(
         )
         return out._replace(updates=_select(undone, zeros, out.updates)), new_state
 
+    all_move = lambda params: [True] * len(jax.tree.leaves(params))
+    init = telling(init, moves=(all_move, _FROZEN))
     return containing(init, rule, inner, evaluates_loss=True)
 
 

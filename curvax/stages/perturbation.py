@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +33,7 @@ from curvax.perturbation import MomentumAscent, dual_norm
 from curvax.perturbation.ascent_rules import AscentLike
 from curvax.perturbation.ascent_steps import AscentRules, BallAscent, check_ascent
 from curvax.perturbation.radius import radius_of
-from curvax.pipes import order
+from curvax.pipes import initial, order
 from curvax.pipes.diagnostics import Flags, Metrics, StageMetrics, metrics_of, no_metrics
 from curvax.pipes.initial import zeros_to_keep
 from curvax.pipes.signal import Signal, Stage, at, stage
@@ -147,32 +149,65 @@ def sam_perturb(
         >>> round(float(curvax.diagnostics(state)["surrogate_gap"]), 3)
         0.505
     """
-    kept, ascent = (ascent, ascent.rule) if isinstance(ascent, MomentumAscent) else (None, ascent)
+    decay, ascent = _apart(ascent)
     check_ascent("sam_perturb", rho, p, steps, ascent, second_order=second_order, mode=mode)
     checks.check_fraction(fraction, "sam_perturb")
-    own_gradient = kept is not None or fraction < 1
-    if own_gradient and second_order:
+    if not isinstance(every, jax.Array):
+        checks.check_count("sam_perturb", every=every)
+    ascent = dual_norm(p) if ascent is None else ascent
+    rules = partial(AscentRules, ascent, p, mask)
+    own = _Perturbation(
+        rules, rho, steps, step_size, projected, decay, fraction,
+        second_order, mode, every, sync_over,
+    )  # fmt: skip
+    if own.apart and second_order:
         raise ValueError(
             "`sam_perturb(second_order=True)` differentiates through the gradient of the whole "
             "batch at θ, and `momentum` and a `fraction` below 1 ascend along another. Leave one "
             "of them out."
         )
-    if not isinstance(every, jax.Array):
-        checks.check_count("sam_perturb", every=every)
-    ascent = dual_norm(p) if ascent is None else ascent
+    init = initial.telling(own.init, moves=(lambda params: rules(params).mask, _FROZEN))
+    return stage(init, own.rule, name="sam_perturb", replaces_gradient=True)
 
-    def init(params: Tree) -> SamState | MomentumState:
+
+def _apart(ascent: AscentLike | None) -> tuple[ScalarOrSchedule | None, AscentLike | None]:
+    """(the decay of `momentum` or None, the rule)"""
+    return (ascent.decay, ascent.rule) if isinstance(ascent, MomentumAscent) else (None, ascent)
+
+
+class _Perturbation(NamedTuple):
+    """The options of `sam_perturb`."""
+
+    rules: Callable[[Tree], AscentRules]
+    rho: ScalarOrSchedule | TreePrefix
+    steps: int
+    step_size: ScalarOrSchedule | None
+    projected: bool
+    decay: ScalarOrSchedule | None
+    """Of `momentum`."""
+    fraction: float
+    second_order: bool
+    mode: str
+    every: Period
+    sync_over: AxisNames
+
+    @property
+    def apart(self) -> bool:
+        """Whether the ascent takes another gradient than the given one."""
+        return self.decay is not None or self.fraction < 1
+
+    def init(self, params: Tree) -> SamState | MomentumState:
         trees.require_floating(params, "sam_perturb")
         _warn_of_half_precision(params)
-        keys = tuple(DrawingKey(key).initial() for key in AscentRules(ascent, p, mask, params).keys)
-        metrics = no_metrics(*(x for x in METRICS if not (own_gradient and x in OF_LOSS)))
-        if kept is None:
-            return SamState(jnp.zeros((), jnp.int32), keys, *metrics)
-        return MomentumState(jnp.zeros((), jnp.int32), keys, zeros_to_keep(params), *metrics)
-
-    init.moves = (lambda params: AscentRules(ascent, p, mask, params).mask, _FROZEN)  # type: ignore[attr-defined]
+        step, rules = jnp.zeros((), jnp.int32), self.rules(params)
+        keys = tuple(DrawingKey(key).initial() for key in rules.keys)
+        metrics = no_metrics(*(x for x in METRICS if not (self.apart and x in OF_LOSS)))
+        if self.decay is None:
+            return SamState(step, keys, *metrics)
+        return MomentumState(step, keys, zeros_to_keep(params), *metrics)
 
     def rule(
+        self,
         signal: Signal,
         state: SamState | MomentumState,
         params: Tree,
@@ -182,53 +217,66 @@ def sam_perturb(
     ) -> tuple[Signal, SamState | MomentumState]:
         del extra
         objective = as_objective(value_fn, "sam_perturb", params)
+        ball = self._ball(signal, state, objective, params)
+        local = ball.local
+        now: jax.Array | bool = True
+        if signal.value is not None:
+            signal = signal._replace(value=axes.vary(jnp.asarray(signal.value, float), local))
+        step = _Step(ball, signal, state, self)
+        if isinstance(self.every, int) and self.every == 1:
+            found = step.perturbed()
+        else:
+            now = state.step % self.every == 0
+            found = axes.cond(now, step.perturbed, step.clean)
+        signal = signal._replace(
+            updates=found.updates, gradient=signal.updates, perturbed_value=found.value,
+            perturbed=now, local=local,
+        )  # fmt: skip
+        if self.apart:
+            signal = signal._replace(value=None, aux=found.aux)
+        new: dict[str, Any] = found.metrics._asdict() | {"step": state.step + 1}
+        if self.decay is not None:
+            new["average"] = found.average
+            shared = frozenset(ball.sync)
+            signal = signal._replace(local=local - shared, averaged=signal.averaged | shared)
+        return signal, state._replace(**new)
+
+    def _ball(
+        self,
+        signal: Signal,
+        state: SamState | MomentumState,
+        objective: Objective,
+        params: Tree,
+    ) -> BallAscent:
+        """The ascent of this step.
+
+        Raises:
+            ValueError, TypeError: the gradient, the radius or the device axes do not suit it.
+        """
         local = objective.local_axes(params)
         checks.refuse_split(params, objective, stage="sam_perturb")
         order.refuse_changed_in_pipe(signal.updates, signal.gradient, "sam_perturb")
         checks.refuse_summed(signal.updates, local - signal.averaged, stage="sam_perturb")
-        radius = radius_of(rho, state.step, params, stage="sam_perturb")
-        sync = axes.bound(sync_over, where="`sam_perturb(sync_over=)`")
-        if kept is not None:
-            checks.averaged_axes(sync_over, local, stage="sam_perturb", option="sync_over")
-        rules = AscentRules(ascent, p, mask, params)
+        radius = radius_of(self.rho, state.step, params, stage="sam_perturb")
+        sync = axes.bound(self.sync_over, where="`sam_perturb(sync_over=)`")
+        if self.decay is not None:
+            checks.averaged_axes(self.sync_over, local, stage="sam_perturb", option="sync_over")
+        rules = self.rules(params)
         keys = tuple(DrawingKey(key).of(data) for key, data in zip(rules.keys, state.keys))
-        ball = BallAscent(
+        return BallAscent(
             objective=objective,
             params=axes.vary(params, local),
             rules=rules,
             keys=_drawn(keys, state.step, objective, local - set(sync)),
             radius=radius,
-            steps=steps,
-            step_size=at(step_size, state.step),
-            projected=projected,
+            steps=self.steps,
+            step_size=at(self.step_size, state.step),
+            projected=self.projected,
             sync=sync,
             local=local,
-            mode=mode,
-            shared=kept is not None,
+            mode=self.mode,
+            shared=self.decay is not None,
         )
-        if signal.value is not None:
-            signal = signal._replace(value=axes.vary(jnp.asarray(signal.value, float), local))
-        step = _Step(ball, signal, state, fraction, None if kept is None else kept.decay)
-        always = isinstance(every, int) and every == 1
-        now = True if always else state.step % every == 0
-        perturbed = lambda: step.perturbed(second_order)
-        found = perturbed() if always else axes.cond(now, perturbed, step.clean)
-        signal = signal._replace(
-            updates=found.updates,
-            gradient=signal.updates,
-            perturbed_value=found.value,
-            perturbed=now,
-            local=local,
-        )
-        if own_gradient:
-            signal = signal._replace(value=None, aux=found.aux)
-        new: dict[str, Any] = found.metrics._asdict() | {"step": state.step + 1}
-        if kept is not None:
-            new["average"] = found.average
-            signal = signal._replace(local=local - set(sync), averaged=signal.averaged.union(sync))
-        return signal, state._replace(**new)
-
-    return stage(init, rule, replaces_gradient=True)
 
 
 _FROZEN = (
@@ -257,18 +305,16 @@ class _Step(NamedTuple):
     ball: BallAscent
     signal: Signal
     state: SamState | MomentumState
-    fraction: float
-    decay: ScalarOrSchedule | None
-    """Of `momentum`."""
+    options: _Perturbation
 
-    def perturbed(self, second_order: bool) -> _Found:
-        ball, state = self.ball, self.state
+    def perturbed(self) -> _Found:
+        ball, state, decay = self.ball, self.state, self.options.decay
         start = self._ascent_gradient()
-        ((value, aux), g_p), updates = ball.gradient(start, second_order)
+        ((value, aux), g_p), updates = ball.gradient(start, self.options.second_order)
         average = ()
-        if self.decay is not None:
+        if decay is not None:
             updates = g_p = self._mean(g_p)
-            average = _faded(at(self.decay, state.step), start, g_p)
+            average = _faded(at(decay, state.step), start, g_p)
         both = ball.rules.perturbed(start), ball.rules.perturbed(g_p)
         scalars = _scalars(self.signal.value, value, *both, _largest(ball.radius))
         over = tuple(axis for axis in axes.manual() if axis in ball.local)
@@ -279,7 +325,7 @@ class _Step(NamedTuple):
     def clean(self) -> _Found:
         """The gradient at θ, in a pass of its own if nothing else needs the given one."""
         ball, state, aux, gradient = self.ball, self.state, self.signal.aux, self.signal.updates
-        if self.decay is not None or self.fraction < 1:
+        if self.options.apart:
             (_, aux), gradient = value_aux_and_grad(ball.objective, ball.params)
             gradient = self._typed(self._mean(gradient))
         last = axes.vary(state.figures["perturbed_loss"].astype(float), ball.local)
@@ -290,14 +336,14 @@ class _Step(NamedTuple):
         """An average, the gradient of a part of the batch, or the given one."""
         if isinstance(self.state, MomentumState):
             return self.state.average
-        if self.fraction == 1:
+        if self.options.fraction == 1:
             return self.signal.updates
-        part = first_part(self.ball.objective, self.fraction, "sam_perturb")
+        part = first_part(self.ball.objective, self.options.fraction, "sam_perturb")
         return value_aux_and_grad(part, self.ball.params)[1]
 
     def _mean(self, gradient: Tree) -> Tree:
         """With `momentum` averaged over devices."""
-        over = () if self.decay is None else self.ball.sync
+        over = () if self.options.decay is None else self.ball.sync
         return axes.mean(gradient, over, self.ball.objective.batch_weight())
 
     def _typed(self, updates: Tree) -> Tree:

@@ -16,7 +16,13 @@ from curvax.arithmetic.typing import Period, Scalar, ScalarOrSchedule
 from curvax.devices.axes import AxisNames
 from curvax.hyperparameters import injectable
 from curvax.linalg import decompositions
-from curvax.linalg.kronecker import KroneckerState, kept_or_made, nothing_kept, shared_axes
+from curvax.linalg.kronecker import (
+    KroneckerState,
+    kept_or_made,
+    known_factors,
+    nothing_kept,
+    shared_axes,
+)
 from curvax.pipes import requirements
 from curvax.pipes.diagnostics import Flags, Metrics, metrics_of, no_metrics
 from curvax.pipes.signal import Signal, Stage, StepState, at, stage
@@ -79,14 +85,9 @@ def scale_by_power(
         del params
         if not keeps:
             return StepState(jnp.zeros((), jnp.int32))
-        if factors is None:
-            raise ValueError(
-                f"`scale_by_power(every={every})` keeps eigendecompositions of Kronecker factors, "
-                "and no stage before it in its pipe makes factors whose shapes it knows. Put "
-                "`gradient_kronecker()` or `fisher_kronecker(like=objective)` before it; a "
-                "diagonal is decomposed in no step, so leave `every` out."
-            )
-        return nothing_kept(lambda: _kernels(factors))
+        instead = "leave `every` out: a diagonal needs no decomposition"
+        known = known_factors(factors, f"scale_by_power(every={every})", instead)
+        return nothing_kept(lambda: _kernels(known))
 
     def rule(
         signal: Signal, state: StepState | KroneckerState, params: Tree = None, **extra: Any
@@ -96,25 +97,33 @@ def scale_by_power(
         divisor = lambda d: safe_math.power(d + lam, k) + epsilon
         inverse = lambda d: _divided(jnp.ones_like(d), divisor(d), epsilon)
         divide = lambda u, d: _divided(u, divisor(d), epsilon).astype(u.dtype)
-        new = state._replace(step=state.step + 1)
         if signal.diagonal is None and signal.factors is not None:
             over = shared_axes(signal.factors, divided_over, "scale_by_power")
-            with decompositions.divided(over):
-                make = lambda: _kernels(signal.factors)
-                if isinstance(state, KroneckerState):
-                    basis, new = kept_or_made(make, state, every)
-                else:
-                    basis = make()
-            basis = dataclasses.replace(basis, diagonals=signal.factors.diagonals)
+            basis, new = _decomposed(signal.factors, state, every, over)
             updates = basis.scaled(signal.updates, inverse)
         else:
             diagonal = requirements.needed_diagonal(
                 signal.diagonal, "scale_by_power", "divides by a diagonal"
             )
             updates = jax.tree.map(divide, signal.updates, diagonal)
+            new = state._replace(step=state.step + 1)
         return signal._replace(updates=updates), new
 
     return stage(init, rule)
+
+
+def _decomposed(
+    factors: Any, state: StepState | KroneckerState, every: Period, over: tuple[str, ...]
+) -> tuple[Any, StepState | KroneckerState]:
+    """The factors in their eigenbasis, which is kept for `every` steps if the state holds one."""
+    make = lambda: _kernels(factors)
+    new: StepState | KroneckerState
+    with decompositions.divided(over):
+        if isinstance(state, KroneckerState):
+            basis, new = kept_or_made(make, state, every)
+        else:
+            basis, new = make(), StepState(state.step + 1)
+    return dataclasses.replace(basis, diagonals=factors.diagonals), new
 
 
 def _kernels(factors: Any) -> Any:

@@ -16,6 +16,7 @@ from curvax.curvature.kronecker.gradient import (
 )
 from curvax.hyperparameters import injectable
 from curvax.parameter_roles.layouts import Layout
+from curvax.pipes.initial import telling
 from curvax.pipes.signal import Signal, Stage, stage
 
 
@@ -63,8 +64,6 @@ def gradient_kronecker(layout: Layout | None = None, *, largest: int = 8192) -> 
         shapes = jax.eval_shape(lambda g: gradient_factors(g, structure), params)
         return jax.tree.map(jnp.zeros_like, shapes)
 
-    init.factors = zeros  # type: ignore[attr-defined]
-
     def rule(
         signal: Signal, state: optax.OptState, params: Tree = None, **extra: Any
     ) -> tuple[Signal, optax.OptState]:
@@ -73,4 +72,4 @@ def gradient_kronecker(layout: Layout | None = None, *, largest: int = 8192) -> 
         structure = structure_of_layout(signal.updates, layout, largest)
         return signal._replace(factors=gradient_factors(signal.updates, structure)), state
 
-    return stage(init, rule)
+    return stage(telling(init, factors=zeros), rule)

@@ -13,7 +13,7 @@ from curvax.arithmetic.trees import Tree
 from curvax.arithmetic.typing import Key, ValueFn
 from curvax.devices.axes import AxisNames
 from curvax.objective import LossAndGradient, Objective, as_objective
-from curvax.pipes.initial import MakeFactors
+from curvax.pipes.initial import MakeFactors, telling
 from curvax.pipes.signal import Signal, Stage, stage
 from curvax.pipes.state_keys import DrawingKey
 from curvax.stages.estimation.diagonal_stage import part_and_axes, share_gradient
@@ -54,9 +54,6 @@ def gradient_sharing_stage(
             return optax.EmptyState()
         return DrawState(drawing.initial(), jnp.zeros((), jnp.int32))
 
-    if factors is not None:
-        init.factors = factors  # type: ignore[attr-defined]
-
     def rule(
         signal: Signal,
         state: optax.OptState,
@@ -78,4 +75,5 @@ def gradient_sharing_stage(
             signal = share_gradient(signal, objective, params, loss, gradient, local)
         return signal, state if drawing is None else state._replace(step=state.step + 1)
 
-    return stage(init, rule, name=name)
+    told = init if factors is None else telling(init, factors=factors)
+    return stage(told, rule, name=name)
