@@ -41,12 +41,12 @@ class RunSpec(NamedTuple):
     seeds: int = 1
     fair: bool = False  # also train the baseline for twice the epochs
     fields: Mapping[str, Sequence[str]] = {}  # field ↦ values of a sweep
-    epochs: Sequence[int] = ()  # of each method, where they follow from a time; else the config's
+    method_epochs: Sequence[int] = ()  # of each, where a time gives them; else the config's
 
     def variants(self, config: ConfigDict) -> Variants:
         """The config of every variant, in the order of their folders."""
         variants = comparison.variants(config, self.optimizers, fair=self.fair)
-        for name, epochs in zip(variants, self.epochs):
+        for name, epochs in zip(variants, self.method_epochs):
             variants[name] = comparison.replace(variants[name], epochs=epochs)
         return comparison.grid(variants, self.fields) if self.fields else variants
 
@@ -112,7 +112,7 @@ def start(config: ConfigDict, spec: RunSpec, root: Path, *, budget: float | None
         if distributed.first():
             run_dir.check_root(root)
         if budget is not None:
-            spec = spec._replace(epochs=_fitting(config, spec, budget))
+            spec = spec._replace(method_epochs=_fitting(config, spec, budget))
         experiments = spec.prepare(config)
     name = ""
     if distributed.first():

@@ -9,7 +9,9 @@ from short_runs import CONFIG, changed
 
 from curvax.training import loop, selection_metric, tasks
 from curvax.training.compare import comparison, report
+from curvax.training.compare.commands import RunSpec
 from curvax.training.compare.summary import summarise
+from curvax.training.config import configs
 from curvax.training.experiment import build
 from curvax.training.runtime import run_dir
 
@@ -21,6 +23,11 @@ def test_confidence_interval_is_students():
     # t(0.975, 2) = 4.302653 in any table
     assert summary == pytest.approx((2.0, 1.0, 4.302653 / 3**0.5), rel=1e-6)
     assert np.isnan(summarise([1.0]).half_width)
+
+
+def test_options_of_a_run_have_other_names_than_fields_of_its_config():
+    """Processes compare both in one dictionary: a name in both would hide a difference."""
+    assert not configs.flat(CONFIG).keys() & set(RunSpec._fields)
 
 
 def outcome(accuracy):
