@@ -11,6 +11,11 @@ MANY_MAPS = 20_000
 READERS_SETTINGS = {"jax_enable_x64": False, "jax_numpy_rank_promotion": "allow"}
 
 
+def pytest_collection_modifyitems(items):
+    """The last files first: trainings and their processes, which take longest, end no run alone."""
+    items.sort(key=lambda item: item.path, reverse=True)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _few_programs():
     """Compiled programs go before they are too many: each is some ten maps of memory, of which

@@ -7,6 +7,7 @@ import importlib.metadata
 FLAGS = (
     (
         "--xla_backend_optimization_level=0",
+        "--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE",
         "--xla_cpu_parallel_codegen_split_count=1",
         "--xla_cpu_use_fusion_emitters=false",
         "--xla_cpu_collective_call_terminate_timeout_seconds=300",
