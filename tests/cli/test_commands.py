@@ -337,7 +337,7 @@ def test_at_equal_time_methods_train_for_the_epochs_that_fit(tmp_path, monkeypat
     """Four steps an epoch: three epochs of the first, one of the second."""
     clock([0.01, 0.025], monkeypatch)
     folder = run("compare", TINY, "--budget=0.13", runs=tmp_path)
-    assert json.loads((folder / "run.json").read_text())["epochs"] == [3, 1]
+    assert json.loads((folder / "run.json").read_text())["method_epochs"] == [3, 1]
     assert "3 of `adamw`, 1 of `sam_perturb" in capsys.readouterr().out
     page = json.loads((folder / "compare.json").read_text())
     assert [[run["steps"] for run in arm["runs"]] for arm in page.values()] == [[12], [4]]

@@ -18,6 +18,9 @@ FLAGS = (
 """Of XLA, which then compiles for the CPU in a third of the time, and waits longer for devices
 that share a busy core. Other versions know other flags."""
 
+AS_USERS = {"xla_cpu_opt_preset": "CPU_OPT_PRESET_DEFAULT"} if FLAGS else {}
+"""Compiler options under which a program does the operations of users' programs, to count them."""
+
 
 def lower_quickly() -> None:
     """Keeps one MLIR context, leaves source lines out of programs, and collects garbage seldom.

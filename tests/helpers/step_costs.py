@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+import quick_jax
 
 import curvax as cx
 
@@ -84,7 +85,7 @@ class Problem:
     def count(self, f, *args, loops=False):
         """(FLOPs, temporary bytes) of a compiled function; with every iteration if `loops`."""
         # Less work for the code generator; what is counted is settled before it.
-        options: Any = {"xla_backend_optimization_level": "0"}
+        options: Any = {"xla_backend_optimization_level": "0", **quick_jax.AS_USERS}
         compiled = jax.jit(f).lower(*args).compile(compiler_options=options)
         costs: Any = compiled.cost_analysis()
         memory: Any = compiled.memory_analysis()
