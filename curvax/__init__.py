@@ -123,6 +123,7 @@ from curvax.stages import (
     spatial_average,
     split_real_and_imaginary,
     squared_gradient,
+    trajectory_loss,
     trust_region,
 )
 
@@ -222,6 +223,7 @@ __all__ = [
     "squared_gradient",
     "stage",
     "steihaug",
+    "trajectory_loss",
     "trust_region",
     "weight_scaled",
 ]

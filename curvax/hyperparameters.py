@@ -15,9 +15,9 @@ Made = TypeVar("Made")
 
 STATIC = frozenset(
     {
-        "ascent", "block", "factors_every", "fraction", "inverses_every", "key", "labels", "lag",
-        "largest", "layout", "like", "m", "mask", "p", "probes", "sampler", "samples", "shards",
-        "solver", "steps",
+        "ascent", "block", "factors_every", "fraction", "index", "inverses_every", "key", "labels",
+        "lag", "largest", "layout", "like", "m", "mask", "p", "probes", "sampler", "samples",
+        "shape", "shards", "size", "solver", "steps",
     }
 )  # fmt: skip
 """Names of static options: counts, norms, fractions of the batch, seeds, and callables that are

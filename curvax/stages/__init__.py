@@ -28,6 +28,7 @@ from curvax.stages.projection import gsam_project, keep_orthogonal, penalize_gap
 from curvax.stages.restriction import partition, restrict
 from curvax.stages.smoothing import accumulate, ema_mean, ema_rms, every, spatial_average
 from curvax.stages.solving import damp, quadratic_step, solve, trust_region
+from curvax.stages.trajectory import trajectory_loss
 
 __all__ = [
     "accumulate",
@@ -66,5 +67,6 @@ __all__ = [
     "spatial_average",
     "split_real_and_imaginary",
     "squared_gradient",
+    "trajectory_loss",
     "trust_region",
 ]

@@ -94,6 +94,7 @@ class Experiment:
             self.data.train,
             self.config.batch,
             seed=self.config.seed,
+            numbered=_numbered(self.config),
             shard=jax.process_index(),
             shards=jax.process_count(),
         )
@@ -160,8 +161,8 @@ def build(config: ConfigDict, *, hold_out: bool = False, begins: bool = True) ->
     batch = {
         name: jax.ShapeDtypeStruct((config.batch, *x.shape[1:]), x.dtype)
         for name, x in data.first.items()
-    }
-    optimizer = _optimizer(config, model, task, batch, mapping, steps)
+    } | _index(config)
+    optimizer = _optimizer(config, model, task, batch, mapping, steps, data.train.size)
     shapes = jax.eval_shape(lambda: init(model, optimizer, example, config.seed, {}))
     eval_objective = scoring.make_eval_objective(model, task)
     experiment = Experiment(
@@ -214,19 +215,37 @@ def _optimizer(
     batch: Mapping[str, jax.ShapeDtypeStruct],
     mapping: Jit,
     steps: int,
+    size: int,
 ) -> optax.GradientTransformationExtraArgs:
     """Parses the config's optimiser text.
 
     In addition to the config's numbers the text may name `layout`, the parameter roles for
     `spatial_average`; `axes`, the device axes to average over; `kernels`, the mask of all
-    parameters called "kernel", for a weight decay; and `like`, an objective with the shapes of
-    training, for stages of Kronecker factors.
+    parameters called "kernel", for a weight decay; `like`, an objective with the shapes of
+    training, for stages of Kronecker factors; and `examples` and `outputs`, the number of training
+    examples and the shape of the model's outputs of one, for `trajectory_loss`.
     """
     example = _example(task, batch)
     names = {"layout": _layout(model, example), "axes": mapping.axes, "kernels": _kernels}
+    if _numbered(config):
+        apply = lambda variables, x: _alone(model).apply(variables, x, train=False)
+        found = jax.eval_shape(apply, _variables(_alone(model), example), example)
+        names |= {"examples": size, "outputs": found.shape[1:]}
     if re.search(r"\blike\b", config.optimizer):
         names["like"] = _like(model, task, batch, example)
     return recipe.parse(config.optimizer, steps=steps, names=configs.numbers(config) | names)
+
+
+def _numbered(config: ConfigDict) -> bool:
+    """Whether the method reads the numbers of the examples."""
+    return re.search(r"\btrajectory_loss\b", config.optimizer) is not None
+
+
+def _index(config: ConfigDict, sharding: Any = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shape of the numbers of a batch's examples, where they are read."""
+    if not _numbered(config):
+        return {}
+    return {"index": jax.ShapeDtypeStruct((config.batch,), jnp.int32, sharding=sharding)}
 
 
 def _like(
@@ -236,12 +255,17 @@ def _like(
     example: jax.ShapeDtypeStruct,
 ) -> curvax.Objective:
     """The training loss on a batch of shapes, on one device."""
-    alone = model.clone(sync_over=None) if hasattr(model, "sync_over") else model
+    alone = _alone(model)
     variables = _variables(alone, example)
     statistics = {name: x for name, x in variables.items() if name != "params"}
     statistics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), statistics)
     key = jax.random.key(0)
     return objective(alone, task, statistics, jax.eval_shape(task.in_training, key, batch), key)
+
+
+def _alone(model: nn.Module) -> nn.Module:
+    """The model on one device."""
+    return model.clone(sync_over=None) if hasattr(model, "sync_over") else model
 
 
 def _kernels(params: Tree) -> Tree:
@@ -270,10 +294,10 @@ def outline(config: ConfigDict, devices: Sequence[jax.Device]) -> Outline:
     batch = {
         name: jax.ShapeDtypeStruct((config.batch, *x.shape), x.dtype, sharding=mapping.split)
         for name, x in {"input": spec.input, "label": spec.label}.items()
-    }
+    } | _index(config, mapping.split)
     model = _model(config, spec.classes, mapping)
     steps = config.epochs * (spec.size // config.batch)
-    optimizer = _optimizer(config, model, task, batch, mapping, steps)
+    optimizer = _optimizer(config, model, task, batch, mapping, steps, spec.size)
     example = _example(task, batch)
     state = jax.eval_shape(lambda: init(model, optimizer, example, config.seed, {}))
     step = make_step(model, optimizer, task, mapping, state, config.microbatch)

@@ -104,6 +104,10 @@ STAGES: dict[str, tuple[dict[str, Any], dict[str, tuple[float, float]]]] = {
     "damp": ({}, dict(damping=(0.3, 0.1))),
     "solve": (dict(solver=cx.cg(2, warm_start=0.5)), {}),
     "trust_region": ({}, dict(radius=(1e-3, 1e-2))),
+    "trajectory_loss": (
+        dict(size=8, shape=3, lag=1, index=lambda batch: jnp.arange(8)),
+        dict(strength=(0.3, 0.1), temperature=(1.0, 2.0)),
+    ),
     "quadratic_step": (dict(momentum=False), {}),
     "split_real_and_imaginary": (dict(stages=cx.sam_perturb(0.1)), {}),
     "pmean_updates": (dict(axis_name="batch"), {}),

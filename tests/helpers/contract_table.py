@@ -25,6 +25,10 @@ def predict(params: Any, batch: Any) -> jax.Array:
     return jnp.tanh(batch["x"] @ params["hidden"]["kernel"]) + params["out"]["bias"][None, :]
 
 
+def numbers(batch: Any) -> jax.Array:
+    return jnp.arange(len(batch["x"]))
+
+
 class Row(NamedTuple):
     """One entry of the table: a pipe around what is tested, and its injectable numbers."""
 
@@ -192,6 +196,10 @@ TABLE = {
             | cx.trust_region(radius)
         ),
         {"radius": 0.1},
+    ),
+    "trajectory_loss": Row(
+        lambda strength: cx.trajectory_loss(8, 2, strength=strength, lag=1, index=numbers),
+        {"strength": 0.3},
     ),
     "empirical_fisher_matvec": Row(
         lambda damping: cx.empirical_fisher_matvec() | cx.damp(damping) | cx.solve(cx.row_space()),

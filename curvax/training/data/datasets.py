@@ -173,6 +173,7 @@ def batches(
     *,
     seed: int = 0,
     shuffle: bool = True,
+    numbered: bool = False,
     epochs: int | None = None,
     drop_remainder: bool = True,
     shard: int = 0,
@@ -193,6 +194,8 @@ def batches(
         epochs: number of passes; endless by default.
         drop_remainder: drop the last, incomplete batch of an epoch. Otherwise it is padded with
             copies of its first example, and every batch has a "mask", bool [B], False on padding.
+        numbered: whether batches have an "index", int32 [B], the places of the examples in the
+            split.
         shard, shards: yield the contiguous `shard`-th of `shards` equal parts of every batch; the
             global batches are the same for any number of processes.
 
@@ -216,6 +219,8 @@ def batches(
         mask = np.arange(batch_size) < len(rows)
         rows = np.concatenate([rows, np.repeat(rows[:1], batch_size - len(rows))])[part]
         batch = split.gather(rows, (seed, epoch) if shuffle else None)
+        if numbered:
+            batch["index"] = rows.astype(np.int32)
         return batch if drop_remainder else batch | {"mask": mask[part]}
 
     places = grain.MapDataset.range(steps).repeat(epochs)
