@@ -3,9 +3,9 @@
     python -m pytest tests/evidence/test_cheap_sharpness.py -m evidence
 
 writes tests/evidence/cheap_sharpness_mixer.md and its like for the other tasks, one of them with
-`-k mixer`. ρ, or λ of the trajectory loss, is chosen on a tenth of the training set that is held out, with one seed; then every
-pipe trains with five seeds. The steps are timed before, in turn, so only the first minutes need a
-quiet machine.
+`-k mixer`. ρ, or λ of the trajectory loss, is chosen on a tenth of the training set that is held
+out, with one seed; then every pipe trains with five seeds. The steps are timed before, in turn, so
+only the first minutes need a quiet machine.
 """
 
 import os

@@ -13,6 +13,7 @@ from typing import Any
 import evidence_tables
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from step_costs import EVERY_MODEL, MODELS, SMALL, Problem, ratio
 
@@ -117,6 +118,17 @@ def record():
             ["model", "step", "FLOPs", "temporary memory"],
             rows,
         )
+
+
+@EVERY_MODEL
+def test_trajectory_loss_costs_one_gradient(name, record):
+    p = problem(name)
+    classes = jax.eval_shape(p.apply, p.params, p.batch[0]).shape[-1]
+    numbers = lambda batch: jnp.arange(len(batch[1]))
+    tx = cx.trajectory_loss(1000, classes, index=numbers) | optax.sgd(0.1)
+    flops, memory = p.update(tx)
+    record(name, "trajectory loss", flops, memory)
+    assert flops / p.gradient[0] <= 1.02
 
 
 @EVERY_MODEL

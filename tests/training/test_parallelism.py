@@ -32,6 +32,14 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         AVERAGED,
     ),
+    "trajectory loss": (  # a step is an epoch
+        {
+            "optimizer": "trajectory_loss(examples, outputs, lag=1, sync_over=axes) "
+            "| pmean_updates(axes) | sgd(lr)",
+            "batch": 128,
+        },
+        AVERAGED,
+    ),
     "natural gradient": (
         {"optimizer": "natural_gradient(1.0, damping=1.0, solver=cg(3), mean_over=axes)"},
         AVERAGED,

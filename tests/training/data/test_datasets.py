@@ -117,6 +117,19 @@ def test_batches_have_float32_inputs_and_int32_labels():
     assert batch.keys() == {"input", "label"}
 
 
+def test_numbered_batches_have_the_places_of_their_examples():
+    split = make_split(60)
+    shards = [
+        datasets.batches(split, 20, seed=4, numbered=True, shard=shard, shards=2)
+        for shard in range(2)
+    ]
+    for _, *parts in zip(range(4), *shards):
+        for batch in parts:
+            assert batch["index"].dtype == np.int32
+            np.testing.assert_array_equal(batch["index"], batch["input"][:, 0, 0, 0])
+        assert len(set(parts[0]["index"]) | set(parts[1]["index"])) == 20
+
+
 def test_iterator_state_resumes_exactly():
     fresh = lambda: datasets.batches(make_split(50), 8, seed=9)
     one, other = fresh(), fresh()
