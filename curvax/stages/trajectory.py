@@ -14,7 +14,7 @@ from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
 from curvax.arithmetic.typing import ScalarOrSchedule, ValueFn
-from curvax.devices import axes
+from curvax.devices import axes, meshes
 from curvax.devices.axes import AxisNames
 from curvax.hyperparameters import injectable
 from curvax.likelihoods import Likelihood, batch_entries
@@ -133,12 +133,13 @@ def trajectory_loss(
         order.refuse_changed_in_pipe(signal.updates, signal.gradient, "trajectory_loss")
         checks.refuse_summed(signal.updates, local - signal.averaged, stage="trajectory_loss")
         over = checks.averaged_axes(sync_over, local, stage="trajectory_loss", option="sync_over")
-        numbers = _numbers(index, objective)
+        numbers = meshes.gathered(_numbers(index, objective))
         factor, tau = at(strength, state.step), at(temperature, state.step)
         remembered = _recalled(state, numbers, objective.batch)
         own = _with_divergence(objective, remembered, factor, tau, of_one)
         (_, (aux, outputs)), gradient = value_aux_and_grad(own, params)
-        outputs = jax.lax.stop_gradient(outputs)
+        outputs = meshes.gathered(jax.lax.stop_gradient(outputs))
+        remembered = meshes.gathered(remembered._replace(batch=()))
         divergence = _divergence(remembered, outputs, tau).mean()
         metrics = metrics_of(
             {"trajectory_kl": divergence}, tuple(a for a in axes.manual() if a in local)
@@ -193,7 +194,9 @@ def _recalled(state: TrajectoryState, numbers: jax.Array, batch: Tree) -> _Remem
     rows = jnp.where(inside, numbers, 0)
     old = state.outputs[state.visits[rows] % lag, rows]
     old = jnp.where(_like(inside, old), old, jnp.nan)
-    return _Remembered(batch, old, (state.visits[rows] >= lag) | ~inside)
+    known = (state.visits[rows] >= lag) | ~inside
+    split = meshes.leading(batch)
+    return _Remembered(batch, meshes.laid_out(old, split), meshes.laid_out(known, split))
 
 
 def _written(state: TrajectoryState, numbers: jax.Array, outputs: jax.Array) -> TrajectoryState:

@@ -170,6 +170,16 @@ def test_devices_remember_what_one_device_remembers(mapping):
     assert_close(state[0].outputs, alone[0].outputs)
 
 
+@pytest.mark.parametrize("kind", [jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto])
+def test_batches_sharded_over_a_mesh_change_nothing(kind):
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(kind,))
+    place = lambda x: jax.device_put(x, jax.sharding.NamedSharding(mesh, P("batch")))
+    with jax.set_mesh(mesh):
+        sharded = lambda batch: weighted(jax.tree.map(place, batch))
+        found = trained(stage(), sharded)[0]
+    assert_close(jax.device_get(found), jax.device_get(trained(stage())[0]))
+
+
 def test_a_number_outside_gives_nan_and_is_not_remembered():
     tx = stage()
     state, w = tx.init(params()), params()
