@@ -76,6 +76,7 @@ from curvax.objective import Objective
 from curvax.perturbation import (
     asam,
     asam_all,
+    auto_rho,
     by_path,
     dual_norm,
     fisher_ascent,
@@ -142,6 +143,7 @@ __all__ = [
     "adahessian",
     "asam",
     "asam_all",
+    "auto_rho",
     "bernoulli",
     "by_path",
     "categorical",

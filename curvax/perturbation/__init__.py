@@ -12,7 +12,7 @@ from curvax.perturbation.ascent_rules import (
     weight_scaled,
 )
 from curvax.perturbation.fisher import fisher_ascent
-from curvax.perturbation.radius import by_path
+from curvax.perturbation.radius import auto_rho, by_path
 
 __all__ = [
     "Ascent",
@@ -20,6 +20,7 @@ __all__ = [
     "MomentumAscent",
     "asam",
     "asam_all",
+    "auto_rho",
     "by_path",
     "dual_norm",
     "fisher_ascent",

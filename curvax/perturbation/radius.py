@@ -1,7 +1,7 @@
 """The radius ρ of a perturbation: one for all leaves, or one for each."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -40,6 +40,69 @@ def by_path(f: Callable[[Path], Any]) -> ByPath:
         {'b': -4.0, 'w': -3.06}
     """
     return ByPath(f)
+
+
+class AutoRho:
+    """A radius that follows a target for the cosine of two gradients; `auto_rho` makes it."""
+
+    def __init__(self, start: float, cosine: float, rate: float):
+        self.start, self.cosine, self.rate = start, cosine, rate
+
+    def after(self, step: jax.Array, figures: Mapping[str, jax.Array]) -> jax.Array:
+        """ρ of a step, from the metrics of the last perturbation."""
+        change = jnp.exp(self.rate * (figures["cosine"] - self.cosine))
+        seen = jnp.isfinite(change) & (figures["gradient_norm"] > 0)
+        following = figures["rho"] * jnp.where(seen, change, 1)
+        return jnp.where(step == 0, self.start, following).astype(figures["rho"].dtype)
+
+
+def auto_rho(start: float = 0.05, *, cosine: float = 0.85, rate: float = 0.5) -> AutoRho:
+    """Sets ρ by the cosine between the gradient and the perturbed gradient.
+
+        ρ ← ρ exp(η (cos(∇L(θ), ∇L(θ + ε̂)) - c))
+
+    The cosine falls with ρ: near 1 the second gradient tells little that the first does not, and
+    near 0 it is that of another place. ρ grows where the cosine is above c and shrinks where it is
+    below. On three networks the best ρ of a sweep, 0.2 to 0.4, had a cosine of 0.83 to 0.91 in the
+    middle of training (tests/evidence/auto_rho.md).
+
+    Args:
+        start: ρ > 0 of the first step.
+        cosine: c in (0, 1), the target.
+        rate: η > 0, the change of log ρ in a step per unit of the cosine.
+
+    Returns:
+        A `rho=` of `sam_perturb`, `sam`, `gsam` and `look_sam`, whose metric `rho` tells its
+        value; not with `momentum` or a `fraction` below 1, whose ascent gradient is another.
+
+    Raises:
+        ValueError: a number is out of range.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax, curvax
+        >>> loss = lambda w: w[0] ** 2 + 10 * w[1] ** 2
+        >>> tx = curvax.sam(optax.sgd(0.0), curvax.auto_rho(0.05))
+        >>> w = jnp.array([1.0, 0.1])
+        >>> state = tx.init(w)
+        >>> for _ in range(200):
+        ...     value, grads = jax.value_and_grad(loss)(w)
+        ...     _, state = tx.update(grads, state, w, value_fn=loss, value=value)
+        >>> found = curvax.diagnostics(state)
+        >>> round(float(found["rho"]), 2), round(float(found["cosine"]), 2)
+        (0.8, 0.85)
+    """
+    for name, value, low, high in (
+        ("start", start, 0, jnp.inf),
+        ("cosine", cosine, 0, 1),
+        ("rate", rate, 0, jnp.inf),
+    ):
+        checks.check_range(name, value, low, high, stage="auto_rho")
+    if start == 0:
+        raise ValueError(
+            "`auto_rho(start)` multiplies ρ from step to step, and a start of 0 would stay 0. Give "
+            "a small radius, such as 0.05."
+        )
+    return AutoRho(start, cosine, rate)
 
 
 def radius_of(rho: Any, step: jax.Array, params: Tree, *, stage: str) -> Tree:

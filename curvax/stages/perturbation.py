@@ -32,7 +32,7 @@ from curvax.objective import Objective, as_objective, first_part, pieces, value_
 from curvax.perturbation import MomentumAscent, dual_norm
 from curvax.perturbation.ascent_rules import AscentLike
 from curvax.perturbation.ascent_steps import AscentRules, BallAscent, check_ascent
-from curvax.perturbation.radius import radius_of
+from curvax.perturbation.radius import AutoRho, radius_of
 from curvax.pipes import initial, order
 from curvax.pipes.diagnostics import Flags, Metrics, StageMetrics, metrics_of, no_metrics
 from curvax.pipes.initial import zeros_to_keep
@@ -101,7 +101,8 @@ def sam_perturb(
     Args:
         rho: ρ >= 0, in the units of the norm: a number, traced or not, or a schedule; or, for a ρ
             by group under one norm over all leaves, a tree prefix of the parameters or
-            `by_path(f)`. (A callable whose argument is called `path` is taken for `f`.)
+            `by_path(f)`; `auto_rho()` sets it during training. (A callable whose argument is
+            called `path` is taken for `f`.)
         p: norm of the ball, in [1, ∞].
         steps: number of ascent steps. The first has length ρ.
         step_size: length of the ascent steps after the first; ρ/steps by default.
@@ -165,6 +166,11 @@ def sam_perturb(
             "`sam_perturb(second_order=True)` differentiates through the gradient of the whole "
             "batch at θ, and `momentum` and a `fraction` below 1 ascend along another. Leave one "
             "of them out."
+        )
+    if own.apart and isinstance(rho, AutoRho):
+        raise ValueError(
+            "`sam_perturb(auto_rho())` compares the gradient at θ with the perturbed one, and "
+            "`momentum` and a `fraction` below 1 ascend along another. Give a number or a schedule."
         )
     init = initial.telling(own.init, moves=(lambda params: rules(params).mask, _FROZEN))
     return stage(init, own.rule, name="sam_perturb", replaces_gradient=True)
@@ -257,7 +263,10 @@ class _Perturbation(NamedTuple):
         checks.refuse_split(params, objective, stage="sam_perturb")
         order.refuse_changed_in_pipe(signal.updates, signal.gradient, "sam_perturb")
         checks.refuse_summed(signal.updates, local - signal.averaged, stage="sam_perturb")
-        radius = radius_of(self.rho, state.step, params, stage="sam_perturb")
+        rho = self.rho
+        if isinstance(rho, AutoRho):
+            rho = rho.after(state.step, state.figures)
+        radius = radius_of(rho, state.step, params, stage="sam_perturb")
         sync = axes.bound(self.sync_over, where="`sam_perturb(sync_over=)`")
         if self.decay is not None:
             checks.averaged_axes(self.sync_over, local, stage="sam_perturb", option="sync_over")

@@ -10,15 +10,14 @@ only the first minutes need a quiet machine.
 
 import os
 import time
-from typing import NamedTuple
 
 import evidence_tables
 import jax
 import numpy as np
 import pytest
+from wrong_labels import TASKS, experiment_of, shown, trained
 
-from curvax.training.config import configs
-from curvax.training.experiment import Experiment, build
+from curvax.training.experiment import Experiment
 
 pytestmark = [pytest.mark.evidence, pytest.mark.usefixtures("single_precision")]
 COMMAND = "python -m pytest tests/evidence/test_cheap_sharpness.py -m evidence"
@@ -40,44 +39,8 @@ PIPES = {
 }
 
 
-class Task(NamedTuple):
-    config: str
-    alone: str
-    """The base without SAM, at its best rate."""
-    base: str
-    radii: tuple[float, ...]
-
-
-TASKS = {
-    "mixer": Task("digits", "adamw(cosine(5e-4))", "adamw(cosine(1e-3))", (0.2, 0.3, 0.4)),
-    "resnet": Task(
-        "digits_resnet",
-        "sgd(cosine(3e-3), momentum=0.9)",
-        "sgd(cosine(3e-3), momentum=0.9)",
-        (0.1, 0.2, 0.3),
-    ),
-    "vit": Task("digits_vit", "adamw(cosine(3e-4))", "adamw(cosine(2e-3))", (0.3, 0.4, 0.6)),
-    "fashion": Task("fashion_mixer", "adamw(cosine(5e-4))", "adamw(cosine(1e-3))", (0.2, 0.3, 0.4)),
-}
-
-
-def experiment_of(task: str, text: str, hold_out: bool) -> Experiment:
-    config = configs.load(TASKS[task].config)
-    config.devices, config.optimizer = 1, text
-    return build(config, hold_out=hold_out)
-
-
 def text_of(task: str, pipe: str, rho: float) -> str:
     return PIPES[pipe].format(rho=rho, base=TASKS[task].base)
-
-
-def trained(experiment: Experiment) -> tuple[float, float]:
-    """(accuracy on the test images, λ_max on training images)"""
-    state, batches = experiment.init(), experiment.batches()
-    for _ in range(experiment.steps_per_epoch * experiment.config.epochs):
-        state, _ = experiment.step(state, experiment.parallelism.place(next(batches)))
-    found = experiment.final_metrics(state)
-    return found["test_accuracy"], found["lambda_max"]
 
 
 def seconds(experiments: dict[str, Experiment]) -> dict[str, float]:
@@ -94,12 +57,6 @@ def seconds(experiments: dict[str, Experiment]) -> dict[str, float]:
             clock[name].append(time.perf_counter() - began)
     by_phase = {name: np.reshape(times[PERIOD:], (-1, PERIOD)) for name, times in clock.items()}
     return {name: float(np.median(times, axis=0).mean()) for name, times in by_phase.items()}
-
-
-def shown(values: list[float], digits: int) -> str:
-    """Mean ± half of the 95 % interval by Student's t with four degrees of freedom."""
-    half = 2.776 * np.std(values, ddof=1) / np.sqrt(len(values))
-    return f"{np.mean(values):.{digits}f} ± {half:.{digits}f}"
 
 
 @pytest.mark.parametrize("task", TASKS)
