@@ -91,6 +91,9 @@ TABLE = {
     "sam_perturb": Row(
         lambda rho, every: cx.sam_perturb(rho, every=every), {"rho": 0.1, "every": 2}, perturbs=True
     ),
+    "sam_perturb with auto_rho": Row(
+        lambda: cx.sam_perturb(cx.auto_rho(0.3)) | optax.sgd(0.1), perturbs=True
+    ),
     "sam_perturb at random": Row(
         lambda key: cx.sam_perturb(0.1, ascent=cx.random_direction(key), steps=2),
         {"key": 3},

@@ -1,6 +1,6 @@
 """SAM with `auto_rho()` beside the best ρ of a sweep of five, on networks with wrong labels.
 
-    python -m pytest tests/evidence/test_auto_rho.py -m evidence
+    python -m pytest tests/evidence/test_rho_without_a_sweep.py -m evidence
 
 writes tests/evidence/auto_rho.md. The best of the sweep is chosen on the test images themselves, to
 its advantage.
@@ -15,14 +15,14 @@ import pytest
 from wrong_labels import TASKS, experiment_of, shown, trained
 
 pytestmark = [pytest.mark.evidence, pytest.mark.usefixtures("single_precision")]
-COMMAND = "python -m pytest tests/evidence/test_auto_rho.py -m evidence"
+COMMAND = "python -m pytest tests/evidence/test_rho_without_a_sweep.py -m evidence"
 SEEDS = 3
 RADII = ("0.05", "0.1", "0.2", "0.4", "0.8")
 AUTO = "auto_rho()"
 NETWORKS = ("mixer", "resnet", "vit")
 
 
-def test_auto_rho_is_as_good_as_the_best_of_a_sweep():
+def test_rho_without_a_sweep_is_as_good_as_the_best_of_a_sweep():
     rows, means = [], {}
     for task in NETWORKS:
         for rho in (*RADII, AUTO):
