@@ -63,8 +63,8 @@ def trajectory_loss(
 
     z are the logits of an example and z_old those of its `lag`-th visit before. Sharp minima are
     reached by fast falls of the loss along the trajectory of training, which this divergence
-    penalises. Du et al., Sharpness-Aware Training for Free (SAF), arXiv:2205.14083, eq. 6, with the
-    factor τ² of the authors' code. A step costs one gradient, that of the given gradient being
+    penalises. Du et al., Sharpness-Aware Training for Free (SAF), arXiv:2205.14083, with the factor
+    τ² of the authors' code. A step costs one gradient, that of the given gradient being
     removed by the compiler if nothing else needs it, and the memory of `lag` · N outputs.
 
     Args:
