@@ -20,7 +20,7 @@ from curvax.hyperparameters import injectable
 from curvax.likelihoods import Likelihood, batch_entries
 from curvax.objective import Objective, as_objective, pieces, require_model, value_aux_and_grad
 from curvax.pipes import order
-from curvax.pipes.diagnostics import Flags, Metrics, metrics_of, no_metrics
+from curvax.pipes.diagnostics import Flags, Metrics, StageMetrics, metrics_of, no_metrics
 from curvax.pipes.signal import Signal, Stage, at, stage
 
 
@@ -106,12 +106,8 @@ def trajectory_loss(
         >>> round(float(curvax.diagnostics(state)["trajectory_kl"]), 4)
         0.002
     """
-    checks.check_count("trajectory_loss", size=size, lag=lag)
-    checks.check_range("strength", strength, 0, jnp.inf, stage="trajectory_loss")
-    checks.check_range("temperature", temperature, 0, jnp.inf, stage="trajectory_loss")
-    batch_entries.check_entry(index, "`trajectory_loss(index=)`")
     of_one = (shape,) if isinstance(shape, int) else tuple(shape)
-    checks.check_count("trajectory_loss", **{f"shape[{i}]": n for i, n in enumerate(of_one)})
+    _check_options(size, of_one, strength, temperature, lag, index)
 
     def init(params: Tree) -> TrajectoryState:
         trees.require_floating(params, "trajectory_loss")
@@ -128,10 +124,7 @@ def trajectory_loss(
         **extra: Any,
     ) -> tuple[Signal, TrajectoryState]:
         del extra
-        objective = _checked(value_fn, params)
-        local = objective.local_axes(params)
-        order.refuse_changed_in_pipe(signal.updates, signal.gradient, "trajectory_loss")
-        checks.refuse_summed(signal.updates, local - signal.averaged, stage="trajectory_loss")
+        objective, local = _checked(signal, value_fn, params)
         over = checks.averaged_axes(sync_over, local, stage="trajectory_loss", option="sync_over")
         numbers = meshes.gathered(_numbers(index, objective))
         factor, tau = at(strength, state.step), at(temperature, state.step)
@@ -139,27 +132,38 @@ def trajectory_loss(
         own = _with_divergence(objective, remembered, factor, tau, of_one)
         (_, (aux, outputs)), gradient = value_aux_and_grad(own, params)
         outputs = meshes.gathered(jax.lax.stop_gradient(outputs))
-        remembered = meshes.gathered(remembered._replace(batch=()))
-        divergence = _divergence(remembered, outputs, tau).mean()
-        metrics = metrics_of(
-            {"trajectory_kl": divergence}, tuple(a for a in axes.manual() if a in local)
-        )
-        signal = signal._replace(
-            updates=trees.cast_like(gradient, signal.updates), aux=aux, local=local
-        )
+        metrics = _metrics(remembered, outputs, tau, local)
         kept = _written(state, _everywhere(numbers, over), _everywhere(outputs, over))
-        return signal, kept._replace(
-            step=state.step + 1, measured=metrics.measured, figures=metrics.figures
-        )
+        updates = trees.cast_like(gradient, signal.updates)
+        new = kept._replace(step=state.step + 1, **metrics._asdict())
+        return signal._replace(updates=updates, aux=aux, local=local), new
 
     return stage(init, rule, replaces_gradient=True)
 
 
-def _checked(value_fn: ValueFn | None, params: Tree) -> Objective:
-    """The objective of an update.
+def _check_options(
+    size: int, shape: tuple[int, ...], strength: Any, temperature: Any, lag: int, index: Any
+) -> None:
+    counts = {f"shape[{i}]": n for i, n in enumerate(shape)}
+    checks.check_count("trajectory_loss", size=size, lag=lag, **counts)
+    checks.check_range("strength", strength, 0, jnp.inf, stage="trajectory_loss")
+    checks.check_range("temperature", temperature, 0, jnp.inf, stage="trajectory_loss")
+    if isinstance(temperature, int | float) and temperature == 0:
+        raise ValueError(
+            "`trajectory_loss(temperature=)` divides the logits, and is 0. Give a positive one; at "
+            "1 the divergence is that of the predictions."
+        )
+    batch_entries.check_entry(index, "`trajectory_loss(index=)`")
+
+
+def _checked(
+    signal: Signal, value_fn: ValueFn | None, params: Tree
+) -> tuple[Objective, frozenset[str]]:
+    """(the objective of an update, its local axes)
 
     Raises:
-        ValueError, TypeError: it has no model, or is the loss of a group.
+        ValueError, TypeError: it has no model, is the loss of a group, or the updates are not its
+            gradient.
     """
     objective = as_objective(value_fn, "trajectory_loss", params)
     checks.refuse_split(params, objective, stage="trajectory_loss")
@@ -168,7 +172,19 @@ def _checked(value_fn: ValueFn | None, params: Tree) -> Objective:
             "`trajectory_loss` remembers the outputs of all examples, and inside `per_group` it "
             "sees those of one group. Put it behind: `trajectory_loss(...) | adamw(1e-3)`."
         )
-    return require_model(objective, "`trajectory_loss`")
+    local = objective.local_axes(params)
+    order.refuse_changed_in_pipe(signal.updates, signal.gradient, "trajectory_loss")
+    checks.refuse_summed(signal.updates, local - signal.averaged, stage="trajectory_loss")
+    return require_model(objective, "`trajectory_loss`"), local
+
+
+def _metrics(
+    remembered: _Remembered, outputs: jax.Array, temperature: Any, local: frozenset[str]
+) -> StageMetrics:
+    alone = meshes.gathered(remembered._replace(batch=()))
+    divergence = _divergence(alone, outputs, temperature).mean()
+    over = tuple(axis for axis in axes.manual() if axis in local)
+    return metrics_of({"trajectory_kl": divergence}, over)
 
 
 def _numbers(index: Any, objective: Objective) -> jax.Array:
@@ -220,9 +236,7 @@ def _with_divergence(
     shape: tuple[int, ...],
 ) -> Objective:
     """L(θ) plus the divergence; its aux is (that of L, outputs)."""
-    model, loss, weight, has_aux = (
-        objective.model, objective.loss, objective.weight, objective.has_aux
-    )  # fmt: skip
+    model, loss, has_aux = objective.model, objective.loss, objective.has_aux
 
     def outputs_of(params: Tree, given: _Remembered, *keys: jax.Array) -> tuple[jax.Array, Any]:
         assert model is not None
@@ -240,21 +254,29 @@ def _with_divergence(
             mean = divergence.mean()
         return loss(outputs, given.batch) + strength * temperature**2 * mean
 
-    weighted: Any = None
-    if isinstance(loss, Likelihood) and loss.weighted:
-        weighted = lambda given: loss.total_weight(given.batch)
-    elif weight is not None:
-        read = (lambda b: jnp.sum(b[weight])) if isinstance(weight, str) else weight
-        weighted = lambda given: read(given.batch)
-    reductions: Any = objective.reduce_aux
-    if callable(named := reductions):
-        reductions = lambda path: named(path[1:]) if str(path[0]) == "0" else "concat"
-    elif named is not None:
-        reductions = (named, "concat")
     return pieces.changed(
         objective, loss=penalised, model=outputs_of, batch=remembered, has_aux=True,
-        weight=weighted, reduce_aux=reductions,
+        weight=_weight_of(objective), reduce_aux=_reductions_of(objective),
     )  # fmt: skip
+
+
+def _weight_of(objective: Objective) -> Any:
+    """The weight of a remembered batch, that of its batch."""
+    loss, weight = objective.loss, objective.weight
+    if isinstance(loss, Likelihood) and loss.weighted:
+        return lambda given: loss.total_weight(given.batch)
+    if weight is None:
+        return None
+    read = (lambda batch: jnp.sum(batch[weight])) if isinstance(weight, str) else weight
+    return lambda given: read(given.batch)
+
+
+def _reductions_of(objective: Objective) -> Any:
+    """How the aux (that of the objective, outputs) is joined over parts of the batch."""
+    named: Any = objective.reduce_aux
+    if callable(named):
+        return lambda path: named(path[1:]) if str(path[0]) == "0" else "concat"
+    return None if named is None else (named, "concat")
 
 
 def _divergence(given: _Remembered, outputs: jax.Array, temperature: Any) -> jax.Array:

@@ -111,7 +111,10 @@ def test_trajectory_loss_is_its_loop(objective_of):
     assert (state[0].visits == 5).all()
 
 
-def test_aux_keys_and_microbatches_change_nothing():
+@pytest.mark.parametrize(
+    "reduce_aux", [None, "mean", lambda path: "mean"], ids=["found", "named", "by path"]
+)
+def test_aux_keys_and_microbatches_change_nothing(reduce_aux):
     def scored(batch: Any) -> cx.Objective:
         def model(w: Any, batch: Any, key: Any) -> tuple[jax.Array, Any]:
             del key
@@ -120,7 +123,8 @@ def test_aux_keys_and_microbatches_change_nothing():
 
         loss = cx.categorical("label")
         key = jax.random.key(3)
-        return cx.Objective(loss, batch, model=model, has_aux=True, key=key, microbatch=2)
+        options: Any = dict(has_aux=True, key=key, microbatch=2, reduce_aux=reduce_aux)
+        return cx.Objective(loss, batch, model=model, **options)
 
     whole = lambda batch: cx.Objective(cx.categorical("label"), batch, model=predict)
     assert_close(trained(stage(), scored)[0], trained(stage(), whole)[0])
@@ -213,6 +217,8 @@ def update(tx: Any, objective: Any) -> Any:
         (lambda: cx.trajectory_loss(0, 3), "positive integer"),
         (lambda: cx.trajectory_loss(16, 3, lag=0), "positive integer"),
         (lambda: cx.trajectory_loss(16, 3, strength=-1.0), "strength"),
+        (lambda: cx.trajectory_loss(16, 3, temperature=0.0), "divides the logits"),
+        (lambda: cx.trajectory_loss(16, (4, 0)), "positive integer"),
         (
             lambda: update(cx.trajectory_loss(16, 5), weighted(batch_of(range(8)))),
             r"shape \[5\].*gives \[8, 3\]",
