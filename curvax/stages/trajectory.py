@@ -209,7 +209,7 @@ def _recalled(state: TrajectoryState, numbers: jax.Array, batch: Tree) -> _Remem
     inside = (numbers >= 0) & (numbers < size)
     rows = jnp.where(inside, numbers, 0)
     old = state.outputs[state.visits[rows] % lag, rows]
-    old = jnp.where(_like(inside, old), old, jnp.nan)
+    old = jnp.where(batch_entries.with_axes(inside, old.ndim), old, jnp.nan)
     known = (state.visits[rows] >= lag) | ~inside
     split = meshes.leading(batch)
     return _Remembered(batch, meshes.laid_out(old, split), meshes.laid_out(known, split))
@@ -281,15 +281,11 @@ def _reductions_of(objective: Objective) -> Any:
 
 def _divergence(given: _Remembered, outputs: jax.Array, temperature: Any) -> jax.Array:
     """KL(softmax(z_old / τ) ‖ softmax(z / τ)) at each site, 0 for examples not seen before."""
-    log_old = jax.nn.log_softmax(trees.widen(given.outputs) / temperature)
-    log_new = jax.nn.log_softmax(trees.widen(outputs) / temperature)
-    each = jnp.sum(jnp.exp(log_old) * (log_old - log_new), axis=-1)
-    return jnp.where(_like(given.known, each), each, 0)
-
-
-def _like(flags: jax.Array, x: jax.Array) -> jax.Array:
-    """Flags of the leading axis with as many axes as x."""
-    return flags.reshape(-1, *[1] * (x.ndim - 1))
+    # Outputs that do not count are replaced before, so that NaNs in them do not reach a gradient.
+    known = batch_entries.with_axes(given.known, outputs.ndim)
+    old, new = (jnp.where(known, trees.widen(z), 0) for z in (given.outputs, outputs))
+    log_old, log_new = (jax.nn.log_softmax(z / temperature) for z in (old, new))
+    return jnp.sum(jnp.exp(log_old) * (log_old - log_new), axis=-1)
 
 
 def _everywhere(x: jax.Array, over: tuple[str, ...]) -> jax.Array:

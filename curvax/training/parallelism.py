@@ -270,7 +270,8 @@ def group_sizes(config: ConfigDict) -> set[int]:
     """
     # Neither the length of the run nor these names change the groups.
     names: dict[str, Any] = {"axes": None, "layout": Layout({}), "kernels": None, "like": None}
-    names = configs.numbers(config) | names | {"examples": 1, "outputs": 1}
+    names |= {"examples": 1, "outputs": 1}
+    names = configs.numbers(config) | names
     optimizer = recipe.parse(config.optimizer, steps=2**31 - 1, names=names)
     groups = (part for part in walk(optimizer) if name_of(part) == "per_group")
     return {options_of(group)["m"] for group in groups}

@@ -206,6 +206,22 @@ def test_outputs_that_are_not_finite_are_not_remembered():
     assert np.isfinite(after[0].outputs).all()
 
 
+def test_outputs_of_weight_0_may_be_nan():
+    """As those of padding may be, in a likelihood."""
+    batch = batch_of(range(BATCH))
+    batch["shift"] = jnp.zeros((BATCH, 1)).at[2].set(jnp.nan)
+    batch["w"] = batch["w"].at[2].set(0.0)
+    shifted = lambda w, batch: predict(w, batch) + batch["shift"]
+    objective = cx.Objective(cx.categorical("label", weights="w"), batch, model=shifted)
+    tx, w = stage(lag=1), params()
+    state = tx.init(w)
+    for _ in range(2):
+        _, grads = objective.value_and_grad(w)
+        updates, state = tx.update(grads, state, w, value_fn=objective)
+        assert np.isfinite(updates["kernel"]).all()
+    assert state[0].visits[2] == 0
+
+
 def update(tx: Any, objective: Any) -> Any:
     grads = jax.grad(lambda w: objective(w))(params())
     return tx.update(grads, tx.init(params()), params(), value_fn=objective)
