@@ -25,6 +25,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from curvax import checks
+from curvax.adversarial_examples import Attack, adversarial, pgd
 from curvax.curvature import (
     CorrectedFactors,
     KroneckerFactors,
@@ -129,6 +130,7 @@ from curvax.stages import (
 )
 
 __all__ = [
+    "Attack",
     "CorrectedFactors",
     "KroneckerFactors",
     "LeafReport",
@@ -141,6 +143,7 @@ __all__ = [
     "StopReason",
     "accumulate",
     "adahessian",
+    "adversarial",
     "asam",
     "asam_all",
     "auto_rho",
@@ -200,6 +203,7 @@ __all__ = [
     "partition",
     "penalize_gap",
     "per_group",
+    "pgd",
     "pipe",
     "pmean_updates",
     "poisson",

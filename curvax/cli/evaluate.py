@@ -17,6 +17,7 @@ within folders, as in ImageNet-C, which has one for each corruption and strength
   curvax evaluate runs/imagenet-train-20260101-120000 --data imagenet-r
   curvax evaluate runs/imagenet-train-20260101-120000 --data records/imagenet --labels real.json
   curvax evaluate runs/digits-train-20260101-120000 --corruptions
+  curvax evaluate runs/digits-train-20260101-120000 --attack "pgd(8/255, steps=10)"
 """
 
 
@@ -25,6 +26,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, metavar="PATH", help="the test images")
     parser.add_argument(
         "--labels", type=Path, metavar="FILE", help="real.json of ImageNet-ReaL, or a file like it"
+    )
+    parser.add_argument(
+        "--attack", metavar="TEXT", help="also test under an attack, as pgd(2/255, steps=10)"
     )
     parser.add_argument(
         "--corruptions",
@@ -37,7 +41,7 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from curvax.training.evaluation import commands
 
     options = arguments.data, arguments.labels, arguments.corruptions
-    commands.command(arguments.folder, *options, overrides)
+    commands.command(arguments.folder, *options, overrides, arguments.attack)
 
 
 EVALUATE = Command("evaluate", "test on other data", _DESCRIPTION, _add_arguments, _run, RUN_FIELDS)

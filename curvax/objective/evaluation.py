@@ -20,7 +20,7 @@ from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
 from curvax.devices import axes
 from curvax.objective import microbatching, pieces, scaling, validation
-from curvax.objective.aux_values import Pass, in_pieces
+from curvax.objective.aux_values import Pass, Undecided, in_pieces
 
 if TYPE_CHECKING:
     from curvax.objective.objective import Objective
@@ -35,13 +35,27 @@ def value_aux_and_grad(objective: Objective, params: Tree) -> LossAndGradient:
     """((L(θ), aux), ∇L(θ)), not recorded in the gradient cache; aux is None without `has_aux`."""
     here = axes.vary(params, objective.local_axes(params) | set(objective.joined))
     own = pieces.device_part(objective)
-    (value, aux), grads = microbatch_mean(own, lambda part: _differentiated(part, own, here))
+    (value, aux), grads = microbatch_mean(own, lambda part: differentiated(part, own, here))
     value, grads = group_mean(objective, (value, grads))
     return (value, aux), grads
 
 
-def _differentiated(part: Objective, whole: Objective, params: Tree) -> LossAndGradient:
-    """((L, aux), ∇L) of a part of the batch, in one piece.
+def value_and_aux(objective: Objective, params: Tree) -> tuple[jax.Array, Any]:
+    """(L(θ), aux) of the whole batch in one piece."""
+    if objective.model is not None:
+        outputs, aux = objective.outputs(params)
+        return loss_of_outputs(objective, outputs), aux
+    value, aux = call(objective, "loss", params)
+    return validation.scalar(value, objective.has_aux), aux
+
+
+def differentiated(
+    part: Objective,
+    whole: Objective,
+    params: Tree,
+    f: Callable[[Objective, Tree], tuple[jax.Array, Any]] = value_and_aux,
+) -> LossAndGradient:
+    """((L, aux), ∇L) of a part of the batch, in one piece; (L, aux) = f(part, params).
 
     States that are overwritten by their gradients (fp8 scales, which track the largest entries
     of cotangents) must see the cotangents of the whole batch's mean, so the part's loss is
@@ -54,7 +68,17 @@ def _differentiated(part: Objective, whole: Objective, params: Tree) -> LossAndG
         if own is not None and total is not None:
             share = trees.ratio(own, total)
         share = jnp.asarray(share)
-    return scaling.differentiated(lambda p: value_and_aux(part, p), params, part.scale, share)
+    return scaling.differentiated(lambda p: f(part, p), params, part.scale, share)
+
+
+def refuse_undecided(aux: Any) -> None:
+    """Raises if the aux of the whole batch does not follow from those of its micro-batches.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if isinstance(aux, Undecided):
+        raise ValueError(aux.message)
 
 
 def value(objective: Objective, params: Tree) -> jax.Array:
@@ -80,15 +104,6 @@ def device_mean(objective: Objective, params: Tree, over: tuple[axes.Along, ...]
 def group_mean(objective: Objective, tree: Tree) -> Tree:
     """The weighted mean of `tree` over the devices of the objective's group."""
     return axes.mean(tree, objective.joined, pieces.device_part(objective).batch_weight())
-
-
-def value_and_aux(objective: Objective, params: Tree) -> tuple[jax.Array, Any]:
-    """(L(θ), aux) of the whole batch in one piece."""
-    if objective.model is not None:
-        outputs, aux = objective.outputs(params)
-        return loss_of_outputs(objective, outputs), aux
-    value, aux = call(objective, "loss", params)
-    return validation.scalar(value, objective.has_aux), aux
 
 
 def loss_of_outputs(objective: Objective, outputs: Tree) -> jax.Array:

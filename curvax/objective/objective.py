@@ -17,7 +17,7 @@ from curvax.arithmetic.trees import Tree
 from curvax.devices import axes, meshes
 from curvax.likelihoods import Likelihood
 from curvax.objective import evaluation, microbatching, pieces, validation
-from curvax.objective.aux_values import Reductions, Undecided, check_reductions
+from curvax.objective.aux_values import Reductions, check_reductions
 from curvax.objective.gradient_cache import CachedGradient, GradientCache
 from curvax.objective.local_axes import traced_axes
 
@@ -329,8 +329,7 @@ class Objective:
             (9.667, 6.0)
         """
         (value, aux), grads = evaluation.value_aux_and_grad(self, params)
-        if isinstance(aux, Undecided):
-            raise ValueError(aux.message)
+        evaluation.refuse_undecided(aux)
         self.gradients.store(params, grads, value, self.local_axes(params))
         return ((value, aux) if self.has_aux else value), grads
 

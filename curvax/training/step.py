@@ -128,6 +128,7 @@ def make_step(
         microbatch: examples in memory at once; the whole batch by default.
     """
     pipe = curvax.pipe(optimizer)
+    ascends = any(kind.replaces_gradient for kind in kinds(pipe))
 
     def prepare(state: State, batch: Batch) -> Batch:
         key, _ = _keys(state)
@@ -136,7 +137,11 @@ def make_step(
     def core(state: State, batch: Batch) -> tuple[State, Measured]:
         _, dropout = _keys(state)
         value_fn = objective(model, task, state.model_state, batch, dropout, microbatch)
-        (loss, aux), grads = value_fn.value_and_grad(state.params)
+        if task.attack is not None:
+            alone = not (task.share_attack and ascends)
+            value_fn, ((loss, aux), grads) = _attacked(value_fn, state.params, task.attack, alone)
+        else:
+            (loss, aux), grads = value_fn.value_and_grad(state.params)
         signal = curvax.Signal(
             grads, grads, value=loss, aux=aux, perturbed=False,
             local=value_fn.local_axes(state.params),
@@ -159,6 +164,22 @@ def make_step(
         return state, Measured(metrics, unsound == 0)
 
     return parallelism.map(prepare, core, shapes)
+
+
+def _attacked(
+    clean: curvax.Objective, params: Tree, attack: curvax.Attack, alone: bool
+) -> tuple[curvax.Objective, Any]:
+    """(the loss under attack, its value and gradient).
+
+    With `alone` every gradient is at an attack of its own. Else the attack's last step shares the
+    backward pass of the first gradient, and the loss is that at this attack (Chen et al.,
+    arXiv:2106.01548, section 5.4).
+    """
+    if alone:
+        objective = curvax.adversarial(clean, attack)
+        return objective, objective.value_and_grad(params)
+    value, grads, delta = attack.value_and_grad(clean, params)
+    return attack.moved(clean, delta), (value, grads)
 
 
 def _through(

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from curvax import Attack
 from curvax.likelihoods import Likelihood, bernoulli, categorical, gaussian
 from curvax.training import selection_metric
 from curvax.training.augment import metrics, preprocessing
@@ -38,6 +39,8 @@ class Task(NamedTuple):
     metric: SelectionMetric
     in_training: Transform = lambda key, batch: batch  # applied to training batches
     in_test: Prepare = lambda batch: batch  # applied to all others
+    attack: Attack | None = None  # on training inputs
+    share_attack: bool = False  # one backward pass for the first gradient and the attack
 
 
 def build(config: ConfigDict) -> Task:
@@ -56,7 +59,7 @@ def build(config: ConfigDict) -> Task:
 
 
 def _images(config: ConfigDict) -> Task:
-    options = config.data
+    options, attack = config.data, config.attack
     few = sources.of(options).classes <= 10
     return Task(
         "images",
@@ -66,6 +69,8 @@ def _images(config: ConfigDict) -> Task:
         selection_metric.CLASSIFICATION,
         preprocessing.in_training(config),
         preprocessing.in_test(config),
+        preprocessing.attack(config, attack) if attack else None,
+        config.share_attack,
     )
 
 
@@ -130,6 +135,11 @@ def _likelihood(config: ConfigDict, *fitting: str) -> Callable[..., Likelihood]:
 
 def _refuse_changes(config: ConfigDict) -> None:
     """Refuses fields that only labelled images have."""
+    if config.attack:
+        raise ConfigError(
+            "`attack` moves the pixels of labelled images, and the task is "
+            f"`{config.task}`. Leave it out, or use the task `images`."
+        )
     for field in ("label_noise", "labels", "label_smoothing", "augment", "image_size"):
         if config.data[field]:
             raise ConfigError(

@@ -34,8 +34,8 @@ COMMAND = (
 )
 SEEDS, LIMIT = 3, 200
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-DAMPINGS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-KFAC_JAX_DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+DAMPINGS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 1e-2)
+KFAC_JAX_DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 TASKS = {
     "autoencoder": ((128, 32, 8, 32, 128, 784), cx.bernoulli("x"), 500),
     "classifier": ((64, 32, 10), cx.categorical("y"), 300),

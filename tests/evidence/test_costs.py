@@ -70,6 +70,35 @@ def test_ascent_along_earlier_gradients_costs_one_gradient(name, record_row):
     assert extra <= 1.1  # the perturbed parameters
 
 
+@EVERY_MODEL
+def test_attacks_cost_a_gradient_for_each_step(name, record_row):
+    """SAM under PGD of k steps costs at most 2 (k + 1) gradients; with a shared pass 2 at k = 1."""
+    p = problem(name)
+    tx, attack = cx.sam_perturb(0.1), cx.pgd(0.1, steps=2, random_start=False, unroll=True)
+    of_pairs = lambda params, batch: p.loss(params, (batch["image"], batch["label"]))
+    batch = dict(zip(("image", "label"), p.batch))
+
+    def both_passes(params, batch):
+        robust = cx.adversarial(cx.Objective(of_pairs, batch), attack)
+        _, grads = robust.value_and_grad(params)
+        return tx.update(grads, tx.init(params), params, value_fn=robust)[0]
+
+    def shared(params, batch):
+        once = cx.pgd(0.1, steps=1, random_start=False)
+        objective = cx.Objective(of_pairs, batch)
+        _, grads, delta = once.value_and_grad(objective, params)
+        moved = once.moved(objective, delta)
+        return tx.update(grads, tx.init(params), params, value_fn=moved)[0]
+
+    found = p.count(both_passes, p.params, batch)
+    record_row(name, "sam under PGD-2", ratio(found, p.gradient), found[1] / p.gradient[1])
+    assert ratio(found, p.gradient) <= 6.04
+    found = p.count(shared, p.params, batch)
+    record_row(name, "sam, attack shared", ratio(found, p.gradient), found[1] / p.gradient[1])
+    # Beyond two gradients: that of the first layer in its inputs.
+    assert ratio(found, p.gradient) <= (2.25 if name in SMALL else 2.05)
+
+
 def test_passes_share_the_layers_before_the_first_that_is_perturbed():
     p = problem(SMALL[0])
     last = lambda params: jax.tree.map_with_path(lambda path, x: "Dense_3" in str(path), params)

@@ -73,6 +73,7 @@ def test_config_builds_with_its_method_and_its_baseline(name):
 
 VARIANTS = {
     "imagenet_resnet": ("50", "101", "152"),
+    "imagenet_adversarial": ("s16", "b32", "b16"),
     "imagenet_vit": ("s32", "s16", "b32", "b16"),
     "imagenet_mixer": ("s32", "s16", "s8", "b32", "b16"),
 }

@@ -26,7 +26,7 @@ FLOORS = [
     {"devices", "likelihoods", "parameter_roles"},
     {"checks", "linear_operator", "models"},
     {"linalg", "objective"},
-    {"curvature", "flax_bridge", "pipes"},
+    {"adversarial_examples", "curvature", "flax_bridge", "pipes"},
     {"perturbation"},
     {"analysis", "stages"},
     {"methods", "plotting"},

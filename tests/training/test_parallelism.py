@@ -40,6 +40,7 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         AVERAGED,
     ),
+    "attack": ({"optimizer": "pmean_updates(axes) | sgd(lr)", "attack": "pgd(0.1)"}, AVERAGED),
     "natural gradient": (
         {"optimizer": "natural_gradient(1.0, damping=1.0, solver=cg(3), mean_over=axes)"},
         AVERAGED,

@@ -40,6 +40,32 @@ def test_training_step_is_sgd_on_the_augmented_batch():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.params, params)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_training_step_under_attack_is_sam_on_attacked_images(shared):
+    text, pixels = "pgd(0.1, steps=2)", {"mean": (0.2,), "std": (0.4,)}
+    config = changed(optimizer="sam_perturb(0.3) | sgd(0.1)", attack=text, share_attack=shared)
+    config.model.options.dropout = 0.0
+    config.data.update(pixels)
+    experiment = build(config)
+    state, batch = experiment.init(), next(experiment.batches())
+    keys = jax.random.split(jax.random.fold_in(state.key, 0))
+    clean = objective(
+        experiment.model, experiment.task, {}, experiment.task.in_training(keys[0], batch), keys[1]
+    )
+    attack = curvax.pgd(0.1, steps=2, inputs="input", mean=0.2, std=0.4)
+    if shared:
+        _, grads, delta = attack.value_and_grad(clean, state.params)
+        robust = attack.moved(clean, delta)
+    else:
+        robust = curvax.adversarial(clean, attack)
+        _, grads = robust.value_and_grad(state.params)
+    tx = curvax.sam_perturb(0.3)
+    updates, _ = tx.update(grads, tx.init(state.params), state.params, value_fn=robust)
+    expected = jax.tree.map(lambda p, u: p - 0.1 * u, state.params, updates)
+    stepped, _ = experiment.step(state, batch)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), stepped.params, expected)
+
+
 def test_batch_statistics_and_metrics_are_those_of_the_clean_pass():
     config = changed(optimizer="sam_perturb(0.5) | sgd(0.1)")
     config.model = {"name": "resnet8", "options": {"width": 4}}

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from curvax import Attack, pgd
 from curvax.training.augment import policies, transforms
 from curvax.training.augment.transforms import Batch, Transform
 from curvax.training.config import recipe
 from curvax.training.data import encoded_images, labelled_images, sources
 from curvax.training.data.archives import DataError
 from curvax.training.data.datasets import Dataset, Examples, Split
+from curvax.training.runtime.errors import ConfigError
 
 Prepare = Callable[[Batch], Batch]
 
@@ -71,6 +73,21 @@ def in_test(config: ConfigDict) -> Prepare:
     return functools.partial(changes, jax.random.key(0))  # nothing is drawn
 
 
+def attack(config: ConfigDict, text: str) -> Attack:
+    """The attack of a text such as `pgd(8/255, steps=7)`, on images as `normalise()` leaves them.
+
+    Raises:
+        ConfigError: the text cannot be parsed, or is not a call of `pgd`.
+        DataError: as in `in_training`.
+    """
+    mean, std = (tuple(moment.tolist()) for moment in _moments(config))
+    own = functools.partial(pgd, inputs="input", mean=mean, std=std)
+    found = recipe.read(text, {"pgd": own})
+    if not isinstance(found, Attack):
+        raise ConfigError(f"`attack` is a call of `pgd`, as `pgd(8/255, steps=7)`, not `{text}`.")
+    return found
+
+
 def _resize(config: ConfigDict) -> list[Transform]:
     side = config.data.image_size
     return [] if side is None else [transforms.resize(side)]
@@ -90,7 +107,12 @@ def _rows(config: ConfigDict, smoothing: float) -> Transform:
 
 
 def _normalise(config: ConfigDict) -> Transform:
-    """Normalises by the config's mean and deviation, the source's, or measured ones, in this order.
+    """Normalises by `_moments`; errors as there."""
+    return transforms.normalise(*_moments(config))
+
+
+def _moments(config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
+    """The config's mean and deviation, the source's, or measured ones, in this order.
 
     Raises:
         DataError: only one of the config's is set, or they have another number of channels than
@@ -101,7 +123,8 @@ def _normalise(config: ConfigDict) -> Transform:
         raise DataError("`data.mean` and `data.std` are used together: set both of them or none.")
     source = sources.of(options)
     if options.mean is None:
-        return transforms.normalise(*source.moments or _measured(options.name, options.path))
+        found = source.moments or _measured(options.name, options.path)
+        return np.asarray(found[0]), np.asarray(found[1])
     channels = source.shape[-1]
     if {len(options.mean), len(options.std)} != {channels}:
         raise DataError(
@@ -109,7 +132,7 @@ def _normalise(config: ConfigDict) -> Transform:
             f"`{options.name}` have {channels}, and were {options.mean} and {options.std}. Give as "
             "many, or leave both out."
         )
-    return transforms.normalise(options.mean, options.std)
+    return np.asarray(options.mean), np.asarray(options.std)
 
 
 @functools.lru_cache(maxsize=4)

@@ -73,6 +73,8 @@ def defaults(**numbers: float) -> ConfigDict:
         "baseline": "adamw(cosine(1e-3))",  # first method of `compare`, `bench` and `plan`
         "more_optimizers": [],  # further methods, each as text, of the same commands
         "train_baselines": False,  # `train` also trains `baseline` and `more_optimizers`
+        "attack": placeholder(str),  # on training images, as text: pgd(8/255, steps=7)
+        "share_attack": False,  # a method's second gradient is at the attack of the first pass
         "loss": placeholder(str),  # the task's own by default; of images "softmax" or "sigmoid"
         "init_from": placeholder(str),  # pretrained weights: a run's folder or a published .npz
         "new_head": False,  # leave the pretrained head out even if it fits

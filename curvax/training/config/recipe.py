@@ -1,7 +1,7 @@
 """Optimisers as text: `sam_perturb(0.2) | gsam_project(0.4) | adamw(cosine(1e-3, warmup=10))`.
 
     text  = call ('|' call)*
-    value = literal | [value, ...] | name | call | text
+    value = literal | number '/' number | [value, ...] | name | call | text
 
 The text is parsed as a Python expression and evaluated node by node, never by `eval`. It can call
 curvax's public names and `matrix_axes`, the functions of Optax and `optax.contrib` annotated as
@@ -145,6 +145,12 @@ class _Reader:
                 return value
             case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
                 return -value
+            case ast.BinOp(
+                ast.Constant(value=int() | float() as value),
+                ast.Div(),
+                ast.Constant(value=int() | float() as parts),
+            ) if parts:
+                return value / parts
             case ast.List(elts=items):
                 return [self.value(item) for item in items]
             case ast.Tuple(elts=items):

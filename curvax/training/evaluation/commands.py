@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
+from curvax.training.augment import preprocessing
 from curvax.training.evaluation import imagenet_real, test_sets, topk, trained_runs
 from curvax.training.evaluation.test_sets import EvalSet
 from curvax.training.evaluation.topk import TopKScores
@@ -31,6 +32,7 @@ def command(
     labels: Path | None,
     corruptions: bool,
     assignments: Sequence[str] = (),
+    attack: str | None = None,
 ) -> None:
     """`curvax evaluate`: prints tables and keeps the numbers in evaluate.json of the run's folder.
 
@@ -40,16 +42,18 @@ def command(
         labels: a file of correct labels, as ImageNet-ReaL's.
         corruptions: also evaluate on corrupted versions of the run's own test images.
         assignments: as in `trained_runs.load`.
+        attack: also evaluate under this attack, a text as `pgd(2/255, steps=10)`.
 
     Raises:
-        ConfigError: as in `trained_runs.load`, or the run is not of the task `images`.
+        ConfigError: as in `trained_runs.load`, the text of the attack cannot be parsed, or the run
+            is not of the task `images`.
         CheckpointError: as in `trained_runs.load`.
         DataError: there is nothing to evaluate on.
     """
     console, page, where = Console(), {}, _where(path, labels)
     for run in trained_runs.load([folder], assignments):
         _require_classes(run)
-        found = _evaluate(run, console, path, labels, corruptions)
+        found = _evaluate(run, console, path, labels, corruptions, attack)
         page[run.name] = _entry(run, where, found)
         console.print(*_tables(run.name, found), sep="\n")
     _keep(folder / _FILE, page)
@@ -72,16 +76,26 @@ def _require_classes(run: TrainedRun) -> None:
 
 
 def _evaluate(
-    run: TrainedRun, console: Console, path: Path | None, labels: Path | None, corruptions: bool
+    run: TrainedRun,
+    console: Console,
+    path: Path | None,
+    labels: Path | None,
+    corruptions: bool,
+    attack: str | None,
 ) -> list[TopKScores]:
     """The scores on every set, under a progress bar that names it."""
     _, _, experiment, state = run
-    rank, found = topk.make_rank(experiment), []
+    ranks, found = {"": topk.make_rank(experiment)}, []
+    if attack:
+        moved = preprocessing.attack(experiment.config, attack)
+        ranks[f" under {moved}"] = topk.make_rank(experiment, moved)
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("", total=None)
         for eval_set in _eval_sets(experiment, path, labels, corruptions):
-            progress.update(bar, description=escape(f"{run.name} on {eval_set.name}"))
-            found.append(topk.evaluate(experiment, state, eval_set, rank))
+            for suffix, rank in ranks.items():
+                named = eval_set._replace(name=eval_set.name + suffix)
+                progress.update(bar, description=escape(f"{run.name} on {named.name}"))
+                found.append(topk.evaluate(experiment, state, named, rank))
     return found
 
 

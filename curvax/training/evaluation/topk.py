@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from curvax import Attack
 from curvax.arithmetic.trees import Tree
 from curvax.training import scoring
 from curvax.training.augment.transforms import Batch
@@ -36,13 +37,16 @@ class TopKScores(NamedTuple):
     top5: float | None
 
 
-def make_rank(experiment: Experiment) -> Rank:
-    """The compiled `Rank` of an experiment, for all its evaluation sets."""
+def make_rank(experiment: Experiment, attack: Attack | None = None) -> Rank:
+    """The compiled `Rank` of an experiment, for all its evaluation sets, on attacked images."""
     eval_objective = scoring.make_eval_objective(experiment.model, experiment.task)
 
     @jax.jit
     def rank_of(params: Tree, model_state: Tree, batch: Batch, among: jax.Array) -> jax.Array:
         right, objective = batch["right"], eval_objective(model_state, batch)
+        if attack is not None:
+            delta = attack(objective, params, key=jax.random.key(0))
+            objective = attack.moved(objective, delta)
         assert objective.model is not None
         logits = objective.model(params, objective.batch)
         best = jnp.max(jnp.where(right, logits, -jnp.inf), axis=-1, keepdims=True)

@@ -364,6 +364,18 @@ def test_digits_are_evaluated_under_corruptions(digits, capsys):
     assert entry["results"]["own"]["test"]["top1"] == pytest.approx(figures["test_accuracy"])
 
 
+def test_digits_are_evaluated_under_an_attack(digits, capsys):
+    results = evaluate(digits, "--attack", "pgd(16/255, steps=3)")
+    under = results["test under PGD-3, linf ε = 0.06275"]
+    assert under["top1"] < results["test"]["top1"]
+    assert "PGD-3" in capsys.readouterr().out
+    assert results == evaluate(digits)  # kept
+    nothing = evaluate(digits, "--attack", "pgd(0.0)")["test under PGD-10, linf ε = 0"]
+    assert nothing["top1"] == results["test"]["top1"]
+    assert evaluate(digits, "--attack", "adamw(1e-3)") == 2
+    assert "Unknown name `adamw`" in capsys.readouterr().err
+
+
 def test_fashion_mnist_is_evaluated_under_corruptions(tmp_path):
     """Some of its images, as Debian installs them."""
     try:
