@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -232,44 +232,62 @@ def norm(tree: Tree) -> jax.Array:
     A sum of squares outside the range of floats is repeated with scaled entries, in a branch that
     costs nothing where it is not taken. Devices that hold shards of one tree take the same branch.
     """
+    return _measured(tree).length
+
+
+class _Measured(NamedTuple):
+    """A length ‖a‖₂, and c and d with a / ‖a‖ = c a / d, however small or large a is."""
+
+    length: jax.Array
+    c: jax.Array  # a power of two near 1 / ‖a‖
+    d: jax.Array  # c ‖a‖, and 1 if that is 0
+
+
+def _measured(tree: Tree) -> _Measured:
+    """‖a‖₂ and what divides by it.
+
+    Numbers that a branch returns or receives are computed once. XLA computes others again in the
+    program of every leaf that reads them.
+    """
     squares = dot(tree, tree)
-    return _where_in_range(squares, jnp.sqrt(squares), _scaled_norm, tree)
+    careful = lambda tree, factor: _divisors(_scaled_norm(tree, factor))
+    return _where_in_range(squares, _divisors(jnp.sqrt(squares)), careful, tree, _factor(squares))
+
+
+def _divisors(length: jax.Array) -> _Measured:
+    near_one = inverse(power_of_two(length))
+    return _Measured(length, near_one, jnp.where(length == 0, 1, length * near_one))
 
 
 def _where_in_range(
-    size: jax.Array, plain: jax.Array, careful: Callable[..., jax.Array], *trees: Tree
-) -> jax.Array:
-    """`plain`, or `careful(*trees)` where a sum of products of this size left the range of floats.
+    size: jax.Array, plain: Any, careful: Callable[..., Any], *operands: Any
+) -> Any:
+    """`plain`, or `careful(*operands)` where a sum of products of this size left the range.
 
-    Both are computed where a mesh of explicit axes shards the trees, since `jax.vmap` of `lax.cond`
-    does not take these (JAX 0.10 to 0.12).
+    Both are computed where a mesh of explicit axes shards the operands, since `jax.vmap` of
+    `lax.cond` does not take these (JAX 0.10 to 0.12).
     """
-    exponent = int(jnp.finfo(plain.dtype).maxexp)
+    exponent = int(jnp.finfo(size.dtype).maxexp)
     fine = (size >= 2.0 ** (-0.55 * exponent)) & (size <= 2.0 ** (0.78 * exponent))
-    otherwise = lambda plain, *trees: careful(*trees).astype(plain.dtype)
-    if any(map(is_sharded, jax.tree.leaves(trees))):
-        return jnp.where(fine, plain, otherwise(plain, *trees))
-    return lax.cond(fine, lambda plain, *trees: plain, otherwise, plain, *trees)
+    otherwise = lambda plain, *operands: cast_like(careful(*operands), plain)
+    if any(map(is_sharded, jax.tree.leaves(operands))):
+        other = otherwise(plain, *operands)
+        return jax.tree.map(lambda x, y: jnp.where(fine, x, y), plain, other)
+    return lax.cond(fine, lambda plain, *operands: plain, otherwise, plain, *operands)
 
 
-def _scaled_norm(tree: Tree) -> jax.Array:
-    """The norm, from squares that are scaled down by a power of two or, if these vanish, up.
+def _factor(squares: jax.Array) -> jax.Array:
+    """A power of two by which entries are multiplied whose sum of squares left the range."""
+    large = 2.0 ** (0.6 * jnp.finfo(squares.dtype).maxexp // 1)
+    return jnp.where(squares < 1, large, 1 / large).astype(squares.dtype)
 
-    The scales are constants: one that depends on the largest entry would be computed again for
-    every leaf, in programs that grow with the square of the number of leaves.
-    """
-    leaves = jax.tree.leaves(wide(tree))
-    dtype = max((x.dtype for x in leaves), key=lambda d: jnp.finfo(d).bits, default=jnp.float32)
 
-    def measured(factor: float) -> jax.Array:
-        # XLA would simplify (cx)(cx) to c²x², and c² is out of range; `minimum` prevents that.
-        within = lambda x: jnp.minimum(x.astype(dtype) * factor, jnp.finfo(dtype).max)
-        scaled = [within(x) for x in leaves]
-        return jnp.sqrt(dot(scaled, scaled)) / factor
-
-    large = 2.0 ** (0.6 * jnp.finfo(dtype).maxexp // 1)
-    reduced = measured(1 / large)
-    return jnp.where(reduced > 1, reduced, measured(large))
+def _scaled_norm(tree: Tree, factor: jax.Array) -> jax.Array:
+    """The norm, from squares of entries times a power of two."""
+    # XLA would simplify (cx)(cx) to c²x², and c² is out of range; `minimum` prevents that.
+    within = lambda x: jnp.minimum(x.astype(factor.dtype) * factor, jnp.finfo(factor.dtype).max)
+    scaled = jax.tree.map(within, wide(tree))
+    return jnp.sqrt(dot(scaled, scaled)) * inverse(factor)
 
 
 @norm.defjvp
@@ -282,13 +300,12 @@ def _norm_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 @_at_once
 def unit(tree: Tree) -> Tree:
     """a / ‖a‖₂ in float32 or wider, and 0 for a = 0."""
-    return _over(tree, norm(tree))
+    return _over(tree, _measured(tree))
 
 
-def _over(tree: Tree, length: jax.Array) -> Tree:
-    """a / ‖a‖ in float32 or wider for a known length ‖a‖, however small or large."""
-    near_one = inverse(power_of_two(length))
-    return divided(scale(near_one, wide(tree)), length * near_one)
+def _over(tree: Tree, by: _Measured) -> Tree:
+    """a / ‖a‖ in float32 or wider."""
+    return divided(scale(by.c, wide(tree)), by.d)
 
 
 @unit.defjvp
@@ -308,6 +325,13 @@ def divided(tree: Tree, length: jax.Array) -> Tree:
 def magnitude(tree: Tree) -> jax.Array:
     """The largest power of two <= ‖a‖₂, as `power_of_two` gives it."""
     return power_of_two(norm(tree))
+
+
+@_at_once
+def norm_and_scale(tree: Tree) -> tuple[jax.Array, jax.Array]:
+    """(‖a‖₂, the power of two near 1 / ‖a‖), without derivatives in range."""
+    found = _measured(tree)
+    return found.length, found.c
 
 
 def power_of_two(length: jax.Array) -> jax.Array:
@@ -345,10 +369,13 @@ def cosine(a: Tree, b: Tree) -> jax.Array:
     The inner product is not computed from normalised vectors, so that on devices it needs no
     all-reduce after those of the norms.
     """
-    length, other = norm(a), norm(b)
-    plain = ratio(ratio(dot(a, b), length), other)
-    careful = lambda a, b: dot(_over(a, length), _over(b, other))
-    return _where_in_range(length * other, plain, careful, a, b)
+    return _cosine(a, b, _measured(a), _measured(b))
+
+
+def _cosine(a: Tree, b: Tree, of_a: _Measured, of_b: _Measured) -> jax.Array:
+    plain = ratio(ratio(dot(a, b), of_a.length), of_b.length)
+    careful = lambda a, b, of_a, of_b: dot(_over(a, of_a), _over(b, of_b))
+    return _where_in_range(of_a.length * of_b.length, plain, careful, a, b, of_a, of_b)
 
 
 @cosine.defjvp
@@ -359,9 +386,18 @@ def _cosine_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     return value, (turned(x, y, da, norm(a)) + turned(y, x, db, norm(b))).astype(value.dtype)
 
 
+@jax.custom_jvp
+@_at_once
 def reject(a: Tree, b: Tree) -> Tree:
     """The component of a orthogonal to b over the whole tree, a - <a, b̂> b̂."""
-    return add_scaled(a, -cosine(a, b) * norm(a), unit(b))
+    of_a, of_b = _measured(a), _measured(b)
+    return add_scaled(a, -_cosine(a, b, of_a, of_b) * of_a.length, _over(b, of_b))
+
+
+@reject.defjvp
+def _reject_jvp(primals: Any, tangents: Any) -> tuple[Tree, Tree]:
+    in_parts = lambda a, b: add_scaled(a, -cosine(a, b) * norm(a), unit(b))
+    return jax.jvp(in_parts, primals, tangents)
 
 
 def broadcast_prefix(prefix: Tree, tree: Tree) -> Tree:

@@ -392,9 +392,8 @@ def _warn_of_half_precision(params: Tree) -> None:
 def _scalars(
     value: jax.Array | None, value_p: jax.Array, g: Tree, g_p: Tree, rho: jax.Array
 ) -> dict[str, jax.Array | None]:
-    norm = trees.norm(g)
     # The perturbed gradient in units near ‖g‖, so that no square overflows or underflows.
-    near_one = trees.inverse(trees.power_of_two(norm))
+    norm, near_one = trees.norm_and_scale(g)
     perturbed = trees.scale(near_one, trees.wide(g_p))
     norm_p = root(trees.dot(perturbed, perturbed))
     gap = None if value is None else value_p - value
