@@ -136,12 +136,8 @@ def make_step(
 
     def core(state: State, batch: Batch) -> tuple[State, Measured]:
         _, dropout = _keys(state)
-        value_fn = objective(model, task, state.model_state, batch, dropout, microbatch)
-        if task.attack is not None:
-            alone = not (task.share_attack and ascends)
-            value_fn, ((loss, aux), grads) = _attacked(value_fn, state.params, task.attack, alone)
-        else:
-            (loss, aux), grads = value_fn.value_and_grad(state.params)
+        clean = objective(model, task, state.model_state, batch, dropout, microbatch)
+        value_fn, ((loss, aux), grads) = _evaluated(clean, state.params, task, ascends)
         signal = curvax.Signal(
             grads, grads, value=loss, aux=aux, perturbed=False,
             local=value_fn.local_axes(state.params),
@@ -166,20 +162,21 @@ def make_step(
     return parallelism.map(prepare, core, shapes)
 
 
-def _attacked(
-    clean: curvax.Objective, params: Tree, attack: curvax.Attack, alone: bool
+def _evaluated(
+    clean: curvax.Objective, params: Tree, task: Task, ascends: bool
 ) -> tuple[curvax.Objective, Any]:
-    """(the loss under attack, its value and gradient).
+    """(the loss, under the task's attack if it has one; its value and gradient).
 
-    With `alone` every gradient is at an attack of its own. Else the attack's last step shares the
+    Every gradient is at an attack of its own; with `share_attack` the attack's last step shares the
     backward pass of the first gradient, and the loss is that at this attack (Chen et al.,
-    arXiv:2106.01548, section 5.4).
+    arXiv:2106.01548, section 5.4), if the pipe `ascends`, which replaces the first gradient.
     """
-    if alone:
-        objective = curvax.adversarial(clean, attack)
-        return objective, objective.value_and_grad(params)
-    value, grads, delta = attack.value_and_grad(clean, params)
-    return attack.moved(clean, delta), (value, grads)
+    attack = task.attack
+    if attack is not None and task.share_attack and ascends:
+        value, grads, delta = attack.value_and_grad(clean, params)
+        return attack.moved(clean, delta), (value, grads)
+    value_fn = clean if attack is None else curvax.adversarial(clean, attack)
+    return value_fn, value_fn.value_and_grad(params)
 
 
 def _through(
