@@ -59,8 +59,9 @@ def local_entropy(
     distribution that prefers wide valleys. Chaudhari et al., Entropy-SGD, arXiv:1611.01838,
     Algorithm 1, with the Nesterov momentum β and the defaults of the authors' code. As there the
     update has no factor γ: `sgd(1.0)` behind this stage moves θ to μ, and
-    `optax.scale_by_schedule(scope)` gives ∇(-F) = γ (θ - μ). A step costs L gradients: the first
-    is the one given to `update`.
+    `optax.scale_by_schedule(scope)` gives γ (θ - μ). The pull γ (x - θ) has no momentum, so that
+    with β a walk ends where one without would at the scope (1 - β) γ. A step costs L gradients, the
+    first of which is the one given to `update`.
 
     Under pmap or shard_map each device walks on its own part of the batch, with the same noise, and
     `pmean_updates` averages the ends.
