@@ -265,6 +265,7 @@ def entropy_sgd(
         momentum: β in [0, 1), of the gradients of the inner steps.
         split_batch: whether each inner step takes a piece of the batch, for one gradient a step.
         sync_over: device axes to average the inner gradients over, for one walk of all devices.
+        sampler: `(key, tree) -> noise`, normal by default; `rademacher` is cheaper.
         key: typed key or seed of the noise.
 
     Returns:

@@ -15,7 +15,7 @@ from jax import lax
 from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
-from curvax.arithmetic.typing import Key, ScalarOrSchedule, ValueFn
+from curvax.arithmetic.typing import Key, Sampler, ScalarOrSchedule, ValueFn
 from curvax.devices import axes, meshes
 from curvax.devices.axes import AxisNames
 from curvax.hyperparameters import injectable
@@ -48,6 +48,7 @@ def local_entropy(
     momentum: ScalarOrSchedule = 0.9,
     split_batch: bool = False,
     sync_over: AxisNames = None,
+    sampler: Sampler = gaussian_probe,
     key: Key = 0,
 ) -> Stage:
     """Replaces the gradient by θ - μ, that of the negative local entropy up to its factor γ.
@@ -78,6 +79,9 @@ def local_entropy(
             whole batch. A step then costs one gradient, and the given one is not used.
         sync_over: device axes to average the inner gradients over, for one walk shared by all
             devices, as on the whole batch, at L all-reduces.
+        sampler: `(key, tree) -> noise` of unit covariance. Normal numbers for each parameter in
+            each inner step cost 0.2 of a gradient of a dense network on 256 examples; `rademacher`
+            draws signs, for 0.01.
         key: typed key or seed of the noise.
 
     Returns:
@@ -112,6 +116,7 @@ def local_entropy(
     """
     options, drawing = _Numbers(scope, rate, noise, decay, momentum), DrawingKey(key)
     _check_options(steps, options)
+    checks.check_sampler("local_entropy", sampler)
 
     def init(params: Tree) -> LocalEntropyState:
         trees.require_floating(params, "local_entropy")
@@ -132,7 +137,7 @@ def local_entropy(
         own = local - set(sync)
         key = jax.random.fold_in(drawing.of(state.key), state.step)
         now = options.at(state.step)
-        walk = _Walk(objective, axes.vary(params, own), now, key, sync)
+        walk = _Walk(objective, axes.vary(params, own), now, sampler, key, sync)
         chain = (
             walk.over_pieces(steps) if split_batch else walk.from_gradient(signal.updates, steps)
         )
@@ -221,6 +226,7 @@ class _Walk(NamedTuple):
     objective: Objective
     params: Tree
     at: _Numbers
+    sampler: Sampler
     key: jax.Array
     sync: tuple[str, ...]
 
@@ -275,7 +281,7 @@ class _Walk(NamedTuple):
         noise = self.at.noise
         if isinstance(noise, numbers.Real) and noise == 0:
             return x
-        z = gaussian_probe(jax.random.fold_in(self.key, number), x)
+        z = self.sampler(jax.random.fold_in(self.key, number), x)
         return trees.add_scaled(x, jnp.sqrt(self.at.rate) * noise, meshes.laid_like(z, x))
 
 
