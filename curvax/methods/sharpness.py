@@ -261,7 +261,7 @@ def entropy_sgd(
         steps: L, the number of inner steps.
         rate: η' >= 0, their learning rate.
         noise: ε >= 0, the size of the noise.
-        decay: α in [0, 1), how much of μ an inner step keeps.
+        decay: 1 - α in [0, 1), what an inner step keeps of μ.
         momentum: β in [0, 1), of the gradients of the inner steps.
         split_batch: whether each inner step takes a piece of the batch, for one gradient a step.
         sync_over: device axes to average the inner gradients over, for one walk of all devices.

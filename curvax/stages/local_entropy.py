@@ -54,7 +54,7 @@ def local_entropy(
     """Replaces the gradient by θ - μ, that of the negative local entropy up to its factor γ.
 
         v ← β v + ∇L(x),    d = ∇L(x) + β v + γ (x - θ)
-        x ← x - η' d + √η' ε N(0, I),    μ ← α μ + (1 - α) x        L times from x = μ = θ, v = 0
+        x ← x - η' d + √η' ε N(0, I),    μ ← (1 - α) μ + α x        L times from x = μ = θ, v = 0
 
     Langevin dynamics explore the loss around θ, and μ estimates the mean <x> of a Gibbs
     distribution that prefers wide valleys. Chaudhari et al., Entropy-SGD, arXiv:1611.01838,
@@ -73,7 +73,8 @@ def local_entropy(
         steps: L, the number of inner steps.
         rate: η' >= 0, their learning rate.
         noise: ε >= 0, the size of the noise.
-        decay: α in [0, 1), how much of μ an inner step keeps; 0 takes the last x.
+        decay: 1 - α in [0, 1), what an inner step keeps of μ; 0 takes the last x, and the paper has
+            0.25.
         momentum: β in [0, 1), of ∇L in the inner loop; 0 is Algorithm 1.
         split_batch: whether inner step l takes the l-th of L pieces of the batch, in place of the
             whole batch. A step then costs one gradient, and the given one is not used.

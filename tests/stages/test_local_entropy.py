@@ -89,7 +89,7 @@ def first_updates(tx: Any, value_fn: Any, params: Any = PARAMS) -> Any:
 
 
 def test_local_entropy_is_algorithm_1():
-    """With the paper's α of 0.75, which weighs the newest x, and a scope that grows."""
+    """With the paper's α of 0.75 and a scope that grows."""
     tx = cx.local_entropy(scoping, steps=4, noise=0.05, decay=0.25, momentum=0.0, key=7)
     found, state = trained(tx | optax.sgd(0.8), 5)
     w = WEIGHTS
@@ -368,10 +368,13 @@ def test_sharding_under_jit_changes_nothing(kind, split):
     np.testing.assert_allclose(np.asarray(found), expected, **OVER_DEVICES)
 
 
-@pytest.mark.parametrize(("sync", "times"), [(None, 1), ("batch", 3)])
-def test_a_step_sends_the_parameters_once_or_for_each_inner_step(sync, times):
+@pytest.mark.parametrize(
+    ("way", "sync", "times"),
+    [("checked", None, 1), ("checked", "batch", 3), ("unchecked", "batch", 3)],
+)
+def test_a_step_sends_the_parameters_once_or_for_each_inner_step(way, sync, times):
     tx = cx.entropy_sgd(optax.sgd(1.0), steps=3, mean_over="batch", sync_over=sync)
-    step = stepping(tx, "checked", lambda batch: cx.Objective(net_loss, batch))
+    step = stepping(tx, way, lambda batch: cx.Objective(net_loss, batch))
     compiled = step.lower(PARAMS, tx.init(PARAMS), net_batch(16)).compile()
     sent = sum(each.bytes for each in collectives.count(hlo.read(compiled)).values())
     metrics = 2 * 4
@@ -418,6 +421,13 @@ SPLIT = cx.local_entropy(0.1, steps=3, split_batch=True)
                 cx.sam_perturb(0.1) | cx.local_entropy(0.1), cx.Objective(net_loss, net_batch())
             ),
             "`local_entropy` replaces the updates",
+        ),
+        (
+            lambda: first_updates(
+                cx.local_entropy(0.1, steps=1) | cx.sam_perturb(0.1),
+                cx.Objective(net_loss, net_batch()),
+            ),
+            "`sam_perturb` replaces the updates",
         ),
     ],
 )
