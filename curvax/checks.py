@@ -188,6 +188,20 @@ def check_count(stage: str, /, **options: Any) -> None:
             raise ValueError(f"`{stage}` takes `{name}` as a positive integer, and got {value!r}.")
 
 
+def check_sampler(stage: str, sampler: Any) -> None:
+    """Checks that random trees are drawn by a callable.
+
+    Raises:
+        TypeError: it is not callable.
+    """
+    check_static(stage, sampler=sampler)
+    if not callable(sampler):
+        raise TypeError(
+            f"`{stage}(sampler=)` takes a callable `sampler(key, tree) -> tree`, such as "
+            f"`rademacher` or `gaussian_probe`, and got {sampler!r}."
+        )
+
+
 def refuse_summed(updates: Tree, local: frozenset[str], *, stage: str) -> None:
     """Raises if a gradient has been summed or averaged over devices too early.
 

@@ -3,12 +3,13 @@
 from curvax.methods.diagonal import adahessian, diagonal_natural_gradient, sophia_g, sophia_h
 from curvax.methods.kronecker import ekfac, kfac, shampoo, soap
 from curvax.methods.matrix_free import gauss_newton, hessian_free, natural_gradient, newton_cg
-from curvax.methods.sharpness import gsam, look_sam, sam
+from curvax.methods.sharpness import entropy_sgd, gsam, look_sam, sam
 
 __all__ = [
     "adahessian",
     "diagonal_natural_gradient",
     "ekfac",
+    "entropy_sgd",
     "gauss_newton",
     "gsam",
     "hessian_free",

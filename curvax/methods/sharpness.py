@@ -1,4 +1,4 @@
-"""SAM, GSAM and LookSAM over any base optimiser, each a pipe of a few stages."""
+"""SAM, GSAM, LookSAM and Entropy-SGD over any base optimiser, each a pipe of a few stages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from curvax.arithmetic.typing import Period, ScalarOrSchedule, TreePrefix
 from curvax.devices.axes import AxisNames
 from curvax.hyperparameters import injectable
 from curvax.pipes.signal import Stage, pipe
-from curvax.stages import gsam_project, keep_orthogonal, pmean_updates, sam_perturb
+from curvax.stages import (
+    gsam_project,
+    keep_orthogonal,
+    local_entropy,
+    pmean_updates,
+    sam_perturb,
+)
 
 Method = TypeVar("Method", bound=Callable[..., Stage])
 
@@ -225,3 +231,56 @@ def look_sam(
         keep_orthogonal(alpha),
         base,
     )
+
+
+@injectable
+@_with_options_of(local_entropy)
+def entropy_sgd(
+    base: optax.GradientTransformation,
+    scope: ScalarOrSchedule = 1e-4,
+    *,
+    mean_over: AxisNames = None,
+    **options: Any,
+) -> Stage:
+    """Entropy-SGD: steps of a base optimiser towards the mean of a Langevin walk around θ.
+
+        local_entropy(scope) | pmean_updates(mean_over) | base
+
+        u = θ - μ,   μ an average over L inner steps of SGD with noise and the pull γ (x - θ)
+
+    Chaudhari et al., Entropy-SGD, arXiv:1611.01838, Algorithm 1, with the defaults of the authors'
+    code; how it differs from that code is said at `local_entropy`. The update has the size of L
+    steps of SGD: their base on MNIST is `optax.sgd(1.0)`, which moves θ to μ, then `sgd(0.1)`.
+
+    Args:
+        base: an Optax transformation, such as `optax.sgd(1.0)` or `optax.adamw(1e-3)`.
+        scope: γ >= 0, the force that holds the walk near θ: a number or a schedule, such as
+            `optax.exponential_decay(1e-4, 1, 1.001)`, which is the scoping of the authors' code.
+        mean_over: device axis, or tuple of axes, to average the updates over. Each device walks on
+            its own part of the batch.
+        steps: L, the number of inner steps.
+        rate: η' >= 0, their learning rate.
+        noise: ε >= 0, the size of the noise.
+        decay: 1 - α in [0, 1), what an inner step keeps of μ.
+        momentum: β in [0, 1), of the gradients of the inner steps.
+        split_batch: whether each inner step takes a piece of the batch, for one gradient a step.
+        sync_over: device axes to average the inner gradients over, for one walk of all devices.
+        sampler: `(key, tree) -> noise`, normal by default; `rademacher` is cheaper.
+        key: typed key or seed of the noise.
+
+    Returns:
+        A stage. Each `update` needs `value_fn`, and costs L gradients.
+
+    Raises:
+        ValueError, TypeError: an option is out of range, or is traced where it must be static.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax, curvax
+        >>> loss = lambda w: 0.5 * jnp.sum(w**2)
+        >>> tx = curvax.entropy_sgd(optax.sgd(1.0), steps=5, noise=0.0)
+        >>> w = jnp.array([3.0, 4.0])
+        >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
+        >>> [round(float(x), 3) for x in updates]
+        [-1.801, -2.402]
+    """
+    return pipe(local_entropy(scope, **options), pmean_updates(mean_over), base)

@@ -20,6 +20,7 @@ from curvax.stages.estimation import (
     squared_gradient,
 )
 from curvax.stages.levenberg_marquardt import levenberg_marquardt
+from curvax.stages.local_entropy import local_entropy
 from curvax.stages.per_group import per_group
 from curvax.stages.perturbation import sam_perturb
 from curvax.stages.pmean_updates import pmean_updates
@@ -55,6 +56,7 @@ __all__ = [
     "in_eigenbasis",
     "keep_orthogonal",
     "levenberg_marquardt",
+    "local_entropy",
     "partition",
     "penalize_gap",
     "per_group",

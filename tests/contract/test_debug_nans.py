@@ -40,6 +40,7 @@ METHODS = {
     "gsam": lambda: cx.gsam(optax.sgd(0.1), 0.05, 0.4),
     "gsam onto clean": lambda: cx.gsam(optax.sgd(0.1), 0.05, 0.4, onto="clean"),
     "look_sam": lambda: cx.look_sam(optax.sgd(0.1), 0.05, every=2),
+    "entropy_sgd": lambda: cx.entropy_sgd(optax.sgd(0.1), 0.1, steps=3),
     "sam of second order": lambda: cx.sam(optax.sgd(0.1), 0.05, second_order=True, steps=2),
     "asam": lambda: cx.sam(optax.sgd(0.1), 0.5, ascent=cx.asam(0.01)),
     "every other step": lambda: cx.sam_perturb(0.05, every=2) | SGD,

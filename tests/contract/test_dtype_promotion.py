@@ -38,6 +38,7 @@ PIPES = {
     "gsam": lambda: cx.sam_perturb(0.05) | cx.gsam_project(0.4),
     "penalize_gap": lambda: cx.sam_perturb(0.05) | cx.penalize_gap(0.4),
     "look_sam": lambda: cx.sam_perturb(0.05, every=2) | cx.keep_orthogonal(0.4),
+    "local_entropy": lambda: cx.local_entropy(schedule, steps=3, rate=schedule),
     "per_group": lambda: cx.per_group(4, cx.sam_perturb(0.05)),
     "one by one": lambda: cx.per_group(4, cx.sam_perturb(0.05), sequential=True),
     "hutchinson_diag": lambda: (

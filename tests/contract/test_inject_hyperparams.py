@@ -34,6 +34,7 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, tuple[float, float]]]] = {
     "sam": (dict(base=SGD, ascent=by_path, steps=2, projected=False), dict(rho=(0.1, 0.3))),
     "gsam": (dict(base=SGD, p=3.0, mask=is_kernel), dict(rho=(0.1, 0.3), alpha=(0.4, 0.1))),
     "look_sam": (dict(base=SGD, second_order=True), dict(rho=(0.1, 0.3), every=(2, 3))),
+    "entropy_sgd": (dict(base=SGD, steps=2), dict(scope=(0.1, 0.3), noise=(0.01, 0.0))),
     "adahessian": (dict(probes=2, block=2, mask=is_kernel), dict(learning_rate=(0.1, 0.2))),
     "sophia_h": (dict(sampler=cx.gaussian_probe, key=KEY), dict(learning_rate=(0.1, 0.2))),
     "sophia_g": (dict(probes=2), dict(learning_rate=(0.1, 0.2), gamma=(0.05, 0.01))),
@@ -107,6 +108,10 @@ STAGES: dict[str, tuple[dict[str, Any], dict[str, tuple[float, float]]]] = {
     "trajectory_loss": (
         dict(size=8, shape=3, lag=1, index=lambda batch: jnp.arange(8)),
         dict(strength=(0.3, 0.1), temperature=(1.0, 2.0)),
+    ),
+    "local_entropy": (
+        dict(steps=4, split_batch=True, key=KEY),
+        dict(scope=(0.3, 0.1), rate=(0.1, 0.2), decay=(0.7, 0.5), momentum=(0.0, 0.9)),
     ),
     "quadratic_step": (dict(momentum=False), {}),
     "split_real_and_imaginary": (dict(stages=cx.sam_perturb(0.1)), {}),

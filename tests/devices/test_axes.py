@@ -53,6 +53,7 @@ FORGETFUL = {
     "sam": cx.sam(optax.sgd(0.1)),
     "gsam": cx.gsam(optax.sgd(0.1), 0.1, 0.2),
     "look_sam": cx.look_sam(optax.sgd(0.1), 0.1),
+    "entropy_sgd": cx.entropy_sgd(optax.sgd(0.1), steps=2),
     "adahessian": cx.adahessian(0.1),
     "hutchinson_diag": cx.hutchinson_diag() | cx.pmean_updates("batch"),
     "look_sam's kept part": cx.sam_perturb(0.1, every=2) | cx.keep_orthogonal(),

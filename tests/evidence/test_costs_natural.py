@@ -132,6 +132,33 @@ def test_trajectory_loss_costs_one_gradient(name, record):
 
 
 @EVERY_MODEL
+def test_local_entropy_costs_a_gradient_for_each_inner_step(name):
+    """The given gradient is the first, and nothing is computed twice."""
+    p = problem(name)
+    signs, none = dict(sampler=cx.rademacher), dict(noise=0.0)
+    for options, gradients in ((dict(steps=1, **none), 1), (dict(steps=3, **signs), 3)):
+        tx = cx.local_entropy(0.1, **options) | optax.sgd(1.0)
+        flops, memory = p.update(tx, loops=True)
+        assert flops / p.gradient[0] <= 1.025 * gradients
+        # x, μ and v, and the next one of them.
+        assert memory - p.gradient[1] <= 4 * p.bytes
+
+
+def test_normal_noise_costs_a_fifth_of_a_gradient_for_each_inner_step():
+    p = problem(SMALL[0])
+    flops, memory = p.update(cx.local_entropy(0.1, steps=3) | optax.sgd(1.0), loops=True)
+    assert flops / p.gradient[0] <= 3 * (1.02 + 0.2)
+    assert memory - p.gradient[1] <= 8 * p.bytes
+
+
+def test_pieces_of_the_batch_cost_one_gradient_in_all():
+    p = problem(SMALL[0])
+    tx = cx.local_entropy(0.1, steps=4, noise=0.0, split_batch=True) | optax.sgd(1.0)
+    flops, _ = p.update(tx, loops=True)
+    assert flops / p.gradient[0] <= 1.06
+
+
+@EVERY_MODEL
 @pytest.mark.parametrize("stage", DIAGONALS)
 def test_a_diagonal_costs_a_second_backward_pass(name, stage, record):
     p = problem(name)

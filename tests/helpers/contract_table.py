@@ -164,6 +164,12 @@ TABLE = {
         {"rho": 0.1, "every": 2},
         perturbs=True,
     ),
+    "entropy_sgd": Row(
+        lambda scope, decay, momentum: cx.entropy_sgd(
+            optax.adamw(0.1), scope, steps=4, decay=decay, momentum=momentum, split_batch=True
+        ),
+        {"scope": 0.3, "decay": 0.5, "momentum": 0.8},
+    ),
     "squared_gradient | ema_mean | accumulate": Row(
         lambda decay: (
             cx.squared_gradient()
@@ -203,6 +209,10 @@ TABLE = {
     "trajectory_loss": Row(
         lambda strength: cx.trajectory_loss(8, 2, strength=strength, lag=1, index=numbers),
         {"strength": 0.3},
+    ),
+    "local_entropy": Row(
+        lambda scope, rate, noise: cx.local_entropy(scope, steps=3, rate=rate, noise=noise),
+        {"scope": 0.3, "rate": 0.1, "noise": 0.01},
     ),
     "empirical_fisher_matvec": Row(
         lambda damping: cx.empirical_fisher_matvec() | cx.damp(damping) | cx.solve(cx.row_space()),

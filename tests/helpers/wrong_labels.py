@@ -1,12 +1,13 @@
 """Networks that train on wrong labels, SAM's base on each, and runs of a method on them."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
 
 from curvax.training.config import configs
 from curvax.training.experiment import Experiment, build
+from curvax.training.step import State
 
 
 class Task(NamedTuple):
@@ -30,18 +31,24 @@ TASKS = {
 }
 
 
-def experiment_of(task: str, text: str, hold_out: bool) -> Experiment:
+def experiment_of(task: str, text: str, hold_out: bool, **fields: Any) -> Experiment:
     config = configs.load(TASKS[task].config)
     config.devices, config.optimizer = 1, text
+    config.update(fields)
     return build(config, hold_out=hold_out)
+
+
+def ended(experiment: Experiment) -> State:
+    """The state at the end of training."""
+    state, batches = experiment.init(), experiment.batches()
+    for _ in range(experiment.steps):
+        state, _ = experiment.step(state, experiment.parallelism.place(next(batches)))
+    return state
 
 
 def trained(experiment: Experiment) -> tuple[float, float]:
     """(accuracy on the test images, λ_max on training images)"""
-    state, batches = experiment.init(), experiment.batches()
-    for _ in range(experiment.steps_per_epoch * experiment.config.epochs):
-        state, _ = experiment.step(state, experiment.parallelism.place(next(batches)))
-    found = experiment.final_metrics(state)
+    found = experiment.final_metrics(ended(experiment))
     return found["test_accuracy"], found["lambda_max"]
 
 

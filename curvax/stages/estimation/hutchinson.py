@@ -71,12 +71,7 @@ def hutchinson_diag(
         >>> print(signal.diagonal)
         [ 1. 10.]
     """
-    checks.check_static("hutchinson_diag", sampler=sampler)
-    if not callable(sampler):
-        raise TypeError(
-            "`hutchinson_diag(sampler=)` takes a callable `sampler(key, tree) -> tree`, such as "
-            f"`rademacher` or `gaussian_probe`, and got {sampler!r}."
-        )
+    checks.check_sampler("hutchinson_diag", sampler)
     check_mode(mode)
     estimate = lambda part, params, k, over: _estimate(part, params, k, probes, sampler, mode)
     return diagonal_stage("hutchinson_diag", estimate, key, probes, fraction, shards, mean_over)
