@@ -25,6 +25,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from curvax import checks
+from curvax.contrastive import supervised_contrastive
 from curvax.curvature import (
     CorrectedFactors,
     KroneckerFactors,
@@ -225,6 +226,7 @@ __all__ = [
     "squared_gradient",
     "stage",
     "steihaug",
+    "supervised_contrastive",
     "trajectory_loss",
     "trust_region",
     "weight_scaled",

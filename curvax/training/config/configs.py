@@ -48,7 +48,7 @@ def defaults(**numbers: float) -> ConfigDict:
     """
     fields: dict[str, Any] = {
         "name": "experiment",  # in the run folder's name; `load` sets the config file's own
-        "task": "images",  # or "autoencoder", "regression", "language"
+        "task": "images",  # or "contrastive", "autoencoder", "regression", "language"
         "model": {"name": "mixer_tiny", "options": {}},
         "data": DataConfig(
             {
@@ -74,6 +74,7 @@ def defaults(**numbers: float) -> ConfigDict:
         "more_optimizers": [],  # further methods, each as text, of the same commands
         "train_baselines": False,  # `train` also trains `baseline` and `more_optimizers`
         "loss": placeholder(str),  # the task's own by default; of images "softmax" or "sigmoid"
+        "temperature": 0.1,  # τ of the task "contrastive"
         "init_from": placeholder(str),  # pretrained weights: a run's folder or a published .npz
         "new_head": False,  # leave the pretrained head out even if it fits
         "epochs": 60,  # passes over the training set, incomplete batches dropped
