@@ -33,10 +33,8 @@ class _Embedded(NamedTuple):
 
     z: jax.Array
     """Of length 1, or 0 where `known` is False, [n, views, d] in float32 or wider."""
-    label: jax.Array
-    """Integers [n]; without targets the numbers of the examples."""
-    number: jax.Array
-    """The places of the examples among those of all devices, int32 [n]."""
+    label: jax.Array | None
+    """Classes, integers [n]; None if each example is a class of its own."""
     known: jax.Array | None
     """Which examples count, bool [n]; None for all."""
 
@@ -54,8 +52,11 @@ def supervised_contrastive(
 
     Every view of every example is an anchor i; P(i) are all other embeddings of its class, the
     other views of the example among them. Embeddings are normalised to length 1 first. Khosla et
-    al., arXiv:2004.11362, eq. 2 (L_out), without the factor τ of the authors' code. Without targets
-    P(i) are the other views alone, the NT-Xent loss of SimCLR, Chen et al., arXiv:2002.05709, eq. 1.
+    al., arXiv:2004.11362, eq. 2 (L_out). Without targets P(i) are the other views alone, as in the
+    NT-Xent loss of SimCLR, Chen et al., arXiv:2002.05709, eq. 1.
+
+    This differs from the authors' code in: 1. no factor τ (TensorFlow) or τ/0.07 (PyTorch); 2. an
+    anchor that has one view and k positives is not divided by k again, as in TensorFlow's.
 
     Args:
         targets: a key of the batch or a callable `batch -> array` for the classes, integers [n];
@@ -98,31 +99,33 @@ def supervised_contrastive(
         known = None if mask is None else _entry(mask, batch, z, _MASK)
         _check_positives(z, label, known)
         over = _device_axes(sync_over, z)
-        first, devices = axes.index_and_size(over)
-        number = first * len(z) + jnp.arange(len(z), dtype=jnp.int32)
-        own = _Embedded(_unit(z, known), number if label is None else label, number, known)
+        own = _Embedded(_unit(z, known), label, known)
         everyone = _everywhere(own, over)
         _refuse_alone(everyone, own)
-        return _mean(own, everyone, temperature, devices)
+        device, _ = axes.index_and_size(over)
+        return _mean(own, everyone, device * len(z), temperature)
 
     return loss
 
 
-def _mean(own: _Embedded, everyone: _Embedded, temperature: Any, devices: int) -> jax.Array:
-    """The loss of a device's anchors, divided by the mean number of anchors of a device."""
+def _mean(own: _Embedded, everyone: _Embedded, first: Any, temperature: Any) -> jax.Array:
+    """The sum over a device's anchors, divided by the mean number of anchors of a device.
+
+    `first` is the place of the device's first example in `everyone`.
+    """
     n, views, _ = own.z.shape
-    each = _of_anchors(own, everyone, temperature)
+    each = _of_anchors(own, everyone, first, temperature)
     if own.known is None or everyone.known is None:
         return jnp.sum(each) / (n * views)
     kept = jnp.where(own.known[:, None], each, 0)
-    return trees.ratio(jnp.sum(kept), jnp.sum(everyone.known) * views / devices)
+    return trees.ratio(jnp.sum(kept), jnp.sum(everyone.known) * views * n / len(everyone.z))
 
 
-def _of_anchors(own: _Embedded, everyone: _Embedded, temperature: Any) -> jax.Array:
+def _of_anchors(own: _Embedded, everyone: _Embedded, first: Any, temperature: Any) -> jax.Array:
     """The loss of each anchor, [n, views]; 0 without positives."""
     s = jnp.einsum("ivd,jwd->ivjw", own.z, everyone.z, precision=lax.Precision.HIGHEST)
     s = s / jnp.asarray(temperature, s.dtype)
-    others, positive = _pairs(own, everyone)
+    others, positive = _pairs(own, everyone, first)
     count = jnp.sum(positive, axis=(2, 3))
     lone = count == 0
     # A sum over no others would be log 0, whose derivative is NaN even where it is not used.
@@ -131,16 +134,17 @@ def _of_anchors(own: _Embedded, everyone: _Embedded, temperature: Any) -> jax.Ar
     return jnp.where(lone, 0, total - near)
 
 
-def _pairs(own: _Embedded, everyone: _Embedded) -> tuple[jax.Array, jax.Array]:
+def _pairs(own: _Embedded, everyone: _Embedded, first: Any) -> tuple[jax.Array, jax.Array]:
     """Which embeddings are compared with an anchor, and which are its positives: bool
     [n, views, N, views]."""
-    views = np.eye(own.z.shape[1], dtype=bool)
+    n, views, _ = own.z.shape
     equal = lambda a, b: (a[:, None] == b[None])[:, None, :, None]
-    itself = equal(own.number, everyone.number) & views[None, :, None, :]
-    others = ~itself
+    same_example = equal(first + jnp.arange(n), jnp.arange(len(everyone.z)))
+    others = ~(same_example & np.eye(views, dtype=bool)[None, :, None])
     if everyone.known is not None:
         others &= everyone.known[None, None, :, None]
-    return others, others & equal(own.label, everyone.label)
+    same = same_example if own.label is None else equal(own.label, everyone.label)
+    return others, others & same
 
 
 def _unit(z: jax.Array, known: jax.Array | None) -> jax.Array:

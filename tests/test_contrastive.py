@@ -30,7 +30,7 @@ def by_loop(z: Any, labels: Any, tau: float) -> float:
         positives = [p for p in others if classes[p] == classes[i]]
         logs = [np.log(np.exp(anchor @ units[p] / tau) / below) for p in positives]
         losses.append(-sum(logs) / max(len(positives), 1))
-    return sum(losses) / len(losses)
+    return float(np.mean(losses))
 
 
 @pytest.mark.parametrize("views", [1, 2, 3])
@@ -205,28 +205,29 @@ def test_micro_batches_have_the_negatives_of_their_own():
     np.testing.assert_allclose(objective(batch, microbatch=2)(W), expected, **TOLERANCE)
 
 
+supervised: Any = cx.supervised_contrastive
 ERRORS: list[tuple[Any, str]] = [
-    (lambda: cx.supervised_contrastive("label", temperature=0.0), "must be positive and finite"),
-    (lambda: cx.supervised_contrastive("label", temperature=-1.0), "is -1.0"),
-    (lambda: cx.supervised_contrastive("label", temperature="0.1"), "number or a traced scalar"),
-    (lambda: cx.supervised_contrastive(LABELS), "a key of the batch or a callable"),
-    (lambda: cx.supervised_contrastive("label")(Z, {"label": LABELS[:5]}), "[6] for the embedd"),
+    (lambda: supervised("label", temperature=0.0), "must be positive and finite"),
+    (lambda: supervised("label", temperature=-1.0), "is -1.0"),
+    (lambda: supervised("label", temperature="0.1"), "number or a traced scalar"),
+    (lambda: supervised(LABELS), "a key of the batch or a callable"),
+    (lambda: supervised("label")(Z, {"label": LABELS[:5]}), "[6] for the embedd"),
     (
-        lambda: cx.supervised_contrastive("label")(Z, {"label": jnp.repeat(LABELS, 2)}),
+        lambda: supervised("label")(Z, {"label": jnp.repeat(LABELS, 2)}),
         "has the shape [12]",
     ),
     (
-        lambda: cx.supervised_contrastive("label")(Z, {"label": jax.nn.one_hot(LABELS, 3)}),
+        lambda: supervised("label")(Z, {"label": jax.nn.one_hot(LABELS, 3)}),
         'lambda batch: batch["label"].argmax(-1)',
     ),
-    (lambda: cx.supervised_contrastive("class")(Z, BATCH), "'class' of the batch, which does not"),
-    (lambda: cx.supervised_contrastive("label")((Z, Z), BATCH), "one real floating array"),
-    (lambda: cx.supervised_contrastive("label")(Z[0, 0], BATCH), "[n, views, d]"),
-    (lambda: cx.supervised_contrastive()(Z[:, 0], BATCH), "have a single view"),
-    (lambda: cx.supervised_contrastive("label")(Z[:, 0], BATCH), "class 2 has a single example"),
-    (lambda: cx.supervised_contrastive()(Z[:1], {}), "a single one"),
+    (lambda: supervised("class")(Z, BATCH), "'class' of the batch, which does not"),
+    (lambda: supervised("label")((Z, Z), BATCH), "one real floating array"),
+    (lambda: supervised("label")(Z[0, 0], BATCH), "[n, views, d]"),
+    (lambda: supervised()(Z[:, 0], BATCH), "have a single view"),
+    (lambda: supervised("label")(Z[:, 0], BATCH), "class 2 has a single example"),
+    (lambda: supervised()(Z[:1], {}), "a single one"),
     (
-        lambda: cx.supervised_contrastive("label", mask="label")(Z, BATCH),
+        lambda: supervised("label", mask="label")(Z, BATCH),
         "True where a target counts",
     ),
     (

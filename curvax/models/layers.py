@@ -62,7 +62,7 @@ def drop_branch(key: jax.Array, branch: jax.Array, rate: jax.Array | float) -> j
 
 
 def classify(x: jax.Array, classes: int, *, bias: float, init: Any) -> jax.Array:
-    """Logits in float32 or wider, (N, classes), from features (N, C); the features for 0 classes."""
+    """Logits in float32 or wider, (N, classes), of features (N, C); for 0 classes, the features."""
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if classes == 0:
         return x

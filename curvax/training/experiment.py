@@ -113,10 +113,11 @@ class Experiment:
         found = scoring.average(self.scores, state, split, size, mapping)
         if self.represent is None:
             return found
-        features = lambda part: linear_probe.features_of(
-            self.represent, state, part, size, mapping
+        train, test = (
+            linear_probe.features_of(self.represent, state, part, size, mapping)
+            for part in (self.data.train, split)
         )
-        return found | {"accuracy": linear_probe.accuracy(features(self.data.train), features(split))}
+        return found | {"accuracy": linear_probe.accuracy(train, test)}
 
     def test(self, state: State) -> dict[str, float]:
         """The scores on the test set, or on the held-out examples."""
@@ -193,8 +194,7 @@ def build(config: ConfigDict, *, hold_out: bool = False, begins: bool = True) ->
 
 
 def _model(config: ConfigDict, task: Task, classes: int | None, mapping: Jit) -> nn.Module:
-    """The model of a task, with a projection head in place of its own if a linear probe scores it.
-    """
+    """The model of a task; with a projection head in place of its own if a linear probe scores it."""
     if not task.probed:
         return _network(config, classes, mapping)
     return models.ProjectionNet(encoder=_network(config, 0, mapping))

@@ -95,9 +95,7 @@ def _contrastive(config: ConfigDict) -> Task:
         seen = images.in_test(batch)
         return seen | {"input": seen["input"][:, None]}
 
-    return images._replace(
-        loss=loss, scores={}, in_training=views, in_test=one_view, probed=True
-    )
+    return images._replace(loss=loss, scores={}, in_training=views, in_test=one_view, probed=True)
 
 
 def _refuse_for_views(config: ConfigDict) -> None:
