@@ -194,7 +194,7 @@ def build(config: ConfigDict, *, hold_out: bool = False, begins: bool = True) ->
 
 
 def _model(config: ConfigDict, task: Task, classes: int | None, mapping: Jit) -> nn.Module:
-    """The model of a task; with a projection head in place of its own if a linear probe scores it."""
+    """The model of a task; one that a linear probe scores has a projection head."""
     if not task.probed:
         return _network(config, classes, mapping)
     return models.ProjectionNet(encoder=_network(config, 0, mapping))
