@@ -27,6 +27,7 @@ from device_problem import (
     pieces,
     run,
     sgd_over,
+    step_alone,
 )
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -241,6 +242,28 @@ def test_products_are_those_of_the_whole_batch(product, mapping):
     alone = cx.Objective(loss_of(), batch, model=predict)
     expected = jax.jit(lambda p: product(alone, p)(v))(params)
     assert_close(mapped(lambda objective, p: product(objective, p)(v), mapping), expected)
+
+
+def test_hutchinson_with_one_probe_is_that_of_the_whole_batch():
+    params, batch = make_params(), make_batch()
+    alone = cx.hutchinson_diag(mean_over=()) | cx.ema_rms(0.0) | cx.scale_by_power(1.0) | SGD
+    many = (
+        cx.hutchinson_diag(mean_over="batch")
+        | cx.pmean_updates("batch")
+        | cx.ema_rms(0.0)
+        | cx.scale_by_power(1.0)
+        | SGD
+    )
+    expected, _ = step_alone(alone, params, alone.init(params), batch, of=loss_of(), model=predict)
+    found, _ = run("shard_map", many, params, batch, 1, of=loss_of(), model=predict)
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("mapping", MAPPINGS)
+def test_hutchinson_with_a_probe_for_each_device_is_refused(mapping):
+    tx = cx.hutchinson_diag(shards=DEVICES, mean_over="batch") | MEAN
+    with pytest.raises(ValueError, match="contains what other devices drew"):
+        run(mapping, tx, make_params(), make_batch(), of=loss_of(), model=predict)
 
 
 @pytest.mark.parametrize("mapping", MAPPINGS)
