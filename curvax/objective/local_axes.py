@@ -49,9 +49,9 @@ def refuse_exchange(objective: Objective, params: Tree, over: tuple[str, ...], n
         if axis := sorted(found & set(over)):
             raise ValueError(
                 f"`{name}(shards=)` draws for each device along {axis[0]!r}, and the loss "
-                "exchanges activations along it, as a contrastive loss and synchronised batch norm do: a "
-                "device's product contains what other devices drew. Leave `shards` out, so that "
-                "all devices draw the same."
+                "exchanges activations along it, as a contrastive loss and synchronised batch "
+                "norm do: a device's product contains what other devices drew. Leave `shards` "
+                "out, so that all devices draw the same."
             )
 
 
