@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from curvax import checks
 from curvax.adversarial_examples import Attack, adversarial, pgd
+from curvax.contrastive import supervised_contrastive
 from curvax.curvature import (
     CorrectedFactors,
     KroneckerFactors,
@@ -233,6 +234,7 @@ __all__ = [
     "squared_gradient",
     "stage",
     "steihaug",
+    "supervised_contrastive",
     "trajectory_loss",
     "trust_region",
     "weight_scaled",

@@ -96,4 +96,4 @@ def _objective(run: TrainedRun, split: Examples, examples: int) -> Objective:
     batch = experiment.task.in_test({name: jnp.asarray(x) for name, x in whole.items()})
     repeated = lambda x: jnp.broadcast_to(x, (n, *x.shape))
     batch["state"] = jax.tree.map(repeated, run.state.model_state)
-    return Objective(experiment.task.likelihood("label"), batch, model=Predict(experiment.model))
+    return Objective(experiment.task.loss("label"), batch, model=Predict(experiment.model))

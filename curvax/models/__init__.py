@@ -19,6 +19,7 @@ from flax import linen as nn
 from curvax.models.language import LanguageModel
 from curvax.models.mixer import MlpMixer
 from curvax.models.perceptron import Autoencoder, Perceptron
+from curvax.models.projection import ProjectionNet
 from curvax.models.resnet import ResNet
 from curvax.models.vit import VisionTransformer
 from curvax.models.wide_resnet import WideResNet
@@ -28,6 +29,7 @@ __all__ = [
     "LanguageModel",
     "MlpMixer",
     "Perceptron",
+    "ProjectionNet",
     "ResNet",
     "VisionTransformer",
     "WideResNet",
@@ -92,7 +94,8 @@ def build(name: str, classes: int | None = None, **options: Any) -> nn.Module:
 
     Args:
         name: one of `names()`, or any `wrn<depth>_<width>`.
-        classes: number of logits or of regression targets; None for an autoencoder.
+        classes: number of logits or of regression targets; 0 for the representation in front of the
+            head; None for an autoencoder.
         **options: attributes of the model's class, such as `norm="group"`, `scan=False`,
             `dropout=0.1` or `head_bias=-10.0`.
 

@@ -62,7 +62,9 @@ def drop_branch(key: jax.Array, branch: jax.Array, rate: jax.Array | float) -> j
 
 
 def classify(x: jax.Array, classes: int, *, bias: float, init: Any) -> jax.Array:
-    """Logits in float32 or wider, (N, classes), from features (N, C)."""
+    """Logits in float32 or wider, (N, classes), of features (N, C); for 0 classes, the features."""
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    if classes == 0:
+        return x
     start = nn.initializers.constant(bias)
     return nn.Dense(classes, kernel_init=init, bias_init=start, name="head")(x)

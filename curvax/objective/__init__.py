@@ -14,6 +14,7 @@ from curvax.objective.evaluation import (
     value_and_aux,
     value_aux_and_grad,
 )
+from curvax.objective.local_axes import refuse_exchange
 from curvax.objective.objective import Objective
 from curvax.objective.requirements import (
     as_objective,
@@ -35,6 +36,7 @@ __all__ = [
     "loss_of_outputs",
     "map_examples",
     "microbatch_mean",
+    "refuse_exchange",
     "refuse_joined",
     "require_batch",
     "require_likelihood",

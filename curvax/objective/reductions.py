@@ -5,6 +5,7 @@
 2. Collectives on activations, as in synchronised batch norm, are allowed unless devices have
    different weights: a device's gradient then contains terms of other devices' examples, which
    would be multiplied by this device's weight instead of theirs.
+3. They also mix what each device draws for itself, as the probes of `hutchinson_diag(shards=)`.
 """
 
 from collections.abc import Callable, Iterator
@@ -56,9 +57,7 @@ def refuse_shared_activations(
     Raises:
         ValueError: it communicates.
     """
-    value, pullback = jax.eval_shape(lambda p: jax.vjp(loss, p), params)
-    backward = jax.make_jaxpr(lambda pull, cotangent: pull(cotangent))
-    for axes in _exchanges(backward(pullback, value).jaxpr):
+    for axes in exchanged(loss, params):
         if any(suspect <= axes for suspect in suspects):
             raise ValueError(
                 f"The devices along {sorted(axes)} count by the weights of their examples, and the "
@@ -68,6 +67,17 @@ def refuse_shared_activations(
                 "weights. (Under `check_vma=False` types do not show whether the weights of "
                 "devices differ, and they are assumed to; use `check_vma=True` if they do not.)"
             )
+
+
+def exchanged(loss: Callable[[Tree], jax.Array], params: Tree) -> Iterator[set[str]]:
+    """The device axes along which the backward pass of a loss communicates, for each collective.
+
+    Args:
+        loss, params: as in `refuse_shared_activations`.
+    """
+    value, pullback = jax.eval_shape(lambda p: jax.vjp(loss, p), params)
+    backward = jax.make_jaxpr(lambda pull, cotangent: pull(cotangent))
+    return _exchanges(backward(pullback, value).jaxpr)
 
 
 def depends(traced: core.ClosedJaxpr) -> bool:

@@ -12,7 +12,7 @@ from curvax.planning import compiled_cost, memory_savers, plan, topologies
 from curvax.planning.compiled_cost import CompiledCost
 from curvax.planning.memory_savers import Changes
 from curvax.planning.topologies import Topology
-from curvax.training import experiment
+from curvax.training import experiment, tasks
 from curvax.training.compare import comparison, report
 from curvax.training.data import sources
 from curvax.training.runtime import run_dir
@@ -88,7 +88,7 @@ def _without_data(config: ConfigDict) -> ConfigDict:
 
     The values do not change the cost of a step.
     """
-    given = config.task != "images" or config.data.mean is not None
+    given = config.task not in tasks.OF_IMAGES or config.data.mean is not None
     if given or sources.find(config.data.name).moments is not None:
         return config
     changed = config.copy_and_resolve_references()

@@ -17,7 +17,7 @@ from curvax.arithmetic.trees import Tree, map_with_path
 from curvax.devices import axes
 from curvax.flax_bridge import Layout, layout
 from curvax.pipes.parts import parts_of
-from curvax.training import parallelism, pretrained, run_data, scoring, tasks
+from curvax.training import linear_probe, parallelism, pretrained, run_data, scoring, tasks
 from curvax.training.config import configs, recipe
 from curvax.training.data import datasets
 from curvax.training.data.datasets import Examples
@@ -42,6 +42,7 @@ class Experiment:
     step: Any  # compiled (State, batch) ↦ (State, Measured)
     scores: scoring.Scores
     largest_eigenvalue: scoring.LargestEigenvalue
+    represent: linear_probe.Represent | None  # of a task that a linear probe scores
 
     @property
     def steps_per_epoch(self) -> int:
@@ -108,7 +109,15 @@ class Experiment:
 
     def score(self, state: State, split: Examples) -> dict[str, float]:
         """The loss and the task's scores on a split."""
-        return scoring.average(self.scores, state, split, self.config.eval_batch, self.parallelism)
+        size, mapping = self.config.eval_batch, self.parallelism
+        found = scoring.average(self.scores, state, split, size, mapping)
+        if self.represent is None:
+            return found
+        train, test = (
+            linear_probe.features_of(self.represent, state, part, size, mapping)
+            for part in (self.data.train, split)
+        )
+        return found | {"accuracy": linear_probe.accuracy(train, test)}
 
     def test(self, state: State) -> dict[str, float]:
         """The scores on the test set, or on the held-out examples."""
@@ -157,7 +166,7 @@ def build(config: ConfigDict, *, hold_out: bool = False, begins: bool = True) ->
         )
     mapping = parallelism.build(config)
     example = _model_input(task, data.first)
-    model = _model(config, data.classes, mapping)
+    model = _model(config, task, data.classes, mapping)
     batch = {
         name: jax.ShapeDtypeStruct((config.batch, *x.shape[1:]), x.dtype)
         for name, x in data.first.items()
@@ -176,6 +185,7 @@ def build(config: ConfigDict, *, hold_out: bool = False, begins: bool = True) ->
         make_step(model, optimizer, task, mapping, shapes, config.microbatch),
         scoring.make_scores(eval_objective, task),
         scoring.make_largest_eigenvalue(eval_objective),
+        linear_probe.make_represent(model, task, mapping) if task.probed else None,
     )
     experiment.step.eval_shape(shapes, batch)
     if begins:
@@ -183,8 +193,15 @@ def build(config: ConfigDict, *, hold_out: bool = False, begins: bool = True) ->
     return experiment
 
 
-def _model(config: ConfigDict, classes: int | None, mapping: Jit) -> nn.Module:
-    """The model; in groups over several devices, batch norm is synchronised within a group.
+def _model(config: ConfigDict, task: Task, classes: int | None, mapping: Jit) -> nn.Module:
+    """The model of a task; one that a linear probe scores has a projection head."""
+    if not task.probed:
+        return _network(config, classes, mapping)
+    return models.ProjectionNet(encoder=_network(config, 0, mapping))
+
+
+def _network(config: ConfigDict, classes: int | None, mapping: Jit) -> nn.Module:
+    """The network; in groups over several devices, batch norm is synchronised within a group.
 
     Raises:
         ConfigError: `sync_over` names some but not all of the device axes.
@@ -265,6 +282,8 @@ def _like(
 
 def _alone(model: nn.Module) -> nn.Module:
     """The model on one device."""
+    if isinstance(model, models.ProjectionNet):
+        return model.clone(encoder=_alone(model.encoder))
     return model.clone(sync_over=None) if hasattr(model, "sync_over") else model
 
 
@@ -295,7 +314,7 @@ def outline(config: ConfigDict, devices: Sequence[jax.Device]) -> Outline:
         name: jax.ShapeDtypeStruct((config.batch, *x.shape), x.dtype, sharding=mapping.split)
         for name, x in {"input": spec.input, "label": spec.label}.items()
     } | _index(config, mapping.split)
-    model = _model(config, spec.classes, mapping)
+    model = _model(config, task, spec.classes, mapping)
     steps = config.epochs * (spec.size // config.batch)
     optimizer = _optimizer(config, model, task, batch, mapping, steps, spec.size)
     example = _example(task, batch)

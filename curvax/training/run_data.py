@@ -83,7 +83,7 @@ class DataSpec(NamedTuple):
 
 def data_spec(config: ConfigDict) -> DataSpec:
     """The size and shapes that a training step depends on; for images, without reading any."""
-    if config.task == "images":
+    if config.task in tasks.OF_IMAGES:
         source = sources.of(config.data)
         pixels = jax.ShapeDtypeStruct(source.shape, source.dtype)
         label = jax.ShapeDtypeStruct((), jnp.int32)

@@ -32,8 +32,8 @@ def make_eval_objective(model: nn.Module, task: Task) -> EvalObjective:
         def predict(params: Tree, batch: Batch) -> Any:
             return model.apply({"params": params, **model_state}, batch["input"])
 
-        likelihood = task.likelihood("label", mask="mask")
-        return curvax.Objective(likelihood, task.in_test(batch), model=predict)
+        loss = task.loss("label", mask="mask")
+        return curvax.Objective(loss, task.in_test(batch), model=predict)
 
     return eval_objective
 

@@ -98,7 +98,7 @@ def objective(
         return outputs, (new, scores)
 
     return curvax.Objective(
-        task.likelihood("label"),
+        task.loss("label"),
         batch,
         model=predict,
         has_aux=True,
@@ -122,7 +122,7 @@ def make_step(
     Args:
         model: with parameters as in `shapes`.
         optimizer: a pipe of stages and transformations, or a single one.
-        task: gives preprocessing, likelihood and scores.
+        task: gives preprocessing, loss and scores.
         parallelism: maps the step over the devices.
         shapes: the shapes of the state.
         microbatch: examples in memory at once; the whole batch by default.

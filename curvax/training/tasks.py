@@ -1,21 +1,25 @@
 """Tasks: the examples of a model, the likelihood of its outputs, and its scores.
 
-Image classification, image reconstruction, regression and language modelling differ only in what is
-defined or referred to here.
+Image classification, contrastive training, image reconstruction, regression and language modelling
+differ only in what is defined or referred to here.
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from curvax import Attack
+from curvax.contrastive import supervised_contrastive
+from curvax.devices import axes
 from curvax.likelihoods import Likelihood, bernoulli, categorical, gaussian
-from curvax.training import selection_metric
+from curvax.training import parallelism, selection_metric
 from curvax.training.augment import metrics, preprocessing
 from curvax.training.augment.metrics import Metric
 from curvax.training.augment.preprocessing import Prepare
-from curvax.training.augment.transforms import Transform
+from curvax.training.augment.transforms import Batch, Transform
 from curvax.training.data import sources, tabular, text
 from curvax.training.data.datasets import Dataset, Examples, Split
 from curvax.training.runtime.errors import ConfigError
@@ -27,6 +31,8 @@ LIKELIHOODS: dict[str, Callable[..., Likelihood]] = {
     "squared": gaussian,
 }
 """The values of the config's `loss`; each is `f(targets, mask=None)`."""
+OF_IMAGES = ("images", "contrastive")
+"""The tasks on labelled images."""
 
 
 class Task(NamedTuple):
@@ -34,13 +40,14 @@ class Task(NamedTuple):
 
     examples: str  # the noun for examples: "images"
     load: Callable[[int], Dataset[Examples]]  # seed ↦ data set
-    likelihood: Callable[..., Likelihood]  # f(targets, mask=None)
+    loss: Callable[..., Any]  # f(targets, mask=None) ↦ loss(outputs, batch)
     scores: Mapping[str, Metric]  # in addition to the loss
     metric: SelectionMetric
     in_training: Transform = lambda key, batch: batch  # applied to training batches
     in_test: Prepare = lambda batch: batch  # applied to all others
     attack: Attack | None = None  # on training inputs
     share_attack: bool = False  # one backward pass for the first gradient and the attack
+    probed: bool = False  # whether the accuracy is that of a linear probe of the representation
 
 
 def build(config: ConfigDict) -> Task:
@@ -53,7 +60,7 @@ def build(config: ConfigDict) -> Task:
     """
     if config.task not in TASKS:
         raise ConfigError(f"`task` is one of {', '.join(TASKS)}, and was `{config.task}`.")
-    if config.task != "images":
+    if config.task not in OF_IMAGES:
         _refuse_changes(config)
     return TASKS[config.task](config)
 
@@ -72,6 +79,51 @@ def _images(config: ConfigDict) -> Task:
         preprocessing.attack(config, attack) if attack else None,
         config.share_attack,
     )
+
+
+def _contrastive(config: ConfigDict) -> Task:
+    """Images in two views, each augmented by its own draws, and the loss of their embeddings."""
+    _refuse_for_views(config)
+    images = _images(config)
+
+    def loss(targets: str, mask: str | None = None) -> Any:
+        classes = lambda batch: jnp.argmax(batch[targets], axis=-1)
+        # Every axis that is bound where the loss is made divides the batch.
+        options = {"temperature": config.temperature, "mask": mask, "sync_over": axes.manual()}
+        return supervised_contrastive(classes, **options)
+
+    def views(key: jax.Array, batch: Batch) -> Batch:
+        one, other = (images.in_training(k, batch) for k in jax.random.split(key))
+        return one | {"input": jnp.stack([one["input"], other["input"]], axis=1)}
+
+    def one_view(batch: Batch) -> Batch:
+        seen = images.in_test(batch)
+        return seen | {"input": seen["input"][:, None]}
+
+    return images._replace(loss=loss, scores={}, in_training=views, in_test=one_view, probed=True)
+
+
+def _refuse_for_views(config: ConfigDict) -> None:
+    """Refuses what changes labels to rows that are no classes, or makes another loss of each
+    parallelism."""
+    mixed = any("mixup" in text for text in config.data.augment)
+    for what, given in {
+        "`loss`": config.loss,
+        "`attack`": config.attack,
+        "`data.label_smoothing`": config.data.label_smoothing,
+        "`mixup` in `data.augment`": mixed,
+    }.items():
+        if given:
+            raise ConfigError(
+                f"The task `contrastive` has a loss of its own, of images with one class each, and "
+                f"{what} is set. Leave it out, or use the task `images`."
+            )
+    if config.parallelism != "jit" and parallelism.group_sizes(config):
+        raise ConfigError(
+            "The task `contrastive` compares the examples of a group of `per_group` with each "
+            f"other, and under `parallelism={config.parallelism}` also with those of the groups of "
+            "the same number on other devices. Use `parallelism=jit`, or a method without groups."
+        )
 
 
 def _autoencoder(config: ConfigDict) -> Task:
@@ -117,6 +169,7 @@ def _language(config: ConfigDict) -> Task:
 
 TASKS = {
     "images": _images,
+    "contrastive": _contrastive,
     "autoencoder": _autoencoder,
     "regression": _regression,
     "language": _language,

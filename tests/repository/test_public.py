@@ -25,7 +25,7 @@ FLOORS = [
     {"arithmetic", "compat", "hyperparameters", "schedules"},
     {"devices", "likelihoods", "parameter_roles"},
     {"checks", "linear_operator", "models"},
-    {"linalg", "objective"},
+    {"contrastive", "linalg", "objective"},
     {"adversarial_examples", "curvature", "flax_bridge", "pipes"},
     {"perturbation"},
     {"analysis", "stages"},

@@ -18,6 +18,7 @@ from curvax.objective import (
     as_objective,
     first_part,
     microbatching,
+    refuse_exchange,
     refuse_joined,
     require_batch,
 )
@@ -156,6 +157,8 @@ def over_shards(
             f"{shards} is not a multiple of the {devices} devices. Use a multiple."
         )
     here = shards // devices
+    if devices > 1:
+        refuse_exchange(objective, params, over, name)
     if here == 1:
         return estimate(objective, params, jax.random.fold_in(key, device)), True
     objective = require_batch(objective, f"{name}(shards=)")

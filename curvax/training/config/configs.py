@@ -48,7 +48,7 @@ def defaults(**numbers: float) -> ConfigDict:
     """
     fields: dict[str, Any] = {
         "name": "experiment",  # in the run folder's name; `load` sets the config file's own
-        "task": "images",  # or "autoencoder", "regression", "language"
+        "task": "images",  # or "contrastive", "autoencoder", "regression", "language"
         "model": {"name": "mixer_tiny", "options": {}},
         "data": DataConfig(
             {
@@ -76,6 +76,7 @@ def defaults(**numbers: float) -> ConfigDict:
         "attack": placeholder(str),  # on training images, as text: pgd(8/255, steps=7)
         "share_attack": False,  # a method's second gradient is at the attack of the first pass
         "loss": placeholder(str),  # the task's own by default; of images "softmax" or "sigmoid"
+        "temperature": 0.1,  # τ of the task "contrastive"
         "init_from": placeholder(str),  # pretrained weights: a run's folder or a published .npz
         "new_head": False,  # leave the pretrained head out even if it fits
         "epochs": 60,  # passes over the training set, incomplete batches dropped
