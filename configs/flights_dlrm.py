@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     config.task = "clicks"
     config.model.name = "dlrm_tiny"
     config.model.options.categories = (16, 3, 104, 4037, 19, 7)
-    config.data.update(name="flights", num_train=50_000)
+    config.data.name = "flights"
     config.optimizer = "partition({True: adagrad(table_lr), False: adahessian(lr)}, embeddings)"
     config.baseline = "adagrad(table_lr)"
     config.more_optimizers = ["adamw(1e-3)", "sgd(0.1)"]
