@@ -30,8 +30,8 @@ class Recommender(nn.Module, kw_only=True):
 
     Attributes:
         classes: number of logits; 1 for a click or none.
-        categories: the number of categories in each of the T last columns. An index out of range
-            makes the logits NaN.
+        categories: the number of categories in each of the T last columns. An index from that
+            number on makes the logits NaN.
         width: of the embeddings and of t₀.
         bottom, top: widths of the hidden layers of the two networks, all with ReLU.
         dtype: of activations; inferred from inputs and parameters where None.

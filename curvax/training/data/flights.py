@@ -6,6 +6,7 @@ known before the departure is used.
 
 import functools
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,6 @@ def _table(path: Path) -> np.ndarray:
             table = np.loadtxt(file, kind, comments=None, delimiter=",", usecols=columns)
     except OSError as error:
         raise DataError(f"The table {path} cannot be read: {error.strerror}.") from error
-    except (zipfile.BadZipFile, KeyError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError) as error:
         raise damaged(path, error) from error
     return table[~np.isin(table["arr_delay"], [b"", b"NA"])]
