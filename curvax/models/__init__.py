@@ -4,6 +4,7 @@
     vit_<size><patch>, mixer_<...>       images; sizes s and b, or tiny for 8×8 digits
     mlp, autoencoder                     floats (N, ...), flattened
     lm_tiny                              integers (N, T)
+    dlrm, dlrm_tiny                      floats (N, D + T): numbers, then categories
 
 Models are called as `model(x, train=False)`. Dropout and stochastic depth draw from
 `rngs={"dropout": key}`; batch norm keeps `batch_stats`.
@@ -20,6 +21,7 @@ from curvax.models.language import LanguageModel
 from curvax.models.mixer import MlpMixer
 from curvax.models.perceptron import Autoencoder, Perceptron
 from curvax.models.projection import ProjectionNet
+from curvax.models.recommender import Recommender
 from curvax.models.resnet import ResNet
 from curvax.models.vit import VisionTransformer
 from curvax.models.wide_resnet import WideResNet
@@ -30,6 +32,7 @@ __all__ = [
     "MlpMixer",
     "Perceptron",
     "ProjectionNet",
+    "Recommender",
     "ResNet",
     "VisionTransformer",
     "WideResNet",
@@ -73,6 +76,8 @@ def _recipes() -> dict[str, Recipe]:
     found["mlp"] = Perceptron, {"widths": (128, 64)}
     found["autoencoder"] = Autoencoder, {"widths": (1000, 500, 250), "code": 30}
     found["autoencoder_tiny"] = Autoencoder, {"widths": (128, 64), "code": 16}
+    found["dlrm"] = Recommender, {"width": 16, "bottom": (512, 256, 64), "top": (512, 256)}
+    found["dlrm_tiny"] = Recommender, {"width": 16, "bottom": (64, 32), "top": (64, 32)}
     for size in ("s", "b"):
         for patch in (32, 16):
             found[f"vit_{size}{patch}"] = VisionTransformer, {**VIT[size], "patch": patch}

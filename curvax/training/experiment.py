@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -109,8 +109,8 @@ class Experiment:
 
     def score(self, state: State, split: Examples) -> dict[str, float]:
         """The loss and the task's scores on a split."""
-        size, mapping = self.config.eval_batch, self.parallelism
-        found = scoring.average(self.scores, state, split, size, mapping)
+        size, mapping, rankings = self.config.eval_batch, self.parallelism, self.task.rankings
+        found = scoring.average(self.scores, state, split, size, mapping, rankings)
         if self.represent is None:
             return found
         train, test = (
@@ -183,7 +183,7 @@ def build(config: ConfigDict, *, hold_out: bool = False, begins: bool = True) ->
         optimizer,
         mapping,
         make_step(model, optimizer, task, mapping, shapes, config.microbatch),
-        scoring.make_scores(eval_objective, task),
+        scoring.make_scores(eval_objective, task, mapping),
         scoring.make_largest_eigenvalue(eval_objective),
         linear_probe.make_represent(model, task, mapping) if task.probed else None,
     )
@@ -237,13 +237,15 @@ def _optimizer(
     """Parses the config's optimiser text.
 
     In addition to the config's numbers the text may name `layout`, the parameter roles for
-    `spatial_average`; `axes`, the device axes to average over; `kernels`, the mask of all
-    parameters called "kernel", for a weight decay; `like`, an objective with the shapes of
-    training, for stages of Kronecker factors; and `examples` and `outputs`, the number of training
-    examples and the shape of the model's outputs of one, for `trajectory_loss`.
+    `spatial_average`; `axes`, the device axes to average over; `kernels` and `embeddings`, the
+    masks of all parameters called "kernel" and "embedding", for a weight decay and a `partition`;
+    `like`, an objective with the shapes of training, for stages of Kronecker factors; and
+    `examples` and `outputs`, the number of training examples and the shape of the model's outputs
+    of one, for `trajectory_loss`.
     """
     example = _example(task, batch)
-    names = {"layout": _layout(model, example), "axes": mapping.axes, "kernels": _kernels}
+    masks = {"kernels": _called("kernel"), "embeddings": _called("embedding")}
+    names = {"layout": _layout(model, example), "axes": mapping.axes, **masks}
     if _numbered(config):
         apply = lambda variables, x: _alone(model).apply(variables, x, train=False)
         found = jax.eval_shape(apply, _variables(_alone(model), example), example)
@@ -287,9 +289,9 @@ def _alone(model: nn.Module) -> nn.Module:
     return model.clone(sync_over=None) if hasattr(model, "sync_over") else model
 
 
-def _kernels(params: Tree) -> Tree:
-    """The mask of all leaves called "kernel"."""
-    return map_with_path(lambda path, leaf: path[-1] == "kernel", params)
+def _called(name: str) -> Callable[[Tree], Tree]:
+    """The mask of all leaves of that name."""
+    return lambda params: map_with_path(lambda path, leaf: path[-1] == name, params)
 
 
 class Outline(NamedTuple):

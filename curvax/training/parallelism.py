@@ -269,8 +269,8 @@ def group_sizes(config: ConfigDict) -> set[int]:
         ConfigError: the text cannot be parsed.
     """
     # Neither the length of the run nor these names change the groups.
-    names: dict[str, Any] = {"axes": None, "layout": Layout({}), "kernels": None, "like": None}
-    names |= {"examples": 1, "outputs": 1}
+    unused = dict.fromkeys(("axes", "kernels", "embeddings", "like"))
+    names: dict[str, Any] = {**unused, "layout": Layout({}), "examples": 1, "outputs": 1}
     names = configs.numbers(config) | names
     optimizer = recipe.parse(config.optimizer, steps=2**31 - 1, names=names)
     groups = (part for part in walk(optimizer) if name_of(part) == "per_group")

@@ -1,6 +1,8 @@
 """Scores of a trained state, and the largest eigenvalue of its Hessian."""
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
@@ -9,6 +11,7 @@ import numpy as np
 
 import curvax
 from curvax.arithmetic.trees import Tree
+from curvax.training.augment.metrics import Ranking
 from curvax.training.augment.transforms import Batch
 from curvax.training.data import datasets
 from curvax.training.data.datasets import Examples
@@ -18,11 +21,12 @@ from curvax.training.tasks import Task
 
 EvalObjective = Callable[[Tree, Batch], curvax.Objective]
 """(model_state, batch) ↦ the loss on the batch, with the model in evaluation mode."""
-Scores = Callable[[Tree, Tree, Batch], dict[str, jax.Array]]
-"""(params, model_state, batch) ↦ loss, scores and the number of unmasked examples."""
+Scores = Callable[[Tree, Tree, Batch], dict[str, Any]]
+"""(params, model_state, batch) ↦ loss, scores, the number of unmasked examples, and what the task's
+rankings need."""
 LargestEigenvalue = Callable[[Tree, Tree, Batch], jax.Array]
 """(params, model_state, batch) ↦ λ of largest magnitude."""
-_COUNT = "examples"
+_COUNT, _RANKED = "examples", "ranked"
 
 
 def make_eval_objective(model: nn.Module, task: Task) -> EvalObjective:
@@ -38,11 +42,14 @@ def make_eval_objective(model: nn.Module, task: Task) -> EvalObjective:
     return eval_objective
 
 
-def make_scores(eval_objective: EvalObjective, task: Task) -> Scores:
-    """The compiled scores of a batch, means over its unmasked examples."""
+def make_scores(eval_objective: EvalObjective, task: Task, parallelism: Jit) -> Scores:
+    """The compiled scores of a batch, means over its unmasked examples.
 
-    @jax.jit
-    def scores(params: Tree, model_state: Tree, batch: Batch) -> dict[str, jax.Array]:
+    For a task with rankings also (outputs, labels, mask) of the batch, in every process.
+    """
+
+    @functools.partial(jax.jit, out_shardings=parallelism.replicated)
+    def scores(params: Tree, model_state: Tree, batch: Batch) -> dict[str, Any]:
         objective = eval_objective(model_state, batch)
         assert objective.model is not None
         outputs, batch = objective.model(params, objective.batch), objective.batch
@@ -50,22 +57,37 @@ def make_scores(eval_objective: EvalObjective, task: Task) -> Scores:
             name: score(outputs, batch["label"], mask=batch["mask"])
             for name, score in task.scores.items()
         }
-        return {"loss": objective.loss(outputs, batch), _COUNT: batch["mask"].sum(), **found}
+        ranked = (outputs, batch["label"], batch["mask"]) if task.rankings else ()
+        loss, count = objective.loss(outputs, batch), batch["mask"].sum()
+        return {"loss": loss, _COUNT: count, _RANKED: ranked, **found}
 
     return scores
 
 
 def average(
-    scores: Scores, state: State, split: Examples, size: int, parallelism: Jit
+    scores: Scores,
+    state: State,
+    split: Examples,
+    size: int,
+    parallelism: Jit,
+    rankings: Mapping[str, Ranking] = MappingProxyType({}),
 ) -> dict[str, float]:
-    """The scores over a whole split, in chunks of about `size` examples; each counts once."""
+    """The scores over a whole split, in chunks of about `size` examples; each counts once.
+
+    The rankings are not averaged: they see the examples of all chunks together.
+    """
     params = state.evaluated
     found = [
         jax.device_get(scores(params, state.model_state, parallelism.place(chunk)))
         for chunk in chunks(split, size, parallelism)
     ]
-    counts = [one.pop(_COUNT) for one in found]
-    return {name: float(np.average([f[name] for f in found], weights=counts)) for name in found[0]}
+    counts, ranked = ([one.pop(key) for one in found] for key in (_COUNT, _RANKED))
+    mean = lambda name: float(np.average([one[name] for one in found], weights=counts))
+    means = {name: mean(name) for name in found[0]}
+    if not rankings:
+        return means
+    outputs, labels, mask = map(np.concatenate, zip(*ranked))
+    return means | {name: rank(outputs[mask], labels[mask]) for name, rank in rankings.items()}
 
 
 def chunks(split: Examples, size: int, parallelism: Jit) -> Iterator[dict[str, np.ndarray]]:

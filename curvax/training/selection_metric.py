@@ -55,4 +55,13 @@ RECONSTRUCTION = SelectionMetric(
 REGRESSION = SelectionMetric(
     "squared_error", "{:.3f}", "predicts the test targets with a squared error of {}"
 )
+CLICKS = SelectionMetric(
+    "auc",
+    "{:.4f}",
+    "ranks the test rows with an AUC of {}",
+    "points",
+    100,
+    2,
+    higher_is_better=True,
+)
 LANGUAGE = SelectionMetric("loss", "{:.3f}", "predicts the test text at {} nats a byte", "nats")

@@ -1,10 +1,11 @@
 """Tasks: the examples of a model, the likelihood of its outputs, and its scores.
 
-Image classification, contrastive training, image reconstruction, regression and language modelling
-differ only in what is defined or referred to here.
+Image classification, contrastive training, image reconstruction, regression, clicks and language
+modelling differ only in what is defined or referred to here.
 """
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -17,10 +18,10 @@ from curvax.devices import axes
 from curvax.likelihoods import Likelihood, bernoulli, categorical, gaussian
 from curvax.training import parallelism, selection_metric
 from curvax.training.augment import metrics, preprocessing
-from curvax.training.augment.metrics import Metric
+from curvax.training.augment.metrics import Metric, Ranking
 from curvax.training.augment.preprocessing import Prepare
 from curvax.training.augment.transforms import Batch, Transform
-from curvax.training.data import sources, tabular, text
+from curvax.training.data import flights, sources, tabular, text
 from curvax.training.data.datasets import Dataset, Examples, Split
 from curvax.training.runtime.errors import ConfigError
 from curvax.training.selection_metric import SelectionMetric
@@ -48,6 +49,7 @@ class Task(NamedTuple):
     attack: Attack | None = None  # on training inputs
     share_attack: bool = False  # one backward pass for the first gradient and the attack
     probed: bool = False  # whether the accuracy is that of a linear probe of the representation
+    rankings: Mapping[str, Ranking] = MappingProxyType({})  # scores of all examples at once
 
 
 def build(config: ConfigDict) -> Task:
@@ -159,6 +161,20 @@ def _regression(config: ConfigDict) -> Task:
     return Task("rows", load, likelihood, scores, selection_metric.REGRESSION)
 
 
+def _clicks(config: ConfigDict) -> Task:
+    options = config.data
+
+    def load(seed: int) -> Dataset[Split]:
+        del seed  # the test follows the training in time
+        rows = flights.load(options.name, path=options.path)
+        _refuse_categories(config, flights.category_counts(rows))
+        return rows
+
+    likelihood, scores = _likelihood(config, "sigmoid"), {"accuracy": metrics.click_accuracy}
+    rankings = {"auc": metrics.area_under_curve}
+    return Task("rows", load, likelihood, scores, selection_metric.CLICKS, rankings=rankings)
+
+
 def _language(config: ConfigDict) -> Task:
     options = config.data
     where = {"path": options.path, "length": options.seq_len}
@@ -172,6 +188,7 @@ TASKS = {
     "contrastive": _contrastive,
     "autoencoder": _autoencoder,
     "regression": _regression,
+    "clicks": _clicks,
     "language": _language,
 }
 
@@ -199,3 +216,14 @@ def _refuse_changes(config: ConfigDict) -> None:
                 f"`data.{field}` is for labelled images, and the task is `{config.task}`. Leave it "
                 "out, or use the task `images`."
             )
+
+
+def _refuse_categories(config: ConfigDict, counts: tuple[int, ...]) -> None:
+    """Refuses a model with other tables than the data have categories."""
+    tables = config.model.options.get("categories", counts)
+    if tuple(tables) != counts:
+        raise ConfigError(
+            "The tables of the model hold the categories of the data, and "
+            f"`model.options.categories` is {tuple(tables)} where `{config.data.name}` has "
+            f"{counts}. Set the latter."
+        )

@@ -11,7 +11,7 @@ from curvax.training.augment import preprocessing
 from curvax.training.compare import commands, comparison
 from curvax.training.config import configs as config
 from curvax.training.config import recipe
-from curvax.training.data import datasets
+from curvax.training.data import datasets, flights
 from curvax.training.experiment import build, outline
 from curvax.training.runtime.errors import ConfigError
 
@@ -37,7 +37,15 @@ def _stand_ins(monkeypatch):
         split = datasets.Split(np.zeros((count, *SHAPES[name]), np.float32), labels)
         return datasets.Dataset(split, split, classes)
 
+    def load_flights(name, path):
+        del name, path
+        inputs = np.zeros((1000, 9), np.float32)
+        inputs[-1, 3:] = np.array((16, 3, 104, 4037, 19, 7)) - 1
+        split = datasets.Split(inputs, np.zeros((1000, 1), np.float32))
+        return datasets.Dataset(split, split, 1)
+
     monkeypatch.setattr(preprocessing, "in_memory", load)
+    monkeypatch.setattr(flights, "load", load_flights)
     preprocessing._measured.cache_clear()
     yield
     preprocessing._measured.cache_clear()  # moments of the stand-ins are not cached for others

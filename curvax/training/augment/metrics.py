@@ -1,15 +1,19 @@
-"""Scores of a model: (outputs, labels) ↦ a mean over examples.
+"""Scores of a model: (outputs, labels) ↦ a mean over examples, or a number of all of them.
 
 A mask, bool [B], leaves out the padding of the last batch of an evaluation.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Metric = Callable[..., jax.Array]
-"""`f(outputs, labels, mask=None)` ↦ scalar, float32 or wider."""
+"""`f(outputs, labels, mask=None)` ↦ scalar, float32 or wider; a mean over the examples."""
+Ranking = Callable[[np.ndarray, np.ndarray], float]
+"""`f(outputs, labels)` ↦ a number that is no mean over examples: it needs all of them at once."""
 
 
 def weighted_mean(values: jax.Array, weights: jax.Array | None = None) -> jax.Array:
@@ -62,6 +66,39 @@ def top_k(k: int) -> Metric:
 
 
 top1, top5 = top_k(1), top_k(5)
+
+
+def click_accuracy(
+    logits: jax.Array, labels: jax.Array, *, mask: jax.Array | None = None
+) -> jax.Array:
+    """The share of yes-or-no labels, 1 or 0, that the sign of the logit predicts.
+
+    A logit that is 0 or NaN counts as wrong.
+    """
+    return weighted_mean(logits * (2 * labels - 1) > 0, mask)
+
+
+def area_under_curve(outputs: np.ndarray, labels: np.ndarray) -> float:
+    """The area under the ROC curve: the share of pairs of a 1 and a 0 in which the 1 is higher.
+
+        AUC = (Σ ranks of the ones - P (P + 1) / 2) / (P N)
+
+    The statistic of Mann and Whitney (1947) with mean ranks: an equal pair counts one half.
+
+    Args:
+        outputs: a number for each label, in any increasing scale.
+        labels: P ones and N zeros, in the shape of the outputs.
+
+    Returns:
+        A number in [0, 1]; NaN if an output is NaN or all labels are equal.
+    """
+    one = labels.ravel() > 0.5
+    pairs = int(one.sum()) * int((~one).sum())
+    if not pairs or np.isnan(outputs).any():
+        return math.nan
+    _, place, counts = np.unique(outputs.ravel(), return_inverse=True, return_counts=True)
+    rank = np.cumsum(counts) - (counts - 1) / 2
+    return float((rank[place[one]].sum() - one.sum() * (one.sum() + 1) / 2) / pairs)
 
 
 def squared_error(

@@ -48,7 +48,7 @@ def defaults(**numbers: float) -> ConfigDict:
     """
     fields: dict[str, Any] = {
         "name": "experiment",  # in the run folder's name; `load` sets the config file's own
-        "task": "images",  # or "contrastive", "autoencoder", "regression", "language"
+        "task": "images",  # or "contrastive", "autoencoder", "regression", "clicks", "language"
         "model": {"name": "mixer_tiny", "options": {}},
         "data": DataConfig(
             {

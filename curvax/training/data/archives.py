@@ -42,29 +42,43 @@ def require_folder(path: Path, of: str) -> None:
         )
 
 
-def packaged_table(
-    package: str, name: str, delimiter: str | None, dtype: npt.DTypeLike = np.float64
-) -> np.ndarray:
-    """The numbers of a table that an installed package ships; its own readers take seconds.
+def packaged_file(package: str, name: str, requirement: str) -> Path:
+    """The path of a file that an installed package ships. The package is not imported.
 
     Args:
-        package: the package's name. It is not imported.
-        name: the path of the table there, of plain or compressed text.
-        delimiter: between the columns; white space by default.
-        dtype: of the numbers.
+        package: the package's name.
+        name: the path of the file there.
+        requirement: what pip installs it from, for the message.
 
     Raises:
-        DataError: the package, or the table in it, is missing.
+        DataError: the package, or the file in it, is missing.
     """
     spec = importlib.util.find_spec(package)
     folder = Path(spec.origin).parent if spec and spec.origin else None
     if folder is None or not (folder / name).is_file():
         raise DataError(
             f"`{name}` is read from the package `{package}`, which "
-            f"{'is not installed' if folder is None else 'does not have it'}. Install curvax with "
-            "its data: `pip install 'curvax[train]'`."
+            f"{'is not installed' if folder is None else 'does not have it'}. Install it: "
+            f"`pip install {requirement}`."
         )
-    return np.loadtxt(folder / name, dtype, delimiter=delimiter)
+    return folder / name
+
+
+def packaged_table(
+    package: str, name: str, delimiter: str | None, dtype: npt.DTypeLike = np.float64
+) -> np.ndarray:
+    """The numbers of a table that a package of `curvax[train]` ships; its own readers take seconds.
+
+    Args:
+        package, name: as in `packaged_file`, of plain or compressed text.
+        delimiter: between the columns; white space by default.
+        dtype: of the numbers.
+
+    Raises:
+        DataError: the package, or the table in it, is missing.
+    """
+    path = packaged_file(package, name, "'curvax[train]'")
+    return np.loadtxt(path, dtype, delimiter=delimiter)
 
 
 def idx(folder: Path) -> tuple[Arrays, Arrays]:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from curvax.training.augment import metrics
 
@@ -13,7 +14,14 @@ LABELS = RNG.integers(0, 7, 40)
 ROWS = RNG.dirichlet(np.ones(7), 40)
 MASK = np.arange(40) < 29
 
-METRICS = [(metrics.top1, LABELS), (metrics.top5, LABELS), (metrics.squared_error, ROWS)]
+ONES = (LABELS > 3).astype(float)[:, None] * np.ones((1, 7))
+
+METRICS = [
+    (metrics.top1, LABELS),
+    (metrics.top5, LABELS),
+    (metrics.squared_error, ROWS),
+    (metrics.click_accuracy, ONES),
+]
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])
@@ -83,3 +91,31 @@ def test_bfloat16_outputs_are_reduced_in_float32(metric, labels):
 def test_top_k_of_all_classes_is_refused(k):
     with pytest.raises(ValueError, match=f"less than the 7 classes, and got {k}"):
         metrics.top_k(k)(jnp.asarray(LOGITS), jnp.asarray(LABELS))
+
+
+def test_click_accuracy_counts_signs_and_no_ties_or_nans():
+    logits = jnp.array([2.0, -1.0, 3.0, -4.0, 0.0, 0.0, jnp.nan, jnp.nan])[:, None]
+    labels = jnp.array([1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0])[:, None]
+    assert metrics.click_accuracy(logits, labels) == 2 / 8
+
+
+@pytest.mark.parametrize("levels", [2, 5, 1000])
+def test_area_under_curve_is_the_share_of_ordered_pairs(levels):
+    rng = np.random.default_rng(levels)
+    scores = rng.integers(0, levels, (60, 1)) / 7
+    labels = (rng.random((60, 1)) < 0.3).astype(np.float32)
+    ones, zeros = scores[labels == 1], scores[labels == 0]
+    wins = [(one > zero) + 0.5 * (one == zero) for one in ones for zero in zeros]
+    found = metrics.area_under_curve(scores, labels)
+    assert found == pytest.approx(np.mean(wins), abs=1e-12)
+    assert found == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
+    assert metrics.area_under_curve(np.exp(scores), labels) == pytest.approx(found)
+    assert metrics.area_under_curve(-scores, labels) == pytest.approx(1 - found)
+
+
+def test_area_under_curve_of_one_class_or_of_nans_is_nan():
+    scores, labels = np.arange(4.0)[:, None], np.array([[0.0], [1.0], [0.0], [1.0]])
+    assert metrics.area_under_curve(scores, labels) == 0.75
+    assert np.isnan(metrics.area_under_curve(scores, 0 * labels))
+    assert np.isnan(metrics.area_under_curve(scores, 0 * labels + 1))
+    assert np.isnan(metrics.area_under_curve(np.where(scores == 2, np.nan, scores), labels))
