@@ -1,13 +1,14 @@
 """The models of the papers in Flax linen, by name: `build("vit_s16", classes=1000)`.
 
     resnet<depth>, wrn<depth>_<width>    images, floats (N, H, W, C)
+    pyramidnet<depth>_<alpha>, shakeshake<depth>_<width>, efficientnet_b<0 to 7>
     vit_<size><patch>, mixer_<...>       images; sizes s and b, or tiny for 8×8 digits
     mlp, autoencoder                     floats (N, ...), flattened
     lm_tiny                              integers (N, T)
     dlrm, dlrm_tiny                      floats (N, D + T): numbers, then categories
 
-Models are called as `model(x, train=False)`. Dropout and stochastic depth draw from
-`rngs={"dropout": key}`; batch norm keeps `batch_stats`.
+Models are called as `model(x, train=False)`. Dropout, stochastic depth, ShakeDrop and Shake-Shake
+draw from `rngs={"dropout": key}`; batch norm keeps `batch_stats`.
 """
 
 import re
@@ -17,23 +18,29 @@ from typing import Any
 
 from flax import linen as nn
 
+from curvax.models.efficientnet import SCALINGS, EfficientNet
 from curvax.models.language import LanguageModel
 from curvax.models.mixer import MlpMixer
 from curvax.models.perceptron import Autoencoder, Perceptron
 from curvax.models.projection import ProjectionNet
+from curvax.models.pyramidnet import PyramidNet
 from curvax.models.recommender import Recommender
 from curvax.models.resnet import ResNet
+from curvax.models.shake_shake import ShakeShake
 from curvax.models.vit import VisionTransformer
 from curvax.models.wide_resnet import WideResNet
 
 __all__ = [
     "Autoencoder",
+    "EfficientNet",
     "LanguageModel",
     "MlpMixer",
     "Perceptron",
     "ProjectionNet",
+    "PyramidNet",
     "Recommender",
     "ResNet",
+    "ShakeShake",
     "VisionTransformer",
     "WideResNet",
     "build",
@@ -42,7 +49,12 @@ __all__ = [
 
 Recipe = tuple[type[nn.Module], dict[str, Any]]
 
-WIDE = re.compile(r"wrn(\d+)_(\d+)")
+NUMBERED = (
+    (re.compile(r"wrn(\d+)_(\d+)"), WideResNet, ("depth", "widen")),
+    (re.compile(r"pyramidnet(\d+)_(\d+)"), PyramidNet, ("depth", "alpha")),
+    (re.compile(r"shakeshake(\d+)_(\d+)"), ShakeShake, ("depth", "width")),
+)
+"""Families whose names hold two numbers."""
 IMAGENET = {
     18: ((2, 2, 2, 2), False),
     34: ((3, 4, 6, 3), False),
@@ -69,6 +81,11 @@ def _recipes() -> dict[str, Recipe]:
         found[f"resnet{depth}"] = ResNet, settings
     for depth in (28, 40):
         found[f"wrn{depth}_10"] = WideResNet, {"depth": depth, "widen": 10}
+    found["pyramidnet272_200"] = PyramidNet, {"depth": 272, "alpha": 200}
+    found["shakeshake26_96"] = ShakeShake, {"depth": 26, "width": 96}
+    for size, scaling in SCALINGS.items():
+        factors = {name: getattr(scaling, name) for name in ("width", "depth", "dropout")}
+        found[f"efficientnet_{size}"] = EfficientNet, factors
     tiny = {"patch": 2, "width": 64, "depth": 4}
     found["vit_tiny"] = VisionTransformer, {**tiny, "heads": 4, "mlp_width": 128}
     found["mixer_tiny"] = MlpMixer, {**tiny, "token_width": 32, "channel_width": 128}
@@ -90,7 +107,8 @@ RECIPES = _recipes()
 
 
 def names() -> tuple[str, ...]:
-    """Returns the names that `build` knows, apart from other depths and widths of wide ResNets."""
+    """Returns the names that `build` knows, apart from those with other numbers in `wrn28_10`,
+    `pyramidnet272_200` and `shakeshake26_96`."""
     return tuple(RECIPES)
 
 
@@ -98,7 +116,8 @@ def build(name: str, classes: int | None = None, **options: Any) -> nn.Module:
     """Builds a model by name.
 
     Args:
-        name: one of `names()`, or any `wrn<depth>_<width>`.
+        name: one of `names()`, or any `wrn<depth>_<width>`, `pyramidnet<depth>_<alpha>` or
+            `shakeshake<depth>_<width>`.
         classes: number of logits or of regression targets; 0 for the representation in front of the
             head; None for an autoencoder.
         **options: attributes of the model's class, such as `norm="group"`, `scan=False`,
@@ -144,11 +163,13 @@ def build(name: str, classes: int | None = None, **options: Any) -> nn.Module:
 def _recipe(name: str) -> Recipe:
     if name in RECIPES:
         return RECIPES[name]
-    if wide := WIDE.fullmatch(name):
-        return WideResNet, {"depth": int(wide[1]), "widen": int(wide[2])}
+    for pattern, family, options in NUMBERED:
+        if match := pattern.fullmatch(name):
+            return family, dict(zip(options, map(int, match.groups()), strict=True))
     raise ValueError(
         f"There is no model `{name}`. {_near(name, names())} Known names are "
-        f"{', '.join(names())} and any `wrn<depth>_<width>`."
+        f"{', '.join(names())}, and any `wrn<depth>_<width>`, `pyramidnet<depth>_<alpha>` or "
+        "`shakeshake<depth>_<width>`."
     )
 
 

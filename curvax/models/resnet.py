@@ -8,10 +8,9 @@ its stride in the 3×3 convolution, unlike in the paper and like most later impl
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
-from curvax.models.convnets import ConvNet, Style
+from curvax.models.convnets import ConvNet, Style, widened
 
 
 class ResidualBlock(nn.Module):
@@ -43,8 +42,7 @@ class ResidualBlock(nn.Module):
         if self.projection:
             x = self.style.conv(channels, 1, self.stride, name="conv_shortcut")(x)
             return self.style.normalize(x, train, name="norm_shortcut")
-        x = x[:, :: self.stride, :: self.stride]
-        return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, channels - x.shape[-1])))
+        return widened(x[:, :: self.stride, :: self.stride], channels)
 
 
 class ResNet(ConvNet, kw_only=True):

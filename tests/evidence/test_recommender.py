@@ -77,7 +77,8 @@ def trained(experiment: Experiment, rate: float, tables: float) -> dict[str, flo
 
 
 def test_recommender_by_optimiser():
-    best, aucs, rows = {"Adagrad": 0.0}, {}, []
+    rows: list[Any] = []
+    best, aucs = {"Adagrad": 0.0}, {}
     for name, (make, rates) in METHODS.items():
         final = experiment_of(make)
         held_out = dataclasses.replace(final, hold_out=True).with_seed(0)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from model_twins import random_variables, run
 
 from curvax.models import build, names
 from curvax.models.layers import drop_branch
@@ -25,24 +26,9 @@ def digits(n: int = 2) -> jax.Array:
     return jax.random.normal(jax.random.key(7), (n, 8, 8, 1))
 
 
-def random_variables(model, x):
-    """Float64 variables with every parameter drawn, as heads and some norms start trivial."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0), x)
-    rng = np.random.default_rng(1)
-    draw = lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape))
-    stat = lambda path, leaf: jnp.full(leaf.shape, float(path[-1].key == "var"))
-    stats = jax.tree_util.tree_map_with_path(stat, shapes.get("batch_stats", {}))
-    params = jax.tree.map(draw, shapes["params"])
-    return {"params": params, "batch_stats": stats} if stats else {"params": params}
-
-
-def run(model, variables, x, **options):
-    """One jitted call: eager ones compile each operation by itself."""
-    return jax.jit(lambda variables, x: model.apply(variables, x, **options))(variables, x)
-
-
 # Exact counts: torchvision's ResNets, timm's Mixers, and the sums of He et al. and Zagoruyko and
-# Komodakis layer by layer.
+# Komodakis layer by layer; of PyramidNet, Shake-Shake and EfficientNet those in the tests of
+# google-research/sam.
 @pytest.mark.parametrize(
     ("name", "classes", "size", "expected"),
     [
@@ -56,6 +42,16 @@ def run(model, variables, x, **options):
         ("wrn28_10", 10, 32, 36_479_194),
         ("mixer_s16", 1000, 224, 18_528_264),
         ("mixer_b16", 1000, 224, 59_880_472),
+        ("pyramidnet272_200", 100, 32, 26_288_692),
+        ("shakeshake26_96", 100, 32, 26_227_572),
+        ("efficientnet_b0", 1000, 224, 5_288_548),
+        ("efficientnet_b1", 1000, 240, 7_794_184),
+        ("efficientnet_b2", 1000, 260, 9_109_994),
+        ("efficientnet_b3", 1000, 300, 12_233_232),
+        ("efficientnet_b4", 1000, 380, 19_341_616),
+        ("efficientnet_b5", 1000, 456, 30_389_784),
+        ("efficientnet_b6", 1000, 528, 43_040_704),
+        ("efficientnet_b7", 1000, 600, 66_347_960),
     ],
 )
 def test_models_have_the_published_number_of_parameters(name, classes, size, expected):
@@ -365,9 +361,12 @@ def test_sincos_positions_are_waves_of_their_coordinates():
     assert "pos_embedding" not in random_variables(model, digits())["params"]
 
 
-def test_any_wide_resnet_can_be_built_by_name():
+def test_families_with_two_numbers_can_be_built_by_name():
     model = build("wrn16_4", 10)
     assert (model.depth, model.widen) == (16, 4)
+    pyramid, branches = build("pyramidnet110_270", 10), build("shakeshake20_32", 10)
+    assert (pyramid.depth, pyramid.alpha) == (110, 270)
+    assert (branches.depth, branches.width) == (20, 32)
     assert len(set(names())) == len(names()) >= 20
 
 
@@ -376,6 +375,11 @@ def test_any_wide_resnet_can_be_built_by_name():
     [
         ("vit_b15", {}, ValueError, "`vit_b16`"),
         ("wrn27_10", {}, ValueError, "6n \\+ 4"),
+        ("pyramidnet270_200", {}, ValueError, "9n \\+ 2"),
+        ("pyramidnet11_6", {"shake_drop": 1.0}, ValueError, "\\[0, 1\\)"),
+        ("shakeshake26_95", {}, ValueError, "even `width`"),
+        ("efficientnet_b8", {}, ValueError, "`efficientnet_b7`"),
+        ("efficientnet_b0", {"width": 0.0}, ValueError, "factors > 0"),
         ("vit_tiny", {"remap": True}, TypeError, "Did you mean `remat`"),
         ("resnet8", {"norm": "bach"}, ValueError, "Did you mean 'batch'"),
         ("vit_tiny", {"pool": "max"}, ValueError, "mean"),

@@ -1,5 +1,7 @@
 """Every config that comes with curvax: its docstring, its settings, and that it builds."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -65,10 +67,20 @@ def test_config_docstring_has_paper_command_result_and_cost(name):
     assert name == "digits" or name in said.replace(":", " ").split()
 
 
+# Networks of 20 to 272 layers, traced in a second in their smallest form. Their sizes are tested
+# with the models.
+SMALLEST = {
+    "cifar10_pyramidnet": {"depth": 11},
+    "cifar10_shakeshake": {"depth": 8, "width": 4},
+    "finetune_efficientnet": {"width": 0.25, "depth": 0.1},
+}
+
+
 @pytest.mark.parametrize("name", config.names())
 def test_config_builds_with_its_method_and_its_baseline(name):
     loaded = config.load(name)
     assert loaded.is_locked
+    loaded.model.options.update(SMALLEST.get(name, {}))
     if loaded.data.name == "imagenet" or loaded.init_from:  # not here
         for arm in arms_of(loaded).values():
             outline(arm, jax.devices()[:1])
@@ -98,8 +110,12 @@ def test_model_variant_differs_in_its_model_alone(name):
 
 
 ON_IMAGENET = ("imagenet_resnet", "imagenet_vit", "imagenet_mixer")
-ON_CIFAR = ("cifar10_wrn", "cifar100_wrn", "cifar10_noise", "fashion_wrn", "svhn_wrn")
-GROUPS = dict.fromkeys(ON_IMAGENET, 128) | dict.fromkeys(ON_CIFAR, 256) | {"finetune": 512}
+ON_CIFAR = (
+    "cifar10_wrn", "cifar100_wrn", "cifar10_noise", "fashion_wrn", "svhn_wrn",
+    "cifar10_pyramidnet", "cifar10_shakeshake",
+)  # fmt: skip
+FINETUNED = {"finetune": 512, "finetune_efficientnet": 1024}
+GROUPS = dict.fromkeys(ON_IMAGENET, 128) | dict.fromkeys(ON_CIFAR, 256) | FINETUNED
 ADAHESSIAN = ("imagenet_adahessian", "cifar10_resnet20")
 
 
@@ -137,6 +153,13 @@ def test_paper_configs_have_the_papers_settings():
     assert "cosine(0.1)" in wrn.baseline
     assert "add_decayed_weights(5e-4)" in wrn.baseline
     assert "clip_by_global_norm(5.0)" in wrn.baseline
+    for name, decay, rho in (("pyramidnet272_200", 5e-4, 0.05), ("shakeshake26_96", 1e-3, 0.02)):
+        loaded = config.load(f"cifar10_{name.rstrip('_0123456789')}")
+        assert (loaded.model.name, loaded.batch, loaded.lr) == (name, 256, 0.02)
+        assert (loaded.rho, loaded.epochs) == (rho, 1800)
+        weight = re.search(r"add_decayed_weights\((.*?)\)", loaded.baseline)
+        assert weight is not None
+        assert float(weight[1]) == decay
     noise = config.load("cifar10_noise")
     assert (noise.model.name, noise.epochs, noise.rho) == ("resnet32", 200, 0.1)
     assert "adahessian(step_decay(0.15)" in config.load("cifar10_resnet20").optimizer
