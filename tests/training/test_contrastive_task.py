@@ -21,7 +21,7 @@ def tiny(task="contrastive", augment=("shift_crop(1)",), **fields):
     config.model = {"name": "mlp", "options": {"widths": (16, 8)}}
     config.data.update(name="digits", num_train=64, augment=list(augment))
     config.update(
-        name="tiny", task=task, devices=1, batch=16, epochs=2, log_every=1, hessian_examples=16
+        name="tiny", task=task, devices=1, batch=16, epochs=1, log_every=1, hessian_examples=16
     )
     config.update(optimizer="sam_perturb(0.05) | adam(lr)", baseline="adam(lr)")
     config.update(fields)
