@@ -3,11 +3,12 @@
 Paper: Chen et al., When Vision Transformers Outperform ResNets, arXiv:2106.01548, section 5.5 and
 Table 6: resolution 224 and "vanilla SGD", which is all that it says; and Foret et al., SAM,
 arXiv:2010.01412, section 3.2, Table 3 and, for ρ = 0.05, Table 11: fine-tuning by SAM, there of
-EfficientNets, which are not among our models. Of Dosovitskiy et al., arXiv:2010.11929, Table 4, and
-of google-research/big_vision's configs/transfer.py are momentum 0.9, batch 512, 10 000 steps (500
-on Flowers and Pets) along a cosine after 500 (100) of warm-up, the learning rate, clipping at 1, no
-decay, inception crops and flips, a head that starts at zero. Chosen here: activations in bf16, no
-dropout, m the whole batch. Of Table 3's nine sets these four are offered.
+EfficientNets, whose own setting is in finetune_efficientnet. Of Dosovitskiy et al.,
+arXiv:2010.11929, Table 4, and of google-research/big_vision's configs/transfer.py are momentum 0.9,
+batch 512, 10 000 steps (500 on Flowers and Pets) along a cosine after 500 (100) of warm-up, the
+learning rate, clipping at 1, no decay, inception crops and flips, a head that starts at zero.
+Chosen here: activations in bf16, no dropout, m the whole batch. Of Table 3's nine sets these four
+are offered.
 
 Command: curvax compare finetune:cifar10 --init_from=ViT-B_16.npz --data.path=cifar-10-python.tar.gz
          (finetune:cifar100, :flowers and :pets, the last two on records that `curvax convert` made

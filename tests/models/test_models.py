@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from functools import partial
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from model_twins import random_variables, run
+from repository import ROOT
 
 from curvax.models import build, names
 from curvax.models.layers import drop_branch
@@ -29,33 +31,41 @@ def digits(n: int = 2) -> jax.Array:
 # Exact counts: torchvision's ResNets, timm's Mixers, and the sums of He et al. and Zagoruyko and
 # Komodakis layer by layer; of PyramidNet, Shake-Shake and EfficientNet those in the tests of
 # google-research/sam.
-@pytest.mark.parametrize(
-    ("name", "classes", "size", "expected"),
-    [
-        ("resnet18", 1000, 224, 11_689_512),
-        ("resnet34", 1000, 224, 21_797_672),
-        ("resnet50", 1000, 224, 25_557_032),
-        ("resnet101", 1000, 224, 44_549_160),
-        ("resnet152", 1000, 224, 60_192_808),
-        ("resnet20", 10, 32, 269_722),
-        ("resnet32", 10, 32, 464_154),
-        ("wrn28_10", 10, 32, 36_479_194),
-        ("mixer_s16", 1000, 224, 18_528_264),
-        ("mixer_b16", 1000, 224, 59_880_472),
-        ("pyramidnet272_200", 100, 32, 26_288_692),
-        ("shakeshake26_96", 100, 32, 26_227_572),
-        ("efficientnet_b0", 1000, 224, 5_288_548),
-        ("efficientnet_b1", 1000, 240, 7_794_184),
-        ("efficientnet_b2", 1000, 260, 9_109_994),
-        ("efficientnet_b3", 1000, 300, 12_233_232),
-        ("efficientnet_b4", 1000, 380, 19_341_616),
-        ("efficientnet_b5", 1000, 456, 30_389_784),
-        ("efficientnet_b6", 1000, 528, 43_040_704),
-        ("efficientnet_b7", 1000, 600, 66_347_960),
-    ],
-)
+PUBLISHED = [
+    ("resnet18", 1000, 224, 11_689_512),
+    ("resnet34", 1000, 224, 21_797_672),
+    ("resnet50", 1000, 224, 25_557_032),
+    ("resnet101", 1000, 224, 44_549_160),
+    ("resnet152", 1000, 224, 60_192_808),
+    ("resnet20", 10, 32, 269_722),
+    ("resnet32", 10, 32, 464_154),
+    ("wrn28_10", 10, 32, 36_479_194),
+    ("mixer_s16", 1000, 224, 18_528_264),
+    ("mixer_b16", 1000, 224, 59_880_472),
+    ("pyramidnet272_200", 100, 32, 26_288_692),
+    ("shakeshake26_96", 100, 32, 26_227_572),
+    ("efficientnet_b0", 1000, 224, 5_288_548),
+    ("efficientnet_b1", 1000, 240, 7_794_184),
+    ("efficientnet_b2", 1000, 260, 9_109_994),
+    ("efficientnet_b3", 1000, 300, 12_233_232),
+    ("efficientnet_b4", 1000, 380, 19_341_616),
+    ("efficientnet_b5", 1000, 456, 30_389_784),
+    ("efficientnet_b6", 1000, 528, 43_040_704),
+    ("efficientnet_b7", 1000, 600, 66_347_960),
+]
+
+
+@pytest.mark.parametrize(("name", "classes", "size", "expected"), PUBLISHED)
 def test_models_have_the_published_number_of_parameters(name, classes, size, expected):
     assert count(name, classes, size) == expected
+
+
+def test_the_documentation_has_these_numbers_of_parameters():
+    page = (ROOT / "docs" / "api" / "models.md").read_text()
+    rows = re.findall(r"\| `(\w+)` \|.*\| (\d+) \| ([\d ]+) \|", page)
+    told = {(name, int(classes), int(count.replace(" ", ""))) for name, classes, count in rows}
+    assert len(told) > 5
+    assert told <= {(name, classes, count) for name, classes, _, count in PUBLISHED}
 
 
 # Hinton and Salakhutdinov's 784-1000-500-250-30-250-500-1000-784, summed layer by layer.
