@@ -78,7 +78,8 @@ def trained(experiment: Experiment, rate: float, tables: float) -> dict[str, flo
 
 
 def test_recommender_by_optimiser():
-    best, aucs, rows = {"Adagrad": 0.0}, {}, []
+    best, aucs = {"Adagrad": 0.0}, {}
+    rows: list[tuple[str, ...]] = []
     for name, (make, rates) in METHODS.items():
         final = experiment_of(make)
         held_out = dataclasses.replace(final, hold_out=True).with_seed(0)
