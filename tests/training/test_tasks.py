@@ -289,6 +289,11 @@ def test_verdict_and_best_follow_a_metric_where_less_is_better():
     assert better["x, better of both"] == arms["b"]
 
 
+@pytest.mark.parametrize("task", MODELS)
+def test_table_of_a_run_has_the_metric_of_its_task(task):
+    assert tasks.build(tiny(task)).metric.result_key in report.ROWS
+
+
 def test_best_of_a_metric_ignores_nan():
     assert selection_metric.CLASSIFICATION.best([0.5, float("nan"), 0.75]) == 0.75
     assert selection_metric.LANGUAGE.best([0.5, float("nan"), 0.75]) == 0.5

@@ -21,9 +21,11 @@ _LOSS = "train/loss"
 ROWS = {
     "test_accuracy": ("test accuracy", "{:.1%}"),
     "test_top5": ("test top-5 accuracy", "{:.1%}"),
+    "test_auc": ("test AUC", "{:.4f}"),
     "test_squared_error": ("test squared error", "{:.3f}"),
     "test_loss": ("test loss", "{:.3f}"),
     "train_accuracy": ("training accuracy", "{:.1%}"),
+    "train_auc": ("training AUC", "{:.4f}"),
     "train_squared_error": ("training squared error", "{:.3f}"),
     "train_loss": ("training loss", "{:.3f}"),
     "memorised": ("wrong labels learnt", "{:.1%}"),
