@@ -1,4 +1,4 @@
-"""SAM under the supervised contrastive loss, on handwritten digits.
+"""SAM under the supervised contrastive loss: handwritten digits, 40 % of them wrongly labelled.
 
 Paper: Chen et al., When Vision Transformers Outperform ResNets, arXiv:2106.01548, section 5.3: ViTs
 on ImageNet, the loss of Khosla et al., arXiv:2004.11362, for 350 epochs, then 90 epochs of the
