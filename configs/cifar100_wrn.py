@@ -1,10 +1,10 @@
 """SGD and SAM: WRN-28-10 on CIFAR-100.
 
-Paper: Foret et al., SAM, arXiv:2010.01412, section 3.1 and Table 1, with the settings of its code:
-batch 256, learning rate 0.1, weight decay 5e-4 on every parameter, clipping at 5, 200 epochs. The
-decay is not part of the ascent here, and in the authors' code it is. ρ = 0.1 is chosen here (the
-text tunes it without giving it), and m, the whole batch, on any number of devices; the authors'
-code perturbs on each device's own part, which is --m=32 for eight.
+Paper: Foret et al., SAM, arXiv:2010.01412, section 3.1, Tables 1 and 6: batch 256, learning rate
+0.1, weight decay 5e-4, 200 epochs, ρ = 0.1. Of its code are the decay of every parameter and
+clipping at 5. The decay is not part of the ascent here, and in the authors' code it is. m, the
+whole batch, is chosen here, on any number of devices; the authors' code perturbs on each device's
+own part, which is --m=32 for eight.
 
 Command: curvax compare cifar100_wrn --seeds 5 --fair --data.path=cifar-100-python.tar.gz
          (with cutout: --data.augment="['shift_crop(4)','flip()','normalise()','cutout(16)']")

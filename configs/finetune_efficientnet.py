@@ -3,12 +3,12 @@
 Paper: Foret et al., SAM, arXiv:2010.01412, section 3.2 and appendix C.2: EfficientNet-b7 with its
 weights from ImageNet and a new head, batch 1024, 5000 steps, SGD with momentum 0.9 and learning
 rate 0.016 along a cosine, weight decay 1e-5, statistics of batch norm frozen, AutoAugment on CIFAR;
-ρ = 0.05 (Table 10). Resolution, dropout and stochastic depth are those of Tan and Le,
-arXiv:1905.11946. Of the authors' code are Nesterov's momentum, clipping at 5, the decay of every
-parameter, and on CIFAR shifts and flips besides; images are resized after that. Chosen here: m,
-the whole batch, activations in bf16, images normalised as for ImageNet, crops of 8 to 100 % of
+ρ = 0.05 in the table of appendix C.3. Resolution, dropout and stochastic depth are those of Tan and
+Le, arXiv:1905.11946. Of the authors' code are Nesterov's momentum, clipping at 5, the decay of
+every parameter, and on CIFAR shifts and flips besides; images are resized after that. Chosen here:
+m, the whole batch, activations in bf16, images normalised as for ImageNet, crops of 8 to 100 % of
 the area and flips on Flowers and Pets, and batches of 1016 on Flowers, which has 1020 images. Of
-its nine sets these four are offered.
+the paper's nine sets these four are offered.
 
 Command: curvax compare finetune_efficientnet:cifar10 --init_from=RUN --data.path=FILE
          (FILE is cifar-10-python.tar.gz; :cifar100, :flowers and :pets, the last two on records
