@@ -14,7 +14,7 @@ import numpy as np
 from curvax.training.data.archives import DataError, damaged, packaged_file
 from curvax.training.data.datasets import Dataset, Split
 
-LATE = 15  # minutes; the U.S. Department of Transportation counts from 15
+LATE = 15  # minutes; chosen next to the 15 or more of the Bureau of Transportation Statistics
 FIRST_TEST_DAY = np.datetime64("2013-11-10")  # 313 of 365 days are 6/7, as 6 of Criteo's 7
 NUMBERS = ("distance", "sched_dep_time", "sched_arr_time")
 _TEXTS = ("carrier", "origin", "dest", "tailnum")
