@@ -114,7 +114,7 @@ def adversarial(objective: Objective, attack: Attack, *, key: jax.Array | None =
 
     Groups, micro-batches and devices attack their own examples, with the same random start for an
     example wherever it lies. With `sam_perturb` both of its passes attack at their own parameters:
-    min over w of max over ‖ε‖ of max over ‖δ‖, arXiv:2106.01548, eq. 5. A gradient costs
+    min over θ of max over ‖e‖ ≤ ρ of max over ‖δ‖ ≤ ε, arXiv:2106.01548, eq. 5. A gradient costs
     steps + 1 gradients, SAM twice as many.
 
     Cheaper variants are compositions. An attack at θ alone, steps + 2 gradients with SAM:
