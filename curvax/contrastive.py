@@ -128,7 +128,7 @@ def _of_anchors(own: _Embedded, everyone: _Embedded, first: Any, temperature: An
     others, positive = _pairs(own, everyone, first)
     count = jnp.sum(positive, axis=(2, 3))
     lone = count == 0
-    # A sum over no others would be log 0, whose derivative is NaN even where it is not used.
+    # A sum over no others would be log 0, and its unused derivative 0/0, which stops `debug_nans`.
     total = jax.nn.logsumexp(s, axis=(2, 3), where=others | lone[:, :, None, None])
     near = jnp.sum(jnp.where(positive, s, 0), axis=(2, 3)) / jnp.where(lone, 1, count)
     return jnp.where(lone, 0, total - near)

@@ -2,7 +2,7 @@
 
     python -m pytest tests/evidence/test_contrastive_training.py -m evidence
 
-writes tests/evidence/contrastive.md, with every rate and ρ that was tried.
+writes tests/evidence/contrastive.md, a grid of rates and ρ.
 """
 
 import os
@@ -55,8 +55,11 @@ def test_sam_keeps_the_accuracy_of_a_linear_probe():
         "SAM under the supervised contrastive loss",
         f"Made by `{COMMAND}` with jax {jax.__version__} on a CPU of {os.cpu_count()} cores: the "
         f"config `{CONFIG}`, 512 training images, 40 % of them wrongly labelled. Accuracy on clean "
-        f"test images in %, mean of {SEEDS} seeds ± half of the 95 % interval. Nothing was chosen: "
-        "the table has all rates and ρ that were tried.",
+        f"test images in %, mean of {SEEDS} seeds ± half of the 95 % interval. The network, "
+        "its 100 epochs, the highest rate and ρ = 0.3 were found by runs before these, on held-out "
+        "images; an earlier run of five seeds that chose rate and ρ on some fifty held-out images "
+        "found no gain by SAM: 66.2 ± 1.7 beside 65.7 ± 2.8, and 83.3 ± 4.4 beside 84.5 ± 3.3 "
+        "under cross-entropy. The highest rate was not tried under cross-entropy.",
         ["loss", "rate of AdamW", "AdamW", *(f"SAM, ρ = {rho}" for rho in RADII)],
         rows,
     )
