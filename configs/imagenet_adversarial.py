@@ -3,7 +3,8 @@
 Paper: Chen et al., When Vision Transformers Outperform ResNets, arXiv:2106.01548, section 5.4,
 eq. 5 and Table 5: one step from a random start within |δ| ≤ 2/255 per pixel (Wong et al.,
 arXiv:2001.03994), whose gradient is that of SAM's ascent too. The paper does not give step size and
-ρ: 1.25 ε is that of Wong et al., ρ and all else are those of `imagenet_vit`.
+ρ: 1.25 ε is that of Wong et al., ρ and all else are those of `imagenet_vit`, but that every device
+ascends on its own part of the batch, as in SAM's own runs.
 
 Command: curvax compare imagenet_adversarial:b16 --data.path=records/imagenet
          curvax evaluate runs/imagenet_adversarial_b16-... --attack "pgd(2/255, steps=10)"
@@ -25,5 +26,6 @@ from curvax.training.config import configs
 def get_config(size: str = "b16") -> ConfigDict:
     config = configs.load(f"imagenet_vit:{size}")
     config.attack, config.share_attack = "pgd(2/255, steps=1)", True
-    config.optimizer, config.more_optimizers = config.more_optimizers[0], []
+    # Without groups, whose ascent would take a gradient of its own at the attack.
+    config.optimizer, config.more_optimizers = f"sam_perturb(rho) | {config.baseline}", []
     return config

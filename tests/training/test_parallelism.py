@@ -40,7 +40,14 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         AVERAGED,
     ),
-    "attack": ({"optimizer": "pmean_updates(axes) | sgd(lr)", "attack": "pgd(0.1)"}, AVERAGED),
+    "attack": (
+        {
+            "optimizer": "sam_perturb(rho, sync_over=axes) | pmean_updates(axes) | sgd(lr)",
+            "attack": "pgd(0.1, steps=2)",
+            "share_attack": True,
+        },
+        AVERAGED,
+    ),
     "natural gradient": (
         {"optimizer": "natural_gradient(1.0, damping=1.0, solver=cg(3), mean_over=axes)"},
         AVERAGED,
