@@ -327,11 +327,19 @@ def magnitude(tree: Tree) -> jax.Array:
     return power_of_two(norm(tree))
 
 
+@jax.custom_jvp
 @_at_once
 def norm_and_scale(tree: Tree) -> tuple[jax.Array, jax.Array]:
-    """(‖a‖₂, the power of two near 1 / ‖a‖), without derivatives in range."""
+    """(`norm` of a tree, a power of two near 1 / ‖a‖ without derivative)"""
     found = _measured(tree)
     return found.length, found.c
+
+
+@norm_and_scale.defjvp
+def _norm_and_scale_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    length, change = _norm_jvp(primals, tangents)
+    scale = norm_and_scale(*primals)[1]
+    return (length, scale), (change, jnp.zeros_like(scale))
 
 
 def power_of_two(length: jax.Array) -> jax.Array:

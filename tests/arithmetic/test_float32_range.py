@@ -94,6 +94,16 @@ def test_cosine_of_a_long_and_a_tiny_vector_is_exact(size, single_precision):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1.0, 1e30])
+def test_norm_and_scale_has_the_derivative_of_norm(size):
+    x = size * jnp.array([3.0, 4.0], jnp.float32)
+    length, scale = trees.norm_and_scale(x)
+    assert length == trees.norm(x)
+    assert scale == trees.inverse(trees.power_of_two(length))
+    found = jax.grad(lambda x: sum(trees.norm_and_scale(x)))(x)
+    np.testing.assert_array_equal(found, jax.grad(trees.norm)(x))
+
+
 def test_unit_vector_of_zero_has_length_zero():
     length = jax.jit(lambda x: trees.norm(trees.unit(x)))
     assert length(jnp.zeros(3)) == 0
