@@ -407,8 +407,7 @@ class Attack:
 
 
 def _shortened(epsilon: float, delta: jax.Array) -> jax.Array:
-    length = trees.norm(delta)
-    return jnp.where(length > epsilon, epsilon * trees.unit(delta), delta)
+    return delta * jnp.minimum(1, trees.ratio(epsilon, trees.norm(delta)))
 
 
 def _value_at(part: Objective, params: Tree, name: str, x: jax.Array) -> tuple[jax.Array, Any]:

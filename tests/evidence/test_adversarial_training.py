@@ -14,7 +14,7 @@ import evidence_tables
 import jax
 import numpy as np
 import pytest
-from wrong_labels import shown
+from wrong_labels import ended, shown
 
 from curvax.training.augment import preprocessing
 from curvax.training.config import configs
@@ -48,9 +48,7 @@ def experiment_of(data: str, text: str, attacked: bool, hold_out: bool) -> Exper
 
 def accuracies(experiment: Experiment, epsilon: float) -> tuple[float, float]:
     """(on test images, on those under PGD-10) after training, in %."""
-    state, batches = experiment.init(), experiment.batches()
-    for _ in range(experiment.steps):
-        state, _ = experiment.step(state, experiment.parallelism.place(next(batches)))
+    state = ended(experiment)
     attack = preprocessing.attack(experiment.config, f"pgd({epsilon}, steps=10)")
     own = test_sets.of_run(experiment)
     few = own._replace(examples=own.examples.rows(slice(2000)))

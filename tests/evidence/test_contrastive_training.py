@@ -11,10 +11,10 @@ import evidence_tables
 import jax
 import numpy as np
 import pytest
-from wrong_labels import shown
+from wrong_labels import ended, shown
 
 from curvax.training.config import configs
-from curvax.training.experiment import Experiment, build
+from curvax.training.experiment import build
 
 pytestmark = [pytest.mark.evidence, pytest.mark.usefixtures("single_precision")]
 COMMAND = "python -m pytest tests/evidence/test_contrastive_training.py -m evidence"
@@ -31,14 +31,8 @@ def accuracies(task: str, text: str) -> list[float]:
     config = configs.load(CONFIG)
     config.update(devices=1, task=task, optimizer=text)
     experiment = build(config)
-    return [100 * accuracy(experiment.with_seed(seed)) for seed in range(SEEDS)]
-
-
-def accuracy(experiment: Experiment) -> float:
-    state, batches = experiment.init(), experiment.batches()
-    for _ in range(experiment.steps):
-        state, _ = experiment.step(state, experiment.parallelism.place(next(batches)))
-    return experiment.test(state)["accuracy"]
+    seeded = [experiment.with_seed(seed) for seed in range(SEEDS)]
+    return [100 * each.test(ended(each))["accuracy"] for each in seeded]
 
 
 def test_sam_keeps_the_accuracy_of_a_linear_probe():

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from wrong_labels import shown
+from wrong_labels import ended, shown
 
 import curvax as cx
 from curvax.training.config import configs
@@ -68,13 +68,11 @@ def experiment_of(make: Make) -> Experiment:
 
 def trained(experiment: Experiment, rate: float, tables: float) -> dict[str, float]:
     """The scores on the test flights, or on those held out."""
-    state, batches = experiment.init(), experiment.batches()
+    state = experiment.init()
     rates = {"rate": np.float32(rate), "tables": np.float32(tables)}
     (inner,) = state.opt_state
     state = state._replace(opt_state=(inner._replace(hyperparams=rates),))
-    for _ in range(experiment.steps):
-        state, _ = experiment.step(state, experiment.parallelism.place(next(batches)))
-    return experiment.test(state)
+    return experiment.test(ended(experiment, state))
 
 
 def test_recommender_by_optimiser():

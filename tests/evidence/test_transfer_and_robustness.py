@@ -10,14 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from wrong_labels import shown, trained
+from wrong_labels import ended, shown, trained
 
 from curvax.training.config import configs
 from curvax.training.data import labelled_images
 from curvax.training.data.archives import DataError
 from curvax.training.evaluation import test_sets, topk
 from curvax.training.experiment import Experiment, build
-from curvax.training.step import State
 
 pytestmark = [pytest.mark.evidence, pytest.mark.usefixtures("single_precision")]
 COMMAND = "python -m pytest tests/evidence/test_transfer_and_robustness.py -m evidence"
@@ -34,14 +33,6 @@ def experiment_of(name: str, text: str, **fields: object) -> Experiment:
     for field, value in fields.items():
         configs.assign(config, field.replace("__", "."), str(value))
     return build(config)
-
-
-def end_of(experiment: Experiment, state: State | None = None) -> State:
-    """The state after training, from the experiment's own start or from another one."""
-    state, batches = state or experiment.init(), experiment.batches()
-    for _ in range(experiment.steps):
-        state, _ = experiment.step(state, experiment.parallelism.place(next(batches)))
-    return state
 
 
 def test_gain_by_the_share_of_the_data():
@@ -87,10 +78,10 @@ def test_transfer_by_plain_sgd():
             tuned = after.with_seed(seed)
             state = tuned.init()
             if first:
-                source = end_of(first.with_seed(seed))
+                source = ended(first.with_seed(seed))
                 sources.append(100 * first.test(source)["accuracy"])
                 state = state._replace(params=jax.tree.map(jnp.copy, source.params))
-            targets.append(100 * tuned.test(end_of(tuned, state))["accuracy"])
+            targets.append(100 * tuned.test(ended(tuned, state))["accuracy"])
         rows.append((name, shown(sources, 1) if sources else "–", shown(targets, 1)))
     evidence_tables.write(
         "transfer",
@@ -118,7 +109,7 @@ def test_accuracy_under_corruptions():
             clean, under = [], []
             for seed in range(SEEDS):
                 seeded = experiment.with_seed(seed)
-                state, rank = end_of(seeded), topk.make_rank(seeded)
+                state, rank = ended(seeded), topk.make_rank(seeded)
                 clean.append(100 * seeded.test(state)["accuracy"])
                 found = [
                     topk.evaluate(seeded, state, _few(each), rank)

@@ -38,9 +38,9 @@ def experiment_of(task: str, text: str, hold_out: bool, **fields: Any) -> Experi
     return build(config, hold_out=hold_out)
 
 
-def ended(experiment: Experiment) -> State:
-    """The state at the end of training."""
-    state, batches = experiment.init(), experiment.batches()
+def ended(experiment: Experiment, start: State | None = None) -> State:
+    """The state at the end of training, from the experiment's own start or from another one."""
+    state, batches = start or experiment.init(), experiment.batches()
     for _ in range(experiment.steps):
         state, _ = experiment.step(state, experiment.parallelism.place(next(batches)))
     return state
