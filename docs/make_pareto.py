@@ -10,7 +10,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parents[1]
+from make_picture import BLUE, GREY, INK, ORANGE, ROOT, style
+
 TITLES = {"mixer": "Mixer, digits", "resnet": "ResNet, digits", "vit": "ViT, digits"}
 LABELS = {
     "base": "base",
@@ -21,8 +22,6 @@ LABELS = {
     "ascent on an eighth": "⅛",
     "along an average, β = 0.9": "average",
 }
-INK = {"light": "#24292f", "dark": "#e6edf3"}
-GREY, BLUE, ORANGE = "#8c959f", "#3b82c4", "#e08a1e"
 
 
 class Point(NamedTuple):
@@ -56,10 +55,7 @@ def draw(panels: dict[str, list[Point]], theme: str) -> Path:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    ink = INK[theme]
-    settings = {"font.size": 11, "text.color": ink, "axes.labelcolor": ink, "xtick.color": ink}
-    settings |= {"ytick.color": ink, "axes.edgecolor": GREY, "axes.titlesize": 11}
-    with plt.rc_context(settings):
+    with plt.rc_context(style(theme)):
         size = (4.2 * len(panels), 3.4)
         figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained")
         for ax, (title, points) in zip(axes, panels.items(), strict=True):

@@ -7,7 +7,7 @@ Reads tests/evidence/digits.md and writes docs/assets/digits-light.png and digit
 
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "tests" / "evidence" / "digits.md"
@@ -42,6 +42,12 @@ def read() -> list[Row]:
     ]
 
 
+def style(theme: str) -> dict[str, Any]:
+    """matplotlib's settings of a picture for light or for dark pages."""
+    ink = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK[theme])
+    return {"font.size": 11, "axes.titlesize": 11, "axes.edgecolor": GREY, **ink}
+
+
 def draw(rows: list[Row], theme: str) -> Path:
     import matplotlib
 
@@ -49,8 +55,7 @@ def draw(rows: list[Row], theme: str) -> Path:
     import matplotlib.pyplot as plt
 
     ink = INK[theme]
-    settings = {"font.size": 11, "text.color": ink, "axes.labelcolor": ink, "xtick.color": ink}
-    with plt.rc_context(settings | {"ytick.color": ink, "axes.edgecolor": GREY}):
+    with plt.rc_context(style(theme)):
         figure, axes = plt.subplots(1, 2, figsize=(9, 2.9), sharey=True, layout="constrained")
         places = range(len(rows) - 1, -1, -1)
         colours = [ORANGE if "SAM" in row.label else BLUE for row in rows]
