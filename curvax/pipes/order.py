@@ -1,13 +1,19 @@
 """Errors for orders of stages in which a change of the gradient would be lost silently."""
 
+from __future__ import annotations
+
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optax
 
+from curvax import checks
 from curvax.arithmetic import trees
 from curvax.arithmetic.trees import Tree
 from curvax.objective import Objective
+
+if TYPE_CHECKING:
+    from curvax.pipes.signal import Signal
 
 PASSING = ("identity", "snapshot", "monitor")
 """Optax's transformations that leave the updates unchanged."""
@@ -43,6 +49,21 @@ def refuse_accumulation_before(part: Any, name: str, stage: str) -> None:
             "of the whole batch in the memory of n examples; or accumulate behind the stages: "
             f"`{stage}(...) | ... | optax.MultiSteps(base, k)`."
         )
+
+
+def local_axes_of_gradient(
+    signal: Signal, objective: Objective, params: Tree, stage: str
+) -> frozenset[str]:
+    """The local axes of the loss, before a stage that replaces the updates by another gradient.
+
+    Raises:
+        ValueError: the updates are not this device's gradient of the whole parameters.
+    """
+    local = objective.local_axes(params)
+    checks.refuse_split(params, objective, stage=stage)
+    refuse_changed_in_pipe(signal.updates, signal.gradient, stage)
+    checks.refuse_summed(signal.updates, local - signal.averaged, stage=stage)
+    return local
 
 
 def refuse_changed_in_pipe(updates: Tree, gradient: Tree, stage: str) -> None:

@@ -133,7 +133,8 @@ def local_entropy(
         **extra: Any,
     ) -> tuple[Signal, LocalEntropyState]:
         del extra
-        objective, local = _checked(signal, value_fn, params)
+        objective = as_objective(value_fn, "local_entropy", params)
+        local = order.local_axes_of_gradient(signal, objective, params, "local_entropy")
         sync = axes.bound(sync_over, where="`local_entropy(sync_over=)`")
         own = local - set(sync)
         key = jax.random.fold_in(drawing.of(state.key), state.step)
@@ -192,22 +193,6 @@ def _check_options(steps: int, options: _Numbers) -> None:
             "`local_entropy` pulls x to θ by the factor 1 - rate·scope in each inner step, which "
             f"alone diverges with rate={rate} and scope={scope}. Choose rate·scope below 2."
         )
-
-
-def _checked(
-    signal: Signal, value_fn: ValueFn | None, params: Tree
-) -> tuple[Objective, frozenset[str]]:
-    """(the objective of an update, its local axes)
-
-    Raises:
-        ValueError, TypeError: the updates are not its gradient on this device.
-    """
-    objective = as_objective(value_fn, "local_entropy", params)
-    local = objective.local_axes(params)
-    checks.refuse_split(params, objective, stage="local_entropy")
-    order.refuse_changed_in_pipe(signal.updates, signal.gradient, "local_entropy")
-    checks.refuse_summed(signal.updates, local - signal.averaged, stage="local_entropy")
-    return objective, local
 
 
 class _Chain(NamedTuple):

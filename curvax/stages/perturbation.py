@@ -259,10 +259,7 @@ class _Perturbation(NamedTuple):
         Raises:
             ValueError, TypeError: the gradient, the radius or the device axes do not suit it.
         """
-        local = objective.local_axes(params)
-        checks.refuse_split(params, objective, stage="sam_perturb")
-        order.refuse_changed_in_pipe(signal.updates, signal.gradient, "sam_perturb")
-        checks.refuse_summed(signal.updates, local - signal.averaged, stage="sam_perturb")
+        local = order.local_axes_of_gradient(signal, objective, params, "sam_perturb")
         rho = self.rho
         if isinstance(rho, AutoRho):
             rho = rho.after(state.step, state.figures)

@@ -166,15 +166,12 @@ def _checked(
             gradient.
     """
     objective = as_objective(value_fn, "trajectory_loss", params)
-    checks.refuse_split(params, objective, stage="trajectory_loss")
     if objective.grouped:
         raise ValueError(
             "`trajectory_loss` remembers the outputs of all examples, and inside `per_group` it "
             "sees those of one group. Put it behind: `trajectory_loss(...) | adamw(1e-3)`."
         )
-    local = objective.local_axes(params)
-    order.refuse_changed_in_pipe(signal.updates, signal.gradient, "trajectory_loss")
-    checks.refuse_summed(signal.updates, local - signal.averaged, stage="trajectory_loss")
+    local = order.local_axes_of_gradient(signal, objective, params, "trajectory_loss")
     return require_model(objective, "`trajectory_loss`"), local
 
 
